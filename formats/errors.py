@@ -1,0 +1,39 @@
+"""Everything that can go wrong because of what the user gave us, as one tree.
+
+    OmniConvertError            base; the command line prints it as one line and exits with 1
+    ├── CheckpointError         a file or folder is damaged, hostile, incomplete or not what it claims to be
+    ├── RecipeError             the request contradicts itself, the model or the format
+    ├── CalibrationError        prompts or statistics are missing, empty or belong to another model
+    ├── OutputError             the output folder cannot be created, written or replaced
+    └── KernelError             no kernel can run a layer as asked
+
+A message reads `where: found, expected, remedy`. Anything else that is raised is a bug of ours.
+"""
+
+from __future__ import annotations
+
+__all__ = ["CalibrationError", "CheckpointError", "KernelError", "OmniConvertError", "OutputError", "RecipeError"]
+
+
+class OmniConvertError(Exception):
+    """Base of all errors that the user can do something about."""
+
+
+class CheckpointError(OmniConvertError):
+    """A checkpoint is damaged, hostile, incomplete or not what it claims to be."""
+
+
+class RecipeError(OmniConvertError):
+    """The request contradicts itself, the model or the format."""
+
+
+class CalibrationError(OmniConvertError):
+    """Prompts or statistics are missing, empty, or belong to another model."""
+
+
+class OutputError(OmniConvertError):
+    """The output folder cannot be created, written or replaced."""
+
+
+class KernelError(OmniConvertError):
+    """No kernel can run a layer as asked."""

@@ -1,0 +1,148 @@
+"""The contract of a format: how one weight matrix is represented, and how to get there in bounded memory.
+
+A format works on the rows of a weight, so that a matrix of any size passes through a tile of fixed size, and on a *group*
+of weights, because a runtime that fuses linears (`to_q, to_k, to_v`) merges their scales:
+
+    fitted = fmt.fit([rows_of_q, rows_of_k, rows_of_v], inputs)   # what the group shares; may scan the rows
+    fmt.constants(fitted)                                           # tensors that do not depend on rows
+    fmt.quantize_rows(tile, fitted)                                 # tensors of these rows, for each tile
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+__all__ = ["Format", "InputStatistics", "TensorLayout", "TensorRows", "WeightRows", "iterate_rows", "weight_amax"]
+
+TILE_ELEMENTS = 1 << 20
+
+
+@dataclass(frozen=True)
+class TensorLayout:
+    """One tensor of a quantized weight.
+
+    `rows_per_entry` is how many rows of the weight one row of this tensor stands for; 0 for a tensor that belongs to the
+    whole weight and comes from `Format.constants`.
+    """
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    rows_per_entry: int = 1
+
+
+class InputStatistics(Protocol):
+    """What calibration knows about the inputs of a group; see `convert/statistics.py`."""
+
+    def amax(self) -> float:
+        """Largest magnitude seen, over prompts and denoising steps."""
+        ...
+
+    def channel_amax(self) -> Tensor:
+        """Largest magnitude per input channel, float32 [in]."""
+        ...
+
+    def rows(self) -> Tensor:
+        """A sample of input rows, bfloat16 [samples, in]."""
+        ...
+
+    def clip(self, rule: str, largest: float) -> float:
+        """Magnitude at which to clip by `rule` (`max`, `percentile:P`, `mse`) for a grid that ends at `largest`."""
+        ...
+
+
+class WeightRows(Protocol):
+    """Row-wise access to a weight that may be larger than memory."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """[out, in]."""
+        ...
+
+    def read(self, start: int, stop: int) -> Tensor:
+        """Rows `start` to `stop`, in the dtype in which they are stored."""
+        ...
+
+
+@dataclass(frozen=True)
+class TensorRows:
+    """A weight that is in memory, as `WeightRows`."""
+
+    weight: Tensor
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        out_features, in_features = self.weight.shape
+        return out_features, in_features
+
+    def read(self, start: int, stop: int) -> Tensor:
+        return self.weight[start:stop]
+
+
+def iterate_rows(weight: WeightRows, multiple: int = 1) -> Iterator[tuple[int, Tensor]]:
+    """Yields `(first row, rows)` in tiles of about a mebi-element whose row counts are a multiple of `multiple`."""
+    rows, columns = weight.shape
+    step = max(1, TILE_ELEMENTS // max(1, columns) // multiple) * multiple
+    for start in range(0, rows, step):
+        yield start, weight.read(start, min(start + step, rows))
+
+
+def weight_amax(weights: Sequence[WeightRows]) -> float:
+    """Largest magnitude in a group of weights; NaN and Inf come through, for the caller to refuse."""
+    largest = 0.0
+    for weight in weights:
+        for _, tile in iterate_rows(weight):
+            low, high = torch.aminmax(tile)
+            tile_amax = max(-float(low), float(high))
+            if not tile_amax <= largest:  # true for NaN as well
+                largest = tile_amax
+    return largest
+
+
+class Format(ABC):
+    """How one weight is represented on disk. Instances are immutable and hold the format's options."""
+
+    method: str
+    #: Row tiles given to `quantize_rows` start and end (but for the last) at a multiple of this.
+    row_multiple: int = 1
+
+    @abstractmethod
+    def unsupported(self, out_features: int, in_features: int) -> str | None:
+        """Why a weight of this shape cannot be stored in this format, or None."""
+
+    @abstractmethod
+    def layout(self, out_features: int, in_features: int) -> dict[str, TensorLayout]:
+        """Tensors of a weight of this shape: suffix (`weight`, `weight_scale`, ...) to layout."""
+
+    @abstractmethod
+    def fit(self, weights: Sequence[WeightRows], inputs: InputStatistics | None) -> Any:
+        """Decides what a fused group shares.
+
+        Args:
+            weights: members of the group, each [out_i, in]
+            inputs: statistics of their common input, if calibrated
+        """
+
+    @abstractmethod
+    def constants(self, fitted: Any) -> dict[str, Tensor]:
+        """Tensors with `rows_per_entry == 0`, equal for every member of the group."""
+
+    @abstractmethod
+    def quantize_rows(self, rows: Tensor, fitted: Any) -> dict[str, Tensor]:
+        """Tensors with `rows_per_entry > 0` for a tile of rows, any float dtype [rows, in]."""
+
+    @abstractmethod
+    def dequantize(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """The weight that the tensors stand for, float32 [out, in]."""
+
+    def quantize(self, weight: Tensor, inputs: InputStatistics | None = None) -> dict[str, Tensor]:
+        """All tensors of one weight [out, in] that is in memory."""
+        fitted = self.fit([TensorRows(weight)], inputs)
+        tiles = [self.quantize_rows(tile, fitted) for _, tile in iterate_rows(TensorRows(weight), self.row_multiple)]
+        by_row = {suffix: torch.cat([tile[suffix] for tile in tiles]) for suffix in tiles[0]}
+        return by_row | self.constants(fitted)

@@ -1,0 +1,133 @@
+"""FP8: 8-bit floats (E4M3), one scale per weight or per block of the weight.
+
+Tensors:    NAME.weight            F8_E4M3 [out, in]
+            NAME.weight_scale      F32 []                                 per tensor: amax / 448
+            NAME.weight_scale_inv  F32 [ceil(out / N), ceil(in / K)]      per N x K block: amax / 448
+            NAME.input_scale       F32 []                                 static activations: clip / 448
+Arithmetic: W ≈ E4M3(code) * weight_scale; for blocks * weight_scale_inv, which multiplies despite its name.
+            Codes are rounded half to even and saturate at ±448.
+Consumers:  vLLM and vLLM-Omni `fp8`. Fused linears are requantized to the largest scale of their members, hence one
+            scale for the group; static fused linears use the largest `input_scale`.
+Limits:     per tensor none. Blocks: activations are dynamic always (vLLM refuses static).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from omni_convert.formats.format import Format, InputStatistics, TensorLayout, WeightRows, weight_amax
+
+__all__ = ["E4M3_MAX", "Fp8", "Fp8Block", "round_to_e4m3"]
+
+E4M3_MAX = 448.0
+
+
+def round_to_e4m3(values: Tensor) -> Tensor:
+    """float32 to E4M3, half to even, saturating. The clamp is explicit: not every torch release saturates in the cast."""
+    return values.clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
+
+
+@dataclass(frozen=True)
+class _Fitted:
+    weight_scale: float
+    input_scale: float | None
+
+
+@dataclass(frozen=True)
+class Fp8(Format):
+    """FP8 with one scale per weight (shared by a fused group)."""
+
+    static: bool = False
+    input_scale_rule: str = "max"
+
+    method = "fp8"
+
+    def unsupported(self, out_features: int, in_features: int) -> str | None:
+        return None
+
+    def layout(self, out_features: int, in_features: int) -> dict[str, TensorLayout]:
+        layout = {
+            "weight": TensorLayout(torch.float8_e4m3fn, (out_features, in_features)),
+            "weight_scale": TensorLayout(torch.float32, (), rows_per_entry=0),
+        }
+        if self.static:
+            layout["input_scale"] = TensorLayout(torch.float32, (), rows_per_entry=0)
+        return layout
+
+    def fit(self, weights: Sequence[WeightRows], inputs: InputStatistics | None) -> _Fitted:
+        input_scale = None
+        if self.static:
+            assert inputs is not None, "planning demands statistics for static activations"
+            input_scale = inputs.clip(self.input_scale_rule, E4M3_MAX) / E4M3_MAX or 1.0
+        return _Fitted(weight_amax(weights) / E4M3_MAX or 1.0, input_scale)
+
+    def constants(self, fitted: _Fitted) -> dict[str, Tensor]:
+        constants = {"weight_scale": torch.tensor(fitted.weight_scale, dtype=torch.float32)}
+        if fitted.input_scale is not None:
+            constants["input_scale"] = torch.tensor(fitted.input_scale, dtype=torch.float32)
+        return constants
+
+    def quantize_rows(self, rows: Tensor, fitted: _Fitted) -> dict[str, Tensor]:
+        scale = torch.tensor(fitted.weight_scale, dtype=torch.float32, device=rows.device)
+        return {"weight": round_to_e4m3(rows.float() / scale)}
+
+    def dequantize(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        return tensors["weight"].float() * tensors["weight_scale"].float()
+
+
+@dataclass(frozen=True)
+class Fp8Block(Format):
+    """FP8 with one scale per block of `block_size = (N, K)` elements; nothing is shared in a fused group."""
+
+    block_size: tuple[int, int] = (128, 128)
+
+    method = "fp8"
+
+    @property
+    def row_multiple(self) -> int:  # type: ignore[override]  # a class attribute elsewhere, here it follows the block
+        return self.block_size[0]
+
+    def unsupported(self, out_features: int, in_features: int) -> str | None:
+        return None
+
+    def layout(self, out_features: int, in_features: int) -> dict[str, TensorLayout]:
+        rows, columns = self.block_size
+        blocks = (-(-out_features // rows), -(-in_features // columns))
+        return {
+            "weight": TensorLayout(torch.float8_e4m3fn, (out_features, in_features)),
+            "weight_scale_inv": TensorLayout(torch.float32, blocks, rows_per_entry=rows),
+        }
+
+    def fit(self, weights: Sequence[WeightRows], inputs: InputStatistics | None) -> None:
+        return None
+
+    def constants(self, fitted: None) -> dict[str, Tensor]:
+        return {}
+
+    def quantize_rows(self, rows: Tensor, fitted: None) -> dict[str, Tensor]:
+        blocks = self._blocks(rows.float())  # [row blocks, N, column blocks, K]
+        scale = blocks.abs().amax(dim=(1, 3)) / E4M3_MAX
+        scale = torch.where(scale == 0, 1.0, scale)
+        codes = round_to_e4m3(blocks / scale[:, None, :, None])
+        return {"weight": self._unblock(codes, rows.shape), "weight_scale_inv": scale}
+
+    def dequantize(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        weight = tensors["weight"]
+        blocks = self._blocks(weight.float()) * tensors["weight_scale_inv"].float()[:, None, :, None]
+        return self._unblock(blocks, weight.shape)
+
+    def _blocks(self, values: Tensor) -> Tensor:
+        """[rows, columns] to [row blocks, N, column blocks, K], the last blocks padded with zeros."""
+        height, width = self.block_size
+        rows, columns = values.shape
+        padded = torch.nn.functional.pad(values, (0, -columns % width, 0, -rows % height))
+        return padded.unflatten(1, (-1, width)).unflatten(0, (-1, height))
+
+    @staticmethod
+    def _unblock(blocks: Tensor, shape: torch.Size) -> Tensor:
+        rows, columns = shape
+        return blocks.flatten(2, 3).flatten(0, 1)[:rows, :columns].contiguous()

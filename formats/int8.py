@@ -1,0 +1,70 @@
+"""INT8: 8-bit integers, symmetric, one scale per output row; activations are quantized per token at run time.
+
+Tensors:    NAME.weight        I8  [out, in]
+            NAME.weight_scale  F32 [out, 1]     amax of the row / 127
+Arithmetic: W ≈ code * weight_scale; codes are rounded half to even and lie in -127..127.
+Consumers:  vLLM-Omni `int8` on CUDA (SM80 to SM90) and Ascend. Its CUDA path (0.30.0) reads the scales of a fused linear as one per
+            member, taking rows 0, 1, 2 of the column: with one scale for the whole group (`shared_in_group`, a constant
+            column) both readings agree; with true per-row scales fused linears are wrong there and right on Ascend.
+Limits:     Ascend runs out_features <= 65535.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from omni_convert.formats.format import Format, InputStatistics, TensorLayout, WeightRows, weight_amax
+
+__all__ = ["INT8_MAX", "Int8"]
+
+INT8_MAX = 127
+ASCEND_MAX_ROWS = 65535
+
+
+@dataclass(frozen=True)
+class _Fitted:
+    group_amax: float | None
+
+
+@dataclass(frozen=True)
+class Int8(Format):
+    """INT8 per output row, or with one scale for a whole fused group spelled as a constant column."""
+
+    shared_in_group: bool = False
+
+    method = "int8"
+
+    def unsupported(self, out_features: int, in_features: int) -> str | None:
+        if out_features > ASCEND_MAX_ROWS:
+            return f"int8 needs out_features <= {ASCEND_MAX_ROWS} on Ascend, found {out_features}"
+        return None
+
+    def layout(self, out_features: int, in_features: int) -> dict[str, TensorLayout]:
+        return {
+            "weight": TensorLayout(torch.int8, (out_features, in_features)),
+            "weight_scale": TensorLayout(torch.float32, (out_features, 1)),
+        }
+
+    def fit(self, weights: Sequence[WeightRows], inputs: InputStatistics | None) -> _Fitted:
+        return _Fitted(weight_amax(weights) if self.shared_in_group else None)
+
+    def constants(self, fitted: _Fitted) -> dict[str, Tensor]:
+        return {}
+
+    def quantize_rows(self, rows: Tensor, fitted: _Fitted) -> dict[str, Tensor]:
+        values = rows.float()
+        if fitted.group_amax is None:
+            amax = values.abs().amax(dim=1, keepdim=True)
+        else:
+            amax = torch.full((len(values), 1), fitted.group_amax, device=values.device)
+        inverse = torch.where(amax == 0, 0.0, INT8_MAX / amax)
+        codes = (values * inverse).round().clamp(-INT8_MAX, INT8_MAX).to(torch.int8)
+        scale = torch.where(amax == 0, 1.0, amax / INT8_MAX)
+        return {"weight": codes, "weight_scale": scale}
+
+    def dequantize(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        return tensors["weight"].float() * tensors["weight_scale"].float()
