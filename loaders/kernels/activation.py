@@ -1,0 +1,49 @@
+"""How runtimes quantize the input of a linear layer, in plain torch.
+
+The arithmetic is that of vLLM's CUDA kernels (`csrc/quantization`), in float32 throughout, so that a picture made here
+has the error that the served model has.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from omni_convert.formats.fp8 import E4M3_MAX, round_to_e4m3
+from omni_convert.formats.int8 import INT8_MAX
+
+__all__ = ["fp8_per_group", "fp8_per_token", "fp8_static", "int8_per_token"]
+
+# Lowest per-token scale of vLLM: keeps the scale of an all-zero token above zero.
+SMALLEST_TOKEN_SCALE = 1.0 / (E4M3_MAX * 512.0)
+# Lowest amax of a group in vLLM's per-token-group kernel, for the same reason.
+SMALLEST_GROUP_AMAX = 1e-10
+
+
+def fp8_static(x: Tensor, input_scale: Tensor) -> Tensor:
+    """Codes, float8_e4m3fn [M, K], for one calibrated scale, float32 [] or [1]; multiplies by its inverse, as vLLM."""
+    return round_to_e4m3(x.float() * input_scale.reciprocal())
+
+
+def fp8_per_token(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes, float8_e4m3fn [M, K], and scales, float32 [M, 1]: vLLM's dynamic scheme where CUTLASS FP8 is available."""
+    values = x.float()
+    scale = (values.abs().amax(dim=1, keepdim=True) / E4M3_MAX).clamp(min=SMALLEST_TOKEN_SCALE)
+    return round_to_e4m3(values / scale), scale
+
+
+def fp8_per_group(x: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
+    """Codes, float8_e4m3fn [M, G, group_size], and scales, float32 [M, G, 1]; the last group is padded with zeros."""
+    padded = F.pad(x.float(), (0, -x.shape[1] % group_size))
+    groups = padded.view(len(x), padded.shape[1] // group_size, group_size)
+    scale = groups.abs().amax(dim=2, keepdim=True).clamp(min=SMALLEST_GROUP_AMAX) / E4M3_MAX
+    return round_to_e4m3(groups / scale), scale
+
+
+def int8_per_token(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes, int8 [M, K] in -127..127, and scales, float32 [M, 1] (0 for an all-zero token)."""
+    low, high = torch.aminmax(x, dim=1, keepdim=True)
+    amax = torch.maximum(-low, high).float()
+    inverse = torch.where(amax == 0, 0.0, INT8_MAX / amax)
+    return (x * inverse).round_().to(torch.int8), amax / INT8_MAX

@@ -1,0 +1,87 @@
+"""What a kernel is: a way to run a quantized linear layer, whose requirements are data, so that it says why it declines."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from omni_convert.formats.format import Format
+
+__all__ = ["Activations", "Kernel", "LayerTraits", "Requirements", "RunLinear"]
+
+#: `quantized`: inputs are quantized as the serving runtimes do it. `bf16`: only weights are, inputs keep their dtype.
+Activations = Literal["quantized", "bf16"]
+
+#: (x [M, in], tensors by suffix, format, bias [out] or None) -> [M, out] in the dtype of x
+RunLinear = Callable[[Tensor, Mapping[str, Tensor], Format, Tensor | None], Tensor]
+
+
+@dataclass(frozen=True)
+class LayerTraits:
+    """Everything that a choice of kernel depends on; nothing of it changes from call to call."""
+
+    format: Format
+    out_features: int
+    in_features: int
+    device: torch.device
+    activations: Activations = "quantized"
+
+
+@dataclass(frozen=True)
+class Requirements:
+    """Which layers a kernel can run.
+
+    Attributes:
+        formats: classes of format
+        activations: how the inputs may be treated
+        devices: device types; None for any
+        capability: lowest CUDA compute capability, asked of CUDA devices only
+        multiple_of: what in_features and out_features must be divisible by, on CUDA
+    """
+
+    formats: tuple[type[Format], ...]
+    activations: tuple[Activations, ...] = ("quantized",)
+    devices: tuple[str, ...] | None = None
+    capability: tuple[int, int] | None = None
+    multiple_of: int = 1
+
+    def unmet(self, layer: LayerTraits) -> str | None:
+        """Why a layer cannot run, or None."""
+        if not isinstance(layer.format, self.formats):
+            names = ", ".join(format_class.__name__ for format_class in self.formats)
+            return f"runs {names}, not {type(layer.format).__name__}"
+        if layer.activations not in self.activations:
+            return f"runs {' or '.join(self.activations)} activations, not {layer.activations}"
+        if self.devices is not None and layer.device.type not in self.devices:
+            return f"runs on {' and '.join(self.devices)}, not on {layer.device.type}"
+        return self._unmet_on_cuda(layer) if layer.device.type == "cuda" else None
+
+    def _unmet_on_cuda(self, layer: LayerTraits) -> str | None:
+        if self.capability is not None:
+            found = torch.cuda.get_device_capability(layer.device)
+            if found < self.capability:
+                return "needs compute capability {}.{}, found {}.{}".format(*self.capability, *found)
+        if layer.in_features % self.multiple_of or layer.out_features % self.multiple_of:
+            shape = f"{layer.out_features} x {layer.in_features}"
+            return f"needs features divisible by {self.multiple_of}, found {shape}"
+        return None
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One way to run a quantized linear layer.
+
+    Attributes:
+        name: as reports show it
+        is_scaled_gemm: whether codes are multiplied as they are and the scales are applied to the result
+        run: see `RunLinear`
+    """
+
+    name: str
+    is_scaled_gemm: bool
+    requirements: Requirements
+    run: RunLinear

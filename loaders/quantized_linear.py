@@ -1,0 +1,171 @@
+"""A linear layer that holds the tensors of a checkpoint as they are on disk and runs a chosen kernel on them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from omni_convert.formats.errors import KernelError, RecipeError
+from omni_convert.formats.format import Format, InputStatistics
+from omni_convert.formats.table import FORMATS, FormatOptions
+from omni_convert.loaders.kernels.kernel import Activations, LayerTraits
+from omni_convert.loaders.kernels.table import Selection, select_kernel
+
+__all__ = ["QuantizedLinear", "quantize_linear"]
+
+INPUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+class QuantizedLinear(nn.Module):
+    """`y = x W^T + b` with W quantized.
+
+    Not an `nn.Linear`: diffusers' layerwise casting would cast the scales of one to FP8, which makes most of them zero.
+    The tensors are buffers under their names on disk (`weight`, `weight_scale`, ...), so that a model's `dtype` stays
+    that of its unquantized parameters. A cast (`.to(torch.float16)`) changes the bias, never codes and scales.
+
+    The kernel is chosen when the layer is on its device, not per call, and again when it moves to another.
+    """
+
+    def __init__(
+        self,
+        fmt: Format,
+        tensors: Mapping[str, Tensor],
+        bias: Tensor | None = None,
+        activations: Activations = "quantized",
+        in_features: int | None = None,
+    ) -> None:
+        """Takes the tensors as they are.
+
+        Args:
+            fmt: what the tensors mean
+            tensors: by suffix (`weight`, `weight_scale`, ...); may be on the meta device, to be filled in later
+            bias: [out]
+            activations: see `Activations`
+            in_features: where `weight` is packed and its width is not in_features
+        """
+        super().__init__()
+        self.format = fmt
+        self.tensor_names = tuple(tensors)
+        self.out_features = len(tensors["weight"])
+        self.in_features = tensors["weight"].shape[1] if in_features is None else in_features
+        for suffix, tensor in tensors.items():
+            self.register_buffer(suffix, tensor)
+        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+        self._activations = activations
+        self._selection: Selection | None = None
+        self._device: torch.device | None = None
+        if self.device.type != "meta":
+            self.select_kernel()
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Linear,
+        fmt: Format,
+        inputs: InputStatistics | None = None,
+        activations: Activations = "quantized",
+    ) -> Self:
+        """Quantizes one layer.
+
+        Raises:
+            RecipeError: the format cannot hold a weight of this shape.
+        """
+        problem = fmt.unsupported(linear.out_features, linear.in_features)
+        if problem is not None:
+            raise RecipeError(problem)
+        tensors = fmt.quantize(linear.weight.detach(), inputs)
+        tensors = {suffix: tensor.to(linear.weight.device) for suffix, tensor in tensors.items()}
+        return cls(fmt, tensors, linear.bias, activations, linear.in_features)
+
+    @property
+    def device(self) -> torch.device:
+        return self.get_buffer("weight").device
+
+    @property
+    def activations(self) -> Activations:
+        return self._activations
+
+    @activations.setter
+    def activations(self, activations: Activations) -> None:
+        self._activations = activations
+        if self.device.type != "meta":
+            self.select_kernel()
+
+    @property
+    def selection(self) -> Selection:
+        """The kernel that runs, and why. Assumes that the tensors are there."""
+        if self._selection is None:
+            self.select_kernel()
+        assert self._selection is not None
+        return self._selection
+
+    def select_kernel(self, device: torch.device | None = None) -> None:
+        """Chooses the kernel for a device, by default the one where the tensors are.
+
+        Raises:
+            KernelError: no kernel runs this layer there.
+        """
+        self._device = self.device if device is None else device
+        traits = LayerTraits(self.format, self.out_features, self.in_features, self._device, self._activations)
+        self._selection = select_kernel(traits)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps [..., in] to [..., out], in the dtype of the input."""
+        if x.device != self._device:  # offloading hooks move buffers one by one and tell nobody
+            self.select_kernel(x.device)
+        if x.dtype not in INPUT_DTYPES:
+            raise KernelError(f"{self}: found an input of {x.dtype}, expected bfloat16, float16 or float32")
+        tensors = {suffix: getattr(self, suffix) for suffix in self.tensor_names}
+        rows = x.reshape(-1, self.in_features)
+        out = self.selection.kernel.run(rows, tensors, self.format, self.bias)
+        return out.view(*x.shape[:-1], self.out_features)
+
+    def dequantize(self) -> Tensor:
+        """The weight that the tensors stand for, float32 [out, in]."""
+        return self.format.dequantize({suffix: self.get_buffer(suffix) for suffix in self.tensor_names})
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        def keep_dtype(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            is_cast = tensor is not self.bias and moved.dtype != tensor.dtype
+            return tensor.to(moved.device) if is_cast else moved
+
+        super()._apply(keep_dtype, recurse)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        if self.device.type != "meta" and self.device != self._device:
+            self.select_kernel()
+        return self
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, format={self.format}"
+
+
+def quantize_linear(
+    linear: nn.Linear,
+    method: str | Format,
+    activations: Activations = "quantized",
+    **options: Any,
+) -> QuantizedLinear:
+    """Quantizes one linear layer, for experiments and benchmarks.
+
+    Args:
+        linear: stays as it is
+        method: a method's name, or a format
+        activations: see `Activations`
+        options: of `FormatOptions`, as `weight_block_size=(128, 128)`
+
+    Raises:
+        RecipeError: an unknown method, or one that needs calibration or cannot hold this shape.
+    """
+    fmt = method if isinstance(method, Format) else _format(method, options)
+    return QuantizedLinear.from_linear(linear, fmt, activations=activations)
+
+
+def _format(method: str, options: Mapping[str, Any]) -> Format:
+    if method not in FORMATS:
+        raise RecipeError(f"quantize_linear: found method '{method}', expected one of {', '.join(FORMATS)}")
+    if options.get("static"):
+        raise RecipeError("quantize_linear: static activations need calibration, convert the model instead")
+    return FORMATS[method].build(FormatOptions(**options))

@@ -1,0 +1,148 @@
+"""QuantizedLinear keeps the bits of the checkpoint through everything that users do to a module."""
+
+import copy
+import io
+
+import pytest
+import torch
+from accelerate import cpu_offload
+from diffusers.hooks import apply_layerwise_casting
+from torch import nn
+
+from omni_convert.formats.errors import KernelError, RecipeError
+from omni_convert.formats.fp8 import Fp8, Fp8Block
+from omni_convert.formats.int8 import Int8
+from omni_convert.loaders.kernels.reference import rounded_input
+from omni_convert.loaders.quantized_linear import QuantizedLinear, quantize_linear
+
+METHODS = {"fp8": {}, "int8": {}, "fp8 block": {"weight_block_size": (32, 32)}}
+
+
+@pytest.fixture
+def linear() -> nn.Linear:
+    torch.manual_seed(0)
+    return nn.Linear(96, 64, dtype=torch.bfloat16)
+
+
+@pytest.fixture(params=METHODS)
+def layer(request, linear) -> QuantizedLinear:
+    return quantize_linear(linear, request.param.split()[0], **METHODS[request.param])
+
+
+@pytest.fixture
+def x() -> torch.Tensor:
+    return torch.randn(2, 7, 96, generator=torch.Generator().manual_seed(1)).bfloat16()
+
+
+def bits(module: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: tensor.view(torch.uint8) if tensor.dim() else tensor for name, tensor in module.state_dict().items()}
+
+
+def assert_same_bits(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> None:
+    assert left.keys() == right.keys()
+    for name, tensor in left.items():
+        assert torch.equal(tensor, right[name]), name
+
+
+def test_it_computes_the_linear_layer_it_was_made_from(layer, linear, x):
+    out = layer(x)
+    assert out.shape == (2, 7, 64)
+    assert out.dtype is torch.bfloat16
+    expected = linear(x).float()
+    assert (out.float() - expected).norm() < 0.05 * expected.norm()
+
+
+def test_its_state_dict_holds_exactly_the_tensors_of_the_format(layer, linear):
+    expected = layer.format.layout(64, 96)
+    state = layer.state_dict()
+    assert state.keys() == expected.keys() | {"bias"}
+    for suffix, layout in expected.items():
+        assert (state[suffix].dtype, tuple(state[suffix].shape)) == (layout.dtype, layout.shape)
+    assert torch.equal(state["bias"], linear.bias)
+
+
+@pytest.mark.parametrize("cast", [lambda m: m.to(torch.float16), lambda m: m.half(), lambda m: m.float()])
+def test_a_cast_changes_the_bias_and_leaves_codes_and_scales_alone(layer, cast):
+    model = nn.Sequential(layer)
+    before = bits(model)
+    cast(model)
+    after = bits(model)
+    assert layer.bias.dtype is not torch.bfloat16
+    before.pop("0.bias"), after.pop("0.bias")
+    assert_same_bits(before, after)
+
+
+def test_layerwise_casting_does_not_zero_the_scales(layer, x):
+    model = nn.Sequential(layer, nn.Linear(64, 8, dtype=torch.bfloat16))
+    before = bits(layer)
+    apply_layerwise_casting(model, torch.float8_e4m3fn, torch.bfloat16)
+    assert model[1].weight.dtype is torch.float8_e4m3fn
+    assert model(x).abs().sum() > 0
+    assert_same_bits(before, bits(layer))
+
+
+def test_copies_and_saved_modules_compute_the_same(layer, x):
+    expected = layer(x)
+    assert torch.equal(copy.deepcopy(layer)(x), expected)
+    file = io.BytesIO()
+    torch.save(layer, file)  # plain pickle cannot hold any float8 tensor, as of torch 2.13
+    file.seek(0)
+    assert torch.equal(torch.load(file, weights_only=False)(x), expected)
+
+
+def test_offloaded_to_meta_and_back_it_computes_the_same(layer, x):
+    expected = layer(x)
+    model = cpu_offload(nn.Sequential(layer), execution_device=torch.device("cpu"), offload_buffers=True)
+    assert layer.weight.device.type == "meta"
+    assert torch.equal(model(x), expected)
+
+
+def test_the_kernel_is_chosen_once_and_again_on_another_device(layer, x):
+    chosen = layer.selection
+    layer(x)
+    assert layer.selection is chosen
+    layer.to("meta")
+    layer.to_empty(device="cpu")
+    assert layer.selection.kernel is chosen.kernel
+
+
+@pytest.mark.parametrize("rows", [1, 2, 33])
+def test_it_compiles_without_a_graph_break(layer, rows):
+    x = torch.randn(rows, 96, generator=torch.Generator().manual_seed(1)).bfloat16()
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        assert torch.equal(compiled(x), layer(x))
+
+
+def test_static_activations_use_the_stored_scale(linear, x):
+    tensors = Fp8().quantize(linear.weight.detach()) | {"input_scale": torch.tensor(1 / 448)}
+    layer = QuantizedLinear(Fp8(static=True), tensors)
+    clipped = x.clamp(-1, 1)
+    assert torch.equal(layer(x), layer(clipped))
+    assert not torch.equal(rounded_input(x[0], tensors, layer.format), rounded_input(x[0], tensors, Fp8()))
+
+
+def test_bf16_activations_can_be_asked_for_later(layer, x):
+    layer.activations = "bf16"
+    expected = nn.functional.linear(x, layer.dequantize().bfloat16(), layer.bias)
+    assert torch.equal(layer(x), expected)
+
+
+def test_codes_as_an_input_are_refused(layer, x):
+    with pytest.raises(KernelError, match="float8_e4m3fn"):
+        layer(x.to(torch.float8_e4m3fn))
+
+
+def test_quantize_linear_takes_a_format_and_leaves_the_layer_as_it_was(linear):
+    before = linear.weight.clone()
+    assert quantize_linear(linear, Fp8Block((16, 16))).weight_scale_inv.shape == (4, 6)
+    assert torch.equal(linear.weight, before)
+
+
+def test_quantize_linear_refuses_what_it_cannot_do(linear):
+    with pytest.raises(RecipeError, match="expected one of fp8, int8"):
+        quantize_linear(linear, "fp9")
+    with pytest.raises(RecipeError, match="calibration"):
+        quantize_linear(linear, "fp8", static=True)
+    with pytest.raises(RecipeError, match="65535"):
+        quantize_linear(nn.Linear(4, 65536, device="meta"), Int8())
