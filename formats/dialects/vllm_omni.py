@@ -1,0 +1,269 @@
+"""How vLLM-Omni spells a config block: the value of `quantization_config` in a component's `config.json`.
+
+fp8              {"quant_method": "fp8", "activation_scheme": "dynamic"|"static", "is_checkpoint_fp8_serialized": true,
+                  "weight_block_size": [N, K] (only for blocks), "ignored_layers": [...]}
+int8             {"quant_method": "int8", "is_checkpoint_int8_serialized": true, "activation_scheme": "dynamic", ...}
+mxfp8            {"quant_method": "mxfp8", "is_checkpoint_mxfp8_serialized": true, "ignored_layers": [...]}
+mxfp4            {"quant_method": "mxfp4", "is_checkpoint_mxfp4_serialized": true, "require_smooth_scale": false, ...}
+mxfp4_dualscale  {"quant_method": "mxfp4_dualscale", "is_checkpoint_serialized": true, ...}   no "mxfp4" in this flag
+nvfp4            ModelOpt's block: {"quant_method": "modelopt", "quant_algo": "NVFP4", "ignore": [...], ...};
+                 ModelOpt's "FP8", which is `fp8` with static activations, is read as well
+
+All but ModelOpt's are keyword arguments of a constructor (0.30.0): one unknown key is a TypeError, and a flag that is
+left out means *online* quantization, which takes the stored codes for weights and quantizes them again, silently.
+Names are compared exactly, except by ModelOpt, which also takes an entry for a pattern and for a *part* of a name.
+"""
+
+from __future__ import annotations
+
+import difflib
+import reprlib
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from omni_convert.formats.errors import CheckpointError, RecipeError
+from omni_convert.formats.family import LayerGroup
+from omni_convert.formats.quantization_config import ACTIVATION_SCHEMES, QuantizationConfig
+
+__all__ = ["from_block", "ignored_names", "to_block"]
+
+MODELOPT = "modelopt"
+NVFP4_GROUP_SIZE = 16
+
+
+@dataclass(frozen=True)
+class _Spelling:
+    """How a method's block is spelled.
+
+    Attributes:
+        flag: the key that says that the weights are stored quantized
+        keys: the other keys that carry meaning
+        idle: keys of the constructor that we never write, and the values with which they mean nothing to a loader
+    """
+
+    flag: str
+    keys: tuple[str, ...] = ("ignored_layers",)
+    idle: Mapping[str, Callable[[Any], bool]] = field(default_factory=dict)
+
+
+def _is_empty(value: Any) -> bool:
+    return value is None or value == []
+
+
+SPELLINGS = {
+    "fp8": _Spelling(
+        "is_checkpoint_fp8_serialized",
+        ("activation_scheme", "weight_block_size", "ignored_layers"),
+        {"store_dtype": lambda value: value is None},
+    ),
+    "int8": _Spelling("is_checkpoint_int8_serialized", ("activation_scheme", "ignored_layers")),
+    "mxfp8": _Spelling("is_checkpoint_mxfp8_serialized"),
+    "mxfp4": _Spelling(
+        "is_checkpoint_mxfp4_serialized",
+        ("require_smooth_scale", "ignored_layers"),
+        {
+            "mxfp4_scale_alg": lambda value: type(value) is int and value == 0,
+            "w4a8_fallback_steps": _is_empty,
+            "w4a8_fallback_layers": _is_empty,
+        },
+    ),
+    "mxfp4_dualscale": _Spelling(
+        "is_checkpoint_serialized",
+        idle={
+            "num_bf16_fallback_layers": lambda value: type(value) is int,  # only online quantization looks at it
+            "w4a8_fallback_steps": _is_empty,
+            "w4a8_fallback_layers": _is_empty,
+        },
+    ),
+}
+assert {*SPELLINGS, "nvfp4"} == {*ACTIVATION_SCHEMES}
+
+
+def ignored_names(groups: Iterable[LayerGroup]) -> list[str]:
+    """Every name by which a runtime may look up these layers, sorted: fused names and those of the parts.
+
+    A runtime that knows how its layers are merged asks for the parts, one that does not asks for the merged layer.
+    Where a checkpoint says `to_out.0`, the plain `to_out` is listed too: Qwen-Image uses both.
+    """
+    names = {name for group in groups for name in (group.runtime_name, *group.members)}
+    return sorted(names | {name.removesuffix(".0") for name in names if name.endswith(".to_out.0")})
+
+
+def to_block(config: QuantizationConfig) -> dict[str, Any]:
+    """The block for `config.json`: exactly the keys that the runtime knows, and always the serialized flag."""
+    if config.method == "nvfp4":
+        return _to_modelopt(config)
+    spelling = SPELLINGS[config.method]
+    values = {
+        "activation_scheme": config.activation_scheme,
+        "require_smooth_scale": config.require_smooth_scale,
+        "weight_block_size": list(config.weight_block_size) if config.weight_block_size else None,
+        "ignored_layers": sorted(set(config.ignored_layers)),
+    }
+    block: dict[str, Any] = {"quant_method": config.method, spelling.flag: True}
+    return block | {key: values[key] for key in spelling.keys if values[key] is not None}
+
+
+def from_block(block: Mapping[str, Any], where: str) -> QuantizationConfig:
+    """The meaning of a block.
+
+    Args:
+        block: the value of `quantization_config`
+        where: what to name in errors, for example the path of the config.json
+
+    Raises:
+        CheckpointError: the runtime would refuse the block or take it for something else than stored weights.
+    """
+    if not isinstance(block, Mapping):
+        raise CheckpointError(f"{where}: found quantization_config {_shown(block)}, expected an object")
+    method = _method_of(block, where)
+    try:
+        if method == MODELOPT:
+            return _from_modelopt(block, where)
+        return _from_keywords(method, block, where)
+    except RecipeError as error:
+        raise CheckpointError(f"{where}: {error}") from None
+
+
+def _shown(value: Any) -> str:
+    """A value of unknown size and kind, on one short line."""
+    return reprlib.repr(value)
+
+
+def _method_of(block: Mapping[str, Any], where: str) -> str:
+    named = [block[key] for key in ("quant_method", "method") if key in block]
+    if len(named) != 1:
+        found = "both quant_method and method" if named else "no quant_method"
+        raise CheckpointError(f"{where}: found {found} in quantization_config, expected quant_method alone")
+    method = named[0]
+    known = [*SPELLINGS, MODELOPT]
+    if not isinstance(method, str) or method not in known:
+        near = difflib.get_close_matches(str(method)[:64], known, n=1)
+        hint = f"; did you mean '{near[0]}'?" if near else ""
+        raise CheckpointError(f"{where}: found quant_method {_shown(method)}, expected one of {', '.join(known)}{hint}")
+    return method
+
+
+def _from_keywords(method: str, block: Mapping[str, Any], where: str) -> QuantizationConfig:
+    spelling = SPELLINGS[method]
+    _check_keys(method, spelling, block, where)
+    if block.get(spelling.flag) is not True:
+        found = f"{spelling.flag} {_shown(block[spelling.flag])}" if spelling.flag in block else f"no {spelling.flag}"
+        raise CheckpointError(
+            f"{where}: found {found}, expected true; without it the runtime quantizes online, that is, it takes the "
+            f"stored codes for weights and quantizes them again"
+        )
+    smooth = block.get("require_smooth_scale", False)
+    if not isinstance(smooth, bool):
+        raise CheckpointError(f"{where}: found require_smooth_scale {_shown(smooth)}, expected true or false")
+    return QuantizationConfig(
+        method,
+        _text(block.get("activation_scheme", "dynamic"), "activation_scheme", where),
+        _block_size(block.get("weight_block_size"), where),
+        _names(block.get("ignored_layers"), "ignored_layers", where),
+        smooth,
+    )
+
+
+def _check_keys(method: str, spelling: _Spelling, block: Mapping[str, Any], where: str) -> None:
+    known = {"quant_method", "method", spelling.flag, *spelling.keys, *spelling.idle}
+    for key in block:
+        if key not in known:
+            near = difflib.get_close_matches(str(key)[:64], [spelling.flag, *spelling.keys], n=1)
+            hint = f"; did you mean '{near[0]}'?" if near else ""
+            raise CheckpointError(
+                f"{where}: found unknown key {_shown(key)} for {method}, expected only "
+                f"{', '.join((spelling.flag, *spelling.keys))}: the runtime refuses any other{hint}"
+            )
+    for key, is_idle in spelling.idle.items():
+        if key in block and not is_idle(block[key]):
+            raise CheckpointError(
+                f"{where}: found {key} {_shown(block[key])}, a policy of the runtime that cannot be honoured here; "
+                f"remove it from the checkpoint"
+            )
+
+
+def _text(value: Any, key: str, where: str) -> str:
+    if not isinstance(value, str):
+        raise CheckpointError(f"{where}: found {key} {_shown(value)}, expected a string")
+    return value[:64]
+
+
+def _block_size(value: Any, where: str) -> tuple[int, int] | None:
+    if value is None:
+        return None
+    if isinstance(value, list) and len(value) == 2 and all(type(size) is int for size in value):
+        return (value[0], value[1])
+    raise CheckpointError(f"{where}: found weight_block_size {_shown(value)}, expected two sizes as [128, 128]")
+
+
+def _names(value: Any, key: str, where: str) -> tuple[str, ...]:
+    if value is None:
+        return ()
+    if not isinstance(value, list):
+        raise CheckpointError(f"{where}: found {key} {_shown(value)}, expected a list of layer names")
+    for name in value:
+        if not isinstance(name, str) or not name:
+            raise CheckpointError(f"{where}: found {_shown(name)} in {key}, expected layer names")
+    return tuple(value)
+
+
+def _to_modelopt(config: QuantizationConfig) -> dict[str, Any]:
+    encoding = {"dynamic": False, "num_bits": 4, "type": "float", "group_size": NVFP4_GROUP_SIZE}
+    group = {
+        "input_activations": dict(encoding) if config.is_static else None,
+        "weights": encoding,
+        "targets": ["Linear"],
+    }
+    return {
+        "quant_method": MODELOPT,
+        "quant_algo": "NVFP4",
+        "config_groups": {"group_0": group},
+        "ignore": [_as_whole_name(name) for name in sorted(set(config.ignored_layers))],
+        "producer": {"name": "omni-convert"},
+    }
+
+
+def _as_whole_name(name: str) -> str:
+    """A pattern that means this name alone; a name that is a pattern already stays one.
+
+    ModelOpt's reader takes a plain entry for a part of a name as well, so that `transformer_blocks.1.attn.to_q` would
+    also exclude `single_transformer_blocks.1.attn.to_qkv_mlp_proj`. A pattern is matched as a whole.
+    """
+    return name if any(character in name for character in "*?[") else f"{name[:-1]}[{name[-1]}]"
+
+
+def _as_plain_name(pattern: str) -> str:
+    """The inverse of `_as_whole_name`; other patterns stay as they are."""
+    plain = pattern[:-3] + pattern[-2:-1]
+    return plain if plain and _as_whole_name(plain) == pattern else pattern
+
+
+def _from_modelopt(block: Mapping[str, Any], where: str) -> QuantizationConfig:
+    """FP8 and NVFP4. ModelOpt's reader is tolerant: keys that it does not know are nobody's harm."""
+    ignored = tuple(_as_plain_name(name) for name in _names(block.get("ignore"), "ignore", where))
+    algorithm = block.get("quant_algo")
+    if algorithm == "FP8":
+        return QuantizationConfig("fp8", "static", ignored_layers=ignored)
+    if algorithm != "NVFP4":
+        raise CheckpointError(f"{where}: found quant_algo {_shown(algorithm)}, expected 'FP8' or 'NVFP4'")
+    groups = block.get("config_groups")
+    if not isinstance(groups, Mapping) or not groups or not all(isinstance(each, Mapping) for each in groups.values()):
+        raise CheckpointError(f"{where}: found config_groups {_shown(groups)}, expected an object of objects")
+    for group in groups.values():
+        _check_nvfp4_weights(group.get("weights"), where)
+    # The runtime runs weight-only GEMMs if no group has input activations.
+    is_weight_only = all(group.get("input_activations") is None for group in groups.values())
+    return QuantizationConfig("nvfp4", "none" if is_weight_only else "static", ignored_layers=ignored)
+
+
+def _check_nvfp4_weights(weights: Any, where: str) -> None:
+    expected = {"num_bits": 4, "type": "float", "group_size": NVFP4_GROUP_SIZE}
+    if not isinstance(weights, Mapping):
+        raise CheckpointError(f"{where}: found weights {_shown(weights)} in config_groups, expected an object")
+    for key, value in expected.items():
+        if weights.get(key, value) != value:
+            raise CheckpointError(
+                f"{where}: found {key} {_shown(weights[key])} in config_groups, expected {value!r} for NVFP4"
+            )

@@ -1,0 +1,69 @@
+"""What a checkpoint's config block says, free of any dialect's spelling."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from omni_convert.formats.errors import RecipeError
+
+__all__ = ["ACTIVATION_SCHEMES", "QuantizationConfig"]
+
+#: Method to the ways in which its activations may be quantized, the default first. `static` means that each layer
+#: stores an `input_scale`; `none`, that activations stay as they are.
+ACTIVATION_SCHEMES: dict[str, tuple[str, ...]] = {
+    "fp8": ("dynamic", "static"),
+    "int8": ("dynamic",),
+    "mxfp8": ("dynamic",),
+    "mxfp4": ("dynamic",),
+    "mxfp4_dualscale": ("dynamic",),
+    "nvfp4": ("static", "none"),
+}
+
+
+@dataclass(frozen=True)
+class QuantizationConfig:
+    """How the quantized layers of a component are stored, and which ones are not.
+
+    Attributes:
+        method: one of `ACTIVATION_SCHEMES`
+        activation_scheme: one of the method's
+        weight_block_size: rows and columns that share a scale (fp8 only, activations dynamic)
+        ignored_layers: names of layers that stay as they are, as the runtime and as the checkpoint call them
+        require_smooth_scale: every layer stores a `mul_scale` (mxfp4 only)
+
+    Raises:
+        RecipeError: the fields contradict each other.
+    """
+
+    method: str
+    activation_scheme: str = "dynamic"
+    weight_block_size: tuple[int, int] | None = None
+    ignored_layers: tuple[str, ...] = ()
+    require_smooth_scale: bool = False
+
+    def __post_init__(self) -> None:
+        schemes = ACTIVATION_SCHEMES.get(self.method)
+        if schemes is None:
+            raise RecipeError(f"method: found {self.method!r}, expected one of {', '.join(ACTIVATION_SCHEMES)}")
+        if self.activation_scheme not in schemes:
+            raise RecipeError(
+                f"activation_scheme: found {self.activation_scheme!r} with {self.method}, expected {' or '.join(schemes)}"
+            )
+        if self.require_smooth_scale and self.method != "mxfp4":
+            raise RecipeError(f"require_smooth_scale: found with {self.method}, expected mxfp4")
+        if self.weight_block_size is not None:
+            self._check_blocks(self.weight_block_size)
+
+    def _check_blocks(self, block_size: tuple[int, int]) -> None:
+        if self.method != "fp8" or self.activation_scheme != "dynamic":
+            raise RecipeError(
+                f"weight_block_size: found with {self.method} and {self.activation_scheme} activations, expected fp8 "
+                f"and dynamic ones"
+            )
+        if len(block_size) != 2 or min(block_size) < 1:
+            raise RecipeError(f"weight_block_size: found {list(block_size)!r:.40}, expected two positive sizes")
+
+    @property
+    def is_static(self) -> bool:
+        """Whether each layer stores an `input_scale`."""
+        return self.activation_scheme == "static"
