@@ -1,7 +1,7 @@
 """The contract of a format: how one weight matrix is represented, and how to get there in bounded memory.
 
-A format works on the rows of a weight, so that a matrix of any size passes through a tile of fixed size, and on a *group*
-of weights, because a runtime that fuses linears (`to_q, to_k, to_v`) merges their scales:
+A format works on the rows of a weight, so that a matrix of any size passes through a tile of fixed size, and on a
+*group* of weights, because a runtime that fuses linears (`to_q, to_k, to_v`) merges their scales:
 
     fitted = fmt.fit([rows_of_q, rows_of_k, rows_of_v], inputs)   # what the group shares; may scan the rows
     fmt.constants(fitted)                                           # tensors that do not depend on rows
@@ -18,17 +18,27 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-__all__ = ["Format", "InputStatistics", "TensorLayout", "TensorRows", "WeightRows", "iterate_rows", "weight_amax"]
+__all__ = [
+    "Format",
+    "InputStatistics",
+    "TensorLayout",
+    "TensorRows",
+    "WeightRows",
+    "iterate_rows",
+    "sample_rows",
+    "weight_amax",
+]
 
 TILE_ELEMENTS = 1 << 20
+SAMPLE_RUN = 8
 
 
 @dataclass(frozen=True)
 class TensorLayout:
     """One tensor of a quantized weight.
 
-    `rows_per_entry` is how many rows of the weight one row of this tensor stands for; 0 for a tensor that belongs to the
-    whole weight and comes from `Format.constants`.
+    `rows_per_entry` is how many rows of the weight one row of this tensor stands for; 0 for a tensor that belongs to
+    the whole weight and comes from `Format.constants`.
     """
 
     dtype: torch.dtype
@@ -90,6 +100,23 @@ def iterate_rows(weight: WeightRows, multiple: int = 1) -> Iterator[tuple[int, T
     step = max(1, TILE_ELEMENTS // max(1, columns) // multiple) * multiple
     for start in range(0, rows, step):
         yield start, weight.read(start, min(start + step, rows))
+
+
+def sample_rows(weights: Sequence[WeightRows], count: int) -> Tensor:
+    """About `count` rows of a group, in short runs spread evenly over its members, or all if there are no more.
+
+    Returns:
+        [rows, in], in the dtype in which they are stored
+    """
+    total = sum(weight.shape[0] for weight in weights)
+    run, stride = (SAMPLE_RUN, -(-total // count) * SAMPLE_RUN) if total > count else (total, total)
+    return torch.cat(
+        [
+            weight.read(start, min(start + run, weight.shape[0]))
+            for weight in weights
+            for start in range(0, weight.shape[0], stride)
+        ]
+    )
 
 
 def weight_amax(weights: Sequence[WeightRows]) -> float:

@@ -19,16 +19,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from omni_convert.formats.float8 import E4M3_MAX, round_to_e4m3
 from omni_convert.formats.format import Format, InputStatistics, TensorLayout, WeightRows, weight_amax
 
 __all__ = ["E4M3_MAX", "Fp8", "Fp8Block", "round_to_e4m3"]
-
-E4M3_MAX = 448.0
-
-
-def round_to_e4m3(values: Tensor) -> Tensor:
-    """float32 to E4M3, half to even, saturating. The clamp is explicit: not every torch release saturates in the cast."""
-    return values.clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
 
 
 @dataclass(frozen=True)
@@ -125,7 +119,7 @@ class Fp8Block(Format):
         height, width = self.block_size
         rows, columns = values.shape
         padded = torch.nn.functional.pad(values, (0, -columns % width, 0, -rows % height))
-        return padded.unflatten(1, (-1, width)).unflatten(0, (-1, height))
+        return padded.view(-1, height, padded.shape[1] // width, width)
 
     @staticmethod
     def _unblock(blocks: Tensor, shape: torch.Size) -> Tensor:

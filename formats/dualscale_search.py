@@ -1,0 +1,56 @@
+"""Choice of the coarse scale of dual-scale MXFP4, jointly with the fine exponents below it.
+
+The fine scales are powers of two, so only the position of the coarse scale inside an octave matters: a scan of the
+octave finds the basin, and least squares for the rounded values moves to its bottom, between the points of the scan.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from omni_convert.formats.e2m1 import E2M1
+from omni_convert.formats.e8m0 import power_of_two, shared_exponent
+from omni_convert.formats.mx import MX_BLOCK, block_amax, block_error, search_exponent
+
+__all__ = ["search_coarse_scale"]
+
+SCAN_STEPS = 16
+REFINEMENTS = 2
+
+
+def search_coarse_scale(groups: Tensor) -> Tensor:
+    """Factor by which to multiply the coarse scale of each group.
+
+    Args:
+        groups: float32 [rows, groups, 512], divided by the coarse scale (amax 6, so that no square over- or underflows)
+
+    Returns:
+        float32 [rows, groups], in about 0.5 to 1
+    """
+    blocks = groups.view(*groups.shape[:-1], -1, MX_BLOCK)  # [rows, groups, 16, 32]
+    amax = block_amax(blocks)
+    scratch = (torch.empty_like(blocks), torch.empty_like(blocks))
+    best_error = torch.full(groups.shape[:-1], torch.inf, device=groups.device)
+    best_factor = torch.ones_like(best_error)
+    for step in range(SCAN_STEPS):
+        factor = 2.0 ** (-step / SCAN_STEPS)
+        scale = factor * power_of_two(shared_exponent(amax / factor, "uos", E2M1))
+        error = (block_error(blocks, scale, E2M1, scratch) * scale.square()).sum(dim=-1)
+        is_better = error < best_error
+        best_error = torch.where(is_better, error, best_error)
+        best_factor = torch.where(is_better, factor, best_factor)
+    for _ in range(REFINEMENTS):
+        best_factor = _least_squares(blocks, best_factor)
+    return best_factor
+
+
+def _least_squares(blocks: Tensor, factor: Tensor) -> Tensor:
+    """The factor that is best for the values to which blocks round at `factor`; their error cannot grow."""
+    scaled = blocks / factor[..., None, None]
+    exponent = search_exponent(scaled, E2M1)
+    scale = power_of_two(exponent)[..., None]
+    rounded = E2M1.round_(scaled.div_(scale)).mul_(scale)
+    numerator = (rounded * blocks).sum(dim=(-2, -1))
+    denominator = rounded.square_().sum(dim=(-2, -1))
+    return torch.where(denominator > 0, numerator / denominator, factor)

@@ -1,0 +1,88 @@
+"""E2M1, the 4-bit float: 2 exponent bits with bias 1, 1 mantissa bit, magnitudes 0, 0.5, 1, 1.5, 2, 3, 4, 6.
+
+A code is `sign << 3 | index of the magnitude`; code 8 is -0. On disk either two codes share a byte, in one of two
+nibble orders, or each *value* (not code) lies in an E4M3 container, which holds every E2M1 value exactly.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from omni_convert.formats.element import ElementType
+
+__all__ = [
+    "E2M1",
+    "E2M1_VALUES",
+    "NibbleOrder",
+    "decode_e2m1",
+    "encode_e2m1",
+    "is_e2m1",
+    "pack_nibbles",
+    "round_to_e2m1",
+    "unpack_nibbles",
+]
+
+E2M1 = ElementType("E2M1", 6.0, max_exponent=2, min_exponent=0, mantissa_bits=1)
+#: Value of each code 0..15.
+E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
+
+#: Which nibble of a byte holds the even element: `low` for ModelOpt, msModelSlim and AutoRound, `high` for ComfyUI.
+NibbleOrder = Literal["low", "high"]
+
+
+def round_to_e2m1(values: Tensor, half_away: bool = False) -> Tensor:
+    """float32 to the nearest E2M1 value, kept in float32; saturates at ±6, NaN stays NaN.
+
+    Args:
+        values: float32, any shape
+        half_away: ties away from zero, as msModelSlim rounds, instead of to even as hardware does
+    """
+    if half_away:
+        return E2M1.round_half_away_(values.clone())
+    rounded = E2M1.round_(values.clone())
+    return torch.copysign(rounded, values, out=rounded)
+
+
+def encode_e2m1(values: Tensor) -> Tensor:
+    """Codes 0..15 of float32 numbers that are E2M1 values; uint8, same shape."""
+    bits = values.view(torch.int32)
+    # Sign, exponent and first mantissa bit of a float32 hold all of E2M1: without the sign 1.0 gives 254, hence code 2.
+    # Only 0.5 (252) and 0 (0) are out of line, being subnormal in E2M1.
+    index = ((bits >> 22) & 0x1FF).sub_(252).clamp_(min=-1)
+    index = index + (index <= 0).to(torch.int32)
+    return (index | ((bits >> 28) & 8)).to(torch.uint8)
+
+
+def decode_e2m1(codes: Tensor) -> Tensor:
+    """Values of codes 0..15, float32, same shape."""
+    return torch.tensor(E2M1_VALUES, dtype=torch.float32, device=codes.device)[codes.to(torch.int32)]
+
+
+def is_e2m1(values: Tensor) -> Tensor:
+    """Which elements of any float tensor are E2M1 values; bool, same shape. NaN is not."""
+    numbers = values.float()
+    return round_to_e2m1(numbers) == numbers
+
+
+def pack_nibbles(codes: Tensor, even: NibbleOrder = "low") -> Tensor:
+    """Two codes a byte.
+
+    Args:
+        codes: uint8 0..15 [..., K], K even
+        even: the nibble that holds the elements with even index
+
+    Returns:
+        uint8 [..., K / 2]
+    """
+    pairs = codes.reshape(*codes.shape[:-1], -1, 2)
+    first, second = pairs[..., 0], pairs[..., 1]
+    return first | (second << 4) if even == "low" else (first << 4) | second
+
+
+def unpack_nibbles(packed: Tensor, even: NibbleOrder = "low") -> Tensor:
+    """Inverse of `pack_nibbles`: uint8 [..., K / 2] to uint8 codes [..., K]."""
+    low, high = packed & 0xF, packed >> 4
+    return torch.stack((low, high) if even == "low" else (high, low), dim=-1).flatten(-2)

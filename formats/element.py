@@ -1,0 +1,59 @@
+"""A small float type, and rounding float32 numbers to it without leaving float32."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+__all__ = ["ElementType"]
+
+EXPONENT_MASK = 0x7F800000
+
+
+@dataclass(frozen=True)
+class ElementType:
+    """A float of at most 8 bits.
+
+    Attributes:
+        name: as in OCP's specifications
+        largest: largest finite magnitude; rounding saturates there
+        max_exponent: of the binade in which `largest` lies
+        min_exponent: of the smallest normal number
+        mantissa_bits: not counting the hidden one
+    """
+
+    name: str
+    largest: float
+    max_exponent: int
+    min_exponent: int
+    mantissa_bits: int
+
+    def round_(self, values: Tensor, scratch: Tensor | None = None) -> Tensor:
+        """Rounds in place, half to even; what becomes zero loses its sign, NaN stays NaN.
+
+        Six passes over the data and no table: adding and subtracting 1.5 * 2^(23 - mantissa_bits) times the power of
+        two below a number makes the adder itself round to the step of that binade.
+
+        Args:
+            values: float32, contiguous
+            scratch: float32 of the same shape, overwritten; saves an allocation
+        """
+        values.clamp_(-self.largest, self.largest)
+        if scratch is None:
+            scratch = torch.empty_like(values)
+        torch.bitwise_and(values.view(torch.int32), EXPONENT_MASK, out=scratch.view(torch.int32))
+        scratch.clamp_(min=2.0**self.min_exponent).mul_(1.5 * 2.0 ** (23 - self.mantissa_bits))
+        return values.add_(scratch).sub_(scratch)
+
+    def round_half_away_(self, values: Tensor) -> Tensor:
+        """Rounds in place, half away from zero as msModelSlim does; zeros keep their sign, NaN stays NaN.
+
+        The `+ 0.5` is rounded in float32 as it is there.
+        """
+        magnitude = values.abs()
+        binade = (magnitude.view(torch.int32) & EXPONENT_MASK).view(torch.float32)
+        step = binade.clamp_(2.0**self.min_exponent, 2.0**self.max_exponent).mul_(2.0**-self.mantissa_bits)
+        magnitude.div_(step).add_(0.5).floor_().mul_(step).clamp_(max=self.largest)
+        return torch.copysign(magnitude, values, out=values)

@@ -1,0 +1,128 @@
+"""What the MX formats share: blocks along K with a power-of-two scale each, quantized in tiles that stay in cache."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from omni_convert.formats.e8m0 import is_msmodelslim, power_of_two, shared_exponent
+from omni_convert.formats.element import ElementType
+
+__all__ = [
+    "COARSE_BLOCK",
+    "MX_BLOCK",
+    "block_amax",
+    "block_error",
+    "join_blocks",
+    "quantize_in_tiles",
+    "scale_blocks_",
+    "search_exponent",
+    "split_blocks",
+]
+
+#: Elements along K that share an E8M0 scale.
+MX_BLOCK = 32
+#: Elements along K that share the coarse scale of dual-scale MXFP4.
+COARSE_BLOCK = 512
+
+# A float32 tile of this size and its scratch fit the second-level cache of one core; on an accelerator a launch costs
+# more than a cache miss.
+CPU_TILE_ELEMENTS = 1 << 16
+ACCELERATOR_TILE_ELEMENTS = 1 << 26
+
+
+def quantize_in_tiles(rows: Tensor, quantize_tile: Callable[[Tensor], dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Applies a function to tiles of whole rows of [rows, in], and joins the tensors that it returns by row."""
+    elements = CPU_TILE_ELEMENTS if rows.device.type == "cpu" else ACCELERATOR_TILE_ELEMENTS
+    step = max(1, elements // max(1, rows.shape[1]))
+    tiles = [quantize_tile(rows[start : start + step]) for start in range(0, max(1, len(rows)), step)]
+    if len(tiles) == 1:
+        return tiles[0]
+    return {suffix: torch.cat([tile[suffix] for tile in tiles]) for suffix in tiles[0]}
+
+
+def split_blocks(values: Tensor, block: int) -> Tensor:
+    """A float32 copy in blocks along the last axis, a short last block filled with zeros.
+
+    Args:
+        values: any float dtype [..., K]
+        block: elements of a block
+
+    Returns:
+        float32 [..., ceil(K / block), block]; never a view, so it may be overwritten
+    """
+    copy = values.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+    missing = -values.shape[-1] % block
+    if missing:
+        copy = torch.nn.functional.pad(copy, (0, missing))
+    return copy.view(*copy.shape[:-1], -1, block)
+
+
+def join_blocks(blocks: Tensor, columns: int) -> Tensor:
+    """Inverse of `split_blocks`: [..., blocks, block] to [..., columns], without the filling."""
+    return blocks.flatten(-2)[..., :columns].contiguous()
+
+
+def block_amax(blocks: Tensor, scratch: Tensor | None = None) -> Tensor:
+    """Largest magnitude of each block, [..., block] to [...]; NaN comes through."""
+    return torch.abs(blocks, out=scratch).amax(dim=-1)
+
+
+def block_error(blocks: Tensor, scale: Tensor, element: ElementType, scratch: tuple[Tensor, Tensor]) -> Tensor:
+    """Squared rounding error of each block, in units of its squared scale.
+
+    Args:
+        blocks: float32 [..., block]
+        scale: float32 [...], what elements are multiplied with
+        element: type of the elements
+        scratch: two float32 tensors of the shape of `blocks`, overwritten
+    """
+    rounded, work = scratch
+    reciprocal = scale.reciprocal()[..., None]
+    element.round_(torch.mul(blocks, reciprocal, out=rounded), work)
+    torch.mul(blocks, reciprocal, out=work).sub_(rounded)
+    return work.mul_(work).sum(dim=-1)
+
+
+def search_exponent(blocks: Tensor, element: ElementType) -> Tensor:
+    """Exponent of each block with the smallest squared error.
+
+    The floor rule may clip the largest element, one up never clips: these two are compared.
+
+    Args:
+        blocks: float32 [..., block]
+        element: type of the elements
+
+    Returns:
+        int32 [...]
+    """
+    scratch = (torch.empty_like(blocks), torch.empty_like(blocks))
+    floor = shared_exponent(block_amax(blocks, scratch[0]), "floor", element)
+    up = (floor + 1).clamp_(max=127).maximum(floor)
+    error_floor = block_error(blocks, power_of_two(floor), element, scratch)
+    error_up = block_error(blocks, power_of_two(up), element, scratch)
+    return torch.where(error_up * 4 < error_floor, up, floor)
+
+
+def scale_blocks_(blocks: Tensor, element: ElementType, rule: str, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Divides blocks by their scales, in place; the caller rounds them.
+
+    Args:
+        blocks: float32 [..., block]
+        element: type of the elements
+        rule: one of `e8m0.exponent_rules(element)`, or `mse`
+        dtype: in which the numbers were stored; the msModelSlim rules find exponents in that precision, as that tool
+            does
+
+    Returns:
+        exponents, int32 [...]
+    """
+    if rule == "mse":
+        exponent = search_exponent(blocks, element)
+    else:
+        amax = block_amax(blocks)
+        exponent = shared_exponent(amax.to(dtype) if is_msmodelslim(rule) else amax, rule, element)
+    blocks.mul_(power_of_two(-exponent)[..., None])
+    return exponent

@@ -1,0 +1,88 @@
+"""MXFP4: E2M1 in blocks of 32 along K with a power-of-two scale each; activations are quantized alike at run time.
+
+Tensors:    NAME.weight        F8_E4M3 [out, in]            the *values* 0, ±0.5 ... ±6, unpacked, no scale applied
+            NAME.weight_scale  U8 [out, ceil(in / 32)]      E8M0 byte
+            NAME.mul_scale     F32 [in]                     optional; multiplies the activation, exact in bfloat16
+Arithmetic: W ≈ E2M1 * 2^(byte - 127) * mul_scale[k]: the columns were divided by mul_scale before.
+Consumers:  vLLM-Omni `mxfp4` on Ascend 950, which copies the values into a bfloat16 parameter and packs them itself:
+            packed codes do not fit. `require_smooth_scale` demands mul_scale of every layer; a fused group shares one.
+Limits:     none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from omni_convert.formats.activation import quantize_mxfp4_input
+from omni_convert.formats.e2m1 import E2M1, round_to_e2m1
+from omni_convert.formats.e8m0 import decode_e8m0, encode_e8m0, is_msmodelslim
+from omni_convert.formats.format import Format, InputStatistics, TensorLayout, WeightRows
+from omni_convert.formats.mx import MX_BLOCK, join_blocks, quantize_in_tiles, scale_blocks_, split_blocks
+from omni_convert.formats.smoothing import Quantizers, search_mul_scale
+
+__all__ = ["Mxfp4"]
+
+
+@dataclass(frozen=True)
+class Mxfp4(Format):
+    """MXFP4 with a single level of scales.
+
+    Attributes:
+        scale_rule: exponent rule of `formats/e8m0.py`; None: the best one, by data if `search`, else `uos`.
+            `msmodelslim` and `msmodelslim_ceil_x` also round ties away from zero, as that tool does
+        search: choose each exponent by the block's squared error
+        smooth: store mul_scale, searched with the statistics of the inputs; ones without statistics
+    """
+
+    scale_rule: str | None = None
+    search: bool = True
+    smooth: bool = False
+
+    method = "mxfp4"
+
+    def unsupported(self, out_features: int, in_features: int) -> str | None:
+        return None
+
+    def layout(self, out_features: int, in_features: int) -> dict[str, TensorLayout]:
+        layout = {
+            "weight": TensorLayout(torch.float8_e4m3fn, (out_features, in_features)),
+            "weight_scale": TensorLayout(torch.uint8, (out_features, -(-in_features // MX_BLOCK))),
+        }
+        if self.smooth:
+            layout["mul_scale"] = TensorLayout(torch.float32, (in_features,), rows_per_entry=0)
+        return layout
+
+    def fit(self, weights: Sequence[WeightRows], inputs: InputStatistics | None) -> Tensor | None:
+        """The group's mul_scale, float32 [in], or None if the layout has none."""
+        if not self.smooth:
+            return None
+        if inputs is None:
+            return torch.ones(weights[0].shape[1])
+        return search_mul_scale(weights, inputs, Quantizers(self._round_trip, quantize_mxfp4_input))
+
+    def constants(self, fitted: Tensor | None) -> dict[str, Tensor]:
+        return {} if fitted is None else {"mul_scale": fitted}
+
+    def quantize_rows(self, rows: Tensor, fitted: Tensor | None) -> dict[str, Tensor]:
+        mul_scale = None if fitted is None else fitted.to(rows.device)
+        return quantize_in_tiles(rows, lambda tile: self._quantize_tile(tile, mul_scale))
+
+    def dequantize(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        weight = tensors["weight"]
+        scale = decode_e8m0(tensors["weight_scale"])
+        values = join_blocks(split_blocks(weight, MX_BLOCK).mul_(scale[..., None]), weight.shape[1])
+        return values * tensors["mul_scale"].float() if "mul_scale" in tensors else values
+
+    def _quantize_tile(self, tile: Tensor, mul_scale: Tensor | None) -> dict[str, Tensor]:
+        blocks = split_blocks(tile if mul_scale is None else tile.float() / mul_scale, MX_BLOCK)
+        rule = self.scale_rule or ("mse" if self.search else "uos")
+        exponent = scale_blocks_(blocks, E2M1, rule, tile.dtype)
+        weight = join_blocks(round_to_e2m1(blocks, is_msmodelslim(rule)), tile.shape[1]).to(torch.float8_e4m3fn)
+        return {"weight": weight, "weight_scale": encode_e8m0(exponent)}
+
+    def _round_trip(self, rows: Tensor) -> Tensor:
+        return self.dequantize(quantize_in_tiles(rows, lambda tile: self._quantize_tile(tile, None)))

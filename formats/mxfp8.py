@@ -1,0 +1,69 @@
+"""MXFP8: E4M3 in blocks of 32 along K with a power-of-two scale each; activations are quantized alike at run time.
+
+Tensors:    NAME.weight        F8_E4M3 [out, in]
+            NAME.weight_scale  U8 [out, ceil(in / 32)]     E8M0 byte
+Arithmetic: W ≈ E4M3(code) * 2^(byte - 127); a short last block is a block.
+Consumers:  vLLM-Omni `mxfp8` on Ascend 950. AutoRound's MXFP8 has the same two tensors (in % 32 == 0 there).
+Limits:     none; the runtime cannot shard row-parallel layers of this format over several devices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from omni_convert.formats.e8m0 import decode_e8m0, encode_e8m0, is_msmodelslim
+from omni_convert.formats.float8 import E4M3, round_to_e4m3
+from omni_convert.formats.format import Format, InputStatistics, TensorLayout, WeightRows
+from omni_convert.formats.mx import MX_BLOCK, join_blocks, quantize_in_tiles, scale_blocks_, split_blocks
+
+__all__ = ["Mxfp8"]
+
+
+@dataclass(frozen=True)
+class Mxfp8(Format):
+    """MXFP8.
+
+    Attributes:
+        scale_rule: exponent rule of `formats/e8m0.py`; None: the best one, by data if `search`, else `rceil`.
+            `msmodelslim` also rounds ties away from zero, as that tool does
+        search: choose each exponent by the block's squared error
+    """
+
+    scale_rule: str | None = None
+    search: bool = True
+
+    method = "mxfp8"
+
+    def unsupported(self, out_features: int, in_features: int) -> str | None:
+        return None
+
+    def layout(self, out_features: int, in_features: int) -> dict[str, TensorLayout]:
+        return {
+            "weight": TensorLayout(torch.float8_e4m3fn, (out_features, in_features)),
+            "weight_scale": TensorLayout(torch.uint8, (out_features, -(-in_features // MX_BLOCK))),
+        }
+
+    def fit(self, weights: Sequence[WeightRows], inputs: InputStatistics | None) -> None:
+        return None
+
+    def constants(self, fitted: None) -> dict[str, Tensor]:
+        return {}
+
+    def quantize_rows(self, rows: Tensor, fitted: None) -> dict[str, Tensor]:
+        return quantize_in_tiles(rows, self._quantize_tile)
+
+    def dequantize(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        weight = tensors["weight"]
+        scale = decode_e8m0(tensors["weight_scale"])
+        return join_blocks(split_blocks(weight, MX_BLOCK).mul_(scale[..., None]), weight.shape[1])
+
+    def _quantize_tile(self, tile: Tensor) -> dict[str, Tensor]:
+        blocks = split_blocks(tile, MX_BLOCK)
+        rule = self.scale_rule or ("mse" if self.search else "rceil")
+        exponent = scale_blocks_(blocks, E4M3, rule, tile.dtype)
+        weight = join_blocks(round_to_e4m3(blocks, is_msmodelslim(rule)), tile.shape[1])
+        return {"weight": weight, "weight_scale": encode_e8m0(exponent)}

@@ -1,0 +1,160 @@
+"""NVFP4: E2M1 in blocks of 16 along K with an E4M3 scale each and one float32 scale above, as ModelOpt stores it.
+
+Tensors:    NAME.weight          U8 [out, in / 2]          two codes a byte, even k in the low nibble
+            NAME.weight_scale    F8_E4M3 [out, in / 16]    linear (not swizzled)
+            NAME.weight_scale_2  F32 []                    amax / (448 * 6), or larger
+            NAME.input_scale     F32 []                    clip of the inputs / (448 * 6); only with static activations
+Arithmetic: W ≈ E2M1 * weight_scale * weight_scale_2
+Consumers:  vLLM-Omni and vLLM `modelopt`. Fused linears take the largest weight_scale_2 and input_scale of their members
+            without requantizing, hence one of each for the group. Without input_scale the config must say
+            `input_activations: null` (weight-only), else the runtime quantizes with an unset scale.
+Limits:     in % 16 == 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from omni_convert.formats.e2m1 import E2M1, decode_e2m1, encode_e2m1, pack_nibbles, round_to_e2m1, unpack_nibbles
+from omni_convert.formats.float8 import E4M3_MAX, round_to_e4m3
+from omni_convert.formats.format import (
+    Format,
+    InputStatistics,
+    TensorLayout,
+    WeightRows,
+    sample_rows,
+    weight_amax,
+)
+from omni_convert.formats.mx import block_amax, block_error, join_blocks, quantize_in_tiles, split_blocks
+
+__all__ = ["NVFP4_BLOCK", "NVFP4_LARGEST", "Nvfp4", "nvfp4_block_scale"]
+
+#: Elements along K that share an E4M3 scale.
+NVFP4_BLOCK = 16
+#: Largest magnitude in units of the global scale.
+NVFP4_LARGEST = E4M3_MAX * E2M1.largest
+SMALLEST_SCALE = 2.0**-9
+
+# Codes relative to that of amax / 6: from one step of clipping to amax at 4 (a scale 1.5 times as large, 4 to 5 codes
+# up), where the coarse top step 4 to 6 of E2M1 stays unused.
+CODE_OFFSETS = range(-1, 6)
+# Above amax / 2688 the largest block, too, may take a larger scale, and all scales move within E4M3's binades.
+GLOBAL_FACTORS = (1.0, 1.125, 1.25, 1.375, 1.5, 1.625, 1.75, 1.875)
+SEARCH_ROWS = 128
+
+
+def nvfp4_block_scale(amax: Tensor, global_scale: Tensor) -> Tensor:
+    """E4M3 scale of each block, kept in float32, as ModelOpt chooses it: amax / (6 * global scale), 1 for zeros."""
+    scale = amax / (E2M1.largest * global_scale)
+    scale = torch.where(scale == 0, 1.0, scale).clamp(SMALLEST_SCALE, E4M3_MAX)
+    return round_to_e4m3(scale).float()
+
+
+@dataclass(frozen=True)
+class _Fitted:
+    weight_scale_2: float
+    input_scale: float | None
+
+
+@dataclass(frozen=True)
+class Nvfp4(Format):
+    """NVFP4 in ModelOpt's layout.
+
+    Attributes:
+        static: store input_scale (static activations); needs statistics of the inputs
+        input_scale_rule: how input_scale is chosen, see `InputStatistics.clip`
+        search: choose block scales and the global scale by the squared error
+    """
+
+    static: bool = False
+    input_scale_rule: str = "max"
+    search: bool = True
+
+    method = "nvfp4"
+
+    def unsupported(self, out_features: int, in_features: int) -> str | None:
+        if in_features % NVFP4_BLOCK:
+            return f"nvfp4 needs in_features % {NVFP4_BLOCK} == 0, found {in_features}"
+        return None
+
+    def layout(self, out_features: int, in_features: int) -> dict[str, TensorLayout]:
+        layout = {
+            "weight": TensorLayout(torch.uint8, (out_features, in_features // 2)),
+            "weight_scale": TensorLayout(torch.float8_e4m3fn, (out_features, in_features // NVFP4_BLOCK)),
+            "weight_scale_2": TensorLayout(torch.float32, (), rows_per_entry=0),
+        }
+        if self.static:
+            layout["input_scale"] = TensorLayout(torch.float32, (), rows_per_entry=0)
+        return layout
+
+    def fit(self, weights: Sequence[WeightRows], inputs: InputStatistics | None) -> _Fitted:
+        input_scale = None
+        if self.static:
+            assert inputs is not None, "planning demands statistics for static activations"
+            input_scale = inputs.clip(self.input_scale_rule, NVFP4_LARGEST) / NVFP4_LARGEST or 1.0
+        global_scale = weight_amax(weights) / NVFP4_LARGEST or 1.0
+        if self.search:
+            global_scale *= _search_global_factor(sample_rows(weights, SEARCH_ROWS), global_scale)
+        return _Fitted(global_scale, input_scale)
+
+    def constants(self, fitted: _Fitted) -> dict[str, Tensor]:
+        constants = {"weight_scale_2": torch.tensor(fitted.weight_scale_2, dtype=torch.float32)}
+        if fitted.input_scale is not None:
+            constants["input_scale"] = torch.tensor(fitted.input_scale, dtype=torch.float32)
+        return constants
+
+    def quantize_rows(self, rows: Tensor, fitted: _Fitted) -> dict[str, Tensor]:
+        global_scale = torch.tensor(fitted.weight_scale_2, dtype=torch.float32, device=rows.device)
+        return quantize_in_tiles(rows, lambda tile: self._quantize_tile(tile, global_scale))
+
+    def dequantize(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        values = decode_e2m1(unpack_nibbles(tensors["weight"]))
+        scale = tensors["weight_scale"].float() * tensors["weight_scale_2"].float()
+        return join_blocks(split_blocks(values, NVFP4_BLOCK).mul_(scale[..., None]), values.shape[1])
+
+    def _quantize_tile(self, tile: Tensor, global_scale: Tensor) -> dict[str, Tensor]:
+        blocks = split_blocks(tile, NVFP4_BLOCK)
+        scale = nvfp4_block_scale(block_amax(blocks), global_scale)
+        if self.search:
+            scale, _ = _search_block_scale(blocks, scale, global_scale)
+        elements = round_to_e2m1(blocks.div_((scale * global_scale)[..., None]))
+        codes = encode_e2m1(join_blocks(elements, tile.shape[1]))
+        return {"weight": pack_nibbles(codes), "weight_scale": scale.to(torch.float8_e4m3fn)}
+
+
+def _search_block_scale(blocks: Tensor, scale: Tensor, global_scale: Tensor) -> tuple[Tensor, Tensor]:
+    """The E4M3 scale of each block with the smallest squared error, and that error.
+
+    Args:
+        blocks: float32 [rows, blocks, 16]
+        scale: where to start: E4M3 values as float32 [rows, blocks]
+        global_scale: float32 []
+    """
+    scratch = (torch.empty_like(blocks), torch.empty_like(blocks))
+    start = scale.to(torch.float8_e4m3fn).view(torch.uint8).to(torch.int16)
+    best_scale, best_error = scale, torch.full_like(scale, torch.inf)
+    for offset in CODE_OFFSETS:
+        codes = (start + offset).clamp(1, 0x7E).to(torch.uint8)  # positive E4M3 codes are ordered; 0x7E is 448
+        candidate = codes.view(torch.float8_e4m3fn).float()
+        total = candidate * global_scale
+        error = block_error(blocks, total, E2M1, scratch) * candidate.square()
+        is_better = error < best_error
+        best_error = torch.where(is_better, error, best_error)
+        best_scale = torch.where(is_better, candidate, best_scale)
+    return best_scale, best_error
+
+
+def _search_global_factor(rows: Tensor, smallest: float) -> float:
+    """Factor on the smallest global scale with which a sample of rows has the smallest error."""
+    blocks = split_blocks(rows, NVFP4_BLOCK)
+    amax = block_amax(blocks)
+    errors = {}
+    for factor in GLOBAL_FACTORS:
+        global_scale = torch.tensor(smallest * factor, dtype=torch.float32, device=rows.device)
+        _, error = _search_block_scale(blocks, nvfp4_block_scale(amax, global_scale), global_scale)
+        errors[factor] = float(error.sum(dtype=torch.float64)) * factor**2
+    return min(errors, key=lambda factor: errors[factor])
