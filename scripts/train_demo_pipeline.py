@@ -251,7 +251,7 @@ def train_vae(vae: AutoencoderKL, rng: random.Random, steps: int, batch: int) ->
 
 @torch.no_grad()
 def encode_data_set(vae: AutoencoderKL, rng: random.Random, count: int) -> tuple[list[str], torch.Tensor]:
-    """Captions and unscaled latents [count, 8, 16, 16]; also sets the VAE's shift and scale so that they have unit variance."""
+    """Captions and latents [count, 8, 16, 16] of unit variance, by the shift and scale that this sets in the VAE."""
     captions: list[str] = []
     latents = []
     while len(captions) < count:
@@ -303,9 +303,7 @@ def train_denoiser(
         texts = [
             f"<|im_start|>{'' if rng.random() < EMPTY_CAPTION_RATE else captions[index]}<|im_end|>" for index in chosen
         ]
-        tokens = tokenizer(
-            texts, padding="max_length", max_length=CAPTION_TOKENS, truncation=True, return_tensors="pt"
-        )
+        tokens = tokenizer(texts, padding="max_length", max_length=CAPTION_TOKENS, truncation=True, return_tensors="pt")
         clean = latents[chosen]
         noise = torch.randn_like(clean)
         sigma = torch.sigmoid(torch.randn(batch) * 1.0 + 0.2)

@@ -1,0 +1,121 @@
+"""How far two images are apart: the metrics, and the thresholds that serving engines hold quantized pipelines to.
+
+All metrics are over uint8 RGB in double precision; names, definitions and thresholds are those of vLLM-Omni's
+`compare_diffusion_trajectory_similarity`, so that reports can be read side by side.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from omni_convert.formats.errors import RecipeError
+
+__all__ = ["METRIC_GUIDANCE", "Image", "image_metrics", "rmse", "sequence_metrics"]
+
+#: uint8 [height, width, 3]
+Image = NDArray[np.uint8]
+
+PEAK = 255.0
+
+METRIC_GUIDANCE: dict[str, Any] = {
+    "scope": "final images or frames, uint8 RGB, same prompt, seed and settings through both pipelines",
+    "descriptions": {
+        "psnr_db": "peak signal-to-noise ratio in dB; higher is closer",
+        "mae": "mean absolute difference in grey levels; lower is closer",
+        "cosine_similarity": "cosine of the angle between the two images as vectors; higher is closer",
+        "relative_l2": "norm of the difference over the norm of the reference; lower is closer",
+    },
+    "recommended_thresholds": {
+        "output_images_or_frames_uint8": {
+            "psnr_db": {
+                "recommended_min": 20,
+                "good_min": 25,
+                "strict_min": 30,
+                "note": "below 20 is visibly different",
+            },
+            "mae": {"recommended_max": 12, "good_max": 6, "strict_max": 3, "note": "in grey levels of 255"},
+            "cosine_similarity": {"recommended_min": 0.98, "strict_min": 0.995, "note": "insensitive to brightness"},
+            "relative_l2": {"recommended_max": 0.20, "strict_max": 0.08, "note": "relative to the reference image"},
+        },
+        "performance": {
+            "avg_generation_time_ratio_candidate_over_reference": {
+                "recommended_max": 1.10,
+                "note": "above 1 the candidate is slower",
+            },
+            "max_peak_memory_ratio_candidate_over_reference": {
+                "recommended_max": 1.00,
+                "target_max": 0.95,
+                "note": "above 1 the candidate needs more memory",
+            },
+        },
+    },
+}
+
+
+def image_metrics(reference: Image, candidate: Image) -> dict[str, float]:
+    """All metrics of one image (or of one stack of images) against another of the same shape.
+
+    Raises:
+        RecipeError: the shapes differ.
+    """
+    if reference.shape != candidate.shape:
+        raise RecipeError(
+            f"compare: found images of {candidate.shape} for a reference of {reference.shape}, expected one size"
+        )
+    a, b = reference.astype(np.float64).ravel(), candidate.astype(np.float64).ravel()
+    difference = a - b
+    mse = float(np.mean(difference**2))
+    l2, reference_norm, candidate_norm = (float(np.linalg.norm(vector)) for vector in (difference, a, b))
+    return {
+        "cosine_similarity": _cosine(float(a @ b), reference_norm, candidate_norm),
+        "mae": float(np.mean(np.abs(difference))),
+        "mse": mse,
+        "rmse": math.sqrt(mse),
+        "max_abs": float(np.max(np.abs(difference), initial=0.0)),
+        "l2": l2,
+        "relative_l2": l2 / reference_norm if reference_norm else (math.inf if l2 else 0.0),
+        "psnr_db": 20 * math.log10(PEAK) - 10 * math.log10(mse) if mse else math.inf,
+    }
+
+
+def _cosine(product: float, first_norm: float, second_norm: float) -> float:
+    if first_norm == 0 or second_norm == 0:
+        return 1.0 if first_norm == second_norm else 0.0
+    return max(-1.0, min(1.0, product / (first_norm * second_norm)))
+
+
+def sequence_metrics(reference: Sequence[Image], candidate: Sequence[Image]) -> dict[str, Any]:
+    """Metrics of the first and the middle frame and of all together, under the names for frames and for images.
+
+    Raises:
+        RecipeError: nothing to compare, or differing numbers or sizes of images.
+    """
+    if len(reference) != len(candidate):
+        raise RecipeError(f"compare: found {len(candidate)} images for {len(reference)} of the reference")
+    if not reference:
+        raise RecipeError("compare: found no images to compare")
+    middle = len(reference) // 2
+    first = image_metrics(reference[0], candidate[0])
+    mid = image_metrics(reference[middle], candidate[middle])
+    everything = image_metrics(np.stack(reference), np.stack(candidate))
+    return {
+        f"{key}{plural}{rest}": value
+        for noun in ("frame", "image")
+        for key, plural, rest, value in (
+            ("num_", noun + "s", "", len(reference)),
+            (noun, "0", "_metrics", first),
+            ("mid_", noun, "_index", middle),
+            ("mid_", noun, "_metrics", mid),
+            ("all_", noun + "s", "_metrics", everything),
+        )
+    }
+
+
+def rmse(reference: Sequence[Image], candidate: Sequence[Image]) -> float:
+    """Root mean square difference in grey levels, pooled over all pixels of all images."""
+    return image_metrics(np.stack(reference), np.stack(candidate))["rmse"]

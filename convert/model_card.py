@@ -1,0 +1,92 @@
+"""OUT/README.md: a model card with metadata that the Hub accepts, and what a user needs to know to run the result."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+
+from huggingface_hub import ModelCard, ModelCardData
+
+from omni_convert.convert.execute import LayerResult
+from omni_convert.convert.plan import Plan
+
+__all__ = ["model_card"]
+
+BODY = """
+# {title}
+
+{source}, quantized to **{method}** with [omni-convert](https://pypi.org/project/omni-convert/).
+
+| component | method | activations | layers | kept | size before | size after | median layer error | worst layer error |
+|---|---|---|---|---|---|---|---|---|
+{rows}
+
+A layer's error is the Frobenius norm of the difference between the quantized and the original weight over that of the
+original. Every other tensor and file is the original, byte for byte; `omni_convert.json` lists each layer, and the
+SHA-256 of each file.
+
+## Run it
+
+With vLLM-Omni:
+
+```bash
+vllm serve {title} --omni
+```
+
+With diffusers:
+
+```python
+from omni_convert.loaders import load_pipeline
+
+pipe = load_pipeline("{title}", device="cuda")
+image = pipe("a prompt").images[0]
+```
+"""
+
+
+def model_card(plan: Plan, results: dict[str, Sequence[LayerResult]], title: str) -> str:
+    """The text of README.md.
+
+    Args:
+        plan: what was done
+        results: component name → its quantized layers
+        title: name of the output, as it will be loaded
+    """
+    data = ModelCardData(
+        base_model=plan.source.repo_id,
+        base_model_relation="quantized" if plan.source.repo_id else None,
+        library_name="diffusers",
+        license=_license(plan.source.path),
+        pipeline_tag=None,
+        tags=sorted({"omni-convert", "quantized", *(component.method for component in plan.components)}),
+    )
+    source = (
+        f"[{plan.source.name}](https://huggingface.co/{plan.source.name})" if plan.source.repo_id else plan.source.name
+    )
+    body = BODY.format(title=title, source=source, method=plan.recipe.method, rows="\n".join(_rows(plan, results)))
+    return f"---\n{data.to_yaml()}\n---\n{body}"
+
+
+def _license(folder: Path) -> str | None:
+    """The license that the source's own card declares."""
+    card = folder / "README.md"
+    if not card.is_file():
+        return None
+    declared = ModelCard(card.read_text(encoding="utf-8", errors="replace"), ignore_metadata_errors=True).data.license
+    return declared if isinstance(declared, str) else None
+
+
+def _rows(plan: Plan, results: dict[str, Sequence[LayerResult]]) -> list[str]:
+    rows = []
+    for component in plan.components:
+        layers = results[component.name]
+        errors = [layer.relative_error for layer in layers]
+        worst = max(layers, key=lambda layer: layer.relative_error)
+        scheme = component.config["quantization_config"].get("activation_scheme", "dynamic")
+        rows.append(
+            f"| {component.name or 'model'} | {component.method} | {scheme} | {len(layers)} | {len(component.kept)} "
+            f"| {component.bytes_before / 1e6:.1f} MB | {component.bytes_after / 1e6:.1f} MB "
+            f"| {statistics.median(errors):.4f} | {worst.relative_error:.4f} ({worst.name}) |"
+        )
+    return rows

@@ -1,0 +1,372 @@
+"""Decides everything about a conversion from headers alone. No tensor is read here; every user error is raised here.
+
+recipe ─┐
+        ├─► plan_conversion ─► Plan: components, steps, output tensors, shards, config blocks
+headers ┘
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from omni_convert.convert.recipe import Recipe, suggestion
+from omni_convert.convert.selection import choose_layers, format_for, recommendation_notes
+from omni_convert.convert.source import Source, read_json
+from omni_convert.convert.statistics import Statistics
+from omni_convert.formats.checkpoint import Checkpoint
+from omni_convert.formats.dialects import omni_convert, vllm_omni
+from omni_convert.formats.errors import CalibrationError, CheckpointError, RecipeError
+from omni_convert.formats.family import Family, LayerGroup, find_family
+from omni_convert.formats.format import Format, InputStatistics
+from omni_convert.formats.quantization_config import QuantizationConfig
+from omni_convert.formats.sharding import Shards, plan_shards
+from omni_convert.formats.table import FORMATS, layer_formats
+from omni_convert.formats.tensor_spec import TensorSpec
+
+__all__ = ["ComponentPlan", "CopyStep", "KeptLayer", "Plan", "QuantizeStep", "plan_conversion"]
+
+DENOISERS = ("transformer", "transformer_2", "transformer_3", "unet")
+WEIGHT_SUFFIXES = (".safetensors", ".index.json", ".bin", ".pt", ".pth", ".ckpt", ".msgpack", ".h5", ".onnx")
+ROOT_FILES = ("*.json", "LICENSE*", "NOTICE*")
+OUR_FILES = ("omni_convert.json",)
+RISKY_LAYERS_SHOWN = 3
+
+
+@dataclass(frozen=True)
+class QuantizeStep:
+    """A fused group (or a single linear) that is quantized together; the unit of work and of memory."""
+
+    group: LayerGroup
+    format: Format
+    inputs: InputStatistics | None
+    weights: tuple[TensorSpec, ...]
+
+    def outputs(self) -> list[TensorSpec]:
+        return [
+            TensorSpec(f"{stem}.{suffix}", layout.dtype, layout.shape)
+            for stem, weight in zip(self.group.members, self.weights, strict=True)
+            for suffix, layout in self.format.layout(*weight.shape).items()
+        ]
+
+
+@dataclass(frozen=True)
+class CopyStep:
+    """A tensor that keeps its bytes, or (with `--dtype`) is recast."""
+
+    tensor: TensorSpec
+    dtype: torch.dtype
+
+    def outputs(self) -> list[TensorSpec]:
+        return [replace(self.tensor, dtype=self.dtype)]
+
+
+@dataclass(frozen=True)
+class KeptLayer:
+    """A linear layer that is not quantized, and why."""
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class ComponentPlan:
+    """What happens to one component of the pipeline.
+
+    Attributes:
+        name: the component's folder, or "" when the model is a single component
+        config: config.json as it will be written, with its `quantization_config`
+        shards: output files and the tensors of each
+    """
+
+    name: str
+    method: str
+    checkpoint: Checkpoint
+    steps: tuple[QuantizeStep | CopyStep, ...]
+    kept: tuple[KeptLayer, ...]
+    config: dict[str, Any]
+    shards: Shards
+
+    @property
+    def quantize_steps(self) -> list[QuantizeStep]:
+        return [step for step in self.steps if isinstance(step, QuantizeStep)]
+
+    @property
+    def bytes_before(self) -> int:
+        return sum(spec.nbytes for spec in self.checkpoint.values())
+
+    @property
+    def bytes_after(self) -> int:
+        return sum(spec.nbytes for specs in self.shards.files.values() for spec in specs)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A whole conversion, decided.
+
+    Attributes:
+        copies: files that are taken over byte for byte: path inside the output → source path
+        notes: what the user should know about how the recipe was read
+    """
+
+    source: Source
+    recipe: Recipe
+    components: tuple[ComponentPlan, ...]
+    copies: dict[str, Path] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    @property
+    def bytes_before(self) -> int:
+        return sum(component.bytes_before for component in self.components)
+
+    @property
+    def bytes_after(self) -> int:
+        return sum(component.bytes_after for component in self.components)
+
+
+def plan_conversion(source: Source, recipe: Recipe, statistics: Statistics | None = None) -> Plan:
+    """Decides what every tensor of the model becomes.
+
+    Args:
+        source: the model
+        recipe: what was asked for
+        statistics: recorded activations, where the recipe has them
+
+    Raises:
+        CheckpointError: the model is damaged, incomplete, or quantized already.
+        RecipeError: the recipe cannot be carried out on this model.
+        CalibrationError: static activations without statistics, or statistics of another model.
+    """
+    notes: list[str] = []
+    methods = component_methods(source, recipe)
+    _check_shared_encoder(source, methods)
+    checkpoints = {name: _open_component(source, name) for name in methods}
+    if statistics is not None:
+        _check_same_model(statistics, checkpoints)
+    components = tuple(
+        _plan_component(source, name, checkpoints[name], methods, recipe, statistics, notes) for name in methods
+    )
+    return Plan(source, recipe, components, _files_to_copy(source, methods), tuple(dict.fromkeys(notes)))
+
+
+def component_methods(source: Source, recipe: Recipe) -> dict[str, str]:
+    """Component name to method, for the components that are quantized; {"": method} for a model that is no pipeline."""
+    if not source.is_pipeline:
+        if recipe.component:
+            raise RecipeError(f"--component: found {next(iter(recipe.component))}, but {source.path} has no components")
+        return {"": recipe.method}
+    index = read_json(source.path / "model_index.json")
+    present = {name: value for name, value in index.items() if isinstance(value, list) and value != [None, None]}
+    for name in recipe.component:
+        if name not in present:
+            raise RecipeError(
+                f"--component: found '{name}', expected one of {', '.join(present)}{suggestion(name, present)}"
+            )
+    methods = {name: recipe.method for name in DENOISERS if name in present} | recipe.component
+    if not any(method != "none" for method in methods.values()):
+        raise RecipeError(f"{source.name}: no component to quantize; name one with --component NAME=METHOD")
+    return {name: method for name, method in methods.items() if method != "none"}
+
+
+def _check_shared_encoder(source: Source, methods: Mapping[str, str]) -> None:
+    """Some runtimes build the text encoder from the transformer's block: both then have one method."""
+    encoder, denoiser = methods.get("text_encoder"), methods.get("transformer")
+    if encoder is None or encoder == denoiser:
+        return
+    _, config = _component_config(source, "transformer")
+    if _shared_encoder_layers(source, find_family(_model_class(config))):
+        raise RecipeError(
+            f"--component text_encoder={encoder}: the runtime builds this text encoder with the transformer's method, "
+            f"found {denoiser or 'none'}; use the same one for both"
+        )
+
+
+def _open_component(source: Source, name: str) -> Checkpoint:
+    return Checkpoint.open(source.path / name if name else source.path)
+
+
+def _component_config(source: Source, name: str) -> tuple[Path, dict[str, Any]]:
+    folder = source.path / name if name else source.path
+    path = (folder if folder.is_dir() else folder.parent) / "config.json"
+    return path, read_json(path)
+
+
+def _check_same_model(statistics: Statistics, checkpoints: Mapping[str, Checkpoint]) -> None:
+    for name, checkpoint in checkpoints.items():
+        recorded = statistics.identity.fingerprints.get(name)
+        if recorded is not None and recorded != checkpoint.fingerprint():
+            raise CalibrationError(
+                f"{name or checkpoint.path}: the statistics belong to another model (recorded on {recorded[:12]}, "
+                f"this is {checkpoint.fingerprint()[:12]}); calibrate this model"
+            )
+
+
+def _plan_component(
+    source: Source,
+    name: str,
+    checkpoint: Checkpoint,
+    methods: Mapping[str, str],
+    recipe: Recipe,
+    statistics: Statistics | None,
+    notes: list[str],
+) -> ComponentPlan:
+    method = methods[name]
+    config_path, config = _component_config(source, name)
+    _refuse_quantized(config_path, config, checkpoint)
+    family = find_family(_model_class(config))
+    static = _is_static(recipe, method, statistics, notes)
+    groups, kept = choose_layers(family, checkpoint, config_path, method, recipe)
+    notes += family.notes(method, recipe.runtime)
+    notes += recommendation_notes(family, method, recipe)
+    steps = {
+        group.members[0]: QuantizeStep(
+            group,
+            format_for(method, recipe, group, static=static),
+            _inputs_of(group, name, statistics) if static else None,
+            tuple(checkpoint[f"{stem}.weight"] for stem in group.members),
+        )
+        for group in groups
+    }
+    if static and statistics is not None:
+        notes += _risk_notes(statistics, name, {stem for group in groups for stem in group.members}, recipe)
+    ordered = tuple(_ordered_steps(checkpoint, steps, recipe))
+    kept_names = vllm_omni.ignored_names(group for group, _ in kept)
+    if name.startswith("transformer") and "text_encoder" not in methods:
+        kept_names += _shared_encoder_layers(source, family)
+    quantization = QuantizationConfig(
+        method,
+        "static" if static else "dynamic",
+        recipe.weight_block_size if method == "fp8" else None,
+        tuple(sorted(set(kept_names))),
+    )
+    is_transformers = _library(source, name) == "transformers"
+    block = omni_convert.to_block(quantization) if is_transformers else vllm_omni.to_block(quantization)
+    weights_name = "model.safetensors" if is_transformers else "diffusion_pytorch_model.safetensors"
+    return ComponentPlan(
+        name,
+        method,
+        checkpoint,
+        ordered,
+        tuple(KeptLayer(layer, reason) for group, reason in kept for layer in group.members),
+        {**config, "quantization_config": block},
+        plan_shards([spec for step in ordered for spec in step.outputs()], recipe.max_shard_size, weights_name),
+    )
+
+
+def _refuse_quantized(config_path: Path, config: Mapping[str, Any], checkpoint: Checkpoint) -> None:
+    block = config.get("quantization_config")
+    if block:
+        kind = block.get("quant_method") if isinstance(block, dict) else type(block).__name__
+        raise CheckpointError(f"{config_path}: found a model quantized already ({kind}), expected the original weights")
+    quantized = next(iter(layer_formats(checkpoint)), None)
+    if quantized is not None:
+        raise CheckpointError(
+            f"{checkpoint.path}: found '{quantized}' quantized already (it has scales), expected the original weights"
+        )
+
+
+def _model_class(config: Mapping[str, Any]) -> str:
+    architectures = config.get("architectures") or ["unknown"]
+    return str(config.get("_class_name") or architectures[0])
+
+
+def _library(source: Source, name: str) -> str:
+    if not name:
+        return "diffusers"
+    return str(read_json(source.path / "model_index.json")[name][0])
+
+
+def _is_static(recipe: Recipe, method: str, statistics: Statistics | None, notes: list[str]) -> bool:
+    """Whether activations get a calibrated scale; says so in `notes` where the recipe asked for something else."""
+    wanted = recipe.activation_scheme or ("static" if statistics is not None else "dynamic")
+    if wanted == "dynamic":
+        return False
+    if not FORMATS[method].has_static_activations:
+        if recipe.activation_scheme == "static":
+            raise RecipeError(
+                f"--activation-scheme static: {method} quantizes activations at run time, expected dynamic"
+            )
+        notes.append(f"{method} quantizes activations at run time: the statistics are not needed and were not used")
+        return False
+    if recipe.weight_block_size is not None:
+        notes.append(
+            "block-wise FP8 quantizes activations at run time: activations are dynamic, statistics were not used"
+        )
+        return False
+    if statistics is None:
+        raise CalibrationError(
+            "--activation-scheme static: found no statistics; add --calib PROMPTS or --calibration STATISTICS"
+        )
+    return True
+
+
+def _inputs_of(group: LayerGroup, component: str, statistics: Statistics | None) -> InputStatistics:
+    inputs = statistics.for_group(component, group.members) if statistics is not None else None
+    if inputs is None:
+        raise CalibrationError(
+            f"{group.members[0]}: the statistics do not cover this layer of '{component or 'the model'}'; "
+            f"calibrate with --component {component or 'transformer'}=METHOD, or ignore it"
+        )
+    return inputs
+
+
+def _risk_notes(statistics: Statistics, component: str, quantized: Collection[str], recipe: Recipe) -> list[str]:
+    """What a static scale means for layers whose inputs it fits badly."""
+    risky = [layer for layer in statistics.risky_layers() if layer.component == component and layer.stem in quantized]
+    if not risky:
+        return []
+    worst = "; ".join(str(layer) for layer in risky[:RISKY_LAYERS_SHOWN])
+    more = f"; and {len(risky) - RISKY_LAYERS_SHOWN} more" if len(risky) > RISKY_LAYERS_SHOWN else ""
+    return [
+        f"{len(risky)} of {len(quantized)} layers have inputs that one static scale fits badly; they got --input-scale "
+        f"{recipe.input_scale} like the others (--activation-scheme dynamic or --ignored-layers avoids that): "
+        f"{worst}{more}"
+    ]
+
+
+def _ordered_steps(
+    checkpoint: Checkpoint, steps: Mapping[str, QuantizeStep], recipe: Recipe
+) -> Iterator[QuantizeStep | CopyStep]:
+    """Steps in the order in which the source holds the tensors, a group where its first member is."""
+    quantized = {weight.name for step in steps.values() for weight in step.weights}
+    dtype = getattr(torch, recipe.dtype) if recipe.dtype else None
+    for name, spec in checkpoint.items():
+        if name in quantized:
+            step = steps.get(name.removesuffix(".weight"))
+            if step is not None:
+                yield step
+        else:
+            recast = dtype is not None and spec.dtype.is_floating_point
+            yield CopyStep(spec, dtype if recast and dtype is not None else spec.dtype)
+
+
+def _shared_encoder_layers(source: Source, family: Family) -> list[str]:
+    """Text encoder linears that the runtime builds from the transformer's block: unlisted, they load as garbage."""
+    config_path = source.path / "text_encoder" / "config.json"
+    return list(family.shared_encoder_layers(read_json(config_path))) if config_path.is_file() else []
+
+
+def _files_to_copy(source: Source, methods: Mapping[str, str]) -> dict[str, Path]:
+    """Every file of the pipeline but the weights that are rewritten: path inside the output → source path."""
+    if not source.is_pipeline:
+        return {}
+    root_files = [path for pattern in ROOT_FILES for path in source.path.glob(pattern)]
+    index = read_json(source.path / "model_index.json")
+    folders = [source.path / name for name, value in index.items() if isinstance(value, list)]
+    files = root_files + [path for folder in folders if folder.is_dir() for path in folder.rglob("*")]
+    copies = {path.relative_to(source.path).as_posix(): path for path in sorted(files) if path.is_file()}
+    rewritten = {name for name, method in methods.items() if method != "none"}
+    return {
+        name: path
+        for name, path in copies.items()
+        if name not in OUR_FILES and not _is_rewritten(name, rewritten) and "/." not in f"/{name}"
+    }
+
+
+def _is_rewritten(name: str, components: Collection[str]) -> bool:
+    folder, _, file = name.partition("/")
+    return folder in components and (file == "config.json" or file.endswith(WEIGHT_SUFFIXES))

@@ -1,0 +1,121 @@
+"""What the user asks for, as one frozen object whose fields are the long options of the command line."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from omni_convert.formats.errors import RecipeError
+
+__all__ = ["METHODS", "Recipe", "suggestion"]
+
+# The names alone: `--help` and a mistyped method must not import torch. A test holds them equal to `FORMATS`.
+METHODS = ("fp8", "int8")
+ACTIVATION_SCHEMES = ("dynamic", "static")
+RUNTIMES = ("vllm-omni", "diffusers")
+DTYPES = ("bfloat16", "float16", "float32")
+
+
+def suggestion(name: str, known: Iterable[str]) -> str:
+    """`; did you mean 'fp8'?`, or nothing when no known name is near."""
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f"; did you mean '{near[0]}'?" if near else ""
+
+
+def _check_choice(option: str, value: str | None, choices: tuple[str, ...]) -> None:
+    if value is not None and value not in choices:
+        raise RecipeError(
+            f"--{option}: found '{value}', expected one of {', '.join(choices)}{suggestion(value, choices)}"
+        )
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A conversion, as asked for. What it means for a given checkpoint is decided by `convert.plan`.
+
+    Raises:
+        RecipeError: an option has a value that no checkpoint could satisfy.
+    """
+
+    method: str = "fp8"
+    activation_scheme: str | None = None
+    input_scale: str = "max"
+    weight_block_size: tuple[int, int] | None = None
+    ignored_layers: tuple[str, ...] = ()
+    component: dict[str, str] = field(default_factory=dict)
+    recommended: bool = False
+    runtime: str = "vllm-omni"
+    int8_fused_scales: str = "shared"
+    dtype: str | None = None
+    max_shard_size: str = "5GB"
+
+    calib: Path | None = None
+    calibration: tuple[Path, ...] = ()
+    calib_steps: int | None = None
+    calib_size: tuple[int, int] | None = None
+    calib_frames: int | None = None
+    calib_prompts: int | None = None
+    seed: int = 0
+
+    device: str = "auto"
+    revision: str | None = None
+    overwrite: bool = False
+    force: bool = False
+
+    def __post_init__(self) -> None:
+        _check_choice("method", self.method, METHODS)
+        _check_choice("activation-scheme", self.activation_scheme, ACTIVATION_SCHEMES)
+        _check_choice("runtime", self.runtime, RUNTIMES)
+        _check_choice("int8-fused-scales", self.int8_fused_scales, ("shared", "per-row"))
+        _check_choice("dtype", self.dtype, DTYPES)
+        for name, method in self.component.items():
+            _check_choice(f"component {name}", method, ("none", *METHODS))
+        if self.weight_block_size is not None:
+            self._check_block_size(self.weight_block_size)
+        self._check_input_scale()
+        if self.calib is not None and self.calibration:
+            raise RecipeError("--calib and --calibration: found both, expected one; --calibration reuses a --calib run")
+
+    def _check_block_size(self, block_size: tuple[int, int]) -> None:
+        if self.method != "fp8":
+            raise RecipeError(f"--weight-block-size: found with method '{self.method}', expected method 'fp8'")
+        if min(block_size) < 1:
+            raise RecipeError(
+                f"--weight-block-size: found {block_size[0]},{block_size[1]}, expected two positive sizes"
+            )
+
+    def _check_input_scale(self) -> None:
+        rule, _, argument = self.input_scale.partition(":")
+        if self.input_scale in ("max", "mse"):
+            return
+        try:
+            if rule == "percentile" and 0 < float(argument) <= 100:
+                return
+        except ValueError:
+            pass
+        raise RecipeError(
+            f"--input-scale: found '{self.input_scale}', expected max, mse or percentile:P with 0 < P <= 100"
+        )
+
+    def of_the_bytes(self) -> dict[str, Any]:
+        """The options that decide the output's bytes, for the manifest: no paths, devices or ways of getting there."""
+        options = {
+            "method": self.method,
+            "activation_scheme": self.activation_scheme,
+            "input_scale": self.input_scale,
+            "weight_block_size": list(self.weight_block_size) if self.weight_block_size else None,
+            "ignored_layers": sorted(self.ignored_layers),
+            "component": dict(sorted(self.component.items())),
+            "recommended": self.recommended,
+            "runtime": self.runtime,
+            "int8_fused_scales": self.int8_fused_scales,
+            "dtype": self.dtype,
+            "max_shard_size": self.max_shard_size,
+        }
+        defaults = {name: Recipe.__dataclass_fields__[name].default for name in options}
+        return {
+            name: value for name, value in options.items() if name == "method" or value not in (defaults[name], [], {})
+        }

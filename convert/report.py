@@ -1,0 +1,117 @@
+"""What a conversion will do and what it has done, as data and as lines for a terminal."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from omni_convert.convert.execute import LayerResult
+from omni_convert.convert.plan import ComponentPlan, KeptLayer, Plan, QuantizeStep
+from omni_convert.formats.tensor_spec import DTYPE_NAMES
+
+__all__ = ["ConversionReport", "conversion_report", "plan_report"]
+
+UNITS = {"GB": 1e9, "MB": 1e6, "kB": 1e3}
+
+
+@dataclass(frozen=True)
+class ConversionReport:
+    """What was done and what it cost.
+
+    Attributes:
+        layers: every quantized layer, named `component.layer`
+        kept: layers that the runtime could run quantized but that stay, with the reason
+        notes: how the recipe was read, and what to watch
+        bytes_before, bytes_after: of the weights of the quantized components
+        peak_memory: largest `RssAnon` seen, bytes
+    """
+
+    output: Path
+    layers: tuple[LayerResult, ...]
+    kept: tuple[KeptLayer, ...]
+    notes: tuple[str, ...]
+    bytes_before: int
+    bytes_after: int
+    seconds: float
+    peak_memory: int
+
+    @property
+    def median_error(self) -> float:
+        return statistics.median(layer.relative_error for layer in self.layers)
+
+    @property
+    def worst(self) -> LayerResult:
+        return max(self.layers, key=lambda layer: layer.relative_error)
+
+    def to_dict(self) -> dict[str, Any]:
+        """For `--json`."""
+        return {**asdict(self), "output": str(self.output)}
+
+
+def conversion_report(report: ConversionReport, *, as_json: bool) -> Iterator[str]:
+    """The closing table, or the report as one JSON document."""
+    if as_json:
+        yield json.dumps(report.to_dict(), indent=2)
+        return
+    kept = "; ".join(f"{count} {reason}" for reason, count in Counter(layer.reason for layer in report.kept).items())
+    worst = report.worst
+    rows = {
+        "layers quantized": f"{len(report.layers)}",
+        "layers kept": f"{len(report.kept)}" + (f" ({kept})" if kept else ""),
+        "weights": f"{_size(report.bytes_before)} → {_size(report.bytes_after)} "
+        f"({report.bytes_after / report.bytes_before:.0%})",
+        "layer error": f"median {report.median_error:.4f}, worst {worst.relative_error:.4f} ({worst.name})",
+        "time": f"{report.seconds:.1f} s, {report.bytes_before / 1e9 / max(report.seconds, 1e-9):.2f} GB/s",
+        "peak memory": f"{report.peak_memory / 2**20:.0f} MiB anonymous",
+        "output": str(report.output),
+    }
+    for name, value in rows.items():
+        yield f"{name:<17} {value}"
+
+
+def plan_report(plan: Plan, *, as_json: bool) -> Iterator[str]:
+    """What `--dry-run` prints: every layer, from, to, bytes, why kept; then the totals."""
+    rows = [row for component in plan.components for row in _plan_rows(component)]
+    if as_json:
+        document = {
+            "layers": rows,
+            "notes": plan.notes,
+            "bytes_before": plan.bytes_before,
+            "bytes_after": plan.bytes_after,
+        }
+        yield json.dumps(document, indent=2)
+        return
+    width = max(len(row["layer"]) for row in rows)
+    for row in rows:
+        change = f"{row['from']:>4} → {row['to']:<16} {_size(row['bytes']):>9}"
+        yield f"{row['layer']:<{width}}  {change}  {row['why']}".rstrip()
+    for note in plan.notes:
+        yield f"Note: {note}"
+    memory = "memory a few tiles of 2 MiB beside torch itself, whatever the sizes"
+    yield f"weights {_size(plan.bytes_before)} → {_size(plan.bytes_after)}; {memory}; nothing was written"
+
+
+def _plan_rows(component: ComponentPlan) -> Iterator[dict[str, Any]]:
+    """Every linear that is, or could be, quantized."""
+    prefix = f"{component.name}." if component.name else ""
+    for step in component.steps:
+        if isinstance(step, QuantizeStep):
+            for stem, weight in zip(step.group.members, step.weights, strict=True):
+                size = sum(spec.nbytes for spec in step.outputs() if spec.name.rpartition(".")[0] == stem)
+                source = DTYPE_NAMES[weight.dtype]
+                yield {"layer": prefix + stem, "from": source, "to": component.method, "bytes": size, "why": ""}
+    for layer in component.kept:
+        spec = component.checkpoint[f"{layer.name}.weight"]
+        dtype = DTYPE_NAMES[spec.dtype]
+        yield {"layer": prefix + layer.name, "from": dtype, "to": dtype, "bytes": spec.nbytes, "why": layer.reason}
+
+
+def _size(count: float) -> str:
+    """Bytes in the unit that gives one to three digits before the point."""
+    unit = next((unit for unit, size in UNITS.items() if count >= size), "B")
+    return f"{count:.0f} B" if unit == "B" else f"{count / UNITS[unit]:.1f} {unit}"

@@ -1,0 +1,136 @@
+"""Which layers of a component are quantized, which are left alone, and why."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from omni_convert.convert.recipe import Recipe, suggestion
+from omni_convert.formats.checkpoint import Checkpoint
+from omni_convert.formats.errors import RecipeError
+from omni_convert.formats.family import Family, LayerGroup
+from omni_convert.formats.format import Format
+from omni_convert.formats.table import FORMATS, FormatOptions
+from omni_convert.formats.tensor_spec import DTYPE_NAMES
+
+__all__ = ["choose_layers", "format_for", "matches", "reasons_to_keep", "recommendation_notes"]
+
+
+def choose_layers(
+    family: Family, checkpoint: Checkpoint, where: Path, method: str, recipe: Recipe
+) -> tuple[list[LayerGroup], list[tuple[LayerGroup, str]]]:
+    """Groups to quantize, and groups that the runtime could run quantized but that stay, each with the reason.
+
+    Args:
+        where: what to name in errors
+
+    Raises:
+        RecipeError: the runtime runs nothing of this family, a pattern matches nothing, or nothing is left.
+        CheckpointError: a member of a fused group is missing.
+    """
+    refusal = family.unsupported(recipe.runtime, method)
+    if refusal is not None and not recipe.force:
+        raise RecipeError(
+            f"{where}: {refusal}; --runtime diffusers is for our own loader, --force converts all the same"
+        )
+    groups = family.layer_groups(checkpoint, recipe.runtime)
+    if not groups:
+        raise RecipeError(f"{where}: found no layer of {family.name} that {recipe.runtime} runs quantized")
+    patterns = list(recipe.ignored_layers)
+    if recipe.recommended:
+        patterns += [recommendation.pattern for recommendation in family.recommended_ignored(method)]
+    grouped = {stem for group in groups for stem in group.members}
+    others = [
+        name.removesuffix(".weight")
+        for name, spec in checkpoint.items()
+        if name.endswith(".weight") and len(spec.shape) == 2 and name.removesuffix(".weight") not in grouped
+    ]
+    reasons = reasons_to_keep(patterns, groups, others)
+    chosen: list[LayerGroup] = []
+    kept: list[tuple[LayerGroup, str]] = []
+    for group in groups:
+        reason = group.keep_reason or reasons.get(group.runtime_name) or _unsupported(group, checkpoint, method, recipe)
+        if reason is None:
+            chosen.append(group)
+        else:
+            kept.append((group, reason))
+    if not chosen:
+        raise RecipeError(f"{where}: every layer is ignored or unsupported; nothing is left to quantize with {method}")
+    return chosen, kept
+
+
+def recommendation_notes(family: Family, method: str, recipe: Recipe) -> list[str]:
+    """What is recommended for the family and was not asked for."""
+    if recipe.recommended:
+        return []
+    return [
+        f"recommended for {family.name}: --ignored-layers '{recommendation.pattern}' ({recommendation.reason}); "
+        "--recommended applies it"
+        for recommendation in family.recommended_ignored(method)
+    ]
+
+
+def format_for(method: str, recipe: Recipe, group: LayerGroup, *, static: bool) -> Format:
+    """The format of a group's weights."""
+    return FORMATS[method].build(
+        FormatOptions(
+            static=static,
+            input_scale_rule=recipe.input_scale,
+            weight_block_size=recipe.weight_block_size,
+            shared_in_group=group.is_fused and recipe.int8_fused_scales == "shared",
+        )
+    )
+
+
+def _unsupported(group: LayerGroup, checkpoint: Checkpoint, method: str, recipe: Recipe) -> str | None:
+    """Why the format cannot take a group, asked member by member."""
+    for stem in group.members:
+        spec = checkpoint[f"{stem}.weight"]
+        if not spec.dtype.is_floating_point or spec.dtype.itemsize < 2:
+            return f"found {DTYPE_NAMES[spec.dtype]} weights, expected F32, F16 or BF16"
+        out_features, in_features = spec.shape
+        reason = format_for(method, recipe, group, static=False).unsupported(out_features, in_features)
+        if reason is not None:
+            return reason
+    return None
+
+
+def matches(pattern: str, name: str) -> bool:
+    """Whether `pattern` means the layer `name` (a state-dict stem or a runtime name).
+
+    A pattern is the name itself, with or without `.weight`; an fnmatch pattern, in which `*` spans dots; or a dotted
+    part of it (`img_mlp`, `transformer_blocks.0`).
+    """
+    wanted = pattern.removesuffix(".weight")
+    return fnmatchcase(name, wanted) or f".{wanted}." in f".{name}."
+
+
+def reasons_to_keep(
+    patterns: Sequence[str], groups: Iterable[LayerGroup], other_layers: Iterable[str]
+) -> dict[str, str]:
+    """Runtime name of every group that a pattern matches, with the reason to show.
+
+    A fused group is kept whole when any member matches: a runtime cannot load half of one.
+
+    Args:
+        patterns: what the user asked to leave alone
+        groups: layers that would be quantized
+        other_layers: layers that stay as they are anyhow; a pattern may name them, to no effect
+
+    Raises:
+        RecipeError: a pattern matches no layer of the checkpoint.
+    """
+    reasons: dict[str, str] = {}
+    names_of = {group.runtime_name: (group.runtime_name, *group.members) for group in groups}
+    every_name = {name for names in names_of.values() for name in names} | set(other_layers)
+    for pattern in patterns:
+        for runtime_name, names in names_of.items():
+            if any(matches(pattern, name) for name in names):
+                reasons.setdefault(runtime_name, f"ignored by '{pattern}'")
+        if not any(matches(pattern, name) for name in every_name):
+            parts = {part for name in every_name for part in name.split(".") if not part.isdigit()}
+            raise RecipeError(
+                f"--ignored-layers: '{pattern}' matches no layer{suggestion(pattern, sorted(every_name | parts))}"
+            )
+    return reasons

@@ -1,0 +1,43 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from omni_convert.convert.recipe import METHODS, Recipe
+from omni_convert.formats.errors import RecipeError
+from omni_convert.formats.table import FORMATS
+
+
+def test_methods_are_those_of_the_format_table() -> None:
+    assert set(METHODS) == set(FORMATS)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"method": "fp9"}, "--method: found 'fp9', expected one of .*; did you mean 'fp8'"),
+        ({"activation_scheme": "sometimes"}, "--activation-scheme: found 'sometimes'"),
+        ({"component": {"text_encoder": "int9"}}, "--component text_encoder: found 'int9'.*did you mean 'int8'"),
+        ({"method": "int8", "weight_block_size": (128, 128)}, "expected method 'fp8'"),
+        ({"weight_block_size": (0, 128)}, "found 0,128, expected two positive sizes"),
+        ({"input_scale": "median"}, "expected max, mse or percentile:P"),
+        ({"input_scale": "percentile:101"}, "expected max, mse or percentile:P"),
+        ({"input_scale": "percentile:x"}, "expected max, mse or percentile:P"),
+        ({"calib": Path("a"), "calibration": (Path("b"),)}, "found both, expected one"),
+    ],
+)
+def test_a_value_that_no_checkpoint_could_satisfy_is_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        Recipe(**options)
+
+
+@pytest.mark.parametrize("rule", ["max", "mse", "percentile:99.9", "percentile:100"])
+def test_input_scale_rules_are_accepted(rule: str) -> None:
+    assert Recipe(input_scale=rule).input_scale == rule
+
+
+def test_the_manifest_names_what_decides_the_bytes_and_nothing_else() -> None:
+    recipe = Recipe(method="int8", ignored_layers=("b", "a"), device="cuda", overwrite=True, calib=Path("prompts.txt"))
+    assert recipe.of_the_bytes() == {"method": "int8", "ignored_layers": ["a", "b"]}
