@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from fnmatch import fnmatchcase
 from pathlib import Path
 
 from omni_convert.convert.recipe import Recipe, suggestion
@@ -11,10 +10,11 @@ from omni_convert.formats.checkpoint import Checkpoint
 from omni_convert.formats.errors import RecipeError
 from omni_convert.formats.family import Family, LayerGroup
 from omni_convert.formats.format import Format
+from omni_convert.formats.layer_pattern import matches
 from omni_convert.formats.table import FORMATS, FormatOptions
 from omni_convert.formats.tensor_spec import DTYPE_NAMES
 
-__all__ = ["choose_layers", "format_for", "matches", "reasons_to_keep", "recommendation_notes"]
+__all__ = ["choose_layers", "format_for", "reasons_to_keep", "recommendation_notes"]
 
 
 def choose_layers(
@@ -94,16 +94,6 @@ def _unsupported(group: LayerGroup, checkpoint: Checkpoint, method: str, recipe:
         if reason is not None:
             return reason
     return None
-
-
-def matches(pattern: str, name: str) -> bool:
-    """Whether `pattern` means the layer `name` (a state-dict stem or a runtime name).
-
-    A pattern is the name itself, with or without `.weight`; an fnmatch pattern, in which `*` spans dots; or a dotted
-    part of it (`img_mlp`, `transformer_blocks.0`).
-    """
-    wanted = pattern.removesuffix(".weight")
-    return fnmatchcase(name, wanted) or f".{wanted}." in f".{name}."
 
 
 def reasons_to_keep(
