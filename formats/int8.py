@@ -3,9 +3,10 @@
 Tensors:    NAME.weight        I8  [out, in]
             NAME.weight_scale  F32 [out, 1]     amax of the row / 127
 Arithmetic: W ≈ code * weight_scale; codes are rounded half to even and lie in -127..127.
-Consumers:  vLLM-Omni `int8` on CUDA (SM80 to SM90) and Ascend. Its CUDA path (0.30.0) reads the scales of a fused linear
-            as one per member, taking rows 0, 1, 2 of the column: with one scale for the whole group (`shared_in_group`, a constant
-            column) both readings agree; with true per-row scales fused linears are wrong there and right on Ascend.
+Consumers:  vLLM-Omni `int8` on CUDA (SM80 to SM90) and Ascend. Its CUDA path (0.30.0) reads the scales of a fused
+            linear as one per member, taking rows 0, 1, 2 of the column: with one scale for the whole group
+            (`shared_in_group`, a constant column) both readings agree; with true per-row scales fused linears are
+            wrong there and right on Ascend.
 Limits:     Ascend runs out_features <= 65535.
 """
 

@@ -5,8 +5,8 @@ Tensors:    NAME.weight          U8 [out, in / 2]          two codes a byte, eve
             NAME.weight_scale_2  F32 []                    amax / (448 * 6), or larger
             NAME.input_scale     F32 []                    clip of the inputs / (448 * 6); only with static activations
 Arithmetic: W ≈ E2M1 * weight_scale * weight_scale_2
-Consumers:  vLLM-Omni and vLLM `modelopt`. Fused linears take the largest weight_scale_2 and input_scale of their members
-            without requantizing, hence one of each for the group. Without input_scale the config must say
+Consumers:  vLLM-Omni and vLLM `modelopt`. Fused linears take the largest weight_scale_2 and input_scale of their
+            members without requantizing, hence one of each for the group. Without input_scale the config must say
             `input_activations: null` (weight-only), else the runtime quantizes with an unset scale.
 Limits:     in % 16 == 0.
 """

@@ -1,0 +1,90 @@
+"""`scale_rule="msmodelslim"` gives that tool's bytes, proven by running it: `pip install --no-deps msmodelslim pygtrie`."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from omni_convert.formats.format import Format
+from omni_convert.formats.mxfp4 import Mxfp4
+from omni_convert.formats.mxfp4_dualscale import Mxfp4DualScale
+from omni_convert.formats.mxfp8 import Mxfp8
+
+
+@pytest.fixture(scope="module")
+def tool() -> Any:
+    """The tool's quantizers, imported as a namespace."""
+    pytest.importorskip("msmodelslim", reason="msmodelslim is not installed: nothing to compare with")
+    pytest.importorskip("pygtrie", reason="msmodelslim needs pygtrie to import")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the tool and what it imports
+        import msmodelslim.core.quantizer.impl as quantizers
+        import msmodelslim.ir as representation
+        from msmodelslim.core.quantizer.base import AutoWeightQuantizer, QConfig
+        from msmodelslim.ir.qal import QDType, QStorage
+
+    assert quantizers
+
+    class Tool:
+        schemes = {
+            "mxfp8": representation.mxfp8_per_block_sym,
+            "mxfp4": representation.mxfp4_per_block_sym,
+            "dualscale": representation.mxfp4_dual_scale_sym,
+        }
+
+        def run(self, scheme: str, method: str, weight: Tensor) -> dict[str, Tensor]:
+            chosen, ext = self.schemes[scheme], {"axes": -1}
+            if scheme == "dualscale":
+                ext["dual_block_size"] = 512
+            config = QConfig(dtype=chosen.dtype, scope=chosen.scope, symmetric=chosen.symmetric, method=method, ext=ext)
+            quantizer = AutoWeightQuantizer.from_config(config)
+            quantizer.init_weight(QStorage(QDType.FLOAT, weight.clone()), None)
+            elements = quantizer.get_q_storage().value.float()
+            scales = quantizer.get_q_param().ext
+            found = {"weight": elements.view(len(weight), -1)[:, : weight.shape[1]]}
+            blocks = -(-weight.shape[1] // 32)  # the tool stores its padding too
+            found["weight_scale"] = (scales["scale"].float().squeeze(-1) + 127).to(torch.uint8)[:, :blocks]
+            if "dual_scale" in scales:
+                found["weight_dual_scale"] = scales["dual_scale"].float()
+            return found
+
+    return Tool()
+
+
+def weights() -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    normal = torch.randn(64, 2048, generator=generator)
+    codes = torch.arange(65536, dtype=torch.int32).to(torch.int16).view(torch.bfloat16).float()
+    moderate = codes[(codes.abs() > 2.0**-20) & (codes.abs() < 2.0**20)]
+    return {
+        "normal": normal,
+        "short_last_group": normal[:, :1088].contiguous(),
+        "small": normal * 0.02,
+        "heavy_tailed": normal * torch.exp(torch.randn(64, 2048, generator=generator)),
+        "every_bfloat16": moderate[: len(moderate) // 512 * 512].view(-1, 512),
+    }
+
+
+CASES = [
+    ("mxfp8", "minmax", Mxfp8("msmodelslim")),
+    ("mxfp4", "minmax", Mxfp4("msmodelslim")),
+    ("mxfp4", "ceil_x", Mxfp4("msmodelslim_ceil_x")),
+    ("dualscale", "dualscale", Mxfp4DualScale("msmodelslim")),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", ["normal", "short_last_group", "small", "heavy_tailed", "every_bfloat16"])
+@pytest.mark.parametrize(("scheme", "method", "fmt"), CASES, ids=[f"{case[0]}-{case[1]}" for case in CASES])
+def test_bytes_are_the_tools(tool: Any, scheme: str, method: str, fmt: Format, kind: str, dtype: torch.dtype) -> None:
+    weight = weights()[kind].to(dtype)
+    theirs, ours = tool.run(scheme, method, weight), fmt.quantize(weight)
+    assert torch.equal(ours["weight_scale"], theirs["weight_scale"])
+    if "weight_dual_scale" in theirs:
+        assert torch.equal(ours["weight_dual_scale"], theirs["weight_dual_scale"])
+    container = theirs["weight"].to(torch.float8_e4m3fn)
+    assert torch.equal(ours["weight"].view(torch.uint8), container.view(torch.uint8))
