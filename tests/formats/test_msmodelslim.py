@@ -1,9 +1,12 @@
-"""`scale_rule="msmodelslim"` gives that tool's bytes, proven by running it: `pip install --no-deps msmodelslim pygtrie`."""
+"""`scale_rule="msmodelslim"` gives that tool's bytes, proven by running it.
+
+`pip install --no-deps msmodelslim pygtrie` is enough for that; without it these tests are skipped.
+"""
 
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -14,45 +17,48 @@ from omni_convert.formats.mxfp4 import Mxfp4
 from omni_convert.formats.mxfp4_dualscale import Mxfp4DualScale
 from omni_convert.formats.mxfp8 import Mxfp8
 
+# The tool indexes with a list, which torch is about to read differently.
+pytestmark = pytest.mark.filterwarnings("ignore:Using a non-tuple sequence for multidimensional indexing:UserWarning")
+
+RunTool = Callable[[str, str, Tensor], dict[str, Tensor]]
+
 
 @pytest.fixture(scope="module")
-def tool() -> Any:
-    """The tool's quantizers, imported as a namespace."""
+def run_tool() -> RunTool:
+    """Runs the tool: scheme, method and weight to its tensors by suffix."""
     pytest.importorskip("msmodelslim", reason="msmodelslim is not installed: nothing to compare with")
     pytest.importorskip("pygtrie", reason="msmodelslim needs pygtrie to import")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the tool and what it imports
-        import msmodelslim.core.quantizer.impl as quantizers
+        import msmodelslim.core.quantizer.impl  # noqa: F401  # registers the quantizers
         import msmodelslim.ir as representation
         from msmodelslim.core.quantizer.base import AutoWeightQuantizer, QConfig
         from msmodelslim.ir.qal import QDType, QStorage
 
-    assert quantizers
+    schemes = {
+        "mxfp8": representation.mxfp8_per_block_sym,
+        "mxfp4": representation.mxfp4_per_block_sym,
+        "dualscale": representation.mxfp4_dual_scale_sym,
+    }
 
-    class Tool:
-        schemes = {
-            "mxfp8": representation.mxfp8_per_block_sym,
-            "mxfp4": representation.mxfp4_per_block_sym,
-            "dualscale": representation.mxfp4_dual_scale_sym,
+    def run(name: str, method: str, weight: Tensor) -> dict[str, Tensor]:
+        scheme = schemes[name]
+        ext = {"axes": -1} | ({"dual_block_size": 512} if name == "dualscale" else {})
+        config = QConfig(dtype=scheme.dtype, scope=scheme.scope, symmetric=scheme.symmetric, method=method, ext=ext)
+        quantizer = AutoWeightQuantizer.from_config(config)
+        quantizer.init_weight(QStorage(QDType.FLOAT, weight.clone()), None)
+        elements = quantizer.get_q_storage().value.float()
+        scales = quantizer.get_q_param().ext
+        blocks = -(-weight.shape[1] // 32)  # the tool stores its padding too
+        found = {
+            "weight": elements.view(len(weight), -1)[:, : weight.shape[1]],
+            "weight_scale": (scales["scale"].float().squeeze(-1) + 127).to(torch.uint8)[:, :blocks],
         }
+        if "dual_scale" in scales:
+            found["weight_dual_scale"] = scales["dual_scale"].float()
+        return found
 
-        def run(self, scheme: str, method: str, weight: Tensor) -> dict[str, Tensor]:
-            chosen, ext = self.schemes[scheme], {"axes": -1}
-            if scheme == "dualscale":
-                ext["dual_block_size"] = 512
-            config = QConfig(dtype=chosen.dtype, scope=chosen.scope, symmetric=chosen.symmetric, method=method, ext=ext)
-            quantizer = AutoWeightQuantizer.from_config(config)
-            quantizer.init_weight(QStorage(QDType.FLOAT, weight.clone()), None)
-            elements = quantizer.get_q_storage().value.float()
-            scales = quantizer.get_q_param().ext
-            found = {"weight": elements.view(len(weight), -1)[:, : weight.shape[1]]}
-            blocks = -(-weight.shape[1] // 32)  # the tool stores its padding too
-            found["weight_scale"] = (scales["scale"].float().squeeze(-1) + 127).to(torch.uint8)[:, :blocks]
-            if "dual_scale" in scales:
-                found["weight_dual_scale"] = scales["dual_scale"].float()
-            return found
-
-    return Tool()
+    return run
 
 
 def weights() -> dict[str, Tensor]:
@@ -80,9 +86,11 @@ CASES = [
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("kind", ["normal", "short_last_group", "small", "heavy_tailed", "every_bfloat16"])
 @pytest.mark.parametrize(("scheme", "method", "fmt"), CASES, ids=[f"{case[0]}-{case[1]}" for case in CASES])
-def test_bytes_are_the_tools(tool: Any, scheme: str, method: str, fmt: Format, kind: str, dtype: torch.dtype) -> None:
+def test_bytes_are_the_tools(
+    run_tool: RunTool, scheme: str, method: str, fmt: Format, kind: str, dtype: torch.dtype
+) -> None:
     weight = weights()[kind].to(dtype)
-    theirs, ours = tool.run(scheme, method, weight), fmt.quantize(weight)
+    theirs, ours = run_tool(scheme, method, weight), fmt.quantize(weight)
     assert torch.equal(ours["weight_scale"], theirs["weight_scale"])
     if "weight_dual_scale" in theirs:
         assert torch.equal(ours["weight_dual_scale"], theirs["weight_dual_scale"])
