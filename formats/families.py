@@ -122,12 +122,12 @@ QKV = ("to_q", "to_k", "to_v")
 ADDED_QKV = ("add_q_proj", "add_k_proj", "add_v_proj")
 
 
-def _z_image_block(block: str) -> tuple[LayerPattern, ...]:
+def _z_image_block(block: str, runtimes: tuple[str, ...] = EVERY_RUNTIME) -> tuple[LayerPattern, ...]:
     return (
-        _merged(f"{block}.attention", "to_qkv", QKV),
-        *_linears(f"{block}.attention", "to_out.0"),
-        _merged(f"{block}.feed_forward", "w13", ("w1", "w3"), loads_merged=False),
-        *_linears(f"{block}.feed_forward", "w2"),
+        _merged(f"{block}.attention", "to_qkv", QKV, runtimes=runtimes),
+        *_linears(f"{block}.attention", "to_out.0", runtimes=runtimes),
+        _merged(f"{block}.feed_forward", "w13", ("w1", "w3"), loads_merged=False, runtimes=runtimes),
+        *_linears(f"{block}.feed_forward", "w2", runtimes=runtimes),
     )
 
 
@@ -137,6 +137,7 @@ Z_IMAGE = FamilyFacts(
     layers=(
         *_z_image_block("noise_refiner.{}"),
         *_z_image_block("context_refiner.{}"),
+        *_z_image_block("siglip_refiner.{}", (DIFFUSERS,)),  # only in models that also see pictures
         *_z_image_block("layers.{}"),
     ),
     notes=(

@@ -46,8 +46,9 @@ class QuantizationConfig:
         if schemes is None:
             raise RecipeError(f"method: found {self.method!r}, expected one of {', '.join(ACTIVATION_SCHEMES)}")
         if self.activation_scheme not in schemes:
+            expected = " or ".join(schemes)
             raise RecipeError(
-                f"activation_scheme: found {self.activation_scheme!r} with {self.method}, expected {' or '.join(schemes)}"
+                f"activation_scheme: found {self.activation_scheme!r} with {self.method}, expected {expected}"
             )
         if self.require_smooth_scale and self.method != "mxfp4":
             raise RecipeError(f"require_smooth_scale: found with {self.method}, expected mxfp4")

@@ -128,7 +128,9 @@ def from_block(block: Mapping[str, Any], where: str) -> QuantizationConfig:
 
 def _shown(value: Any) -> str:
     """A value of unknown size and kind, on one short line."""
-    return reprlib.repr(value)
+    short = reprlib.Repr()
+    short.maxstring, short.maxlevel = 64, 2
+    return short.repr(value)
 
 
 def _method_of(block: Mapping[str, Any], where: str) -> str:

@@ -1,0 +1,47 @@
+"""A config that contradicts itself cannot exist."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from omni_convert.formats.errors import RecipeError
+from omni_convert.formats.quantization_config import ACTIVATION_SCHEMES, QuantizationConfig
+from omni_convert.formats.table import FORMATS
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"method": "fp9"}, r"method: found 'fp9', expected one of fp8, int8"),
+        ({"method": "int8", "activation_scheme": "static"}, r"found 'static' with int8, expected dynamic"),
+        ({"method": "nvfp4"}, r"found 'dynamic' with nvfp4, expected static or none"),
+        ({"method": "fp8", "activation_scheme": "none"}, r"expected dynamic or static"),
+        ({"method": "int8", "weight_block_size": (128, 128)}, r"weight_block_size: found with int8"),
+        (
+            {"method": "fp8", "activation_scheme": "static", "weight_block_size": (128, 128)},
+            r"weight_block_size: found with fp8 and static activations, expected fp8 and dynamic ones",
+        ),
+        ({"method": "fp8", "weight_block_size": (0, 128)}, r"found \[0, 128\], expected two positive sizes"),
+        ({"method": "mxfp8", "require_smooth_scale": True}, r"require_smooth_scale: found with mxfp8"),
+    ],
+)
+def test_contradictions_are_refused(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        QuantizationConfig(**fields)
+
+
+def test_a_method_that_is_offered_has_a_config() -> None:
+    assert set(FORMATS) <= set(ACTIVATION_SCHEMES)
+
+
+@pytest.mark.parametrize("method", sorted(set(FORMATS) & set(ACTIVATION_SCHEMES)))
+def test_static_activations_are_allowed_where_the_format_stores_an_input_scale(method: str) -> None:
+    assert FORMATS[method].has_static_activations == ("static" in ACTIVATION_SCHEMES[method])
+
+
+def test_static_means_that_an_input_scale_is_stored() -> None:
+    assert QuantizationConfig("fp8", "static").is_static
+    assert not QuantizationConfig("fp8").is_static
+    assert not QuantizationConfig("nvfp4", "none").is_static
