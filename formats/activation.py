@@ -48,7 +48,7 @@ def quantize_mxfp4_dualscale_input(inputs: Tensor) -> Tensor:
     level0 = torch.where(level0 == 0, 1.0, level0)[..., None]
     fine = split_blocks(groups.div_(level0).to(inputs.dtype), MX_BLOCK)  # [..., groups, 16, 32]
     exponent = scale_blocks_(fine, E2M1, "floor")
-    E2M1.round_(fine).mul_(power_of_two(exponent)[..., None])
+    E2M1.round(fine, out=fine).mul_(power_of_two(exponent)[..., None])
     return join_blocks(fine.flatten(-2).mul_(level0), columns)
 
 
@@ -56,10 +56,10 @@ def quantize_nvfp4_input(inputs: Tensor, input_scale: Tensor) -> Tensor:
     """E2M1 per 16 with an E4M3 scale, over the static `input_scale`, float32 []."""
     blocks = split_blocks(inputs, NVFP4_BLOCK)
     scale = (nvfp4_block_scale(block_amax(blocks), input_scale) * input_scale)[..., None]
-    return join_blocks(E2M1.round_(blocks.div_(scale)).mul_(scale), inputs.shape[-1])
+    return join_blocks(E2M1.round(blocks.div_(scale)).mul_(scale), inputs.shape[-1])
 
 
 def _quantize_mx(inputs: Tensor, element: ElementType, rule: str) -> Tensor:
     blocks = split_blocks(inputs, MX_BLOCK)
     exponent = scale_blocks_(blocks, element, rule)
-    return join_blocks(element.round_(blocks).mul_(power_of_two(exponent)[..., None]), inputs.shape[-1])
+    return join_blocks(element.round(blocks, out=blocks).mul_(power_of_two(exponent)[..., None]), inputs.shape[-1])

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from omni_convert.formats.e2m1 import E2M1
-from omni_convert.formats.e8m0 import power_of_two, shared_exponent
+from omni_convert.formats.e8m0 import power_of_two, shared_scale
 from omni_convert.formats.mx import MX_BLOCK, block_amax, block_error, search_exponent
 
 __all__ = ["search_coarse_scale"]
@@ -30,27 +30,24 @@ def search_coarse_scale(groups: Tensor) -> Tensor:
     """
     blocks = groups.view(*groups.shape[:-1], -1, MX_BLOCK)  # [rows, groups, 16, 32]
     amax = block_amax(blocks)
-    scratch = (torch.empty_like(blocks), torch.empty_like(blocks))
-    best_error = torch.full(groups.shape[:-1], torch.inf, device=groups.device)
-    best_factor = torch.ones_like(best_error)
-    for step in range(SCAN_STEPS):
-        factor = 2.0 ** (-step / SCAN_STEPS)
-        scale = factor * power_of_two(shared_exponent(amax / factor, "uos", E2M1))
-        error = (block_error(blocks, scale, E2M1, scratch) * scale.square()).sum(dim=-1)
-        is_better = error < best_error
-        best_error = torch.where(is_better, error, best_error)
-        best_factor = torch.where(is_better, factor, best_factor)
+    scratch = (torch.empty_like(blocks), torch.empty_like(blocks), torch.empty_like(blocks))
+    factors = [2.0 ** (-step / SCAN_STEPS) for step in range(SCAN_STEPS)]
+    errors = []
+    for factor in factors:
+        scale = shared_scale(amax / factor, "uos", E2M1).mul_(factor)
+        errors.append((block_error(blocks, scale, E2M1, scratch).mul_(scale).mul_(scale)).sum(dim=-1))
+    best = torch.stack(errors).argmin(dim=0)
+    factor = torch.tensor(factors, device=groups.device)[best]
     for _ in range(REFINEMENTS):
-        best_factor = _least_squares(blocks, best_factor)
-    return best_factor
+        factor = _least_squares(blocks, factor)
+    return factor
 
 
 def _least_squares(blocks: Tensor, factor: Tensor) -> Tensor:
     """The factor that is best for the values to which blocks round at `factor`; their error cannot grow."""
     scaled = blocks / factor[..., None, None]
-    exponent = search_exponent(scaled, E2M1)
-    scale = power_of_two(exponent)[..., None]
-    rounded = E2M1.round_(scaled.div_(scale)).mul_(scale)
-    numerator = (rounded * blocks).sum(dim=(-2, -1))
+    scale = power_of_two(search_exponent(scaled, E2M1))[..., None]
+    rounded = E2M1.round(scaled.div_(scale)).mul_(scale)
+    numerator = torch.mul(rounded, blocks, out=scaled).sum(dim=(-2, -1))
     denominator = rounded.square_().sum(dim=(-2, -1))
     return torch.where(denominator > 0, numerator / denominator, factor)

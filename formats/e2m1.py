@@ -42,7 +42,7 @@ def round_to_e2m1(values: Tensor, half_away: bool = False) -> Tensor:
     """
     if half_away:
         return E2M1.round_half_away_(values.clone())
-    rounded = E2M1.round_(values.clone())
+    rounded = E2M1.round(values)
     return torch.copysign(rounded, values, out=rounded)
 
 

@@ -30,22 +30,23 @@ class ElementType:
     min_exponent: int
     mantissa_bits: int
 
-    def round_(self, values: Tensor, scratch: Tensor | None = None) -> Tensor:
-        """Rounds in place, half to even; what becomes zero loses its sign, NaN stays NaN.
+    def round(self, values: Tensor, out: Tensor | None = None, scratch: Tensor | None = None) -> Tensor:
+        """Rounds half to even; what becomes zero loses its sign, NaN stays NaN.
 
         Six passes over the data and no table: adding and subtracting 1.5 * 2^(23 - mantissa_bits) times the power of
         two below a number makes the adder itself round to the step of that binade.
 
         Args:
             values: float32, contiguous
+            out: where to, float32 of the same shape; may be `values`
             scratch: float32 of the same shape, overwritten; saves an allocation
         """
-        values.clamp_(-self.largest, self.largest)
+        rounded = torch.clamp(values, -self.largest, self.largest, out=out)
         if scratch is None:
-            scratch = torch.empty_like(values)
-        torch.bitwise_and(values.view(torch.int32), EXPONENT_MASK, out=scratch.view(torch.int32))
+            scratch = torch.empty_like(rounded)
+        torch.bitwise_and(rounded.view(torch.int32), EXPONENT_MASK, out=scratch.view(torch.int32))
         scratch.clamp_(min=2.0**self.min_exponent).mul_(1.5 * 2.0 ** (23 - self.mantissa_bits))
-        return values.add_(scratch).sub_(scratch)
+        return rounded.add_(scratch).sub_(scratch)
 
     def round_half_away_(self, values: Tensor) -> Tensor:
         """Rounds in place, half away from zero as msModelSlim does; zeros keep their sign, NaN stays NaN.

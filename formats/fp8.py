@@ -21,6 +21,7 @@ from torch import Tensor
 
 from omni_convert.formats.float8 import E4M3_MAX, round_to_e4m3
 from omni_convert.formats.format import Format, InputStatistics, TensorLayout, WeightRows, weight_amax
+from omni_convert.formats.tiling import quantize_in_tiles
 
 __all__ = ["E4M3_MAX", "Fp8", "Fp8Block", "round_to_e4m3"]
 
@@ -67,7 +68,7 @@ class Fp8(Format):
 
     def quantize_rows(self, rows: Tensor, fitted: _Fitted) -> dict[str, Tensor]:
         scale = torch.tensor(fitted.weight_scale, dtype=torch.float32, device=rows.device)
-        return {"weight": round_to_e4m3(rows.float() / scale)}
+        return quantize_in_tiles(rows, lambda tile: {"weight": round_to_e4m3(tile.float() / scale)})
 
     def dequantize(self, tensors: Mapping[str, Tensor]) -> Tensor:
         return tensors["weight"].float() * tensors["weight_scale"].float()

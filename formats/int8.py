@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from omni_convert.formats.format import Format, InputStatistics, TensorLayout, WeightRows, weight_amax
+from omni_convert.formats.tiling import quantize_in_tiles
 
 __all__ = ["INT8_MAX", "Int8"]
 
@@ -57,15 +58,18 @@ class Int8(Format):
         return {}
 
     def quantize_rows(self, rows: Tensor, fitted: _Fitted) -> dict[str, Tensor]:
-        values = rows.float()
+        return quantize_in_tiles(rows, lambda tile: self._quantize_tile(tile, fitted))
+
+    def dequantize(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        return tensors["weight"].float() * tensors["weight_scale"].float()
+
+    def _quantize_tile(self, tile: Tensor, fitted: _Fitted) -> dict[str, Tensor]:
+        values = tile.to(torch.float32, copy=True)
         if fitted.group_amax is None:
             amax = values.abs().amax(dim=1, keepdim=True)
         else:
             amax = torch.full((len(values), 1), fitted.group_amax, device=values.device)
         inverse = torch.where(amax == 0, 0.0, INT8_MAX / amax)
-        codes = (values * inverse).round().clamp(-INT8_MAX, INT8_MAX).to(torch.int8)
+        codes = values.mul_(inverse).round_().clamp_(-INT8_MAX, INT8_MAX).to(torch.int8)
         scale = torch.where(amax == 0, 1.0, amax / INT8_MAX)
         return {"weight": codes, "weight_scale": scale}
-
-    def dequantize(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        return tensors["weight"].float() * tensors["weight_scale"].float()

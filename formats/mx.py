@@ -1,8 +1,6 @@
-"""What the MX formats share: blocks along K with a power-of-two scale each, quantized in tiles that stay in cache."""
+"""What the MX formats share: blocks along K with a power-of-two scale each."""
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -16,7 +14,6 @@ __all__ = [
     "block_amax",
     "block_error",
     "join_blocks",
-    "quantize_in_tiles",
     "scale_blocks_",
     "search_exponent",
     "split_blocks",
@@ -26,21 +23,6 @@ __all__ = [
 MX_BLOCK = 32
 #: Elements along K that share the coarse scale of dual-scale MXFP4.
 COARSE_BLOCK = 512
-
-# A float32 tile of this size and its scratch fit the second-level cache of one core; on an accelerator a launch costs
-# more than a cache miss.
-CPU_TILE_ELEMENTS = 1 << 16
-ACCELERATOR_TILE_ELEMENTS = 1 << 26
-
-
-def quantize_in_tiles(rows: Tensor, quantize_tile: Callable[[Tensor], dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Applies a function to tiles of whole rows of [rows, in], and joins the tensors that it returns by row."""
-    elements = CPU_TILE_ELEMENTS if rows.device.type == "cpu" else ACCELERATOR_TILE_ELEMENTS
-    step = max(1, elements // max(1, rows.shape[1]))
-    tiles = [quantize_tile(rows[start : start + step]) for start in range(0, max(1, len(rows)), step)]
-    if len(tiles) == 1:
-        return tiles[0]
-    return {suffix: torch.cat([tile[suffix] for tile in tiles]) for suffix in tiles[0]}
 
 
 def split_blocks(values: Tensor, block: int) -> Tensor:
@@ -70,20 +52,19 @@ def block_amax(blocks: Tensor, scratch: Tensor | None = None) -> Tensor:
     return torch.abs(blocks, out=scratch).amax(dim=-1)
 
 
-def block_error(blocks: Tensor, scale: Tensor, element: ElementType, scratch: tuple[Tensor, Tensor]) -> Tensor:
+def block_error(blocks: Tensor, scale: Tensor, element: ElementType, scratch: tuple[Tensor, Tensor, Tensor]) -> Tensor:
     """Squared rounding error of each block, in units of its squared scale.
 
     Args:
         blocks: float32 [..., block]
         scale: float32 [...], what elements are multiplied with
         element: type of the elements
-        scratch: two float32 tensors of the shape of `blocks`, overwritten
+        scratch: three float32 tensors of the shape of `blocks`, overwritten
     """
-    rounded, work = scratch
-    reciprocal = scale.reciprocal()[..., None]
-    element.round_(torch.mul(blocks, reciprocal, out=rounded), work)
-    torch.mul(blocks, reciprocal, out=work).sub_(rounded)
-    return work.mul_(work).sum(dim=-1)
+    scaled, rounded, work = scratch
+    torch.mul(blocks, scale.reciprocal()[..., None], out=scaled)
+    scaled.sub_(element.round(scaled, out=rounded, scratch=work))
+    return scaled.mul_(scaled).sum(dim=-1)
 
 
 def search_exponent(blocks: Tensor, element: ElementType) -> Tensor:
@@ -98,7 +79,7 @@ def search_exponent(blocks: Tensor, element: ElementType) -> Tensor:
     Returns:
         int32 [...]
     """
-    scratch = (torch.empty_like(blocks), torch.empty_like(blocks))
+    scratch = (torch.empty_like(blocks), torch.empty_like(blocks), torch.empty_like(blocks))
     floor = shared_exponent(block_amax(blocks, scratch[0]), "floor", element)
     up = (floor + 1).clamp_(max=127).maximum(floor)
     error_floor = block_error(blocks, power_of_two(floor), element, scratch)

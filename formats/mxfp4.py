@@ -21,8 +21,9 @@ from omni_convert.formats.activation import quantize_mxfp4_input
 from omni_convert.formats.e2m1 import E2M1, round_to_e2m1
 from omni_convert.formats.e8m0 import decode_e8m0, encode_e8m0, is_msmodelslim
 from omni_convert.formats.format import Format, InputStatistics, TensorLayout, WeightRows
-from omni_convert.formats.mx import MX_BLOCK, join_blocks, quantize_in_tiles, scale_blocks_, split_blocks
+from omni_convert.formats.mx import MX_BLOCK, join_blocks, scale_blocks_, split_blocks
 from omni_convert.formats.smoothing import Quantizers, search_mul_scale
+from omni_convert.formats.tiling import quantize_in_tiles
 
 __all__ = ["Mxfp4"]
 

@@ -29,11 +29,11 @@ from omni_convert.formats.mx import (
     MX_BLOCK,
     block_amax,
     join_blocks,
-    quantize_in_tiles,
     scale_blocks_,
     split_blocks,
 )
 from omni_convert.formats.smoothing import Quantizers, search_mul_scale
+from omni_convert.formats.tiling import quantize_in_tiles
 
 __all__ = ["Mxfp4DualScale"]
 

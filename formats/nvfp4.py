@@ -29,7 +29,8 @@ from omni_convert.formats.format import (
     sample_rows,
     weight_amax,
 )
-from omni_convert.formats.mx import block_amax, block_error, join_blocks, quantize_in_tiles, split_blocks
+from omni_convert.formats.mx import block_amax, block_error, join_blocks, split_blocks
+from omni_convert.formats.tiling import quantize_in_tiles
 
 __all__ = ["NVFP4_BLOCK", "NVFP4_LARGEST", "Nvfp4", "nvfp4_block_scale"]
 
@@ -134,18 +135,16 @@ def _search_block_scale(blocks: Tensor, scale: Tensor, global_scale: Tensor) -> 
         scale: where to start: E4M3 values as float32 [rows, blocks]
         global_scale: float32 []
     """
-    scratch = (torch.empty_like(blocks), torch.empty_like(blocks))
+    scratch = (torch.empty_like(blocks), torch.empty_like(blocks), torch.empty_like(blocks))
     start = scale.to(torch.float8_e4m3fn).view(torch.uint8).to(torch.int16)
-    best_scale, best_error = scale, torch.full_like(scale, torch.inf)
+    candidates, errors = [], []
     for offset in CODE_OFFSETS:
-        codes = (start + offset).clamp(1, 0x7E).to(torch.uint8)  # positive E4M3 codes are ordered; 0x7E is 448
+        codes = (start + offset).clamp_(1, 0x7E).to(torch.uint8)  # positive E4M3 codes are ordered; 0x7E is 448
         candidate = codes.view(torch.float8_e4m3fn).float()
-        total = candidate * global_scale
-        error = block_error(blocks, total, E2M1, scratch) * candidate.square()
-        is_better = error < best_error
-        best_error = torch.where(is_better, error, best_error)
-        best_scale = torch.where(is_better, candidate, best_scale)
-    return best_scale, best_error
+        candidates.append(candidate)
+        errors.append(block_error(blocks, candidate * global_scale, E2M1, scratch).mul_(candidate).mul_(candidate))
+    best_error, best = torch.stack(errors).min(dim=0)
+    return torch.stack(candidates).gather(0, best[None])[0], best_error
 
 
 def _search_global_factor(rows: Tensor, smallest: float) -> float:

@@ -1,0 +1,147 @@
+"""How fast weights are quantized, in GB/s of bf16 input, how close they come, and what peers do on the same machine.
+
+    python scripts/bench_formats.py                        every format, without and with search
+    python scripts/bench_formats.py --rows 1024 --threads 1
+    PYTHONPATH=peers python scripts/bench_formats.py --peers       also what is installed of
+        comfy-kitchen, torchao (`pip install --no-deps --target peers comfy-kitchen torchao`) and gguf
+
+Each figure is the best of several runs over a standard normal matrix, scans of the weight (`fit`) included; errors are
+relative RMS on standard normal / Student-t(4) values.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+import warnings
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from omni_convert.formats.format import Format
+from omni_convert.formats.fp8 import Fp8, Fp8Block
+from omni_convert.formats.int8 import Int8
+from omni_convert.formats.mxfp4 import Mxfp4
+from omni_convert.formats.mxfp4_dualscale import Mxfp4DualScale
+from omni_convert.formats.mxfp8 import Mxfp8
+from omni_convert.formats.nvfp4 import Nvfp4
+
+FORMATS: dict[str, Format] = {
+    "fp8": Fp8(),
+    "fp8 block 128x128": Fp8Block(),
+    "int8": Int8(),
+    "mxfp8, nearest": Mxfp8(search=False),
+    "mxfp8": Mxfp8(),
+    "mxfp4, nearest": Mxfp4(search=False),
+    "mxfp4": Mxfp4(),
+    "mxfp4_dualscale, nearest": Mxfp4DualScale(search=False),
+    "mxfp4_dualscale": Mxfp4DualScale(),
+    "nvfp4, nearest": Nvfp4(search=False),
+    "nvfp4": Nvfp4(),
+}
+
+
+def main() -> None:
+    options = parse_options()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    generator = torch.Generator().manual_seed(0)
+    normal = torch.randn(options.rows, 4096, generator=generator)
+    chi_square = sum(torch.randn(options.rows, 4096, generator=generator).square() for _ in range(4))
+    student = torch.randn(options.rows, 4096, generator=generator) / (chi_square / 4).sqrt()
+    weights = [weight.to(options.device, torch.bfloat16) for weight in (normal, student)]
+    print(
+        f"{options.rows} x 4096 bf16 on {options.device}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    )
+    print(f"{'':<36}{'GB/s':>8}{'normal %':>12}{'t(4) %':>10}")
+    for name, fmt in FORMATS.items():
+        speed = measure(fmt.quantize, weights[0], options.runs)
+        errors = [relative_error(weight, fmt.dequantize(fmt.quantize(weight))) for weight in weights]
+        print(f"{name:<36}{speed:>8.3f}{100 * errors[0]:>12.3f}{100 * errors[1]:>10.3f}", flush=True)
+    for name, quantize in peers() if options.peers else ():
+        print(f"{name:<36}{measure(quantize, weights[0], options.runs):>8.3f}", flush=True)
+
+
+def parse_options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, default=4096)
+    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--threads", type=int, help="default: torch's")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--peers", action="store_true", help="also measure the peers that are installed")
+    return parser.parse_args()
+
+
+def measure(quantize: Callable[[Tensor], object], weight: Tensor, runs: int) -> float:
+    """Best GB/s of input over the runs, after one to warm up."""
+    best = 0.0
+    for _ in range(runs + 1):
+        synchronize(weight)
+        start = time.perf_counter()
+        quantize(weight)
+        synchronize(weight)
+        best = max(best, weight.nbytes / (time.perf_counter() - start) / 1e9)
+    return best
+
+
+def synchronize(weight: Tensor) -> None:
+    if weight.is_cuda:
+        torch.cuda.synchronize(weight.device)
+
+
+def relative_error(weight: Tensor, restored: Tensor) -> float:
+    return float((restored - weight.float()).norm() / weight.float().norm())
+
+
+def peers() -> Iterator[tuple[str, Callable[[Tensor], object]]]:
+    """Peers that import, each as (name, function of a weight)."""
+    warnings.simplefilter("ignore")
+    yield from comfy_kitchen()
+    yield from torchao()
+    yield from gguf()
+
+
+def comfy_kitchen() -> Iterator[tuple[str, Callable[[Tensor], object]]]:
+    try:
+        import comfy_kitchen as kitchen
+    except ImportError:
+        return
+    kitchen.disable_backend("triton")
+
+    def scale(weight: Tensor, largest: float) -> Tensor:
+        return weight.abs().amax().float() / largest
+
+    def nvfp4(weight: Tensor) -> object:
+        return kitchen.quantize_nvfp4(weight, scale(weight, 2688.0))
+
+    yield "comfy-kitchen fp8", lambda weight: kitchen.quantize_per_tensor_fp8(weight, scale(weight, 448.0))
+    yield "comfy-kitchen int8 rows", kitchen.quantize_int8_rowwise
+    yield "comfy-kitchen mxfp8", kitchen.quantize_mxfp8
+    yield "comfy-kitchen nvfp4", nvfp4
+
+
+def torchao() -> Iterator[tuple[str, Callable[[Tensor], object]]]:
+    try:
+        from torchao.prototype.mx_formats.mx_tensor import ScaleCalculationMode, to_mx
+    except ImportError:
+        return
+    for name, dtype in (("mxfp8", torch.float8_e4m3fn), ("mxfp4", torch.float4_e2m1fn_x2)):
+        for mode in (ScaleCalculationMode.FLOOR, ScaleCalculationMode.RCEIL):
+            yield (
+                f"torchao to_mx {name} {mode.name.lower()}",
+                lambda weight, dtype=dtype, mode=mode: to_mx(weight, dtype, 32, mode),
+            )
+
+
+def gguf() -> Iterator[tuple[str, Callable[[Tensor], object]]]:
+    try:
+        from gguf import GGMLQuantizationType
+        from gguf.quants import quantize
+    except ImportError:
+        return
+    yield "gguf-py MXFP4", lambda weight: quantize(weight.float().numpy(), GGMLQuantizationType.MXFP4)
+
+
+if __name__ == "__main__":
+    main()
