@@ -1,0 +1,26 @@
+"""A checkpoint becomes a running pipeline. Importing this registers our quantizers with diffusers and transformers."""
+
+from omni_convert.loaders import diffusers_quantizer, transformers_quantizer
+from omni_convert.loaders.config import (
+    ComponentQuantizationConfig,
+    build_quant_config,
+    resolve_component_quant_config,
+)
+from omni_convert.loaders.pipeline import load_pipeline
+from omni_convert.loaders.quantized_linear import QuantizedLinear, quantize_linear
+from omni_convert.loaders.report import KernelReport, LayerReport, kernel_report
+
+__all__ = [
+    "ComponentQuantizationConfig",
+    "KernelReport",
+    "LayerReport",
+    "QuantizedLinear",
+    "build_quant_config",
+    "kernel_report",
+    "load_pipeline",
+    "quantize_linear",
+    "resolve_component_quant_config",
+]
+
+diffusers_quantizer.register()
+transformers_quantizer.register()

@@ -1,4 +1,4 @@
-"""What a kernel is: a way to run a quantized linear layer, whose requirements are data, so that it says why it declines."""
+"""What a kernel is: a way to run a quantized linear layer. Its requirements are data, so it can say why it declines."""
 
 from __future__ import annotations
 

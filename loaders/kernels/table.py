@@ -18,14 +18,16 @@ KERNELS: tuple[Kernel, ...] = (SCALED_MM, INT_MM, WEIGHT_ONLY, REFERENCE)
 
 @dataclass(frozen=True)
 class Selection:
-    """A kernel, and what each faster one lacked."""
+    """A kernel, and what each faster scaled GEMM for the same format lacked."""
 
     kernel: Kernel
     declined: tuple[str, ...]
 
     @property
     def reason(self) -> str:
-        return "; ".join(self.declined) or "fastest"
+        if self.declined:
+            return "; ".join(self.declined)
+        return "fastest" if self.kernel.is_scaled_gemm else "no scaled GEMM for this format"
 
 
 def select_kernel(layer: LayerTraits, kernels: tuple[Kernel, ...] = KERNELS) -> Selection:
@@ -34,11 +36,15 @@ def select_kernel(layer: LayerTraits, kernels: tuple[Kernel, ...] = KERNELS) -> 
     Raises:
         KernelError: none does; the message gives every kernel's reason.
     """
-    declined: list[str] = []
+    reasons: dict[Kernel, str] = {}
     for kernel in kernels:
         lacking = kernel.requirements.unmet(layer)
         if lacking is None:
-            return Selection(kernel, tuple(declined))
-        declined.append(f"{kernel.name} {lacking}")
+            return Selection(kernel, tuple(reasons[passed] for passed in reasons if _could_have_been(passed, layer)))
+        reasons[kernel] = f"{kernel.name} {lacking}"
     found = f"{layer.format.method} {layer.out_features} x {layer.in_features} on {layer.device}"
-    raise KernelError(f"no kernel for {found} with {layer.activations} activations: {'; '.join(declined)}")
+    raise KernelError(f"no kernel for {found} with {layer.activations} activations: {'; '.join(reasons.values())}")
+
+
+def _could_have_been(kernel: Kernel, layer: LayerTraits) -> bool:
+    return kernel.is_scaled_gemm and isinstance(layer.format, kernel.requirements.formats)

@@ -1,0 +1,145 @@
+"""From what a user writes as `quantization=` to a configuration, by the rules of vLLM-Omni's `build_quant_config`."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from omni_convert.formats.errors import RecipeError
+from omni_convert.formats.quantization_config import QuantizationConfig
+from omni_convert.formats.table import FORMATS
+from omni_convert.loaders.config_block import is_modelopt_export, read_block
+
+__all__ = [
+    "ComponentQuantizationConfig",
+    "QuantConfigTypeError",
+    "QuantConfigValueError",
+    "QuantizationSpec",
+    "build_quant_config",
+    "resolve_component_quant_config",
+]
+
+METHOD_KEYS = ("method", "quant_method")
+DEFAULT_COMPONENT = "default"
+# Says that a checkpoint is quantized already, which the checkpoint itself shows; blocks copied from one have it.
+SERIALIZED_FLAG_SUFFIX = "_serialized"
+
+
+class QuantConfigValueError(RecipeError, ValueError):
+    """A quantization spec that has no or an unknown method; vLLM-Omni raises ValueError."""
+
+
+class QuantConfigTypeError(RecipeError, TypeError):
+    """A quantization spec of a wrong type or with unknown options; vLLM-Omni raises TypeError."""
+
+
+@dataclass(frozen=True)
+class ComponentQuantizationConfig:
+    """One configuration per component.
+
+    Attributes:
+        component_configs: component name (or a prefix of it) to configuration; None leaves the component as it is
+        default_config: for components that no key matches
+    """
+
+    component_configs: Mapping[str, QuantizationConfig | None]
+    default_config: QuantizationConfig | None = None
+    name: str = field(default="component", init=False)
+
+    def resolve(self, prefix: str) -> QuantizationConfig | None:
+        """The configuration of a component: of the longest key that `prefix` starts with, else the default.
+
+        Keys match without regard to dots, as in vLLM-Omni: `transformer` also means `transformer_2`.
+        """
+        for key in sorted(self.component_configs, key=len, reverse=True):
+            if prefix.startswith(key):
+                return self.component_configs[key]
+        return self.default_config
+
+
+QuantizationSpec = str | Mapping[str, Any] | QuantizationConfig | ComponentQuantizationConfig | None
+
+
+def build_quant_config(
+    spec: QuantizationSpec, **kwargs: Any
+) -> QuantizationConfig | ComponentQuantizationConfig | None:
+    """Builds a configuration.
+
+    Args:
+        spec: None or "none"; a method's name; a dict with `method` (or `quant_method`) and options; a dict of these by
+            component, with `default` for the others; or a configuration, which is returned as it is
+        kwargs: options that override those of `spec`
+
+    Raises:
+        QuantConfigValueError: no method, or an unknown one.
+        QuantConfigTypeError: a spec of another type, or unknown options.
+    """
+    if spec is None or isinstance(spec, QuantizationConfig | ComponentQuantizationConfig):
+        return spec
+    if isinstance(spec, str):
+        return None if spec.lower() == "none" else _build_single(spec, kwargs)
+    if not isinstance(spec, Mapping):
+        raise QuantConfigTypeError(f"quantization: found {type(spec).__name__}, expected a string, a dict or None")
+    if _is_by_component(spec):
+        return _build_components(spec)
+    return _build_from_options(spec, kwargs)
+
+
+def resolve_component_quant_config(
+    config: QuantizationConfig | ComponentQuantizationConfig | None, name: str
+) -> QuantizationConfig | None:
+    """What a configuration means for one component; one that is not by component means the same for all."""
+    return config.resolve(name) if isinstance(config, ComponentQuantizationConfig) else config
+
+
+def _is_by_component(spec: Mapping[str, Any]) -> bool:
+    if any(key in spec for key in METHOD_KEYS) or not spec:
+        return False
+    values = list(spec.values())
+    return all(value is None or isinstance(value, str | Mapping) for value in values) and any(
+        value is None or (isinstance(value, Mapping) and any(key in value for key in METHOD_KEYS)) for value in values
+    )
+
+
+def _build_components(spec: Mapping[str, Any]) -> ComponentQuantizationConfig:
+    configs = {component: _build_component(component, value) for component, value in spec.items()}
+    default = configs.pop(DEFAULT_COMPONENT, None)
+    return ComponentQuantizationConfig(configs, default)
+
+
+def _build_component(component: str, value: Any) -> QuantizationConfig | None:
+    if value is None:
+        return None
+    if isinstance(value, str):
+        return _build_single(value, {})
+    if not any(value.get(key) for key in METHOD_KEYS):
+        raise QuantConfigValueError(f"quantization: component '{component}' has no 'method', found {sorted(value)}")
+    return _build_from_options(value, {})
+
+
+def _build_from_options(spec: Mapping[str, Any], kwargs: Mapping[str, Any]) -> QuantizationConfig:
+    if is_modelopt_export({"quant_method": "modelopt", **spec}) and "method" not in spec:
+        return read_block({"quant_method": "modelopt", **spec}, "quantization")
+    options = dict(spec)
+    key = next((key for key in METHOD_KEYS if options.get(key)), None)
+    if key is None:
+        raise QuantConfigValueError(f"quantization: found no 'method' in {sorted(spec)}, expected one")
+    return _build_single(options.pop(key), {**options, **kwargs})
+
+
+def _build_single(name: str, options: Mapping[str, Any]) -> QuantizationConfig:
+    method = name.lower().replace("-", "_")
+    if method not in FORMATS:
+        raise QuantConfigValueError(f"quantization: found method '{name}', expected one of {', '.join(FORMATS)}")
+    options = {key: value for key, value in options.items() if not key.endswith(SERIALIZED_FLAG_SUFFIX)}
+    signature = inspect.signature(QuantizationConfig)
+    unknown = sorted(set(options) - set(signature.parameters))
+    if unknown or "method" in options:
+        raise QuantConfigTypeError(f"quantization: '{method}' has no option {', '.join(unknown)}, expected {signature}")
+    return QuantizationConfig(method, **{key: _frozen(value) for key, value in options.items()})
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value

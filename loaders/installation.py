@@ -1,0 +1,228 @@
+"""Puts quantized layers into a model skeleton: exactly those that a checkpoint holds, or those that a request asks for.
+
+What is quantized is read off the tensors in the file (their names, dtypes and shapes). The config block is then held
+against it: a block that says otherwise is an error, never a reason to read the file differently.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from omni_convert.formats.dialects.vllm_omni import ignored_names
+from omni_convert.formats.errors import CheckpointError, RecipeError
+from omni_convert.formats.family import LayerGroup, find_family
+from omni_convert.formats.format import Format
+from omni_convert.formats.layer_pattern import matches
+from omni_convert.formats.quantization_config import QuantizationConfig
+from omni_convert.formats.table import FORMATS, FormatOptions, layer_formats
+from omni_convert.formats.tensor_spec import DTYPE_NAMES, TensorSpec
+from omni_convert.loaders.quantized_linear import QuantizedLinear
+
+__all__ = [
+    "check_scale",
+    "declared_format",
+    "homeless_names",
+    "install_empty_layers",
+    "install_quantized",
+    "refuse_homeless",
+    "restore_linears",
+    "select_layers",
+]
+
+NAMES_SHOWN = 3
+PLAIN_FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+
+def declared_format(config: QuantizationConfig) -> Format:
+    """The format that a config block promises.
+
+    Raises:
+        RecipeError: the method is not one of ours.
+    """
+    if config.method not in FORMATS:
+        raise RecipeError(f"quantization: found method '{config.method}', expected one of {', '.join(FORMATS)}")
+    return FORMATS[config.method].build(
+        FormatOptions(static=config.is_static, weight_block_size=config.weight_block_size)
+    )
+
+
+def install_empty_layers(
+    model: nn.Module, specs: Mapping[str, TensorSpec], config: QuantizationConfig, where: str
+) -> set[str]:
+    """Replaces every linear that the checkpoint holds quantized by a `QuantizedLinear` whose tensors are still on meta.
+
+    Args:
+        model: on the meta device
+        specs: tensors of the checkpoint, under the model's names
+        config: meaning of the checkpoint's config block
+        where: the checkpoint, for messages
+
+    Returns:
+        names of the tensors of these layers, without their biases
+
+    Raises:
+        CheckpointError: the block contradicts the tensors, a layer is incomplete, or the model has no such layer.
+    """
+    declared = declared_format(config)
+    found = layer_formats(specs, config.method)
+    if not found:
+        raise CheckpointError(f"{where}: config says {config.method}, found no quantized layer, expected some")
+    installed: dict[str, tuple[str, ...]] = {}
+    for stem, fmt in found.items():
+        if stem in config.ignored_layers:
+            raise CheckpointError(f"{where}: {stem} is in ignored_layers, found {fmt.method} tensors for it")
+        if type(fmt) is not type(declared):
+            raise CheckpointError(f"{where}: {stem} holds {fmt}, expected {declared} as its config says")
+        installed[stem] = _install_empty(model, stem, specs, declared, where)
+    _refuse_bare_codes(model, specs, where)
+    return {f"{stem}.{suffix}" for stem, suffixes in installed.items() for suffix in suffixes}
+
+
+def _install_empty(
+    model: nn.Module, stem: str, specs: Mapping[str, TensorSpec], fmt: Format, where: str
+) -> tuple[str, ...]:
+    linear = _find_module(model, stem)
+    if not isinstance(linear, nn.Linear):
+        found = "nothing" if linear is None else type(linear).__name__
+        raise CheckpointError(f"{where}: {stem} is quantized, found {found} of that name in {type(model).__name__}")
+    tensors: dict[str, Tensor] = {}
+    for suffix, layout in fmt.layout(linear.out_features, linear.in_features).items():
+        name = f"{stem}.{suffix}"
+        if name not in specs:
+            raise CheckpointError(f"{where}: {name} is missing, {fmt} needs it; convert the model again")
+        spec = specs[name]
+        is_scalar = layout.shape == () and spec.shape == (1,)  # runtimes read [] and [1] alike
+        if spec.dtype is not layout.dtype or (spec.shape != layout.shape and not is_scalar):
+            found = f"{DTYPE_NAMES[spec.dtype]} {list(spec.shape)}"
+            raise CheckpointError(
+                f"{where}: {name} is {found}, expected {DTYPE_NAMES[layout.dtype]} {list(layout.shape)} for {fmt}"
+            )
+        tensors[suffix] = torch.empty(spec.shape, dtype=spec.dtype, device="meta")
+    layer = QuantizedLinear(fmt, tensors, linear.bias, in_features=linear.in_features)
+    model.set_submodule(stem, layer)
+    return layer.tensor_names
+
+
+def _refuse_bare_codes(model: nn.Module, specs: Mapping[str, TensorSpec], where: str) -> None:
+    """A layer whose scale is missing does not look quantized; its codes must not pass for weights."""
+    homes = model.state_dict()
+    for name, spec in specs.items():
+        if name in homes and homes[name].dtype in PLAIN_FLOATS and spec.dtype not in PLAIN_FLOATS:
+            raise CheckpointError(
+                f"{where}: {name} is {DTYPE_NAMES[spec.dtype]} without its scale, expected a quantized layer's tensors "
+                "or plain floats; convert the model again"
+            )
+
+
+def _find_module(model: nn.Module, name: str) -> nn.Module | None:
+    try:
+        return model.get_submodule(name)
+    except AttributeError:
+        return None
+
+
+def homeless_names(model: nn.Module, names: Collection[str]) -> list[str]:
+    """Names in a checkpoint that the model has no tensor for, except those that its class says to drop."""
+    homes = model.state_dict().keys()
+    patterns = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
+    return [name for name in names if name not in homes and not any(re.search(pattern, name) for pattern in patterns)]
+
+
+def refuse_homeless(model: nn.Module, names: Collection[str], where: str) -> None:
+    """Loading would drop such tensors silently, and a dropped scale is a wrong picture.
+
+    Raises:
+        CheckpointError: some name has no home in the model.
+    """
+    homeless = homeless_names(model, names)
+    if homeless:
+        shown = ", ".join(homeless[:NAMES_SHOWN]) + (", ..." if len(homeless) > NAMES_SHOWN else "")
+        raise CheckpointError(
+            f"{where}: found {len(homeless)} tensors without a home in {type(model).__name__} ({shown}), "
+            "expected none; the checkpoint belongs to another model or version"
+        )
+
+
+def check_scale(name: str, tensor: Tensor, where: str) -> None:
+    """A scale must be a finite number that is not negative.
+
+    Raises:
+        CheckpointError: it is not.
+    """
+    if tensor.dtype is torch.float32 and not bool(((tensor >= 0) & (tensor < torch.inf)).all()):
+        raise CheckpointError(f"{where}: {name} holds NaN, Inf or a negative number, expected scales; convert again")
+
+
+def select_layers(model: nn.Module, config: QuantizationConfig) -> tuple[dict[str, Format], QuantizationConfig]:
+    """Which layers of an unquantized model a request means.
+
+    The layers are those that the family's rule for this loader gives, without those that a pattern in `ignored_layers`
+    matches and those whose shape the format cannot hold.
+
+    Returns:
+        layer name to format; and the request with `ignored_layers` spelled out, as a config block lists them
+
+    Raises:
+        RecipeError: static activations, an unknown method, or a pattern that matches nothing.
+    """
+    if config.is_static:
+        raise RecipeError("quantization: static activations need calibration; convert the model, or use 'dynamic'")
+    fmt = declared_format(config)
+    specs = {name: TensorSpec(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in model.state_dict().items()}
+    groups = find_family(type(model).__name__).layer_groups(specs, "diffusers")
+    ignored = _ignored_groups(config.ignored_layers, groups, specs)
+    ignored += [group for group in groups if group not in ignored and _must_stay(fmt, group, specs)]
+    layers = {stem: fmt for group in groups if group not in ignored for stem in group.members}
+    return layers, replace(config, ignored_layers=tuple(ignored_names(ignored)))
+
+
+def _ignored_groups(
+    patterns: Collection[str], groups: Collection[LayerGroup], specs: Mapping[str, TensorSpec]
+) -> list[LayerGroup]:
+    stems = {name.removesuffix(".weight") for name in specs}
+    ignored: list[LayerGroup] = []
+    for pattern in patterns:
+        matched = [g for g in groups if any(matches(pattern, name) for name in (g.runtime_name, *g.members))]
+        if not matched and not any(matches(pattern, stem) for stem in stems):
+            raise RecipeError(f"ignored_layers: '{pattern}' matches no layer of the model")
+        ignored += [group for group in matched if group not in ignored]
+    return ignored
+
+
+def _must_stay(fmt: Format, group: LayerGroup, specs: Mapping[str, TensorSpec]) -> bool:
+    if group.keep_reason is not None:
+        return True
+    shapes = [specs[f"{stem}.weight"].shape for stem in group.members]
+    return any(fmt.unsupported(rows, columns) is not None for rows, columns in shapes)
+
+
+def install_quantized(model: nn.Module, stem: str, weight: Tensor, fmt: Format, where: str) -> QuantizedLinear:
+    """Replaces one linear by a `QuantizedLinear` made from its weight [out, in], on the weight's device.
+
+    Raises:
+        CheckpointError: the weight holds NaN or Inf.
+    """
+    linear = model.get_submodule(stem)
+    assert isinstance(linear, nn.Linear), "only linears are selected"
+    tensors = {suffix: tensor.to(weight.device) for suffix, tensor in fmt.quantize(weight).items()}
+    for suffix, tensor in tensors.items():
+        if not bool(torch.isfinite(tensor.float()).all()):
+            raise CheckpointError(f"{where}: {stem}.weight holds NaN or Inf ({suffix}), expected finite weights")
+    layer = QuantizedLinear(fmt, tensors, linear.bias, in_features=linear.in_features)
+    model.set_submodule(stem, layer)
+    return layer
+
+
+def restore_linears(model: nn.Module, dtype: torch.dtype) -> None:
+    """Replaces every `QuantizedLinear` by the linear that it stands for."""
+    for name, layer in list(model.named_modules()):
+        if isinstance(layer, QuantizedLinear):
+            linear = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
+            linear.weight = nn.Parameter(layer.dequantize().to(dtype), requires_grad=False)
+            linear.register_parameter("bias", layer.bias)
+            model.set_submodule(name, linear)

@@ -1,0 +1,139 @@
+"""From a folder or a Hub repository to a running pipeline."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline, PipelineQuantizationConfig
+from torch import nn
+
+from omni_convert.formats.errors import RecipeError
+from omni_convert.formats.quantization_config import QuantizationConfig
+from omni_convert.loaders.config import (
+    ComponentQuantizationConfig,
+    QuantizationSpec,
+    build_quant_config,
+    resolve_component_quant_config,
+)
+from omni_convert.loaders.diffusers_quantizer import DiffusersConfig
+from omni_convert.loaders.kernels.kernel import Activations
+from omni_convert.loaders.quantized_linear import QuantizedLinear
+from omni_convert.loaders.report import kernel_report, require_scaled_gemm
+from omni_convert.loaders.transformers_quantizer import TransformersConfig
+
+__all__ = ["load_pipeline"]
+
+logger = logging.getLogger(__name__)
+
+DENOISERS = ("transformer", "transformer_2", "transformer_3", "unet")
+CONFIG_CLASSES: dict[str, type[DiffusersConfig | TransformersConfig]] = {
+    "diffusers": DiffusersConfig,
+    "transformers": TransformersConfig,
+}
+
+
+def load_pipeline(
+    model: str | Path,
+    device: str | torch.device | None = None,
+    torch_dtype: torch.dtype = torch.bfloat16,
+    quantization: QuantizationSpec = None,
+    strict: bool = False,
+    activations: Activations = "quantized",
+    **kwargs: Any,
+) -> DiffusionPipeline:
+    """Loads a pipeline: a quantized one as it is, or any other, quantizing it on the way if asked to.
+
+    Args:
+        model: a folder or a Hub repository
+        device: where to put it; where `from_pretrained` leaves it, if None
+        torch_dtype: dtype of everything that is not quantized
+        quantization: what `build_quant_config` takes. One method means the denoising model(s); a text encoder is
+            quantized if it is named. Layers are quantized one by one as they are read.
+        strict: refuse to run any quantized layer without a scaled GEMM (see `kernel_report`)
+        activations: `quantized` as at the serving runtime, or `bf16` to quantize weights only
+        kwargs: passed to `DiffusionPipeline.from_pretrained`
+
+    Raises:
+        CheckpointError: the checkpoint is damaged, incomplete or contradicts its config.
+        RecipeError: the request does not fit the model.
+        KernelError: `strict`, and a layer has no scaled GEMM on this device.
+    """
+    requested = _requested_configs(str(model), build_quant_config(quantization), kwargs)
+    pipeline = DiffusionPipeline.from_pretrained(
+        str(model), dtype=torch_dtype, **_quantization_argument(requested), **kwargs
+    )
+    modules = {name: module for name, module in pipeline.components.items() if isinstance(module, nn.Module)}
+    _refuse_other_method(requested, modules)
+    if device is not None:
+        pipeline.to(device)
+    if activations != "quantized":
+        _set_activations(modules.values(), activations)
+    if strict:
+        require_scaled_gemm(kernel_report(pipeline))
+    return pipeline
+
+
+def _requested_configs(
+    model: str, config: QuantizationConfig | ComponentQuantizationConfig | None, kwargs: Mapping[str, Any]
+) -> dict[str, DiffusersConfig | TransformersConfig]:
+    """Component to the configuration in the wrapping that its library wants."""
+    if config is None:
+        return {}
+    hub_options = {key: kwargs[key] for key in ("revision", "cache_dir", "token", "local_files_only") if key in kwargs}
+    index = DiffusionPipeline.load_config(model, **hub_options)
+    libraries = {name: entry[0] for name, entry in index.items() if isinstance(entry, list) and entry[0] is not None}
+    _refuse_unknown_components(config, libraries)
+    requested = {}
+    for name, library in libraries.items():
+        meaning = _config_for(config, name)
+        if meaning is None:
+            continue
+        if library not in CONFIG_CLASSES or "vae" in name:
+            raise RecipeError(f"quantization: {name} cannot be quantized to {meaning.method}, use None for it")
+        requested[name] = CONFIG_CLASSES[library].of(meaning)
+    return requested
+
+
+def _config_for(config: QuantizationConfig | ComponentQuantizationConfig, name: str) -> QuantizationConfig | None:
+    """A config that names no component, and the default of one that does, mean the denoising models."""
+    is_named = isinstance(config, ComponentQuantizationConfig) and any(map(name.startswith, config.component_configs))
+    return resolve_component_quant_config(config, name) if is_named or name in DENOISERS else None
+
+
+def _refuse_unknown_components(
+    config: QuantizationConfig | ComponentQuantizationConfig, components: Iterable[str]
+) -> None:
+    if isinstance(config, ComponentQuantizationConfig):
+        for key, value in config.component_configs.items():
+            if value is not None and not any(name.startswith(key) for name in components):
+                raise RecipeError(f"quantization: found component '{key}', expected one of {', '.join(components)}")
+
+
+def _quantization_argument(requested: Mapping[str, Any]) -> dict[str, Any]:
+    return {"quantization_config": PipelineQuantizationConfig(quant_mapping=dict(requested))} if requested else {}
+
+
+def _refuse_other_method(requested: Mapping[str, Any], modules: Mapping[str, nn.Module]) -> None:
+    """A checkpoint that is quantized already stays so; asking it to be something else is a mistake."""
+    for name, config in requested.items():
+        quantizer = getattr(modules.get(name), "hf_quantizer", None)
+        if quantizer is None or not quantizer.pre_quantized:
+            continue
+        found = getattr(getattr(quantizer, "meaning", None), "method", quantizer.quantization_config.quant_method)
+        if found != config.meaning.method:
+            raise RecipeError(
+                f"quantization: {name} is quantized as {found} already, found a request for {config.meaning.method}; "
+                "leave quantization out, or start from the unquantized model"
+            )
+        logger.info("%s is quantized as %s already", name, found)
+
+
+def _set_activations(modules: Iterable[nn.Module], activations: Activations) -> None:
+    for module in modules:
+        for layer in module.modules():
+            if isinstance(layer, QuantizedLinear):
+                layer.activations = activations

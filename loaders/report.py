@@ -1,0 +1,125 @@
+"""Which kernel runs each layer of a pipeline, and why: what is claimed to be fast, shown."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from omni_convert.formats.errors import KernelError
+from omni_convert.loaders.quantized_linear import QuantizedLinear
+
+__all__ = ["KernelReport", "LayerReport", "kernel_report", "require_scaled_gemm"]
+
+COLUMNS = ("layer", "layers", "format", "kernel", "bytes", "why")
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One quantized layer.
+
+    Attributes:
+        name: component and layer, as `transformer.layers.0.attention.to_q`
+        is_as_asked: a scaled GEMM runs, or the user asked for bf16 activations
+        why: what each faster kernel lacked, or `fastest`
+        bytes: of the tensors that the layer keeps
+    """
+
+    name: str
+    format: str
+    kernel: str
+    is_scaled_gemm: bool
+    is_as_asked: bool
+    why: str
+    bytes: int
+
+
+@dataclass(frozen=True)
+class KernelReport:
+    """All quantized layers of a pipeline. Printed, layers that differ in their number alone share a line."""
+
+    layers: tuple[LayerReport, ...]
+
+    def __iter__(self) -> Iterator[LayerReport]:
+        return iter(self.layers)
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    def __getitem__(self, index: int) -> LayerReport:
+        return self.layers[index]
+
+    @property
+    def kernels(self) -> tuple[str, ...]:
+        """Names of the kernels in use."""
+        return tuple(dict.fromkeys(layer.kernel for layer in self.layers))
+
+    @property
+    def fallbacks(self) -> tuple[LayerReport, ...]:
+        """Layers that run neither a scaled GEMM nor what was asked for instead."""
+        return tuple(layer for layer in self.layers if not layer.is_as_asked)
+
+    def __str__(self) -> str:
+        if not self.layers:
+            return "no quantized layers"
+        rows = [COLUMNS, *self._rows()]
+        widths = [max(len(row[column]) for row in rows) for column in range(len(COLUMNS))]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        scaled = sum(layer.is_scaled_gemm for layer in self.layers)
+        total = sum(layer.bytes for layer in self.layers)
+        return "\n".join([*lines, f"{len(self.layers)} layers, {scaled} in scaled GEMMs, {total:,} bytes"])
+
+    def _rows(self) -> list[tuple[str, ...]]:
+        alike: dict[tuple[str, str, str, str], list[LayerReport]] = {}
+        for layer in self.layers:
+            key = (re.sub(r"\.\d+(?=\.)", ".{}", layer.name), layer.format, layer.kernel, layer.why)
+            alike.setdefault(key, []).append(layer)
+        return [
+            (name, str(len(group)), fmt, kernel, f"{sum(layer.bytes for layer in group):,}", why)
+            for (name, fmt, kernel, why), group in alike.items()
+        ]
+
+
+def kernel_report(model: Any) -> KernelReport:
+    """Looks at every quantized layer of a pipeline (anything with `components`) or of a module."""
+    components: Mapping[str, Any] = {"": model} if isinstance(model, nn.Module) else model.components
+    return KernelReport(
+        tuple(
+            _describe(".".join(filter(None, (component, name))), layer)
+            for component, module in components.items()
+            if isinstance(module, nn.Module)
+            for name, layer in module.named_modules()
+            if isinstance(layer, QuantizedLinear)
+        )
+    )
+
+
+def _describe(name: str, layer: QuantizedLinear) -> LayerReport:
+    selection = layer.selection
+    return LayerReport(
+        name=name,
+        format=layer.format.method,
+        kernel=selection.kernel.name,
+        is_scaled_gemm=selection.kernel.is_scaled_gemm,
+        is_as_asked=selection.kernel.is_scaled_gemm or layer.activations == "bf16",
+        why=selection.reason,
+        bytes=sum(tensor.nbytes for tensor in layer.state_dict().values()),
+    )
+
+
+def require_scaled_gemm(report: KernelReport) -> None:
+    """Refuses fallbacks.
+
+    Raises:
+        KernelError: a layer decodes its weight; lists them with reasons.
+    """
+    if report.fallbacks:
+        fallbacks = KernelReport(report.fallbacks)
+        reasons = "; ".join(f"{row[0]} ({row[1]}) runs {row[3]}: {row[5]}" for row in fallbacks._rows())  # noqa: SLF001  # own class
+        raise KernelError(
+            f"strict: {len(fallbacks)} of {len(report)} layers run no scaled GEMM ({reasons}); "
+            "use another format or device, or strict=False"
+        )

@@ -1,0 +1,134 @@
+"""A tiny Z-Image pipeline made of the real classes, and checkpoints quantized from it."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, ZImagePipeline, ZImageTransformer2DModel
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+from omni_convert.formats.format import Format
+
+BLOCKS = ("layers.", "noise_refiner.", "context_refiner.")
+CHAT_TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+Quantize = Callable[..., Path]
+
+
+def make_transformer() -> ZImageTransformer2DModel:
+    return ZImageTransformer2DModel(
+        in_channels=4,
+        dim=48,
+        n_layers=2,
+        n_refiner_layers=1,
+        n_heads=2,
+        n_kv_heads=2,
+        cap_feat_dim=32,
+        axes_dims=[8, 8, 8],
+        axes_lens=[128, 32, 32],
+    )
+
+
+def make_text_encoder() -> Qwen3ForCausalLM:
+    return Qwen3ForCausalLM(
+        Qwen3Config(
+            vocab_size=16,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=16,
+            max_position_embeddings=64,
+            tie_word_embeddings=False,
+        )
+    )
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    words = ["<pad>", "<unk>", "a", "red", "circle", "blue", "square", "on", "white"]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>", chat_template=CHAT_TEMPLATE
+    )
+
+
+@pytest.fixture(scope="session")
+def pipeline_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """BF16, with random weights."""
+    torch.manual_seed(0)
+    transformer = make_transformer()
+    for parameter in transformer.parameters():  # some start as zeros, and then nothing that happens in a block shows
+        torch.nn.init.normal_(parameter, std=0.2)
+    vae = AutoencoderKL(
+        block_out_channels=(8,),
+        norm_num_groups=4,
+        latent_channels=4,
+        shift_factor=0.0,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+        mid_block_add_attention=False,
+    )
+    pipeline = ZImagePipeline(
+        FlowMatchEulerDiscreteScheduler(), vae, make_text_encoder(), make_tokenizer(), transformer
+    )
+    folder = tmp_path_factory.mktemp("bf16")
+    pipeline.to(torch.bfloat16).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def quantize(pipeline_folder: Path, tmp_path: Path) -> Quantize:
+    """Writes a copy of the pipeline in which the linears inside the blocks of a component are quantized."""
+
+    def write(fmt: Format, block: dict[str, Any], component: str = "transformer", **extra: torch.Tensor) -> Path:
+        folder = tmp_path / "quantized"
+        if not folder.exists():
+            shutil.copytree(pipeline_folder, folder)
+        (file,) = (folder / component).glob("*.safetensors")
+        tensors: dict[str, torch.Tensor] = {}
+        for name, tensor in load_file(file).items():
+            tensors |= _quantized(name, tensor, fmt) if _is_in_block(name, tensor) else {name: tensor}
+        save_file(tensors | extra, file, metadata={"format": "pt"})
+        config = folder / component / "config.json"
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"quantization_config": block}))
+        return folder
+
+    return write
+
+
+def _is_in_block(name: str, tensor: torch.Tensor) -> bool:
+    is_block = (name.startswith(BLOCKS) and "adaLN" not in name) or name.startswith("model.layers.")
+    return is_block and name.endswith(".weight") and tensor.dim() == 2
+
+
+def _quantized(name: str, weight: torch.Tensor, fmt: Format) -> dict[str, torch.Tensor]:
+    if getattr(fmt, "static", False):
+        tensors = type(fmt)().quantize(weight) | {"input_scale": torch.tensor(0.01234568)}
+    else:
+        tensors = fmt.quantize(weight)
+    return {name.removesuffix("weight") + suffix: tensor for suffix, tensor in tensors.items()}
+
+
+@pytest.fixture
+def make_image() -> Callable[[Any], torch.Tensor]:
+    def run(pipeline: Any) -> torch.Tensor:
+        pipeline.set_progress_bar_config(disable=True)
+        images = pipeline(
+            ["a red circle"],
+            num_inference_steps=2,
+            height=16,
+            width=16,
+            guidance_scale=2.0,
+            generator=torch.Generator().manual_seed(0),
+            output_type="np",
+        ).images
+        return torch.from_numpy(images)
+
+    return run

@@ -1,0 +1,89 @@
+"""build_quant_config reads what vLLM-Omni's does, in its order."""
+
+import pytest
+
+from omni_convert.formats.errors import RecipeError
+from omni_convert.formats.quantization_config import QuantizationConfig
+from omni_convert.loaders import ComponentQuantizationConfig, build_quant_config, resolve_component_quant_config
+
+FP8 = QuantizationConfig("fp8")
+INT8 = QuantizationConfig("int8")
+
+
+@pytest.mark.parametrize(
+    ("spec", "expected"),
+    [
+        (None, None),
+        ("none", None),
+        ("None", None),
+        ("fp8", FP8),
+        ("FP8", FP8),
+        ({"method": "int8"}, INT8),
+        ({"quant_method": "int8"}, INT8),
+        ({"method": "fp8", "ignored_layers": ["img_mlp"]}, QuantizationConfig("fp8", ignored_layers=("img_mlp",))),
+        ({"method": "fp8", "weight_block_size": [128, 128]}, QuantizationConfig("fp8", weight_block_size=(128, 128))),
+        ({"quant_method": "fp8", "activation_scheme": "dynamic", "is_checkpoint_fp8_serialized": True}, FP8),
+        ({"quant_method": "modelopt", "quant_algo": "FP8", "ignore": []}, QuantizationConfig("fp8", "static")),
+        ({"producer": {"name": "ModelOpt"}, "quant_algo": "FP8"}, QuantizationConfig("fp8", "static")),
+    ],
+    ids=str,
+)
+def test_one_method(spec, expected):
+    assert build_quant_config(spec) == expected
+
+
+def test_a_config_object_is_returned_as_it_is():
+    by_component = ComponentQuantizationConfig({"transformer": FP8})
+    assert build_quant_config(FP8, ignored_layers=["x"]) is FP8
+    assert build_quant_config(by_component) is by_component
+
+
+def test_keyword_arguments_override_the_spec():
+    spec = {"method": "fp8", "ignored_layers": ["a"]}
+    assert build_quant_config(spec, ignored_layers=["b"]).ignored_layers == ("b",)
+    assert build_quant_config("fp8", ignored_layers=["b"]).ignored_layers == ("b",)
+    assert spec == {"method": "fp8", "ignored_layers": ["a"]}
+
+
+def test_a_dict_by_component():
+    config = build_quant_config(
+        {"transformer": {"method": "fp8"}, "vae": None, "text_encoder": "int8", "default": INT8.method}
+    )
+    assert config.component_configs == {"transformer": FP8, "vae": None, "text_encoder": INT8}
+    assert config.default_config == INT8
+
+
+def test_components_resolve_by_longest_prefix_and_none_is_final():
+    config = ComponentQuantizationConfig({"transformer": FP8, "transformer_2": None, "text": INT8}, default_config=INT8)
+    assert config.resolve("transformer") is FP8
+    assert config.resolve("transformer_blocks.0") is FP8
+    assert config.resolve("transformer_2") is None
+    assert config.resolve("text_encoder") is INT8
+    assert config.resolve("vae") is INT8
+    assert resolve_component_quant_config(config, "transformer_2") is None
+    assert resolve_component_quant_config(FP8, "transformer_2") is FP8
+
+
+@pytest.mark.parametrize(
+    ("spec", "error", "message"),
+    [
+        ({}, ValueError, "no 'method'"),
+        ("fp9", ValueError, "found method 'fp9', expected one of fp8, int8"),
+        ({"ignored_layers": ["x"]}, ValueError, "no 'method'"),
+        (
+            {"transformer": {"method": "fp8"}, "vae": {"ignored_layers": []}},
+            ValueError,
+            "component 'vae' has no 'method'",
+        ),
+        ({"transformer": "none", "vae": None}, ValueError, "found method 'none'"),
+        ({"method": "fp8", "bits": 8}, TypeError, r"no option bits, expected \(.*activation_scheme"),
+        (8, TypeError, "found int"),
+        ({"method": "int8", "activation_scheme": "static"}, RecipeError, "activation_scheme"),
+    ],
+    ids=str,
+)
+def test_errors_are_those_of_the_runtime_and_one_line_for_the_user(spec, error, message):
+    with pytest.raises(error, match=message) as raised:
+        build_quant_config(spec)
+    assert isinstance(raised.value, RecipeError)
+    assert "\n" not in str(raised.value)

@@ -1,0 +1,114 @@
+"""load_pipeline quantizes while loading, tells which kernels run, and refuses what cannot be done."""
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from omni_convert.formats.errors import KernelError, RecipeError
+from omni_convert.formats.fp8 import Fp8Block
+from omni_convert.formats.int8 import Int8
+from omni_convert.loaders import QuantizedLinear, kernel_report, load_pipeline, quantize_linear
+
+INT8 = {"quant_method": "int8", "is_checkpoint_int8_serialized": True, "activation_scheme": "dynamic"}
+BLOCK = {
+    "quant_method": "fp8",
+    "activation_scheme": "dynamic",
+    "is_checkpoint_fp8_serialized": True,
+    "weight_block_size": [32, 32],
+}
+BLOCK_LINEARS = 28  # 4 blocks of 7
+
+
+def quantized_names(module):
+    return {name for name, layer in module.named_modules() if isinstance(layer, QuantizedLinear)}
+
+
+@pytest.mark.parametrize("method", ["fp8", "int8"])
+def test_quantizing_while_loading_gives_what_quantizing_each_layer_gives(pipeline_folder, method):
+    plain = load_pipeline(pipeline_folder).transformer
+    quantized = load_pipeline(pipeline_folder, quantization=method).transformer
+    names = quantized_names(quantized)
+    assert len(names) == BLOCK_LINEARS
+    for name in names:
+        expected = quantize_linear(plain.get_submodule(name), method).state_dict()
+        found = quantized.get_submodule(name).state_dict()
+        assert expected.keys() == found.keys()
+        assert all(torch.equal(expected[suffix].float(), found[suffix].float()) for suffix in expected)
+    for name, tensor in plain.state_dict().items():
+        if name.rpartition(".")[0] not in names:
+            assert torch.equal(tensor, quantized.state_dict()[name])
+
+
+def test_a_loaded_quantized_pipeline_can_be_saved_and_loaded(pipeline_folder, tmp_path, make_image):
+    spec = {
+        "transformer": {"method": "int8", "ignored_layers": ["feed_forward"]},
+        "text_encoder": {"method": "fp8"},
+        "vae": None,
+    }
+    pipeline = load_pipeline(pipeline_folder, quantization=spec)
+    assert {layer.format for layer in kernel_report(pipeline) if layer.name.startswith("text_encoder")} == {"fp8"}
+    assert not any("feed_forward" in name for name in quantized_names(pipeline.transformer))
+    pipeline.save_pretrained(tmp_path)
+    again = load_pipeline(tmp_path)
+    assert kernel_report(again) == kernel_report(pipeline)
+    assert torch.equal(make_image(again), make_image(pipeline))
+
+
+def test_a_quantized_pipeline_stays_as_it_is(quantize):
+    folder = quantize(Int8(), INT8)
+    with pytest.warns(UserWarning, match="already has a `quantization_config`"):
+        assert kernel_report(load_pipeline(folder, quantization="int8")).kernels == ("int_mm",)
+    with (
+        pytest.warns(UserWarning, match="already has a `quantization_config`"),
+        pytest.raises(RecipeError, match=r"transformer is quantized as int8 already.*request for fp8"),
+    ):
+        load_pipeline(folder, quantization="fp8")
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ({"vae": {"method": "fp8"}}, "vae cannot be quantized to fp8"),
+        ({"transformer_9": {"method": "fp8"}}, "found component 'transformer_9', expected one of .*transformer"),
+        ({"method": "fp8", "ignored_layers": ["img_mlp"]}, "'img_mlp' matches no layer"),
+        ({"method": "fp8", "activation_scheme": "static"}, "static activations need calibration"),
+    ],
+    ids=str,
+)
+def test_a_request_that_does_not_fit_is_refused(pipeline_folder, spec, message):
+    with pytest.raises(RecipeError, match=message):
+        load_pipeline(pipeline_folder, quantization=spec)
+
+
+def test_strict_refuses_layers_that_decode_their_weight(quantize):
+    folder = quantize(Fp8Block((32, 32)), BLOCK)
+    with pytest.raises(KernelError, match=rf"{BLOCK_LINEARS} of {BLOCK_LINEARS} layers.*reference.*no scaled GEMM"):
+        load_pipeline(folder, strict=True)
+    pipeline = load_pipeline(folder, strict=True, activations="bf16")
+    assert kernel_report(pipeline).kernels == ("weight_only",)
+
+
+def test_strict_accepts_scaled_gemms(quantize):
+    report = kernel_report(load_pipeline(quantize(Int8(), INT8), strict=True, device="cpu"))
+    assert all(layer.is_scaled_gemm for layer in report)
+    assert not report.fallbacks
+
+
+def test_the_report_counts_layers_and_bytes_and_folds_alike_layers(quantize):
+    folder = quantize(Int8(), INT8)
+    report = kernel_report(load_pipeline(folder))
+    stored = load_file(next((folder / "transformer").glob("*.safetensors")))
+    stems = {name.rpartition(".")[0] for name in stored if "scale" in name}
+    assert len(report) == BLOCK_LINEARS
+    assert sum(layer.bytes for layer in report) == sum(
+        tensor.nbytes for name, tensor in stored.items() if name.rpartition(".")[0] in stems
+    )
+    lines = str(report).splitlines()
+    assert lines[0].split() == ["layer", "layers", "format", "kernel", "bytes", "why"]
+    assert "transformer.layers.{}.attention.to_q" in str(report)
+    assert len(lines) == 2 + BLOCK_LINEARS - 7  # two of the four blocks differ in their number alone
+    assert lines[-1].startswith("28 layers, 28 in scaled GEMMs")
+
+
+def test_an_unquantized_pipeline_has_an_empty_report(pipeline_folder):
+    assert str(kernel_report(load_pipeline(pipeline_folder))) == "no quantized layers"
