@@ -6,6 +6,7 @@ import shutil
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -17,9 +18,11 @@ from omni_convert.convert.plan import ComponentPlan, Plan, plan_conversion
 from omni_convert.convert.recipe import Recipe
 from omni_convert.convert.report import ConversionReport
 from omni_convert.convert.source import Source, resolve_source
-from omni_convert.convert.statistics import Statistics
 from omni_convert.formats.checkpoint import Checkpoint
 from omni_convert.formats.errors import CheckpointError, OutputError, RecipeError
+
+if TYPE_CHECKING:
+    from omni_convert.convert.statistics import Statistics
 
 __all__ = ["convert_checkpoint", "convert_plan", "load_statistics", "planned_without_running", "resolve_device"]
 
@@ -51,6 +54,8 @@ def load_statistics(source: Source, recipe: Recipe) -> Statistics | None:
     The plan is tried without statistics first: a mistake in the recipe must show before the pipeline runs for hours.
     """
     if recipe.calibration:
+        from omni_convert.convert.statistics import Statistics
+
         first, *others = [Statistics.load(path) for path in recipe.calibration]
         return first.merge(others)
     if recipe.calib is None:
@@ -104,7 +109,7 @@ def convert_plan(
             peak = max(peak, component_peak)
             _write_config(component, folder)
             _verify(component, folder)
-        (partial / "README.md").write_text(model_card(plan, dict(results), output.name), encoding="utf-8")
+        (partial / "README.md").write_text(model_card(plan, dict(results)), encoding="utf-8")
         write_manifest(partial, plan, results, recorded.fingerprint() if recorded is not None else None)
     return ConversionReport(
         output,
@@ -139,8 +144,7 @@ def _copy_files(plan: Plan, folder: Path) -> None:
 def _write_config(component: ComponentPlan, folder: Path) -> None:
     write_json(folder / "config.json", component.config)
     if component.shards.index is not None:
-        (weights_name,) = {name.partition("-0")[0] for name in component.shards.files}
-        write_json(folder / f"{weights_name}.safetensors.index.json", component.shards.index)
+        write_json(folder / component.shards.index_name, component.shards.index)
 
 
 def _verify(component: ComponentPlan, folder: Path) -> None:

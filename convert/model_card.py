@@ -45,13 +45,12 @@ image = pipe("a prompt").images[0]
 """
 
 
-def model_card(plan: Plan, results: dict[str, Sequence[LayerResult]], title: str) -> str:
+def model_card(plan: Plan, results: dict[str, Sequence[LayerResult]]) -> str:
     """The text of README.md.
 
     Args:
         plan: what was done
         results: component name → its quantized layers
-        title: name of the output, as it will be loaded
     """
     data = ModelCardData(
         base_model=plan.source.repo_id,
@@ -64,6 +63,7 @@ def model_card(plan: Plan, results: dict[str, Sequence[LayerResult]], title: str
     source = (
         f"[{plan.source.name}](https://huggingface.co/{plan.source.name})" if plan.source.repo_id else plan.source.name
     )
+    title = f"{plan.source.short_name}-{plan.recipe.method}"  # not the output's name: the same job gives the same bytes
     body = BODY.format(title=title, source=source, method=plan.recipe.method, rows="\n".join(_rows(plan, results)))
     return f"---\n{data.to_yaml()}\n---\n{body}"
 

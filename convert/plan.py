@@ -10,23 +10,25 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from omni_convert.convert.recipe import Recipe, suggestion
 from omni_convert.convert.selection import choose_layers, format_for, recommendation_notes
 from omni_convert.convert.source import Source, read_json
-from omni_convert.convert.statistics import Statistics
 from omni_convert.formats.checkpoint import Checkpoint
 from omni_convert.formats.dialects import omni_convert, vllm_omni
 from omni_convert.formats.errors import CalibrationError, CheckpointError, RecipeError
 from omni_convert.formats.family import Family, LayerGroup, find_family
 from omni_convert.formats.format import Format, InputStatistics
-from omni_convert.formats.quantization_config import QuantizationConfig
+from omni_convert.formats.quantization_config import ACTIVATION_SCHEMES, QuantizationConfig
 from omni_convert.formats.sharding import Shards, plan_shards
-from omni_convert.formats.table import FORMATS, layer_formats
+from omni_convert.formats.table import FORMATS, Calibration, layer_formats
 from omni_convert.formats.tensor_spec import TensorSpec
+
+if TYPE_CHECKING:
+    from omni_convert.convert.statistics import Statistics
 
 __all__ = ["ComponentPlan", "CopyStep", "KeptLayer", "Plan", "QuantizeStep", "plan_conversion"]
 
@@ -143,13 +145,18 @@ def plan_conversion(source: Source, recipe: Recipe, statistics: Statistics | Non
     """
     notes: list[str] = []
     methods = component_methods(source, recipe)
-    _check_shared_encoder(source, methods)
+    _check_encoder(source, methods, recipe)
     checkpoints = {name: _open_component(source, name) for name in methods}
     if statistics is not None:
         _check_same_model(statistics, checkpoints)
-    components = tuple(
-        _plan_component(source, name, checkpoints[name], methods, recipe, statistics, notes) for name in methods
-    )
+    plans: dict[str, ComponentPlan] = {}
+    for name in sorted(
+        methods, key=lambda name: name in DENOISERS
+    ):  # encoders first: a shared block lists their layers
+        plans[name] = _plan_component(
+            source, name, checkpoints[name], methods[name], recipe, statistics, plans.get("text_encoder"), notes
+        )
+    components = tuple(plans[name] for name in methods)
     return Plan(source, recipe, components, _files_to_copy(source, methods), tuple(dict.fromkeys(notes)))
 
 
@@ -172,16 +179,22 @@ def component_methods(source: Source, recipe: Recipe) -> dict[str, str]:
     return {name: method for name, method in methods.items() if method != "none"}
 
 
-def _check_shared_encoder(source: Source, methods: Mapping[str, str]) -> None:
-    """Some runtimes build the text encoder from the transformer's block: both then have one method."""
+def _check_encoder(source: Source, methods: Mapping[str, str], recipe: Recipe) -> None:
+    """A serving runtime builds the text encoder from the transformer's block, or leaves it to transformers."""
     encoder, denoiser = methods.get("text_encoder"), methods.get("transformer")
-    if encoder is None or encoder == denoiser:
+    if encoder is None or not (source.path / "transformer").is_dir():
         return
     _, config = _component_config(source, "transformer")
-    if _shared_encoder_layers(source, find_family(_model_class(config))):
+    is_shared = bool(_shared_encoder_layers(source, find_family(_model_class(config))))
+    if is_shared and encoder != denoiser:
         raise RecipeError(
             f"--component text_encoder={encoder}: the runtime builds this text encoder with the transformer's method, "
             f"found {denoiser or 'none'}; use the same one for both"
+        )
+    if not is_shared and recipe.runtime == "vllm-omni":
+        raise RecipeError(
+            f"--component text_encoder={encoder}: vllm-omni runs this text encoder unquantized; "
+            "use --runtime diffusers for our loader"
         )
 
 
@@ -209,41 +222,44 @@ def _plan_component(
     source: Source,
     name: str,
     checkpoint: Checkpoint,
-    methods: Mapping[str, str],
+    method: str,
     recipe: Recipe,
     statistics: Statistics | None,
+    encoder: ComponentPlan | None,
     notes: list[str],
 ) -> ComponentPlan:
-    method = methods[name]
+    is_transformers = _library(source, name) == "transformers"
     config_path, config = _component_config(source, name)
     _refuse_quantized(config_path, config, checkpoint)
     family = find_family(_model_class(config))
-    static = _is_static(recipe, method, statistics, notes)
+    scheme = _activation_scheme(method, recipe, statistics, notes)
+    calibrated = scheme == "static" or (statistics is not None and FORMATS[method].calibration is Calibration.MUL_SCALE)
     groups, kept = choose_layers(family, checkpoint, config_path, method, recipe)
-    notes += family.notes(method, recipe.runtime)
+    if not is_transformers:  # of an encoder no family is known, nor needed
+        notes += family.notes(method, recipe.runtime)
     notes += recommendation_notes(family, method, recipe)
     steps = {
         group.members[0]: QuantizeStep(
             group,
-            format_for(method, recipe, group, static=static),
-            _inputs_of(group, name, statistics) if static else None,
+            format_for(method, recipe, group, calibrated=calibrated),
+            _inputs_of(group, name, statistics) if calibrated else None,
             tuple(checkpoint[f"{stem}.weight"] for stem in group.members),
         )
         for group in groups
     }
-    if static and statistics is not None:
+    if scheme == "static" and statistics is not None:
         notes += _risk_notes(statistics, name, {stem for group in groups for stem in group.members}, recipe)
     ordered = tuple(_ordered_steps(checkpoint, steps, recipe))
     kept_names = vllm_omni.ignored_names(group for group, _ in kept)
-    if name.startswith("transformer") and "text_encoder" not in methods:
-        kept_names += _shared_encoder_layers(source, family)
+    if name in DENOISERS:
+        kept_names += _unquantized_encoder_layers(source, family, encoder)
     quantization = QuantizationConfig(
         method,
-        "static" if static else "dynamic",
+        scheme,
         recipe.weight_block_size if method == "fp8" else None,
         tuple(sorted(set(kept_names))),
+        require_smooth_scale=calibrated and method == "mxfp4",
     )
-    is_transformers = _library(source, name) == "transformers"
     block = omni_convert.to_block(quantization) if is_transformers else vllm_omni.to_block(quantization)
     weights_name = "model.safetensors" if is_transformers else "diffusion_pytorch_model.safetensors"
     return ComponentPlan(
@@ -280,28 +296,32 @@ def _library(source: Source, name: str) -> str:
     return str(read_json(source.path / "model_index.json")[name][0])
 
 
-def _is_static(recipe: Recipe, method: str, statistics: Statistics | None, notes: list[str]) -> bool:
-    """Whether activations get a calibrated scale; says so in `notes` where the recipe asked for something else."""
-    wanted = recipe.activation_scheme or ("static" if statistics is not None else "dynamic")
-    if wanted == "dynamic":
-        return False
-    if not FORMATS[method].has_static_activations:
+def _activation_scheme(method: str, recipe: Recipe, statistics: Statistics | None, notes: list[str]) -> str:
+    """How activations are quantized; says so in `notes` where the recipe led to expect something else."""
+    default = ACTIVATION_SCHEMES[method][0]
+    if FORMATS[method].calibration is not Calibration.INPUT_SCALE:
         if recipe.activation_scheme == "static":
             raise RecipeError(
                 f"--activation-scheme static: {method} quantizes activations at run time, expected dynamic"
             )
-        notes.append(f"{method} quantizes activations at run time: the statistics are not needed and were not used")
-        return False
-    if recipe.weight_block_size is not None:
-        notes.append(
-            "block-wise FP8 quantizes activations at run time: activations are dynamic, statistics were not used"
-        )
-        return False
-    if statistics is None:
+        if statistics is not None and FORMATS[method].calibration is Calibration.UNUSED:
+            notes.append(f"{method} quantizes activations at run time: the statistics were not used")
+        return default
+    if method == "nvfp4":
+        if recipe.activation_scheme == "dynamic":
+            raise RecipeError("--activation-scheme dynamic: nvfp4 has static activations, or none without statistics")
+        if statistics is None and recipe.activation_scheme is None:
+            notes.append("nvfp4 without --calib is weight-only: activations stay as they are")
+            return "none"
+    wanted = recipe.activation_scheme or ("static" if statistics is not None else default)
+    if wanted == "static" and recipe.weight_block_size is not None:
+        notes.append("block-wise FP8 quantizes activations at run time: activations are dynamic, not static")
+        return "dynamic"
+    if wanted == "static" and statistics is None:
         raise CalibrationError(
             "--activation-scheme static: found no statistics; add --calib PROMPTS or --calibration STATISTICS"
         )
-    return True
+    return wanted
 
 
 def _inputs_of(group: LayerGroup, component: str, statistics: Statistics | None) -> InputStatistics:
@@ -348,6 +368,14 @@ def _shared_encoder_layers(source: Source, family: Family) -> list[str]:
     """Text encoder linears that the runtime builds from the transformer's block: unlisted, they load as garbage."""
     config_path = source.path / "text_encoder" / "config.json"
     return list(family.shared_encoder_layers(read_json(config_path))) if config_path.is_file() else []
+
+
+def _unquantized_encoder_layers(source: Source, family: Family, encoder: ComponentPlan | None) -> list[str]:
+    """The encoder's layers that the shared block must list, since they are not stored quantized."""
+    stems = [stem for step in encoder.quantize_steps for stem in step.group.members] if encoder is not None else []
+    # transformers' base models store `layers.0...`, the same model with its head `model.layers.0...`.
+    quantized = {*stems, *(f"model.{stem}" for stem in stems)}
+    return [layer for layer in _shared_encoder_layers(source, family) if layer not in quantized]
 
 
 def _files_to_copy(source: Source, methods: Mapping[str, str]) -> dict[str, Path]:

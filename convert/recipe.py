@@ -13,7 +13,7 @@ from omni_convert.formats.errors import RecipeError
 __all__ = ["METHODS", "Recipe", "suggestion"]
 
 # The names alone: `--help` and a mistyped method must not import torch. A test holds them equal to `FORMATS`.
-METHODS = ("fp8", "int8")
+METHODS = ("fp8", "int8", "mxfp8", "mxfp4", "mxfp4_dualscale", "nvfp4")
 ACTIVATION_SCHEMES = ("dynamic", "static")
 RUNTIMES = ("vllm-omni", "diffusers")
 DTYPES = ("bfloat16", "float16", "float32")
@@ -49,6 +49,8 @@ class Recipe:
     recommended: bool = False
     runtime: str = "vllm-omni"
     int8_fused_scales: str = "shared"
+    scale_rule: str | None = None
+    search: bool = True
     dtype: str | None = None
     max_shard_size: str = "5GB"
 
@@ -112,6 +114,8 @@ class Recipe:
             "recommended": self.recommended,
             "runtime": self.runtime,
             "int8_fused_scales": self.int8_fused_scales,
+            "scale_rule": self.scale_rule,
+            "search": self.search,
             "dtype": self.dtype,
             "max_shard_size": self.max_shard_size,
         }

@@ -71,14 +71,21 @@ def recommendation_notes(family: Family, method: str, recipe: Recipe) -> list[st
     ]
 
 
-def format_for(method: str, recipe: Recipe, group: LayerGroup, *, static: bool) -> Format:
-    """The format of a group's weights."""
+def format_for(method: str, recipe: Recipe, group: LayerGroup, *, calibrated: bool) -> Format:
+    """The format of a group's weights.
+
+    Args:
+        calibrated: there are statistics of the group's inputs, and the method uses them
+    """
     return FORMATS[method].build(
         FormatOptions(
-            static=static,
+            static=calibrated,
+            smooth=calibrated,
             input_scale_rule=recipe.input_scale,
             weight_block_size=recipe.weight_block_size,
             shared_in_group=group.is_fused and recipe.int8_fused_scales == "shared",
+            scale_rule=recipe.scale_rule,
+            search=recipe.search,
         )
     )
 
@@ -90,9 +97,13 @@ def _unsupported(group: LayerGroup, checkpoint: Checkpoint, method: str, recipe:
         if not spec.dtype.is_floating_point or spec.dtype.itemsize < 2:
             return f"found {DTYPE_NAMES[spec.dtype]} weights, expected F32, F16 or BF16"
         out_features, in_features = spec.shape
-        reason = format_for(method, recipe, group, static=False).unsupported(out_features, in_features)
+        reason = format_for(method, recipe, group, calibrated=False).unsupported(out_features, in_features)
         if reason is not None:
             return reason
+        if group.is_fused and recipe.weight_block_size is not None and recipe.runtime == "vllm-omni":
+            width = out_features if len(group.members) > 1 else out_features // 2
+            if width % recipe.weight_block_size[0]:
+                return f"a fused width of {width} does not divide into blocks of {recipe.weight_block_size[0]} rows"
     return None
 
 

@@ -1,1 +1,1 @@
-"""What the bytes mean: formats, containers, model families and how runtimes spell them. No pipelines, no command line."""
+"""What the bytes mean: formats, containers, model families, and how runtimes spell them. No pipelines, no commands."""

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from enum import Enum
 
 import torch
 
 from omni_convert.formats.format import Format
 from omni_convert.formats.fp8 import Fp8, Fp8Block
 from omni_convert.formats.int8 import Int8
+from omni_convert.formats.mxfp4 import Mxfp4
+from omni_convert.formats.mxfp4_dualscale import Mxfp4DualScale
+from omni_convert.formats.mxfp8 import Mxfp8
+from omni_convert.formats.nvfp4 import Nvfp4
 from omni_convert.formats.tensor_spec import TensorSpec
 
-__all__ = ["FORMATS", "FormatOptions", "Method", "layer_formats"]
+__all__ = ["FORMATS", "Calibration", "FormatOptions", "Method", "layer_formats"]
 
 
 @dataclass(frozen=True)
@@ -20,9 +25,24 @@ class FormatOptions:
     """Choices of a recipe (or of a checkpoint's config block) that a format can honour; it ignores the others."""
 
     static: bool = False
+    smooth: bool = False
     input_scale_rule: str = "max"
     weight_block_size: tuple[int, int] | None = None
     shared_in_group: bool = False
+    scale_rule: str | None = None
+    search: bool = True
+
+
+#: Tensors that stand beside a quantized `weight`.
+COMPANIONS = ("weight_scale", "weight_scale_inv", "weight_scale_2", "weight_dual_scale", "mul_scale", "input_scale")
+
+
+class Calibration(Enum):
+    """What a method does with statistics of the activations."""
+
+    UNUSED = "activations are quantized at run time, statistics are not needed"
+    INPUT_SCALE = "static activation scales"
+    MUL_SCALE = "smoothing of activations into weights"
 
 
 @dataclass(frozen=True)
@@ -30,7 +50,7 @@ class Method:
     """A method: how it builds a format, and what it can do with calibration."""
 
     build: Callable[[FormatOptions], Format]
-    has_static_activations: bool
+    calibration: Calibration
     summary: str
 
 
@@ -41,15 +61,39 @@ def _build_fp8(options: FormatOptions) -> Format:
 
 
 FORMATS: dict[str, Method] = {
-    "fp8": Method(_build_fp8, has_static_activations=True, summary="8-bit floats, one scale per weight or block"),
+    "fp8": Method(_build_fp8, Calibration.INPUT_SCALE, "8-bit floats, one scale per weight or block"),
     "int8": Method(
-        lambda options: Int8(options.shared_in_group), has_static_activations=False, summary="8-bit integers per row"
+        lambda options: Int8(options.shared_in_group), Calibration.UNUSED, "8-bit integers, one scale per output row"
+    ),
+    "mxfp8": Method(
+        lambda options: Mxfp8(options.scale_rule, options.search),
+        Calibration.UNUSED,
+        "8-bit floats, a power-of-two scale per 32",
+    ),
+    "mxfp4": Method(
+        lambda options: Mxfp4(options.scale_rule, options.search, options.smooth),
+        Calibration.MUL_SCALE,
+        "4-bit floats, a power-of-two scale per 32",
+    ),
+    "mxfp4_dualscale": Method(
+        lambda options: Mxfp4DualScale(options.scale_rule, options.search, options.smooth),
+        Calibration.MUL_SCALE,
+        "4-bit floats, a power-of-two scale per 32 and a float scale per 512",
+    ),
+    "nvfp4": Method(
+        lambda options: Nvfp4(options.static, options.input_scale_rule, options.search),
+        Calibration.INPUT_SCALE,
+        "4-bit floats, an 8-bit float scale per 16",
     ),
 }
 
 
-def layer_formats(specs: Mapping[str, TensorSpec]) -> dict[str, Format]:
+def layer_formats(specs: Mapping[str, TensorSpec], method: str | None = None) -> dict[str, Format]:
     """The format of every quantized layer of a checkpoint, read off the names, dtypes and shapes of its tensors.
+
+    Args:
+        method: what the config block says, for the one pair that tensors alone do not tell apart (mxfp8, and mxfp4
+            without smoothing)
 
     Returns:
         state-dict stem (`layers.0.attention.to_q`) to format, in checkpoint order
@@ -57,16 +101,33 @@ def layer_formats(specs: Mapping[str, TensorSpec]) -> dict[str, Format]:
     formats: dict[str, Format] = {}
     for name, spec in specs.items():
         stem, _, leaf = name.rpartition(".")
-        if leaf != "weight" or len(spec.shape) != 2:
-            continue
-        if spec.dtype is torch.int8 and f"{stem}.weight_scale" in specs:
-            formats[stem] = Int8()
-        elif spec.dtype is torch.float8_e4m3fn and f"{stem}.weight_scale_inv" in specs:
-            blocks = specs[f"{stem}.weight_scale_inv"].shape
-            formats[stem] = Fp8Block(_block_size(spec.shape, blocks))
-        elif spec.dtype is torch.float8_e4m3fn and f"{stem}.weight_scale" in specs:
-            formats[stem] = Fp8(static=f"{stem}.input_scale" in specs)
+        if leaf == "weight" and len(spec.shape) == 2:
+            suffixes = {suffix: specs[f"{stem}.{suffix}"] for suffix in COMPANIONS if f"{stem}.{suffix}" in specs}
+            found = _layer_format(spec, suffixes, method)
+            if found is not None:
+                formats[stem] = found
     return formats
+
+
+def _layer_format(weight: TensorSpec, companions: Mapping[str, TensorSpec], method: str | None) -> Format | None:
+    scale = companions.get("weight_scale")
+    static = "input_scale" in companions
+    if weight.dtype is torch.uint8 and "weight_scale_2" in companions:
+        return Nvfp4(static=static)
+    if weight.dtype is torch.int8 and scale is not None:
+        return Int8()
+    if weight.dtype is not torch.float8_e4m3fn:
+        return None
+    if "weight_scale_inv" in companions:
+        return Fp8Block(_block_size(weight.shape, companions["weight_scale_inv"].shape))
+    if scale is None:
+        return None
+    if scale.dtype is not torch.uint8:
+        return Fp8(static=static)
+    smooth = "mul_scale" in companions
+    if "weight_dual_scale" in companions:
+        return Mxfp4DualScale(smooth=smooth)
+    return Mxfp4(smooth=smooth) if smooth or method == "mxfp4" else Mxfp8()
 
 
 def _block_size(shape: tuple[int, ...], blocks: tuple[int, ...]) -> tuple[int, int]:
