@@ -43,7 +43,8 @@ def fp8_per_group(x: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
 
 def int8_per_token(x: Tensor) -> tuple[Tensor, Tensor]:
     """Codes, int8 [M, K] in -127..127, and scales, float32 [M, 1] (0 for an all-zero token)."""
-    low, high = torch.aminmax(x, dim=1, keepdim=True)
-    amax = torch.maximum(-low, high).float()
+    values = x.float()
+    # Two reductions: torch's aminmax along a row is ten times slower than both on a CPU.
+    amax = torch.maximum(values.amax(dim=1, keepdim=True), -values.amin(dim=1, keepdim=True))
     inverse = torch.where(amax == 0, 0.0, INT8_MAX / amax)
-    return (x * inverse).round_().to(torch.int8), amax / INT8_MAX
+    return (values * inverse).round_().to(torch.int8), amax / INT8_MAX

@@ -18,9 +18,17 @@ __all__ = ["INT_MM"]
 # cuBLASLt refuses 16 rows or fewer; 32 is the next multiple of 8 that tiles well.
 FEWEST_CUDA_ROWS = 17
 PADDED_CUDA_ROWS = 32
+# On a CPU, the float32 and int32 intermediates of this many rows stay in cache, and their memory is reused.
+CPU_TILE_ROWS = 256
 
 
 def _run(x: Tensor, tensors: Mapping[str, Tensor], _fmt: Format, bias: Tensor | None) -> Tensor:
+    if x.device.type != "cpu" or x.shape[0] <= CPU_TILE_ROWS:
+        return _run_tile(x, tensors, bias)
+    return torch.cat([_run_tile(tile, tensors, bias) for tile in torch.split(x, CPU_TILE_ROWS)])
+
+
+def _run_tile(x: Tensor, tensors: Mapping[str, Tensor], bias: Tensor | None) -> Tensor:
     codes, input_scale = int8_per_token(x)
     products = _multiply(codes, tensors["weight"].t())  # int32 [M, out]
     out = (products * tensors["weight_scale"].reshape(1, -1)).mul_(input_scale)
