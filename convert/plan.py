@@ -18,6 +18,7 @@ from omni_convert.convert.recipe import Recipe, suggestion
 from omni_convert.convert.selection import choose_layers, format_for, recommendation_notes
 from omni_convert.convert.source import Source, read_json
 from omni_convert.formats.checkpoint import Checkpoint
+from omni_convert.formats.component import DENOISERS
 from omni_convert.formats.dialects import omni_convert, vllm_omni
 from omni_convert.formats.errors import CalibrationError, CheckpointError, RecipeError
 from omni_convert.formats.family import Family, LayerGroup, find_family
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
 
 __all__ = ["ComponentPlan", "CopyStep", "KeptLayer", "Plan", "QuantizeStep", "plan_conversion"]
 
-DENOISERS = ("transformer", "transformer_2", "transformer_3", "unet")
 WEIGHT_SUFFIXES = (".safetensors", ".index.json", ".bin", ".pt", ".pth", ".ckpt", ".msgpack", ".h5", ".onnx")
 ROOT_FILES = ("*.json", "LICENSE*", "NOTICE*")
 OUR_FILES = ("omni_convert.json",)

@@ -11,6 +11,7 @@ import torch
 from diffusers import DiffusionPipeline, PipelineQuantizationConfig
 from torch import nn
 
+from omni_convert.formats.component import DENOISERS
 from omni_convert.formats.errors import RecipeError
 from omni_convert.formats.quantization_config import QuantizationConfig
 from omni_convert.loaders.config import (
@@ -29,7 +30,6 @@ __all__ = ["load_pipeline"]
 
 logger = logging.getLogger(__name__)
 
-DENOISERS = ("transformer", "transformer_2", "transformer_3", "unet")
 CONFIG_CLASSES: dict[str, type[DiffusersConfig | TransformersConfig]] = {
     "diffusers": DiffusersConfig,
     "transformers": TransformersConfig,
