@@ -16,7 +16,7 @@ from omni_convert.formats.mx import MX_BLOCK, block_amax, block_error, search_ex
 __all__ = ["search_coarse_scale"]
 
 SCAN_STEPS = 16
-REFINEMENTS = 2
+REFINEMENTS = 1
 
 
 def search_coarse_scale(groups: Tensor) -> Tensor:

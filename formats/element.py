@@ -33,7 +33,7 @@ class ElementType:
     def round(self, values: Tensor, out: Tensor | None = None, scratch: Tensor | None = None) -> Tensor:
         """Rounds half to even; what becomes zero loses its sign, NaN stays NaN.
 
-        Six passes over the data and no table: adding and subtracting 1.5 * 2^(23 - mantissa_bits) times the power of
+        Five passes over the data and no table: adding and subtracting 1.5 * 2^(23 - mantissa_bits) times the power of
         two below a number makes the adder itself round to the step of that binade.
 
         Args:
@@ -45,8 +45,9 @@ class ElementType:
         if scratch is None:
             scratch = torch.empty_like(rounded)
         torch.bitwise_and(rounded.view(torch.int32), EXPONENT_MASK, out=scratch.view(torch.int32))
-        scratch.clamp_(min=2.0**self.min_exponent).mul_(1.5 * 2.0 ** (23 - self.mantissa_bits))
-        return rounded.add_(scratch).sub_(scratch)
+        scratch.clamp_(min=2.0**self.min_exponent)
+        magic = 1.5 * 2.0 ** (23 - self.mantissa_bits)  # times a power of two: exact, fused into the addition or not
+        return rounded.add_(scratch, alpha=magic).sub_(scratch, alpha=magic)
 
     def round_half_away_(self, values: Tensor) -> Tensor:
         """Rounds in place, half away from zero as msModelSlim does; zeros keep their sign, NaN stays NaN.

@@ -5,14 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from omni_convert.formats.e8m0 import is_msmodelslim, power_of_two, shared_exponent
+from omni_convert.formats.e8m0 import exponent_rules, is_msmodelslim, power_of_two, shared_exponent
 from omni_convert.formats.element import ElementType
+from omni_convert.formats.errors import RecipeError
 
 __all__ = [
     "COARSE_BLOCK",
     "MX_BLOCK",
     "block_amax",
     "block_error",
+    "check_scale_rule",
     "join_blocks",
     "scale_blocks_",
     "search_exponent",
@@ -23,6 +25,17 @@ __all__ = [
 MX_BLOCK = 32
 #: Elements along K that share the coarse scale of dual-scale MXFP4.
 COARSE_BLOCK = 512
+
+
+def check_scale_rule(rule: str | None, element: ElementType, method: str) -> None:
+    """Refuses a rule that is not defined for the elements of a method.
+
+    Raises:
+        RecipeError: as said.
+    """
+    known = (*exponent_rules(element), "mse")
+    if rule is not None and rule not in known:
+        raise RecipeError(f"scale_rule: found {rule!r} with {method}, expected one of {', '.join(known)}")
 
 
 def split_blocks(values: Tensor, block: int) -> Tensor:

@@ -21,7 +21,7 @@ from omni_convert.formats.activation import quantize_mxfp4_input
 from omni_convert.formats.e2m1 import E2M1, round_to_e2m1
 from omni_convert.formats.e8m0 import decode_e8m0, encode_e8m0, is_msmodelslim
 from omni_convert.formats.format import Format, InputStatistics, TensorLayout, WeightRows
-from omni_convert.formats.mx import MX_BLOCK, join_blocks, scale_blocks_, split_blocks
+from omni_convert.formats.mx import MX_BLOCK, check_scale_rule, join_blocks, scale_blocks_, split_blocks
 from omni_convert.formats.smoothing import Quantizers, search_mul_scale
 from omni_convert.formats.tiling import quantize_in_tiles
 
@@ -37,6 +37,9 @@ class Mxfp4(Format):
             `msmodelslim` and `msmodelslim_ceil_x` also round ties away from zero, as that tool does
         search: choose each exponent by the block's squared error
         smooth: store mul_scale, searched with the statistics of the inputs; ones without statistics
+
+    Raises:
+        RecipeError: the rule is not defined for E2M1.
     """
 
     scale_rule: str | None = None
@@ -44,6 +47,9 @@ class Mxfp4(Format):
     smooth: bool = False
 
     method = "mxfp4"
+
+    def __post_init__(self) -> None:
+        check_scale_rule(self.scale_rule, E2M1, self.method)
 
     def unsupported(self, out_features: int, in_features: int) -> str | None:
         return None

@@ -28,6 +28,7 @@ from omni_convert.formats.mx import (
     COARSE_BLOCK,
     MX_BLOCK,
     block_amax,
+    check_scale_rule,
     join_blocks,
     scale_blocks_,
     split_blocks,
@@ -49,6 +50,9 @@ class Mxfp4DualScale(Format):
             zero
         search: choose the scales by the squared error
         smooth: search mul_scale when there are statistics of the inputs; else it is ones
+
+    Raises:
+        RecipeError: the rule is not defined for E2M1.
     """
 
     scale_rule: str | None = None
@@ -56,6 +60,9 @@ class Mxfp4DualScale(Format):
     smooth: bool = True
 
     method = "mxfp4_dualscale"
+
+    def __post_init__(self) -> None:
+        check_scale_rule(self.scale_rule, E2M1, self.method)
 
     def unsupported(self, out_features: int, in_features: int) -> str | None:
         if in_features % (2 * MX_BLOCK):

@@ -18,7 +18,7 @@ from torch import Tensor
 from omni_convert.formats.e8m0 import decode_e8m0, encode_e8m0, is_msmodelslim
 from omni_convert.formats.float8 import E4M3, round_to_e4m3
 from omni_convert.formats.format import Format, InputStatistics, TensorLayout, WeightRows
-from omni_convert.formats.mx import MX_BLOCK, join_blocks, scale_blocks_, split_blocks
+from omni_convert.formats.mx import MX_BLOCK, check_scale_rule, join_blocks, scale_blocks_, split_blocks
 from omni_convert.formats.tiling import quantize_in_tiles
 
 __all__ = ["Mxfp8"]
@@ -32,12 +32,18 @@ class Mxfp8(Format):
         scale_rule: exponent rule of `formats/e8m0.py`; None: the best one, by data if `search`, else `rceil`.
             `msmodelslim` also rounds ties away from zero, as that tool does
         search: choose each exponent by the block's squared error
+
+    Raises:
+        RecipeError: the rule is not defined for E4M3.
     """
 
     scale_rule: str | None = None
     search: bool = True
 
     method = "mxfp8"
+
+    def __post_init__(self) -> None:
+        check_scale_rule(self.scale_rule, E4M3, self.method)
 
     def unsupported(self, out_features: int, in_features: int) -> str | None:
         return None

@@ -42,10 +42,10 @@ SMALLEST_SCALE = 2.0**-9
 
 # Codes relative to that of amax / 6: from one step of clipping to amax at 4 (a scale 1.5 times as large, 4 to 5 codes
 # up), where the coarse top step 4 to 6 of E2M1 stays unused.
-CODE_OFFSETS = range(-1, 6)
+CODE_OFFSETS = range(-2, 7)
 # Above amax / 2688 the largest block, too, may take a larger scale, and all scales move within E4M3's binades.
-GLOBAL_FACTORS = (1.0, 1.125, 1.25, 1.375, 1.5, 1.625, 1.75, 1.875)
-SEARCH_ROWS = 128
+GLOBAL_FACTORS = (1.0, 1.25, 1.5, 1.75)
+SEARCH_ROWS = 64
 
 
 def nvfp4_block_scale(amax: Tensor, global_scale: Tensor) -> Tensor:

@@ -51,7 +51,7 @@ def _join(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 
 @lru_cache(maxsize=1)
-def _executor(process: int, threads: int) -> ThreadPoolExecutor:  # noqa: ARG001  # a forked child has none of the threads
+def _executor(process: int, threads: int) -> ThreadPoolExecutor:  # noqa: ARG001  # a fork has no threads
     """Threads in each of which torch uses one core."""
     executor = ThreadPoolExecutor(threads, thread_name_prefix="quantize")
     started = Barrier(threads)

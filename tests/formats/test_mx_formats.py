@@ -10,6 +10,7 @@ from torch import Tensor
 
 from omni_convert.formats.e2m1 import is_e2m1
 from omni_convert.formats.e8m0 import E8M0_NAN
+from omni_convert.formats.errors import RecipeError
 from omni_convert.formats.format import Format, TensorRows
 from omni_convert.formats.mxfp4 import Mxfp4
 from omni_convert.formats.mxfp4_dualscale import Mxfp4DualScale
@@ -194,6 +195,31 @@ def test_mse_is_the_best_of_all_rules_in_every_block() -> None:
         best = block_errors(build("mse"))
         for rule in ("floor", "rceil", "even"):
             assert bool((best <= block_errors(build(rule)) * (1 + 1e-5)).all()), rule
+
+
+def test_an_unknown_scale_rule_is_the_users_error() -> None:
+    with pytest.raises(RecipeError, match=r"scale_rule: found 'best' with mxfp8, expected one of floor, .*, mse"):
+        Mxfp8("best")
+    with pytest.raises(RecipeError, match="found 'uos' with mxfp8"):
+        Mxfp8("uos")
+    for build in (Mxfp4, Mxfp4DualScale):
+        with pytest.raises(RecipeError, match="found 'best' with mxfp4"):
+            build("best")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@every_format
+def test_cuda_gives_the_same_bytes(fmt: Format) -> None:
+    weight = normal(64, 1024).bfloat16()
+    fitted = fmt.fit([TensorRows(weight)], None)
+    here, there = fmt.quantize_rows(weight, fitted), fmt.quantize_rows(weight.cuda(), fitted)
+    restored = fmt.dequantize(there | {name: tensor.cuda() for name, tensor in fmt.constants(fitted).items()})
+    for suffix, tensor in here.items():
+        if fmt == Mxfp4DualScale() or suffix == "weight_dual_scale":
+            continue  # sums of squares are added in another order there, which moves the coarse scale by an ulp
+        assert torch.equal(tensor.view(torch.uint8), there[suffix].cpu().view(torch.uint8)), suffix
+    expected = fmt.dequantize(here | fmt.constants(fitted))
+    assert float((restored.cpu() - expected).norm() / expected.norm()) < 0.01
 
 
 @dataclass(frozen=True)
