@@ -101,8 +101,8 @@ class Mxfp4DualScale(Format):
 
     def _quantize_tile(self, tile: Tensor) -> dict[str, Tensor]:
         groups = split_blocks(tile, COARSE_BLOCK)  # [rows, groups, 512]
-        amax = block_amax(groups)
-        coarse = torch.where(amax == 0, 1.0, amax / E2M1.largest)
+        coarse = block_amax(groups) / E2M1.largest
+        coarse = torch.where(coarse == 0, 1.0, coarse)
         if self.scale_rule is None and self.search:
             coarse *= search_coarse_scale(groups / coarse[..., None])
         blocks = groups.div_(coarse[..., None]).view(len(tile), -1, MX_BLOCK)

@@ -39,9 +39,11 @@ NVFP4_BLOCK = 16
 #: Largest magnitude in units of the global scale.
 NVFP4_LARGEST = E4M3_MAX * E2M1.largest
 SMALLEST_SCALE = 2.0**-9
+# Below, the product of both scales would leave the normal float32 numbers.
+SMALLEST_GLOBAL_SCALE = 2.0**-117
 
-# Codes relative to that of amax / 6: from one step of clipping to amax at 4 (a scale 1.5 times as large, 4 to 5 codes
-# up), where the coarse top step 4 to 6 of E2M1 stays unused.
+# Codes relative to that of amax / 6: from two steps of clipping to beyond amax at 4 (a scale 1.5 times as large, 4 to 5
+# codes up), where the coarse top step of E2M1, from 4 to 6, stays unused.
 CODE_OFFSETS = range(-2, 7)
 # Above amax / 2688 the largest block, too, may take a larger scale, and all scales move within E4M3's binades.
 GLOBAL_FACTORS = (1.0, 1.25, 1.5, 1.75)
@@ -97,7 +99,8 @@ class Nvfp4(Format):
         if self.static:
             assert inputs is not None, "planning demands statistics for static activations"
             input_scale = inputs.clip(self.input_scale_rule, NVFP4_LARGEST) / NVFP4_LARGEST or 1.0
-        global_scale = weight_amax(weights) / NVFP4_LARGEST or 1.0
+        amax = weight_amax(weights)
+        global_scale = max(amax / NVFP4_LARGEST, SMALLEST_GLOBAL_SCALE) if amax else 1.0
         if self.search:
             global_scale *= _search_global_factor(sample_rows(weights, SEARCH_ROWS), global_scale)
         return _Fitted(global_scale, input_scale)

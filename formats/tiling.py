@@ -61,5 +61,6 @@ def _executor(process: int, threads: int) -> ThreadPoolExecutor:  # noqa: ARG001
 
 
 def _use_one_core(started: Barrier) -> None:
+    torch.get_num_threads()  # takes over the setting of the process, which torch would else do at the first operation
     torch.set_num_threads(1)
     started.wait()  # so that no thread does this twice and another never

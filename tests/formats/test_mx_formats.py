@@ -107,6 +107,12 @@ def test_extreme_magnitudes_keep_their_relative_error(fmt: Format, magnitude: fl
 
 
 @every_format
+def test_subnormal_weights_give_numbers(fmt: Format) -> None:
+    weight = normal(4, 512) * 2.0**-145
+    assert bool(torch.isfinite(fmt.dequantize(fmt.quantize(weight))).all())
+
+
+@every_format
 def test_a_nan_is_not_hidden(fmt: Format) -> None:
     weight = normal(2, 512)
     weight[1, 3] = torch.nan
