@@ -138,6 +138,11 @@ class Format(ABC):
     #: Row tiles given to `quantize_rows` start and end (but for the last) at a multiple of this.
     row_multiple: int = 1
 
+    @property
+    def label(self) -> str:
+        """The method, and what reports should tell beside it."""
+        return self.method
+
     @abstractmethod
     def unsupported(self, out_features: int, in_features: int) -> str | None:
         """Why a weight of this shape cannot be stored in this format, or None."""

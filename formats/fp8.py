@@ -41,6 +41,10 @@ class Fp8(Format):
 
     method = "fp8"
 
+    @property
+    def label(self) -> str:
+        return "fp8 static" if self.static else "fp8"
+
     def unsupported(self, out_features: int, in_features: int) -> str | None:
         return None
 
@@ -85,6 +89,10 @@ class Fp8Block(Format):
     @property
     def row_multiple(self) -> int:  # type: ignore[override]  # a class attribute elsewhere, here it follows the block
         return self.block_size[0]
+
+    @property
+    def label(self) -> str:
+        return "fp8 {}x{}".format(*self.block_size)
 
     def unsupported(self, out_features: int, in_features: int) -> str | None:
         return None

@@ -14,6 +14,7 @@ from omni_convert.loaders.quantized_linear import QuantizedLinear
 
 __all__ = ["KernelReport", "LayerReport", "kernel_report", "require_scaled_gemm"]
 
+NAMES_SHOWN = 3
 COLUMNS = ("layer", "layers", "format", "kernel", "bytes", "why")
 
 
@@ -101,7 +102,7 @@ def _describe(name: str, layer: QuantizedLinear) -> LayerReport:
     selection = layer.selection
     return LayerReport(
         name=name,
-        format=layer.format.method,
+        format=layer.format.label,
         kernel=selection.kernel.name,
         is_scaled_gemm=selection.kernel.is_scaled_gemm,
         is_as_asked=selection.kernel.is_scaled_gemm or layer.activations == "bf16",
@@ -116,10 +117,18 @@ def require_scaled_gemm(report: KernelReport) -> None:
     Raises:
         KernelError: a layer decodes its weight; lists them with reasons.
     """
-    if report.fallbacks:
-        fallbacks = KernelReport(report.fallbacks)
-        reasons = "; ".join(f"{row[0]} ({row[1]}) runs {row[3]}: {row[5]}" for row in fallbacks._rows())  # noqa: SLF001  # own class
-        raise KernelError(
-            f"strict: {len(fallbacks)} of {len(report)} layers run no scaled GEMM ({reasons}); "
-            "use another format or device, or strict=False"
-        )
+    if not report.fallbacks:
+        return
+    alike: dict[str, list[str]] = {}
+    for layer in report.fallbacks:
+        alike.setdefault(f"{layer.format} runs {layer.kernel} ({layer.why})", []).append(layer.name)
+    reasons = "; ".join(f"{reason} in {_shortened(names)}" for reason, names in alike.items())
+    raise KernelError(
+        f"strict: {len(report.fallbacks)} of {len(report)} layers run no scaled GEMM: {reasons}; "
+        "use another format or device, or strict=False"
+    )
+
+
+def _shortened(names: list[str]) -> str:
+    shown = ", ".join(names[:NAMES_SHOWN])
+    return f"{shown} and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else shown
