@@ -145,7 +145,7 @@ class _Scanner:
         self._text = text
         self._where = where
         self._position = 0
-        self._decoder = json.JSONDecoder(object_pairs_hook=_unique_members)
+        self._decoder = json.JSONDecoder(object_pairs_hook=_unique_members, parse_int=_parse_int)
 
     def members(self) -> Iterator[str]:
         """Yields each name of the object that begins here; the caller takes its value before it asks for the next."""
@@ -226,6 +226,11 @@ def _is_unicode(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
+
+
+def _parse_int(digits: str) -> int | float:
+    """As safetensors' parser: -0 is no whole number."""
+    return -0.0 if digits == "-0" else int(digits)
 
 
 def _unique_members(pairs: list[tuple[str, object]]) -> dict[str, object]:
