@@ -21,7 +21,7 @@ __all__ = ["Quantizers", "channel_amax", "output_error", "search_mul_scale", "sp
 EXPONENTS = tuple(step / 10 for step in range(11))
 #: Bounds on how far s may lie from its geometric mean, tried at the best exponent.
 SPREADS = (2.0, 4.0, 16.0)
-SEARCH_WEIGHT_ROWS = 1024
+SEARCH_WEIGHT_ROWS = 512
 MAX_INPUT_ROWS = 512
 # A channel that calibration saw (almost) silent may speak in use: its amax counts as at least this part of the median.
 SMALLEST_PART = 1e-3

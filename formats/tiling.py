@@ -33,7 +33,8 @@ def quantize_in_tiles(rows: Tensor, quantize_tile: Callable[[Tensor], dict[str, 
         return _quantize_tiles(tiles, quantize_tile)
     shares = [tiles[len(tiles) * share // threads : len(tiles) * (share + 1) // threads] for share in range(threads)]
     run = partial(_quantize_tiles, quantize_tile=quantize_tile)
-    return _join(list(_executor(os.getpid(), threads).map(run, [share for share in shares if share])))
+    executor = _executor(os.getpid(), threads)
+    return executor.submit(_join, list(executor.map(run, [share for share in shares if share]))).result()
 
 
 def _tile_rows(rows: Tensor, elements: int) -> int:

@@ -15,6 +15,10 @@ import argparse
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import suppress
+from functools import partial
+from importlib import import_module
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,6 +30,8 @@ from omni_convert.formats.mxfp4 import Mxfp4
 from omni_convert.formats.mxfp4_dualscale import Mxfp4DualScale
 from omni_convert.formats.mxfp8 import Mxfp8
 from omni_convert.formats.nvfp4 import Nvfp4
+
+Quantize = Callable[[Tensor], object]
 
 FORMATS: dict[str, Format] = {
     "fp8": Fp8(),
@@ -48,7 +54,9 @@ def main() -> None:
         torch.set_num_threads(options.threads)
     generator = torch.Generator().manual_seed(0)
     normal = torch.randn(options.rows, 4096, generator=generator)
-    chi_square = sum(torch.randn(options.rows, 4096, generator=generator).square() for _ in range(4))
+    chi_square = torch.zeros_like(normal)
+    for _ in range(4):
+        chi_square += torch.randn(options.rows, 4096, generator=generator).square()
     student = torch.randn(options.rows, 4096, generator=generator) / (chi_square / 4).sqrt()
     weights = [weight.to(options.device, torch.bfloat16) for weight in (normal, student)]
     print(
@@ -73,7 +81,7 @@ def parse_options() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def measure(quantize: Callable[[Tensor], object], weight: Tensor, runs: int) -> float:
+def measure(quantize: Quantize, weight: Tensor, runs: int) -> float:
     """Best GB/s of input over the runs, after one to warm up."""
     best = 0.0
     for _ in range(runs + 1):
@@ -94,53 +102,46 @@ def relative_error(weight: Tensor, restored: Tensor) -> float:
     return float((restored - weight.float()).norm() / weight.float().norm())
 
 
-def peers() -> Iterator[tuple[str, Callable[[Tensor], object]]]:
+def peers() -> Iterator[tuple[str, Quantize]]:
     """Peers that import, each as (name, function of a weight)."""
     warnings.simplefilter("ignore")
-    yield from comfy_kitchen()
-    yield from torchao()
-    yield from gguf()
+    for module, functions in (
+        ("comfy_kitchen", comfy_kitchen),
+        ("torchao.prototype.mx_formats.mx_tensor", torchao),
+        ("gguf", gguf),
+    ):
+        with suppress(ImportError):
+            yield from functions(import_module(module)).items()
 
 
-def comfy_kitchen() -> Iterator[tuple[str, Callable[[Tensor], object]]]:
-    try:
-        import comfy_kitchen as kitchen
-    except ImportError:
-        return
+def comfy_kitchen(kitchen: Any) -> dict[str, Quantize]:
     kitchen.disable_backend("triton")
 
     def scale(weight: Tensor, largest: float) -> Tensor:
         return weight.abs().amax().float() / largest
 
-    def nvfp4(weight: Tensor) -> object:
-        return kitchen.quantize_nvfp4(weight, scale(weight, 2688.0))
-
-    yield "comfy-kitchen fp8", lambda weight: kitchen.quantize_per_tensor_fp8(weight, scale(weight, 448.0))
-    yield "comfy-kitchen int8 rows", kitchen.quantize_int8_rowwise
-    yield "comfy-kitchen mxfp8", kitchen.quantize_mxfp8
-    yield "comfy-kitchen nvfp4", nvfp4
-
-
-def torchao() -> Iterator[tuple[str, Callable[[Tensor], object]]]:
-    try:
-        from torchao.prototype.mx_formats.mx_tensor import ScaleCalculationMode, to_mx
-    except ImportError:
-        return
-    for name, dtype in (("mxfp8", torch.float8_e4m3fn), ("mxfp4", torch.float4_e2m1fn_x2)):
-        for mode in (ScaleCalculationMode.FLOOR, ScaleCalculationMode.RCEIL):
-            yield (
-                f"torchao to_mx {name} {mode.name.lower()}",
-                lambda weight, dtype=dtype, mode=mode: to_mx(weight, dtype, 32, mode),
-            )
+    return {
+        "comfy-kitchen fp8": lambda weight: kitchen.quantize_per_tensor_fp8(weight, scale(weight, 448.0)),
+        "comfy-kitchen int8 rows": kitchen.quantize_int8_rowwise,
+        "comfy-kitchen mxfp8": kitchen.quantize_mxfp8,
+        "comfy-kitchen nvfp4": lambda weight: kitchen.quantize_nvfp4(weight, scale(weight, 2688.0)),
+    }
 
 
-def gguf() -> Iterator[tuple[str, Callable[[Tensor], object]]]:
-    try:
-        from gguf import GGMLQuantizationType
-        from gguf.quants import quantize
-    except ImportError:
-        return
-    yield "gguf-py MXFP4", lambda weight: quantize(weight.float().numpy(), GGMLQuantizationType.MXFP4)
+def torchao(mx_tensor: Any) -> dict[str, Quantize]:
+    elements = {"mxfp8": torch.float8_e4m3fn, "mxfp4": torch.float4_e2m1fn_x2}
+    return {
+        f"torchao to_mx {name} {mode.name.lower()}": partial(
+            mx_tensor.to_mx, elem_dtype=dtype, block_size=32, scaling_mode=mode
+        )
+        for name, dtype in elements.items()
+        for mode in (mx_tensor.ScaleCalculationMode.FLOOR, mx_tensor.ScaleCalculationMode.RCEIL)
+    }
+
+
+def gguf(package: Any) -> dict[str, Quantize]:
+    kind = package.GGMLQuantizationType.MXFP4
+    return {"gguf-py MXFP4": lambda weight: package.quants.quantize(weight.float().numpy(), kind)}
 
 
 if __name__ == "__main__":
