@@ -61,8 +61,14 @@ def join_blocks(blocks: Tensor, columns: int) -> Tensor:
 
 
 def block_amax(blocks: Tensor, scratch: Tensor | None = None) -> Tensor:
-    """Largest magnitude of each block, [..., block] to [...]; NaN comes through."""
-    return torch.abs(blocks, out=scratch).amax(dim=-1)
+    """Largest magnitude of each block, [..., block] to [...], of a power of two elements; NaN comes through."""
+    magnitude = torch.abs(blocks, out=scratch)
+    if blocks.shape[-1] >= MX_BLOCK:
+        return magnitude.amax(dim=-1)
+    while magnitude.shape[-1] > 1:  # torch takes twice as long to reduce short rows
+        half = magnitude.shape[-1] // 2
+        magnitude = torch.maximum(magnitude[..., :half], magnitude[..., half:])
+    return magnitude.squeeze(-1)
 
 
 def block_error(blocks: Tensor, scale: Tensor, element: ElementType, scratch: tuple[Tensor, Tensor, Tensor]) -> Tensor:
