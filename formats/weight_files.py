@@ -90,7 +90,7 @@ def _read_index(path: Path) -> dict[str, str]:
     if len(text) > MAX_INDEX_BYTES:
         raise CheckpointError(f"{path}: found more than {MAX_INDEX_BYTES} bytes, expected an index of shards")
     try:
-        content = json.loads(text, object_pairs_hook=_unique_members)
+        content = json.loads(text.decode(), object_pairs_hook=_unique_members)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(
             f"{path}: found damaged JSON ({_first_line(error)}), expected an index; {AGAIN}"
@@ -113,10 +113,11 @@ def _first_line(error: Exception) -> str:
 
 
 def _unique_members(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    members = dict(pairs)
-    if len(members) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"{quoted(next(name for name in names if names.count(name) > 1))} occurs twice")
+    members: dict[str, object] = {}
+    for name, value in pairs:
+        if name in members:
+            raise ValueError(f"{quoted(name)} occurs twice")
+        members[name] = value
     return members
 
 
