@@ -115,6 +115,9 @@ def _calibration_options(command: Command) -> Command:
     "--runtime", type=click.Choice(RUNTIMES), default="vllm-omni", show_default=True, help="Whose layer scope to obey."
 )
 @click.option("--int8-fused-scales", type=click.Choice(("shared", "per-row")), default="shared", show_default=True)
+@click.option("--scale-rule", metavar="NAME", help="MX exponent rule: floor, ceil, rceil, even, uos, mse, msmodelslim.")
+@click.option("--no-search", "search", flag_value=False, default=True, help="Take scales by rule, do not search them.")
+@click.option("--force", is_flag=True, help="Override a refusal that names this option.")
 @click.option("--dtype", type=click.Choice(DTYPES), help="Recast unquantized floats; default: keep.")
 @click.option("--max-shard-size", default="5GB", show_default=True)
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
@@ -141,6 +144,8 @@ def convert_command(
         _print_lines(plan_report(planned_without_running(source, recipe), as_json=as_json))
         return
     check_output(output, overwrite=recipe.overwrite)
+    if recipe.calib is not None:
+        _silence_libraries()
     recorded = load_statistics(source, recipe)
     plan = plan_conversion(source, recipe, recorded)
     for note in () if quiet or as_json else plan.notes:
@@ -194,6 +199,15 @@ def _announce_demo(model: str | None, what: str, *, quiet: bool) -> None:
         click.echo(f"No model named: {what} the bundled demo pipeline", err=True)
 
 
+def _silence_libraries() -> None:
+    """No bars of other libraries while a pipeline loads: ours tell what there is to tell."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
+
+
 @contextlib.contextmanager
 def _progress(total: int, what: str, *, hidden: bool) -> Iterator[Callable[[int], None]]:
     """A bar on standard error, if that is a terminal and the work is not done in two seconds."""
@@ -240,6 +254,7 @@ def calibrate_command(model: str | None, output: Path, **options: Any) -> None:
         if model is not None:
             raise CalibrationError("--calib: found no prompts, expected a file with one a line or JSON Lines")
         recipe = replace(recipe, calib=DEMO_PROMPTS)
+    _silence_libraries()
     statistics = calibrate_source(resolve_source(model, recipe.revision), recipe)
     statistics.save(output)
     risky = statistics.risky_layers()
@@ -300,6 +315,7 @@ def generate_command(
 
     source = resolve_source(model)
     settings = GenerationSettings.for_pipeline(source.path, _given(options))
+    _silence_libraries()
     pipe = load_pipeline(source.path, device=resolve_device(device), quantization=quantization, strict=strict)
     ((frame, *_),) = run_pipeline(pipe, [Prompt(prompt, image)], settings, seed)
     try:
@@ -351,6 +367,7 @@ def compare_command(
     from omni_convert.convert.manifest import write_json
     from omni_convert.convert.prompts import Prompt, read_prompts
 
+    _silence_libraries()
     reference, candidate = (_variant(label, options) for label in ("reference", "candidate"))
     prompts = [Prompt(text) for text in prompt] + (read_prompts(prompts_file) if prompts_file else [])
     comparison = compare(

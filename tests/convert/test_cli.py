@@ -1,0 +1,257 @@
+"""The command line, through click's runner: what a user types, and what comes back."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+
+from omni_convert.convert.cli import main
+
+
+def run(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+def error_line(result: Result) -> str:
+    """The one line that a failed run prints."""
+    lines = [line for line in result.stderr.splitlines() if not line.startswith("Note: ")]
+    assert len(lines) == 1, result.output
+    assert lines[0].startswith("Error: ")
+    return lines[0]
+
+
+def test_convert_is_the_default_command(tiny_pipeline_folder: Path, tmp_path: Path) -> None:
+    result = run(tiny_pipeline_folder, "-m", "fp8", "-o", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    assert "layers quantized" in result.stdout
+    assert (tmp_path / "out" / "model_index.json").exists()
+
+
+def test_json_output_is_one_document(tiny_pipeline_folder: Path, tmp_path: Path) -> None:
+    result = run(tiny_pipeline_folder, "-m", "int8", "-o", tmp_path / "out", "--json")
+    report = json.loads(result.stdout)
+    assert report["bytes_after"] < report["bytes_before"]
+    assert all(0 < layer["relative_error"] < 0.1 for layer in report["layers"])
+
+
+def test_quiet_prints_nothing(tiny_pipeline_folder: Path, tmp_path: Path) -> None:
+    assert run(tiny_pipeline_folder, "-o", tmp_path / "out", "--quiet").output == ""
+
+
+def test_dry_run_lists_every_layer_and_writes_nothing(tiny_pipeline_folder: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    result = run(tiny_pipeline_folder, "-o", output, "--dry-run", "--ignored-layers", '["w2"]')
+    assert result.exit_code == 0, result.output
+    assert "transformer.layers.0.attention.to_q" in result.stdout
+    assert "ignored by 'w2'" in result.stdout
+    assert "nothing was written" in result.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_default_output_is_named_after_model_and_method(
+    tiny_pipeline_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run(tiny_pipeline_folder, "--method", "int8").exit_code == 0
+    assert (tmp_path / f"{tiny_pipeline_folder.name}-int8" / "omni_convert.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["-m", "fp9"], "--method: found 'fp9', expected one of fp8, .*; did you mean 'fp8'"),
+        (["--ignored-layers", "img_mpl"], "'img_mpl' matches no layer"),
+        (["--ignored-layers", "[1]"], "expected a JSON list of strings"),
+        (["--ignored-layers", "[oops"], "expected a JSON list of strings"),
+        (["--component", "text_encoder"], "found 'text_encoder', expected NAME=METHOD"),
+        (["--activation-scheme", "static"], "found no statistics; add --calib"),
+        (["--calib", "/nonexistent/prompts.txt"], "/nonexistent/prompts.txt: file missing"),
+        (["--max-shard-size", "lots"], "lots"),
+        (["--device", "toaster"], "found 'toaster'"),
+    ],
+)
+def test_what_the_user_got_wrong_is_one_line_and_status_1(
+    tiny_pipeline_folder: Path, tmp_path: Path, arguments: list[str], message: str
+) -> None:
+    result = run(tiny_pipeline_folder, "-o", tmp_path / "out", *arguments)
+    assert result.exit_code == 1, result.output
+    assert re.search(message, error_line(result))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_that_is_not_there(tmp_path: Path) -> None:
+    result = run(tmp_path / "nothing", "-o", tmp_path / "out")
+    assert result.exit_code == 1
+    assert "nothing is there" in error_line(result)
+
+
+def test_an_empty_prompts_file(tiny_pipeline_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("# only a comment\n\n")
+    result = run(tiny_pipeline_folder, "--calib", tmp_path / "prompts.txt", "-o", tmp_path / "out")
+    assert result.exit_code == 1
+    assert "prompts.txt" in error_line(result)
+    assert not (tmp_path / "out").exists()
+
+
+def test_wrong_usage_is_status_2() -> None:
+    assert run("convert", "--no-such-option").exit_code == 2
+    assert run("compare").exit_code == 2
+
+
+def test_calibrate_then_convert_static(tiny_pipeline_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("a red circle\n")
+    statistics = tmp_path / "stats.safetensors"
+    options = ["--calib-steps", "2", "--calib-size", "32x32"]
+    result = run("calibrate", tiny_pipeline_folder, "--calib", tmp_path / "prompts.txt", "-o", statistics, *options)
+    assert result.exit_code == 0, result.output
+    again = run("calibrate", tiny_pipeline_folder, "--calib", tmp_path / "prompts.txt", "-o", statistics, *options)
+    assert "file exists" in error_line(again)
+    result = run(tiny_pipeline_folder, "--calibration", statistics, "-o", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    config = json.loads((tmp_path / "out" / "transformer" / "config.json").read_text())
+    assert config["quantization_config"]["activation_scheme"] == "static"
+
+
+def test_generate_writes_an_image_and_names_the_kernels(tiny_pipeline_folder: Path, tmp_path: Path) -> None:
+    assert run(tiny_pipeline_folder, "-m", "int8", "-o", tmp_path / "out").exit_code == 0
+    image = tmp_path / "image.png"
+    result = run(
+        "generate",
+        tmp_path / "out",
+        "--prompt",
+        "a star",
+        "-o",
+        image,
+        *["--steps", "2", "--width", "32", "--height", "32"],
+    )
+    assert result.exit_code == 0, result.output
+    assert image.stat().st_size > 0
+    assert "int8" in result.stdout
+    assert "layers" in result.stdout
+
+
+def test_compare_reports_the_keys_of_serving_engines(tiny_pipeline_folder: Path, tmp_path: Path) -> None:
+    assert run(tiny_pipeline_folder, "-m", "int8", "-o", tmp_path / "out").exit_code == 0
+    report_file = tmp_path / "report.json"
+    result = run(
+        "compare",
+        *("--reference-model", tiny_pipeline_folder, "--candidate-model", tmp_path / "out"),
+        *("--prompt", "a star", "--prompt", "a ring", "--output-json", report_file),
+        *("--save-output-dir", tmp_path / "images", "--steps", "2", "--width", "32", "--height", "32"),
+    )
+    assert result.exit_code == 0, result.output
+    assert {"output_json", "image0_psnr_db", "image0_mae"} < json.loads(result.stdout).keys()
+    report: dict[str, Any] = json.loads(report_file.read_text())
+    assert {
+        "model",
+        "prompt",
+        "negative_prompt",
+        "seed",
+        "warmup_runs",
+        "measure_runs",
+        "variant_configs",
+        "sampling_kwargs",
+        "metric_guidance",
+        "reference_generation",
+        "candidate_generation",
+        "output_metrics",
+        "saved_outputs",
+    } <= report.keys()
+    assert report["output_metrics"]["num_images"] == 2
+    assert (tmp_path / "images" / "comparison.png").exists()
+
+
+def start_slow_conversion(source: Path, output: Path) -> subprocess.Popen[bytes]:
+    """A conversion in a process of its own, caught once it is writing."""
+    command = [
+        sys.executable,
+        "-m",
+        "omni_convert.convert.cli",
+        str(source),
+        "-m",
+        "mxfp4_dualscale",
+        "-o",
+        str(output),
+    ]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    partial = output.with_name(output.name + ".partial")
+    while not list(partial.glob("transformer/*.safetensors")):
+        assert process.poll() is None, process.stderr.read() if process.stderr else ""
+        time.sleep(0.01)
+    return process
+
+
+@pytest.fixture(scope="module")
+def larger_pipeline(tiny_pipeline_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny pipeline with a transformer that takes seconds to convert."""
+    import torch
+    from diffusers import ZImageTransformer2DModel
+
+    folder = tmp_path_factory.mktemp("larger") / "pipeline"
+    shutil.copytree(tiny_pipeline_folder, folder)
+    shutil.rmtree(folder / "transformer")
+    model = ZImageTransformer2DModel(
+        dim=768, n_heads=6, n_kv_heads=6, n_layers=4, n_refiner_layers=1, axes_dims=[32, 48, 48], cap_feat_dim=64
+    )
+    model.to(torch.bfloat16).save_pretrained(folder / "transformer")
+    return folder
+
+
+def test_an_interruption_leaves_the_work_but_no_output(larger_pipeline: Path, tmp_path: Path) -> None:
+    process = start_slow_conversion(larger_pipeline, tmp_path / "out")
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert errors.decode().splitlines()[-1] == "Error: interrupted"
+    assert not (tmp_path / "out").exists()
+    assert (tmp_path / "out.partial").exists()
+
+
+def test_a_kill_leaves_the_work_and_overwrite_clears_it(
+    larger_pipeline: Path, tiny_pipeline_folder: Path, tmp_path: Path
+) -> None:
+    process = start_slow_conversion(larger_pipeline, tmp_path / "out")
+    process.kill()
+    process.communicate(timeout=60)
+    assert not (tmp_path / "out").exists()
+    assert "interrupted run" in error_line(run(tiny_pipeline_folder, "-o", tmp_path / "out"))
+    assert run(tiny_pipeline_folder, "-o", tmp_path / "out", "--overwrite").exit_code == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Any:
+    """A file system of 256 KiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(folder)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("mounting a small file system needs root")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_full_disk_is_one_line_and_leaves_no_output(tiny_pipeline_folder: Path, small_disk: Path) -> None:
+    result = run(tiny_pipeline_folder, "-o", small_disk / "out")
+    assert result.exit_code == 1, result.output
+    assert "space" in error_line(result)
+    assert not (small_disk / "out").exists()
+    assert (small_disk / "out.partial").exists()
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_folder_that_cannot_be_written(tiny_pipeline_folder: Path, tmp_path: Path) -> None:
+    locked = tmp_path / "locked"
+    locked.mkdir(mode=0o500)
+    assert "cannot be created" in error_line(run(tiny_pipeline_folder, "-o", locked / "out"))
