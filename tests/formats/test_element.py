@@ -15,7 +15,7 @@ def all_bfloat16() -> Tensor:
 
 
 def magnitudes(element: ElementType) -> Tensor:
-    """Every magnitude of a type, ascending, from its definition; its position's parity is that of its last mantissa bit."""
+    """Every magnitude of a type, ascending; the parity of a position is that of the last mantissa bit."""
     subnormals = torch.arange(2**element.mantissa_bits) * 2.0 ** (element.min_exponent - element.mantissa_bits)
     significands = 1 + torch.arange(2**element.mantissa_bits) / 2**element.mantissa_bits
     exponents = torch.arange(element.min_exponent, element.max_exponent + 1)

@@ -1,4 +1,4 @@
-"""The bytes that every format must give for one small matrix, computed by other implementations from the formats' definitions."""
+"""The bytes that every format must give for one small matrix, as computed by other implementations of the formats."""
 
 from __future__ import annotations
 
