@@ -18,10 +18,10 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from omni_convert.formats.fp8 import E4M3_MAX, round_to_e4m3
+from omni_convert.formats.float8 import E4M3_MAX, round_to_e4m3
 from omni_convert.formats.int8 import INT8_MAX
 
-__all__ = ["BINS", "count_words", "fold_codes", "mse_clip", "percentile"]
+__all__ = ["BINS", "CODES", "count_floats", "count_words", "fold_codes", "mse_clip", "percentile", "upper_edges"]
 
 MANTISSA_BITS = 4
 CODES = 1 << (8 + MANTISSA_BITS)

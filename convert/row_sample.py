@@ -16,10 +16,6 @@ from torch import Tensor
 __all__ = ["hash_words", "pack_rows", "smallest_hashes"]
 
 VALUES_PER_WORD = 4
-# The finalizer and the increment of SplitMix64 (Steele, Lea and Flood, 2014).
-GOLDEN_GAMMA = 0x9E3779B97F4A7C15
-MIX_1 = 0xBF58476D1CE4E5B9
-MIX_2 = 0x94D049BB133111EB
 
 
 def pack_rows(rows: Tensor) -> Tensor:
@@ -35,13 +31,13 @@ def pack_rows(rows: Tensor) -> Tensor:
 def hash_words(words: Tensor) -> Tensor:
     """One hash for each row of 64-bit words, int64 [rows].
 
-    A sum of products with odd random coefficients, modulo 2^64, then mixed. Each word is folded before: otherwise its
-    upper bits, the fourth value's, would reach only the upper bits of the sum.
+    A sum of products with odd random coefficients, modulo 2^64, of which all rows take every value equally likely.
+    Each word is folded before: otherwise its upper bits, the fourth value's, would reach only those of the sum.
     """
     folded = words >> 29
     folded ^= words
-    folded *= _coefficients(words.shape[1]).to(words.device)
-    return _mix(folded.sum(1))
+    folded *= _coefficients(words.shape[1], words.device)
+    return folded.sum(1)
 
 
 def smallest_hashes(hashes: Tensor, limit: int) -> Tensor:
@@ -52,23 +48,11 @@ def smallest_hashes(hashes: Tensor, limit: int) -> Tensor:
     return positions[is_first][:limit]
 
 
-def _mix(values: Tensor) -> Tensor:
-    for multiplier, shift in ((MIX_1, 30), (MIX_2, 27)):
-        values = (values ^ _shift_right(values, shift)) * _signed(multiplier)
-    return values ^ _shift_right(values, 31)
-
-
-def _shift_right(values: Tensor, count: int) -> Tensor:
-    """Logical shift: torch's own copies the sign."""
-    return (values >> count) & ((1 << (64 - count)) - 1)
-
-
-def _signed(value: int) -> int:
-    return value - (1 << 64) if value >= 1 << 63 else value
-
-
 @lru_cache(maxsize=64)
-def _coefficients(count: int) -> Tensor:
-    """The odd multipliers of a row of `count` words: SplitMix64's sequence from zero."""
-    state = np.arange(1, count + 1, dtype=np.uint64) * np.uint64(GOLDEN_GAMMA)
-    return _mix(torch.from_numpy(state.view(np.int64))) | 1
+def _coefficients(count: int, device: torch.device) -> Tensor:
+    """The odd multipliers of a row of `count` words, from SplitMix64 started at zero (Steele, Lea and Flood, 2014)."""
+    values = np.arange(1, count + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    values ^= values >> np.uint64(31)
+    return (torch.from_numpy(values.view(np.int64)) | 1).to(device)
