@@ -1,0 +1,97 @@
+"""Prompts: a text file with one a line, or JSON Lines with `prompt` and, for pipelines that take one, `image`."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from omni_convert.formats.errors import CalibrationError
+
+__all__ = ["Prompt", "read_prompts"]
+
+MAX_BYTES = 64 << 20
+KEYS = ("prompt", "image")
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What a pipeline is asked for: a text, and the image to start from if it takes one."""
+
+    text: str
+    image: Path | None = None
+
+    def fingerprint(self) -> str:
+        """SHA-256 of the text and of the image's bytes; where the image lies does not matter."""
+        image = None if self.image is None else hashlib.sha256(self.image.read_bytes()).hexdigest()
+        return hashlib.sha256(json.dumps([self.text, image]).encode()).hexdigest()
+
+
+def read_prompts(path: str | Path) -> list[Prompt]:
+    """Reads prompts, one a line. Empty lines and lines that start with `#` do not count.
+
+    The file is JSON Lines if it is called `.jsonl` or if its first prompt starts with `{`. Images are looked for
+    beside the file.
+
+    Raises:
+        CalibrationError: the file is missing, unreadable or without prompts; a line is no valid JSON object; an image
+            is missing or none.
+    """
+    path = Path(path)
+    lines = [
+        (number, line.strip())
+        for number, line in enumerate(_read(path).splitlines(), start=1)
+        if line.strip() and not line.lstrip().startswith("#")
+    ]
+    if not lines:
+        raise CalibrationError(f"{path}: found no prompts, expected one a line, or JSON Lines with prompt and image")
+    if path.suffix == ".jsonl" or lines[0][1].startswith("{"):
+        return [_parse(f"{path}:{number}", line, path.parent) for number, line in lines]
+    return [Prompt(line) for _, line in lines]
+
+
+def _read(path: Path) -> str:
+    try:
+        if path.stat().st_size > MAX_BYTES:
+            raise CalibrationError(f"{path}: found {path.stat().st_size} bytes, expected a file of prompts")
+        return path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise CalibrationError(f"{path}: file missing, expected prompts, one a line or JSON Lines") from None
+    except UnicodeDecodeError as error:
+        raise CalibrationError(f"{path}: found bytes that are no UTF-8 ({error.reason}), expected text") from None
+    except OSError as error:
+        raise CalibrationError(f"{path}: cannot be read ({error.strerror}), expected prompts, one a line") from None
+
+
+def _parse(where: str, line: str, folder: Path) -> Prompt:
+    try:
+        entry = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise CalibrationError(f"{where}: found bad JSON ({error}), expected an object with prompt and image") from None
+    if not isinstance(entry, dict):
+        raise CalibrationError(
+            f"{where}: found a JSON {type(entry).__name__}, expected an object with prompt and image"
+        )
+    for key in entry:
+        if key not in KEYS:
+            raise CalibrationError(f"{where}: found key '{key}', expected {' and '.join(KEYS)}")
+    text, image = entry.get("prompt"), entry.get("image")
+    if not isinstance(text, str) or not text.strip():
+        raise CalibrationError(f"{where}: found no text under 'prompt', expected a non-empty string")
+    if image is not None and not isinstance(image, str):
+        raise CalibrationError(f"{where}: found a JSON {type(image).__name__} under 'image', expected a path")
+    return Prompt(text, None if image is None else _checked_image(where, folder / image))
+
+
+def _checked_image(where: str, path: Path) -> Path:
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(path) as image:
+            image.verify()
+    except FileNotFoundError:
+        raise CalibrationError(f"{where}: image {path} missing, expected a file beside the prompts") from None
+    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise CalibrationError(f"{where}: image {path} cannot be read ({error}), expected an image file") from None
+    return path
