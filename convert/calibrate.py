@@ -1,0 +1,345 @@
+"""Calibration: the pipeline denoises prompts, hooks on its linears record what goes into them.
+
+Nothing that the pipeline computes is kept: every input is measured where it passes and forgotten. Padding is left out
+where the model names it (a mask [batch, tokens] among the arguments of a module): the runtime computes it too, but no
+result depends on it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import inspect
+import logging
+import math
+import weakref
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, TypeGuard
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from omni_convert.convert.generation import GenerationSettings, has_step_callback, run_pipeline
+from omni_convert.convert.layer_statistics import InputRecorder, LayerStatistics, observe
+from omni_convert.convert.prompts import Prompt, read_prompts
+from omni_convert.convert.statistics import CalibrationRun, Identity, Statistics
+from omni_convert.formats.errors import CalibrationError
+from omni_convert.formats.families import EVERY_RUNTIME
+from omni_convert.formats.family import find_family
+from omni_convert.formats.tensor_spec import TensorSpec
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+    from omni_convert.convert.recipe import Recipe
+    from omni_convert.convert.source import Source
+
+__all__ = ["InputObserver", "calibrate", "calibrate_source", "candidate_layers"]
+
+logger = logging.getLogger(__name__)
+
+DENOISERS = ("transformer", "transformer_2", "transformer_3", "unet")
+#: Arguments that mark the tokens of a module's own sequence: 1 or True where they are no padding.
+MASK_PARAMETERS = ("attention_mask", "attn_mask")
+VERSIONED_PACKAGES = ("omni-convert", "torch", "diffusers", "transformers")
+#: Seconds before a progress bar shows.
+PROGRESS_DELAY = 2.0
+
+
+def calibrate_source(source: Source, recipe: Recipe, *, progress: bool = True) -> Statistics:
+    """Loads a pipeline and calibrates it as a recipe says.
+
+    Raises:
+        CalibrationError: the source is no pipeline; there are no prompts; the pipeline computes NaN.
+        RecipeError: the pipeline does not take a setting.
+        CheckpointError: the pipeline cannot be loaded.
+    """
+    from omni_convert.convert.conversion import resolve_device
+    from omni_convert.convert.plan import component_methods
+    from omni_convert.formats.checkpoint import Checkpoint
+    from omni_convert.loaders.pipeline import load_pipeline
+
+    assert recipe.calib is not None, "the caller names the prompts"
+    prompts = read_prompts(recipe.calib)[: recipe.calib_prompts]
+    if not source.is_pipeline:
+        raise CalibrationError(
+            f"{source.path}: found no pipeline (model_index.json), which calibrating has to run; give the whole "
+            f"pipeline, or --calibration with its statistics"
+        )
+    width, height = recipe.calib_size or (None, None)
+    overrides = {"steps": recipe.calib_steps, "width": width, "height": height, "frames": recipe.calib_frames}
+    settings = GenerationSettings.for_pipeline(source.path, overrides)
+    components = tuple(component_methods(source, recipe))
+    checkpoints = {name: Checkpoint.open(source.path / name) for name in components}
+    pipe = load_pipeline(source.path, device=resolve_device(recipe.device))
+    statistics = calibrate(
+        pipe,
+        prompts,
+        settings,
+        components=components,
+        seed=recipe.seed,
+        fingerprints={name: checkpoint.fingerprint() for name, checkpoint in checkpoints.items()},
+        progress=progress,
+    )
+    return Statistics(statistics.identity, _as_stored(statistics.layers, checkpoints))
+
+
+def calibrate(
+    pipe: DiffusionPipeline,
+    prompts: Sequence[Prompt],
+    settings: GenerationSettings | None = None,
+    *,
+    components: Sequence[str] | None = None,
+    seed: int = 0,
+    fingerprints: Mapping[str, str] | None = None,
+    progress: bool = False,
+) -> Statistics:
+    """Runs a pipeline over prompts and records the inputs of its linears.
+
+    The noise of a prompt follows from the seed and the prompt, not from its place: prompts may be spread over
+    processes in any way, and the merged statistics are those of one process.
+
+    Args:
+        pipe: an unquantized diffusers pipeline, on the device on which it runs
+        components: `transformer`, `text_encoder`, ...; all denoising models if None
+        fingerprints: component to `Checkpoint.fingerprint()`; without one, a component's statistics fit any model
+        progress: show a bar, if standard error is a terminal
+
+    Raises:
+        CalibrationError: there are no prompts, or no linears to record; or an input is NaN or infinite.
+        RecipeError: the pipeline does not take a setting or an image.
+    """
+    if not prompts:
+        raise CalibrationError("calibration: found no prompts, expected at least one")
+    settings = (settings or GenerationSettings()).completed(pipe)
+    observer = InputObserver(_modules(pipe, components))
+    total = len(prompts) * settings.steps if settings.steps and has_step_callback(pipe) else None
+    with observer, _progress_bar(total, hidden=not progress) as bar:
+
+        def after_step(step: int) -> None:
+            observer.step = step + 1
+            bar.update()
+
+        for prompt in prompts:
+            observer.start(prompt)
+            run_pipeline(pipe, [prompt], settings, _noise_seed(seed, prompt), on_step=after_step, decode=False)
+    return Statistics(_identity(prompts, settings, seed, fingerprints or {}), observer.statistics())
+
+
+def candidate_layers(model: nn.Module) -> dict[str, str]:
+    """Linears that some runtime may run quantized, each with the first member of its fused group (or itself).
+
+    The members of a group read one input, so that they have their statistics in common.
+    """
+    specs = {
+        name: TensorSpec(name, tensor.dtype, tuple(tensor.shape))
+        for name, tensor in model.named_parameters(remove_duplicate=False)
+    }
+    family = find_family(type(model).__name__)
+    groups = [group.members for runtime in EVERY_RUNTIME for group in family.layer_groups(specs, runtime)]
+    first: dict[str, str] = {}
+    for members in sorted(groups, key=len, reverse=True):
+        for stem in members:
+            if isinstance(model.get_submodule(stem), nn.Linear):
+                first.setdefault(stem, members[0])
+    return first
+
+
+class InputObserver:
+    """Records the inputs of the candidate linears of some models while it is entered.
+
+    Attributes:
+        step: the denoising step that runs, from 0. Set by whoever runs the pipeline.
+    """
+
+    def __init__(self, models: Mapping[str, nn.Module]) -> None:
+        """Takes models by component name.
+
+        Raises:
+            CalibrationError: a model has no linears that can be quantized.
+        """
+        self.step = 0
+        self._prompt = ""
+        self._models = dict(models)
+        self._recorders: dict[str, InputRecorder] = {}
+        self._mask: Tensor | None = None
+        # The recorder that took something in last, and what: q, k and v read one tensor, which counts once.
+        self._last: tuple[InputRecorder, weakref.ref[Tensor], int] | None = None
+        self._hooks = ExitStack()
+        self._candidates = {component: candidate_layers(model) for component, model in self._models.items()}
+        for component, layers in self._candidates.items():
+            if not layers:
+                raise CalibrationError(
+                    f"{component}: found no linear layers that can be quantized, expected an unquantized model"
+                )
+
+    def start(self, prompt: Prompt) -> None:
+        """Begins another prompt: its text is encoded before the first step."""
+        self.step = 0
+        self._prompt = prompt.text
+
+    def __enter__(self) -> InputObserver:
+        with ExitStack() as hooks:
+            for component, model in self._models.items():
+                for module in model.modules():
+                    self._watch_mask(module, hooks)
+                for stem, first in self._candidates[component].items():
+                    recorder = self._recorders.setdefault(f"{component}.{first}", InputRecorder())
+                    self._watch_input(model.get_submodule(stem), f"{component}.{stem}", recorder, hooks)
+            self._hooks = hooks.pop_all()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._hooks.close()
+        self._last = self._mask = None
+
+    def statistics(self) -> dict[str, LayerStatistics]:
+        """What was recorded, by `component.stem`; layers that never ran are left out."""
+        recorded = {name: recorder.statistics() for name, recorder in self._recorders.items()}
+        found = {}
+        for component, layers in self._candidates.items():
+            for stem, first in layers.items():
+                layer = recorded.get(f"{component}.{first}")
+                if layer is None:
+                    logger.warning("%s.%s never ran: it has no statistics", component, stem)
+                else:
+                    found[f"{component}.{stem}"] = layer
+        return dict(sorted(found.items()))
+
+    def _watch_input(self, layer: nn.Module, name: str, recorder: InputRecorder, hooks: ExitStack) -> None:
+        @torch.no_grad()
+        def record(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            values: Tensor = args[0] if args else kwargs["input"]
+            if self._is_repeated(values, recorder):
+                return
+            rows = self._without_padding(values)
+            if rows.shape[0] == 0:
+                return
+            observation = observe(rows)
+            if not math.isfinite(observation.amax):
+                raise CalibrationError(
+                    f"{name}: found NaN or Inf in its input at denoising step {self.step} of "
+                    f"'{self._prompt:.40}', expected finite values; check the weights, or run in another dtype"
+                )
+            recorder.record(observation, self.step)
+
+        hooks.callback(layer.register_forward_pre_hook(record, with_kwargs=True).remove)
+
+    def _is_repeated(self, values: Tensor, recorder: InputRecorder) -> bool:
+        version = 0 if values.is_inference() else values._version  # noqa: SLF001  # torch has no other name for it
+        if self._last is not None:
+            last_recorder, last_values, last_version = self._last
+            if last_recorder is recorder and last_values() is values and last_version == version:
+                return True
+        self._last = (recorder, weakref.ref(values), version)
+        return False
+
+    def _without_padding(self, values: Tensor) -> Tensor:
+        """An input [..., in] as rows [rows, in], those of tokens that count."""
+        rows = values.detach().reshape(-1, values.shape[-1])
+        if self._mask is None or self._mask.shape != values.shape[:-1]:
+            return rows
+        return rows[self._mask.flatten().to(rows.device)]
+
+    def _watch_mask(self, module: nn.Module, hooks: ExitStack) -> None:
+        """While a module that got a mask runs, the mask says which of the tokens inside count."""
+        names = list(inspect.signature(module.forward).parameters)
+        positions = {name: names.index(name) for name in MASK_PARAMETERS if name in names}
+        if not positions:
+            return
+        outer: list[Tensor | None] = []
+
+        def enter(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            outer.append(self._mask)
+            for name, position in positions.items():
+                mask = kwargs.get(name, args[position] if position < len(args) else None)
+                if _is_token_mask(mask):
+                    self._mask = None if bool(mask.all()) else mask.bool()
+
+        def leave(_module: nn.Module, _args: Any, _output: Any) -> None:
+            self._mask = outer.pop()
+
+        hooks.callback(module.register_forward_pre_hook(enter, with_kwargs=True).remove)
+        hooks.callback(module.register_forward_hook(leave, always_call=True).remove)
+
+
+def _is_token_mask(mask: object) -> TypeGuard[Tensor]:
+    """A mask [batch, tokens]; what is added to attention scores is of a float dtype, or has more dimensions."""
+    return isinstance(mask, Tensor) and mask.dim() == 2 and not mask.is_floating_point()
+
+
+def _modules(pipe: DiffusionPipeline, components: Sequence[str] | None) -> dict[str, nn.Module]:
+    present = {name: module for name, module in pipe.components.items() if isinstance(module, nn.Module)}
+    wanted = [name for name in DENOISERS if name in present] if components is None else components
+    for name in wanted:
+        if name not in present:
+            raise CalibrationError(f"{type(pipe).__name__}: found no '{name}', expected one of {', '.join(present)}")
+    return {name: present[name] for name in wanted}
+
+
+def _progress_bar(total: int | None, *, hidden: bool) -> tqdm[Any]:
+    # None: only on a terminal.
+    return tqdm(
+        total=total,
+        desc="calibrating",
+        unit="step",
+        delay=PROGRESS_DELAY,
+        disable=True if hidden else None,
+        leave=False,
+    )
+
+
+def _noise_seed(seed: int, prompt: Prompt) -> int:
+    digest = hashlib.sha256(f"{seed}:{prompt.fingerprint()}".encode()).digest()
+    return int.from_bytes(digest[:7], "big")
+
+
+def _identity(
+    prompts: Iterable[Prompt], settings: GenerationSettings, seed: int, fingerprints: Mapping[str, str]
+) -> Identity:
+    versions = {f"{package} version": importlib.metadata.version(package) for package in VERSIONED_PACKAGES}
+    run = CalibrationRun(
+        tuple(sorted({**asdict(settings), "seed": seed, **versions}.items())),
+        tuple(sorted(prompt.fingerprint() for prompt in prompts)),
+    )
+    return Identity(dict(fingerprints), (run,))
+
+
+def _as_stored(
+    layers: Mapping[str, LayerStatistics], checkpoints: Mapping[str, Mapping[str, TensorSpec]]
+) -> dict[str, LayerStatistics]:
+    """The layers under the names of the checkpoint: transformers renames some while it loads them."""
+    stems = {
+        component: [name.removesuffix(".weight") for name, spec in tensors.items() if len(spec.shape) == 2]
+        for component, tensors in checkpoints.items()
+    }
+    renamed = {}
+    for name, layer in layers.items():
+        component, _, stem = name.partition(".")
+        renamed[f"{component}.{_stored_stem(stem, stems[component])}"] = layer
+    return renamed
+
+
+def _stored_stem(stem: str, stored: Sequence[str]) -> str:
+    """The name in the checkpoint that ends like a module's name, if there is exactly one that ends most like it."""
+    if stem in stored:
+        return stem
+    lengths = {name: _common_parts(stem, name) for name in stored}
+    longest = max(lengths.values(), default=0)
+    nearest = [name for name, length in lengths.items() if length == longest]
+    return nearest[0] if longest > 0 and len(nearest) == 1 else stem
+
+
+def _common_parts(first: str, second: str) -> int:
+    count = 0
+    for left, right in zip(reversed(first.split(".")), reversed(second.split(".")), strict=False):
+        if left != right:
+            break
+        count += 1
+    return count
