@@ -117,6 +117,9 @@ def _calibration_options(command: Command) -> Command:
 @click.option("--int8-fused-scales", type=click.Choice(("shared", "per-row")), default="shared", show_default=True)
 @click.option("--scale-rule", metavar="NAME", help="MX exponent rule: floor, ceil, rceil, even, uos, mse, msmodelslim.")
 @click.option("--no-search", "search", flag_value=False, default=True, help="Take scales by rule, do not search them.")
+@click.option(
+    "--bf16-blocks", type=click.IntRange(0), help="Leading blocks kept in BF16; Wan with dual-scale: 5, else 0."
+)
 @click.option("--force", is_flag=True, help="Override a refusal that names this option.")
 @click.option("--dtype", type=click.Choice(DTYPES), help="Recast unquantized floats; default: keep.")
 @click.option("--max-shard-size", default="5GB", show_default=True)

@@ -234,7 +234,7 @@ def _plan_component(
     family = find_family(_model_class(config))
     scheme = _activation_scheme(method, recipe, statistics, notes)
     calibrated = scheme == "static" or (statistics is not None and FORMATS[method].calibration is Calibration.MUL_SCALE)
-    groups, kept = choose_layers(family, checkpoint, config_path, method, recipe)
+    groups, kept = choose_layers(family, checkpoint, config_path, config, method, recipe)
     if not is_transformers:  # of an encoder no family is known, nor needed
         notes += family.notes(method, recipe.runtime)
     notes += recommendation_notes(family, method, recipe)

@@ -51,6 +51,7 @@ class Recipe:
     int8_fused_scales: str = "shared"
     scale_rule: str | None = None
     search: bool = True
+    bf16_blocks: int | None = None
     dtype: str | None = None
     max_shard_size: str = "5GB"
 
@@ -116,6 +117,7 @@ class Recipe:
             "int8_fused_scales": self.int8_fused_scales,
             "scale_rule": self.scale_rule,
             "search": self.search,
+            "bf16_blocks": self.bf16_blocks,
             "dtype": self.dtype,
             "max_shard_size": self.max_shard_size,
         }

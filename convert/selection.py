@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from omni_convert.convert.recipe import Recipe, suggestion
 from omni_convert.formats.checkpoint import Checkpoint
@@ -16,9 +19,12 @@ from omni_convert.formats.tensor_spec import DTYPE_NAMES
 
 __all__ = ["choose_layers", "format_for", "reasons_to_keep", "recommendation_notes"]
 
+# What diffusers calls the main stack of blocks; refiners and single-stream blocks come after it.
+MAIN_STACK = re.compile(r"(?:blocks|layers|transformer_blocks)\.(\d+)\.")
+
 
 def choose_layers(
-    family: Family, checkpoint: Checkpoint, where: Path, method: str, recipe: Recipe
+    family: Family, checkpoint: Checkpoint, where: Path, config: Mapping[str, Any], method: str, recipe: Recipe
 ) -> tuple[list[LayerGroup], list[tuple[LayerGroup, str]]]:
     """Groups to quantize, and groups that the runtime could run quantized but that stay, each with the reason.
 
@@ -29,11 +35,8 @@ def choose_layers(
         RecipeError: the runtime runs nothing of this family, a pattern matches nothing, or nothing is left.
         CheckpointError: a member of a fused group is missing.
     """
-    refusal = family.unsupported(recipe.runtime, method)
-    if refusal is not None and not recipe.force:
-        raise RecipeError(
-            f"{where}: {refusal}; --runtime diffusers is for our own loader, --force converts all the same"
-        )
+    if not recipe.force:
+        _refuse(family, where, config, method, recipe)
     groups = family.layer_groups(checkpoint, recipe.runtime)
     if not groups:
         raise RecipeError(f"{where}: found no layer of {family.name} that {recipe.runtime} runs quantized")
@@ -47,10 +50,16 @@ def choose_layers(
         if name.endswith(".weight") and len(spec.shape) == 2 and name.removesuffix(".weight") not in grouped
     ]
     reasons = reasons_to_keep(patterns, groups, others)
+    leading = family.bf16_blocks(method) if recipe.bf16_blocks is None else recipe.bf16_blocks
     chosen: list[LayerGroup] = []
     kept: list[tuple[LayerGroup, str]] = []
     for group in groups:
-        reason = group.keep_reason or reasons.get(group.runtime_name) or _unsupported(group, checkpoint, method, recipe)
+        reason = (
+            group.keep_reason
+            or reasons.get(group.runtime_name)
+            or (f"one of the first {leading} blocks" if _block_number(group) < leading else None)
+            or _unsupported(group, checkpoint, method, recipe)
+        )
         if reason is None:
             chosen.append(group)
         else:
@@ -58,6 +67,22 @@ def choose_layers(
     if not chosen:
         raise RecipeError(f"{where}: every layer is ignored or unsupported; nothing is left to quantize with {method}")
     return chosen, kept
+
+
+def _refuse(family: Family, where: Path, config: Mapping[str, Any], method: str, recipe: Recipe) -> None:
+    """Raises where the runtime cannot run the result, or nobody should."""
+    refusal = family.unsupported(recipe.runtime, method)
+    if refusal is not None:
+        raise RecipeError(f"{where}: {refusal}; --runtime diffusers is for our loader, --force converts all the same")
+    refusal = family.refused_variant(config, method)
+    if refusal is not None:
+        raise RecipeError(f"{where}: {refusal}; choose another method, or --force")
+
+
+def _block_number(group: LayerGroup) -> float:
+    """The number of a group's block in the model's main stack; infinite elsewhere."""
+    match = MAIN_STACK.match(group.runtime_name)
+    return int(match[1]) if match else math.inf
 
 
 def recommendation_notes(family: Family, method: str, recipe: Recipe) -> list[str]:

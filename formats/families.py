@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-__all__ = ["FAMILIES", "EncoderLayers", "FamilyFacts", "LayerPattern", "MethodNote", "Recommendation"]
+__all__ = ["FAMILIES", "EncoderLayers", "FamilyFacts", "LayerPattern", "MethodNote", "Recommendation", "VariantRefusal"]
 
 VLLM_OMNI = "vllm-omni"
 DIFFUSERS = "diffusers"
@@ -59,6 +59,16 @@ class MethodNote:
 
 
 @dataclass(frozen=True)
+class VariantRefusal:
+    """A model of the family that some methods harm too much, told by a value in its config."""
+
+    config_key: str
+    config_value: object
+    methods: tuple[str, ...]
+    reason: str
+
+
+@dataclass(frozen=True)
 class EncoderLayers:
     """Linears of a text encoder that the runtime builds from the transformer's config block.
 
@@ -80,6 +90,8 @@ class FamilyFacts:
     Attributes:
         unsupported: runtime to the reason why none of the family's layers may be stored quantized for it
         unsupported_methods: runtime and method to the reason why the runtime cannot load the family in that method
+        refused_variants: models of the family that a method harms too much
+        bf16_blocks: method to the number of leading blocks that the runtime's own quantizing leaves in BF16
     """
 
     name: str
@@ -90,6 +102,8 @@ class FamilyFacts:
     shared_encoder: EncoderLayers | None = None
     unsupported: tuple[tuple[str, str], ...] = ()
     unsupported_methods: tuple[tuple[str, str, str], ...] = ()
+    refused_variants: tuple[VariantRefusal, ...] = ()
+    bf16_blocks: tuple[tuple[str, int], ...] = ()
 
 
 def _linears(parent: str, *leaves: str, runtimes: tuple[str, ...] = EVERY_RUNTIME) -> tuple[LayerPattern, ...]:
@@ -260,13 +274,15 @@ WAN = FamilyFacts(
     name="Wan",
     model_classes=("WanTransformer3DModel", "WanVACETransformer3DModel"),
     layers=(*_wan_block("blocks.{}"), *_wan_block("vace_blocks.{}")),
-    notes=(
-        MethodNote(
+    refused_variants=(
+        VariantRefusal(
+            "in_channels",
+            48,
             MXFP4_METHODS,
-            "vLLM-Omni's own 4-bit converter leaves out Wan2.2-TI2V-5B, whose accuracy suffers too much; compare "
-            "before use",
+            "4-bit activations harm Wan2.2-TI2V-5B too much, vLLM-Omni's own converter leaves it out",
         ),
     ),
+    bf16_blocks=(("mxfp4_dualscale", 5),),
     unsupported_methods=(
         (
             VLLM_OMNI,

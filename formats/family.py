@@ -93,6 +93,17 @@ class Family:
                 return reason
         return None
 
+    def refused_variant(self, config: Mapping[str, object], method: str) -> str | None:
+        """Why the model of this config should not be converted to this method, or None."""
+        for refusal in self.facts.refused_variants:
+            if method in refusal.methods and config.get(refusal.config_key) == refusal.config_value:
+                return refusal.reason
+        return None
+
+    def bf16_blocks(self, method: str) -> int:
+        """How many leading blocks the runtime's own quantizing leaves in BF16."""
+        return dict(self.facts.bf16_blocks).get(method, 0)
+
     def layer_groups(self, specs: Mapping[str, TensorSpec], runtime: str) -> list[LayerGroup]:
         """Groups of linears that the runtime builds quantized, in checkpoint order.
 

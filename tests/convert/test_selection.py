@@ -1,0 +1,122 @@
+"""Which layers of real (tiny) models are converted, for which runtime, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from omni_convert.convert import Recipe, convert_checkpoint
+from omni_convert.formats.errors import RecipeError
+
+WAN = {"num_attention_heads": 2, "attention_head_dim": 32, "text_dim": 32, "freq_dim": 16, "ffn_dim": 128}
+FLUX = {"num_layers": 1, "num_single_layers": 1, "num_attention_heads": 2, "attention_head_dim": 32}
+
+
+def saved(model: torch.nn.Module, folder: Path) -> Path:
+    model.to(torch.bfloat16).save_pretrained(folder)
+    return folder
+
+
+def wan(folder: Path, **changes: Any) -> Path:
+    return saved(diffusers.WanTransformer3DModel(**(WAN | {"num_layers": 6} | changes)), folder)
+
+
+def flux(folder: Path) -> Path:
+    model = diffusers.FluxTransformer2DModel(
+        **FLUX, joint_attention_dim=32, pooled_projection_dim=16, in_channels=4, axes_dims_rope=(8, 12, 12)
+    )
+    return saved(model, folder)
+
+
+def quantized_layers(output: Path) -> set[str]:
+    return {name.removesuffix(".weight_scale") for name in load_all(output) if name.endswith(".weight_scale")}
+
+
+def load_all(output: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for file in output.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+def ignored(output: Path) -> list[str]:
+    return list(json.loads((output / "config.json").read_text())["quantization_config"]["ignored_layers"])
+
+
+def test_wan_dual_scale_keeps_five_blocks_as_the_runtime_does_online(tmp_path: Path) -> None:
+    convert_checkpoint(wan(tmp_path / "wan"), tmp_path / "out", Recipe(method="mxfp4_dualscale", search=False))
+    assert {name.split(".")[1] for name in quantized_layers(tmp_path / "out")} == {"5"}
+    assert {"blocks.0.attn1.to_qkv", "blocks.4.ffn.net_0.proj"} <= set(ignored(tmp_path / "out"))
+    assert "blocks.5.attn1.to_qkv" not in ignored(tmp_path / "out")
+
+
+def test_the_number_of_bf16_blocks_can_be_chosen(tmp_path: Path) -> None:
+    recipe = Recipe(method="mxfp4_dualscale", search=False, bf16_blocks=1)
+    report = convert_checkpoint(wan(tmp_path / "wan", num_layers=2), tmp_path / "out", recipe)
+    assert {name.split(".")[1] for name in quantized_layers(tmp_path / "out")} == {"1"}
+    assert {layer.reason for layer in report.kept} == {"one of the first 1 blocks"}
+
+
+def test_wan_5b_is_refused_with_four_bit_activations_unless_forced(tmp_path: Path) -> None:
+    source = wan(tmp_path / "wan", num_layers=1, in_channels=48, out_channels=48)
+    with pytest.raises(RecipeError, match=r"TI2V-5B.*--force"):
+        convert_checkpoint(source, tmp_path / "out", Recipe(method="mxfp4"))
+    convert_checkpoint(source, tmp_path / "fp8", Recipe(method="fp8"))
+    convert_checkpoint(source, tmp_path / "forced", Recipe(method="mxfp4", force=True))
+
+
+def test_wan_cross_attention_is_not_fused(tmp_path: Path) -> None:
+    model = diffusers.WanTransformer3DModel(**WAN, num_layers=1)
+    for factor, leaf in enumerate(("to_q", "to_k", "to_v"), 1):
+        for attention in (model.blocks[0].attn1, model.blocks[0].attn2):
+            getattr(attention, leaf).weight.data *= factor
+    convert_checkpoint(saved(model, tmp_path / "wan"), tmp_path / "out")
+    tensors = load_all(tmp_path / "out")
+    scales = {name: tensor.item() for name, tensor in tensors.items() if name.endswith("weight_scale")}
+    assert len({scales[f"blocks.0.attn1.{leaf}.weight_scale"] for leaf in ("to_q", "to_k", "to_v")}) == 1
+    assert len({scales[f"blocks.0.attn2.{leaf}.weight_scale"] for leaf in ("to_q", "to_k", "to_v")}) == 3
+
+
+def test_flux_double_blocks_are_for_our_loader_only(tmp_path: Path) -> None:
+    source = flux(tmp_path / "flux")
+    convert_checkpoint(source, tmp_path / "vllm")
+    assert {name.partition(".")[0] for name in quantized_layers(tmp_path / "vllm")} == {"single_transformer_blocks"}
+    convert_checkpoint(source, tmp_path / "ours", Recipe(runtime="diffusers"))
+    assert {name.partition(".")[0] for name in quantized_layers(tmp_path / "ours")} == {
+        "single_transformer_blocks",
+        "transformer_blocks",
+    }
+
+
+def test_a_family_that_the_runtime_does_not_quantize_is_refused(tmp_path: Path) -> None:
+    model = diffusers.SD3Transformer2DModel(
+        sample_size=8, num_layers=1, attention_head_dim=32, num_attention_heads=2, joint_attention_dim=32,
+        caption_projection_dim=64, pooled_projection_dim=32,
+    )  # fmt: skip
+    source = saved(model, tmp_path / "sd3")
+    with pytest.raises(RecipeError, match=r"vLLM-Omni.*--runtime diffusers"):
+        convert_checkpoint(source, tmp_path / "out")
+    convert_checkpoint(source, tmp_path / "ours", Recipe(runtime="diffusers"))
+    assert all(name.startswith("transformer_blocks.0.") for name in quantized_layers(tmp_path / "ours"))
+
+
+def test_fp8_blocks_that_cut_a_fused_layer_leave_it_alone(tmp_path: Path) -> None:
+    source = wan(tmp_path / "wan", num_layers=1)
+    report = convert_checkpoint(source, tmp_path / "out", Recipe(weight_block_size=(128, 128)))
+    assert {layer.name for layer in report.kept} == {f"blocks.0.attn1.{leaf}" for leaf in ("to_q", "to_k", "to_v")}
+    assert "blocks.0.attn1.to_qkv" in ignored(tmp_path / "out")
+
+
+def test_recommended_layers_are_printed_and_applied_only_on_request(tmp_path: Path) -> None:
+    model = diffusers.QwenImageTransformer2DModel(
+        num_layers=1, attention_head_dim=32, num_attention_heads=2, joint_attention_dim=32, axes_dims_rope=(8, 12, 12)
+    )
+    source = saved(model, tmp_path / "qwen")
+    plain = convert_checkpoint(source, tmp_path / "plain")
+    assert any("img_mlp" in note and "--recommended" in note for note in plain.notes)
+    assert any("img_mlp" in name for name in quantized_layers(tmp_path / "plain"))
+    convert_checkpoint(source, tmp_path / "careful", Recipe(recommended=True))
+    assert not any("img_mlp" in name for name in quantized_layers(tmp_path / "careful"))
