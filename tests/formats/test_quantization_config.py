@@ -8,7 +8,7 @@ import pytest
 
 from omni_convert.formats.errors import RecipeError
 from omni_convert.formats.quantization_config import ACTIVATION_SCHEMES, QuantizationConfig
-from omni_convert.formats.table import FORMATS
+from omni_convert.formats.table import FORMATS, Calibration
 
 
 @pytest.mark.parametrize(
@@ -38,7 +38,8 @@ def test_a_method_that_is_offered_has_a_config() -> None:
 
 @pytest.mark.parametrize("method", sorted(set(FORMATS) & set(ACTIVATION_SCHEMES)))
 def test_static_activations_are_allowed_where_the_format_stores_an_input_scale(method: str) -> None:
-    assert FORMATS[method].has_static_activations == ("static" in ACTIVATION_SCHEMES[method])
+    stores_input_scale = FORMATS[method].calibration is Calibration.INPUT_SCALE
+    assert stores_input_scale == ("static" in ACTIVATION_SCHEMES[method])
 
 
 def test_static_means_that_an_input_scale_is_stored() -> None:
