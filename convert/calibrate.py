@@ -116,8 +116,9 @@ def calibrate(
     if not prompts:
         raise CalibrationError("calibration: found no prompts, expected at least one")
     settings = (settings or GenerationSettings()).completed(pipe)
-    observer = InputObserver(_modules(pipe, components))
-    total = len(prompts) * settings.steps if settings.steps and has_step_callback(pipe) else None
+    tells_steps = has_step_callback(pipe)
+    observer = InputObserver(_modules(pipe, components), counts_timesteps=not tells_steps)
+    total = len(prompts) * settings.steps if settings.steps and tells_steps else None
     with observer, _progress_bar(total, hidden=not progress) as bar:
 
         def after_step(step: int) -> None:
@@ -156,14 +157,21 @@ class InputObserver:
         step: the denoising step that runs, from 0. Set by whoever runs the pipeline.
     """
 
-    def __init__(self, models: Mapping[str, nn.Module]) -> None:
-        """Takes models by component name.
+    def __init__(self, models: Mapping[str, nn.Module], *, counts_timesteps: bool = False) -> None:
+        """Prepares to watch some models.
+
+        Args:
+            models: by component name
+            counts_timesteps: a step ends when a model is called with another `timestep`; for pipelines that do not
+                tell when one is over
 
         Raises:
             CalibrationError: a model has no linears that can be quantized.
         """
         self.step = 0
         self._prompt = ""
+        self._counts_timesteps = counts_timesteps
+        self._timestep: float | None = None
         self._models = dict(models)
         self._recorders: dict[str, InputRecorder] = {}
         self._mask: Tensor | None = None
@@ -180,11 +188,14 @@ class InputObserver:
     def start(self, prompt: Prompt) -> None:
         """Begins another prompt: its text is encoded before the first step."""
         self.step = 0
+        self._timestep = None
         self._prompt = prompt.text
 
     def __enter__(self) -> InputObserver:
         with ExitStack() as hooks:
             for component, model in self._models.items():
+                if self._counts_timesteps:
+                    hooks.callback(model.register_forward_pre_hook(self._count_timestep, with_kwargs=True).remove)
                 for module in model.modules():
                     self._watch_mask(module, hooks)
                 for stem, first in self._candidates[component].items():
@@ -246,6 +257,13 @@ class InputObserver:
         if self._mask is None or self._mask.shape != values.shape[:-1]:
             return rows
         return rows[self._mask.flatten().to(rows.device)]
+
+    def _count_timestep(self, _module: nn.Module, _args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if isinstance(kwargs.get("timestep"), Tensor):
+            timestep = float(kwargs["timestep"].max())
+            if self._timestep is not None and timestep != self._timestep:
+                self.step += 1
+            self._timestep = timestep
 
     def _watch_mask(self, module: nn.Module, hooks: ExitStack) -> None:
         """While a module that got a mask runs, the mask says which of the tokens inside count."""
