@@ -12,14 +12,20 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from omni_convert.convert.calibrate import calibrate
-    from omni_convert.convert.compare import compare
+    from omni_convert.convert.calibration import calibrate
+    from omni_convert.convert.comparison import compare
     from omni_convert.convert.conversion import convert_checkpoint
     from omni_convert.convert.recipe import Recipe
 
 __all__ = ["Recipe", "calibrate", "compare", "convert_checkpoint"]
 
-_MODULES = {"Recipe": "recipe", "calibrate": "calibrate", "compare": "compare", "convert_checkpoint": "conversion"}
+# No module is called like a name here: importing it would put the module in that name's place.
+_MODULES = {
+    "Recipe": "recipe",
+    "calibrate": "calibration",
+    "compare": "comparison",
+    "convert_checkpoint": "conversion",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -18,7 +18,7 @@ from omni_convert.convert.recipe import ACTIVATION_SCHEMES, DTYPES, METHODS, RUN
 from omni_convert.formats.errors import CalibrationError, OmniConvertError, OutputError, RecipeError
 
 if TYPE_CHECKING:
-    from omni_convert.convert.compare import Variant
+    from omni_convert.convert.comparison import Variant
 
 __all__ = ["main"]
 
@@ -248,7 +248,7 @@ def _print_lines(lines: Iterable[str]) -> None:
 def calibrate_command(model: str | None, output: Path, **options: Any) -> None:
     """Run MODEL over prompts and record the statistics of every linear layer's input."""
     recipe = _recipe(model, {"ignored_layers": (), **options})
-    from omni_convert.convert.calibrate import calibrate_source
+    from omni_convert.convert.calibration import calibrate_source
     from omni_convert.convert.source import DEMO_PROMPTS, resolve_source
 
     if output.exists() and not recipe.overwrite:
@@ -365,7 +365,7 @@ def compare_command(
     **options: Any,
 ) -> None:
     """Run the same prompts through two pipelines and measure how far apart the images are."""
-    from omni_convert.convert.compare import compare, settings_of
+    from omni_convert.convert.comparison import compare, settings_of
     from omni_convert.convert.conversion import resolve_device
     from omni_convert.convert.manifest import write_json
     from omni_convert.convert.prompts import Prompt, read_prompts
@@ -400,7 +400,7 @@ def compare_command(
 
 def _variant(label: str, options: dict[str, Any]) -> Variant:
     """One side of a comparison from its options."""
-    from omni_convert.convert.compare import Variant
+    from omni_convert.convert.comparison import Variant
 
     quantization: str | dict[str, Any] | None = options[f"{label}_quantization"]
     ignored = options[f"{label}_ignored_layers"]

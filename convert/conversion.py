@@ -60,7 +60,7 @@ def load_statistics(source: Source, recipe: Recipe) -> Statistics | None:
         return first.merge(others)
     if recipe.calib is None:
         return None
-    from omni_convert.convert.calibrate import calibrate_source  # runs a pipeline: seconds of imports
+    from omni_convert.convert.calibration import calibrate_source  # runs a pipeline: seconds of imports
 
     plan_conversion(source, replace(recipe, activation_scheme=None))
     return calibrate_source(source, recipe)

@@ -18,8 +18,8 @@ from pathlib import Path
 
 import torch
 
-from omni_convert.convert.calibrate import calibrate_source
-from omni_convert.convert.compare import Run, Variant, run_variant, settings_of
+from omni_convert.convert.calibration import calibrate_source
+from omni_convert.convert.comparison import Run, Variant, run_variant, settings_of
 from omni_convert.convert.conversion import convert_checkpoint
 from omni_convert.convert.metrics import rmse, sequence_metrics
 from omni_convert.convert.picture import comparison_picture

@@ -43,7 +43,7 @@ def digests(folder: Path) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def statistics_file(tiny_pipeline_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from omni_convert.convert.calibrate import calibrate_source
+    from omni_convert.convert.calibration import calibrate_source
     from omni_convert.convert.source import resolve_source
 
     folder = tmp_path_factory.mktemp("statistics")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,8 @@ from diffusers import WanTransformer3DModel, ZImagePipeline
 from torch import nn
 from transformers import Qwen3Model
 
-from omni_convert.convert.calibrate import InputObserver, calibrate, calibrate_source, candidate_layers
+from omni_convert.convert import calibration
+from omni_convert.convert.calibration import InputObserver, calibrate, calibrate_source, candidate_layers
 from omni_convert.convert.generation import GenerationSettings, run_pipeline
 from omni_convert.convert.layer_statistics import LayerStatistics
 from omni_convert.convert.prompts import Prompt
@@ -23,8 +23,6 @@ from omni_convert.convert.statistics import Statistics
 from omni_convert.formats.checkpoint import Checkpoint
 from omni_convert.formats.errors import CalibrationError
 
-# `omni_convert.convert.calibrate` is the function once the package's own name for it was used.
-calibration = importlib.import_module("omni_convert.convert.calibrate")
 SETTINGS = GenerationSettings(steps=3, width=32, height=32, guidance_scale=2.0)
 # Of different lengths, so that the shorter half of a guided batch is padded.
 PROMPTS = [Prompt("a red circle on the left and a blue square on the right"), Prompt("a star"), Prompt("a ring")]
