@@ -55,6 +55,7 @@ def meets_the_bar(metrics: dict[str, float]) -> bool:
 
 
 def main() -> int:
+    """Returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("demo-output"))
     parser.add_argument("--prompts", type=int, default=8, help="evaluation prompts to use")

@@ -90,6 +90,7 @@ class Scene:
 
 
 def random_scene(rng: random.Random) -> Scene:
+    """One or two shapes of different colours on a background of a third."""
     background, *colours = rng.sample(list(COLOURS), 3)
     if rng.random() < 0.5:
         places = [rng.choice(list(PLACES))]
@@ -175,6 +176,7 @@ def build_tokenizer(captions: list[str]) -> PreTrainedTokenizerFast:
 
 
 def build_vae() -> AutoencoderKL:
+    """A quarter of the resolution, 8 channels: latents of [8, 16, 16] for an image."""
     vae = AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 3,
         up_block_types=("UpDecoderBlock2D",) * 3,
@@ -194,6 +196,7 @@ def build_vae() -> AutoencoderKL:
 
 
 def build_text_encoder(vocab_size: int, pad: int, eos: int) -> Qwen3ForCausalLM:
+    """Z-Image conditions on the output of the last layer but one, here the second of three."""
     return Qwen3ForCausalLM(
         Qwen3Config(
             vocab_size=vocab_size,
@@ -213,6 +216,7 @@ def build_text_encoder(vocab_size: int, pad: int, eos: int) -> Qwen3ForCausalLM:
 
 
 def build_transformer() -> ZImageTransformer2DModel:
+    """17.7 million parameters; the output starts at zero, so that the first steps are not spent on unlearning noise."""
     model = ZImageTransformer2DModel(
         in_channels=8,
         dim=384,
@@ -231,6 +235,7 @@ def build_transformer() -> ZImageTransformer2DModel:
 
 
 def train_vae(vae: AutoencoderKL, rng: random.Random, steps: int, batch: int) -> None:
+    """Absolute and squared error, with a slight pull of the latents towards a normal distribution."""
     optimizer = torch.optim.AdamW(vae.parameters(), lr=2e-3, weight_decay=0.0, betas=(0.9, 0.99))
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps, pct_start=0.05)
     for step in range(steps):
@@ -342,6 +347,7 @@ def distinct_captions(rng: random.Random, count: int, taken: set[str]) -> list[s
 
 
 def main() -> None:
+    """Trains all parts and writes the pipeline, its settings and the prompts."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True, help="folder for the pipeline; must not exist")
     parser.add_argument("--seed", type=int, default=0)

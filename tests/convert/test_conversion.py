@@ -240,7 +240,7 @@ def poison(source: Path, name: str, value: float) -> None:
     save_file(tensors, file, metadata={"format": "pt"})
 
 
-def refuses(error: type[OmniConvertError], message: str, source: Path, output: Path, recipe: Recipe) -> None:
+def check_refused(error: type[OmniConvertError], message: str, source: Path, output: Path, recipe: Recipe) -> None:
     with pytest.raises(error, match=message) as caught:
         convert_checkpoint(source, output, recipe)
     assert "\n" not in str(caught.value)
@@ -255,7 +255,7 @@ def test_a_weight_that_is_not_finite_is_named(
     source = copy_of(tiny_pipeline_folder, tmp_path / "source")
     poison(source, "layers.1.feed_forward.w3.weight", value)
     message = r"tensor 'layers\.1\.feed_forward\.w3\.weight': found NaN or Inf in rows"
-    refuses(CheckpointError, message, source, tmp_path / "out", Recipe(method=method))
+    check_refused(CheckpointError, message, source, tmp_path / "out", Recipe(method=method))
     assert (tmp_path / "out.partial").exists()
 
 
@@ -277,7 +277,7 @@ def test_a_weight_that_is_not_finite_is_named(
 def test_a_recipe_that_cannot_be_carried_out(
     tiny_pipeline_folder: Path, tmp_path: Path, recipe: Recipe, error: type[OmniConvertError], message: str
 ) -> None:
-    refuses(error, message, tiny_pipeline_folder, tmp_path / "out", recipe)
+    check_refused(error, message, tiny_pipeline_folder, tmp_path / "out", recipe)
 
 
 def test_static_with_blocks_is_dynamic_and_says_so(
@@ -298,29 +298,29 @@ def test_statistics_of_another_model_are_refused(
     file = other / "transformer" / WEIGHTS
     save_file({name: tensor * 1.25 for name, tensor in load_file(file).items()}, file, metadata={"format": "pt"})
     recipe = Recipe(calibration=(statistics_file,))
-    refuses(CalibrationError, "the statistics belong to another model", other, tmp_path / "out", recipe)
+    check_refused(CalibrationError, "the statistics belong to another model", other, tmp_path / "out", recipe)
 
 
 def test_a_model_quantized_already_is_refused(tiny_pipeline_folder: Path, tmp_path: Path) -> None:
     convert_checkpoint(tiny_pipeline_folder, tmp_path / "quantized")
-    refuses(CheckpointError, r"quantized already \(fp8\)", tmp_path / "quantized", tmp_path / "out", Recipe())
+    check_refused(CheckpointError, r"quantized already \(fp8\)", tmp_path / "quantized", tmp_path / "out", Recipe())
     edit_config(tmp_path / "quantized", quantization_config=None)
-    refuses(CheckpointError, "quantized already", tmp_path / "quantized", tmp_path / "out", Recipe())
+    check_refused(CheckpointError, "quantized already", tmp_path / "quantized", tmp_path / "out", Recipe())
 
 
 def test_a_pickle_checkpoint_is_refused(tiny_pipeline_folder: Path, tmp_path: Path) -> None:
     source = copy_of(tiny_pipeline_folder, tmp_path / "source")
     (source / "transformer" / WEIGHTS).rename(source / "transformer" / "diffusion_pytorch_model.bin")
-    refuses(CheckpointError, "pickle|safetensors", source, tmp_path / "out", Recipe())
+    check_refused(CheckpointError, "pickle|safetensors", source, tmp_path / "out", Recipe())
 
 
 def test_truncated_and_missing_weights(tiny_pipeline_folder: Path, tmp_path: Path) -> None:
     source = copy_of(tiny_pipeline_folder, tmp_path / "source")
     file = source / "transformer" / WEIGHTS
     file.write_bytes(file.read_bytes()[:-100])
-    refuses(CheckpointError, WEIGHTS, source, tmp_path / "out", Recipe())
+    check_refused(CheckpointError, WEIGHTS, source, tmp_path / "out", Recipe())
     file.unlink()
-    refuses(CheckpointError, "transformer", source, tmp_path / "out", Recipe())
+    check_refused(CheckpointError, "transformer", source, tmp_path / "out", Recipe())
 
 
 def test_an_output_that_is_not_empty_is_refused_before_any_work(tiny_pipeline_folder: Path, tmp_path: Path) -> None:
