@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from omni_convert.formats.errors import RecipeError
-from omni_convert.formats.quantization_config import QuantizationConfig
+from omni_convert.formats.quantization_config import ACTIVATION_SCHEMES, QuantizationConfig
 from omni_convert.formats.table import FORMATS
 from omni_convert.loaders.config_block import is_modelopt_export, read_block
 
@@ -134,11 +134,17 @@ def _build_single(name: str, options: Mapping[str, Any]) -> QuantizationConfig:
     if method not in FORMATS:
         raise QuantConfigValueError(f"quantization: found method '{name}', expected one of {', '.join(FORMATS)}")
     options = {key: value for key, value in options.items() if not key.endswith(SERIALIZED_FLAG_SUFFIX)}
+    options = {"activation_scheme": _uncalibrated_scheme(method)} | options
     signature = inspect.signature(QuantizationConfig)
     unknown = sorted(set(options) - set(signature.parameters))
     if unknown or "method" in options:
         raise QuantConfigTypeError(f"quantization: '{method}' has no option {', '.join(unknown)}, expected {signature}")
     return QuantizationConfig(method, **{key: _frozen(value) for key, value in options.items()})
+
+
+def _uncalibrated_scheme(method: str) -> str:
+    """The default without calibration, which no request to quantize while loading has."""
+    return next(scheme for scheme in ACTIVATION_SCHEMES[method] if scheme != "static")
 
 
 def _frozen(value: Any) -> Any:

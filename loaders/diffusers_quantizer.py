@@ -32,6 +32,7 @@ from omni_convert.loaders.installation import (
     refuse_homeless,
     restore_linears,
     select_layers,
+    to_disk_state,
 )
 from omni_convert.loaders.quantized_linear import QuantizedLinear
 
@@ -57,6 +58,7 @@ class DiffusersOmniQuantizer(DiffusersQuantizer):  # type: ignore[misc]  # diffu
         self.specs: dict[str, TensorSpec] = {}
         self.loaded: set[str] = set()  # tensors of quantized layers, taken raw from the file
         self.planned: dict[str, Format] = {}  # layers to quantize while loading
+        self.layers: dict[str, tuple[Format, int]] = {}  # the quantized ones, with in_features
 
     def validate_environment(self, device_map: Any = None, **_: Any) -> None:
         """Refuses offloading to disk: what diffusers writes there has passed through a cast of the scales."""
@@ -115,13 +117,24 @@ class DiffusersOmniQuantizer(DiffusersQuantizer):  # type: ignore[misc]  # diffu
             return
         if suffix != "weight":
             check_scale(param_name, raw, self.where)
-        setattr(model.get_submodule(stem), suffix, raw.to(target_device))
+        try:
+            setattr(model.get_submodule(stem), suffix, raw.to(target_device))
+        except CheckpointError as error:
+            raise CheckpointError(f"{self.where}: {stem}.{error}") from None
 
     def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
-        for layer in model.modules():
-            if isinstance(layer, QuantizedLinear) and layer.device.type != "meta":
-                layer.select_kernel()
+        for name, layer in model.named_modules():
+            if isinstance(layer, QuantizedLinear):
+                self.layers[name] = (layer.format, layer.in_features)
+                if layer.device.type != "meta":
+                    layer.select_kernel()
         return model
+
+    def get_state_dict_and_metadata(
+        self, state_dict: dict[str, Tensor], **_: Any
+    ) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """What `save_pretrained` writes: the tensors as they were on disk."""
+        return to_disk_state(state_dict, self.layers), {}
 
     def _dequantize(self, model: Any) -> Any:
         restore_linears(model, model.dtype)

@@ -14,14 +14,17 @@ import torch
 from torch import Tensor, nn
 
 from omni_convert.formats.dialects.vllm_omni import ignored_names
+from omni_convert.formats.e8m0 import E8M0_NAN
 from omni_convert.formats.errors import CheckpointError, RecipeError
 from omni_convert.formats.family import LayerGroup, find_family
 from omni_convert.formats.format import Format
 from omni_convert.formats.layer_pattern import matches
+from omni_convert.formats.mxfp4 import Mxfp4
 from omni_convert.formats.quantization_config import QuantizationConfig
 from omni_convert.formats.table import FORMATS, FormatOptions, layer_formats
 from omni_convert.formats.tensor_spec import DTYPE_NAMES, TensorSpec
 from omni_convert.loaders.quantized_linear import QuantizedLinear
+from omni_convert.loaders.resident import disk_tensors
 
 __all__ = [
     "check_scale",
@@ -32,6 +35,7 @@ __all__ = [
     "refuse_homeless",
     "restore_linears",
     "select_layers",
+    "to_disk_state",
 ]
 
 NAMES_SHOWN = 3
@@ -47,7 +51,11 @@ def declared_format(config: QuantizationConfig) -> Format:
     if config.method not in FORMATS:
         raise RecipeError(f"quantization: found method '{config.method}', expected one of {', '.join(FORMATS)}")
     return FORMATS[config.method].build(
-        FormatOptions(static=config.is_static, weight_block_size=config.weight_block_size)
+        FormatOptions(
+            static=config.is_static,
+            smooth=config.require_smooth_scale,
+            weight_block_size=config.weight_block_size,
+        )
     )
 
 
@@ -78,9 +86,16 @@ def install_empty_layers(
             raise CheckpointError(f"{where}: {stem} is in ignored_layers, found {fmt.method} tensors for it")
         if type(fmt) is not type(declared):
             raise CheckpointError(f"{where}: {stem} holds {fmt}, expected {declared} as its config says")
-        installed[stem] = _install_empty(model, stem, specs, declared, where)
+        installed[stem] = _install_empty(model, stem, specs, _with_optional_tensors(declared, fmt), where)
     _refuse_bare_codes(model, specs, where)
     return {f"{stem}.{suffix}" for stem, suffixes in installed.items() for suffix in suffixes}
+
+
+def _with_optional_tensors(declared: Format, found: Format) -> Format:
+    """mul_scale of mxfp4 is optional, layer by layer, unless the block demands it."""
+    if isinstance(declared, Mxfp4) and isinstance(found, Mxfp4):
+        return replace(declared, smooth=declared.smooth or found.smooth)
+    return declared
 
 
 def _install_empty(
@@ -154,7 +169,11 @@ def check_scale(name: str, tensor: Tensor, where: str) -> None:
     Raises:
         CheckpointError: it is not.
     """
-    if tensor.dtype is torch.float32 and not bool(((tensor >= 0) & (tensor < torch.inf)).all()):
+    if tensor.dtype is torch.uint8:
+        is_sound = bool((tensor != E8M0_NAN).all())
+    else:
+        is_sound = bool(((tensor.float() >= 0) & (tensor.float() < torch.inf)).all())
+    if not is_sound:
         raise CheckpointError(f"{where}: {name} holds NaN, Inf or a negative number, expected scales; convert again")
 
 
@@ -216,6 +235,21 @@ def install_quantized(model: nn.Module, stem: str, weight: Tensor, fmt: Format, 
     layer = QuantizedLinear(fmt, tensors, linear.bias, in_features=linear.in_features)
     model.set_submodule(stem, layer)
     return layer
+
+
+def to_disk_state(state_dict: Mapping[str, Tensor], layers: Mapping[str, tuple[Format, int]]) -> dict[str, Tensor]:
+    """A model's state as files hold it.
+
+    Args:
+        state_dict: of a model, as it lies in memory
+        layers: name of each quantized layer to its format and in_features
+    """
+    unpacked = {}
+    for stem, (fmt, in_features) in layers.items():
+        name = f"{stem}.weight"
+        if name in state_dict:
+            unpacked[name] = disk_tensors(fmt, {"weight": state_dict[name]}, in_features)["weight"]
+    return {**state_dict, **unpacked}
 
 
 def restore_linears(model: nn.Module, dtype: torch.dtype) -> None:

@@ -1,4 +1,4 @@
-"""A linear layer that holds the tensors of a checkpoint as they are on disk and runs a chosen kernel on them."""
+"""A linear layer that holds the tensors of a checkpoint, packed, and runs a chosen kernel on them."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from omni_convert.formats.format import Format, InputStatistics
 from omni_convert.formats.table import FORMATS, FormatOptions
 from omni_convert.loaders.kernels.kernel import Activations, LayerTraits
 from omni_convert.loaders.kernels.table import Selection, select_kernel
+from omni_convert.loaders.resident import disk_tensors, resident_tensors
 
 __all__ = ["QuantizedLinear", "quantize_linear"]
 
@@ -24,7 +25,8 @@ class QuantizedLinear(nn.Module):
 
     Not an `nn.Linear`: diffusers' layerwise casting would cast the scales of one to FP8, which makes most of them zero.
     The tensors are buffers under their names on disk (`weight`, `weight_scale`, ...), so that a model's `dtype` stays
-    that of its unquantized parameters. A cast (`.to(torch.float16)`) changes the bias, never codes and scales.
+    that of its unquantized parameters. A cast (`.to(torch.float16)`) changes the bias, never codes and scales. They lie
+    as on disk, but for weights in containers, which are packed whenever one is set: see `loaders/resident.py`.
 
     The kernel is chosen when the layer is on its device, not per call, and again when it moves to another.
     """
@@ -37,11 +39,12 @@ class QuantizedLinear(nn.Module):
         activations: Activations = "quantized",
         in_features: int | None = None,
     ) -> None:
-        """Takes the tensors as they are.
+        """Takes the tensors.
 
         Args:
             fmt: what the tensors mean
-            tensors: by suffix (`weight`, `weight_scale`, ...); may be on the meta device, to be filled in later
+            tensors: by suffix (`weight`, `weight_scale`, ...), as on disk; may be on the meta device, to be filled in
+                later, by setting the attributes
             bias: [out]
             activations: see `Activations`
             in_features: where `weight` is packed and its width is not in_features
@@ -51,7 +54,7 @@ class QuantizedLinear(nn.Module):
         self.tensor_names = tuple(tensors)
         self.out_features = len(tensors["weight"])
         self.in_features = tensors["weight"].shape[1] if in_features is None else in_features
-        for suffix, tensor in tensors.items():
+        for suffix, tensor in resident_tensors(fmt, tensors).items():
             self.register_buffer(suffix, tensor)
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
         self._activations = activations
@@ -125,7 +128,17 @@ class QuantizedLinear(nn.Module):
 
     def dequantize(self) -> Tensor:
         """The weight that the tensors stand for, float32 [out, in]."""
-        return self.format.dequantize({suffix: self.get_buffer(suffix) for suffix in self.tensor_names})
+        return self.format.dequantize(self.disk_tensors())
+
+    def disk_tensors(self) -> dict[str, Tensor]:
+        """The format's tensors by suffix, as they are on disk."""
+        tensors = {suffix: self.get_buffer(suffix) for suffix in self.tensor_names}
+        return disk_tensors(self.format, tensors, self.in_features)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "weight" and isinstance(value, Tensor):  # both libraries fill a layer in by setting its buffers
+            value = resident_tensors(self.format, {name: value})[name]
+        super().__setattr__(name, value)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         def keep_dtype(tensor: Tensor) -> Tensor:

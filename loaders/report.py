@@ -15,7 +15,7 @@ from omni_convert.loaders.quantized_linear import QuantizedLinear
 __all__ = ["KernelReport", "LayerReport", "kernel_report", "require_scaled_gemm"]
 
 NAMES_SHOWN = 3
-COLUMNS = ("layer", "layers", "format", "kernel", "bytes", "why")
+COLUMNS = ("layer", "layers", "format", "kernel", "bytes", "a weight", "why")
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,8 @@ class LayerReport:
         name: component and layer, as `transformer.layers.0.attention.to_q`
         is_as_asked: a scaled GEMM runs, or the user asked for bf16 activations
         why: what each faster kernel lacked, or `fastest`
-        bytes: of the tensors that the layer keeps
+        bytes: of the tensors that the layer keeps, the bias included
+        elements: of the weight that they stand for
     """
 
     name: str
@@ -36,6 +37,11 @@ class LayerReport:
     is_as_asked: bool
     why: str
     bytes: int
+    elements: int
+
+    @property
+    def bytes_per_weight(self) -> float:
+        return self.bytes / self.elements
 
 
 @dataclass(frozen=True)
@@ -78,10 +84,13 @@ class KernelReport:
         for layer in self.layers:
             key = (re.sub(r"\.\d+(?=\.)", ".{}", layer.name), layer.format, layer.kernel, layer.why)
             alike.setdefault(key, []).append(layer)
-        return [
-            (name, str(len(group)), fmt, kernel, f"{sum(layer.bytes for layer in group):,}", why)
-            for (name, fmt, kernel, why), group in alike.items()
-        ]
+        return [_row(name, fmt, kernel, why, group) for (name, fmt, kernel, why), group in alike.items()]
+
+
+def _row(name: str, fmt: str, kernel: str, why: str, group: list[LayerReport]) -> tuple[str, ...]:
+    total = sum(layer.bytes for layer in group)
+    per_weight = total / sum(layer.elements for layer in group)
+    return name, str(len(group)), fmt, kernel, f"{total:,}", f"{per_weight:.3f}", why
 
 
 def kernel_report(model: Any) -> KernelReport:
@@ -108,6 +117,7 @@ def _describe(name: str, layer: QuantizedLinear) -> LayerReport:
         is_as_asked=selection.kernel.is_scaled_gemm or layer.activations == "bf16",
         why=selection.reason,
         bytes=sum(tensor.nbytes for tensor in layer.state_dict().values()),
+        elements=layer.out_features * layer.in_features,
     )
 
 

@@ -30,6 +30,7 @@ from omni_convert.loaders.installation import (
     refuse_homeless,
     restore_linears,
     select_layers,
+    to_disk_state,
 )
 from omni_convert.loaders.quantized_linear import QuantizedLinear
 
@@ -93,6 +94,15 @@ class TransformersOmniQuantizer(HfQuantizer):  # type: ignore[misc]  # transform
                         check_scale(f"{name}.{suffix}", layer.get_buffer(suffix), self.where)
                 layer.select_kernel()
         return model
+
+    def get_state_dict_and_metadata(self, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """What `save_pretrained` writes: the tensors as they were on disk."""
+        layers = {
+            name: (layer.format, layer.in_features)
+            for name, layer in model.named_modules()
+            if isinstance(layer, QuantizedLinear)
+        }
+        return to_disk_state(model.state_dict(), layers), {}
 
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
         restore_linears(model, dtype or torch.bfloat16)

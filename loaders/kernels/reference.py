@@ -1,23 +1,36 @@
 """Reference: dequantize everything and multiply in float32.
 
 It is slow, runs anywhere, and is what every other kernel is tested against.
-With `bf16` activations, the input is left alone and the decoded weight is multiplied in the dtype of the input.
+With `bf16` activations, the input is left alone and the decoded weight is multiplied in the dtype of the input. That is
+also all there is to an nvfp4 layer without input_scale, which the runtime runs alike.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from omni_convert.formats.activation import (
+    quantize_mxfp4_dualscale_input,
+    quantize_mxfp4_input,
+    quantize_mxfp8_input,
+    quantize_nvfp4_input,
+)
 from omni_convert.formats.format import Format
 from omni_convert.formats.fp8 import Fp8, Fp8Block
 from omni_convert.formats.int8 import Int8
+from omni_convert.formats.mxfp4 import Mxfp4
+from omni_convert.formats.mxfp4_dualscale import Mxfp4DualScale
+from omni_convert.formats.mxfp8 import Mxfp8
+from omni_convert.formats.nvfp4 import Nvfp4
 from omni_convert.loaders.kernels.activation import fp8_per_group, fp8_per_token, fp8_static, int8_per_token
 from omni_convert.loaders.kernels.kernel import Kernel, Requirements
+from omni_convert.loaders.resident import disk_tensors
 
-__all__ = ["REFERENCE", "WEIGHT_ONLY", "rounded_input"]
+__all__ = ["REFERENCE", "WEIGHT_ONLY", "rounded_input", "smoothed_input"]
 
 
 def _round_fp8(x: Tensor, tensors: Mapping[str, Tensor], fmt: Fp8) -> Tensor:
@@ -37,26 +50,60 @@ def _round_int8(x: Tensor, _tensors: Mapping[str, Tensor], _fmt: Int8) -> Tensor
     return codes.float() * scale
 
 
+def _round_mxfp8(x: Tensor, _tensors: Mapping[str, Tensor], _fmt: Mxfp8) -> Tensor:
+    return quantize_mxfp8_input(x)
+
+
+def _round_mxfp4(x: Tensor, tensors: Mapping[str, Tensor], _fmt: Mxfp4) -> Tensor:
+    return quantize_mxfp4_input(smoothed_input(x, tensors))
+
+
+def _round_mxfp4_dualscale(x: Tensor, tensors: Mapping[str, Tensor], _fmt: Mxfp4DualScale) -> Tensor:
+    return quantize_mxfp4_dualscale_input(smoothed_input(x, tensors))
+
+
+def _round_nvfp4(x: Tensor, tensors: Mapping[str, Tensor], fmt: Nvfp4) -> Tensor:
+    return quantize_nvfp4_input(x, tensors["input_scale"].float()) if fmt.static else x.float()
+
+
 _ROUND_INPUT: dict[type[Format], Callable[..., Tensor]] = {
     Fp8: _round_fp8,
     Fp8Block: _round_fp8_block,
     Int8: _round_int8,
+    Mxfp8: _round_mxfp8,
+    Mxfp4: _round_mxfp4,
+    Mxfp4DualScale: _round_mxfp4_dualscale,
+    Nvfp4: _round_nvfp4,
 }
 
 
+def smoothed_input(x: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
+    """The input [M, in] times mul_scale, if there is one, in the dtype of the input, as the runtime computes it."""
+    return x * tensors["mul_scale"].to(x.dtype) if "mul_scale" in tensors else x
+
+
 def rounded_input(x: Tensor, tensors: Mapping[str, Tensor], fmt: Format) -> Tensor:
-    """The input [M, in] as the format's runtime sees it: quantized and restored, float32."""
-    return _ROUND_INPUT[type(fmt)](x, tensors, fmt)
+    """The input [M, in] as the runtime's GEMM sees it: smoothed, quantized and restored, float32."""
+    return _ROUND_INPUT[type(fmt)](x.detach(), tensors, fmt)  # rounding has no derivative
+
+
+def _stored_weight(x: Tensor, tensors: Mapping[str, Tensor], fmt: Format) -> Tensor:
+    """The weight that the runtime's GEMM sees, float32 [out, in]: without mul_scale, which is in the input."""
+    tensors = disk_tensors(fmt, tensors, x.shape[1])
+    if "mul_scale" in tensors:
+        tensors["mul_scale"] = torch.ones_like(tensors["mul_scale"])
+    return fmt.dequantize(tensors)
 
 
 def _run_reference(x: Tensor, tensors: Mapping[str, Tensor], fmt: Format, bias: Tensor | None) -> Tensor:
     bias = None if bias is None else bias.float()
-    return F.linear(rounded_input(x, tensors, fmt), fmt.dequantize(tensors), bias).to(x.dtype)
+    return F.linear(rounded_input(x, tensors, fmt), _stored_weight(x, tensors, fmt), bias).to(x.dtype)
 
 
 def _run_weight_only(x: Tensor, tensors: Mapping[str, Tensor], fmt: Format, bias: Tensor | None) -> Tensor:
     bias = None if bias is None else bias.to(x.dtype)
-    return F.linear(x, fmt.dequantize(tensors).to(x.dtype), bias)
+    weight = fmt.dequantize(disk_tensors(fmt, tensors, x.shape[1]))
+    return F.linear(x, weight.to(x.dtype), bias)
 
 
 REFERENCE = Kernel(

@@ -94,7 +94,7 @@ def quantize(pipeline_folder: Path, tmp_path: Path) -> Quantize:
         (file,) = (folder / component).glob("*.safetensors")
         tensors: dict[str, torch.Tensor] = {}
         for name, tensor in load_file(file).items():
-            tensors |= _quantized(name, tensor, fmt) if _is_in_block(name, tensor) else {name: tensor}
+            tensors |= _quantized(name, tensor, fmt) if _is_quantized(name, tensor, fmt) else {name: tensor}
         save_file(tensors | extra, file, metadata={"format": "pt"})
         config = folder / component / "config.json"
         config.write_text(json.dumps(json.loads(config.read_text()) | {"quantization_config": block}))
@@ -103,9 +103,9 @@ def quantize(pipeline_folder: Path, tmp_path: Path) -> Quantize:
     return write
 
 
-def _is_in_block(name: str, tensor: torch.Tensor) -> bool:
+def _is_quantized(name: str, tensor: torch.Tensor, fmt: Format) -> bool:
     is_block = (name.startswith(BLOCKS) and "adaLN" not in name) or name.startswith("model.layers.")
-    return is_block and name.endswith(".weight") and tensor.dim() == 2
+    return is_block and name.endswith(".weight") and tensor.dim() == 2 and fmt.unsupported(*tensor.shape) is None
 
 
 def _quantized(name: str, weight: torch.Tensor, fmt: Format) -> dict[str, torch.Tensor]:

@@ -17,6 +17,10 @@ from safetensors.torch import load_file, save_file
 from omni_convert.formats.errors import CheckpointError, RecipeError
 from omni_convert.formats.fp8 import Fp8, Fp8Block
 from omni_convert.formats.int8 import Int8
+from omni_convert.formats.mxfp4 import Mxfp4
+from omni_convert.formats.mxfp4_dualscale import Mxfp4DualScale
+from omni_convert.formats.mxfp8 import Mxfp8
+from omni_convert.formats.nvfp4 import Nvfp4
 from omni_convert.loaders import QuantizedLinear, kernel_report, load_pipeline
 
 FP8 = {
@@ -26,13 +30,31 @@ FP8 = {
     "ignored_layers": [],
 }
 INT8 = {"quant_method": "int8", "is_checkpoint_int8_serialized": True, "activation_scheme": "dynamic"}
+MXFP8 = {"quant_method": "mxfp8", "is_checkpoint_mxfp8_serialized": True, "ignored_layers": []}
+MXFP4 = {"quant_method": "mxfp4", "is_checkpoint_mxfp4_serialized": True, "require_smooth_scale": False}
+DUALSCALE = {"quant_method": "mxfp4_dualscale", "is_checkpoint_serialized": True}
 MODELOPT = {"quant_method": "modelopt", "quant_algo": "FP8", "ignore": ["*proj_out*"], "producer": {"name": "modelopt"}}
+
+
+def modelopt_nvfp4(static):
+    encoding = {"dynamic": False, "num_bits": 4, "type": "float", "group_size": 16}
+    group = {"input_activations": encoding if static else None, "weights": encoding, "targets": ["Linear"]}
+    return {"quant_method": "modelopt", "quant_algo": "NVFP4", "config_groups": {"group_0": group}, "ignore": []}
+
+
 CHECKPOINTS = {
     "fp8": (Fp8(), FP8),
     "fp8 static": (Fp8(static=True), FP8 | {"activation_scheme": "static"}),
     "fp8 block": (Fp8Block((32, 32)), FP8 | {"weight_block_size": [32, 32]}),
     "int8": (Int8(), INT8),
     "modelopt fp8": (Fp8(static=True), MODELOPT),
+    "mxfp8": (Mxfp8(), MXFP8),
+    "mxfp4": (Mxfp4(), MXFP4),
+    "mxfp4 smooth": (Mxfp4(smooth=True), MXFP4 | {"require_smooth_scale": True}),
+    "mxfp4 mul_scale": (Mxfp4(smooth=True), MXFP4),
+    "mxfp4_dualscale": (Mxfp4DualScale(), DUALSCALE),
+    "nvfp4": (Nvfp4(static=True), modelopt_nvfp4(static=True)),
+    "nvfp4 weights": (Nvfp4(), modelopt_nvfp4(static=False)),
 }
 
 
@@ -70,14 +92,23 @@ def assert_same_bits(left, right):
         assert torch.equal(tensor.flatten().view(torch.uint8), right[name].flatten().view(torch.uint8)), name
 
 
+def disk_state(model):
+    """Every tensor, those of quantized layers as on disk."""
+    state = dict(model.state_dict())
+    for name, layer in model.named_modules():
+        if isinstance(layer, QuantizedLinear):
+            state |= {f"{name}.{suffix}": tensor for suffix, tensor in layer.disk_tensors().items()}
+    return state
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_every_quantized_tensor_arrives_bit_exact_whatever_the_dtype_of_the_model(folder, dtype):
     model = load(folder, dtype=dtype)
     stored = load_file(weights_file(folder))
     scales = {name for name in stored if "scale" in name}
     assert scales
-    quantized = {n for n in stored if n.rpartition(".")[0] in {s.rpartition(".")[0] for s in scales}} - {"bias"}
-    assert_same_bits({n: stored[n] for n in quantized}, {n: t for n, t in model.state_dict().items() if n in quantized})
+    quantized = {n: t for n, t in stored.items() if n.rpartition(".")[0] in {s.rpartition(".")[0] for s in scales}}
+    assert_same_bits(quantized, {n: t for n, t in disk_state(model).items() if n in quantized})
     assert model.dtype is dtype
 
 
@@ -116,6 +147,30 @@ def test_saving_and_loading_again_changes_nothing(folder, tmp_path):
     assert_same_bits(load_file(weights_file(folder)), load_file(next((tmp_path / "again").glob("*.safetensors"))))
     again = ZImageTransformer2DModel.from_pretrained(tmp_path / "again", dtype=torch.bfloat16)
     assert_same_bits(model.state_dict(), again.state_dict())
+
+
+@pytest.mark.parametrize("name", ["mxfp4 smooth", "mxfp4_dualscale"])
+def test_containers_are_packed_in_memory(name, quantize):
+    fmt, block = CHECKPOINTS[name]
+    for layer in kernel_report(load(quantize(fmt, block), dtype=torch.bfloat16)):
+        assert layer.bytes_per_weight < 0.7  # scales weigh much in layers as small as these
+
+
+def test_values_that_are_not_of_e2m1_are_refused_not_rounded(quantize):
+    folder = quantize(Mxfp4DualScale(), DUALSCALE)
+    edit(folder, change("layers.0.feed_forward.w2.weight", lambda tensor: tensor.fill_(5.0)))
+    with pytest.raises(CheckpointError, match=r"transformer: layers\.0\.\S+: found values that are not of E2M1"):
+        load(folder)
+
+
+@pytest.mark.parametrize(
+    ("suffix", "value"), [("weight_scale", 255), ("weight_dual_scale", torch.nan), ("mul_scale", torch.inf)]
+)
+def test_scales_of_4_bit_formats_are_checked(quantize, suffix, value):
+    folder = quantize(Mxfp4DualScale(), DUALSCALE)
+    edit(folder, change(f"layers.0.feed_forward.w2.{suffix}", lambda tensor: tensor.fill_(value)))
+    with pytest.raises(CheckpointError, match=rf"w2\.{suffix} holds NaN, Inf"):
+        load(folder)
 
 
 def test_sharded_checkpoints_load_alike(int8_folder, tmp_path):
