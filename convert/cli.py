@@ -125,7 +125,10 @@ def _calibration_options(command: Command) -> Command:
 @click.option("--max-shard-size", default="5GB", show_default=True)
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
 @click.option("--revision", help="Branch, tag or commit on the Hub.")
+@click.option("--workers", type=int, metavar="N", help="Threads to use; default: one a core.")
+@click.option("--resume", is_flag=True, help="Go on where an interrupted run stopped.")
 @click.option("--overwrite", is_flag=True, help="Replace an earlier output.")
+@click.option("--verify-source", is_flag=True, help="Put the full hashes of the source into the manifest.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and write nothing.")
 @click.option("--quiet", is_flag=True, help="No progress, no table.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
@@ -146,7 +149,7 @@ def convert_command(
     if dry_run:
         _print_lines(plan_report(planned_without_running(source, recipe), as_json=as_json))
         return
-    check_output(output, overwrite=recipe.overwrite)
+    check_output(output, overwrite=recipe.overwrite, resume=recipe.resume)
     if recipe.calib is not None:
         _silence_libraries()
     recorded = load_statistics(source, recipe)

@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
-from omni_convert.convert.execute import LayerResult, Progress, execute_component
-from omni_convert.convert.manifest import write_json, write_manifest
+from omni_convert.convert.copy import copy_file, file_sha256
+from omni_convert.convert.execute import Engine, LayerResult, Progress, execute_component
+from omni_convert.convert.journal import JOURNAL, Journal
+from omni_convert.convert.manifest import describe_job, read_results, write_json, write_manifest
 from omni_convert.convert.model_card import model_card
-from omni_convert.convert.output import check_output, partial_folder
+from omni_convert.convert.output import check_output, is_finished, partial_folder, write_text
 from omni_convert.convert.plan import ComponentPlan, Plan, plan_conversion
 from omni_convert.convert.recipe import Recipe
 from omni_convert.convert.report import ConversionReport
 from omni_convert.convert.source import Source, resolve_source
+from omni_convert.convert.workers import Workers, available_cores
 from omni_convert.formats.checkpoint import Checkpoint
-from omni_convert.formats.errors import CheckpointError, OutputError, RecipeError
+from omni_convert.formats.errors import CheckpointError, RecipeError
 
 if TYPE_CHECKING:
     from omni_convert.convert.statistics import Statistics
@@ -42,7 +45,7 @@ def convert_checkpoint(
         OmniConvertError: anything that the user can do something about; `output` then does not exist.
     """
     recipe = recipe or Recipe()
-    check_output(Path(output), overwrite=recipe.overwrite)
+    check_output(Path(output), overwrite=recipe.overwrite, resume=recipe.resume)
     source = resolve_source(model, recipe.revision)
     recorded = load_statistics(source, recipe)
     return convert_plan(plan_conversion(source, recipe, recorded), Path(output), recorded, progress)
@@ -96,21 +99,56 @@ def convert_plan(
 ) -> ConversionReport:
     """Carries out a plan; see `convert_checkpoint`."""
     started = time.monotonic()
-    device = resolve_device(plan.recipe.device)
+    recipe = plan.recipe
+    device = resolve_device(recipe.device)
+    statistics_id = recorded.fingerprint() if recorded is not None else None
+    if recipe.resume and is_finished(output):
+        return _report(plan, output, read_results(output, plan, statistics_id), started, 0)
+    with (
+        partial_folder(output, overwrite=recipe.overwrite, resume=recipe.resume) as folder,
+        Journal(folder / JOURNAL, describe_job(plan, statistics_id)) as journal,
+        Workers(recipe.workers or available_cores()) as workers,
+    ):
+        results, peak = _fill(folder, plan, statistics_id, Engine(workers, device, journal), progress or _ignore)
+    return _report(plan, output, results, started, peak)
+
+
+def _fill(
+    folder: Path, plan: Plan, statistics_id: str | None, engine: Engine, progress: Progress
+) -> tuple[dict[str, list[LayerResult]], int]:
+    """Makes every file of the output; returns the layers of each component, and the peak of memory."""
+    copies = {
+        name: engine.workers.submit(copy_file, engine, name, path, folder / name) for name, path in plan.copies.items()
+    }
     results: dict[str, list[LayerResult]] = {}
+    known: dict[str, str] = {}
     peak = 0
-    with partial_folder(output, overwrite=plan.recipe.overwrite) as partial:
-        _copy_files(plan, partial)
-        for component in plan.components:
-            folder = partial / component.name
-            folder.mkdir(exist_ok=True)
-            layers, component_peak = execute_component(component, folder, device, progress or _ignore)
-            results[component.name] = layers
-            peak = max(peak, component_peak)
-            _write_config(component, folder)
-            _verify(component, folder)
-        (partial / "README.md").write_text(model_card(plan, dict(results)), encoding="utf-8")
-        write_manifest(partial, plan, results, recorded.fingerprint() if recorded is not None else None)
+    for component in plan.components:
+        place = folder / component.name
+        place.mkdir(exist_ok=True)
+        result = execute_component(component, place, engine, progress)
+        results[component.name] = result.layers
+        known |= {(Path(component.name) / file).as_posix(): sha256 for file, sha256 in result.sha256.items()}
+        peak = max(peak, result.peak_memory)
+        _write_config(component, place)
+        _verify(component, place)
+    sources = _source_hashes(plan, engine.workers) if plan.recipe.verify_source else {}
+    known |= {name: copy.result() for name, copy in copies.items()}
+    write_text(folder / "README.md", model_card(plan, dict(results)))
+    write_manifest(folder, plan, results, statistics_id, known, sources)
+    return results, peak
+
+
+def _source_hashes(plan: Plan, workers: Workers) -> dict[Path, str]:
+    """SHA-256 of every file of weights of the source."""
+    paths = [file.path for component in plan.components for file in component.checkpoint.files.values()]
+    hashes = workers.in_order((partial(file_sha256, path) for path in paths), ahead=len(paths))
+    return dict(zip(paths, hashes, strict=True))
+
+
+def _report(
+    plan: Plan, output: Path, results: dict[str, list[LayerResult]], started: float, peak: int
+) -> ConversionReport:
     return ConversionReport(
         output,
         tuple(_prefixed(name, layer) for name, layers in results.items() for layer in layers),
@@ -129,16 +167,6 @@ def _ignore(_: int) -> None:
 
 def _prefixed(component: str, layer: LayerResult) -> LayerResult:
     return replace(layer, name=f"{component}.{layer.name}") if component else layer
-
-
-def _copy_files(plan: Plan, folder: Path) -> None:
-    for name, path in plan.copies.items():
-        target = folder / name
-        try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, target)
-        except OSError as error:
-            raise OutputError(f"{target}: cannot be copied from {path} ({error.strerror})") from None
 
 
 def _write_config(component: ComponentPlan, folder: Path) -> None:

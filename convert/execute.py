@@ -1,32 +1,51 @@
-"""Carries out a plan: one tensor (or a tile of its rows) in memory at a time, everything written at its final place."""
+"""Carries out a plan: tiles are read, quantized and written by all workers at once, each at its final place.
+
+    steps ─► prepare (scales of the group; a few steps ahead) ─► tiles (a few ahead) ─► results, in order
+
+What is in memory is the tiles under way, one a worker. Nothing depends on which worker does what, or when.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import math
+import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from concurrent.futures import Future
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from omni_convert.convert.journal import Journal, Record
 from omni_convert.convert.memory import anonymous_memory
 from omni_convert.convert.plan import ComponentPlan, CopyStep, QuantizeStep
-from omni_convert.formats.checkpoint import Checkpoint
+from omni_convert.convert.tile import Tile, sampled_rows, tiles_of
+from omni_convert.convert.workers import Workers
 from omni_convert.formats.errors import CheckpointError
-from omni_convert.formats.format import TILE_ELEMENTS, WeightRows, iterate_rows
-from omni_convert.formats.safetensors_writer import SafetensorsWriter
+from omni_convert.formats.format import Format
+from omni_convert.formats.safetensors_writer import SafetensorsWriter, bytes_of
 
-__all__ = ["LayerResult", "Progress", "execute_component"]
+__all__ = ["ComponentResult", "Engine", "LayerResult", "Progress", "execute_component"]
 
 #: Called with the number of source bytes that have been dealt with.
 Progress = Callable[[int], None]
 
+# The disk reads this much of each weight of the steps that are being prepared.
+PREFETCH_BYTES = 64 << 20
+MEMORY_SECONDS = 0.1
+
 
 @dataclass(frozen=True)
 class LayerResult:
-    """How close a quantized layer came: `relative_error` is ‖W - Ŵ‖ / ‖W‖ (Frobenius)."""
+    """How close a quantized layer came: `relative_error` is ‖W - Ŵ‖ / ‖W‖ (Frobenius).
+
+    It is taken over all rows of a weight of a million elements or less, and over one row in 16 of a larger one.
+    """
 
     name: str
     method: str
@@ -36,128 +55,211 @@ class LayerResult:
 
 
 @dataclass(frozen=True)
+class ComponentResult:
+    """What became of a component.
+
+    Attributes:
+        layers: its quantized layers
+        sha256: of each file of weights
+        peak_memory: largest `RssAnon` seen, bytes
+    """
+
+    layers: list[LayerResult]
+    sha256: dict[str, str]
+    peak_memory: int
+
+
+@dataclass(frozen=True)
+class Engine:
+    """What carries out a plan: the threads, the device for arithmetic, and the journal that they report to."""
+
+    workers: Workers
+    device: torch.device
+    journal: Journal
+
+
+@dataclass(frozen=True)
 class CheckedRows:
     """Rows of a weight, refused when they hold NaN or Inf, which no scale can represent."""
 
-    checkpoint: Checkpoint
+    work: _Work
     name: str
-    device: torch.device
 
     @property
     def shape(self) -> tuple[int, int]:
-        out_features, in_features = self.checkpoint[self.name].shape
+        out_features, in_features = self.work.plan.checkpoint[self.name].shape
         return out_features, in_features
 
     def read(self, start: int, stop: int) -> Tensor:
-        rows = self.checkpoint.read_rows(self.name, start, stop).to(self.device)
+        self.work.engine.workers.check()
+        checkpoint = self.work.plan.checkpoint
+        rows = checkpoint.read_rows(self.name, start, stop).to(self.work.engine.device)
         # A sum is finite unless an element is not, or the sum itself overflows: one cheap pass instead of two.
         if not math.isfinite(rows.sum(dtype=torch.float32)) and not torch.isfinite(rows).all():
-            shard = self.checkpoint.weight_map[self.name]
             raise CheckpointError(
-                f"{self.checkpoint.path}: {shard}: tensor '{self.name}': found NaN or Inf in rows {start} to "
-                f"{stop - 1}, expected finite weights; repair the source, or keep the layer with --ignored-layers"
+                f"{checkpoint.path}: {checkpoint.weight_map[self.name]}: tensor '{self.name}': found NaN or Inf in "
+                f"rows {start} to {stop - 1}, expected finite weights; repair the source, or keep the layer with "
+                "--ignored-layers"
             )
         return rows
 
 
-class Outputs(Mapping[str, SafetensorsWriter]):
-    """All shards of a component, open for writing: tensor name → the writer of its shard."""
+@dataclass(frozen=True)
+class _Work:
+    """A component under way: its plan, and the writer of each output tensor."""
 
-    def __init__(self, folder: Path, component: ComponentPlan, stack: ExitStack) -> None:
-        self._writers: dict[str, SafetensorsWriter] = {}
-        for file, specs in component.shards.files.items():
-            writer = stack.enter_context(SafetensorsWriter(folder / file, specs))
-            self._writers |= dict.fromkeys((spec.name for spec in specs), writer)
+    plan: ComponentPlan
+    engine: Engine
+    outputs: Mapping[str, SafetensorsWriter]
 
-    def __getitem__(self, name: str) -> SafetensorsWriter:
-        return self._writers[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._writers)
-
-    def __len__(self) -> int:
-        return len(self._writers)
+    def name_of(self, tile: Tile) -> str:
+        """As the journal calls it."""
+        return f"{self.plan.name}/{tile.source.name}:{tile.start}"
 
 
-@contextmanager
-def _opened(folder: Path, component: ComponentPlan) -> Iterator[Outputs]:
-    with ExitStack() as stack:
-        yield Outputs(folder, component, stack)
+@dataclass(frozen=True)
+class _Finished:
+    tile: Tile
+    record: Record
 
 
-def execute_component(
-    component: ComponentPlan, folder: Path, device: torch.device, progress: Progress
-) -> tuple[list[LayerResult], int]:
-    """Writes the shards of one component into `folder`.
-
-    Returns:
-        what became of each quantized layer, and the peak of `RssAnon` in bytes
+def execute_component(component: ComponentPlan, folder: Path, engine: Engine, progress: Progress) -> ComponentResult:
+    """Writes the shards of one component into `folder`; ranges that the journal has and the disk still holds stay.
 
     Raises:
         CheckpointError: the source is damaged or a weight is not finite.
         OutputError: the output cannot be written.
     """
-    results: list[LayerResult] = []
-    peak = 0
-    with _opened(folder, component) as outputs:
-        for step in component.steps:
-            if isinstance(step, QuantizeStep):
-                results += _quantize(step, component, outputs, device)
-                progress(sum(weight.nbytes for weight in step.weights))
-            else:
-                _copy(step, component.checkpoint, outputs)
-                progress(step.tensor.nbytes)
-            peak = max(peak, anonymous_memory())
-    return results, peak
+    peak, looked = 0, 0.0
+    records: dict[str, list[Record]] = {}
+    with ExitStack() as stack:
+        writers = {
+            file: stack.enter_context(SafetensorsWriter(folder / file, specs, resume=True))
+            for file, specs in component.shards.files.items()
+        }
+        outputs = {spec.name: writers[file] for file, specs in component.shards.files.items() for spec in specs}
+        hashes: dict[SafetensorsWriter, Future[str]] = {}
+        for finished in _run(_Work(component, engine, outputs)):
+            records.setdefault(finished.tile.source.name, []).append(finished.record)
+            progress(finished.tile.nbytes)
+            _hash_complete({outputs[name] for name in finished.tile.ranges}, hashes, engine.workers)
+            if time.monotonic() > looked + MEMORY_SECONDS:
+                peak, looked = max(peak, anonymous_memory()), time.monotonic()
+        for closing in [engine.workers.submit(writer.close) for writer in writers.values()]:
+            closing.result()
+        sha256 = {file: hashes[writer].result() for file, writer in writers.items()}
+    return ComponentResult(_layer_results(component, records), sha256, max(peak, anonymous_memory()))
 
 
-def _quantize(
-    step: QuantizeStep, component: ComponentPlan, outputs: Outputs, device: torch.device
-) -> Iterator[LayerResult]:
-    weights = [CheckedRows(component.checkpoint, spec.name, device) for spec in step.weights]
-    fitted = step.format.fit(weights, step.inputs)
-    constants = step.format.constants(fitted)
-    for stem, weight, spec in zip(step.group.members, weights, step.weights, strict=True):
-        for suffix, tensor in constants.items():
-            outputs[f"{stem}.{suffix}"].write(f"{stem}.{suffix}", tensor.cpu())
-        error = _quantize_weight(step, stem, weight, fitted, constants, outputs)
-        written = sum(
-            math.prod(layout.shape) * layout.dtype.itemsize for layout in step.format.layout(*weight.shape).values()
+def _run(work: _Work) -> Iterator[_Finished]:
+    """All tiles of a component, in order."""
+    workers = work.engine.workers
+    prepared = workers.in_order((partial(_prepare, work, step) for step in work.plan.steps), ahead=workers.count + 1)
+    return workers.in_order((task for tasks in prepared for task in tasks), ahead=2 * workers.count + 2)
+
+
+def _hash_complete(
+    touched: set[SafetensorsWriter], hashes: dict[SafetensorsWriter, Future[str]], workers: Workers
+) -> None:
+    """Starts to hash files of which every byte is there: the system still has them in memory."""
+    for writer in touched:
+        if not writer.missing and writer not in hashes:
+            hashes[writer] = workers.submit(writer.sha256)
+
+
+def _prepare(work: _Work, step: QuantizeStep | CopyStep) -> list[Callable[[], _Finished]]:
+    """What is left to do for a step, tile by tile; for a group this decides what its members share."""
+    tiles = tiles_of(step)
+    before = [_record_of_earlier_run(work, tile) for tile in tiles]
+    if isinstance(step, CopyStep):
+        make: Callable[[Tile], _Finished] = partial(_copy, work, step.dtype)
+    elif not all(before):
+        make = _fit(work, step)
+    return [
+        partial(make, tile) if record is None else partial(_Finished, tile, record)
+        for tile, record in zip(tiles, before, strict=True)
+    ]
+
+
+def _record_of_earlier_run(work: _Work, tile: Tile) -> Record | None:
+    """What the journal says about a tile whose bytes are still what it says; the writer then counts them."""
+    record = work.engine.journal.get(work.name_of(tile))
+    if record is None:
+        return None
+    work.engine.workers.check()
+    digest = hashlib.sha256()
+    for name, rows in tile.ranges.items():
+        digest.update(work.outputs[name].read_back(name, *rows))
+    if digest.hexdigest() != record.sha256:
+        return None
+    for name, rows in tile.ranges.items():
+        work.outputs[name].adopt(name, *rows)
+    return record
+
+
+def _fit(work: _Work, step: QuantizeStep) -> Callable[[Tile], _Finished]:
+    for weight in step.weights:
+        work.plan.checkpoint.prefetch(weight.name, PREFETCH_BYTES)
+    fitted = step.format.fit([CheckedRows(work, weight.name) for weight in step.weights], step.inputs)
+    constants = {suffix: tensor.to(work.engine.device) for suffix, tensor in step.format.constants(fitted).items()}
+    return partial(_quantize, work, step.format, fitted, constants)
+
+
+def _quantize(work: _Work, fmt: Format, fitted: Any, constants: Mapping[str, Tensor], tile: Tile) -> _Finished:
+    rows = CheckedRows(work, tile.source.name).read(tile.start, tile.stop)
+    tensors = fmt.quantize_rows(rows, fitted)
+    sample, stored = sampled_rows(tile, rows, tensors, fmt)
+    error, norm = _squared_error(sample, fmt.dequantize({**stored, **constants}))
+    everything = {suffix: tensor.cpu() for suffix, tensor in {**tensors, **constants}.items()}
+    flaw = fmt.flaw(everything)
+    if flaw is not None:
+        raise CheckpointError(
+            f"{work.plan.checkpoint.path}: tensor '{tile.source.name}': cannot be stored as {fmt.label}: {flaw}; "
+            "keep the layer with --ignored-layers"
         )
-        yield LayerResult(stem, component.method, spec.nbytes, written, error)
+    stem = tile.source.name.removesuffix("weight")
+    return _write(work, tile, {stem + suffix: tensor for suffix, tensor in everything.items()}, error, norm)
 
 
-def _quantize_weight(
-    step: QuantizeStep,
-    stem: str,
-    weight: WeightRows,
-    fitted: object,
-    constants: Mapping[str, Tensor],
-    outputs: Outputs,
-) -> float:
-    """Quantizes and writes one weight tile by tile; returns its relative error."""
-    layout = step.format.layout(*weight.shape)
-    squared_error = squared_norm = 0.0
-    for start, rows in iterate_rows(weight, step.format.row_multiple):
-        tensors = step.format.quantize_rows(rows, fitted)
-        for suffix, tensor in tensors.items():
-            name = f"{stem}.{suffix}"
-            outputs[name].write_rows(name, start // layout[suffix].rows_per_entry, tensor.cpu())
-        original = rows.float()
-        squared_norm += float(original.square().sum(dtype=torch.float64))
-        difference = original.sub_(step.format.dequantize(tensors | dict(constants)))
-        squared_error += float(difference.square_().sum(dtype=torch.float64))
-    return math.sqrt(squared_error / squared_norm) if squared_norm else 0.0
+def _squared_error(original: Tensor, approximation: Tensor) -> tuple[float, float]:
+    """‖W - Ŵ‖² and ‖W‖²."""
+    values = original.to(torch.float32, copy=True)
+    norm = float(values.square().sum(dtype=torch.float64))
+    return float(values.sub_(approximation).square_().sum(dtype=torch.float64)), norm
 
 
-def _copy(step: CopyStep, checkpoint: Checkpoint, outputs: Outputs) -> None:
-    """Writes a tensor as it is, in blocks of rows so that an embedding of gigabytes needs no gigabytes."""
-    spec = step.tensor
-    writer = outputs[spec.name]
-    if len(spec.shape) == 0 or spec.elements <= TILE_ELEMENTS:
-        writer.write(spec.name, checkpoint.read(spec.name).to(step.dtype))
-        return
-    rows = max(1, TILE_ELEMENTS * spec.shape[0] // spec.elements)
-    for start in range(0, spec.shape[0], rows):
-        tile = checkpoint.read_rows(spec.name, start, min(start + rows, spec.shape[0]))
-        writer.write_rows(spec.name, start, tile.to(step.dtype))
+def _copy(work: _Work, dtype: torch.dtype, tile: Tile) -> _Finished:
+    work.engine.workers.check()
+    checkpoint, name = work.plan.checkpoint, tile.source.name
+    rows = checkpoint.read(name) if tile.is_whole else checkpoint.read_rows(name, tile.start, tile.stop)
+    return _write(work, tile, {name: rows.to(dtype)})
+
+
+def _write(
+    work: _Work, tile: Tile, tensors: Mapping[str, Tensor], squared_error: float = 0.0, squared_norm: float = 0.0
+) -> _Finished:
+    """Writes what came of a tile, and notes it in the journal."""
+    digest = hashlib.sha256()
+    for name, (first_row, _) in tile.ranges.items():
+        tensor, writer = tensors[name], work.outputs[name]
+        if tensor.dim():
+            writer.write_rows(name, first_row, tensor)
+        else:
+            writer.write(name, tensor)
+        digest.update(bytes_of(tensor))
+    record = Record(digest.hexdigest(), squared_error, squared_norm)
+    work.engine.journal.add(work.name_of(tile), record)
+    return _Finished(tile, record)
+
+
+def _layer_results(component: ComponentPlan, records: Mapping[str, list[Record]]) -> list[LayerResult]:
+    results = []
+    for step in component.quantize_steps:
+        for stem, weight in zip(step.group.members, step.weights, strict=True):
+            error = math.fsum(record.squared_error for record in records[weight.name])
+            norm = math.fsum(record.squared_norm for record in records[weight.name])
+            layouts = step.format.layout(*weight.shape).values()
+            written = sum(math.prod(layout.shape) * layout.dtype.itemsize for layout in layouts)
+            relative = math.sqrt(error / norm) if norm else 0.0
+            results.append(LayerResult(stem, component.method, weight.nbytes, written, relative))
+    return results

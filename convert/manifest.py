@@ -5,27 +5,61 @@ No times, paths, devices or worker counts. `files` holds the SHA-256 of every ot
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from omni_convert.convert.copy import file_sha256
 from omni_convert.convert.execute import LayerResult
-from omni_convert.convert.output import MANIFEST
+from omni_convert.convert.journal import JOURNAL
+from omni_convert.convert.output import MANIFEST, write_text
 from omni_convert.convert.plan import ComponentPlan, Plan
+from omni_convert.convert.source import read_json
+from omni_convert.formats.errors import OutputError
 
-__all__ = ["VERSION", "file_sha256", "write_json", "write_manifest"]
+__all__ = ["VERSION", "describe_job", "read_results", "write_json", "write_manifest"]
 
 VERSION = "0.1.0"
 ERROR_DIGITS = 6
 
 
+def describe_job(plan: Plan, statistics_id: str | None) -> dict[str, Any]:
+    """What must not change between the runs that make one output; for the journal, which may hold times."""
+    files = {
+        f"{component.name}/{name}": [file.size, file.header_sha256, file.path.stat().st_mtime_ns]
+        for component in plan.components
+        for name, file in component.checkpoint.files.items()
+    }
+    copies = {name: [path.stat().st_size, path.stat().st_mtime_ns] for name, path in plan.copies.items()}
+    return {
+        "omni_convert_version": VERSION,
+        "recipe": plan.recipe.of_the_bytes(),
+        "statistics": statistics_id,
+        "source": files | copies,
+    }
+
+
 def write_manifest(
-    folder: Path, plan: Plan, results: Mapping[str, Sequence[LayerResult]], statistics_id: str | None
+    folder: Path,
+    plan: Plan,
+    results: Mapping[str, Sequence[LayerResult]],
+    statistics_id: str | None,
+    known: Mapping[str, str],
+    source_sha256: Mapping[Path, str],
 ) -> None:
-    """Writes the manifest into a finished output folder; it must come last, since it hashes the other files."""
+    """Writes the manifest into a finished output folder; it must come last, since it holds the other files' hashes.
+
+    Args:
+        folder: the output
+        plan: what was done
+        results: component name → its quantized layers
+        statistics_id: identity of the statistics, if some were used
+        known: file name inside the output → its SHA-256; other files are hashed now
+        source_sha256: of the source's files, where they were asked for
+    """
     files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    others = {name: path for name, path in files.items() if name not in (MANIFEST, JOURNAL)}
     write_json(
         folder / MANIFEST,
         {
@@ -34,36 +68,75 @@ def write_manifest(
             "recipe": plan.recipe.of_the_bytes(),
             "statistics": statistics_id,
             "components": {
-                component.name: _describe_component(component, results[component.name]) for component in plan.components
+                component.name: {
+                    "method": component.method,
+                    "source_files": _source_files(component, source_sha256),
+                    "layers": _layers(results[component.name]),
+                    "kept": {layer.name: layer.reason for layer in component.kept},
+                }
+                for component in plan.components
             },
-            "files": {name: file_sha256(path) for name, path in files.items()},
+            "files": {name: known.get(name) or file_sha256(path) for name, path in others.items()},
         },
     )
 
 
-def _describe_component(component: ComponentPlan, results: Sequence[LayerResult]) -> dict[str, Any]:
+def _source_files(component: ComponentPlan, sha256: Mapping[Path, str]) -> dict[str, Any]:
     return {
-        "method": component.method,
-        "source_files": {
-            name: {"bytes": file.size, "header_sha256": file.header_sha256}
-            for name, file in sorted(component.checkpoint.files.items())
-        },
-        "layers": {
-            result.name: {
-                "bytes": result.bytes_after,
-                "relative_error": round(result.relative_error, ERROR_DIGITS),
-            }
-            for result in results
-        },
-        "kept": {layer.name: layer.reason for layer in component.kept},
+        name: {
+            "bytes": file.size,
+            "header_sha256": file.header_sha256,
+            **({"sha256": sha256[file.path]} if file.path in sha256 else {}),
+        }
+        for name, file in sorted(component.checkpoint.files.items())
     }
 
 
+def _layers(results: Sequence[LayerResult]) -> dict[str, Any]:
+    return {
+        result.name: {"bytes": result.bytes_after, "relative_error": round(result.relative_error, ERROR_DIGITS)}
+        for result in results
+    }
+
+
+def read_results(folder: Path, plan: Plan, statistics_id: str | None) -> dict[str, list[LayerResult]]:
+    """The layers of a finished output, component by component, if it is what the plan would make.
+
+    Raises:
+        CheckpointError: the manifest is damaged.
+        OutputError: it is that of another conversion.
+    """
+    manifest = read_json(folder / MANIFEST)
+    try:
+        before = [manifest["omni_convert_version"], manifest["recipe"], manifest["statistics"]]
+        if before != [VERSION, json.loads(json.dumps(plan.recipe.of_the_bytes())), statistics_id]:
+            raise _another(folder)
+        return {component.name: _results_of(folder, component, manifest) for component in plan.components}
+    except (KeyError, TypeError, AttributeError):
+        raise OutputError(f"{folder / MANIFEST}: found a damaged manifest; use --overwrite") from None
+
+
+def _results_of(folder: Path, component: ComponentPlan, manifest: Mapping[str, Any]) -> list[LayerResult]:
+    described = manifest["components"][component.name]
+    headers = {name: file["header_sha256"] for name, file in described["source_files"].items()}
+    if headers != {name: file.header_sha256 for name, file in component.checkpoint.files.items()}:
+        raise _another(folder)
+    return [
+        LayerResult(stem, component.method, weight.nbytes, layer["bytes"], layer["relative_error"])
+        for step in component.quantize_steps
+        for stem, weight in zip(step.group.members, step.weights, strict=True)
+        for layer in [described["layers"][stem]]
+    ]
+
+
+def _another(folder: Path) -> OutputError:
+    return OutputError(f"{folder}: found another conversion, which is finished; use --overwrite to replace it")
+
+
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """UTF-8, two spaces, a newline at the end; keys in the order given."""
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    """UTF-8, two spaces, a newline at the end; keys in the order given.
 
-
-def file_sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    Raises:
+        OutputError: the file cannot be written.
+    """
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")

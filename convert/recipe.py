@@ -65,7 +65,10 @@ class Recipe:
 
     device: str = "auto"
     revision: str | None = None
+    workers: int | None = None
+    resume: bool = False
     overwrite: bool = False
+    verify_source: bool = False
     force: bool = False
 
     def __post_init__(self) -> None:
@@ -79,6 +82,8 @@ class Recipe:
         if self.weight_block_size is not None:
             self._check_block_size(self.weight_block_size)
         self._check_input_scale()
+        if self.workers is not None and self.workers < 1:
+            raise RecipeError(f"--workers: found {self.workers}, expected at least 1")
         if self.calib is not None and self.calibration:
             raise RecipeError("--calib and --calibration: found both, expected one; --calibration reuses a --calib run")
 

@@ -122,6 +122,10 @@ class Checkpoint(Mapping[str, TensorSpec]):
         """
         return self._file_of(name).read_rows(name, start, stop)
 
+    def prefetch(self, name: str, limit: int) -> None:
+        """Has the system read a tensor, at most `limit` bytes of it, while we do something else."""
+        self._file_of(name).prefetch(name, limit)
+
     def rows(self, name: str) -> WeightRows:
         """Row-wise access to a matrix."""
         return CheckpointRows(self._file_of(name), name)

@@ -19,6 +19,7 @@ __all__ = [
     "NibbleOrder",
     "decode_e2m1",
     "encode_e2m1",
+    "holds_e2m1",
     "is_e2m1",
     "pack_nibbles",
     "round_to_e2m1",
@@ -28,6 +29,9 @@ __all__ = [
 E2M1 = ElementType("E2M1", 6.0, max_exponent=2, min_exponent=0, mantissa_bits=1)
 #: Value of each code 0..15.
 E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
+
+# Their codes in an E4M3 container.
+_E2M1_IN_E4M3 = torch.tensor(E2M1_VALUES).to(torch.float8_e4m3fn).view(torch.uint8).tolist()
 
 #: Which nibble of a byte holds the even element: `low` for ModelOpt, msModelSlim and AutoRound, `high` for ComfyUI.
 NibbleOrder = Literal["low", "high"]
@@ -63,6 +67,12 @@ def is_e2m1(values: Tensor) -> Tensor:
     """Which elements of any float tensor are E2M1 values; bool, same shape. NaN is not."""
     numbers = values.float()
     return round_to_e2m1(numbers) == numbers
+
+
+def holds_e2m1(container: Tensor) -> bool:
+    """Whether all elements of a float8_e4m3fn tensor are E2M1 values."""
+    counts = torch.bincount(container.view(torch.uint8).flatten(), minlength=256)
+    return int(counts[_E2M1_IN_E4M3].sum()) == container.numel()
 
 
 def pack_nibbles(codes: Tensor, even: NibbleOrder = "low") -> Tensor:

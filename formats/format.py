@@ -10,6 +10,7 @@ A format works on the rows of a weight, so that a matrix of any size passes thro
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ __all__ = [
     "WeightRows",
     "iterate_rows",
     "sample_rows",
+    "tile_ranges",
     "weight_amax",
 ]
 
@@ -96,10 +98,16 @@ class TensorRows:
 
 def iterate_rows(weight: WeightRows, multiple: int = 1) -> Iterator[tuple[int, Tensor]]:
     """Yields `(first row, rows)` in tiles of about a mebi-element whose row counts are a multiple of `multiple`."""
-    rows, columns = weight.shape
+    for start, stop in tile_ranges(weight.shape, multiple):
+        yield start, weight.read(start, stop)
+
+
+def tile_ranges(shape: tuple[int, ...], multiple: int = 1) -> Iterator[tuple[int, int]]:
+    """First row and row after the last of each tile of a tensor [rows, ...]; see `iterate_rows`."""
+    rows, columns = shape[0], math.prod(shape[1:])
     step = max(1, TILE_ELEMENTS // max(1, columns) // multiple) * multiple
     for start in range(0, rows, step):
-        yield start, weight.read(start, min(start + step, rows))
+        yield start, min(start + step, rows)
 
 
 def sample_rows(weights: Sequence[WeightRows], count: int) -> Tensor:
@@ -129,6 +137,18 @@ def weight_amax(weights: Sequence[WeightRows]) -> float:
             if not tile_amax <= largest:  # true for NaN as well
                 largest = tile_amax
     return largest
+
+
+def _scale_flaw(suffix: str, scale: Tensor) -> str | None:
+    """Why a tensor cannot be what its name says, if that is a scale: they are positive and finite."""
+    if "scale" not in suffix or not scale.numel():
+        return None
+    if scale.dtype is torch.uint8:
+        return "found the E8M0 byte 255 (NaN), expected 0 to 254" if int(scale.max()) == 255 else None
+    low, high = (float(bound) for bound in torch.aminmax(scale.float()))
+    if low > 0 and high < float("inf"):  # false for NaN, which comes through
+        return None
+    return f"found scales from {low:g} to {high:g}, expected positive finite ones"
 
 
 class Format(ABC):
@@ -171,6 +191,16 @@ class Format(ABC):
     @abstractmethod
     def dequantize(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """The weight that the tensors stand for, float32 [out, in]."""
+
+    def flaw(self, tensors: Mapping[str, Tensor]) -> str | None:
+        """What makes the values of these tensors impossible in this format, or None; layouts are not looked at.
+
+        Args:
+            tensors: of a weight or of some of its rows
+        """
+        return next(
+            (f"{suffix}: {reason}" for suffix, scale in tensors.items() if (reason := _scale_flaw(suffix, scale))), None
+        )
 
     def quantize(self, weight: Tensor, inputs: InputStatistics | None = None) -> dict[str, Tensor]:
         """All tensors of one weight [out, in] that is in memory."""

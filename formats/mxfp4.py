@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from omni_convert.formats.activation import quantize_mxfp4_input
-from omni_convert.formats.e2m1 import E2M1, round_to_e2m1
+from omni_convert.formats.e2m1 import E2M1, holds_e2m1, round_to_e2m1
 from omni_convert.formats.e8m0 import decode_e8m0, encode_e8m0, is_msmodelslim
 from omni_convert.formats.format import Format, InputStatistics, TensorLayout, WeightRows
 from omni_convert.formats.mx import MX_BLOCK, check_scale_rule, join_blocks, scale_blocks_, split_blocks
@@ -83,6 +83,11 @@ class Mxfp4(Format):
         scale = decode_e8m0(tensors["weight_scale"])
         values = join_blocks(split_blocks(weight, MX_BLOCK).mul_(scale[..., None]), weight.shape[1])
         return values * tensors["mul_scale"].float() if "mul_scale" in tensors else values
+
+    def flaw(self, tensors: Mapping[str, Tensor]) -> str | None:
+        if "weight" in tensors and not holds_e2m1(tensors["weight"]):
+            return "weight: found E4M3 bytes off the E2M1 grid, expected 0, ±0.5, 1, 1.5, 2, 3, 4 or 6"
+        return super().flaw(tensors)
 
     def _quantize_tile(self, tile: Tensor, mul_scale: Tensor | None) -> dict[str, Tensor]:
         blocks = split_blocks(tile if mul_scale is None else tile.float() / mul_scale, MX_BLOCK)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from omni_convert.formats.activation import quantize_mxfp4_dualscale_input
 from omni_convert.formats.dualscale_search import search_coarse_scale
-from omni_convert.formats.e2m1 import E2M1, round_to_e2m1
+from omni_convert.formats.e2m1 import E2M1, holds_e2m1, round_to_e2m1
 from omni_convert.formats.e8m0 import decode_e8m0, encode_e8m0, is_msmodelslim
 from omni_convert.formats.format import Format, InputStatistics, TensorLayout, WeightRows
 from omni_convert.formats.mx import (
@@ -98,6 +98,11 @@ class Mxfp4DualScale(Format):
         fine = split_blocks(weight, MX_BLOCK).mul_(decode_e8m0(tensors["weight_scale"])[..., None])
         coarse = split_blocks(join_blocks(fine, columns), COARSE_BLOCK).mul_(tensors["weight_dual_scale"].float())
         return join_blocks(coarse, columns) * tensors["mul_scale"].float()
+
+    def flaw(self, tensors: Mapping[str, Tensor]) -> str | None:
+        if "weight" in tensors and not holds_e2m1(tensors["weight"]):
+            return "weight: found E4M3 bytes off the E2M1 grid, expected 0, ±0.5, 1, 1.5, 2, 3, 4 or 6"
+        return super().flaw(tensors)
 
     def _quantize_tile(self, tile: Tensor) -> dict[str, Tensor]:
         groups = split_blocks(tile, COARSE_BLOCK)  # [rows, groups, 512]

@@ -99,6 +99,10 @@ class SafetensorsFile:
         self._read_into(self._open_descriptor(), memoryview(buffer), self._offsets[name] + start)
         return bytes(buffer)
 
+    def prefetch(self, name: str, limit: int) -> None:
+        """Has the system read a tensor, at most `limit` bytes of it, while we do something else."""
+        self._open_descriptor().will_need(self._offsets[name], min(limit, self.specs[name].nbytes))
+
     def _read_tensor(self, offset: int, spec: TensorSpec, shape: tuple[int, ...]) -> Tensor:
         tensor = torch.empty(shape, dtype=spec.dtype)
         self._read_into(self._open_descriptor(), tensor.reshape(-1).view(torch.uint8).numpy().data, offset)

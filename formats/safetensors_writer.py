@@ -2,12 +2,13 @@
 
 All names, dtypes and shapes are known at the start, so the header is final and every byte has its place before the
 first tensor is there. Only the length of the header, the first 8 bytes, waits for the end: a file that was never
-finished is one that no reader opens.
+finished is one that no reader opens. It can be taken up again where it was left, by who knows which bytes are good.
 """
 
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import threading
 from bisect import bisect_left
@@ -24,8 +25,11 @@ from omni_convert.formats.file_descriptor import FileDescriptor
 from omni_convert.formats.safetensors_header import FORMAT_PT, LENGTH_BYTES, MAX_HEADER_BYTES, build_header, quoted
 from omni_convert.formats.tensor_spec import TensorSpec
 
-__all__ = ["SafetensorsWriter"]
+__all__ = ["SafetensorsWriter", "bytes_of"]
 
+# So many new bytes are worth a write to the disk; with less to do at the end, `fsync` is quick.
+WRITEBACK_BYTES = 64 << 20
+READ_BLOCK = 1 << 20
 NO_PREALLOCATION = (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)
 
 
@@ -56,8 +60,22 @@ class SafetensorsWriter:
     As a context manager it finishes the file, unless it is left through an exception.
     """
 
-    def __init__(self, path: Path, specs: Iterable[TensorSpec], metadata: Mapping[str, str] | None = FORMAT_PT) -> None:
+    def __init__(
+        self,
+        path: Path,
+        specs: Iterable[TensorSpec],
+        metadata: Mapping[str, str] | None = FORMAT_PT,
+        *,
+        resume: bool = False,
+    ) -> None:
         """Creates the file at its full size and writes the header.
+
+        Args:
+            path: the file
+            specs: all tensors that it will hold, in any order
+            metadata: free text that travels with the tensors
+            resume: keep the bytes of a file of this very header that is there, and replace any other; none of them
+                counts as written until it is adopted
 
         Raises:
             OutputError: the file exists, cannot be created, or the disk has no room for all of it.
@@ -73,8 +91,13 @@ class SafetensorsWriter:
         self._coverage = {name: _Coverage() for name in self._header.specs}
         self._lock = threading.Lock()
         self._written_twice: str | None = None
-        self._descriptor: FileDescriptor | None = self._create()
-        self._write_at(self._descriptor, memoryview(text), LENGTH_BYTES)
+        self._missing = sum(spec.nbytes for spec in self._header.specs.values())
+        self._not_yet_on_disk = 0
+        self._is_abandoned = False
+        self._descriptor: FileDescriptor | None = self._reopen(text) if resume else None
+        if self._descriptor is None:
+            self._descriptor = self._create()
+            self._write_at(self._descriptor, memoryview(text), LENGTH_BYTES)
 
     def __enter__(self) -> Self:
         return self
@@ -82,7 +105,8 @@ class SafetensorsWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if kind is None:
+        self._is_abandoned = kind is not None
+        if not self._is_abandoned:
             self.close()
         self._descriptor = None
 
@@ -110,8 +134,53 @@ class SafetensorsWriter:
             raise ValueError(_mismatch(spec, rows))
         if not 0 <= first_row <= spec.shape[0] - rows.shape[0]:
             raise ValueError(f"{_mismatch(spec, rows)} at row {first_row}")
-        row_bytes = spec.nbytes // spec.shape[0] if spec.shape[0] else 0
-        self._write(name, first_row * row_bytes, rows)
+        start, _ = self._extent(name, first_row, first_row)
+        self._write(name, start, rows)
+
+    @property
+    def missing(self) -> int:
+        """Bytes of tensors that are not written yet."""
+        return self._missing
+
+    def adopt(self, name: str, first_row: int, stop_row: int) -> None:
+        """Counts rows of a tensor that an earlier run wrote as written; one without dimensions has one row."""
+        start, stop = self._extent(name, first_row, stop_row)
+        if stop > start:
+            self._claim(name, start, stop)
+            self._count(name, stop - start)
+
+    def read_back(self, name: str, first_row: int, stop_row: int) -> bytes:
+        """The bytes of rows of a tensor as they are in the file, whoever wrote them.
+
+        Raises:
+            OutputError: the disk fails.
+        """
+        start, stop = self._extent(name, first_row, stop_row)
+        try:
+            return os.pread(self._open_descriptor(name).number, stop - start, self._header.offsets[name] + start)
+        except OSError as error:
+            raise self._output_error(error) from None
+
+    def sha256(self) -> str:
+        """Of the file as it will be once closed, which may go on meanwhile; every tensor must be written.
+
+        Raises:
+            OutputError: the disk fails.
+        """
+        self._check_complete()
+        digest = hashlib.sha256(self._length)
+        block = memoryview(bytearray(READ_BLOCK))
+        position = LENGTH_BYTES
+        try:
+            descriptor = FileDescriptor(os.open(self.path, os.O_RDONLY | os.O_CLOEXEC))
+            while count := os.preadv(descriptor.number, [block], position):
+                if self._is_abandoned:
+                    raise ValueError(f"{self.path}: hashed after an exception")
+                digest.update(block[:count])
+                position += count
+        except OSError as error:
+            raise self._output_error(error) from None
+        return digest.hexdigest()
 
     def close(self) -> None:
         """Finishes the file: from here on it can be read, and survives a power cut.
@@ -128,10 +197,25 @@ class SafetensorsWriter:
         self._write_at(descriptor, memoryview(self._length), 0)
         self._sync(descriptor)
 
+    def _reopen(self, text: bytes) -> FileDescriptor | None:
+        """The file of an earlier run, unfinished again; None where there is none or another."""
+        try:
+            descriptor = FileDescriptor(os.open(self.path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW))
+            size = os.fstat(descriptor.number).st_size
+            if size == self._header.file_size and os.pread(descriptor.number, len(text), LENGTH_BYTES) == text:
+                self._write_at(descriptor, memoryview(bytes(LENGTH_BYTES)), 0)
+                return descriptor
+            self.path.unlink()
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            raise self._output_error(error) from None
+        return None
+
     def _create(self) -> FileDescriptor:
         try:
             # Never over an existing file: it may be the one that is being read.
-            number = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+            number = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         except OSError as error:
             raise OutputError(
                 f"{self.path}: cannot be created ({error.strerror}), expected a new file; name another --output"
@@ -144,16 +228,36 @@ class SafetensorsWriter:
         return descriptor
 
     def _write(self, name: str, start: int, tensor: Tensor) -> None:
-        descriptor = self._descriptor
-        if descriptor is None:
-            raise ValueError(f"{self.path}: tensor {quoted(name)} written after close")
-        data = _bytes_of(tensor)
+        descriptor = self._open_descriptor(name)
+        data = bytes_of(tensor)
         if not len(data):
             return
         self._claim(name, start, start + len(data))
         self._write_at(descriptor, data, self._header.offsets[name] + start)
+        if self._count(name, len(data)):
+            descriptor.start_writeback()
+
+    def _extent(self, name: str, first_row: int, stop_row: int) -> tuple[int, int]:
+        """First byte of rows of a tensor, and the byte after the last."""
+        spec = self._header.specs[name]
+        row_bytes = spec.nbytes // max(1, spec.shape[0]) if spec.shape else spec.nbytes
+        return first_row * row_bytes, stop_row * row_bytes
+
+    def _open_descriptor(self, name: str) -> FileDescriptor:
+        if self._descriptor is None:
+            raise ValueError(f"{self.path}: tensor {quoted(name)} used after close")
+        return self._descriptor
+
+    def _count(self, name: str, size: int) -> bool:
+        """Notes that bytes were written; whether enough of them wait for the disk."""
         with self._lock:
-            self._coverage[name].written += len(data)
+            self._coverage[name].written += size
+            self._missing -= size
+            self._not_yet_on_disk += size
+            is_enough = self._not_yet_on_disk >= WRITEBACK_BYTES
+            if is_enough:
+                self._not_yet_on_disk = 0
+            return is_enough
 
     def _claim(self, name: str, start: int, stop: int) -> None:
         with self._lock:
@@ -206,7 +310,7 @@ def _preallocate(number: int, size: int) -> None:
     os.ftruncate(number, size)
 
 
-def _bytes_of(tensor: Tensor) -> memoryview:
+def bytes_of(tensor: Tensor) -> memoryview:
     """The tensor's bytes in row-major order; a copy only if it is elsewhere or laid out otherwise."""
     plain = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
     return plain.reshape(-1).view(torch.uint8).numpy().data

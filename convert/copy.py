@@ -1,0 +1,64 @@
+"""Files that a conversion takes over as they are, hashed on the way through."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+
+from omni_convert.convert.execute import Engine
+from omni_convert.convert.journal import Record
+from omni_convert.formats.errors import CheckpointError, OutputError
+
+__all__ = ["copy_file", "file_sha256"]
+
+BLOCK = 1 << 20
+
+
+def copy_file(engine: Engine, name: str, source: Path, target: Path) -> str:
+    """Copies a file, unless an earlier run did; returns its SHA-256.
+
+    Args:
+        engine: where the work is noted
+        name: of the file inside the output
+        source: the file
+        target: where to
+
+    Raises:
+        CheckpointError: the source cannot be read.
+        OutputError: the copy cannot be written.
+    """
+    before = engine.journal.get(name)
+    if before is not None and target.is_file() and file_sha256(target) == before.sha256:
+        return before.sha256
+    try:
+        file = source.open("rb", buffering=0)
+    except OSError as error:
+        raise CheckpointError(f"{source}: cannot be read ({error.strerror})") from None
+    with file:
+        try:
+            sha256 = _copy(engine, file.fileno(), target)
+        except OSError as error:
+            raise OutputError(f"{target}: cannot be copied from {source} ({error.strerror})") from None
+    engine.journal.add(name, Record(sha256))
+    return sha256
+
+
+def _copy(engine: Engine, source: int, target: Path) -> str:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    digest = hashlib.sha256()
+    block = memoryview(bytearray(BLOCK))
+    with target.open("wb", buffering=0) as output:
+        while count := os.readv(source, [block]):
+            engine.workers.check()
+            digest.update(block[:count])
+            written = 0
+            while written < count:
+                written += os.write(output.fileno(), block[written:count])
+    return digest.hexdigest()
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

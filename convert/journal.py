@@ -1,0 +1,139 @@
+"""The journal of a conversion: which ranges of the output are finished, so that a later run need not make them again.
+
+    {"job": {...}}                                                                       what is made of what
+    {"range": "transformer/NAME.weight:256", "sha256": "...", "error": [0.1, 20.5]}      a finished range, and so on
+
+Append-only. A range is named by its component, source tensor and first row; the hash is of all the output bytes that
+come of it. A record that outlived its bytes (after a power cut) does no harm: the bytes are hashed before they are
+trusted. The job holds what must not change between runs: recipe, statistics, and size, header and time of the sources.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from omni_convert.formats.errors import CheckpointError, OutputError, RecipeError
+
+__all__ = ["JOURNAL", "Journal", "Record"]
+
+JOURNAL = "omni_convert.journal"
+SYNC_SECONDS = 5.0
+
+
+@dataclass(frozen=True)
+class Record:
+    """A finished range: the hash of its bytes, and its part of the layer's error."""
+
+    sha256: str
+    squared_error: float = 0.0
+    squared_norm: float = 0.0
+
+
+class Journal:
+    """The journal of one output, open for reading what was done and for adding to it, from any thread."""
+
+    def __init__(self, path: Path, job: Mapping[str, Any]) -> None:
+        """Opens a journal and reads it; one that is empty is begun.
+
+        Args:
+            path: the file
+            job: what this run makes of what
+
+        Raises:
+            RecipeError: the journal is that of another recipe.
+            CheckpointError: it is that of another source.
+            OutputError: it cannot be read or written.
+        """
+        self.path = path
+        self._records: dict[str, Record] = {}
+        try:
+            self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+            lines = _whole_lines(path.read_bytes())
+            os.ftruncate(self._descriptor, sum(len(line) for line in lines))  # a line that a kill cut short
+        except OSError as error:
+            raise _cannot_write(path, error) from None
+        self._synced = time.monotonic()
+        if lines:
+            self._take_up(lines, job)
+        else:
+            self._append({"job": job})
+            os.fsync(self._descriptor)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        os.close(self._descriptor)
+
+    def get(self, name: str) -> Record | None:
+        """What an earlier run noted about a range."""
+        return self._records.get(name)
+
+    def add(self, name: str, record: Record) -> None:
+        """Notes that a range is finished.
+
+        Raises:
+            OutputError: the disk is full or fails.
+        """
+        error = [record.squared_error, record.squared_norm]
+        self._append({"range": name, "sha256": record.sha256, "error": error})
+        if time.monotonic() - self._synced > SYNC_SECONDS:
+            self._synced = time.monotonic()
+            os.fsync(self._descriptor)
+
+    def _append(self, entry: Mapping[str, Any]) -> None:
+        try:
+            os.write(self._descriptor, json.dumps(entry).encode() + b"\n")
+        except OSError as error:
+            raise _cannot_write(self.path, error) from None
+
+    def _take_up(self, lines: list[bytes], job: Mapping[str, Any]) -> None:
+        try:
+            first, *others = [json.loads(line) for line in lines]
+            _check_same_job(self.path, first["job"], json.loads(json.dumps(job)))
+            self._records = {entry["range"]: Record(entry["sha256"], *entry["error"]) for entry in others}
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise OutputError(f"{self.path}: found a damaged journal; use --overwrite to start afresh") from None
+
+
+def _whole_lines(content: bytes) -> list[bytes]:
+    return [line for line in content.splitlines(keepends=True) if line.endswith(b"\n")]
+
+
+def _check_same_job(path: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Refuses to go on with other work than was begun."""
+    for name in now.keys() - {"source"}:
+        if before[name] != now[name]:
+            raise RecipeError(
+                f"{path.parent}: found work of another conversion ({name} was {_shown(before[name])}, is "
+                f"{_shown(now[name])}); repeat that one with --resume, or use --overwrite to start afresh"
+            )
+    old, new = before["source"], now["source"]
+    for file in sorted(old.keys() | new.keys()):
+        if old.get(file) != new.get(file):
+            raise CheckpointError(
+                f"{file}: found another file than when the work in {path.parent} began, expected the same size, "
+                "header and time; use --overwrite to start afresh"
+            )
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, dict):
+        return " ".join(f"{name}={setting}" for name, setting in value.items())
+    return str(value)
+
+
+def _cannot_write(path: Path, error: OSError) -> OutputError:
+    return OutputError(
+        f"{path}: cannot be written ({error.strerror}); free some space, then go on with --resume, "
+        "or name another --output"
+    )
