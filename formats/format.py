@@ -202,6 +202,18 @@ class Format(ABC):
             (f"{suffix}: {reason}" for suffix, scale in tensors.items() if (reason := _scale_flaw(suffix, scale))), None
         )
 
+    @abstractmethod
+    def element_scale(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """What the elements in `weight` are multiplied with, mul_scale apart; float32, broadcasts to [rows, in]."""
+
+    @abstractmethod
+    def round_elements(self, values: Tensor) -> Tensor:
+        """The nearest elements to numbers that were divided by their scales, float32 to float32 of any shape."""
+
+    @abstractmethod
+    def encode_elements(self, elements: Tensor) -> Tensor:
+        """The tensor `weight` that holds these elements, float32 [rows, in]."""
+
     def quantize(self, weight: Tensor, inputs: InputStatistics | None = None) -> dict[str, Tensor]:
         """All tensors of one weight [out, in] that is in memory."""
         fitted = self.fit([TensorRows(weight)], inputs)

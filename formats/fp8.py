@@ -77,6 +77,15 @@ class Fp8(Format):
     def dequantize(self, tensors: Mapping[str, Tensor]) -> Tensor:
         return tensors["weight"].float() * tensors["weight_scale"].float()
 
+    def element_scale(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        return tensors["weight_scale"].float()
+
+    def round_elements(self, values: Tensor) -> Tensor:
+        return round_to_e4m3(values).float()
+
+    def encode_elements(self, elements: Tensor) -> Tensor:
+        return elements.to(torch.float8_e4m3fn)
+
 
 @dataclass(frozen=True)
 class Fp8Block(Format):
@@ -122,6 +131,17 @@ class Fp8Block(Format):
         weight = tensors["weight"]
         blocks = self._blocks(weight.float()) * tensors["weight_scale_inv"].float()[:, None, :, None]
         return self._unblock(blocks, weight.shape)
+
+    def element_scale(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        rows, columns = tensors["weight"].shape
+        scale = tensors["weight_scale_inv"].float().repeat_interleave(self.block_size[1], dim=1)[:, :columns]
+        return scale.repeat_interleave(self.block_size[0], dim=0)[:rows]
+
+    def round_elements(self, values: Tensor) -> Tensor:
+        return round_to_e4m3(values).float()
+
+    def encode_elements(self, elements: Tensor) -> Tensor:
+        return elements.to(torch.float8_e4m3fn)
 
     def _blocks(self, values: Tensor) -> Tensor:
         """[rows, columns] to [row blocks, N, column blocks, K], the last blocks padded with zeros."""

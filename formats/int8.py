@@ -63,6 +63,15 @@ class Int8(Format):
     def dequantize(self, tensors: Mapping[str, Tensor]) -> Tensor:
         return tensors["weight"].float() * tensors["weight_scale"].float()
 
+    def element_scale(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        return tensors["weight_scale"].float()
+
+    def round_elements(self, values: Tensor) -> Tensor:
+        return values.round().clamp_(-INT8_MAX, INT8_MAX)
+
+    def encode_elements(self, elements: Tensor) -> Tensor:
+        return elements.to(torch.int8)
+
     def _quantize_tile(self, tile: Tensor, fitted: _Fitted) -> dict[str, Tensor]:
         values = tile.to(torch.float32, copy=True)
         if fitted.group_amax is None:

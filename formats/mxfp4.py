@@ -84,6 +84,15 @@ class Mxfp4(Format):
         values = join_blocks(split_blocks(weight, MX_BLOCK).mul_(scale[..., None]), weight.shape[1])
         return values * tensors["mul_scale"].float() if "mul_scale" in tensors else values
 
+    def element_scale(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        return decode_e8m0(tensors["weight_scale"]).repeat_interleave(MX_BLOCK, dim=1)[:, : tensors["weight"].shape[1]]
+
+    def round_elements(self, values: Tensor) -> Tensor:
+        return round_to_e2m1(values, is_msmodelslim(self.scale_rule or ""))
+
+    def encode_elements(self, elements: Tensor) -> Tensor:
+        return elements.to(torch.float8_e4m3fn)
+
     def flaw(self, tensors: Mapping[str, Tensor]) -> str | None:
         if "weight" in tensors and not holds_e2m1(tensors["weight"]):
             return "weight: found E4M3 bytes off the E2M1 grid, expected 0, ±0.5, 1, 1.5, 2, 3, 4 or 6"

@@ -99,6 +99,18 @@ class Mxfp4DualScale(Format):
         coarse = split_blocks(join_blocks(fine, columns), COARSE_BLOCK).mul_(tensors["weight_dual_scale"].float())
         return join_blocks(coarse, columns) * tensors["mul_scale"].float()
 
+    def element_scale(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        columns = tensors["weight"].shape[1]
+        fine = decode_e8m0(tensors["weight_scale"]).repeat_interleave(MX_BLOCK, dim=1)
+        coarse = tensors["weight_dual_scale"].float().squeeze(-1).repeat_interleave(COARSE_BLOCK, dim=1)
+        return fine * coarse[:, :columns]
+
+    def round_elements(self, values: Tensor) -> Tensor:
+        return round_to_e2m1(values, is_msmodelslim(self.scale_rule or ""))
+
+    def encode_elements(self, elements: Tensor) -> Tensor:
+        return elements.to(torch.float8_e4m3fn)
+
     def flaw(self, tensors: Mapping[str, Tensor]) -> str | None:
         if "weight" in tensors and not holds_e2m1(tensors["weight"]):
             return "weight: found E4M3 bytes off the E2M1 grid, expected 0, ±0.5, 1, 1.5, 2, 3, 4 or 6"

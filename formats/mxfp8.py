@@ -68,6 +68,15 @@ class Mxfp8(Format):
         scale = decode_e8m0(tensors["weight_scale"])
         return join_blocks(split_blocks(weight, MX_BLOCK).mul_(scale[..., None]), weight.shape[1])
 
+    def element_scale(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        return decode_e8m0(tensors["weight_scale"]).repeat_interleave(MX_BLOCK, dim=1)[:, : tensors["weight"].shape[1]]
+
+    def round_elements(self, values: Tensor) -> Tensor:
+        return round_to_e4m3(values, is_msmodelslim(self.scale_rule or "")).float()
+
+    def encode_elements(self, elements: Tensor) -> Tensor:
+        return elements.to(torch.float8_e4m3fn)
+
     def _quantize_tile(self, tile: Tensor) -> dict[str, Tensor]:
         blocks = split_blocks(tile, MX_BLOCK)
         rule = self.scale_rule or ("mse" if self.search else "rceil")

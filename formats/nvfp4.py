@@ -120,6 +120,17 @@ class Nvfp4(Format):
         scale = tensors["weight_scale"].float() * tensors["weight_scale_2"].float()
         return join_blocks(split_blocks(values, NVFP4_BLOCK).mul_(scale[..., None]), values.shape[1])
 
+    def element_scale(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        return (tensors["weight_scale"].float() * tensors["weight_scale_2"].float()).repeat_interleave(
+            NVFP4_BLOCK, dim=1
+        )
+
+    def round_elements(self, values: Tensor) -> Tensor:
+        return round_to_e2m1(values)
+
+    def encode_elements(self, elements: Tensor) -> Tensor:
+        return pack_nibbles(encode_e2m1(elements))
+
     def _quantize_tile(self, tile: Tensor, global_scale: Tensor) -> dict[str, Tensor]:
         blocks = split_blocks(tile, NVFP4_BLOCK)
         scale = nvfp4_block_scale(block_amax(blocks), global_scale)
