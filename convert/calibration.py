@@ -15,9 +15,9 @@ import math
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from omni_convert.convert.generation import GenerationSettings, has_step_callback, run_pipeline
 from omni_convert.convert.layer_statistics import InputRecorder, LayerStatistics, observe
+from omni_convert.convert.moments import InputMoments, Moments, MomentsRecorder
 from omni_convert.convert.prompts import Prompt, read_prompts
 from omni_convert.convert.statistics import CalibrationRun, Identity, Statistics
 from omni_convert.formats.errors import CalibrationError
@@ -38,9 +39,19 @@ if TYPE_CHECKING:
     from omni_convert.convert.recipe import Recipe
     from omni_convert.convert.source import Source
 
-__all__ = ["InputObserver", "calibrate", "calibrate_source", "candidate_layers"]
+__all__ = [
+    "InputObserver",
+    "Recording",
+    "calibrate",
+    "calibrate_source",
+    "candidate_layers",
+    "record",
+    "record_source",
+]
 
 logger = logging.getLogger(__name__)
+
+Recorded = TypeVar("Recorded")
 
 DENOISERS = ("transformer", "transformer_2", "transformer_3", "unet")
 #: Arguments that mark the tokens of a module's own sequence: 1 or True where they are no padding.
@@ -50,7 +61,20 @@ VERSIONED_PACKAGES = ("omni-convert", "torch", "diffusers", "transformers")
 PROGRESS_DELAY = 2.0
 
 
+@dataclass(frozen=True)
+class Recording:
+    """What one run over prompts recorded: statistics, and second moments where they were asked for."""
+
+    statistics: Statistics
+    moments: Moments | None
+
+
 def calibrate_source(source: Source, recipe: Recipe, *, progress: bool = True) -> Statistics:
+    """Loads a pipeline and calibrates it as a recipe says; raises as `record_source`."""
+    return record_source(source, recipe, progress=progress).statistics
+
+
+def record_source(source: Source, recipe: Recipe, *, with_moments: bool = False, progress: bool = True) -> Recording:
     """Loads a pipeline and calibrates it as a recipe says.
 
     Raises:
@@ -76,16 +100,21 @@ def calibrate_source(source: Source, recipe: Recipe, *, progress: bool = True) -
     components = tuple(component_methods(source, recipe))
     checkpoints = {name: Checkpoint.open(source.path / name) for name in components}
     pipe = load_pipeline(source.path, device=resolve_device(recipe.device))
-    statistics = calibrate(
+    recording = record(
         pipe,
         prompts,
         settings,
         components=components,
         seed=recipe.seed,
         fingerprints={name: checkpoint.fingerprint() for name, checkpoint in checkpoints.items()},
+        with_moments=with_moments,
         progress=progress,
     )
-    return Statistics(statistics.identity, _as_stored(statistics.layers, checkpoints))
+    statistics, moments = recording.statistics, recording.moments
+    return Recording(
+        Statistics(statistics.identity, _as_stored(statistics.layers, checkpoints)),
+        None if moments is None else replace(moments, owners=_as_stored(moments.owners, checkpoints)),
+    )
 
 
 def calibrate(
@@ -113,11 +142,28 @@ def calibrate(
         CalibrationError: there are no prompts, or no linears to record; or an input is NaN or infinite.
         RecipeError: the pipeline does not take a setting or an image.
     """
+    return record(
+        pipe, prompts, settings, components=components, seed=seed, fingerprints=fingerprints, progress=progress
+    ).statistics
+
+
+def record(
+    pipe: DiffusionPipeline,
+    prompts: Sequence[Prompt],
+    settings: GenerationSettings | None = None,
+    *,
+    components: Sequence[str] | None = None,
+    seed: int = 0,
+    fingerprints: Mapping[str, str] | None = None,
+    with_moments: bool = False,
+    progress: bool = False,
+) -> Recording:
+    """What `calibrate` does, and second moments beside it."""
     if not prompts:
         raise CalibrationError("calibration: found no prompts, expected at least one")
     settings = (settings or GenerationSettings()).completed(pipe)
     tells_steps = has_step_callback(pipe)
-    observer = InputObserver(_modules(pipe, components), counts_timesteps=not tells_steps)
+    observer = InputObserver(_modules(pipe, components), counts_timesteps=not tells_steps, with_moments=with_moments)
     total = len(prompts) * settings.steps if settings.steps and tells_steps else None
     with observer, _progress_bar(total, hidden=not progress) as bar:
 
@@ -128,7 +174,9 @@ def calibrate(
         for prompt in prompts:
             observer.start(prompt)
             run_pipeline(pipe, [prompt], settings, _noise_seed(seed, prompt), on_step=after_step, decode=False)
-    return Statistics(_identity(prompts, settings, seed, fingerprints or {}), observer.statistics())
+    identity = _identity(prompts, settings, seed, fingerprints or {})
+    moments = Moments.recorded(identity, observer.moments()) if with_moments else None
+    return Recording(Statistics(identity, observer.statistics()), moments)
 
 
 def candidate_layers(model: nn.Module) -> dict[str, str]:
@@ -157,13 +205,16 @@ class InputObserver:
         step: the denoising step that runs, from 0. Set by whoever runs the pipeline.
     """
 
-    def __init__(self, models: Mapping[str, nn.Module], *, counts_timesteps: bool = False) -> None:
+    def __init__(
+        self, models: Mapping[str, nn.Module], *, counts_timesteps: bool = False, with_moments: bool = False
+    ) -> None:
         """Prepares to watch some models.
 
         Args:
             models: by component name
             counts_timesteps: a step ends when a model is called with another `timestep`; for pipelines that do not
                 tell when one is over
+            with_moments: record second moments, too
 
         Raises:
             CalibrationError: a model has no linears that can be quantized.
@@ -173,6 +224,7 @@ class InputObserver:
         self._counts_timesteps = counts_timesteps
         self._timestep: float | None = None
         self._models = dict(models)
+        self._recorder_type = MomentsRecorder if with_moments else InputRecorder
         self._recorders: dict[str, InputRecorder] = {}
         self._mask: Tensor | None = None
         # The recorder that took something in last, and what: q, k and v read one tensor, which counts once.
@@ -199,7 +251,7 @@ class InputObserver:
                 for module in model.modules():
                     self._watch_mask(module, hooks)
                 for stem, first in self._candidates[component].items():
-                    recorder = self._recorders.setdefault(f"{component}.{first}", InputRecorder())
+                    recorder = self._recorders.setdefault(f"{component}.{first}", self._recorder_type())
                     self._watch_input(model.get_submodule(stem), f"{component}.{stem}", recorder, hooks)
             self._hooks = hooks.pop_all()
         return self
@@ -212,16 +264,27 @@ class InputObserver:
 
     def statistics(self) -> dict[str, LayerStatistics]:
         """What was recorded, by `component.stem`; layers that never ran are left out."""
-        recorded = {name: recorder.statistics() for name, recorder in self._recorders.items()}
-        found = {}
+        found = self._by_layer({name: recorder.statistics() for name, recorder in self._recorders.items()})
         for component, layers in self._candidates.items():
-            for stem, first in layers.items():
-                layer = recorded.get(f"{component}.{first}")
-                if layer is None:
+            for stem in layers:
+                if f"{component}.{stem}" not in found:
                     logger.warning("%s.%s never ran: it has no statistics", component, stem)
-                else:
-                    found[f"{component}.{stem}"] = layer
-        return dict(sorted(found.items()))
+        return found
+
+    def moments(self) -> dict[str, InputMoments]:
+        """Second moments, likewise, if they were recorded; those of layers that read one input are one object."""
+        recorders = self._recorders.items()
+        return self._by_layer(
+            {name: recorder.moments() for name, recorder in recorders if isinstance(recorder, MomentsRecorder)}
+        )
+
+    def _by_layer(self, recorded: Mapping[str, Recorded | None]) -> dict[str, Recorded]:
+        by_stem = {
+            f"{component}.{stem}": recorded.get(f"{component}.{first}")
+            for component, layers in self._candidates.items()
+            for stem, first in layers.items()
+        }
+        return {name: layer for name, layer in sorted(by_stem.items()) if layer is not None}
 
     def _watch_input(self, layer: nn.Module, name: str, recorder: InputRecorder, hooks: ExitStack) -> None:
         @torch.no_grad()
@@ -330,8 +393,8 @@ def _identity(
 
 
 def _as_stored(
-    layers: Mapping[str, LayerStatistics], checkpoints: Mapping[str, Mapping[str, TensorSpec]]
-) -> dict[str, LayerStatistics]:
+    layers: Mapping[str, Recorded], checkpoints: Mapping[str, Mapping[str, TensorSpec]]
+) -> dict[str, Recorded]:
     """The layers under the names of the checkpoint: transformers renames some while it loads them."""
     stems = {
         component: [name.removesuffix(".weight") for name, spec in tensors.items() if len(spec.shape) == 2]

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 from click_default_group import DefaultGroup
 
-from omni_convert.convert.recipe import ACTIVATION_SCHEMES, DTYPES, METHODS, RUNTIMES, Recipe
+from omni_convert.convert.recipe import ACTIVATION_SCHEMES, DTYPES, METHODS, ROUNDINGS, RUNTIMES, Recipe
 from omni_convert.formats.errors import CalibrationError, OmniConvertError, OutputError, RecipeError
 
 if TYPE_CHECKING:
@@ -117,6 +117,8 @@ def _calibration_options(command: Command) -> Command:
 @click.option("--int8-fused-scales", type=click.Choice(("shared", "per-row")), default="shared", show_default=True)
 @click.option("--scale-rule", metavar="NAME", help="MX exponent rule: floor, ceil, rceil, even, uos, mse, msmodelslim.")
 @click.option("--no-search", "search", flag_value=False, default=True, help="Take scales by rule, do not search them.")
+@click.option("--moments", type=click.Path(path_type=Path), multiple=True, help="Second moments for --rounding.")
+@click.option("--rounding", type=click.Choice(ROUNDINGS), help="Of weights. Default: auto with moments, else nearest.")
 @click.option(
     "--bf16-blocks", type=click.IntRange(0), help="Leading blocks kept in BF16; Wan with dual-scale: 5, else 0."
 )
@@ -241,6 +243,7 @@ def _print_lines(lines: Iterable[str]) -> None:
     "--calib", type=click.Path(path_type=Path), help="Prompts: one a line, or JSON Lines with prompt and image."
 )
 @click.option("-o", "--output", type=click.Path(path_type=Path), default="stats.safetensors", show_default=True)
+@click.option("--moments", type=click.Path(path_type=Path), help="Record second moments, too, into this (large) file.")
 @_calibration_options
 @click.option(
     "--component", multiple=True, metavar="NAME=METHOD", help="Record another component too: text_encoder=fp8."
@@ -248,21 +251,26 @@ def _print_lines(lines: Iterable[str]) -> None:
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
 @click.option("--revision", help="Branch, tag or commit on the Hub.")
 @click.option("--overwrite", is_flag=True, help="Replace an earlier file.")
-def calibrate_command(model: str | None, output: Path, **options: Any) -> None:
+def calibrate_command(model: str | None, output: Path, moments: Path | None, **options: Any) -> None:
     """Run MODEL over prompts and record the statistics of every linear layer's input."""
     recipe = _recipe(model, {"ignored_layers": (), **options})
-    from omni_convert.convert.calibration import calibrate_source
+    from omni_convert.convert.calibration import record_source
     from omni_convert.convert.source import DEMO_PROMPTS, resolve_source
 
-    if output.exists() and not recipe.overwrite:
-        raise OutputError(f"{output}: file exists; use --overwrite, or name another --output")
+    for option, path in (("output", output), ("moments", moments)):
+        if path is not None and path.exists() and not recipe.overwrite:
+            raise OutputError(f"{path}: file exists; use --overwrite, or name another --{option}")
     if recipe.calib is None:
         if model is not None:
             raise CalibrationError("--calib: found no prompts, expected a file with one a line or JSON Lines")
         recipe = replace(recipe, calib=DEMO_PROMPTS)
     _silence_libraries()
-    statistics = calibrate_source(resolve_source(model, recipe.revision), recipe)
+    recording = record_source(resolve_source(model, recipe.revision), recipe, with_moments=moments is not None)
+    statistics = recording.statistics
     statistics.save(output)
+    if moments is not None and recording.moments is not None:
+        recording.moments.save(moments)
+        click.echo(f"{moments}: {moments.stat().st_size / 1e6:.1f} MB")
     risky = statistics.risky_layers()
     for layer in risky[:RISKY_LAYERS_SHOWN]:
         click.echo(f"Note: {layer}", err=True)

@@ -36,6 +36,7 @@ def describe_job(plan: Plan, statistics_id: str | None) -> dict[str, Any]:
         "omni_convert_version": VERSION,
         "recipe": plan.recipe.of_the_bytes(),
         "statistics": statistics_id,
+        "moments": plan.moments,
         "source": files | copies,
     }
 
@@ -67,6 +68,7 @@ def write_manifest(
             "source": {"name": plan.source.name, "revision": plan.source.revision},
             "recipe": plan.recipe.of_the_bytes(),
             "statistics": statistics_id,
+            "moments": plan.moments,
             "components": {
                 component.name: {
                     "method": component.method,

@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from omni_convert.convert.moments import Moments
 from omni_convert.convert.recipe import Recipe, suggestion
+from omni_convert.convert.rounding import CompensatedFormat
 from omni_convert.convert.selection import choose_layers, format_for, recommendation_notes
 from omni_convert.convert.source import Source, read_json
 from omni_convert.formats.checkpoint import Checkpoint
@@ -29,7 +31,7 @@ from omni_convert.formats.table import FORMATS, Calibration, layer_formats
 from omni_convert.formats.tensor_spec import TensorSpec
 
 if TYPE_CHECKING:
-    from omni_convert.convert.statistics import Statistics
+    from omni_convert.convert.statistics import Identity, Statistics
 
 __all__ = ["ComponentPlan", "CopyStep", "KeptLayer", "Plan", "QuantizeStep", "plan_conversion"]
 
@@ -113,6 +115,7 @@ class Plan:
     Attributes:
         copies: files that are taken over byte for byte: path inside the output → source path
         notes: what the user should know about how the recipe was read
+        moments: identity of the second moments that rounding uses, if there are some
     """
 
     source: Source
@@ -120,6 +123,7 @@ class Plan:
     components: tuple[ComponentPlan, ...]
     copies: dict[str, Path] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    moments: str | None = None
 
     @property
     def bytes_before(self) -> int:
@@ -141,23 +145,36 @@ def plan_conversion(source: Source, recipe: Recipe, statistics: Statistics | Non
     Raises:
         CheckpointError: the model is damaged, incomplete, or quantized already.
         RecipeError: the recipe cannot be carried out on this model.
-        CalibrationError: static activations without statistics, or statistics of another model.
+        CalibrationError: static activations without statistics, or GPTQ without moments; statistics or moments of
+            another model.
     """
     notes: list[str] = []
     methods = component_methods(source, recipe)
     _check_encoder(source, methods, recipe)
     checkpoints = {name: _open_component(source, name) for name in methods}
-    if statistics is not None:
-        _check_same_model(statistics, checkpoints)
+    moments = _load_moments(recipe, notes)
+    for recorded in (statistics, moments):
+        if recorded is not None:
+            _check_same_model(recorded.identity, checkpoints)
     plans: dict[str, ComponentPlan] = {}
     for name in sorted(
         methods, key=lambda name: name in DENOISERS
     ):  # encoders first: a shared block lists their layers
         plans[name] = _plan_component(
-            source, name, checkpoints[name], methods[name], recipe, statistics, plans.get("text_encoder"), notes
+            source,
+            name,
+            checkpoints[name],
+            methods[name],
+            recipe,
+            statistics,
+            moments,
+            plans.get("text_encoder"),
+            notes,
         )
     components = tuple(plans[name] for name in methods)
-    return Plan(source, recipe, components, _files_to_copy(source, methods), tuple(dict.fromkeys(notes)))
+    copies = _files_to_copy(source, methods)
+    moments_id = moments.fingerprint() if moments is not None else None
+    return Plan(source, recipe, components, copies, tuple(dict.fromkeys(notes)), moments_id)
 
 
 def component_methods(source: Source, recipe: Recipe) -> dict[str, str]:
@@ -208,9 +225,25 @@ def _component_config(source: Source, name: str) -> tuple[Path, dict[str, Any]]:
     return path, read_json(path)
 
 
-def _check_same_model(statistics: Statistics, checkpoints: Mapping[str, Checkpoint]) -> None:
+def _load_moments(recipe: Recipe, notes: list[str]) -> Moments | None:
+    """The moments that rounding uses; their layers are read when they are rounded."""
+    if recipe.effective_rounding == "nearest":
+        if recipe.moments:
+            notes.append("--rounding nearest: the moments were not used")
+        elif recipe.rounding == "auto":
+            notes.append("--rounding auto without --moments is nearest rounding")
+        return None
+    if not recipe.moments:
+        raise CalibrationError(
+            "--rounding gptq: found no moments; add --moments FILE, made by `omni-convert calibrate --moments FILE`"
+        )
+    first, *others = [Moments.load(path) for path in recipe.moments]
+    return first.merge(others)
+
+
+def _check_same_model(identity: Identity, checkpoints: Mapping[str, Checkpoint]) -> None:
     for name, checkpoint in checkpoints.items():
-        recorded = statistics.identity.fingerprints.get(name)
+        recorded = identity.fingerprints.get(name)
         if recorded is not None and recorded != checkpoint.fingerprint():
             raise CalibrationError(
                 f"{name or checkpoint.path}: the statistics belong to another model (recorded on {recorded[:12]}, "
@@ -225,6 +258,7 @@ def _plan_component(
     method: str,
     recipe: Recipe,
     statistics: Statistics | None,
+    moments: Moments | None,
     encoder: ComponentPlan | None,
     notes: list[str],
 ) -> ComponentPlan:
@@ -241,7 +275,7 @@ def _plan_component(
     steps = {
         group.members[0]: QuantizeStep(
             group,
-            format_for(method, recipe, group, calibrated=calibrated),
+            _rounded(format_for(method, recipe, group, calibrated=calibrated), group, name, moments, recipe),
             _inputs_of(group, name, statistics) if calibrated else None,
             tuple(checkpoint[f"{stem}.weight"] for stem in group.members),
         )
@@ -332,6 +366,19 @@ def _inputs_of(group: LayerGroup, component: str, statistics: Statistics | None)
             f"calibrate with --component {component or 'transformer'}=METHOD, or ignore it"
         )
     return inputs
+
+
+def _rounded(fmt: Format, group: LayerGroup, component: str, moments: Moments | None, recipe: Recipe) -> Format:
+    """The format of a group, with its moments if there are some."""
+    if moments is None:
+        return fmt
+    read = moments.for_group(component, group.members)
+    if read is None:
+        raise CalibrationError(
+            f"{group.members[0]}: the moments do not cover this layer of '{component or 'the model'}'; "
+            f"calibrate with --component {component or 'transformer'}=METHOD, or use --rounding nearest"
+        )
+    return CompensatedFormat(fmt, read, recipe.effective_rounding)
 
 
 def _risk_notes(statistics: Statistics, component: str, quantized: Collection[str], recipe: Recipe) -> list[str]:

@@ -16,6 +16,7 @@ __all__ = ["METHODS", "Recipe", "suggestion"]
 METHODS = ("fp8", "int8", "mxfp8", "mxfp4", "mxfp4_dualscale", "nvfp4")
 ACTIVATION_SCHEMES = ("dynamic", "static")
 RUNTIMES = ("vllm-omni", "diffusers")
+ROUNDINGS = ("nearest", "gptq", "auto")
 DTYPES = ("bfloat16", "float16", "float32")
 
 
@@ -51,12 +52,14 @@ class Recipe:
     int8_fused_scales: str = "shared"
     scale_rule: str | None = None
     search: bool = True
+    rounding: str | None = None
     bf16_blocks: int | None = None
     dtype: str | None = None
     max_shard_size: str = "5GB"
 
     calib: Path | None = None
     calibration: tuple[Path, ...] = ()
+    moments: tuple[Path, ...] = ()
     calib_steps: int | None = None
     calib_size: tuple[int, int] | None = None
     calib_frames: int | None = None
@@ -76,6 +79,7 @@ class Recipe:
         _check_choice("activation-scheme", self.activation_scheme, ACTIVATION_SCHEMES)
         _check_choice("runtime", self.runtime, RUNTIMES)
         _check_choice("int8-fused-scales", self.int8_fused_scales, ("shared", "per-row"))
+        _check_choice("rounding", self.rounding, ROUNDINGS)
         _check_choice("dtype", self.dtype, DTYPES)
         for name, method in self.component.items():
             _check_choice(f"component {name}", method, ("none", *METHODS))
@@ -108,6 +112,13 @@ class Recipe:
             f"--input-scale: found '{self.input_scale}', expected max, mse or percentile:P with 0 < P <= 100"
         )
 
+    @property
+    def effective_rounding(self) -> str:
+        """How weights are rounded: without moments there is nothing to choose from."""
+        if not self.moments:
+            return "nearest" if self.rounding == "auto" else self.rounding or "nearest"
+        return self.rounding or "auto"
+
     def of_the_bytes(self) -> dict[str, Any]:
         """The options that decide the output's bytes, for the manifest: no paths, devices or ways of getting there."""
         options = {
@@ -122,6 +133,7 @@ class Recipe:
             "int8_fused_scales": self.int8_fused_scales,
             "scale_rule": self.scale_rule,
             "search": self.search,
+            "rounding": None if self.effective_rounding == "nearest" else self.effective_rounding,
             "bf16_blocks": self.bf16_blocks,
             "dtype": self.dtype,
             "max_shard_size": self.max_shard_size,

@@ -1,4 +1,4 @@
-"""Error-compensating rounding: worth a lot where inputs are correlated, nothing else than nearest where they are not."""
+"""Error-compensating rounding: worth a lot on correlated inputs, the same as nearest rounding on uncorrelated ones."""
 
 from __future__ import annotations
 
