@@ -1,0 +1,135 @@
+"""From prompts to compensated weights on the command line: `calibrate --moments`, then `convert --moments`."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from safetensors.torch import load_file, save_file
+
+from omni_convert.convert.cli import main
+
+WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
+
+
+def run(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+def convert(model: Path, output: Path, *arguments: str | Path) -> dict[str, torch.Tensor]:
+    result = run(model, "-o", output, "--quiet", *arguments)
+    assert result.exit_code == 0, result.output
+    return load_file(output / WEIGHTS)
+
+
+def manifest_of(output: Path) -> dict[str, Any]:
+    return dict(json.loads((output / "omni_convert.json").read_text()))
+
+
+@pytest.fixture(scope="module")
+def recorded(tiny_pipeline_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with stats.safetensors and moments.safetensors of the tiny pipeline."""
+    folder = tmp_path_factory.mktemp("recorded")
+    (folder / "prompts.txt").write_text("a red circle\na blue square\n")
+    files = ("-o", folder / "stats.safetensors", "--moments", folder / "moments.safetensors")
+    options = ("--calib", folder / "prompts.txt", "--calib-steps", "2", "--calib-size", "32x32", *files)
+    result = run("calibrate", tiny_pipeline_folder, *options)
+    assert result.exit_code == 0, result.output
+    assert "moments.safetensors: " in result.stdout
+    again = run("calibrate", tiny_pipeline_folder, *options[:-4], "-o", folder / "others", *files[2:])
+    assert "moments.safetensors: file exists; use --overwrite, or name another --moments" in again.stderr
+    return folder
+
+
+@pytest.mark.parametrize("method", ["fp8", "int8", "mxfp8", "mxfp4", "mxfp4_dualscale", "nvfp4"])
+def test_moments_change_the_elements_and_nothing_else(
+    tiny_pipeline_folder: Path, recorded: Path, tmp_path: Path, method: str
+) -> None:
+    plain = convert(tiny_pipeline_folder, tmp_path / "plain", "-m", method)
+    moments = ("--moments", recorded / "moments.safetensors")
+    rounded = convert(tiny_pipeline_folder, tmp_path / "gptq", "-m", method, *moments, "--rounding", "gptq")
+    assert manifest_of(tmp_path / "gptq")["recipe"]["rounding"] == "gptq"
+    assert {name: (t.dtype, t.shape) for name, t in rounded.items()} == {
+        name: (t.dtype, t.shape) for name, t in plain.items()
+    }
+    stem = "layers.0.feed_forward.w2"
+    changed = plain[f"{stem}.weight"].view(torch.uint8) != rounded[f"{stem}.weight"].view(torch.uint8)
+    assert 0.01 < changed.float().mean() < 0.8
+    assert (tmp_path / "gptq/transformer/config.json").read_text() == (
+        tmp_path / "plain/transformer/config.json"
+    ).read_text()
+
+
+def test_moments_mean_auto_and_work_beside_statistics(
+    tiny_pipeline_folder: Path, recorded: Path, tmp_path: Path
+) -> None:
+    files = ("--calibration", recorded / "stats.safetensors", "--moments", recorded / "moments.safetensors")
+    tensors = convert(tiny_pipeline_folder, tmp_path / "one", "-m", "mxfp4_dualscale", *files, "--workers", "1")
+    assert any(bool((tensor != 1).any()) for name, tensor in tensors.items() if name.endswith("mul_scale"))
+    manifest = manifest_of(tmp_path / "one")
+    assert manifest["recipe"]["rounding"] == "auto"
+    assert len(manifest["moments"]) == 64
+    again = convert(tiny_pipeline_folder, tmp_path / "two", "-m", "mxfp4_dualscale", *files, "--workers", "2")
+    assert all(
+        torch.equal(tensor.view(torch.uint8), again[name].view(torch.uint8))
+        for name, tensor in tensors.items()
+        if tensor.dim()
+    )
+    assert manifest == manifest_of(tmp_path / "two")
+
+
+def test_rounding_to_nearest_ignores_moments_and_says_so(
+    tiny_pipeline_folder: Path, recorded: Path, tmp_path: Path
+) -> None:
+    moments = ("--moments", recorded / "moments.safetensors", "--rounding", "nearest")
+    result = run(tiny_pipeline_folder, "-m", "int8", "-o", tmp_path / "moments", *moments)
+    assert "Note: --rounding nearest: the moments were not used" in result.stderr
+    convert(tiny_pipeline_folder, tmp_path / "plain", "-m", "int8")
+    assert manifest_of(tmp_path / "moments") == manifest_of(tmp_path / "plain")
+
+
+def test_several_moments_files_are_merged(tiny_pipeline_folder: Path, recorded: Path, tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("a green star\n")
+    more = tmp_path / "more.safetensors"
+    options = ("--calib", tmp_path / "prompts.txt", "--calib-steps", "1", "--calib-size", "32x32")
+    result = run("calibrate", tiny_pipeline_folder, *options, "-o", tmp_path / "stats", "--moments", more)
+    assert result.exit_code == 0, result.output
+    first = recorded / "moments.safetensors"
+    forward = convert(tiny_pipeline_folder, tmp_path / "a", "-m", "int8", "--moments", first, "--moments", more)
+    backward = convert(tiny_pipeline_folder, tmp_path / "b", "-m", "int8", "--moments", more, "--moments", first)
+    assert all(torch.equal(tensor, backward[name]) for name, tensor in forward.items())
+    assert manifest_of(tmp_path / "a") == manifest_of(tmp_path / "b")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--rounding", "gptq"], "--rounding gptq: found no moments; add --moments FILE"),
+        (["--moments", "/nonexistent/moments"], "/nonexistent/moments"),
+        (["--component", "text_encoder=fp8", "--moments", "{moments}"], "the moments do not cover this layer"),
+    ],
+)
+def test_what_is_missing_is_one_line(
+    tiny_pipeline_folder: Path, recorded: Path, tmp_path: Path, arguments: list[str], message: str
+) -> None:
+    arguments = [argument.format(moments=recorded / "moments.safetensors") for argument in arguments]
+    result = run(tiny_pipeline_folder, "-o", tmp_path / "out", "--quiet", *arguments)
+    assert result.exit_code == 1
+    assert message in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_moments_of_another_model_are_refused(tiny_pipeline_folder: Path, recorded: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(tiny_pipeline_folder, other)
+    tensors = {name: tensor * 1.25 for name, tensor in load_file(other / WEIGHTS).items()}
+    save_file(tensors, other / WEIGHTS, metadata={"format": "pt"})
+    result = run(other, "-o", tmp_path / "out", "--moments", recorded / "moments.safetensors", "--quiet")
+    assert result.exit_code == 1
+    assert "belong to another model" in result.stderr
