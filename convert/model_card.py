@@ -73,7 +73,8 @@ def _license(folder: Path) -> str | None:
     card = folder / "README.md"
     if not card.is_file():
         return None
-    declared = ModelCard(card.read_text(encoding="utf-8", errors="replace"), ignore_metadata_errors=True).data.license
+    data = ModelCard(card.read_text(encoding="utf-8", errors="replace"), ignore_metadata_errors=True).data
+    declared = data.to_dict().get("license")
     return declared if isinstance(declared, str) else None
 
 
