@@ -74,7 +74,7 @@ def _license(folder: Path) -> str | None:
     if not card.is_file():
         return None
     data = ModelCard(card.read_text(encoding="utf-8", errors="replace"), ignore_metadata_errors=True).data
-    declared = data.to_dict().get("license")
+    declared = getattr(data, "license", None)
     return declared if isinstance(declared, str) else None
 
 

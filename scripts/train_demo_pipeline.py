@@ -273,7 +273,8 @@ def split_parameters(
     transformer: ZImageTransformer2DModel, text_encoder: Qwen3ForCausalLM
 ) -> tuple[list[torch.nn.Parameter], list[torch.nn.Parameter]]:
     """Matrices inside repeated blocks, for Muon; everything else, for AdamW."""
-    matrices, others = [], []
+    matrices: list[torch.nn.Parameter] = []
+    others: list[torch.nn.Parameter] = []
     for name, parameter in [*transformer.named_parameters(), *text_encoder.named_parameters()]:
         in_block = "layers." in name or "refiner." in name
         (matrices if in_block and parameter.ndim == 2 and "adaLN" not in name else others).append(parameter)
