@@ -45,7 +45,7 @@ class _Group(DefaultGroup):  # type: ignore[misc]  # click-default-group has no 
             ctx.exit(130)
 
 
-class _Pair(click.ParamType):
+class _Pair(click.ParamType):  # type: ignore[type-arg]  # generic only since click 8.5
     """Two whole numbers: `128,128` or `1024x768`."""
 
     def __init__(self, separator: str, name: str) -> None:
