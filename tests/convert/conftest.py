@@ -1,0 +1,24 @@
+"""Fixtures that tests of the converter share."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def larger_pipeline(tiny_pipeline_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny pipeline with a transformer that takes seconds to convert."""
+    import torch
+    from diffusers import ZImageTransformer2DModel
+
+    folder = tmp_path_factory.mktemp("larger") / "pipeline"
+    shutil.copytree(tiny_pipeline_folder, folder)
+    shutil.rmtree(folder / "transformer")
+    model = ZImageTransformer2DModel(
+        dim=768, n_heads=6, n_kv_heads=6, n_layers=4, n_refiner_layers=1, axes_dims=[32, 48, 48], cap_feat_dim=64
+    )
+    model.to(torch.bfloat16).save_pretrained(folder / "transformer")
+    return folder
