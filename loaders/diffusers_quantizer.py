@@ -26,6 +26,7 @@ from omni_convert.formats.tensor_spec import TensorSpec
 from omni_convert.loaders.checkpoint_headers import read_headers
 from omni_convert.loaders.config_block import ConfigBlock, is_modelopt_export
 from omni_convert.loaders.installation import (
+    check_codes,
     check_scale,
     install_empty_layers,
     install_quantized,
@@ -115,8 +116,7 @@ class DiffusersOmniQuantizer(DiffusersQuantizer):  # type: ignore[misc]  # diffu
         if not self.pre_quantized:
             install_quantized(model, stem, raw.to(target_device), self.planned[stem], self.where)
             return
-        if suffix != "weight":
-            check_scale(param_name, raw, self.where)
+        (check_codes if suffix == "weight" else check_scale)(param_name, raw, self.where)
         try:
             setattr(model.get_submodule(stem), suffix, raw.to(target_device))
         except CheckpointError as error:

@@ -27,6 +27,7 @@ from omni_convert.loaders.quantized_linear import QuantizedLinear
 from omni_convert.loaders.resident import disk_tensors
 
 __all__ = [
+    "check_codes",
     "check_scale",
     "declared_format",
     "homeless_names",
@@ -169,12 +170,22 @@ def check_scale(name: str, tensor: Tensor, where: str) -> None:
     Raises:
         CheckpointError: it is not.
     """
-    if tensor.dtype is torch.uint8:
+    if tensor.dtype is torch.uint8:  # E8M0
         is_sound = bool((tensor != E8M0_NAN).all())
     else:
         is_sound = bool(((tensor.float() >= 0) & (tensor.float() < torch.inf)).all())
     if not is_sound:
         raise CheckpointError(f"{where}: {name} holds NaN, Inf or a negative number, expected scales; convert again")
+
+
+def check_codes(name: str, codes: Tensor, where: str) -> None:
+    """E4M3 has a NaN, which a kernel that shifts bits would take for a number.
+
+    Raises:
+        CheckpointError: a code is NaN.
+    """
+    if codes.dtype is torch.float8_e4m3fn and int((codes.view(torch.uint8) & 0x7F).max()) == 0x7F:
+        raise CheckpointError(f"{where}: {name} holds NaN, expected finite weights; convert again")
 
 
 def select_layers(model: nn.Module, config: QuantizationConfig) -> tuple[dict[str, Format], QuantizationConfig]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +53,8 @@ def load_pipeline(
         torch_dtype: dtype of everything that is not quantized
         quantization: what `build_quant_config` takes. One method means the denoising model(s); a text encoder is
             quantized if it is named. Layers are quantized one by one as they are read.
-        strict: refuse to run any quantized layer without a scaled GEMM (see `kernel_report`)
+        strict: run a scaled GEMM in every quantized layer, even where decoding is faster (FP8 on a CPU), or refuse
+            (see `kernel_report`)
         activations: `quantized` as at the serving runtime, or `bf16` to quantize weights only
         kwargs: passed to `DiffusionPipeline.from_pretrained`
 
@@ -71,8 +72,11 @@ def load_pipeline(
     if device is not None:
         pipeline.to(device)
     if activations != "quantized":
-        _set_activations(modules.values(), activations)
+        for layer in _quantized_layers(modules.values()):
+            layer.activations = activations
     if strict:
+        for layer in _quantized_layers(modules.values()):
+            layer.prefers_scaled_gemm = True
         require_scaled_gemm(kernel_report(pipeline))
     return pipeline
 
@@ -132,8 +136,6 @@ def _refuse_other_method(requested: Mapping[str, Any], modules: Mapping[str, nn.
         logger.info("%s is quantized as %s already", name, found)
 
 
-def _set_activations(modules: Iterable[nn.Module], activations: Activations) -> None:
+def _quantized_layers(modules: Iterable[nn.Module]) -> Iterator[QuantizedLinear]:
     for module in modules:
-        for layer in module.modules():
-            if isinstance(layer, QuantizedLinear):
-                layer.activations = activations
+        yield from (layer for layer in module.modules() if isinstance(layer, QuantizedLinear))

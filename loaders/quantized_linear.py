@@ -58,6 +58,7 @@ class QuantizedLinear(nn.Module):
             self.register_buffer(suffix, tensor)
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
         self._activations = activations
+        self._prefers_scaled_gemm = False
         self._selection: Selection | None = None
         self._device: torch.device | None = None
         if self.device.type != "meta":
@@ -98,6 +99,17 @@ class QuantizedLinear(nn.Module):
             self.select_kernel()
 
     @property
+    def prefers_scaled_gemm(self) -> bool:
+        """Whether a scaled GEMM runs where there is one, even if decoding is faster."""
+        return self._prefers_scaled_gemm
+
+    @prefers_scaled_gemm.setter
+    def prefers_scaled_gemm(self, is_preferred: bool) -> None:
+        self._prefers_scaled_gemm = is_preferred
+        if self.device.type != "meta":
+            self.select_kernel()
+
+    @property
     def selection(self) -> Selection:
         """The kernel that runs, and why. Assumes that the tensors are there."""
         if self._selection is None:
@@ -113,7 +125,7 @@ class QuantizedLinear(nn.Module):
         """
         self._device = self.device if device is None else device
         traits = LayerTraits(self.format, self.out_features, self.in_features, self._device, self._activations)
-        self._selection = select_kernel(traits)
+        self._selection = select_kernel(traits, prefer_scaled_gemm=self._prefers_scaled_gemm)
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps [..., in] to [..., out], in the dtype of the input."""

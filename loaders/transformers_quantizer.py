@@ -24,6 +24,7 @@ from omni_convert.formats.tensor_spec import TensorSpec
 from omni_convert.loaders.checkpoint_headers import read_headers
 from omni_convert.loaders.config_block import ConfigBlock
 from omni_convert.loaders.installation import (
+    check_codes,
     check_scale,
     install_empty_layers,
     install_quantized,
@@ -90,8 +91,8 @@ class TransformersOmniQuantizer(HfQuantizer):  # type: ignore[misc]  # transform
         for name, layer in model.named_modules():
             if isinstance(layer, QuantizedLinear) and layer.device.type != "meta":
                 for suffix in layer.tensor_names:
-                    if suffix != "weight":
-                        check_scale(f"{name}.{suffix}", layer.get_buffer(suffix), self.where)
+                    check = check_codes if suffix == "weight" else check_scale
+                    check(f"{name}.{suffix}", layer.get_buffer(suffix), self.where)
                 layer.select_kernel()
         return model
 

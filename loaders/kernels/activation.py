@@ -6,6 +6,8 @@ has the error that the served model has.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -21,24 +23,28 @@ SMALLEST_TOKEN_SCALE = 1.0 / (E4M3_MAX * 512.0)
 SMALLEST_GROUP_AMAX = 1e-10
 
 
-def fp8_static(x: Tensor, input_scale: Tensor) -> Tensor:
+#: From float32 to E4M3: `round_to_e4m3` into codes, or `E4M3.round` within float32, which is quicker on a CPU.
+RoundToE4m3 = Callable[[Tensor], Tensor]
+
+
+def fp8_static(x: Tensor, input_scale: Tensor, round_codes: RoundToE4m3 = round_to_e4m3) -> Tensor:
     """Codes, float8_e4m3fn [M, K], for one calibrated scale, float32 [] or [1]; multiplies by its inverse, as vLLM."""
-    return round_to_e4m3(x.float() * input_scale.reciprocal())
+    return round_codes(x.float() * input_scale.reciprocal())
 
 
-def fp8_per_token(x: Tensor) -> tuple[Tensor, Tensor]:
+def fp8_per_token(x: Tensor, round_codes: RoundToE4m3 = round_to_e4m3) -> tuple[Tensor, Tensor]:
     """Codes, float8_e4m3fn [M, K], and scales, float32 [M, 1]: vLLM's dynamic scheme where CUTLASS FP8 is available."""
     values = x.float()
     scale = (values.abs().amax(dim=1, keepdim=True) / E4M3_MAX).clamp(min=SMALLEST_TOKEN_SCALE)
-    return round_to_e4m3(values / scale), scale
+    return round_codes(values / scale), scale
 
 
-def fp8_per_group(x: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
+def fp8_per_group(x: Tensor, group_size: int, round_codes: RoundToE4m3 = round_to_e4m3) -> tuple[Tensor, Tensor]:
     """Codes, float8_e4m3fn [M, G, group_size], and scales, float32 [M, G, 1]; the last group is padded with zeros."""
     padded = F.pad(x.float(), (0, -x.shape[1] % group_size))
     groups = padded.view(len(x), padded.shape[1] // group_size, group_size)
     scale = groups.abs().amax(dim=2, keepdim=True).clamp(min=SMALLEST_GROUP_AMAX) / E4M3_MAX
-    return round_to_e4m3(groups / scale), scale
+    return round_codes(groups / scale), scale
 
 
 def int8_per_token(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Literal
 
 import torch
@@ -40,7 +41,9 @@ class Requirements:
         activations: how the inputs may be treated
         devices: device types; None for any
         capability: lowest CUDA compute capability, asked of CUDA devices only
-        multiple_of: what in_features and out_features must be divisible by, on CUDA
+        multiple_of: what in_features and out_features must be divisible by, except on a CPU
+        module: a package that has the operators
+        has_input_scale: whether the layer must store the scale of its inputs, for formats that may do without
     """
 
     formats: tuple[type[Format], ...]
@@ -48,6 +51,8 @@ class Requirements:
     devices: tuple[str, ...] | None = None
     capability: tuple[int, int] | None = None
     multiple_of: int = 1
+    module: str | None = None
+    has_input_scale: bool = False
 
     def unmet(self, layer: LayerTraits) -> str | None:
         """Why a layer cannot run, or None."""
@@ -58,10 +63,14 @@ class Requirements:
             return f"runs {' or '.join(self.activations)} activations, not {layer.activations}"
         if self.devices is not None and layer.device.type not in self.devices:
             return f"runs on {' and '.join(self.devices)}, not on {layer.device.type}"
-        return self._unmet_on_cuda(layer) if layer.device.type == "cuda" else None
+        if self.has_input_scale and not getattr(layer.format, "static", False):
+            return "needs input_scale, the layer stores none"
+        if self.module is not None and find_spec(self.module) is None:
+            return f"needs {self.module}"
+        return None if layer.device.type == "cpu" else self._unmet_on_accelerator(layer)
 
-    def _unmet_on_cuda(self, layer: LayerTraits) -> str | None:
-        if self.capability is not None:
+    def _unmet_on_accelerator(self, layer: LayerTraits) -> str | None:
+        if self.capability is not None and layer.device.type == "cuda":
             found = torch.cuda.get_device_capability(layer.device)
             if found < self.capability:
                 return "needs compute capability {}.{}, found {}.{}".format(*self.capability, *found)

@@ -19,6 +19,7 @@ from omni_convert.formats.activation import (
     quantize_mxfp8_input,
     quantize_nvfp4_input,
 )
+from omni_convert.formats.float8 import E4M3
 from omni_convert.formats.format import Format
 from omni_convert.formats.fp8 import Fp8, Fp8Block
 from omni_convert.formats.int8 import Int8
@@ -35,14 +36,14 @@ __all__ = ["REFERENCE", "WEIGHT_ONLY", "rounded_input", "smoothed_input"]
 
 def _round_fp8(x: Tensor, tensors: Mapping[str, Tensor], fmt: Fp8) -> Tensor:
     if fmt.static:
-        return fp8_static(x, tensors["input_scale"]).float() * tensors["input_scale"]
-    codes, scale = fp8_per_token(x)
-    return codes.float() * scale
+        return fp8_static(x, tensors["input_scale"], E4M3.round).mul_(tensors["input_scale"])
+    values, scale = fp8_per_token(x, E4M3.round)
+    return values.mul_(scale)
 
 
 def _round_fp8_block(x: Tensor, _tensors: Mapping[str, Tensor], fmt: Fp8Block) -> Tensor:
-    codes, scale = fp8_per_group(x, fmt.block_size[1])
-    return (codes.float() * scale).flatten(1)[:, : x.shape[1]]
+    values, scale = fp8_per_group(x, fmt.block_size[1], E4M3.round)
+    return values.mul_(scale).flatten(1)[:, : x.shape[1]]
 
 
 def _round_int8(x: Tensor, _tensors: Mapping[str, Tensor], _fmt: Int8) -> Tensor:

@@ -163,6 +163,13 @@ def test_values_that_are_not_of_e2m1_are_refused_not_rounded(quantize):
         load(folder)
 
 
+def test_codes_that_are_nan_are_refused(quantize):
+    folder = quantize(Mxfp8(), MXFP8)
+    edit(folder, change(f"{LAYER}.weight", lambda tensor: tensor.fill_(torch.nan)))
+    with pytest.raises(CheckpointError, match=rf"{LAYER}\.weight holds NaN"):
+        load(folder)
+
+
 @pytest.mark.parametrize(
     ("suffix", "value"), [("weight_scale", 255), ("weight_dual_scale", torch.nan), ("mul_scale", torch.inf)]
 )
@@ -242,6 +249,7 @@ DAMAGES = {
     "plain tensor missing": (drop(FINAL), r"1 tensors of \S+ missing"),
     "scale dtype": (change(SCALE, torch.Tensor.bfloat16), r"weight_scale is BF16 \[128, 1\], expected F32"),
     "scale shape": (change(SCALE, torch.flatten), r"weight_scale is F32 \[128\], expected F32 \[128, 1\]"),
+    "Inf scale": (change(SCALE, lambda t: t.fill_(torch.inf)), f"{SCALE} holds NaN, Inf or a negative number"),
     "NaN scale": (change(SCALE, lambda t: t.fill_(torch.nan)), f"{SCALE} holds NaN, Inf or a negative number"),
     "negative scale": (change(SCALE, torch.neg), f"{SCALE} holds NaN, Inf or a negative number"),
     "a scale too many": (add(f"{LAYER}.input_scale", torch.ones(())), r"without a home.*input_scale"),

@@ -23,7 +23,7 @@ def quantized_names(module):
     return {name for name, layer in module.named_modules() if isinstance(layer, QuantizedLinear)}
 
 
-@pytest.mark.parametrize("method", ["fp8", "int8"])
+@pytest.mark.parametrize("method", ["fp8", "int8", "mxfp8", "mxfp4", "nvfp4"])
 def test_quantizing_while_loading_gives_what_quantizing_each_layer_gives(pipeline_folder, method):
     plain = load_pipeline(pipeline_folder).transformer
     quantized = load_pipeline(pipeline_folder, quantization=method).transformer
@@ -84,17 +84,76 @@ def test_strict_refuses_layers_that_decode_their_weight(quantize):
     folder = quantize(Fp8Block((32, 32)), BLOCK)
     with pytest.raises(
         KernelError,
-        match=rf"{BLOCK_LINEARS} of {BLOCK_LINEARS} layers.*fp8 32x32 runs reference \(no scaled GEMM.* and 25 more",
+        match=rf"{BLOCK_LINEARS} of {BLOCK_LINEARS} .*fp8 32x32 runs cpu_decode_mm \(no scaled GEMM.* and 25 more",
     ):
         load_pipeline(folder, strict=True)
     pipeline = load_pipeline(folder, strict=True, activations="bf16")
-    assert kernel_report(pipeline).kernels == ("weight_only",)
+    assert kernel_report(pipeline).kernels == ("decode_weight_mm",)
 
 
 def test_strict_accepts_scaled_gemms(quantize):
     report = kernel_report(load_pipeline(quantize(Int8(), INT8), strict=True, device="cpu"))
     assert all(layer.is_scaled_gemm for layer in report)
     assert not report.fallbacks
+
+
+def test_strict_runs_a_scaled_gemm_where_decoding_is_faster(pipeline_folder, make_image):
+    fastest = load_pipeline(pipeline_folder, quantization="fp8")
+    assert kernel_report(fastest).kernels == ("cpu_decode_mm",)
+    assert len(kernel_report(fastest).fallbacks) == BLOCK_LINEARS
+    scaled = load_pipeline(pipeline_folder, quantization="fp8", strict=True)
+    assert kernel_report(scaled).kernels == ("scaled_mm",)
+    image = make_image(scaled)
+    assert (make_image(fastest) - image).norm() < 0.02 * image.norm()
+
+
+def test_strict_tells_what_each_scaled_gemm_of_the_format_lacks(pipeline_folder):
+    with pytest.raises(KernelError, match=r"mxfp8_scaled_mm runs on cuda, not on cpu; npu_mxfp8 runs on npu"):
+        load_pipeline(pipeline_folder, quantization="mxfp8", strict=True)
+
+
+@pytest.mark.parametrize("method", ["mxfp8", "mxfp4", "mxfp4_dualscale", "nvfp4"])
+@pytest.mark.parametrize("activations", ["quantized", "bf16"])
+def test_a_pipeline_of_each_microscaling_method_runs_and_round_trips(
+    tiny_pipeline_folder, tmp_path, method, activations
+):
+    pipeline = load_pipeline(tiny_pipeline_folder, quantization=method, activations=activations)
+    report = kernel_report(pipeline)
+    assert len(report) == BLOCK_LINEARS
+    assert max(layer.bytes_per_weight for layer in report) <= (1.1 if method == "mxfp8" else 0.6)
+    pipeline.save_pretrained(tmp_path)
+    again = load_pipeline(tmp_path, activations=activations, strict=activations == "bf16")
+    assert kernel_report(again) == report
+    image = make_tiny_image(pipeline)
+    assert torch.isfinite(image).all()
+    assert torch.equal(make_tiny_image(again), image)
+    again.transformer.save_pretrained(tmp_path / "again")
+    first, second = (
+        load_file(next(folder.glob("*.safetensors"))) for folder in (tmp_path / "transformer", tmp_path / "again")
+    )
+    assert first.keys() == second.keys()
+    assert all(
+        torch.equal(first[name].view(torch.uint8), second[name].view(torch.uint8))
+        for name in first
+        if first[name].dim()
+    )
+    weight = first["layers.0.attention.to_q.weight"]
+    assert weight.dtype is (torch.uint8 if method == "nvfp4" else torch.float8_e4m3fn)
+
+
+def make_tiny_image(pipeline):
+    pipeline.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(0)
+    images = pipeline(
+        ["a red circle"],
+        num_inference_steps=1,
+        height=32,
+        width=32,
+        guidance_scale=1.0,
+        generator=generator,
+        output_type="np",
+    ).images
+    return torch.from_numpy(images)
 
 
 def test_the_report_counts_layers_and_bytes_and_folds_alike_layers(quantize):

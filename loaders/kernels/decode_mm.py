@@ -1,0 +1,138 @@
+"""A GEMM in bfloat16 on decoded weights, for devices and formats without a scaled GEMM, and for bf16 activations.
+
+What the runtime multiplies, codes times their scales, is decoded on both sides to bfloat16, which holds it exactly or
+within 2^-8 (see `decoding.py`); products are accumulated in float32. On a CPU that is faster than torch's scaled_mm,
+which has no hardware for float8 there: weights are decoded a tile at a time, in cache, into a buffer that the GEMM
+takes as soon as it is full, so that no whole weight in bfloat16 ever exists.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from omni_convert.formats.format import Format
+from omni_convert.formats.fp8 import Fp8, Fp8Block
+from omni_convert.formats.mxfp4 import Mxfp4
+from omni_convert.formats.mxfp4_dualscale import Mxfp4DualScale
+from omni_convert.formats.mxfp8 import Mxfp8
+from omni_convert.formats.nvfp4 import Nvfp4
+from omni_convert.formats.table import FORMATS, FormatOptions
+from omni_convert.loaders.kernels.decoding import DECODABLE, decode_rows, padded_columns, weight_unit
+from omni_convert.loaders.kernels.kernel import Kernel, Requirements
+from omni_convert.loaders.kernels.reference import rounded_input, smoothed_input
+
+__all__ = ["CPU_DECODE_MM", "DECODE_MM", "DECODE_WEIGHT_MM"]
+
+# Elements of a tile: of bfloat16 or float32 with a scratch or two, it stays in the second-level cache of a core or two.
+CPU_TILE = 1 << 18
+# Elements of the weight that one GEMM takes: few enough for the third-level cache, enough rows for an efficient GEMM.
+CPU_CHUNK = 1 << 22
+ACCELERATOR_CHUNK = 1 << 26
+
+
+class _Buffer(threading.local):
+    """Where weights are decoded to on a CPU, one of each thread: fresh memory costs more page faults than decoding."""
+
+    elements: Tensor | None = None
+
+    def take(self, count: int, device: torch.device) -> Tensor:
+        """bfloat16 [count], on a CPU valid until the next call."""
+        if device.type != "cpu" or count > CPU_CHUNK:
+            return torch.empty(count, dtype=torch.bfloat16, device=device)
+        if self.elements is None:
+            with torch.inference_mode(False):  # else it could not be written to outside of that mode
+                self.elements = torch.empty(CPU_CHUNK, dtype=torch.bfloat16)
+        return self.elements[:count]
+
+
+_BUFFER = _Buffer()
+
+
+def _decode_mm(x: Tensor, tensors: Mapping[str, Tensor], fmt: Format, bias: Tensor | None, is_rounded: bool) -> Tensor:
+    """`RunLinear`, with the input rounded as the runtime does, or only smoothed."""
+    columns = x.shape[1]
+    inputs = _prepare_input(x, tensors, fmt, is_rounded)
+    bias = None if bias is None else bias.bfloat16()
+    rows = len(tensors["weight"])
+    step = max(1, (CPU_CHUNK if x.device.type == "cpu" else ACCELERATOR_CHUNK) // inputs.shape[1])
+    if rows <= step:
+        return F.linear(inputs, _decode(fmt, tensors, 0, rows, columns), bias).to(x.dtype)
+    out = x.new_empty(len(x), rows)
+    for start in range(0, rows, step):
+        stop = min(start + step, rows)
+        weight = _decode(fmt, tensors, start, stop, columns)
+        out[:, start:stop] = F.linear(inputs, weight, None if bias is None else bias[start:stop])
+    return out
+
+
+def _prepare_input(x: Tensor, tensors: Mapping[str, Tensor], fmt: Format, is_rounded: bool) -> Tensor:
+    """The left operand: bfloat16 [M, padded columns], times what decoded weights lack."""
+    rows, columns = x.shape
+    unit = weight_unit(fmt, tensors)
+    inputs = x.new_zeros(rows, padded_columns(fmt, columns), dtype=torch.bfloat16)
+    step = max(1, CPU_TILE // columns) if x.device.type == "cpu" else max(1, rows)
+    for start in range(0, rows, step):
+        tile = x[start : start + step]
+        values = rounded_input(tile, tensors, fmt) if is_rounded else smoothed_input(tile, tensors).float()
+        inputs[start : start + step, :columns] = values * unit
+    return inputs
+
+
+def _decode(fmt: Format, tensors: Mapping[str, Tensor], start: int, stop: int, columns: int) -> Tensor:
+    """Rows `start` to `stop` in bfloat16, decoded a tile at a time."""
+    width = padded_columns(fmt, columns)
+    weight = _BUFFER.take((stop - start) * width, tensors["weight"].device).view(stop - start, width)
+    step = max(1, CPU_TILE // width) if weight.device.type == "cpu" else stop - start
+    for first in range(0, stop - start, step):
+        decode_rows(fmt, tensors, start + first, columns, weight[first : first + step])
+    return weight
+
+
+# torch.compile would unroll the loops over tiles, and a graph has no place for a format: to it, this is one operator.
+@torch.library.custom_op("omni_convert::decode_mm", mutates_args=())
+def _decode_mm_op(
+    x: Tensor, tensors: list[Tensor], suffixes: str, method: str, blocks: list[int], bias: Tensor | None, rounded: bool
+) -> Tensor:
+    by_suffix = dict(zip(suffixes.split(), tensors, strict=True))
+    block_size = (blocks[0], blocks[1]) if blocks else None
+    options = FormatOptions(static="input_scale" in by_suffix, weight_block_size=block_size)
+    return _decode_mm(x, by_suffix, FORMATS[method].build(options), bias, rounded)
+
+
+@_decode_mm_op.register_fake
+def _(x: Tensor, tensors: list[Tensor], suffixes: str, *_: object) -> Tensor:
+    weight = tensors[suffixes.split().index("weight")]
+    return x.new_empty(x.shape[0], weight.shape[0])  # `len` would make the number of rows a constant of the graph
+
+
+def _run(x: Tensor, tensors: Mapping[str, Tensor], fmt: Format, bias: Tensor | None, is_rounded: bool = True) -> Tensor:
+    # An operator without a derivative says so in `backward`, where loops over tiles would give a wrong one.
+    needs_gradient = torch.is_grad_enabled() and x.requires_grad
+    if not (needs_gradient or torch.compiler.is_compiling()):
+        return _decode_mm(x, tensors, fmt, bias, is_rounded)
+    blocks = list(fmt.block_size) if isinstance(fmt, Fp8Block) else []
+    suffixes = " ".join(tensors)
+    out: Tensor = _decode_mm_op(x, list(tensors.values()), suffixes, fmt.method, blocks, bias, is_rounded)
+    return out
+
+
+ROUNDABLE = (Fp8, Fp8Block, Mxfp8, Mxfp4, Mxfp4DualScale, Nvfp4)
+CPU_DECODE_MM = Kernel(
+    "cpu_decode_mm",
+    is_scaled_gemm=False,
+    requirements=Requirements(ROUNDABLE, devices=("cpu",)),
+    run=_run,
+)
+DECODE_MM = Kernel("decode_mm", is_scaled_gemm=False, requirements=Requirements(DECODABLE), run=_run)
+DECODE_WEIGHT_MM = Kernel(
+    "decode_weight_mm",
+    is_scaled_gemm=False,
+    requirements=Requirements(DECODABLE, activations=("bf16",)),
+    run=partial(_run, is_rounded=False),
+)

@@ -1,0 +1,166 @@
+"""Quantized weights to bfloat16, fast enough that a GEMM on the result is not held up.
+
+E2M1 codes are looked up, four at a time. E4M3 codes are shifted: as a bfloat16 with the same sign, exponent and
+mantissa fields a code is too small by a power of two, and one multiplication, which has to bring in the scale anyway,
+puts that right. So that scales below 2^33 do not overflow on the way, such weights come out times 2^-32, which
+`weight_unit` undoes. Codes times a power of two or an E4M3 scale are exact; float32 scales of blocks are rounded to
+bfloat16 first (an error of 2^-8 at most, where that of E4M3 codes is 2^-4).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from omni_convert.formats.e2m1 import decode_e2m1
+from omni_convert.formats.format import Format
+from omni_convert.formats.fp8 import Fp8, Fp8Block
+from omni_convert.formats.int8 import Int8
+from omni_convert.formats.mx import COARSE_BLOCK, MX_BLOCK
+from omni_convert.formats.mxfp4 import Mxfp4
+from omni_convert.formats.mxfp4_dualscale import Mxfp4DualScale
+from omni_convert.formats.mxfp8 import Mxfp8
+from omni_convert.formats.nvfp4 import NVFP4_BLOCK, Nvfp4
+
+__all__ = ["DECODABLE", "decode_rows", "padded_columns", "weight_unit"]
+
+# Bias of bfloat16 less that of E4M3: what the shifted bits lack in the exponent.
+E4M3_REBIAS = 127 - 7
+HEADROOM = 32
+E4M3_FIELDS = 0x87F0 - 0x10000  # of an int16: the sign, and 4 + 3 bits below four zeros
+
+
+def padded_columns(fmt: Format, columns: int) -> int:
+    """Width of decoded rows: `columns` up to a whole block; the filling is zeros."""
+    block = _BLOCK[type(fmt)](fmt)
+    return -(-columns // block) * block
+
+
+def weight_unit(fmt: Format, tensors: Mapping[str, Tensor]) -> Tensor | float:
+    """What the decoded weights are still to be multiplied with; a number or float32 [] or [1]."""
+    scalar = {Fp8: "weight_scale", Nvfp4: "weight_scale_2"}.get(type(fmt))
+    if scalar is not None:
+        return tensors[scalar].float().reshape(())
+    return 2.0**HEADROOM if isinstance(fmt, Fp8Block | Mxfp8) else 1.0
+
+
+def decode_rows(fmt: Format, tensors: Mapping[str, Tensor], start: int, columns: int, out: Tensor) -> None:
+    """Rows of the weight over `weight_unit`, without mul_scale.
+
+    Args:
+        fmt: one of `DECODABLE`
+        tensors: of the layer, as in memory
+        start: first row
+        columns: in_features
+        out: where to, contiguous bfloat16 [rows, padded_columns(fmt, columns)]
+    """
+    _DECODERS[type(fmt)](fmt, tensors, slice(start, start + len(out)), columns, out)
+
+
+def _decode_fp8(_fmt: Fp8, tensors: Mapping[str, Tensor], rows: slice, _columns: int, out: Tensor) -> None:
+    _e4m3_bits(tensors["weight"][rows], out)
+    out.mul_(2.0**E4M3_REBIAS)
+
+
+def _decode_fp8_block(fmt: Fp8Block, tensors: Mapping[str, Tensor], rows: slice, _columns: int, out: Tensor) -> None:
+    height, width = fmt.block_size
+    _e4m3_bits(tensors["weight"][rows], out)
+    block_rows = torch.arange(rows.start, rows.stop, device=out.device) // height
+    scale = tensors["weight_scale_inv"].float()[block_rows]
+    _scale_(out, (scale * 2.0 ** (E4M3_REBIAS - HEADROOM)).bfloat16(), width)
+
+
+def _decode_int8(_fmt: Int8, tensors: Mapping[str, Tensor], rows: slice, _columns: int, out: Tensor) -> None:
+    torch.mul(tensors["weight"][rows], tensors["weight_scale"][rows].float(), out=out)
+
+
+def _decode_mxfp8(_fmt: Mxfp8, tensors: Mapping[str, Tensor], rows: slice, _columns: int, out: Tensor) -> None:
+    _e4m3_bits(tensors["weight"][rows], out)
+    _scale_(out, _powers_of_two(tensors["weight_scale"][rows], E4M3_REBIAS - HEADROOM), MX_BLOCK)
+
+
+def _decode_mxfp4(_fmt: Mxfp4, tensors: Mapping[str, Tensor], rows: slice, _columns: int, out: Tensor) -> None:
+    _e2m1(tensors["weight"][rows], out)
+    _scale_(out, _powers_of_two(tensors["weight_scale"][rows]), MX_BLOCK)
+
+
+def _decode_mxfp4_dualscale(
+    _fmt: Mxfp4DualScale, tensors: Mapping[str, Tensor], rows: slice, columns: int, out: Tensor
+) -> None:
+    coarse = tensors["weight_dual_scale"][rows].flatten(1).bfloat16()
+    coarse = coarse.repeat_interleave(COARSE_BLOCK // MX_BLOCK, dim=1)[:, : columns // MX_BLOCK]
+    _e2m1(tensors["weight"][rows], out)
+    _scale_(out, _powers_of_two(tensors["weight_scale"][rows]) * coarse, MX_BLOCK)
+
+
+def _decode_nvfp4(_fmt: Nvfp4, tensors: Mapping[str, Tensor], rows: slice, _columns: int, out: Tensor) -> None:
+    codes = tensors["weight_scale"][rows]
+    scale = torch.empty(codes.shape, dtype=torch.bfloat16, device=codes.device)
+    _e4m3_bits(codes, scale)
+    _e2m1(tensors["weight"][rows], out)
+    _scale_(out, scale.mul_(2.0**E4M3_REBIAS), NVFP4_BLOCK)
+
+
+def _e4m3_bits(codes: Tensor, out: Tensor) -> None:
+    """E4M3 values times 2^-120: float8_e4m3fn [rows, K] to the left of bfloat16 [rows, padded]. NaN is no weight."""
+    bits = out.view(torch.int16)
+    columns = codes.shape[1]
+    bits[:, columns:] = 0
+    bits[:, :columns] = codes.view(torch.int8)  # brings the sign to the top
+    bits.bitwise_left_shift_(4).bitwise_and_(E4M3_FIELDS)
+
+
+def _e2m1(packed: Tensor, out: Tensor) -> None:
+    """E2M1 values: uint8 [rows, K / 2], even elements in low nibbles, to the left of bfloat16 [rows, padded]."""
+    packed = F.pad(packed, (0, out.shape[1] // 2 - packed.shape[1]))
+    index = packed.view(torch.int16).to(torch.int32).bitwise_and_(0xFFFF)
+    torch.index_select(_e2m1_quadruples(out.device), 0, index.view(-1), out=out.view(-1).view(torch.int64))
+
+
+@lru_cache
+def _e2m1_quadruples(device: torch.device) -> Tensor:
+    """The four bfloat16 that each 16 bits stand for, as int64 [65536]."""
+    with torch.inference_mode(False):
+        codes = torch.arange(1 << 16, dtype=torch.int32, device=device)
+        nibbles = torch.stack([(codes >> shift) & 0xF for shift in (0, 4, 8, 12)], dim=1)
+        return decode_e2m1(nibbles).bfloat16().view(torch.int64).view(-1)
+
+
+def _powers_of_two(codes: Tensor, exponent: int = 0) -> Tensor:
+    """2^(E8M0 exponent + `exponent`), bfloat16; saturates at 2^127, and below 2^-126 at zero."""
+    field = codes.to(torch.int16).add_(exponent).clamp_(0, 254)
+    return field.bitwise_left_shift_(7).view(torch.bfloat16)
+
+
+def _scale_(values: Tensor, scale: Tensor, block: int) -> None:
+    """Multiplies blocks along K, [rows, K], in place with their scales, [rows, K / block]."""
+    # Spread first: an operation that repeats one operand every few elements is not vectorized.
+    values.mul_(scale[..., None].expand(*scale.shape, block).reshape(values.shape))
+
+
+_BLOCK: dict[type[Format], Callable[..., int]] = {
+    Fp8: lambda _fmt: 1,
+    Fp8Block: lambda fmt: int(fmt.block_size[1]),
+    Int8: lambda _fmt: 1,
+    Mxfp8: lambda _fmt: MX_BLOCK,
+    Mxfp4: lambda _fmt: MX_BLOCK,
+    Mxfp4DualScale: lambda _fmt: MX_BLOCK,
+    Nvfp4: lambda _fmt: NVFP4_BLOCK,
+}
+
+_DECODERS: dict[type[Format], Callable[..., None]] = {
+    Fp8: _decode_fp8,
+    Fp8Block: _decode_fp8_block,
+    Int8: _decode_int8,
+    Mxfp8: _decode_mxfp8,
+    Mxfp4: _decode_mxfp4,
+    Mxfp4DualScale: _decode_mxfp4_dualscale,
+    Nvfp4: _decode_nvfp4,
+}
+
+#: Formats whose weights this module decodes.
+DECODABLE = tuple(_DECODERS)
