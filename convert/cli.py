@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 from click_default_group import DefaultGroup
 
+from omni_convert.convert.readahead import start_reading
 from omni_convert.convert.recipe import ACTIVATION_SCHEMES, DTYPES, METHODS, ROUNDINGS, RUNTIMES, Recipe
 from omni_convert.formats.errors import CalibrationError, OmniConvertError, OutputError, RecipeError
 
@@ -140,6 +141,8 @@ def convert_command(
     """Convert MODEL: a diffusers folder, a Hub repo id, a component folder or a .safetensors file."""
     recipe = _recipe(model, options)
     _announce_demo(model, "converting", quiet=quiet or as_json)
+    if model is not None and not dry_run:
+        start_reading(Path(model))
     from omni_convert.convert.conversion import convert_plan, load_statistics, planned_without_running
     from omni_convert.convert.output import check_output
     from omni_convert.convert.plan import plan_conversion

@@ -29,8 +29,8 @@ def copy_file(engine: Engine, name: str, source: Path, target: Path) -> str:
         OutputError: the copy cannot be written.
     """
     before = engine.journal.get(name)
-    if before is not None and target.is_file() and file_sha256(target) == before.sha256:
-        return before.sha256
+    if before is not None and target.is_file() and (sha256 := file_sha256(target)) == before.checksum:
+        return sha256
     try:
         file = source.open("rb", buffering=0)
     except OSError as error:

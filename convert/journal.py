@@ -1,11 +1,12 @@
 """The journal of a conversion: which ranges of the output are finished, so that a later run need not make them again.
 
     {"job": {...}}                                                                       what is made of what
-    {"range": "transformer/NAME.weight:256", "sha256": "...", "error": [0.1, 20.5]}      a finished range, and so on
+    {"range": "transformer/NAME.weight:256", "checksum": 912837, "error": [0.1, 20.5]}   a finished range, and so on
 
-Append-only. A range is named by its component, source tensor and first row; the hash is of all the output bytes that
-come of it. A record that outlived its bytes (after a power cut) does no harm: the bytes are hashed before they are
-trusted. The job holds what must not change between runs: recipe, statistics, and size, header and time of the sources.
+Append-only. A range is named by its component, source tensor and first row; the checksum is over all the output bytes
+that come of it: CRC-32 for tiles of tensors, which only accidents change, or the SHA-256 of a file that is copied. A
+record that outlived its bytes (after a power cut) does no harm: they are compared before they are trusted. The job
+holds what must not change between runs: recipe, statistics, and size, header and time of the sources.
 """
 
 from __future__ import annotations
@@ -29,9 +30,9 @@ SYNC_SECONDS = 5.0
 
 @dataclass(frozen=True)
 class Record:
-    """A finished range: the hash of its bytes, and its part of the layer's error."""
+    """A finished range: the checksum of its bytes, and its part of the layer's error."""
 
-    sha256: str
+    checksum: int | str
     squared_error: float = 0.0
     squared_norm: float = 0.0
 
@@ -85,7 +86,7 @@ class Journal:
             OutputError: the disk is full or fails.
         """
         error = [record.squared_error, record.squared_norm]
-        self._append({"range": name, "sha256": record.sha256, "error": error})
+        self._append({"range": name, "checksum": record.checksum, "error": error})
         if time.monotonic() - self._synced > SYNC_SECONDS:
             self._synced = time.monotonic()
             os.fsync(self._descriptor)
@@ -100,7 +101,7 @@ class Journal:
         try:
             first, *others = [json.loads(line) for line in lines]
             _check_same_job(self.path, first["job"], json.loads(json.dumps(job)))
-            self._records = {entry["range"]: Record(entry["sha256"], *entry["error"]) for entry in others}
+            self._records = {entry["range"]: Record(entry["checksum"], *entry["error"]) for entry in others}
         except (ValueError, KeyError, TypeError, AttributeError):
             raise OutputError(f"{self.path}: found a damaged journal; use --overwrite to start afresh") from None
 

@@ -110,8 +110,9 @@ def read_results(folder: Path, plan: Plan, statistics_id: str | None) -> dict[st
     """
     manifest = read_json(folder / MANIFEST)
     try:
-        before = [manifest["omni_convert_version"], manifest["recipe"], manifest["statistics"]]
-        if before != [VERSION, json.loads(json.dumps(plan.recipe.of_the_bytes())), statistics_id]:
+        before = [manifest[name] for name in ("omni_convert_version", "recipe", "statistics", "moments")]
+        recipe = json.loads(json.dumps(plan.recipe.of_the_bytes()))
+        if before != [VERSION, recipe, statistics_id, plan.moments]:
             raise _another(folder)
         return {component.name: _results_of(folder, component, manifest) for component in plan.components}
     except (KeyError, TypeError, AttributeError):

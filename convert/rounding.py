@@ -52,6 +52,8 @@ class CompensatedFormat(Format):
     moments: Callable[[], InputMoments] = field(repr=False)
     rounding: str
 
+    fits_alone = True  # a matrix [in, in]
+
     @property
     def method(self) -> str:  # type: ignore[override]  # a class attribute elsewhere, here it follows the format
         return self.base.method

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -14,6 +15,10 @@ import torch
 __all__ = ["Workers", "available_cores"]
 
 Result = TypeVar("Result")
+
+# glibc's numbers of two options of its allocator, and a size above that of any tensor of a tile.
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+KEPT_BYTES = 64 << 20
 
 
 def available_cores() -> int:
@@ -31,6 +36,7 @@ class Workers:
     def __init__(self, count: int) -> None:
         self.count = count
         self._is_stopped = False
+        _keep_freed_memory()
         self._torch_threads = torch.get_num_threads()
         self._pool = ThreadPoolExecutor(count, thread_name_prefix="convert", initializer=_use_one_core)
 
@@ -70,3 +76,10 @@ class Workers:
 def _use_one_core() -> None:
     torch.get_num_threads()  # takes over the setting of the process, which torch would else do at the first operation
     torch.set_num_threads(1)
+
+
+def _keep_freed_memory() -> None:
+    """Has the allocator reuse the memory of one tile for the next, which the system would else map and clear anew."""
+    if (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)) is not None:
+        mallopt(M_MMAP_THRESHOLD, KEPT_BYTES)
+        mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)

@@ -157,6 +157,8 @@ class Format(ABC):
     method: str
     #: Row tiles given to `quantize_rows` start and end (but for the last) at a multiple of this.
     row_multiple: int = 1
+    #: What `fit` makes is so large, or takes so much memory to make, that only one may exist at a time.
+    fits_alone: bool = False
 
     @property
     def label(self) -> str:

@@ -2,16 +2,23 @@
 
 Writes a synthetic Z-Image transformer (the real class's names and shapes, random values), then for each method
 
-    floor   seconds to read the input bytes once, write the output bytes and fsync them, with plain file I/O, same disk
-    wall    seconds of `omni-convert`, a fresh process, imports included
-    memory  peak of `RssAnon`, summed over all processes of the conversion
+    floor    seconds to read the input bytes once, write the output bytes and fsync them, with plain file I/O in one
+             thread, same disk, from a cold cache; the faster of one before the conversion and one after it
+    wall     seconds of `omni-convert`, a fresh process, imports included; the fastest of `--repeat` runs
+    cores    processor time of that process over its wall time
+    memory   peak of `RssAnon`, summed over all processes of the conversion
 
-    python scripts/bench_convert.py --size 3 --shards 3 --methods fp8 int8
+MX, dual-scale and nvfp4 run with `--no-search`; NAME+search is the default search. Peers (ModelOpt, convert_to_quant)
+run for fp8 where they are installed.
+
+    python scripts/bench_convert.py --size 5 12
+    python scripts/bench_convert.py --size 5 --methods mxfp4 mxfp4_dualscale+search --workers 1 2
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import shutil
@@ -19,11 +26,14 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from diffusers import ZImageTransformer2DModel
 
+from omni_convert.convert.workers import available_cores
 from omni_convert.formats.safetensors_writer import SafetensorsWriter
 from omni_convert.formats.sharding import plan_shards
 from omni_convert.formats.tensor_spec import TensorSpec
@@ -32,7 +42,30 @@ BLOCK = 8 << 20
 POLL_SECONDS = 0.02
 # One block of the full-size model: 181 million parameters.
 BLOCK_BYTES = 362e6
-METHOD_ARGUMENTS = {"fp8-block": ["-m", "fp8", "--weight-block-size", "128,128"]}
+METHODS = ("fp8", "fp8-block", "int8", "mxfp8", "mxfp4", "mxfp4_dualscale", "nvfp4")
+PEER_MEMORY_GB = 4.0
+
+# Each peer as a program that converts `source` (a folder or file) to FP8 in `output`; argv: source, output.
+MODELOPT = """
+import sys, torch
+import modelopt.torch.quantization as mtq
+from modelopt.torch.opt import enable_huggingface_checkpointing
+from diffusers import ZImageTransformer2DModel
+enable_huggingface_checkpointing()
+model = ZImageTransformer2DModel.from_pretrained(sys.argv[1], torch_dtype=torch.bfloat16)
+mtq.quantize(model, mtq.FP8_DEFAULT_CFG, forward_loop=None)
+mtq.compress(model)
+model.save_pretrained(sys.argv[2])
+"""
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one process took."""
+
+    seconds: float
+    cores: float
+    peak_memory: int
 
 
 def write_transformer(folder: Path, gigabytes: float, shards: int) -> None:
@@ -55,34 +88,32 @@ def write_transformer(folder: Path, gigabytes: float, shards: int) -> None:
     (folder / "config.json").write_text(json.dumps({"_class_name": "ZImageTransformer2DModel", **dict(model.config)}))
 
 
-def copy_floor(source: Path, output: Path, scratch: Path) -> float:
-    """Seconds to read every weight byte of `source` and to write and sync as many bytes as `output` has."""
+def copy_floor(source: Path, output_bytes: int, scratch: Path) -> float:
+    """Seconds to read every weight byte of `source` and to write and sync so many bytes."""
     target = scratch / "floor"
-    drop_caches([source, output])
+    drop_caches(source)
     started = time.perf_counter()
-    for file in source.glob("*.safetensors"):
+    block = bytearray(BLOCK)
+    for file in sorted(source.glob("*.safetensors")):
         with file.open("rb", buffering=0) as stream:
-            while stream.read(BLOCK):
+            while stream.readinto(block):
                 pass
-    size = sum(file.stat().st_size for file in output.glob("*.safetensors"))
-    block = os.urandom(BLOCK)
     with target.open("wb", buffering=0) as stream:
-        for _ in range(0, size, BLOCK):
-            stream.write(block)
+        for start in range(0, output_bytes, BLOCK):
+            stream.write(memoryview(block)[: output_bytes - start])
         os.fsync(stream.fileno())
     seconds = time.perf_counter() - started
     target.unlink()
     return seconds
 
 
-def drop_caches(folders: list[Path]) -> None:
-    """Asks the system to forget these files, so that every measurement reads from the disk."""
-    for folder in folders:
-        for file in folder.glob("*.safetensors"):
-            descriptor = os.open(file, os.O_RDONLY)
-            os.fsync(descriptor)
-            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-            os.close(descriptor)
+def drop_caches(folder: Path) -> None:
+    """Asks the system to forget the weights in a folder, so that every measurement reads from the disk."""
+    for file in folder.glob("*.safetensors"):
+        descriptor = os.open(file, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(descriptor)
 
 
 def anonymous_memory_of(process: int) -> int:
@@ -96,47 +127,109 @@ def anonymous_memory_of(process: int) -> int:
     return own + sum(anonymous_memory_of(int(child)) for child in children)
 
 
-def convert(source: Path, output: Path, arguments: list[str]) -> tuple[float, int]:
-    """Seconds and peak memory of one conversion in a fresh process."""
-    drop_caches([source])
-    command = [sys.executable, "-m", "omni_convert.convert.cli", str(source), "-o", str(output), "--quiet", *arguments]
+def measure(command: list[str], source: Path) -> Run:
+    """Runs a command on a cold source."""
+    drop_caches(source)
+    before = os.times()
     started = time.perf_counter()
     process = subprocess.Popen(command)
     peak = 0
     while process.poll() is None:
         peak = max(peak, anonymous_memory_of(process.pid))
         time.sleep(POLL_SECONDS)
+    seconds = time.perf_counter() - started
     if process.returncode:
         raise SystemExit(f"{' '.join(command)}: exit status {process.returncode}")
-    return time.perf_counter() - started, peak
+    after = os.times()
+    used = after.children_user + after.children_system - before.children_user - before.children_system
+    return Run(seconds, used / seconds, peak)
+
+
+def convert_command(source: Path, output: Path, method: str, workers: int) -> list[str]:
+    name, _, search = method.partition("+")
+    arguments = ["-m", "fp8", "--weight-block-size", "128,128"] if name == "fp8-block" else ["-m", name]
+    arguments += [] if search else ["--no-search"]
+    program = [sys.executable, "-m", "omni_convert.convert.cli"]
+    return [*program, str(source), "-o", str(output), "--quiet", "--workers", str(workers), *arguments]
+
+
+def peer_commands(source: Path, output: Path) -> Iterable[tuple[str, list[str]]]:
+    """The other converters that are installed here, on the same source."""
+    if importlib.util.find_spec("modelopt") is not None:
+        yield "ModelOpt fp8", [sys.executable, "-c", MODELOPT, str(source), str(output)]
+    single = sorted(source.glob("*.safetensors"))
+    program = shutil.which("convert_to_quant") or shutil.which("ctq")
+    if program is not None and len(single) == 1:
+        yield "convert_to_quant", [program, "-i", str(single[0]), "-o", str(output / "out.safetensors"), "--simple"]
+
+
+def weight_bytes(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
+
+
+def best_of(repeat: int, command: list[str], source: Path, output: Path) -> tuple[Run, int]:
+    """The fastest run of several, and the bytes that it wrote."""
+    runs = []
+    size = 0
+    for _ in range(repeat):
+        shutil.rmtree(output, ignore_errors=True)
+        runs.append(measure(command, source))
+        size = weight_bytes(output)
+    shutil.rmtree(output)
+    return min(runs, key=lambda run: run.seconds), size
+
+
+def report(label: str, workers: int, total: int, run: Run, floor: float) -> None:
+    print(
+        f"{total / 1e9:>6.2f} {label:<23} {workers:>7} {floor:>8.2f} {run.seconds:>8.2f} {run.seconds / floor:>6.2f} "
+        f"{total / 1e9 / run.seconds:>6.2f} {run.cores:>6.2f} {run.peak_memory / 2**20:>9.0f}",
+        flush=True,
+    )
+
+
+def benchmark(folder: Path, arguments: argparse.Namespace) -> None:
+    """All methods on one source."""
+    source, output = folder / "source", folder / "output"
+    total = weight_bytes(source)
+    floor_bytes = total // 2
+    for method in arguments.methods:
+        for workers in arguments.workers:
+            before = copy_floor(source, floor_bytes, folder)
+            command = convert_command(source, output, method, workers)
+            run, written = best_of(arguments.repeat, command, source, output)
+            floor = copy_floor(source, written, folder)
+            if floor_bytes <= written:  # one that wrote more is no floor
+                floor = min(floor, before) if before > 0 else floor
+            floor_bytes = written
+            report(method, workers, total, run, floor)
+    for label, command in peer_commands(source, output):
+        output.mkdir()
+        run = measure(command, source)
+        shutil.rmtree(output)
+        report(label, available_cores(), total, run, copy_floor(source, floor_bytes, folder))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", type=float, nargs="+", default=[3.0], help="gigabytes of bf16 weights")
+    parser.add_argument("--size", type=float, nargs="+", default=[5.0, 12.0], help="gigabytes of bf16 weights")
     parser.add_argument("--shards", type=int, default=3)
-    parser.add_argument("--methods", nargs="+", default=["fp8", "fp8-block", "int8"])
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), metavar="METHOD")
+    parser.add_argument("--workers", type=int, nargs="+", default=[available_cores()])
+    parser.add_argument("--repeat", type=int, default=1)
     parser.add_argument(
         "--scratch", type=Path, help="folder on the disk to measure; default: the system's temporary one"
     )
+    parser.add_argument("--source", type=Path, help="write the model here and keep it, or use the one that is here")
     arguments = parser.parse_args()
-    print(f"{'GB':>5} {'method':<16} {'floor s':>8} {'wall s':>8} {'ratio':>6} {'GB/s':>6} {'MiB anon':>9}")
+    print(
+        f"{'GB':>6} {'method':<23} {'workers':>7} {'floor s':>8} {'wall s':>8} {'ratio':>6} {'GB/s':>6} {'cores':>6} "
+        f"{'MiB anon':>9}"
+    )
     for size in arguments.size:
         with tempfile.TemporaryDirectory(dir=arguments.scratch) as folder:
-            source = Path(folder) / "source"
-            source.mkdir()
-            write_transformer(source, size, arguments.shards)
-            total = sum(file.stat().st_size for file in source.glob("*.safetensors")) / 1e9
-            for method in arguments.methods:
-                output = Path(folder) / "output"
-                wall, peak = convert(source, output, METHOD_ARGUMENTS.get(method, ["-m", method]))
-                floor = copy_floor(source, output, Path(folder))
-                shutil.rmtree(output)
-                print(
-                    f"{total:>5.2f} {method:<16} {floor:>8.2f} {wall:>8.2f} {wall / floor:>6.2f} {total / wall:>6.2f} "
-                    f"{peak / 2**20:>9.0f}",
-                    flush=True,
-                )
+            (Path(folder) / "source").mkdir()
+            write_transformer(Path(folder) / "source", size, arguments.shards)
+            benchmark(Path(folder), arguments)
 
 
 if __name__ == "__main__":
