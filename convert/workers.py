@@ -12,12 +12,14 @@ from typing import Any, Self, TypeVar
 
 import torch
 
-__all__ = ["Workers", "available_cores"]
+__all__ = ["Workers", "available_cores", "keep_freed_memory"]
 
 Result = TypeVar("Result")
 
-# glibc's numbers of two options of its allocator, and a size above that of any tensor of a tile.
+# glibc's numbers of two options of its allocator, the largest threshold that all its releases take (more than any
+# tensor of a tile has), and what may stay free at the end of the heap.
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+MMAP_THRESHOLD = 32 << 20
 KEPT_BYTES = 64 << 20
 
 
@@ -36,7 +38,7 @@ class Workers:
     def __init__(self, count: int) -> None:
         self.count = count
         self._is_stopped = False
-        _keep_freed_memory()
+        keep_freed_memory()
         self._torch_threads = torch.get_num_threads()
         self._pool = ThreadPoolExecutor(count, thread_name_prefix="convert", initializer=_use_one_core)
 
@@ -78,8 +80,8 @@ def _use_one_core() -> None:
     torch.set_num_threads(1)
 
 
-def _keep_freed_memory() -> None:
+def keep_freed_memory() -> None:
     """Has the allocator reuse the memory of one tile for the next, which the system would else map and clear anew."""
     if (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)) is not None:
-        mallopt(M_MMAP_THRESHOLD, KEPT_BYTES)
+        mallopt(M_MMAP_THRESHOLD, MMAP_THRESHOLD)
         mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)

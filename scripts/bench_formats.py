@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from omni_convert.convert.workers import keep_freed_memory
 from omni_convert.formats.format import Format
 from omni_convert.formats.fp8 import Fp8, Fp8Block
 from omni_convert.formats.int8 import Int8
@@ -52,6 +53,7 @@ def main() -> None:
     options = parse_options()
     if options.threads:
         torch.set_num_threads(options.threads)
+    keep_freed_memory()  # as every conversion does; the peers gain by it as well
     generator = torch.Generator().manual_seed(0)
     normal = torch.randn(options.rows, 4096, generator=generator)
     chi_square = torch.zeros_like(normal)
