@@ -42,9 +42,11 @@ if TYPE_CHECKING:
 __all__ = [
     "InputObserver",
     "Recording",
+    "SourceRecorder",
     "calibrate",
     "calibrate_source",
     "candidate_layers",
+    "progress_bar",
     "record",
     "record_source",
 ]
@@ -82,11 +84,6 @@ def record_source(source: Source, recipe: Recipe, *, with_moments: bool = False,
         RecipeError: the pipeline does not take a setting.
         CheckpointError: the pipeline cannot be loaded.
     """
-    from omni_convert.convert.conversion import resolve_device
-    from omni_convert.convert.plan import component_methods
-    from omni_convert.formats.checkpoint import Checkpoint
-    from omni_convert.loaders.pipeline import load_pipeline
-
     assert recipe.calib is not None, "the caller names the prompts"
     prompts = read_prompts(recipe.calib)[: recipe.calib_prompts]
     if not source.is_pipeline:
@@ -94,27 +91,55 @@ def record_source(source: Source, recipe: Recipe, *, with_moments: bool = False,
             f"{source.path}: found no pipeline (model_index.json), which calibrating has to run; give the whole "
             f"pipeline, or --calibration with its statistics"
         )
-    width, height = recipe.calib_size or (None, None)
-    overrides = {"steps": recipe.calib_steps, "width": width, "height": height, "frames": recipe.calib_frames}
-    settings = GenerationSettings.for_pipeline(source.path, overrides)
-    components = tuple(component_methods(source, recipe))
-    checkpoints = {name: Checkpoint.open(source.path / name) for name in components}
-    pipe = load_pipeline(source.path, device=resolve_device(recipe.device))
-    recording = record(
-        pipe,
-        prompts,
-        settings,
-        components=components,
-        seed=recipe.seed,
-        fingerprints={name: checkpoint.fingerprint() for name, checkpoint in checkpoints.items()},
-        with_moments=with_moments,
-        progress=progress,
-    )
-    statistics, moments = recording.statistics, recording.moments
-    return Recording(
-        Statistics(statistics.identity, _as_stored(statistics.layers, checkpoints)),
-        None if moments is None else replace(moments, owners=_as_stored(moments.owners, checkpoints)),
-    )
+    if recipe.is_distributed:
+        from omni_convert.convert.distributed_calibration import record_on_cluster  # an extra
+
+        return record_on_cluster(source, recipe, prompts, with_moments=with_moments, progress=progress)
+    return SourceRecorder(source, recipe, with_moments=with_moments).record(prompts, progress=progress)
+
+
+class SourceRecorder:
+    """The pipeline of a source, loaded, which is calibrated as a recipe says."""
+
+    def __init__(self, source: Source, recipe: Recipe, *, with_moments: bool = False) -> None:
+        """Loads the pipeline.
+
+        Raises:
+            RecipeError: the pipeline does not take a setting.
+            CheckpointError: the pipeline cannot be loaded.
+        """
+        from omni_convert.convert.device import resolve_device
+        from omni_convert.convert.plan import component_methods
+        from omni_convert.formats.checkpoint import Checkpoint
+        from omni_convert.loaders.pipeline import load_pipeline
+
+        width, height = recipe.calib_size or (None, None)
+        overrides = {"steps": recipe.calib_steps, "width": width, "height": height, "frames": recipe.calib_frames}
+        self._settings = GenerationSettings.for_pipeline(source.path, overrides)
+        components = component_methods(source, recipe)
+        self._checkpoints = {name: Checkpoint.open(source.path / name) for name in components}
+        self._fingerprints = {name: checkpoint.fingerprint() for name, checkpoint in self._checkpoints.items()}
+        self._pipe = load_pipeline(source.path, device=resolve_device(recipe.device))
+        self._seed = recipe.seed
+        self._with_moments = with_moments
+
+    def record(self, prompts: Sequence[Prompt], *, progress: bool = False) -> Recording:
+        """Runs prompts; raises as `record_source`."""
+        recording = record(
+            self._pipe,
+            prompts,
+            self._settings,
+            components=tuple(self._checkpoints),
+            seed=self._seed,
+            fingerprints=self._fingerprints,
+            with_moments=self._with_moments,
+            progress=progress,
+        )
+        statistics, moments = recording.statistics, recording.moments
+        return Recording(
+            Statistics(statistics.identity, _as_stored(statistics.layers, self._checkpoints)),
+            None if moments is None else replace(moments, owners=_as_stored(moments.owners, self._checkpoints)),
+        )
 
 
 def calibrate(
@@ -165,7 +190,7 @@ def record(
     tells_steps = has_step_callback(pipe)
     observer = InputObserver(_modules(pipe, components), counts_timesteps=not tells_steps, with_moments=with_moments)
     total = len(prompts) * settings.steps if settings.steps and tells_steps else None
-    with observer, _progress_bar(total, hidden=not progress) as bar:
+    with observer, progress_bar(total, hidden=not progress) as bar:
 
         def after_step(step: int) -> None:
             observer.step = step + 1
@@ -364,14 +389,14 @@ def _modules(pipe: DiffusionPipeline, components: Sequence[str] | None) -> dict[
     return {name: present[name] for name in wanted}
 
 
-def _progress_bar(total: int | None, *, hidden: bool) -> tqdm[Any]:
-    # None: only on a terminal.
+def progress_bar(total: int | None, *, hidden: bool, unit: str = "step") -> tqdm[Any]:
+    """A bar on standard error, if that is a terminal and the work takes a while."""
     return tqdm(
         total=total,
         desc="calibrating",
-        unit="step",
+        unit=unit,
         delay=PROGRESS_DELAY,
-        disable=True if hidden else None,
+        disable=True if hidden else None,  # None: only on a terminal
         leave=False,
     )
 

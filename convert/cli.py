@@ -92,6 +92,15 @@ def _calibration_options(command: Command) -> Command:
     return command
 
 
+def _engine_option(command: Command) -> Command:
+    return click.option(
+        "--engine",
+        default="local",
+        show_default=True,
+        help="local, ray (the cluster of this machine, or its cores), ray://HOST:PORT or HOST:PORT.",
+    )(command)
+
+
 @main.command("convert")
 @click.argument("model", required=False)
 @click.option("-m", "--method", default="fp8", show_default=True, help=f"One of {', '.join(METHODS)}.")
@@ -127,11 +136,19 @@ def _calibration_options(command: Command) -> Command:
 @click.option("--dtype", type=click.Choice(DTYPES), help="Recast unquantized floats; default: keep.")
 @click.option("--max-shard-size", default="5GB", show_default=True)
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+@_engine_option
 @click.option("--revision", help="Branch, tag or commit on the Hub.")
 @click.option("--workers", type=int, metavar="N", help="Threads to use; default: one a core.")
 @click.option("--resume", is_flag=True, help="Go on where an interrupted run stopped.")
 @click.option("--overwrite", is_flag=True, help="Replace an earlier output.")
 @click.option("--verify-source", is_flag=True, help="Put the full hashes of the source into the manifest.")
+@click.option(
+    "--keep-source",
+    is_flag=True,
+    help="Download a model on the Hub as a whole, and keep it; implied by --calib, --calibration and --engine ray.",
+)
+@click.option("--push-to-hub", metavar="REPO_ID", help="Upload the result to the Hub.")
+@click.option("--private", is_flag=True, help="With --push-to-hub: only you see it.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and write nothing.")
 @click.option("--quiet", is_flag=True, help="No progress, no table.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
@@ -143,13 +160,16 @@ def convert_command(
     _announce_demo(model, "converting", quiet=quiet or as_json)
     if model is not None and not dry_run:
         start_reading(Path(model))
-    from omni_convert.convert.conversion import convert_plan, load_statistics, planned_without_running
+    from omni_convert.convert.source import resolve_source
+
+    _quieten_hub(hide_bars=quiet or as_json)
+    source = resolve_source(model, recipe.revision, stream=recipe.streams_source)
+    from omni_convert.convert.conversion import convert_plan, load_statistics, planned_without_running, prepare_push
     from omni_convert.convert.output import check_output
     from omni_convert.convert.plan import plan_conversion
     from omni_convert.convert.report import conversion_report, plan_report
-    from omni_convert.convert.source import resolve_source
+    from omni_convert.convert.upload import push_output
 
-    source = resolve_source(model, recipe.revision)
     output = output or Path(f"{source.short_name}-{recipe.method}")
     if dry_run:
         _print_lines(plan_report(planned_without_running(source, recipe), as_json=as_json))
@@ -157,6 +177,7 @@ def convert_command(
     check_output(output, overwrite=recipe.overwrite, resume=recipe.resume)
     if recipe.calib is not None:
         _silence_libraries()
+    repository = prepare_push(source, recipe)
     recorded = load_statistics(source, recipe)
     plan = plan_conversion(source, recipe, recorded)
     for note in () if quiet or as_json else plan.notes:
@@ -165,6 +186,36 @@ def convert_command(
         report = convert_plan(plan, output, recorded, advance)
     if as_json or not quiet:
         _print_lines(conversion_report(report, as_json=as_json))
+    if repository is not None:
+        address = push_output(output, repository)
+        click.echo(address, err=quiet or as_json)
+
+
+@main.command("push")
+@click.argument("path", type=click.Path(path_type=Path))
+@click.argument("repo_id")
+@click.option("--private", is_flag=True, help="Only you see it.")
+@click.option("--revision", help="Branch to upload to; default: main.")
+@click.option("--quiet", is_flag=True, help="No progress.")
+def push_command(path: Path, repo_id: str, private: bool, revision: str | None, quiet: bool) -> None:
+    """Upload PATH, a finished conversion, to REPO_ID on the Hub.
+
+    The repository is created if it is not there, and shows the model when all of it has arrived. After an interruption
+    the same command sends what is missing.
+    """
+    from omni_convert.convert.upload import push_to_hub
+
+    _quieten_hub(hide_bars=quiet)
+    click.echo(push_to_hub(path, repo_id, private=private, revision=revision))
+
+
+def _quieten_hub(*, hide_bars: bool) -> None:
+    """The client's warnings about what it tries again hold URLs, which may be signed; ours say what is left to say."""
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    if hide_bars or not sys.stderr.isatty():
+        from huggingface_hub.utils import disable_progress_bars
+
+        disable_progress_bars()
 
 
 def _recipe(model: str | None, options: dict[str, Any]) -> Recipe:
@@ -252,6 +303,7 @@ def _print_lines(lines: Iterable[str]) -> None:
     "--component", multiple=True, metavar="NAME=METHOD", help="Record another component too: text_encoder=fp8."
 )
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+@_engine_option
 @click.option("--revision", help="Branch, tag or commit on the Hub.")
 @click.option("--overwrite", is_flag=True, help="Replace an earlier file.")
 def calibrate_command(model: str | None, output: Path, moments: Path | None, **options: Any) -> None:
@@ -324,7 +376,7 @@ def generate_command(
 ) -> None:
     """Load MODEL, make an image of a prompt, and tell which kernels ran."""
     _announce_demo(model, "running", quiet=False)
-    from omni_convert.convert.conversion import resolve_device
+    from omni_convert.convert.device import resolve_device
     from omni_convert.convert.generation import GenerationSettings, run_pipeline
     from omni_convert.convert.prompts import Prompt
     from omni_convert.convert.source import resolve_source
@@ -380,7 +432,7 @@ def compare_command(
 ) -> None:
     """Run the same prompts through two pipelines and measure how far apart the images are."""
     from omni_convert.convert.comparison import compare, settings_of
-    from omni_convert.convert.conversion import resolve_device
+    from omni_convert.convert.device import resolve_device
     from omni_convert.convert.manifest import write_json
     from omni_convert.convert.prompts import Prompt, read_prompts
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-
-from omni_convert.convert.copy import copy_file, file_sha256
+from omni_convert.convert.copy import copy_file, file_sha256, take_files
+from omni_convert.convert.device import resolve_device
 from omni_convert.convert.execute import Engine, LayerResult, Progress, execute_component
 from omni_convert.convert.journal import JOURNAL, Journal
 from omni_convert.convert.manifest import describe_job, read_results, write_json, write_manifest
@@ -20,14 +21,19 @@ from omni_convert.convert.plan import ComponentPlan, Plan, plan_conversion
 from omni_convert.convert.recipe import Recipe
 from omni_convert.convert.report import ConversionReport
 from omni_convert.convert.source import Source, resolve_source
+from omni_convert.convert.upload import Repository, open_repository, push_output
 from omni_convert.convert.workers import Workers, available_cores
 from omni_convert.formats.checkpoint import Checkpoint
-from omni_convert.formats.errors import CheckpointError, RecipeError
+from omni_convert.formats.errors import CheckpointError
+from omni_convert.formats.safetensors_file import SafetensorsFile
 
 if TYPE_CHECKING:
     from omni_convert.convert.statistics import Statistics
 
-__all__ = ["convert_checkpoint", "convert_plan", "load_statistics", "planned_without_running", "resolve_device"]
+__all__ = ["convert_checkpoint", "convert_plan", "load_statistics", "planned_without_running", "prepare_push"]
+
+# Of what comes from the Hub, inside OUT.partial; gone before that becomes OUT.
+DOWNLOADS = ".downloads"
 
 
 def convert_checkpoint(
@@ -46,9 +52,24 @@ def convert_checkpoint(
     """
     recipe = recipe or Recipe()
     check_output(Path(output), overwrite=recipe.overwrite, resume=recipe.resume)
-    source = resolve_source(model, recipe.revision)
+    source = resolve_source(model, recipe.revision, stream=recipe.streams_source)
+    repository = prepare_push(source, recipe)
     recorded = load_statistics(source, recipe)
-    return convert_plan(plan_conversion(source, recipe, recorded), Path(output), recorded, progress)
+    report = convert_plan(plan_conversion(source, recipe, recorded), Path(output), recorded, progress)
+    if repository is not None:
+        push_output(Path(output), repository)
+    return report
+
+
+def prepare_push(source: Source, recipe: Recipe) -> Repository | None:
+    """The repository that the recipe wants the output in: what is wrong there must show before hours of work.
+
+    So must a mistake in the recipe, which should leave no empty repository behind.
+    """
+    if recipe.push_to_hub is None:
+        return None
+    plan_conversion(source, replace(recipe, activation_scheme=None) if recipe.calib is not None else recipe)
+    return open_repository(recipe.push_to_hub, private=recipe.private)
 
 
 def load_statistics(source: Source, recipe: Recipe) -> Statistics | None:
@@ -77,49 +98,64 @@ def planned_without_running(source: Source, recipe: Recipe) -> Plan:
     return replace(plan, notes=(*plan.notes, "a real run calibrates first; activations are then static where possible"))
 
 
-def resolve_device(name: str) -> torch.device:
-    """`auto` is the first CUDA device, or the CPU.
-
-    Raises:
-        RecipeError: torch does not know the device or has none of that kind.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).split("\n", 1)[0]
-        raise RecipeError(f"--device: found '{name}', which this torch cannot use ({reason})") from None
-    return device
-
-
 def convert_plan(
     plan: Plan, output: Path, recorded: Statistics | None = None, progress: Progress | None = None
 ) -> ConversionReport:
     """Carries out a plan; see `convert_checkpoint`."""
     started = time.monotonic()
     recipe = plan.recipe
-    device = resolve_device(recipe.device)
     statistics_id = recorded.fingerprint() if recorded is not None else None
     if recipe.resume and is_finished(output):
         return _report(plan, output, read_results(output, plan, statistics_id), started, 0)
     with (
+        _opened_engine(recipe) as engine_on,
         partial_folder(output, overwrite=recipe.overwrite, resume=recipe.resume) as folder,
         Journal(folder / JOURNAL, describe_job(plan, statistics_id)) as journal,
-        Workers(recipe.workers or available_cores()) as workers,
+        Workers(_threads(recipe)) as workers,
+        _streaming(plan.source, folder),
     ):
-        results, peak = _fill(folder, plan, statistics_id, Engine(workers, device, journal), progress or _ignore)
+        results, peak = _fill(folder, plan, statistics_id, engine_on(workers, journal), progress or _ignore)
     return _report(plan, output, results, started, peak)
+
+
+@contextmanager
+def _opened_engine(recipe: Recipe) -> Iterator[Callable[[Workers, Journal], Engine]]:
+    """What makes the engine of the threads and the journal; a cluster is connected to meanwhile."""
+    if not recipe.is_distributed:
+        device = resolve_device(recipe.device)
+        yield lambda workers, journal: Engine(workers, device, journal)
+        return
+    from omni_convert.convert.cluster import connect  # an extra
+    from omni_convert.convert.distributed import RayEngine
+
+    with connect(recipe.engine) as cluster:
+        device = cluster.device(recipe.device)
+        slots = cluster.slots(recipe.workers, needs_gpu=device.type == "cuda")
+        yield lambda workers, journal: RayEngine(workers, device, journal, cluster, slots)
+
+
+def _streaming(source: Source, folder: Path) -> AbstractContextManager[None]:
+    """Has weights come from the Hub while they are needed, if that is where they are."""
+    return source.hub_files.kept_in(folder / DOWNLOADS) if source.hub_files is not None else nullcontext()
+
+
+def _threads(recipe: Recipe) -> int:
+    """Of this process; `--workers` of a cluster are those of each task."""
+    return available_cores() if recipe.is_distributed or not recipe.workers else recipe.workers
 
 
 def _fill(
     folder: Path, plan: Plan, statistics_id: str | None, engine: Engine, progress: Progress
 ) -> tuple[dict[str, list[LayerResult]], int]:
     """Makes every file of the output; returns the layers of each component, and the peak of memory."""
+    hub_files = plan.source.hub_files
+    on_hub = [name for name in plan.copies if hub_files is not None and name in hub_files.streamed]
     copies = {
-        name: engine.workers.submit(copy_file, engine, name, path, folder / name) for name, path in plan.copies.items()
+        name: engine.workers.submit(copy_file, engine, name, path, folder / name)
+        for name, path in plan.copies.items()
+        if name not in on_hub
     }
+    moves = engine.workers.submit(take_files, engine, hub_files, on_hub, folder) if hub_files is not None else None
     results: dict[str, list[LayerResult]] = {}
     known: dict[str, str] = {}
     peak = 0
@@ -134,6 +170,9 @@ def _fill(
         _verify(component, place)
     sources = _source_hashes(plan, engine.workers) if plan.recipe.verify_source else {}
     known |= {name: copy.result() for name, copy in copies.items()}
+    known |= moves.result() if moves is not None else {}
+    if hub_files is not None:
+        hub_files.clear()
     write_text(folder / "README.md", model_card(plan, dict(results)))
     write_manifest(folder, plan, results, statistics_id, known, sources)
     return results, peak
@@ -141,9 +180,15 @@ def _fill(
 
 def _source_hashes(plan: Plan, workers: Workers) -> dict[Path, str]:
     """SHA-256 of every file of weights of the source."""
-    paths = [file.path for component in plan.components for file in component.checkpoint.files.values()]
-    hashes = workers.in_order((partial(file_sha256, path) for path in paths), ahead=len(paths))
-    return dict(zip(paths, hashes, strict=True))
+    files = [file for component in plan.components for file in component.checkpoint.files.values()]
+    hashes = workers.in_order((partial(_file_hash, file) for file in files), ahead=0)
+    return dict(zip((file.path for file in files), hashes, strict=True))
+
+
+def _file_hash(file: SafetensorsFile) -> str:
+    sha256 = file_sha256(file.on_disk())
+    file.release()
+    return sha256
 
 
 def _report(

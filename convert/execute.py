@@ -16,12 +16,12 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from omni_convert.convert.journal import Journal, Record
+from omni_convert.convert.journal import Record
 from omni_convert.convert.memory import anonymous_memory
 from omni_convert.convert.plan import ComponentPlan, CopyStep, QuantizeStep
 from omni_convert.convert.tile import Tile, sampled_rows, tiles_of
@@ -30,7 +30,16 @@ from omni_convert.formats.errors import CheckpointError
 from omni_convert.formats.format import Format
 from omni_convert.formats.safetensors_writer import SafetensorsWriter, bytes_of
 
-__all__ = ["ComponentResult", "Engine", "LayerResult", "Progress", "execute_component"]
+__all__ = [
+    "ComponentResult",
+    "Engine",
+    "Finished",
+    "LayerResult",
+    "Progress",
+    "Records",
+    "Work",
+    "execute_component",
+]
 
 #: Called with the number of source bytes that have been dealt with.
 Progress = Callable[[int], None]
@@ -69,20 +78,50 @@ class ComponentResult:
     peak_memory: int
 
 
+class Records(Protocol):
+    """What was done by an earlier run, and where to note what is done by this one; a `Journal`, mostly."""
+
+    def get(self, name: str) -> Record | None:
+        """What an earlier run noted about a range."""
+        ...
+
+    def add(self, name: str, record: Record) -> None:
+        """Notes that a range is finished."""
+        ...
+
+
 @dataclass(frozen=True)
 class Engine:
-    """What carries out a plan: the threads, the device for arithmetic, and the journal that they report to."""
+    """What carries out a plan: the threads, the device for arithmetic, and the journal that they report to.
+
+    This one works on this machine alone; `convert.cluster` has the other.
+    """
 
     workers: Workers
     device: torch.device
-    journal: Journal
+    journal: Records
+
+    def run(self, work: Work) -> Iterator[Finished]:
+        """Carries out all steps of a component; its tiles, in order, with bounded work ahead."""
+        ahead = 2 * self.workers.count + 2
+        steps = work.plan.steps
+        if any(step.format.fits_alone for step in work.plan.quantize_steps):
+            for step in steps:  # prepared here: this thread has all of torch's threads, and the workers rest
+                yield from self.workers.in_order(_prepare(work, step), ahead)
+            return
+        prepared = self.workers.in_order((partial(_prepare, work, step) for step in steps), self.workers.count + 1)
+        yield from self.workers.in_order((task for tasks in prepared for task in tasks), ahead)
+
+    def memory(self) -> int:
+        """`RssAnon` of the machine's processes at work, bytes."""
+        return anonymous_memory()
 
 
 @dataclass(frozen=True)
 class CheckedRows:
     """Rows of a weight, refused when they hold NaN or Inf, which no scale can represent."""
 
-    work: _Work
+    work: Work
     name: str
 
     @property
@@ -104,7 +143,7 @@ class CheckedRows:
 
 
 @dataclass(frozen=True)
-class _Work:
+class Work:
     """A component under way: its plan, and the writer of each output tensor."""
 
     plan: ComponentPlan
@@ -117,7 +156,9 @@ class _Work:
 
 
 @dataclass(frozen=True)
-class _Finished:
+class Finished:
+    """A tile whose bytes are in the output."""
+
     tile: Tile
     record: Record
 
@@ -138,28 +179,17 @@ def execute_component(component: ComponentPlan, folder: Path, engine: Engine, pr
         }
         outputs = {spec.name: writers[file] for file, specs in component.shards.files.items() for spec in specs}
         hashes: dict[SafetensorsWriter, Future[str]] = {}
-        for finished in _run(_Work(component, engine, outputs)):
+        for finished in engine.run(Work(component, engine, outputs)):
             records.setdefault(finished.tile.source.name, []).append(finished.record)
             progress(finished.tile.nbytes)
+            component.checkpoint.finished(finished.tile.source.name, finished.tile.nbytes)
             _hash_complete({outputs[name] for name in finished.tile.ranges}, hashes, engine.workers)
             if time.monotonic() > looked + MEMORY_SECONDS:
-                peak, looked = max(peak, anonymous_memory()), time.monotonic()
+                peak, looked = max(peak, engine.memory()), time.monotonic()
         for closing in [engine.workers.submit(writer.close) for writer in writers.values()]:
             closing.result()
         sha256 = {file: hashes[writer].result() for file, writer in writers.items()}
-    return ComponentResult(_layer_results(component, records), sha256, max(peak, anonymous_memory()))
-
-
-def _run(work: _Work) -> Iterator[_Finished]:
-    """All tiles of a component, in order."""
-    workers = work.engine.workers
-    ahead = 2 * workers.count + 2
-    if any(step.format.fits_alone for step in work.plan.quantize_steps):
-        for step in work.plan.steps:  # prepared here: this thread has all of torch's threads, and the workers rest
-            yield from workers.in_order(_prepare(work, step), ahead)
-        return
-    prepared = workers.in_order((partial(_prepare, work, step) for step in work.plan.steps), workers.count + 1)
-    yield from workers.in_order((task for tasks in prepared for task in tasks), ahead)
+    return ComponentResult(_layer_results(component, records), sha256, max(peak, engine.memory()))
 
 
 def _hash_complete(
@@ -171,21 +201,21 @@ def _hash_complete(
             hashes[writer] = workers.submit(writer.sha256)
 
 
-def _prepare(work: _Work, step: QuantizeStep | CopyStep) -> list[Callable[[], _Finished]]:
+def _prepare(work: Work, step: QuantizeStep | CopyStep) -> list[Callable[[], Finished]]:
     """What is left to do for a step, tile by tile; for a group this decides what its members share."""
     tiles = tiles_of(step)
     before = [_record_of_earlier_run(work, tile) for tile in tiles]
     if isinstance(step, CopyStep):
-        make: Callable[[Tile], _Finished] = partial(_copy, work, step.dtype)
+        make: Callable[[Tile], Finished] = partial(_copy, work, step.dtype)
     elif not all(before):
         make = _fit(work, step)
     return [
-        partial(make, tile) if record is None else partial(_Finished, tile, record)
+        partial(make, tile) if record is None else partial(Finished, tile, record)
         for tile, record in zip(tiles, before, strict=True)
     ]
 
 
-def _record_of_earlier_run(work: _Work, tile: Tile) -> Record | None:
+def _record_of_earlier_run(work: Work, tile: Tile) -> Record | None:
     """What the journal says about a tile whose bytes are still what it says; the writer then counts them."""
     record = work.engine.journal.get(work.name_of(tile))
     if record is None:
@@ -201,7 +231,7 @@ def _record_of_earlier_run(work: _Work, tile: Tile) -> Record | None:
     return record
 
 
-def _fit(work: _Work, step: QuantizeStep) -> Callable[[Tile], _Finished]:
+def _fit(work: Work, step: QuantizeStep) -> Callable[[Tile], Finished]:
     for weight in step.weights:
         work.plan.checkpoint.prefetch(weight.name, PREFETCH_BYTES)
     fitted = step.format.fit([CheckedRows(work, weight.name) for weight in step.weights], step.inputs)
@@ -209,7 +239,7 @@ def _fit(work: _Work, step: QuantizeStep) -> Callable[[Tile], _Finished]:
     return partial(_quantize, work, step.format, fitted, constants)
 
 
-def _quantize(work: _Work, fmt: Format, fitted: Any, constants: Mapping[str, Tensor], tile: Tile) -> _Finished:
+def _quantize(work: Work, fmt: Format, fitted: Any, constants: Mapping[str, Tensor], tile: Tile) -> Finished:
     rows = CheckedRows(work, tile.source.name).read(tile.start, tile.stop)
     tensors = fmt.quantize_rows(rows, fitted)
     sample, stored = sampled_rows(tile, rows, tensors, fmt)
@@ -232,7 +262,7 @@ def _squared_error(original: Tensor, approximation: Tensor) -> tuple[float, floa
     return float(values.sub_(approximation).square_().sum(dtype=torch.float64)), norm
 
 
-def _copy(work: _Work, dtype: torch.dtype, tile: Tile) -> _Finished:
+def _copy(work: Work, dtype: torch.dtype, tile: Tile) -> Finished:
     work.engine.workers.check()
     checkpoint, name = work.plan.checkpoint, tile.source.name
     rows = checkpoint.read(name) if tile.is_whole else checkpoint.read_rows(name, tile.start, tile.stop)
@@ -240,8 +270,8 @@ def _copy(work: _Work, dtype: torch.dtype, tile: Tile) -> _Finished:
 
 
 def _write(
-    work: _Work, tile: Tile, tensors: Mapping[str, Tensor], squared_error: float = 0.0, squared_norm: float = 0.0
-) -> _Finished:
+    work: Work, tile: Tile, tensors: Mapping[str, Tensor], squared_error: float = 0.0, squared_norm: float = 0.0
+) -> Finished:
     """Writes what came of a tile, and notes it in the journal."""
     checksum = 0
     for name, (first_row, _) in tile.ranges.items():
@@ -253,7 +283,7 @@ def _write(
         checksum = zlib.crc32(bytes_of(tensor), checksum)
     record = Record(checksum, squared_error, squared_norm)
     work.engine.journal.add(work.name_of(tile), record)
-    return _Finished(tile, record)
+    return Finished(tile, record)
 
 
 def _layer_results(component: ComponentPlan, records: Mapping[str, list[Record]]) -> list[LayerResult]:

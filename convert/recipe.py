@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +18,7 @@ METHODS = ("fp8", "int8", "mxfp8", "mxfp4", "mxfp4_dualscale", "nvfp4")
 ACTIVATION_SCHEMES = ("dynamic", "static")
 RUNTIMES = ("vllm-omni", "diffusers")
 ROUNDINGS = ("nearest", "gptq", "auto")
+ENGINE = re.compile(r"local|ray|(ray://)?[\w.-]+:\d+|ray://[\w.-]+")
 DTYPES = ("bfloat16", "float16", "float32")
 
 
@@ -67,11 +69,15 @@ class Recipe:
     seed: int = 0
 
     device: str = "auto"
+    engine: str = "local"
     revision: str | None = None
     workers: int | None = None
     resume: bool = False
     overwrite: bool = False
     verify_source: bool = False
+    keep_source: bool = False
+    push_to_hub: str | None = None
+    private: bool = False
     force: bool = False
 
     def __post_init__(self) -> None:
@@ -86,6 +92,10 @@ class Recipe:
         if self.weight_block_size is not None:
             self._check_block_size(self.weight_block_size)
         self._check_input_scale()
+        if not ENGINE.fullmatch(self.engine):
+            raise RecipeError(f"--engine: found '{self.engine}', expected local, ray, ray://HOST:PORT or HOST:PORT")
+        if self.private and self.push_to_hub is None:
+            raise RecipeError("--private: found without --push-to-hub REPO_ID, which it refines")
         if self.workers is not None and self.workers < 1:
             raise RecipeError(f"--workers: found {self.workers}, expected at least 1")
         if self.calib is not None and self.calibration:
@@ -111,6 +121,21 @@ class Recipe:
         raise RecipeError(
             f"--input-scale: found '{self.input_scale}', expected max, mse or percentile:P with 0 < P <= 100"
         )
+
+    @property
+    def is_distributed(self) -> bool:
+        """Whether a cluster does the work."""
+        return self.engine != "local"
+
+    @property
+    def streams_source(self) -> bool:
+        """Whether a model on the Hub need not be on the disk as a whole.
+
+        A pipeline that is run needs all of it, statistics are compared with every tensor of it before anything is
+        written, and the machines of a cluster share files, not downloads.
+        """
+        needs_all = self.calib is not None or self.calibration or self.moments or self.is_distributed
+        return not self.keep_source and not needs_all
 
     @property
     def effective_rounding(self) -> str:

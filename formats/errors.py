@@ -5,14 +5,25 @@
     ├── RecipeError             the request contradicts itself, the model or the format
     ├── CalibrationError        prompts or statistics are missing, empty or belong to another model
     ├── OutputError             the output folder cannot be created, written or replaced
-    └── KernelError             no kernel can run a layer as asked
+    ├── KernelError             no kernel can run a layer as asked
+    ├── ClusterError            machines that share the work cannot be reached, differ, or are lost too often
+    └── HubError                the Hub refuses, fails, cannot be reached, or has no such thing
 
 A message reads `where: found, expected, remedy`. Anything else that is raised is a bug of ours.
 """
 
 from __future__ import annotations
 
-__all__ = ["CalibrationError", "CheckpointError", "KernelError", "OmniConvertError", "OutputError", "RecipeError"]
+__all__ = [
+    "CalibrationError",
+    "CheckpointError",
+    "ClusterError",
+    "HubError",
+    "KernelError",
+    "OmniConvertError",
+    "OutputError",
+    "RecipeError",
+]
 
 
 class OmniConvertError(Exception):
@@ -37,3 +48,19 @@ class OutputError(OmniConvertError):
 
 class KernelError(OmniConvertError):
     """No kernel can run a layer as asked."""
+
+
+class ClusterError(OmniConvertError):
+    """The machines that share the work cannot be reached, differ, or are lost too often."""
+
+
+class HubError(OmniConvertError):
+    """The Hub refuses, fails, cannot be reached, or has no such thing.
+
+    Attributes:
+        is_unreachable: it did not answer at all
+    """
+
+    def __init__(self, message: str, *, is_unreachable: bool = False) -> None:
+        super().__init__(message)
+        self.is_unreachable = is_unreachable

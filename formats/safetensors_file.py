@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -46,12 +47,7 @@ class SafetensorsFile:
         self.path = path
         descriptor = _open(path)
         self.size = os.fstat(descriptor.number).st_size
-        text = self._read_header(descriptor)
-        header = parse_header(text, self.size, path)
-        self.specs: dict[str, TensorSpec] = header.specs
-        self.metadata: dict[str, str] = header.metadata
-        self.header_sha256 = hashlib.sha256(text).hexdigest()
-        self._offsets = header.offsets
+        self._take_header(self._read_header(descriptor))
         self._descriptor: FileDescriptor | None = descriptor
 
     def __enter__(self) -> Self:
@@ -61,6 +57,20 @@ class SafetensorsFile:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
+
+    def __reduce__(self) -> tuple[Callable[[Path, str, int], SafetensorsFile], tuple[Path, str, int]]:
+        """Another process opens the file itself."""
+        return _open_again, (self.path.absolute(), self.header_sha256, self.size)
+
+    def finished(self, nbytes: int) -> None:
+        """Notes that so many more bytes of tensors are not needed any more; for files that do not stay on the disk."""
+
+    def on_disk(self) -> Path:
+        """The whole file."""
+        return self.path
+
+    def release(self) -> None:
+        """Gives up the place on the disk of a file that does not stay there."""
 
     def close(self) -> None:
         """Lets go of the file; reads that are under way finish."""
@@ -127,6 +137,13 @@ class SafetensorsFile:
                 )
             done += count
 
+    def _take_header(self, text: bytes) -> None:
+        header = parse_header(text, self.size, self.path)
+        self.specs: dict[str, TensorSpec] = header.specs
+        self.metadata: dict[str, str] = header.metadata
+        self.header_sha256 = hashlib.sha256(text).hexdigest()
+        self._offsets = header.offsets
+
     def _read_header(self, descriptor: FileDescriptor) -> bytes:
         """The JSON of the header."""
         prefix = bytearray(min(LENGTH_BYTES, self.size))
@@ -147,6 +164,21 @@ class SafetensorsFile:
         text = bytearray(length)
         self._read_into(descriptor, memoryview(text), LENGTH_BYTES)
         return bytes(text)
+
+
+def _open_again(path: Path, header_sha256: str, size: int) -> SafetensorsFile:
+    """The file that another process has open.
+
+    Raises:
+        CheckpointError: it is not there, or another.
+    """
+    file = SafetensorsFile(path)
+    if (file.header_sha256, file.size) != (header_sha256, size):
+        raise CheckpointError(
+            f"{path}: found another file than the one that the work began with, expected the same on every machine; "
+            "put the model on a file system that all of them share"
+        )
+    return file
 
 
 def _open(path: Path) -> FileDescriptor:

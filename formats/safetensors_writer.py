@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import platform
 import threading
 from bisect import bisect_left
 from collections.abc import Iterable, Mapping
@@ -67,6 +68,7 @@ class SafetensorsWriter:
         metadata: Mapping[str, str] | None = FORMAT_PT,
         *,
         resume: bool = False,
+        join: bool = False,
     ) -> None:
         """Creates the file at its full size and writes the header.
 
@@ -76,9 +78,11 @@ class SafetensorsWriter:
             metadata: free text that travels with the tensors
             resume: keep the bytes of a file of this very header that is there, and replace any other; none of them
                 counts as written until it is adopted
+            join: write into a file of this very header that another process has created and will close
 
         Raises:
-            OutputError: the file exists, cannot be created, or the disk has no room for all of it.
+            OutputError: the file exists, cannot be created, or the disk has no room for all of it; there is none to
+                join.
         """
         self.path = path
         self._header, text = build_header(specs, metadata)
@@ -94,7 +98,11 @@ class SafetensorsWriter:
         self._missing = sum(spec.nbytes for spec in self._header.specs.values())
         self._not_yet_on_disk = 0
         self._is_abandoned = False
-        self._descriptor: FileDescriptor | None = self._reopen(text) if resume else None
+        self._descriptor: FileDescriptor | None = None
+        if join:
+            self._descriptor = self._join(text)
+        elif resume:
+            self._descriptor = self._reopen(text)
         if self._descriptor is None:
             self._descriptor = self._create()
             self._write_at(self._descriptor, memoryview(text), LENGTH_BYTES)
@@ -182,6 +190,16 @@ class SafetensorsWriter:
             raise self._output_error(error) from None
         return digest.hexdigest()
 
+    def detach(self) -> None:
+        """Puts what was written on the disk and lets go of the file, unfinished.
+
+        Raises:
+            OutputError: the disk is full or fails.
+        """
+        descriptor, self._descriptor = self._descriptor, None
+        if descriptor is not None:
+            self._sync(descriptor)
+
     def close(self) -> None:
         """Finishes the file: from here on it can be read, and survives a power cut.
 
@@ -211,6 +229,20 @@ class SafetensorsWriter:
         except OSError as error:
             raise self._output_error(error) from None
         return None
+
+    def _join(self, text: bytes) -> FileDescriptor:
+        try:
+            descriptor = FileDescriptor(os.open(self.path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW))
+            if os.pread(descriptor.number, len(text), LENGTH_BYTES) == text:
+                return descriptor
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            raise self._output_error(error) from None
+        raise OutputError(
+            f"{self.path}: found no such file on {platform.node()}, where a part of the work runs, expected what "
+            "another machine began; put the output on a file system that all machines share"
+        )
 
     def _create(self) -> FileDescriptor:
         try:
