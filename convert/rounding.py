@@ -1,8 +1,8 @@
 """How the weights of a group are rounded: to the nearest, by GPTQ, or by whichever of the two is better.
 
 A wrapper around a format: it decides, in `fit`, what the moments of the group's input say, and leaves the rest to the
-format, whose tensors it fills. Half of the recorded rows tell how the runtime's rounding disturbs the inputs; the other
-half is taken out of the moments and held out, so that `auto` compares the outputs on inputs that neither way has seen.
+format, whose tensors it fills. Half of the recorded rows, which the search of mul_scale has not seen either, is taken
+out of the moments: `auto` compares the outputs on these.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from omni_convert.convert.moments import InputMoments
 from omni_convert.formats.format import Format, InputStatistics, TensorLayout, WeightRows, iterate_rows
-from omni_convert.formats.gptq import Compensation, InputNoise, plan_compensation, quantize_compensated
+from omni_convert.formats.gptq import Compensation, plan_compensation, quantize_compensated
 from omni_convert.formats.smoothing import split_input_rows
 
 __all__ = ["CompensatedFormat"]
@@ -77,9 +77,9 @@ class CompensatedFormat(Format):
         constants = self.base.constants(base)
         device = weights[0].read(0, 1).device
         moments = self.moments()
-        fitting, held_out = split_input_rows(moments.sample)
-        compensations = self._compensations(moments.without(held_out), fitting, constants, device)
-        fitted = _Fitted(base, constants, [compensation.to(device) for compensation in compensations])
+        _, held_out = split_input_rows(moments.sample)
+        blocks = [block.to(device) for block in moments.without(held_out).blocks()]
+        fitted = _Fitted(base, constants, plan_compensation(_smoothed(blocks, constants)))
         nearest = _Fitted(base, constants, ())
         if self.rounding == "auto" and not self._is_better(fitted, nearest, weights, held_out.to(device)):
             return nearest
@@ -107,18 +107,6 @@ class CompensatedFormat(Format):
 
     def encode_elements(self, elements: Tensor) -> Tensor:
         return self.base.encode_elements(elements)
-
-    def _compensations(
-        self, moments: InputMoments, rows: Tensor, constants: Mapping[str, Tensor], device: torch.device
-    ) -> list[Compensation]:
-        blocks = [block.to(device) for block in moments.blocks()]
-        if "mul_scale" in constants:
-            pieces = torch.split(constants["mul_scale"].to(device).float(), [len(block) for block in blocks])
-            blocks = [block * piece[:, None] * piece for block, piece in zip(blocks, pieces, strict=True)]
-        rows = rows.to(device)
-        smoothed = rows * constants["mul_scale"].to(rows) if "mul_scale" in constants else rows
-        noise = InputNoise.measured(smoothed, self._seen(rows, constants))
-        return plan_compensation(blocks, moments.count, noise)
 
     def _seen(self, inputs: Tensor, constants: Mapping[str, Tensor]) -> Tensor:
         """Inputs [samples, in] as the runtime's GEMM sees them: smoothed and rounded, float32."""
@@ -152,3 +140,12 @@ class CompensatedFormat(Format):
         if "mul_scale" in everything:
             everything["mul_scale"] = torch.ones_like(everything["mul_scale"])
         return self.base.dequantize(everything)
+
+
+def _smoothed(blocks: Sequence[Tensor], constants: Mapping[str, Tensor]) -> Sequence[Tensor]:
+    """Moments [columns, columns] of the inputs times mul_scale, if there is one."""
+    if "mul_scale" not in constants:
+        return blocks
+    mul_scale = constants["mul_scale"].to(blocks[0].device).float()
+    pieces = torch.split(mul_scale, [len(block) for block in blocks])
+    return [block * piece[:, None] * piece for block, piece in zip(blocks, pieces, strict=True)]

@@ -15,14 +15,14 @@ import sys
 import time
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from diffusers.utils import logging as diffusers_logging
 from transformers.utils import logging as transformers_logging
 
-from omni_convert.convert.calibration import calibrate_source
+from omni_convert.convert.calibration import record_source
 from omni_convert.convert.comparison import Run, Variant, run_variant, settings_of
 from omni_convert.convert.conversion import convert_checkpoint
 from omni_convert.convert.metrics import Image, rmse, sequence_metrics
@@ -59,23 +59,29 @@ class Case:
         return (good or not self.is_strict) and metrics["noise_ratio"] <= (self.noise_ratio or float("inf"))
 
 
-def cases(statistics: Path, *, microscaling: bool) -> list[Case]:
-    """What the demo converts to; the last two differ in everything that lowers the error of an unchanged format."""
+def cases(statistics: Path, moments: Path, *, microscaling: bool) -> list[Case]:
+    """What the demo converts to: for each microscaling method one step after the other that lowers its error."""
     known = (statistics,)
     eight_bit = [
-        Case("fp8 static", Recipe("fp8", calibration=known, overwrite=True), 2.0, True),
-        Case("fp8 dynamic", Recipe("fp8", overwrite=True), 2.0, True),
-        Case("fp8 block 128x128", Recipe("fp8", weight_block_size=(128, 128), overwrite=True), 2.0, True),
-        Case("int8", Recipe("int8", overwrite=True), 2.0, True),
+        Case("fp8 static", Recipe("fp8", calibration=known), 2.0, True),
+        Case("fp8 dynamic", Recipe("fp8"), 2.0, True),
+        Case("fp8 block 128x128", Recipe("fp8", weight_block_size=(128, 128)), 2.0, True),
+        Case("int8", Recipe("int8"), 2.0, True),
     ]
-    plain = Recipe("mxfp4_dualscale", scale_rule="floor", search=False, overwrite=True)
     others = [
-        Case("mxfp8", Recipe("mxfp8", overwrite=True), 2.0, True),
-        Case("nvfp4", Recipe("nvfp4", calibration=known, overwrite=True)),
-        Case("mxfp4", Recipe("mxfp4", calibration=known, overwrite=True)),
-        Case("dual-scale", Recipe("mxfp4_dualscale", calibration=known, overwrite=True), 4.0),
-        Case("dual-scale plain", plain),
+        Case("mxfp8 plain", Recipe("mxfp8", scale_rule="floor", search=False), None, True),
+        Case("mxfp8 searched", Recipe("mxfp8"), None, True),
+        Case("mxfp8 gptq", Recipe("mxfp8", calibration=known, moments=(moments,)), 2.0, True),
+        Case("nvfp4", Recipe("nvfp4", calibration=known)),
+        Case("nvfp4 gptq", Recipe("nvfp4", calibration=known, moments=(moments,))),
     ]
+    for method, bound in (("mxfp4", None), ("mxfp4_dualscale", 4.0)):
+        others += [
+            Case(f"{method} plain", Recipe(method, scale_rule="floor", search=False)),
+            Case(f"{method} searched", Recipe(method)),
+            Case(f"{method} smoothed", Recipe(method, calibration=known)),
+            Case(f"{method} gptq", Recipe(method, calibration=known, moments=(moments,)), bound),
+        ]
     return eight_bit + others if microscaling else eight_bit
 
 
@@ -94,9 +100,12 @@ def main() -> int:
     started = time.monotonic()
 
     print(f"calibrating on {DEMO_PROMPTS.name}")
-    statistics = output / "stats.safetensors"
-    calibrate_source(resolve_source(None), Recipe(calib=DEMO_PROMPTS)).save(statistics)
-    chosen = cases(statistics, microscaling=arguments.all)
+    statistics, moments = output / "stats.safetensors", output / "moments.safetensors"
+    recording = record_source(resolve_source(None), Recipe(calib=DEMO_PROMPTS), with_moments=arguments.all)
+    recording.statistics.save(statistics)
+    if recording.moments is not None:
+        recording.moments.save(moments)
+    chosen = cases(statistics, moments, microscaling=arguments.all)
     folders = [convert(case, output) for case in chosen]
     prompts = read_prompts(DEMO_EVALUATION_PROMPTS)[: arguments.prompts]
     failed = compare_with_bf16(chosen, folders, prompts, output)
@@ -109,9 +118,9 @@ def main() -> int:
 def convert(case: Case, output: Path) -> Path:
     """Converts the demo as a case says, into a folder of its name."""
     folder = output / case.name.replace(" ", "-")
-    report = convert_checkpoint(None, folder, case.recipe)
+    report = convert_checkpoint(None, folder, replace(case.recipe, overwrite=True))
     print(
-        f"converted   {case.name:<18} {len(report.layers)} layers, {report.bytes_before / 1e6:.1f} → "
+        f"converted   {case.name:<24} {len(report.layers)} layers, {report.bytes_before / 1e6:.1f} → "
         f"{report.bytes_after / 1e6:.1f} MB in {report.seconds:.1f} s"
     )
     return folder
@@ -127,7 +136,7 @@ def compare_with_bf16(
     exact = run_variant(Variant("fp32", base.model, dtype=torch.float32), prompts, settings, SEED)
     noise = rmse(exact.images, reference.images)
     print(f"\n{len(prompts)} evaluation prompts, seed {SEED}, {settings.steps} steps; BF16 to FP32: RMSE {noise:.3f}")
-    print(f"{'method':<18} {'PSNR':>6} {'MAE':>6} {'cosine':>8} {'rel L2':>7} {'noise x':>8} {'MB':>6}  kernels")
+    print(f"{'method':<24} {'PSNR':>6} {'MAE':>6} {'cosine':>8} {'rel L2':>7} {'noise x':>8} {'MB':>6}  kernels")
     shown: dict[str, list[Image]] = {}
     rows: dict[str, dict[str, float]] = {}
     for case, folder in zip(chosen, folders, strict=True):
@@ -146,7 +155,7 @@ def print_row(name: str, metrics: dict[str, float], folder: Path, run: Run) -> N
     size = sum(file.stat().st_size for file in (folder / "transformer").glob("*.safetensors")) / 1e6
     kernels = ", ".join(f"{count} {kernel}" for kernel, count in run.kernels.items())
     print(
-        f"{name:<18} {metrics['psnr_db']:>6.1f} {metrics['mae']:>6.2f} {metrics['cosine_similarity']:>8.5f} "
+        f"{name:<24} {metrics['psnr_db']:>6.1f} {metrics['mae']:>6.2f} {metrics['cosine_similarity']:>8.5f} "
         f"{metrics['relative_l2']:>7.4f} {metrics['noise_ratio']:>8.2f} {size:>6.1f}  {kernels}",
         flush=True,
     )
