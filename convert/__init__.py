@@ -16,8 +16,9 @@ if TYPE_CHECKING:
     from omni_convert.convert.comparison import compare
     from omni_convert.convert.conversion import convert_checkpoint
     from omni_convert.convert.recipe import Recipe
+    from omni_convert.convert.upload import push_to_hub
 
-__all__ = ["Recipe", "calibrate", "compare", "convert_checkpoint"]
+__all__ = ["Recipe", "calibrate", "compare", "convert_checkpoint", "push_to_hub"]
 
 # No module is called like a name here: importing it would put the module in that name's place.
 _MODULES = {
@@ -25,6 +26,7 @@ _MODULES = {
     "calibrate": "calibration",
     "compare": "comparison",
     "convert_checkpoint": "conversion",
+    "push_to_hub": "upload",
 }
 
 

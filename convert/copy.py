@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from omni_convert.convert.execute import Engine
+from omni_convert.convert.hub_files import HubFiles
 from omni_convert.convert.journal import Record
 from omni_convert.formats.errors import CheckpointError, OutputError
 
-__all__ = ["copy_file", "file_sha256"]
+__all__ = ["copy_file", "file_sha256", "take_files"]
 
 BLOCK = 1 << 20
 
@@ -56,6 +58,23 @@ def _copy(engine: Engine, source: int, target: Path) -> str:
             while written < count:
                 written += os.write(output.fileno(), block[written:count])
     return digest.hexdigest()
+
+
+def take_files(engine: Engine, hub_files: HubFiles, names: Sequence[str], folder: Path) -> dict[str, str]:
+    """Copies files from the Hub as `copy_file` does, one after the other; returns their SHA-256."""
+    hashes = {}
+    for name in names:
+        target = folder / name
+        before = engine.journal.get(name)
+        is_there = before is not None and target.is_file() and file_sha256(target) == before.checksum
+        hashes[name] = str(before.checksum) if before and is_there else _take(engine, hub_files, name, target)
+    return hashes
+
+
+def _take(engine: Engine, hub_files: HubFiles, name: str, target: Path) -> str:
+    sha256 = copy_file(engine, name, hub_files.path(name), target)
+    hub_files.release(name)
+    return sha256
 
 
 def file_sha256(path: Path) -> str:

@@ -27,11 +27,15 @@ ERROR_DIGITS = 6
 def describe_job(plan: Plan, statistics_id: str | None) -> dict[str, Any]:
     """What must not change between the runs that make one output; for the journal, which may hold times."""
     files = {
-        f"{component.name}/{name}": [file.size, file.header_sha256, file.path.stat().st_mtime_ns]
+        f"{component.name}/{name}": [
+            file.size,
+            file.header_sha256,
+            *plan.source.state(f"{component.name}/{name}", file.path)[1:],
+        ]
         for component in plan.components
         for name, file in component.checkpoint.files.items()
     }
-    copies = {name: [path.stat().st_size, path.stat().st_mtime_ns] for name, path in plan.copies.items()}
+    copies = {name: plan.source.state(name, path) for name, path in plan.copies.items()}
     return {
         "omni_convert_version": VERSION,
         "recipe": plan.recipe.of_the_bytes(),
@@ -56,11 +60,11 @@ def write_manifest(
         plan: what was done
         results: component name → its quantized layers
         statistics_id: identity of the statistics, if some were used
-        known: file name inside the output → its SHA-256; other files are hashed now
+        known: file name inside the output → its SHA-256, wherever the file is; others in the folder are hashed now
         source_sha256: of the source's files, where they were asked for
     """
-    files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
-    others = {name: path for name, path in files.items() if name not in (MANIFEST, JOURNAL)}
+    paths = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
+    names = sorted((paths.keys() | known.keys()) - {MANIFEST, JOURNAL}, key=lambda name: Path(name).parts)
     write_json(
         folder / MANIFEST,
         {
@@ -78,7 +82,7 @@ def write_manifest(
                 }
                 for component in plan.components
             },
-            "files": {name: known.get(name) or file_sha256(path) for name, path in others.items()},
+            "files": {name: known.get(name) or file_sha256(paths[name]) for name in names},
         },
     )
 

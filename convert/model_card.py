@@ -52,12 +52,15 @@ def model_card(plan: Plan, results: dict[str, Sequence[LayerResult]]) -> str:
         plan: what was done
         results: component name → its quantized layers
     """
+    declared = _inherited(plan.source.path)
     data = ModelCardData(
         base_model=plan.source.repo_id,
         base_model_relation="quantized" if plan.source.repo_id else None,
         library_name="diffusers",
-        license=_license(plan.source.path),
-        pipeline_tag=None,
+        license=declared.get("license"),
+        license_name=declared.get("license_name"),
+        license_link=declared.get("license_link"),
+        pipeline_tag=declared.get("pipeline_tag"),
         tags=sorted({"omni-convert", "quantized", *(component.method for component in plan.components)}),
     )
     source = (
@@ -68,14 +71,16 @@ def model_card(plan: Plan, results: dict[str, Sequence[LayerResult]]) -> str:
     return f"---\n{data.to_yaml()}\n---\n{body}"
 
 
-def _license(folder: Path) -> str | None:
-    """The license that the source's own card declares."""
+INHERITED = ("license", "license_name", "license_link", "pipeline_tag")
+
+
+def _inherited(folder: Path) -> dict[str, str]:
+    """What the source's own card declares and holds for the quantized model, too; a license may be named by a link."""
     card = folder / "README.md"
     if not card.is_file():
-        return None
+        return {}
     data = ModelCard(card.read_text(encoding="utf-8", errors="replace"), ignore_metadata_errors=True).data
-    declared = getattr(data, "license", None)
-    return declared if isinstance(declared, str) else None
+    return {name: value for name in INHERITED if isinstance(value := getattr(data, name, None), str)}
 
 
 def _rows(plan: Plan, results: dict[str, Sequence[LayerResult]]) -> list[str]:

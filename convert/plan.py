@@ -7,9 +7,10 @@ headers ┘
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
+from functools import partial
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,6 +27,7 @@ from omni_convert.formats.errors import CalibrationError, CheckpointError, Recip
 from omni_convert.formats.family import Family, LayerGroup, find_family
 from omni_convert.formats.format import Format, InputStatistics
 from omni_convert.formats.quantization_config import ACTIVATION_SCHEMES, QuantizationConfig
+from omni_convert.formats.safetensors_file import SafetensorsFile
 from omni_convert.formats.sharding import Shards, plan_shards
 from omni_convert.formats.table import FORMATS, Calibration, layer_formats
 from omni_convert.formats.tensor_spec import TensorSpec
@@ -216,7 +218,21 @@ def _check_encoder(source: Source, methods: Mapping[str, str], recipe: Recipe) -
 
 
 def _open_component(source: Source, name: str) -> Checkpoint:
-    return Checkpoint.open(source.path / name if name else source.path)
+    return Checkpoint.open(source.path / name if name else source.path, _streamed_files(source, name))
+
+
+def _streamed_files(source: Source, name: str) -> dict[str, Callable[[], SafetensorsFile]]:
+    """The weights of a component that are still on the Hub."""
+    if source.hub_files is None:
+        return {}
+    from omni_convert.convert.streamed_file import StreamedFile
+
+    streamed = [PurePosixPath(file) for file in source.hub_files.streamed]
+    return {
+        file.name: partial(StreamedFile, source.hub_files, str(file))
+        for file in streamed
+        if file.parent == PurePosixPath(name)
+    }
 
 
 def _component_config(source: Source, name: str) -> tuple[Path, dict[str, Any]]:
@@ -433,7 +449,10 @@ def _files_to_copy(source: Source, methods: Mapping[str, str]) -> dict[str, Path
     index = read_json(source.path / "model_index.json")
     folders = [source.path / name for name, value in index.items() if isinstance(value, list)]
     files = root_files + [path for folder in folders if folder.is_dir() for path in folder.rglob("*")]
-    copies = {path.relative_to(source.path).as_posix(): path for path in sorted(files) if path.is_file()}
+    on_disk = [path for path in files if path.is_file()]
+    streamed = [source.path / name for name in (source.hub_files.streamed if source.hub_files is not None else ())]
+    on_hub = [path for path in streamed if any(path.is_relative_to(folder) for folder in folders)]
+    copies = {path.relative_to(source.path).as_posix(): path for path in sorted({*on_disk, *on_hub})}
     rewritten = {name for name, method in methods.items() if method != "none"}
     return {
         name: path

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import fnmatch
+import glob
 import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from omni_convert.formats.errors import CheckpointError
+from omni_convert.formats.errors import CheckpointError, HubError
+
+if TYPE_CHECKING:
+    from huggingface_hub.hf_api import RepoSibling
+
+    from omni_convert.convert.hub_files import HubFile, HubFiles
 
 __all__ = ["DEMO_EVALUATION_PROMPTS", "DEMO_PIPELINE", "DEMO_PROMPTS", "Source", "read_json", "resolve_source"]
 
@@ -41,12 +48,14 @@ class Source:
         name: repo id, or the folder's name
         revision: commit of the Hub repository, if it came from there
         is_demo: the bundled pipeline, because no model was named
+        hub_files: those of the Hub repository, if its weights are still there
     """
 
     path: Path
     name: str
     revision: str | None = None
     is_demo: bool = False
+    hub_files: HubFiles | None = None
 
     @property
     def is_pipeline(self) -> bool:
@@ -59,6 +68,14 @@ class Source:
     @property
     def repo_id(self) -> str | None:
         return self.name if self.revision is not None else None
+
+    def state(self, name: str, path: Path) -> list[int | str]:
+        """Of a file, the size and what else shows that it is another one: its time, or the hash that the Hub has."""
+        if self.hub_files is not None and name.lstrip("/") in self.hub_files.known:
+            file = self.hub_files.known[name.lstrip("/")]
+            return [file.size, file.identity]
+        status = path.stat()
+        return [status.st_size, status.st_mtime_ns]
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -80,11 +97,17 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def resolve_source(model: str | Path | None, revision: str | None = None) -> Source:
+def resolve_source(model: str | Path | None, revision: str | None = None, *, stream: bool = False) -> Source:
     """Turns what the user typed into files on the disk, downloading from the Hub where it is a repo id.
 
+    Args:
+        model: what was typed
+        revision: branch, tag or commit on the Hub
+        stream: leave the weights on the Hub until they are read
+
     Raises:
-        CheckpointError: nothing is there, it is a pickle checkpoint, or the Hub does not deliver it.
+        CheckpointError: nothing is there, or it is a pickle checkpoint.
+        HubError: the Hub does not deliver it.
     """
     if model is None:
         return Source(DEMO_PIPELINE, "omni-convert-demo", is_demo=True)
@@ -98,37 +121,68 @@ def resolve_source(model: str | Path | None, revision: str | None = None) -> Sou
     if path.is_file():
         return Source(path, path.stem)
     if REPO_ID.fullmatch(str(model)):
-        return _download(str(model), revision)
+        return _stream(str(model), revision) if stream else _download(str(model), revision)
     raise CheckpointError(
         f"{model}: nothing is there; expected a folder, a .safetensors file or a Hub repo id like Qwen/Qwen-Image"
     )
 
 
-def _download(repo_id: str, revision: str | None) -> Source:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
+def _stream(repo_id: str, revision: str | None) -> Source:
+    """The repository at the commit that the revision is now: its configs on the disk, its weights where they are."""
+    from huggingface_hub import HfApi, snapshot_download
+
+    from omni_convert.convert.hub import ask_hub
+    from omni_convert.convert.hub_files import HubFiles
 
     try:
-        folder = Path(snapshot_download(repo_id, revision=revision, allow_patterns=HUB_PATTERNS))
-    except GatedRepoError:
-        raise CheckpointError(
-            f"{repo_id}: the repository is gated; accept its terms on the Hub, then `hf auth login`"
-        ) from None
-    except RevisionNotFoundError:
-        raise CheckpointError(f"{repo_id}: found no revision '{revision}' on the Hub") from None
-    except RepositoryNotFoundError:
-        raise CheckpointError(
-            f"{repo_id}: neither a local path nor a repository on the Hub that this login can see"
-        ) from None
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        reason = str(error).split("\n", 1)[0]
-        raise CheckpointError(
-            f"{repo_id}: no local path of that name, and the Hub does not answer ({type(error).__name__}: {reason})"
-        ) from None
+        info = ask_hub(repo_id, lambda: HfApi().model_info(repo_id, revision=revision, files_metadata=True))
+    except HubError as error:
+        if error.is_unreachable:
+            return _cached(repo_id, revision, error)
+        raise
+    known = {file.rfilename: _described(repo_id, file) for file in info.siblings or ()}
+    wanted = {name for name in known if any(fnmatch.fnmatch(name, pattern) for pattern in HUB_PATTERNS)}
+    weights = frozenset(name for name in wanted if name.endswith(".safetensors"))
+    commit = str(info.sha)
+    others = [glob.escape(name) for name in sorted(wanted - weights)]
+    folder = ask_hub(repo_id, lambda: snapshot_download(repo_id, revision=commit, allow_patterns=others))
+    return Source(Path(folder), repo_id, commit, hub_files=HubFiles(repo_id, commit, known, weights))
+
+
+def _described(repo_id: str, file: RepoSibling) -> HubFile:
+    from omni_convert.convert.hub_files import HubFile
+
+    if file.size is None:
+        raise HubError(
+            f"{repo_id}/{file.rfilename}: found no size on this Hub, which streaming needs; use --keep-source"
+        )
+    return HubFile(file.size, file.lfs.sha256 if file.lfs is not None else str(file.blob_id))
+
+
+def _download(repo_id: str, revision: str | None) -> Source:
+    from huggingface_hub import snapshot_download
+
+    from omni_convert.convert.hub import ask_hub
+
+    try:
+        folder = ask_hub(
+            repo_id, lambda: Path(snapshot_download(repo_id, revision=revision, allow_patterns=HUB_PATTERNS))
+        )
+    except HubError as error:
+        if error.is_unreachable:
+            return _cached(repo_id, revision, error)
+        raise
     return Source(folder, repo_id, revision=folder.name)
+
+
+def _cached(repo_id: str, revision: str | None, error: HubError) -> Source:
+    """What the cache has of a repository, since the Hub does not answer."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        found = snapshot_download(repo_id, revision=revision, allow_patterns=HUB_PATTERNS, local_files_only=True)
+    except LocalEntryNotFoundError:
+        reason = str(error).partition(": ")[2]
+        raise HubError(f"{repo_id}: no local path of that name, and {reason}") from None
+    return Source(Path(found), repo_id, revision=Path(found).name)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -72,14 +72,22 @@ class Checkpoint(Mapping[str, TensorSpec]):
             raise CheckpointError(f"{path}: found no tensors, expected the weights of a model")
 
     @classmethod
-    def open(cls, path: Path) -> Self:
+    def open(cls, path: Path, elsewhere: Mapping[str, Callable[[], SafetensorsFile]] | None = None) -> Self:
         """Opens a component folder or a single .safetensors file; only headers are read.
+
+        Args:
+            path: the folder or file
+            elsewhere: files that belong into the folder and are not on the disk: name → what opens it
 
         Raises:
             CheckpointError: a file is missing, damaged, hostile or not safetensors, or the index contradicts the files.
         """
-        found = find_weight_files(path)
-        checkpoint = cls(path, {name: SafetensorsFile(file) for name, file in found.paths.items()})
+        remote = elsewhere or {}
+        found = find_weight_files(path, remote.keys())
+        files = {
+            name: remote[name]() if name in remote else SafetensorsFile(file) for name, file in found.paths.items()
+        }
+        checkpoint = cls(path, files)
         if found.weight_map is not None:
             checkpoint._check_index(found.weight_map)
         return checkpoint
@@ -121,6 +129,10 @@ class Checkpoint(Mapping[str, TensorSpec]):
             CheckpointError: the file cannot be read, or has shrunk since it was opened.
         """
         return self._file_of(name).read_rows(name, start, stop)
+
+    def finished(self, name: str, nbytes: int) -> None:
+        """Notes that so many more bytes of a tensor are not needed any more."""
+        self._file_of(name).finished(nbytes)
 
     def prefetch(self, name: str, limit: int) -> None:
         """Has the system read a tensor, at most `limit` bytes of it, while we do something else."""

@@ -7,7 +7,7 @@ folder itself; only a link into the blobs of the Hub cache, as `snapshots/` cons
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,8 +31,12 @@ class WeightFiles:
     weight_map: dict[str, str] | None = None
 
 
-def find_weight_files(path: Path) -> WeightFiles:
+def find_weight_files(path: Path, elsewhere: Collection[str] = ()) -> WeightFiles:
     """The weights of a component folder, or of a single file.
+
+    Args:
+        path: the folder or file
+        elsewhere: names of files that belong into the folder and are not on the disk
 
     Raises:
         CheckpointError: there are none, more than one set, some that are not safetensors, or some that lie elsewhere.
@@ -41,11 +45,11 @@ def find_weight_files(path: Path) -> WeightFiles:
         return _single_file(path)
     if not path.is_dir():
         raise CheckpointError(f"{path}: nothing is there, expected a component folder or a .safetensors file")
-    entries = _entries(path)
+    entries = sorted({*_entries(path), *elsewhere})
     weight_map = _find_index(path, entries)
     names = sorted(set(weight_map.values())) if weight_map is not None else _choose_files(path, entries)
     check_shard_names(names, path)
-    return WeightFiles({name: _inside(path, name) for name in names}, weight_map)
+    return WeightFiles({name: path / name if name in elsewhere else _inside(path, name) for name in names}, weight_map)
 
 
 def _single_file(path: Path) -> WeightFiles:

@@ -1,0 +1,65 @@
+"""A safetensors file on the Hub, read like one on the disk: its header comes alone, the rest when a tensor is read."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+from omni_convert.convert.hub_files import HubFiles
+from omni_convert.formats.errors import CheckpointError
+from omni_convert.formats.file_descriptor import FileDescriptor
+from omni_convert.formats.safetensors_file import SafetensorsFile
+
+__all__ = ["StreamedFile"]
+
+
+class StreamedFile(SafetensorsFile):
+    """See `SafetensorsFile`; `path` is only a name here."""
+
+    def __init__(self, hub_files: HubFiles, name: str) -> None:
+        """Fetches the header and checks it.
+
+        Raises:
+            CheckpointError: it is damaged.
+            HubError: the Hub does not deliver it.
+        """
+        self.path = Path(hub_files.where(name))
+        self.size = hub_files.known[name].size
+        self._take_header(hub_files.header(name))
+        self._descriptor = None
+        self._hub_files = hub_files
+        self._name = name
+        self._lock = threading.Lock()
+        self._unfinished = sum(spec.nbytes for spec in self.specs.values())
+
+    def finished(self, nbytes: int) -> None:
+        """Removes the file when all of its bytes were dealt with."""
+        self._unfinished -= nbytes
+        if self._unfinished == 0:
+            self.release()
+
+    def release(self) -> None:
+        """Removes the file; a read fetches it again."""
+        with self._lock:
+            self._descriptor = None
+            self._hub_files.release(self._name)
+
+    def on_disk(self) -> Path:
+        """The whole file."""
+        return self._hub_files.path(self._name)
+
+    def _open_descriptor(self) -> FileDescriptor:
+        descriptor = self._descriptor
+        if descriptor is None:
+            path = self.on_disk()
+            with self._lock:
+                if self._descriptor is None:
+                    self._descriptor = self._checked(path)
+                descriptor = self._descriptor
+        return descriptor
+
+    def _checked(self, path: Path) -> FileDescriptor:
+        file = SafetensorsFile(path)
+        if (file.header_sha256, file.size) != (self.header_sha256, self.size):
+            raise CheckpointError(f"{self.path}: found another header in the file than before it came; start again")
+        return file._open_descriptor()  # noqa: SLF001 - of the same class
