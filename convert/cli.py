@@ -104,7 +104,7 @@ def _engine_option(command: Command) -> Command:
 @main.command("convert")
 @click.argument("model", required=False)
 @click.option("-m", "--method", default="fp8", show_default=True, help=f"One of {', '.join(METHODS)}.")
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="Default: ./<model name>-<method>.")
+@click.option("-o", "--output", help="Folder, or a URL for fsspec. Default: ./<model name>-<method>.")
 @click.option("--calib", type=click.Path(path_type=Path), help="Prompts to calibrate on: one a line, or JSON Lines.")
 @click.option(
     "--calibration",
@@ -153,7 +153,7 @@ def _engine_option(command: Command) -> Command:
 @click.option("--quiet", is_flag=True, help="No progress, no table.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 def convert_command(
-    model: str | None, output: Path | None, dry_run: bool, quiet: bool, as_json: bool, **options: Any
+    model: str | None, output: str | None, dry_run: bool, quiet: bool, as_json: bool, **options: Any
 ) -> None:
     """Convert MODEL: a diffusers folder, a Hub repo id, a component folder or a .safetensors file."""
     recipe = _recipe(model, options)
@@ -164,17 +164,23 @@ def convert_command(
 
     _quieten_hub(hide_bars=quiet or as_json)
     source = resolve_source(model, recipe.revision, stream=recipe.streams_source)
-    from omni_convert.convert.conversion import convert_plan, load_statistics, planned_without_running, prepare_push
-    from omni_convert.convert.output import check_output
+    from omni_convert.convert.conversion import (
+        check_target,
+        convert_plan,
+        load_statistics,
+        planned_without_running,
+        prepare_push,
+    )
     from omni_convert.convert.plan import plan_conversion
+    from omni_convert.convert.remote_folder import output_of
     from omni_convert.convert.report import conversion_report, plan_report
     from omni_convert.convert.upload import push_output
 
-    output = output or Path(f"{source.short_name}-{recipe.method}")
+    target = output_of(output or f"{source.short_name}-{recipe.method}")
     if dry_run:
         _print_lines(plan_report(planned_without_running(source, recipe), as_json=as_json))
         return
-    check_output(output, overwrite=recipe.overwrite, resume=recipe.resume)
+    check_target(target, recipe)
     if recipe.calib is not None:
         _silence_libraries()
     repository = prepare_push(source, recipe)
@@ -183,11 +189,11 @@ def convert_command(
     for note in () if quiet or as_json else plan.notes:
         click.echo(f"Note: {note}", err=True)
     with _progress(plan.bytes_before, "converting", hidden=quiet) as advance:
-        report = convert_plan(plan, output, recorded, advance)
+        report = convert_plan(plan, target, recorded, advance)
     if as_json or not quiet:
         _print_lines(conversion_report(report, as_json=as_json))
-    if repository is not None:
-        address = push_output(output, repository)
+    if repository is not None and isinstance(target, Path):
+        address = push_output(target, repository)
         click.echo(address, err=quiet or as_json)
 
 
@@ -211,10 +217,13 @@ def push_command(path: Path, repo_id: str, private: bool, revision: str | None, 
 
 def _quieten_hub(*, hide_bars: bool) -> None:
     """The client's warnings about what it tries again hold URLs, which may be signed; ours say what is left to say."""
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
-    if hide_bars or not sys.stderr.isatty():
-        from huggingface_hub.utils import disable_progress_bars
+    import huggingface_hub  # configures its logger
+    from huggingface_hub.utils.tqdm import disable_progress_bars
 
+    logging.getLogger(huggingface_hub.__name__).setLevel(logging.ERROR)
+    for requests in ("httpx", "httpx2"):
+        logging.getLogger(requests).setLevel(logging.WARNING)
+    if hide_bars or not sys.stderr.isatty():
         disable_progress_bars()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -12,25 +13,40 @@ from typing import TYPE_CHECKING
 
 from omni_convert.convert.copy import copy_file, file_sha256, take_files
 from omni_convert.convert.device import resolve_device
-from omni_convert.convert.execute import Engine, LayerResult, Progress, execute_component
+from omni_convert.convert.execute import ComponentResult, Engine, LayerResult, Progress, execute_component
 from omni_convert.convert.journal import JOURNAL, Journal
 from omni_convert.convert.manifest import describe_job, read_results, write_json, write_manifest
 from omni_convert.convert.model_card import model_card
 from omni_convert.convert.output import check_output, is_finished, partial_folder, write_text
 from omni_convert.convert.plan import ComponentPlan, Plan, plan_conversion
 from omni_convert.convert.recipe import Recipe
+from omni_convert.convert.remote_folder import (
+    RemoteFolder,
+    check_remote,
+    finished_manifest,
+    output_of,
+    published_folder,
+)
 from omni_convert.convert.report import ConversionReport
+from omni_convert.convert.shard_upload import upload_component
 from omni_convert.convert.source import Source, resolve_source
 from omni_convert.convert.upload import Repository, open_repository, push_output
 from omni_convert.convert.workers import Workers, available_cores
 from omni_convert.formats.checkpoint import Checkpoint
-from omni_convert.formats.errors import CheckpointError
+from omni_convert.formats.errors import CheckpointError, RecipeError
 from omni_convert.formats.safetensors_file import SafetensorsFile
 
 if TYPE_CHECKING:
     from omni_convert.convert.statistics import Statistics
 
-__all__ = ["convert_checkpoint", "convert_plan", "load_statistics", "planned_without_running", "prepare_push"]
+__all__ = [
+    "check_target",
+    "convert_checkpoint",
+    "convert_plan",
+    "load_statistics",
+    "planned_without_running",
+    "prepare_push",
+]
 
 # Of what comes from the Hub, inside OUT.partial; gone before that becomes OUT.
 DOWNLOADS = ".downloads"
@@ -43,7 +59,7 @@ def convert_checkpoint(
 
     Args:
         model: pipeline folder, Hub repo id, component folder or .safetensors file; None for the bundled demo
-        output: folder to create
+        output: folder to create, or a URL for fsspec (`s3://bucket/out`)
         recipe: what to do; FP8 by default
         progress: called with the number of source bytes that each step has dealt with
 
@@ -51,14 +67,30 @@ def convert_checkpoint(
         OmniConvertError: anything that the user can do something about; `output` then does not exist.
     """
     recipe = recipe or Recipe()
-    check_output(Path(output), overwrite=recipe.overwrite, resume=recipe.resume)
+    target = output_of(output)
+    check_target(target, recipe)
     source = resolve_source(model, recipe.revision, stream=recipe.streams_source)
     repository = prepare_push(source, recipe)
     recorded = load_statistics(source, recipe)
-    report = convert_plan(plan_conversion(source, recipe, recorded), Path(output), recorded, progress)
-    if repository is not None:
-        push_output(Path(output), repository)
+    report = convert_plan(plan_conversion(source, recipe, recorded), target, recorded, progress)
+    if repository is not None and isinstance(target, Path):
+        push_output(target, repository)
     return report
+
+
+def check_target(output: Path | RemoteFolder, recipe: Recipe) -> None:
+    """Refuses an output that is in the way, before any work is done.
+
+    Raises:
+        OutputError: something is there.
+        RecipeError: what is at a URL cannot be pushed to the Hub.
+    """
+    if isinstance(output, Path):
+        check_output(output, overwrite=recipe.overwrite, resume=recipe.resume)
+        return
+    if recipe.push_to_hub is not None:
+        raise RecipeError(f"--push-to-hub: found --output {output}, expected a folder, whose files can be sent")
+    check_remote(output, overwrite=recipe.overwrite, resume=recipe.resume)
 
 
 def prepare_push(source: Source, recipe: Recipe) -> Repository | None:
@@ -99,23 +131,41 @@ def planned_without_running(source: Source, recipe: Recipe) -> Plan:
 
 
 def convert_plan(
-    plan: Plan, output: Path, recorded: Statistics | None = None, progress: Progress | None = None
+    plan: Plan, output: Path | RemoteFolder, recorded: Statistics | None = None, progress: Progress | None = None
 ) -> ConversionReport:
     """Carries out a plan; see `convert_checkpoint`."""
     started = time.monotonic()
     recipe = plan.recipe
     statistics_id = recorded.fingerprint() if recorded is not None else None
-    if recipe.resume and is_finished(output):
-        return _report(plan, output, read_results(output, plan, statistics_id), started, 0)
+    if recipe.resume and (finished := _results_of_finished(output, plan, statistics_id)) is not None:
+        return _report(plan, output, finished, started, 0)
     with (
         _opened_engine(recipe) as engine_on,
-        partial_folder(output, overwrite=recipe.overwrite, resume=recipe.resume) as folder,
+        _folder_of(output, recipe) as folder,
         Journal(folder / JOURNAL, describe_job(plan, statistics_id)) as journal,
         Workers(_threads(recipe)) as workers,
         _streaming(plan.source, folder),
     ):
-        results, peak = _fill(folder, plan, statistics_id, engine_on(workers, journal), progress or _ignore)
+        make = execute_component if isinstance(output, Path) else partial(upload_component, output)
+        results, peak = _fill(folder, plan, statistics_id, engine_on(workers, journal), make, progress or _ignore)
     return _report(plan, output, results, started, peak)
+
+
+def _results_of_finished(
+    output: Path | RemoteFolder, plan: Plan, statistics_id: str | None
+) -> dict[str, list[LayerResult]] | None:
+    """The layers of an output that is there already; None if it is not."""
+    if isinstance(output, Path):
+        return read_results(output, plan, statistics_id) if is_finished(output) else None
+    with tempfile.TemporaryDirectory() as folder:
+        return read_results(Path(folder), plan, statistics_id) if finished_manifest(output, Path(folder)) else None
+
+
+def _folder_of(output: Path | RemoteFolder, recipe: Recipe) -> AbstractContextManager[Path]:
+    """Where to make the files of an output, until it is whole."""
+    if isinstance(output, Path):
+        return partial_folder(output, overwrite=recipe.overwrite, resume=recipe.resume)
+    return published_folder(output, overwrite=recipe.overwrite, resume=recipe.resume)
 
 
 @contextmanager
@@ -145,7 +195,12 @@ def _threads(recipe: Recipe) -> int:
 
 
 def _fill(
-    folder: Path, plan: Plan, statistics_id: str | None, engine: Engine, progress: Progress
+    folder: Path,
+    plan: Plan,
+    statistics_id: str | None,
+    engine: Engine,
+    make: Callable[[ComponentPlan, Path, Engine, Progress], ComponentResult],
+    progress: Progress,
 ) -> tuple[dict[str, list[LayerResult]], int]:
     """Makes every file of the output; returns the layers of each component, and the peak of memory."""
     hub_files = plan.source.hub_files
@@ -162,12 +217,13 @@ def _fill(
     for component in plan.components:
         place = folder / component.name
         place.mkdir(exist_ok=True)
-        result = execute_component(component, place, engine, progress)
+        result = make(component, place, engine, progress)
         results[component.name] = result.layers
         known |= {(Path(component.name) / file).as_posix(): sha256 for file, sha256 in result.sha256.items()}
         peak = max(peak, result.peak_memory)
         _write_config(component, place)
-        _verify(component, place)
+        if make is execute_component:
+            _verify(component, place)
     sources = _source_hashes(plan, engine.workers) if plan.recipe.verify_source else {}
     known |= {name: copy.result() for name, copy in copies.items()}
     known |= moves.result() if moves is not None else {}
@@ -192,7 +248,7 @@ def _file_hash(file: SafetensorsFile) -> str:
 
 
 def _report(
-    plan: Plan, output: Path, results: dict[str, list[LayerResult]], started: float, peak: int
+    plan: Plan, output: Path | RemoteFolder, results: dict[str, list[LayerResult]], started: float, peak: int
 ) -> ConversionReport:
     return ConversionReport(
         output,

@@ -11,19 +11,19 @@ from __future__ import annotations
 import os
 import pickle
 import platform
-import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 
 from omni_convert.convert.cluster import Cluster, Slots, check_versions, versions
 from omni_convert.convert.device import resolve_device
-from omni_convert.convert.execute import MEMORY_SECONDS, Engine, Finished, Work
-from omni_convert.convert.journal import Record
-from omni_convert.convert.memory import anonymous_memory
+from omni_convert.convert.execute import Engine, Finished, Work
+from omni_convert.convert.journal import EarlierRecords, Record
+from omni_convert.convert.memory import PeakMemory, anonymous_memory
 from omni_convert.convert.plan import ComponentPlan, CopyStep, QuantizeStep
 from omni_convert.convert.tile import tiles_of
 from omni_convert.convert.workers import Workers
@@ -38,6 +38,7 @@ MIN_BATCH_BYTES, MAX_BATCH_BYTES = 8 << 20, 1 << 30
 # What Ray is told that a batch takes: the libraries, the tiles of each thread, and for rounding matrices [in, in].
 BASE_MEMORY, THREAD_MEMORY, MATRICES = 384 << 20, 96 << 20, 6
 
+Result = TypeVar("Result")
 Steps = tuple[QuantizeStep | CopyStep, ...]
 
 
@@ -54,33 +55,49 @@ class _Shared:
 
 @dataclass(frozen=True)
 class _Batch:
-    """Steps, and what earlier runs noted about their tiles."""
+    """Steps to carry out, and what earlier runs noted about their tiles."""
 
     steps: Steps
     earlier: Mapping[str, Record]
 
+    def run(self, shared: _Shared, engine: Engine) -> list[Record]:
+        """The record of each tile, in order."""
+        names = {spec.name for step in self.steps for spec in step.outputs()}
+        files = {
+            file: specs
+            for file, specs in shared.plan.shards.files.items()
+            if not names.isdisjoint(spec.name for spec in specs)
+        }
+        writers = {file: SafetensorsWriter(shared.folder / file, specs, join=True) for file, specs in files.items()}
+        outputs = {spec.name: writers[file] for file, specs in files.items() for spec in specs}
+        engine = replace(engine, journal=EarlierRecords(self.earlier))
+        work = Work(replace(shared.plan, steps=self.steps), engine, outputs)
+        records = [finished.record for finished in engine.run(work)]
+        for writer in writers.values():
+            writer.detach()
+        return records
+
+
+@dataclass(frozen=True)
+class _Call:
+    """A function to call for a file of the component."""
+
+    function: Callable[[ComponentPlan, str, Engine], Any]
+    file: str
+
+    def run(self, shared: _Shared, engine: Engine) -> Any:
+        """What it returns."""
+        return self.function(shared.plan, self.file, engine)
+
 
 @dataclass(frozen=True)
 class _Done:
-    """The record of each tile of a batch, in order, and where they were made in how much memory."""
+    """What came of a task, and in which process and how much memory."""
 
-    records: list[Record]
+    result: Any
     machine: str
     process: int
     memory: int
-
-
-@dataclass(frozen=True)
-class _Earlier:
-    """Records for a process that has no journal: what it adds goes back as its result."""
-
-    records: Mapping[str, Record]
-
-    def get(self, name: str) -> Record | None:
-        return self.records.get(name)
-
-    def add(self, name: str, record: Record) -> None:
-        pass
 
 
 @dataclass(frozen=True)
@@ -98,17 +115,30 @@ class RayEngine(Engine):
 
     def run(self, work: Work) -> Iterator[Finished]:
         """Carries out all steps of a component; its tiles, in order, with bounded work ahead."""
-        folder = next(iter(work.outputs.values())).path.parent
+        folder = next(iter(work.outputs.values())).path.parent.absolute()
         plan = replace(work.plan, steps=(), kept=(), config={})
-        shared = _Shared(plan, folder.absolute(), str(self.device), self.slots.cores, versions())
-        reference = self.cluster.share(pickle.dumps(shared))
         batches = self._batches(work.plan)
-        calls = ((reference, pickle.dumps(_Batch(steps, self._earlier(work, steps)))) for steps in batches)
-        memory = _memory_of_batch(work.plan, self.slots.cores)
-        results = self.cluster.in_order(run_batch, calls, self.slots, memory)
-        for steps, done in zip(batches, results, strict=True):
-            self._memory[done.machine, done.process] = done.memory
-            yield from self._take_in(work, steps, done.records)
+        tasks = (_Batch(steps, self._earlier(work, steps)) for steps in batches)
+        for steps, records in zip(batches, self._run_tasks(work.plan, plan, folder, tasks), strict=True):
+            yield from self._take_in(work, steps, records)
+
+    def each(
+        self, function: Callable[[ComponentPlan, str, Engine], Result], plan: ComponentPlan, files: Sequence[str]
+    ) -> Iterator[Result]:
+        """Results of `function(plan, file, engine)` for each file, in order; the engine is that of the machine."""
+        tasks = (_Call(function, file) for file in files)
+        return self._run_tasks(plan, replace(plan, kept=(), config={}), Path(), tasks)
+
+    def _run_tasks(
+        self, plan: ComponentPlan, shared_plan: ComponentPlan, folder: Path, tasks: Iterable[_Batch | _Call]
+    ) -> Iterator[Any]:
+        shared = _Shared(shared_plan, folder, str(self.device), self.slots.cores, versions())
+        reference = self.cluster.share(pickle.dumps(shared))
+        calls = ((reference, pickle.dumps(task)) for task in tasks)
+        for done in self.cluster.in_order(run_task, calls, self.slots, _memory_of_task(plan, self.slots.cores)):
+            place = (done.machine, done.process)
+            self._memory[place] = max(self._memory.get(place, 0), done.memory)
+            yield done.result
 
     def memory(self) -> int:
         """The largest sum of `RssAnon` over the processes of one machine, bytes."""
@@ -145,7 +175,7 @@ class RayEngine(Engine):
             yield Finished(tile, record)
 
 
-def _memory_of_batch(plan: ComponentPlan, threads: int) -> int:
+def _memory_of_task(plan: ComponentPlan, threads: int) -> int:
     widest = max(
         (weight.shape[1] for step in plan.quantize_steps if step.format.fits_alone for weight in step.weights),
         default=0,
@@ -153,41 +183,24 @@ def _memory_of_batch(plan: ComponentPlan, threads: int) -> int:
     return BASE_MEMORY + threads * THREAD_MEMORY + MATRICES * widest * widest * torch.float32.itemsize
 
 
-def run_batch(shared: bytes, batch: bytes) -> _Done | OmniConvertError:
-    """Carries out a batch on this machine; the task that Ray runs."""
+def run_task(shared: bytes, task: bytes) -> _Done | OmniConvertError:
+    """Carries out a task on this machine; what Ray calls."""
     try:
-        return _run_batch(_open_shared(shared), batch)
+        return _run_task(_open_shared(shared), pickle.loads(task))
     except OmniConvertError as error:
         return error
 
 
 @lru_cache(maxsize=1)
 def _open_shared(content: bytes) -> _Shared:
-    """Opens the files of the source; once for many batches."""
+    """Opens the files of the source; once for many tasks."""
     shared: _Shared = pickle.loads(content)
     check_versions(shared.versions, platform.node())
     return shared
 
 
-def _run_batch(shared: _Shared, content: bytes) -> _Done:
-    batch: _Batch = pickle.loads(content)
+def _run_task(shared: _Shared, task: _Batch | _Call) -> _Done:
     torch.set_num_threads(shared.threads)
-    names = {spec.name for step in batch.steps for spec in step.outputs()}
-    writers = {
-        file: SafetensorsWriter(shared.folder / file, specs, join=True)
-        for file, specs in shared.plan.shards.files.items()
-        if not names.isdisjoint(spec.name for spec in specs)
-    }
-    files = shared.plan.shards.files.items()
-    outputs = {spec.name: writers[file] for file, specs in files if file in writers for spec in specs}
-    records = []
-    memory, looked = 0, 0.0
-    with Workers(shared.threads) as workers:
-        engine = Engine(workers, resolve_device(shared.device), _Earlier(batch.earlier))
-        for finished in engine.run(Work(replace(shared.plan, steps=batch.steps), engine, outputs)):
-            records.append(finished.record)
-            if time.monotonic() > looked + MEMORY_SECONDS:
-                memory, looked = max(memory, anonymous_memory()), time.monotonic()
-    for writer in writers.values():
-        writer.detach()
-    return _Done(records, platform.node(), os.getpid(), memory)
+    with PeakMemory() as peak, Workers(shared.threads) as workers:
+        result = task.run(shared, Engine(workers, resolve_device(shared.device), EarlierRecords({})))
+    return _Done(result, platform.node(), os.getpid(), peak.size)

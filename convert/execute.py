@@ -10,18 +10,18 @@ from __future__ import annotations
 import math
 import time
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from omni_convert.convert.journal import Record
+from omni_convert.convert.journal import EarlierRecords, Record, Records
 from omni_convert.convert.memory import anonymous_memory
 from omni_convert.convert.plan import ComponentPlan, CopyStep, QuantizeStep
 from omni_convert.convert.tile import Tile, sampled_rows, tiles_of
@@ -36,10 +36,13 @@ __all__ = [
     "Finished",
     "LayerResult",
     "Progress",
-    "Records",
     "Work",
     "execute_component",
+    "layer_results",
+    "name_of",
 ]
+
+Result = TypeVar("Result")
 
 #: Called with the number of source bytes that have been dealt with.
 Progress = Callable[[int], None]
@@ -78,18 +81,6 @@ class ComponentResult:
     peak_memory: int
 
 
-class Records(Protocol):
-    """What was done by an earlier run, and where to note what is done by this one; a `Journal`, mostly."""
-
-    def get(self, name: str) -> Record | None:
-        """What an earlier run noted about a range."""
-        ...
-
-    def add(self, name: str, record: Record) -> None:
-        """Notes that a range is finished."""
-        ...
-
-
 @dataclass(frozen=True)
 class Engine:
     """What carries out a plan: the threads, the device for arithmetic, and the journal that they report to.
@@ -111,6 +102,13 @@ class Engine:
             return
         prepared = self.workers.in_order((partial(_prepare, work, step) for step in steps), self.workers.count + 1)
         yield from self.workers.in_order((task for tasks in prepared for task in tasks), ahead)
+
+    def each(
+        self, function: Callable[[ComponentPlan, str, Engine], Result], plan: ComponentPlan, files: Sequence[str]
+    ) -> Iterator[Result]:
+        """Results of `function(plan, file, engine)` for each file, in order; the engine is that of the machine."""
+        engine = Engine(self.workers, self.device, EarlierRecords({}))
+        return (function(plan, file, engine) for file in files)
 
     def memory(self) -> int:
         """`RssAnon` of the machine's processes at work, bytes."""
@@ -144,7 +142,7 @@ class CheckedRows:
 
 @dataclass(frozen=True)
 class Work:
-    """A component under way: its plan, and the writer of each output tensor."""
+    """A component under way: its plan, and the writer of each output tensor; steps may have outputs without one."""
 
     plan: ComponentPlan
     engine: Engine
@@ -152,7 +150,12 @@ class Work:
 
     def name_of(self, tile: Tile) -> str:
         """As the journal calls it."""
-        return f"{self.plan.name}/{tile.source.name}:{tile.start}"
+        return name_of(self.plan, tile)
+
+
+def name_of(plan: ComponentPlan, tile: Tile) -> str:
+    """What the journal calls a tile."""
+    return f"{plan.name}/{tile.source.name}:{tile.start}"
 
 
 @dataclass(frozen=True)
@@ -189,7 +192,7 @@ def execute_component(component: ComponentPlan, folder: Path, engine: Engine, pr
         for closing in [engine.workers.submit(writer.close) for writer in writers.values()]:
             closing.result()
         sha256 = {file: hashes[writer].result() for file, writer in writers.items()}
-    return ComponentResult(_layer_results(component, records), sha256, max(peak, engine.memory()))
+    return ComponentResult(layer_results(component, records), sha256, max(peak, engine.memory()))
 
 
 def _hash_complete(
@@ -203,7 +206,7 @@ def _hash_complete(
 
 def _prepare(work: Work, step: QuantizeStep | CopyStep) -> list[Callable[[], Finished]]:
     """What is left to do for a step, tile by tile; for a group this decides what its members share."""
-    tiles = tiles_of(step)
+    tiles = [tile for tile in tiles_of(step) if not work.outputs.keys().isdisjoint(tile.ranges)]
     before = [_record_of_earlier_run(work, tile) for tile in tiles]
     if isinstance(step, CopyStep):
         make: Callable[[Tile], Finished] = partial(_copy, work, step.dtype)
@@ -275,8 +278,10 @@ def _write(
     """Writes what came of a tile, and notes it in the journal."""
     checksum = 0
     for name, (first_row, _) in tile.ranges.items():
-        tensor, writer = tensors[name], work.outputs[name]
-        if tensor.dim():
+        tensor, writer = tensors[name], work.outputs.get(name)
+        if writer is None:
+            pass  # another shard's
+        elif tensor.dim():
             writer.write_rows(name, first_row, tensor)
         else:
             writer.write(name, tensor)
@@ -286,7 +291,8 @@ def _write(
     return Finished(tile, record)
 
 
-def _layer_results(component: ComponentPlan, records: Mapping[str, list[Record]]) -> list[LayerResult]:
+def layer_results(component: ComponentPlan, records: Mapping[str, list[Record]]) -> list[LayerResult]:
+    """What became of each layer, from the records of each weight's tiles."""
     results = []
     for step in component.quantize_steps:
         for stem, weight in zip(step.group.members, step.weights, strict=True):

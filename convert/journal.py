@@ -18,11 +18,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 from omni_convert.formats.errors import CheckpointError, OutputError, RecipeError
 
-__all__ = ["JOURNAL", "Journal", "Record"]
+__all__ = ["JOURNAL", "EarlierRecords", "Journal", "Record", "Records"]
 
 JOURNAL = "omni_convert.journal"
 SYNC_SECONDS = 5.0
@@ -35,6 +35,31 @@ class Record:
     checksum: int | str
     squared_error: float = 0.0
     squared_norm: float = 0.0
+
+
+class Records(Protocol):
+    """What was done by an earlier run, and where to note what is done by this one; a `Journal`, mostly."""
+
+    def get(self, name: str) -> Record | None:
+        """What an earlier run noted about a range."""
+        ...
+
+    def add(self, name: str, record: Record) -> None:
+        """Notes that a range is finished."""
+        ...
+
+
+@dataclass(frozen=True)
+class EarlierRecords:
+    """For work without a journal of its own: what it adds is noted by whoever gets its results."""
+
+    records: Mapping[str, Record]
+
+    def get(self, name: str) -> Record | None:
+        return self.records.get(name)
+
+    def add(self, name: str, record: Record) -> None:
+        pass
 
 
 class Journal:

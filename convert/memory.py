@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
+from types import TracebackType
+from typing import Self
 
-__all__ = ["anonymous_memory"]
+__all__ = ["PeakMemory", "anonymous_memory"]
 
 STATUS = Path("/proc/self/status")
+LOOK_SECONDS = 0.1
 
 
 def anonymous_memory() -> int:
@@ -15,3 +19,32 @@ def anonymous_memory() -> int:
         return 0
     line = next((line for line in STATUS.read_text().splitlines() if line.startswith("RssAnon:")), "RssAnon: 0 kB")
     return int(line.split()[1]) * 1024
+
+
+class PeakMemory:
+    """The largest `RssAnon` while it is entered; a thread looks now and then.
+
+    Attributes:
+        size: bytes
+    """
+
+    def __init__(self) -> None:
+        self.size = 0
+        self._is_over = threading.Event()
+        self._watcher = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> Self:
+        self._watcher.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._is_over.set()
+        self._watcher.join()
+
+    def _watch(self) -> None:
+        while True:
+            self.size = max(self.size, anonymous_memory())
+            if self._is_over.wait(LOOK_SECONDS):
+                return

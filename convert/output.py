@@ -17,7 +17,16 @@ from pathlib import Path
 from omni_convert.convert.journal import JOURNAL
 from omni_convert.formats.errors import OutputError
 
-__all__ = ["MANIFEST", "check_output", "is_finished", "partial_folder", "sync_folder", "write_text"]
+__all__ = [
+    "MANIFEST",
+    "check_output",
+    "clear_folder",
+    "is_finished",
+    "locked_folder",
+    "partial_folder",
+    "sync_folder",
+    "write_text",
+]
 
 MANIFEST = "omni_convert.json"
 
@@ -44,7 +53,7 @@ def check_output(output: Path, *, overwrite: bool, resume: bool = False) -> None
                 "--overwrite does not delete it, remove it yourself"
             )
     if partial.exists() and not overwrite and not resume:
-        with _locked(partial):
+        with locked_folder(partial):
             raise OutputError(
                 f"{partial}: an interrupted run left its work; use --resume to go on, or --overwrite to start afresh"
             )
@@ -77,9 +86,9 @@ def partial_folder(output: Path, *, overwrite: bool, resume: bool = False) -> It
         partial.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OutputError(f"{partial}: cannot be created ({error.strerror}); name another --output") from None
-    with _locked(partial):
+    with locked_folder(partial):
         if not resume:
-            _clear(partial)
+            clear_folder(partial)
         yield partial
         try:
             sync_tree(partial)
@@ -91,7 +100,7 @@ def partial_folder(output: Path, *, overwrite: bool, resume: bool = False) -> It
 
 
 @contextmanager
-def _locked(partial: Path) -> Iterator[None]:
+def locked_folder(partial: Path) -> Iterator[None]:
     """Holds the lock on the work in a folder.
 
     Raises:
@@ -121,7 +130,7 @@ def _lock(descriptor: int) -> bool:
     return True
 
 
-def _clear(partial: Path) -> None:
+def clear_folder(partial: Path) -> None:
     """Empties the folder, but for the journal, which is locked: that only forgets."""
     try:
         for path in partial.iterdir():

@@ -12,6 +12,7 @@ from typing import Any
 
 from omni_convert.convert.execute import LayerResult
 from omni_convert.convert.plan import ComponentPlan, KeptLayer, Plan, QuantizeStep
+from omni_convert.convert.remote_folder import RemoteFolder
 from omni_convert.formats.tensor_spec import DTYPE_NAMES
 
 __all__ = ["ConversionReport", "conversion_report", "plan_report"]
@@ -31,7 +32,7 @@ class ConversionReport:
         peak_memory: largest `RssAnon` seen, bytes
     """
 
-    output: Path
+    output: Path | RemoteFolder
     layers: tuple[LayerResult, ...]
     kept: tuple[KeptLayer, ...]
     notes: tuple[str, ...]

@@ -172,6 +172,17 @@ def test_several_shards(engine: str, larger_pipeline: Path, tmp_path: Path) -> N
     assert digests(tmp_path / "ray") == digests(tmp_path / "local")
 
 
+def test_shards_go_to_a_url_from_where_they_are_made(
+    engine: str, larger_pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    recipe = Recipe(max_shard_size="5MB")
+    convert_checkpoint(larger_pipeline, tmp_path / "local", recipe)
+    convert_checkpoint(larger_pipeline, f"file://{tmp_path}/bucket/ray", replace(recipe, engine=engine))
+    assert digests(tmp_path / "bucket" / "ray") == digests(tmp_path / "local")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bucket", "local"]
+
+
 def test_a_node_that_dies_in_the_middle_changes_nothing(
     cluster: Any, engine: str, larger_pipeline: Path, tmp_path: Path, whole: dict[str, str]
 ) -> None:
@@ -239,7 +250,7 @@ def test_more_cores_than_a_machine_has_are_refused(engine: str, tiny_pipeline_fo
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("engine", ["127.0.0.1:9", "ray://127.0.0.1:9", "ray://127.0.0.1:10001"])
+@pytest.mark.parametrize("engine", ["127.0.0.1:9", "ray://127.0.0.1:10001"])
 def test_a_cluster_that_is_not_there(tiny_pipeline_folder: Path, tmp_path: Path, engine: str) -> None:
     code = "from omni_convert.convert.cli import main; main()"
     command = [sys.executable, "-c", code, str(tiny_pipeline_folder), "-o", str(tmp_path / "out"), "--engine", engine]
