@@ -15,7 +15,7 @@ from omni_convert.convert.execute import ComponentResult, Engine, Progress, Work
 from omni_convert.convert.journal import Record
 from omni_convert.convert.plan import ComponentPlan
 from omni_convert.convert.remote_folder import RemoteFolder
-from omni_convert.convert.tile import tiles_of
+from omni_convert.convert.tile import Tile, tiles_of
 from omni_convert.formats.safetensors_file import SafetensorsFile
 from omni_convert.formats.safetensors_writer import SafetensorsWriter
 
@@ -41,13 +41,14 @@ def upload_component(
     """
     tiles = {name_of(component, tile): tile for step in component.steps for tile in tiles_of(step)}
     records = {name: record for name in tiles if (record := engine.journal.get(name)) is not None}
-    progress(sum(tiles[name].nbytes for name in records))
+    for name in records:
+        _finish(component, tiles[name], progress)
     sha256 = _arrived(component, remote, engine)
     missing = [file for file in component.shards.files if file not in sha256]
     for file, sent in zip(missing, engine.each(partial(_send_shard, remote), component, missing), strict=True):
         for name, record in sent.records.items():
             if name not in records:
-                progress(tiles[name].nbytes)
+                _finish(component, tiles[name], progress)
             if records.get(name) != record:
                 engine.journal.add(name, record)
                 records[name] = record
@@ -57,6 +58,11 @@ def upload_component(
     for name, tile in tiles.items():
         by_weight.setdefault(tile.source.name, []).append(records[name])
     return ComponentResult(layer_results(component, by_weight), sha256, engine.memory())
+
+
+def _finish(component: ComponentPlan, tile: Tile, progress: Progress) -> None:
+    progress(tile.nbytes)
+    component.checkpoint.finished(tile.source.name, tile.nbytes)
 
 
 def _arrived(component: ComponentPlan, remote: RemoteFolder, engine: Engine) -> dict[str, str]:

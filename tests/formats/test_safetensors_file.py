@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import pickle
 import resource
 import tracemalloc
 from collections.abc import Iterable
@@ -334,3 +335,15 @@ def test_any_bytes_end_in_a_checked_file_or_in_one_line(tmp_path: Path, content:
             tensor = file.read(name)
             assert (tensor.dtype, list(tensor.shape)) == (TORCH_DTYPES[expected["dtype"]], expected["shape"])
             assert tensor.reshape(-1).view(torch.uint8).numpy().tobytes() == bytes(expected["data"])
+
+
+def test_another_process_opens_the_same_file_or_none(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    save_file({"w": torch.arange(6.0).view(3, 2)}, path)
+    content = pickle.dumps(SafetensorsFile(path))
+    with pickle.loads(content) as again:
+        assert torch.equal(again.read("w"), torch.arange(6.0).view(3, 2))
+    save_file({"v": torch.arange(6.0).view(3, 2)}, path)
+    with pytest.raises(CheckpointError, match="found another file than the one that the work began with") as caught:
+        pickle.loads(content)
+    assert "\n" not in str(caught.value)

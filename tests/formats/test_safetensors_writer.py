@@ -309,3 +309,28 @@ def test_a_full_disk_is_one_line(tmp_path: Path) -> None:
     result = subprocess.run([*namespace, "sh", "-c", mount, code], check=True, capture_output=True, text=True)
     assert "a.safetensors: cannot be written (No space left on device), expected room for 20" in result.stdout
     assert len(result.stdout.splitlines()) == 1
+
+
+def test_others_may_join_a_file_that_its_creator_closes(tmp_path: Path, writer: SafetensorsWriter) -> None:
+    specs = [TensorSpec("w", torch.float32, (4, 2)), TensorSpec("s", torch.float32, ())]
+    for first_row in (0, 2):
+        other = SafetensorsWriter(writer.path, specs, join=True)
+        other.write_rows("w", first_row, torch.full((2, 2), float(first_row)))
+        other.detach()
+        writer.adopt("w", first_row, first_row + 2)
+    writer.write("s", torch.tensor(5.0))
+    writer.close()
+    tensors = {"w": torch.tensor([[0.0, 0.0]] * 2 + [[2.0, 2.0]] * 2), "s": torch.tensor(5.0)}
+    assert writer.path.read_bytes() == written(tmp_path / "b.safetensors", tensors)
+
+
+def test_there_is_nothing_to_join_where_the_disk_is_another(tmp_path: Path, writer: SafetensorsWriter) -> None:
+    elsewhere = tmp_path / "elsewhere.safetensors"
+    with pytest.raises(OutputError, match="a file system that all machines share") as caught:
+        SafetensorsWriter(elsewhere, [TensorSpec("w", torch.float32, (4, 2))], join=True)
+    assert "\n" not in str(caught.value)
+    assert not elsewhere.exists()
+    before = writer.path.read_bytes()
+    with pytest.raises(OutputError, match="a file system that all machines share"):
+        SafetensorsWriter(writer.path, [TensorSpec("other", torch.float32, (4, 2))], join=True)
+    assert writer.path.read_bytes() == before
