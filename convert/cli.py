@@ -217,10 +217,10 @@ def push_command(path: Path, repo_id: str, private: bool, revision: str | None, 
 
 def _quieten_hub(*, hide_bars: bool) -> None:
     """The client's warnings about what it tries again hold URLs, which may be signed; ours say what is left to say."""
-    import huggingface_hub  # configures its logger
+    from huggingface_hub.utils.logging import set_verbosity
     from huggingface_hub.utils.tqdm import disable_progress_bars
 
-    logging.getLogger(huggingface_hub.__name__).setLevel(logging.ERROR)
+    set_verbosity(logging.ERROR)
     for requests in ("httpx", "httpx2"):
         logging.getLogger(requests).setLevel(logging.WARNING)
     if hide_bars or not sys.stderr.isatty():
