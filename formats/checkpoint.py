@@ -9,6 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+import torch
 from torch import Tensor
 
 from omni_convert.formats.errors import CheckpointError
@@ -129,6 +130,20 @@ class Checkpoint(Mapping[str, TensorSpec]):
             CheckpointError: the file cannot be read, or has shrunk since it was opened.
         """
         return self._file_of(name).read_rows(name, start, stop)
+
+    def read_columns(self, name: str, start: int, stop: int) -> Tensor:
+        """Columns `start` to `stop` of a matrix, one small read for each row.
+
+        Raises:
+            CheckpointError: the file cannot be read, or has shrunk since it was opened.
+        """
+        spec, file = self[name], self._file_of(name)
+        rows, columns = spec.shape
+        size = spec.dtype.itemsize
+        runs = [
+            file.read_bytes(name, (row * columns + start) * size, (row * columns + stop) * size) for row in range(rows)
+        ]
+        return torch.frombuffer(bytearray(b"".join(runs)), dtype=spec.dtype).view(rows, stop - start)
 
     def finished(self, name: str, nbytes: int) -> None:
         """Notes that so many more bytes of a tensor are not needed any more."""

@@ -17,7 +17,7 @@ from omni_convert.formats.mxfp8 import Mxfp8
 from omni_convert.formats.nvfp4 import Nvfp4
 from omni_convert.formats.tensor_spec import TensorSpec
 
-__all__ = ["FORMATS", "Calibration", "FormatOptions", "Method", "layer_formats"]
+__all__ = ["FORMATS", "Calibration", "FormatOptions", "Method", "block_size_of", "layer_formats"]
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,7 @@ def _layer_format(weight: TensorSpec, companions: Mapping[str, TensorSpec], meth
     if weight.dtype is not torch.float8_e4m3fn:
         return None
     if "weight_scale_inv" in companions:
-        return Fp8Block(_block_size(weight.shape, companions["weight_scale_inv"].shape))
+        return Fp8Block(block_size_of(weight.shape, companions["weight_scale_inv"].shape))
     if scale is None:
         return None
     if scale.dtype is not torch.uint8:
@@ -130,7 +130,7 @@ def _layer_format(weight: TensorSpec, companions: Mapping[str, TensorSpec], meth
     return Mxfp4(smooth=smooth) if smooth or method == "mxfp4" else Mxfp8()
 
 
-def _block_size(shape: tuple[int, ...], blocks: tuple[int, ...]) -> tuple[int, int]:
+def block_size_of(shape: tuple[int, ...], blocks: tuple[int, ...]) -> tuple[int, int]:
     """The power of two, from 16 up, that cuts `shape` into `blocks`; 128 where several do."""
     rows, columns = (
         next((size for size in (128, 64, 32, 16, 256, 512, 1024) if -(-length // size) == count), length)

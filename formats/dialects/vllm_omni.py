@@ -18,15 +18,19 @@ from __future__ import annotations
 
 import difflib
 import reprlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from omni_convert.formats.dialect import Dialect, Found, Spelling, StoredLayer
 from omni_convert.formats.errors import CheckpointError, RecipeError
 from omni_convert.formats.family import LayerGroup
+from omni_convert.formats.format import Format
 from omni_convert.formats.quantization_config import ACTIVATION_SCHEMES, QuantizationConfig
+from omni_convert.formats.read_formats import ReadFormat
+from omni_convert.formats.table import layer_formats
 
-__all__ = ["from_block", "ignored_names", "to_block"]
+__all__ = ["MODELOPT", "VLLM_OMNI", "as_whole_name", "from_block", "ignored_names", "to_block"]
 
 MODELOPT = "modelopt"
 NVFP4_GROUP_SIZE = 16
@@ -222,12 +226,12 @@ def _to_modelopt(config: QuantizationConfig) -> dict[str, Any]:
         "quant_method": MODELOPT,
         "quant_algo": "NVFP4",
         "config_groups": {"group_0": group},
-        "ignore": [_as_whole_name(name) for name in sorted(set(config.ignored_layers))],
+        "ignore": [as_whole_name(name) for name in sorted(set(config.ignored_layers))],
         "producer": {"name": "omni-convert"},
     }
 
 
-def _as_whole_name(name: str) -> str:
+def as_whole_name(name: str) -> str:
     """A pattern that means this name alone; a name that is a pattern already stays one.
 
     ModelOpt's reader takes a plain entry for a part of a name as well, so that `transformer_blocks.1.attn.to_q` would
@@ -237,9 +241,9 @@ def _as_whole_name(name: str) -> str:
 
 
 def _as_plain_name(pattern: str) -> str:
-    """The inverse of `_as_whole_name`; other patterns stay as they are."""
+    """The inverse of `as_whole_name`; other patterns stay as they are."""
     plain = pattern[:-3] + pattern[-2:-1]
-    return plain if plain and _as_whole_name(plain) == pattern else pattern
+    return plain if plain and as_whole_name(plain) == pattern else pattern
 
 
 def _from_modelopt(block: Mapping[str, Any], where: str) -> QuantizationConfig:
@@ -269,3 +273,32 @@ def _check_nvfp4_weights(weights: Any, where: str) -> None:
             raise CheckpointError(
                 f"{where}: found {key} {_shown(weights[key])} in config_groups, expected {value!r} for NVFP4"
             )
+
+
+class VllmOmni(Dialect):
+    """The names and layouts of the formats themselves."""
+
+    name = "vllm-omni"
+
+    def recognises(self, found: Found) -> bool:
+        method = found.quant_method
+        return method == "omni_convert" or (method in SPELLINGS and SPELLINGS[method].flag in found.block)
+
+    def stored_layers(self, found: Found) -> Iterator[StoredLayer]:
+        method = str(found.block.get("method", found.quant_method))
+        for stem, fmt in layer_formats(found.checkpoint, method).items():
+            rows, width = found.checkpoint[f"{stem}.weight"].shape
+            yield StoredLayer(stem, fmt, (rows, 2 * width if fmt.method == "nvfp4" else width))
+
+    def spelling(self, fmt: Format, shape: tuple[int, int]) -> Spelling | str:
+        if isinstance(fmt, ReadFormat):
+            return f"vLLM-Omni has no method that loads {fmt.label}"
+        return fmt.unsupported(*shape) or Spelling()
+
+    def block(
+        self, config: QuantizationConfig, layers: Mapping[str, Format], ignored: Collection[str]
+    ) -> dict[str, Any]:
+        return to_block(config)
+
+
+VLLM_OMNI = VllmOmni()

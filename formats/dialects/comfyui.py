@@ -1,0 +1,170 @@
+"""How ComfyUI spells quantized layers; files by its community's converters follow it.
+
+Marks:    NAME.comfy_quant, U8: the JSON {"format": ...}; or the same for all layers in the header, under
+          `_quantization_metadata`: {"format_version": "1.0", "layers": {NAME: {"format": ...}}}. We write both.
+Formats:  float8_e4m3fn, float8_e5m2  weight_scale F32 []; input_scale F32 [] if static
+          mxfp8             U8 scales in cuBLAS's order, padded
+          nvfp4             even element in the high nibble; E4M3 scales in cuBLAS's order, padded; weight_scale_2
+          int8_tensorwise   weight_scale F32 [] or [out, 1]; with "convrot": true the weight was rotated
+Legacy:   a tensor `scaled_fp8`, whose dtype is that of the weights, and of two elements if the runtime should not
+          multiply in FP8; NAME.scale_weight and NAME.scale_input F32 [], the latter absent or 1
+Names:    those of the runtime; prefixes as `model.diffusion_model.` stay
+Limits:   weights that ComfyUI would pad (rows or columns that 16, or 32 for mxfp8, does not divide) are not written
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+from omni_convert.formats.codec import SwappedNibbles, Swizzled
+from omni_convert.formats.dialect import Dialect, Found, Spelling, StoredLayer
+from omni_convert.formats.dialects.bare import parts_of, stored_layer, unknown_format
+from omni_convert.formats.errors import CheckpointError
+from omni_convert.formats.format import Format
+from omni_convert.formats.fp8 import Fp8
+from omni_convert.formats.int8 import Int8
+from omni_convert.formats.mxfp8 import Mxfp8
+from omni_convert.formats.nvfp4 import Nvfp4
+from omni_convert.formats.read_formats import Rotated
+from omni_convert.formats.signature import Signature, read_signature
+
+__all__ = ["COMFYUI"]
+
+METADATA = "_quantization_metadata"
+MARK = "comfy_quant"
+LEGACY_MARK = "scaled_fp8"
+NAMES = {"mul_scale": "pre_quant_scale"}
+LEGACY_NAMES = {"weight_scale": "scale_weight", "input_scale": "scale_input"}
+READABLE = ("float8_e4m3fn", "float8_e5m2", "mxfp8", "nvfp4", "int8_tensorwise")
+SWIZZLED = ("mxfp8", "nvfp4")
+MAX_MARK_BYTES = 4096
+FORMAT_NAMES: dict[type[Format], str] = {
+    Fp8: "float8_e4m3fn",
+    Mxfp8: "mxfp8",
+    Nvfp4: "nvfp4",
+    Int8: "int8_tensorwise",
+}
+#: Rows and columns are padded to multiples of this.
+PADDING = {"mxfp8": 32, "nvfp4": 16}
+DEFAULT_ROTATION = 256
+
+
+class ComfyUi(Dialect):
+    """See the module."""
+
+    name = "comfyui"
+    is_single_file = True
+
+    def recognises(self, found: Found) -> bool:
+        return (
+            METADATA in found.metadata
+            or _legacy_mark(found) is not None
+            or next(iter(found.stems(MARK)), None) is not None
+        )
+
+    def stored_layers(self, found: Found) -> Iterator[StoredLayer]:
+        marks = {**_marks_in_header(found), **{stem: _mark(found, stem) for stem in found.stems(MARK)}}
+        if marks:
+            for stem, mark in marks.items():
+                yield _marked_layer(found, stem, mark)
+            return
+        for stem in found.stems(LEGACY_NAMES["weight_scale"]):
+            yield _layer(found, stem, LEGACY_NAMES, {})
+
+    def kept_name(self, found: Found, name: str) -> str:
+        return "" if name == _legacy_mark(found) else name
+
+    def spelling(self, fmt: Format, shape: tuple[int, int]) -> Spelling | str:
+        name = FORMAT_NAMES.get(type(fmt))
+        if name is None:
+            return f"ComfyUI has no format for {fmt.label}"
+        padding = PADDING.get(name, 1)
+        if shape[0] % padding or shape[1] % padding:
+            return f"ComfyUI pads {name} to multiples of {padding}, which {shape[0]} x {shape[1]} is not"
+        extras = {MARK: json.dumps({"format": name}).encode()}
+        if name not in SWIZZLED:
+            return Spelling(extras=extras)
+        nibbles = {"weight": SwappedNibbles()} if name == "nvfp4" else {}
+        return Spelling(codecs={"weight_scale": Swizzled(), **nibbles}, extras=extras)
+
+    def metadata(self, layers: Mapping[str, Format]) -> dict[str, str]:
+        marks = {stem: {"format": FORMAT_NAMES[type(fmt)]} for stem, fmt in layers.items()}
+        return {METADATA: json.dumps({"format_version": "1.0", "layers": marks})}
+
+
+def _legacy_mark(found: Found) -> str | None:
+    """The marker's name, with whatever prefix the weights have."""
+    return next((name for name in found.checkpoint if name.rpartition(".")[2] == LEGACY_MARK), None)
+
+
+def _marks_in_header(found: Found) -> dict[str, Mapping[str, Any]]:
+    try:
+        layers = json.loads(found.metadata.get(METADATA, "{}")).get("layers", {})
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise CheckpointError(
+            f"{found.checkpoint.path}: found damaged {METADATA} in the header ({error}), expected JSON"
+        ) from None
+    return {stem: mark for stem, mark in layers.items() if isinstance(mark, Mapping)}
+
+
+def _mark(found: Found, stem: str) -> Mapping[str, Any]:
+    """What `comfy_quant` of a layer says."""
+    name = f"{stem}.{MARK}"
+    spec = found.checkpoint[name]
+    if spec.dtype.itemsize == 1 and spec.nbytes <= MAX_MARK_BYTES:
+        try:
+            mark = json.loads(bytes(found.checkpoint.read(name).flatten().tolist()))
+        except (ValueError, RecursionError):
+            mark = None
+        if isinstance(mark, Mapping):
+            return mark
+    raise CheckpointError(
+        f"{found.checkpoint.path}: tensor '{name}': found no JSON object, expected {{\"format\": ...}}"
+    )
+
+
+def _marked_layer(found: Found, stem: str, mark: Mapping[str, Any]) -> StoredLayer:
+    name = mark.get("format")
+    if name not in READABLE:
+        raise CheckpointError(
+            f"{found.checkpoint.path}: layer '{stem}': found ComfyUI's format {str(name)[:40]!r}, expected one of "
+            f"{', '.join(READABLE)}; others are not read"
+        )
+    if found.get(stem, "weight") is None:
+        raise CheckpointError(
+            f"{found.checkpoint.path}: tensor '{stem}.weight' is missing, expected with the layer's mark {name}"
+        )
+    return _layer(found, stem, NAMES, mark)
+
+
+def _layer(found: Found, stem: str, names: Mapping[str, str], mark: Mapping[str, Any]) -> StoredLayer:
+    """A layer from its tensors, and what its mark adds."""
+    name = mark.get("format")
+    parts = parts_of(found, stem, names)
+    signature = read_signature(parts, "high" if name == "nvfp4" else "low", swizzled=name in SWIZZLED)
+    if signature is None:
+        raise unknown_format(found, stem, parts)
+    if mark.get("convrot"):
+        group = mark.get("convrot_groupsize", DEFAULT_ROTATION)
+        signature = _rotated(found, stem, signature, group)
+    marks = (f"{stem}.{MARK}",) if found.get(stem, MARK) is not None else ()
+    return replace(stored_layer(stem, signature, parts), unused=marks)
+
+
+def _rotated(found: Found, stem: str, signature: Signature, group: Any) -> Signature:
+    size = group if type(group) is int else 0
+    power = size
+    while power > 1 and power % 4 == 0:
+        power //= 4
+    if power != 1 or signature.shape[1] % size:
+        raise CheckpointError(
+            f"{found.checkpoint.path}: layer '{stem}': found convrot_groupsize {group!r:.20} for {signature.shape[1]} "
+            "columns, expected a power of four that divides them"
+        )
+    return replace(signature, format=Rotated(signature.format, size))
+
+
+COMFYUI = ComfyUi()

@@ -1,0 +1,116 @@
+"""How NVIDIA's ModelOpt exports a component: vLLM, vLLM-Omni, SGLang and TensorRT-LLM read it.
+
+Tensors:  NAME.weight, NAME.weight_scale, NAME.weight_scale_2, NAME.input_scale, as the formats define them;
+          NAME.pre_quant_scale [in] where inputs are smoothed
+          FP8                        E4M3, one scale, input_scale
+          FP8_PER_CHANNEL_PER_TOKEN  E4M3, F32 [out]; also how one scale without input_scale is written
+          FP8_PB_WO                  E4M3, F32 [out / 128, 1, in / 128, 1], weight only
+          MXFP8                      E4M3, U8 [out, in / 32]
+          NVFP4, W4A16_NVFP4         low nibble first, linear scales; without input_scale weight only
+Block:    {"quant_method": "modelopt", "quant_algo": ..., "config_groups": ..., "ignore": [...], "producer": ...} in
+          config.json; in the older shape {"quantization": {"quant_algo": ..., "exclude_modules": [...]}} of a sidecar.
+          MIXED_PRECISION has `quantized_layers`: {NAME: {"quant_algo": ...}}.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any
+
+from omni_convert.formats.codec import Plain, Repeated
+from omni_convert.formats.dialect import Dialect, Found, Spelling, StoredLayer
+from omni_convert.formats.dialects.bare import signed_layers
+from omni_convert.formats.dialects.vllm_omni import MODELOPT, as_whole_name
+from omni_convert.formats.errors import CheckpointError
+from omni_convert.formats.format import Format
+from omni_convert.formats.fp8 import Fp8, Fp8Block
+from omni_convert.formats.mxfp8 import Mxfp8
+from omni_convert.formats.nvfp4 import NVFP4_BLOCK, Nvfp4
+from omni_convert.formats.quantization_config import QuantizationConfig
+from omni_convert.formats.read_formats import Scaled
+
+__all__ = ["MODELOPT_DIALECT"]
+
+NAMES = {"mul_scale": "pre_quant_scale"}
+FP8_GROUP = {"dynamic": False, "num_bits": 8, "type": "float"}
+
+
+class ModelOpt(Dialect):
+    """See the module."""
+
+    name = "modelopt"
+
+    def recognises(self, found: Found) -> bool:
+        producer = found.block.get("producer")
+        is_theirs = isinstance(producer, Mapping) and producer.get("name") == MODELOPT
+        return is_theirs or found.quant_method.startswith(MODELOPT) or isinstance(found.block.get("quantization"), dict)
+
+    def stored_layers(self, found: Found) -> Iterator[StoredLayer]:
+        for stem in found.stems("svdquant_lora_a"):
+            raise CheckpointError(
+                f"{found.checkpoint.path}: tensor '{stem}.svdquant_lora_a': found SVDQuant's low-rank branch, expected "
+                "a plain linear; export without SVDQuant"
+            )
+        return signed_layers(found, NAMES)
+
+    def spelling(self, fmt: Format, shape: tuple[int, int]) -> Spelling | str:
+        if isinstance(fmt, Fp8) and not fmt.static:
+            return Spelling(codecs={"weight_scale": Repeated((shape[0],))})
+        if isinstance(fmt, Scaled) and fmt.label == "fp8 per row" and not fmt.static:
+            return Spelling(codecs={"weight_scale": Plain(shape=(-1,))})
+        if isinstance(fmt, (Fp8, Nvfp4, Mxfp8)):
+            return Spelling()
+        if isinstance(fmt, Fp8Block):
+            return "ModelOpt's FP8 in blocks is weight-only, which these weights were not made for"
+        return f"ModelOpt has no reader for {fmt.label}"
+
+    def block(
+        self, config: QuantizationConfig, layers: Mapping[str, Format], ignored: Collection[str]
+    ) -> dict[str, Any]:
+        algorithms = {stem: _algorithm(fmt) for stem, fmt in layers.items()}
+        kinds = sorted(set(algorithms.values()))
+        is_mixed = len(kinds) > 1
+        groups = {
+            f"group_{number}": _group(kind, [stem for stem in sorted(layers) if algorithms[stem] == kind], is_mixed)
+            for number, kind in enumerate(kinds)
+        }
+        block: dict[str, Any] = {
+            "quant_method": MODELOPT,
+            "quant_algo": "MIXED_PRECISION" if is_mixed else kinds[0],
+            "config_groups": groups,
+            "ignore": [as_whole_name(name) for name in sorted(ignored)],
+            "producer": {"name": "omni-convert"},
+        }
+        if is_mixed:
+            block["quantized_layers"] = {stem: _described(kind) for stem, kind in sorted(algorithms.items())}
+        return block
+
+
+def _algorithm(fmt: Format) -> str:
+    if isinstance(fmt, Nvfp4):
+        return "NVFP4" if fmt.static else "W4A16_NVFP4"
+    if isinstance(fmt, Mxfp8):
+        return "MXFP8"
+    return "FP8" if isinstance(fmt, Fp8) and fmt.static else "FP8_PER_CHANNEL_PER_TOKEN"
+
+
+def _described(algorithm: str) -> dict[str, Any]:
+    described: dict[str, Any] = {"quant_algo": algorithm}
+    return described | {"group_size": NVFP4_BLOCK} if "NVFP4" in algorithm else described
+
+
+def _group(algorithm: str, stems: list[str], is_mixed: bool) -> dict[str, Any]:
+    targets = stems if is_mixed else ["Linear"]
+    weights: dict[str, Any] = dict(FP8_GROUP)
+    inputs: dict[str, Any] | None = dict(FP8_GROUP)
+    if "NVFP4" in algorithm:
+        weights = {"dynamic": False, "num_bits": 4, "type": "float", "group_size": NVFP4_BLOCK}
+        inputs = dict(weights) if algorithm == "NVFP4" else None
+    elif algorithm == "MXFP8":
+        weights, inputs = weights | {"group_size": 32}, weights | {"group_size": 32, "dynamic": True}
+    elif algorithm == "FP8_PER_CHANNEL_PER_TOKEN":
+        inputs = dict(FP8_GROUP) | {"dynamic": True}
+    return {"input_activations": inputs, "weights": weights, "targets": targets}
+
+
+MODELOPT_DIALECT = ModelOpt()
