@@ -9,6 +9,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -92,7 +93,7 @@ class HubServer(ThreadingHTTPServer):
         self.requests: list[str] = []
         self.sent_to_storage: list[str] = []
         self.lock = threading.Lock()
-        self.seconds_per_file = 0.0
+        self.seconds: dict[str, float] = {}
 
     @property
     def address(self) -> str:
@@ -273,7 +274,7 @@ class Handler(BaseHTTPRequestHandler):
         data = self.server.large[oid]
         wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or "")
         if wanted is None:
-            time.sleep(self.server.seconds_per_file)
+            time.sleep(self.server.seconds.get(oid, 0.0))
             self.reply(200, data)
             return
         start, end = int(wanted[1]), min(int(wanted[2] or len(data)), len(data) - 1)
@@ -450,7 +451,7 @@ def test_a_model_on_the_hub_is_converted_shard_by_shard(
     hub: HubServer, run: Run, source: Path, converted: Path, tmp_path: Path
 ) -> None:
     repository = hub.add("someone/tiny", source)
-    hub.seconds_per_file = 0.05
+    hub.seconds = dict.fromkeys(hub.large, 0.05)
     seen: list[int] = [0]
     stop = threading.Event()
     watcher = threading.Thread(
@@ -657,3 +658,60 @@ def test_a_repository_of_another_kind_is_left_alone(hub: HubServer, run: Run, so
 def test_without_a_login_nothing_is_tried(hub: HubServer, run: Run, converted: Path) -> None:
     assert "found no login to the Hub" in error_line(run("push", converted, "me/tiny", token=None))
     assert not [request for request in hub.requests if request.startswith("POST")]
+
+
+def test_several_components_are_streamed_and_their_hashes_verified(
+    hub: HubServer, run: Run, source: Path, tmp_path: Path
+) -> None:
+    from omni_convert.convert import Recipe, convert_checkpoint
+
+    hub.add("someone/tiny", source)
+    options = ["-m", "int8", "--component", "text_encoder=int8", "--verify-source", "--workers", "3"]
+    result = run("someone/tiny", *options, "-o", "out")
+    assert result.returncode == 0, result.stderr
+    recipe = Recipe(method="int8", component={"text_encoder": "int8"}, verify_source=True)
+    convert_checkpoint(source, tmp_path / "local", recipe)
+    assert weights_of(contents(tmp_path / "out")) == weights_of(contents(tmp_path / "local"))
+    components = [
+        json.loads((tmp_path / name / "omni_convert.json").read_text())["components"] for name in ("out", "local")
+    ]
+    assert components[0] == components[1]
+    assert not (tmp_path / "out" / ".downloads").exists()
+
+
+def test_a_source_may_be_kept_and_is_then_not_fetched_again(
+    hub: HubServer, run: Run, source: Path, converted: Path, tmp_path: Path
+) -> None:
+    hub.add("someone/tiny", source)
+    assert run("someone/tiny", "-m", "int8", "-o", "kept", "--keep-source").returncode == 0
+    assert list((tmp_path / "home").rglob("*.safetensors"))
+    before = [request for request in hub.requests if request.startswith("GET /storage") and "whole" in request]
+    assert run("someone/tiny", "-m", "int8", "-o", "out").returncode == 0
+    assert [request for request in hub.requests if request.startswith("GET /storage") and "whole" in request] == before
+    assert list((tmp_path / "home").rglob("*.safetensors"))
+    for name in ("kept", "out"):
+        assert weights_of(contents(tmp_path / name)) == weights_of(contents(converted))
+
+
+def test_an_interruption_does_not_wait_for_a_download(hub: HubServer, source: Path, tmp_path: Path) -> None:
+    hub.add("someone/tiny", source)
+    shards = [oid_of(name, data) for name, data in contents(source).items() if name.endswith(".safetensors")]
+    hub.seconds = dict.fromkeys(shards, 60.0)
+    environment = os.environ | {"HF_ENDPOINT": hub.address, "HF_HOME": str(tmp_path), "HF_HUB_DISABLE_XET": "1"}
+    command = [sys.executable, "-m", "omni_convert.convert.cli", "someone/tiny", "-o", str(tmp_path / "out")]
+    process = subprocess.Popen(
+        command,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
+    )
+    while not any(f"GET /storage/{shard} whole" in hub.requests for shard in shards):
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 130, errors
+    assert errors.decode().splitlines()[-1] == "Error: interrupted"
+    assert (tmp_path / "out.partial").exists()
+    assert not (tmp_path / "out").exists()
