@@ -145,7 +145,7 @@ class Cluster:
 
     def on_actors(
         self, kind: type, arguments: Sequence[Any], calls: Sequence[Sequence[Any]], slots: Slots, memory: int
-    ) -> Iterator[Any]:
+    ) -> Generator[Any]:
         """Results of `kind(*arguments).run(*call)` for each call, as they come; the objects live on the machines.
 
         Args:

@@ -12,6 +12,7 @@ import os
 import pickle
 import platform
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
@@ -68,7 +69,10 @@ class _Batch:
             for file, specs in shared.plan.shards.files.items()
             if not names.isdisjoint(spec.name for spec in specs)
         }
-        writers = {file: SafetensorsWriter(shared.folder / file, specs, join=True) for file, specs in files.items()}
+        metadata = shared.plan.shards.metadata
+        writers = {
+            file: SafetensorsWriter(shared.folder / file, specs, metadata, join=True) for file, specs in files.items()
+        }
         outputs = {spec.name: writers[file] for file, specs in files.items() for spec in specs}
         engine = replace(engine, journal=EarlierRecords(self.earlier))
         work = Work(replace(shared.plan, steps=self.steps), engine, outputs)
@@ -135,10 +139,12 @@ class RayEngine(Engine):
         shared = _Shared(shared_plan, folder, str(self.device), self.slots.cores, versions())
         reference = self.cluster.share(pickle.dumps(shared))
         calls = ((reference, pickle.dumps(task)) for task in tasks)
-        for done in self.cluster.in_order(run_task, calls, self.slots, _memory_of_task(plan, self.slots.cores)):
-            place = (done.machine, done.process)
-            self._memory[place] = max(self._memory.get(place, 0), done.memory)
-            yield done.result
+        memory = _memory_of_task(plan, self.slots.cores)
+        with closing(self.cluster.in_order(run_task, calls, self.slots, memory)) as results:
+            for done in results:
+                place = (done.machine, done.process)
+                self._memory[place] = max(self._memory.get(place, 0), done.memory)
+                yield done.result
 
     def memory(self) -> int:
         """The largest sum of `RssAnon` over the processes of one machine, bytes."""
@@ -148,7 +154,7 @@ class RayEngine(Engine):
         return max(by_machine.values())
 
     def _batches(self, plan: ComponentPlan) -> list[Steps]:
-        share = plan.bytes_before // (BATCHES_A_SLOT * self.slots.count)
+        share = plan.bytes_to_do // (BATCHES_A_SLOT * self.slots.count)
         limit = max(MIN_BATCH_BYTES, min(MAX_BATCH_BYTES, share))
         batches: list[Steps] = []
         size = limit

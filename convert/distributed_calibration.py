@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import replace
 
 import torch
@@ -70,9 +71,10 @@ def record_on_cluster(
         calls = [(prompts[share::shares],) for share in range(shares)]
         arguments = (source, recipe, slots.cores, versions(), with_moments)
         merged: Recording | None = None
-        for count, recording in cluster.on_actors(_Pipeline, arguments, calls, slots, size):
-            merged = recording if merged is None else _merge(merged, recording)
-            bar.update(count)
+        with closing(cluster.on_actors(_Pipeline, arguments, calls, slots, size)) as results:
+            for count, recording in results:
+                merged = recording if merged is None else _merge(merged, recording)
+                bar.update(count)
     assert merged is not None, "there are prompts"
     return merged
 
