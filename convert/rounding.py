@@ -1,8 +1,10 @@
 """How the weights of a group are rounded: to the nearest, by GPTQ, or by whichever of the two is better.
 
 A wrapper around a format: it decides, in `fit`, what the moments of the group's input say, and leaves the rest to the
-format, whose tensors it fills. Half of the recorded rows, which the search of mul_scale has not seen either, is taken
-out of the moments: `auto` compares the outputs on these.
+format, whose tensors it fills. Half of the recorded rows, to which mul_scale was not fitted either, is taken
+out of the moments: `auto` compares the outputs on these, for the first thousand or so rows of each weight.
+
+Matrices are inverted by one thread: other numbers of threads give other last bits, and one job must give the same bytes.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import torch
 from torch import Tensor
 
 from omni_convert.convert.moments import InputMoments
+from omni_convert.convert.workers import one_thread
 from omni_convert.formats.format import Format, InputStatistics, TensorLayout, WeightRows, iterate_rows
 from omni_convert.formats.gptq import Compensation, plan_compensation, quantize_compensated
 from omni_convert.formats.smoothing import split_input_rows
@@ -74,8 +77,11 @@ class CompensatedFormat(Format):
 
     def fit(self, weights: Sequence[WeightRows], inputs: InputStatistics | None) -> _Fitted:
         base = self.base.fit(weights, inputs)
+        with one_thread():
+            return self._choose(weights, base, weights[0].read(0, 1).device)
+
+    def _choose(self, weights: Sequence[WeightRows], base: Any, device: torch.device) -> _Fitted:
         constants = self.base.constants(base)
-        device = weights[0].read(0, 1).device
         moments = self.moments()
         _, held_out = split_input_rows(moments.sample)
         blocks = [block.to(device) for block in moments.without(held_out).blocks()]
@@ -122,12 +128,12 @@ class CompensatedFormat(Format):
         seen, plain = self._seen(held_out, fitted.constants), held_out.float()
         errors = [0.0, 0.0]
         for weight in weights:
-            for _, rows in iterate_rows(weight, self.row_multiple):
-                wanted = plain @ rows.float().T
-                for index, candidate in enumerate((fitted, other)):
-                    stored = self._multiplied(self.quantize_rows(rows, candidate), candidate.constants)
-                    difference = (seen @ stored.T).sub_(wanted)
-                    errors[index] += float(difference.square_().sum(dtype=torch.float64))
+            _, rows = next(iterate_rows(weight, self.row_multiple))
+            wanted = plain @ rows.float().T
+            for index, candidate in enumerate((fitted, other)):
+                stored = self._multiplied(self.quantize_rows(rows, candidate), candidate.constants)
+                difference = (seen @ stored.T).sub_(wanted)
+                errors[index] += float(difference.square_().sum(dtype=torch.float64))
         logger.info("gptq leaves %.4g of the squared output error of nearest rounding", errors[0] / (errors[1] or 1.0))
         return errors[0] < errors[1]
 

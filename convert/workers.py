@@ -7,12 +7,13 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
 import torch
 
-__all__ = ["Workers", "available_cores", "keep_freed_memory"]
+__all__ = ["Workers", "available_cores", "keep_freed_memory", "one_thread"]
 
 Result = TypeVar("Result")
 
@@ -73,6 +74,17 @@ class Workers:
                 yield pending.popleft().result()
         while pending:
             yield pending.popleft().result()
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Has torch use one thread for what this one computes."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _use_one_core() -> None:

@@ -122,3 +122,17 @@ def test_tiles_keep_to_what_the_format_needs() -> None:
         fmt = CompensatedFormat(Fp8Block((multiple, 32)), lambda: moments, "gptq")
         assert fmt.row_multiple % multiple == 0
         assert fmt.row_multiple >= 1024
+
+
+def test_the_number_of_threads_changes_nothing() -> None:
+    generator = torch.Generator().manual_seed(3)
+    rows = torch.randn(600, 1024, generator=generator).bfloat16()
+    statistics, moments = recorded(torch.randn(2000, 1024, generator=generator).cumsum(1).bfloat16())
+    fmt, before = CompensatedFormat(Int8(), lambda: moments, "gptq"), torch.get_num_threads()
+    factors = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        factors.append(fmt.fit([TensorRows(rows)], statistics).compensations[0].factor)
+        assert torch.get_num_threads() == threads
+    torch.set_num_threads(before)
+    assert torch.equal(*factors)
