@@ -491,7 +491,7 @@ def _variant(label: str, options: dict[str, Any]) -> Variant:
 
 def _json_option(option: str, text: str) -> dict[str, Any]:
     """A JSON object given on the command line, or a file that holds one."""
-    from omni_convert.convert.source import read_json
+    from omni_convert.formats.json_file import read_json
 
     if not text.lstrip().startswith("{"):
         return read_json(Path(text))

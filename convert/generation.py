@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from omni_convert.convert.prompts import Prompt
-from omni_convert.convert.source import read_json
 from omni_convert.formats.errors import CheckpointError, RecipeError
+from omni_convert.formats.json_file import read_json
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline

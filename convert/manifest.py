@@ -15,8 +15,8 @@ from omni_convert.convert.execute import LayerResult
 from omni_convert.convert.journal import JOURNAL
 from omni_convert.convert.output import MANIFEST, write_text
 from omni_convert.convert.plan import ComponentPlan, Plan
-from omni_convert.convert.source import read_json
 from omni_convert.formats.errors import OutputError
+from omni_convert.formats.json_file import read_json
 
 __all__ = ["VERSION", "describe_job", "read_results", "write_json", "write_manifest"]
 

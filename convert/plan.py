@@ -19,18 +19,21 @@ from omni_convert.convert.moments import Moments
 from omni_convert.convert.recipe import Recipe, suggestion
 from omni_convert.convert.rounding import CompensatedFormat
 from omni_convert.convert.selection import choose_layers, format_for, recommendation_notes
-from omni_convert.convert.source import Source, read_json
+from omni_convert.convert.source import Source
 from omni_convert.formats.checkpoint import Checkpoint
 from omni_convert.formats.component import DENOISERS
 from omni_convert.formats.dialects import omni_convert, vllm_omni
 from omni_convert.formats.errors import CalibrationError, CheckpointError, RecipeError
 from omni_convert.formats.family import Family, LayerGroup, find_family
 from omni_convert.formats.format import Format, InputStatistics
+from omni_convert.formats.json_file import read_json
 from omni_convert.formats.quantization_config import ACTIVATION_SCHEMES, QuantizationConfig
 from omni_convert.formats.safetensors_file import SafetensorsFile
+from omni_convert.formats.safetensors_header import quoted
 from omni_convert.formats.sharding import Shards, plan_shards
 from omni_convert.formats.table import FORMATS, Calibration, layer_formats
 from omni_convert.formats.tensor_spec import TensorSpec
+from omni_convert.formats.weight_files import checked_path
 
 if TYPE_CHECKING:
     from omni_convert.convert.statistics import Identity, Statistics
@@ -185,8 +188,7 @@ def component_methods(source: Source, recipe: Recipe) -> dict[str, str]:
         if recipe.component:
             raise RecipeError(f"--component: found {next(iter(recipe.component))}, but {source.path} has no components")
         return {"": recipe.method}
-    index = read_json(source.path / "model_index.json")
-    present = {name: value for name, value in index.items() if isinstance(value, list) and value != [None, None]}
+    present = source.components()
     for name in recipe.component:
         if name not in present:
             raise RecipeError(
@@ -327,7 +329,9 @@ def _refuse_quantized(config_path: Path, config: Mapping[str, Any], checkpoint: 
     block = config.get("quantization_config")
     if block:
         kind = block.get("quant_method") if isinstance(block, dict) else type(block).__name__
-        raise CheckpointError(f"{config_path}: found a model quantized already ({kind}), expected the original weights")
+        raise CheckpointError(
+            f"{config_path}: found a model quantized already ({quoted(str(kind))}), expected the original weights"
+        )
     quantized = next(iter(layer_formats(checkpoint)), None)
     if quantized is not None:
         raise CheckpointError(
@@ -336,14 +340,15 @@ def _refuse_quantized(config_path: Path, config: Mapping[str, Any], checkpoint: 
 
 
 def _model_class(config: Mapping[str, Any]) -> str:
-    architectures = config.get("architectures") or ["unknown"]
-    return str(config.get("_class_name") or architectures[0])
+    architectures = config.get("architectures")
+    named = [config.get("_class_name"), *(architectures if isinstance(architectures, list) else [])]
+    return next((name for name in named if isinstance(name, str) and name), "unknown")
 
 
 def _library(source: Source, name: str) -> str:
     if not name:
         return "diffusers"
-    return str(read_json(source.path / "model_index.json")[name][0])
+    return source.components()[name]
 
 
 def _activation_scheme(method: str, recipe: Recipe, statistics: Statistics | None, notes: list[str]) -> str:
@@ -446,10 +451,9 @@ def _files_to_copy(source: Source, methods: Mapping[str, str]) -> dict[str, Path
     if not source.is_pipeline:
         return {}
     root_files = [path for pattern in ROOT_FILES for path in source.path.glob(pattern)]
-    index = read_json(source.path / "model_index.json")
-    folders = [source.path / name for name, value in index.items() if isinstance(value, list)]
+    folders = [source.path / name for name in source.components()]
     files = root_files + [path for folder in folders if folder.is_dir() for path in folder.rglob("*")]
-    on_disk = [path for path in files if path.is_file()]
+    on_disk = [checked_path(path.parent, path.name) for path in files if path.is_file()]
     streamed = [source.path / name for name in (source.hub_files.streamed if source.hub_files is not None else ())]
     on_hub = [path for path in streamed if any(path.is_relative_to(folder) for folder in folders)]
     copies = {path.relative_to(source.path).as_posix(): path for path in sorted({*on_disk, *on_hub})}

@@ -19,8 +19,8 @@ from typing import Any, TypeVar
 
 from omni_convert.convert.journal import JOURNAL
 from omni_convert.convert.output import MANIFEST, clear_folder, locked_folder
-from omni_convert.convert.source import read_json
 from omni_convert.formats.errors import OutputError, RecipeError
+from omni_convert.formats.json_file import read_json
 
 __all__ = ["RemoteFolder", "check_remote", "finished_manifest", "output_of", "published_folder"]
 

@@ -4,26 +4,26 @@ from __future__ import annotations
 
 import fnmatch
 import glob
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from omni_convert.formats.errors import CheckpointError, HubError
+from omni_convert.formats.json_file import read_json
+from omni_convert.formats.safetensors_header import quoted
 
 if TYPE_CHECKING:
     from huggingface_hub.hf_api import RepoSibling
 
     from omni_convert.convert.hub_files import HubFile, HubFiles
 
-__all__ = ["DEMO_EVALUATION_PROMPTS", "DEMO_PIPELINE", "DEMO_PROMPTS", "Source", "read_json", "resolve_source"]
+__all__ = ["DEMO_EVALUATION_PROMPTS", "DEMO_PIPELINE", "DEMO_PROMPTS", "Source", "resolve_source"]
 
 DEMO_PIPELINE = Path(__file__).parent / "demo" / "pipeline"
 DEMO_PROMPTS = Path(__file__).parent / "demo" / "prompts.txt"
 DEMO_EVALUATION_PROMPTS = Path(__file__).parent / "demo" / "evaluation_prompts.txt"
 
-MAX_JSON_BYTES = 64 << 20
 REPO_ID = re.compile(r"[\w.-]+/[\w.-]+")
 # What a diffusers pipeline consists of; repositories also hold single-file duplicates of tens of gigabytes beside it.
 HUB_PATTERNS = [
@@ -61,6 +61,21 @@ class Source:
     def is_pipeline(self) -> bool:
         return (self.path / "model_index.json").is_file()
 
+    def components(self) -> dict[str, str]:
+        """Of a pipeline, as its model_index.json lists them: name, which is that of its folder, to library.
+
+        Raises:
+            CheckpointError: the file is damaged, or a name would lead out of the pipeline's folder.
+        """
+        path = self.path / "model_index.json"
+        listed = {name: value for name, value in read_json(path).items() if _is_component(value)}
+        for name in listed:
+            if not name.isprintable() or set(name) & set("/\\") or name in ("", ".", ".."):
+                raise CheckpointError(
+                    f"{path}: found component {quoted(name)}, expected the name of a folder; do not trust this pipeline"
+                )
+        return {name: library for name, (library, _) in listed.items()}
+
     @property
     def short_name(self) -> str:
         return self.name.rpartition("/")[2]
@@ -78,23 +93,9 @@ class Source:
         return [status.st_size, status.st_mtime_ns]
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file that nobody vouches for.
-
-    Raises:
-        CheckpointError: missing, too large, nested too deep, or not an object.
-    """
-    try:
-        if path.stat().st_size > MAX_JSON_BYTES:
-            raise CheckpointError(f"{path}: found {path.stat().st_size} bytes, expected a JSON file of a few kilobytes")
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: file missing; is this a diffusers pipeline or component folder?") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: found unreadable JSON ({error}), expected an object") from None
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: found a JSON {type(content).__name__}, expected an object")
-    return content
+def _is_component(value: object) -> bool:
+    """Whether it is [library, class]; both are null for a component that a pipeline goes without."""
+    return isinstance(value, list) and len(value) == 2 and all(isinstance(part, str) for part in value)
 
 
 def resolve_source(model: str | Path | None, revision: str | None = None, *, stream: bool = False) -> Source:

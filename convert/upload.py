@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 
 from omni_convert.convert.journal import JOURNAL
 from omni_convert.convert.output import MANIFEST, is_finished
-from omni_convert.convert.source import read_json
 from omni_convert.formats.errors import CheckpointError, HubError, OutputError
+from omni_convert.formats.json_file import read_json
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitOperationAdd

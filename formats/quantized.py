@@ -11,7 +11,6 @@ with open_quantized("out/transformer") as quantized:
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,11 +24,11 @@ from omni_convert.formats.dialect import Dialect, Found, StoredLayer
 from omni_convert.formats.dialects.table import DIALECTS
 from omni_convert.formats.errors import CheckpointError
 from omni_convert.formats.format import Format, TensorLayout
+from omni_convert.formats.json_file import parse_json, read_json
 from omni_convert.formats.tensor_spec import DTYPE_NAMES
 
-__all__ = ["QuantizedCheckpoint", "QuantizedLayer", "find_dialect", "open_quantized", "read_quantized"]
+__all__ = ["SIDECARS", "QuantizedCheckpoint", "QuantizedLayer", "find_dialect", "open_quantized", "read_quantized"]
 
-MAX_JSON_BYTES = 64 << 20
 SIDECARS = ("hf_quant_config.json", "quantization_config.json")
 DESCRIPTIONS = "quant_model_description*.json"
 
@@ -187,10 +186,9 @@ def _block(folder: Path, checkpoint: Checkpoint) -> Mapping[str, Any]:
         if sidecar := _json(folder / name):
             return sidecar
     try:
-        block = json.loads(_metadata(checkpoint).get("quantization_config", "{}"))
-    except ValueError:
+        return parse_json(_metadata(checkpoint).get("quantization_config", "{}").encode(), checkpoint.path)
+    except CheckpointError:
         return {}
-    return block if isinstance(block, dict) else {}
 
 
 def _labels(folder: Path) -> dict[str, str]:
@@ -206,17 +204,5 @@ def _metadata(checkpoint: Checkpoint) -> dict[str, str]:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    """A JSON object, or {} where there is none.
-
-    Raises:
-        CheckpointError: it cannot be read.
-    """
-    try:
-        if not path.is_file():
-            return {}
-        if path.stat().st_size > MAX_JSON_BYTES:
-            raise CheckpointError(f"{path}: found {path.stat().st_size} bytes, expected a JSON file of a few kilobytes")
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: found unreadable JSON ({error}), expected an object") from None
-    return content if isinstance(content, dict) else {}
+    """A JSON object, or {} where there is no such file."""
+    return read_json(path) if path.exists() else {}

@@ -35,6 +35,8 @@ class FormatOptions:
 
 #: Tensors that stand beside a quantized `weight`.
 COMPANIONS = ("weight_scale", "weight_scale_inv", "weight_scale_2", "weight_dual_scale", "mul_scale", "input_scale")
+# Rows or columns of a block of FP8, the likely ones first.
+BLOCK_SIZES = (128, 64, 32, 16, 256, 512, 1024)
 
 
 class Calibration(Enum):
@@ -132,8 +134,10 @@ def _layer_format(weight: TensorSpec, companions: Mapping[str, TensorSpec], meth
 
 def block_size_of(shape: tuple[int, ...], blocks: tuple[int, ...]) -> tuple[int, int]:
     """The power of two, from 16 up, that cuts `shape` into `blocks`; 128 where several do."""
+    if len(blocks) != 2:
+        return BLOCK_SIZES[0], BLOCK_SIZES[0]  # whatever it is, its layout will not be found
     rows, columns = (
-        next((size for size in (128, 64, 32, 16, 256, 512, 1024) if -(-length // size) == count), length)
+        next((size for size in BLOCK_SIZES if -(-length // size) == count), max(1, length))
         for length, count in zip(shape, blocks, strict=True)
     )
     return rows, columns

@@ -6,19 +6,18 @@ folder itself; only a link into the blobs of the Hub cache, as `snapshots/` cons
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from omni_convert.formats.errors import CheckpointError
+from omni_convert.formats.json_file import read_json
 from omni_convert.formats.safetensors_header import quoted
 from omni_convert.formats.sharding import WEIGHTS_NAMES, ShardName, check_shard_names, index_name
 
-__all__ = ["WeightFiles", "find_weight_files"]
+__all__ = ["WeightFiles", "checked_path", "find_weight_files"]
 
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
-MAX_INDEX_BYTES = 32 << 20
 AGAIN = "download it again"
 BLOBS, SNAPSHOTS = "blobs", "snapshots"
 
@@ -49,7 +48,9 @@ def find_weight_files(path: Path, elsewhere: Collection[str] = ()) -> WeightFile
     weight_map = _find_index(path, entries)
     names = sorted(set(weight_map.values())) if weight_map is not None else _choose_files(path, entries)
     check_shard_names(names, path)
-    return WeightFiles({name: path / name if name in elsewhere else _inside(path, name) for name in names}, weight_map)
+    return WeightFiles(
+        {name: path / name if name in elsewhere else checked_path(path, name) for name in names}, weight_map
+    )
 
 
 def _single_file(path: Path) -> WeightFiles:
@@ -82,24 +83,11 @@ def _find_index(folder: Path, entries: Sequence[str]) -> dict[str, str] | None:
         raise CheckpointError(
             f"{folder}: found both {found[0]} and {found[1]}, expected one set of weights; move the other away"
         )
-    return _read_index(_inside(folder, indices[0])) if indices else None
+    return _read_index(checked_path(folder, indices[0])) if indices else None
 
 
 def _read_index(path: Path) -> dict[str, str]:
-    try:
-        with path.open("rb") as file:
-            text = file.read(MAX_INDEX_BYTES + 1)
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror}), expected an index of shards") from None
-    if len(text) > MAX_INDEX_BYTES:
-        raise CheckpointError(f"{path}: found more than {MAX_INDEX_BYTES} bytes, expected an index of shards")
-    try:
-        content = json.loads(text.decode(), object_pairs_hook=_unique_members)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(
-            f"{path}: found damaged JSON ({_first_line(error)}), expected an index; {AGAIN}"
-        ) from None
-    weight_map = content.get("weight_map") if isinstance(content, dict) else None
+    weight_map = read_json(path, _unique_members).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{path}: found no 'weight_map', expected tensor names and their files; {AGAIN}")
     for tensor, file in weight_map.items():
@@ -110,10 +98,6 @@ def _read_index(path: Path) -> dict[str, str]:
                 "folder; do not trust this checkpoint"
             )
     return weight_map
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0]
 
 
 def _unique_members(pairs: list[tuple[str, object]]) -> dict[str, object]:
@@ -162,7 +146,7 @@ def _pickle_message(where: Path, file: str) -> str:
     )
 
 
-def _inside(folder: Path, name: str) -> Path:
+def checked_path(folder: Path, name: str) -> Path:
     """The path of a file of the folder.
 
     Raises:

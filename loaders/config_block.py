@@ -21,20 +21,20 @@ class QuantMethod(StrEnum):
     OMNI_CONVERT = omni_convert.QUANT_METHOD
 
 
-def is_modelopt_export(block: Mapping[str, Any]) -> bool:
+def is_modelopt_export(block: Any) -> bool:
     """Whether a `modelopt` block describes an exported checkpoint (ours to read), not one of diffusers' own."""
-    return block.get("quant_method") == "modelopt" and bool(block.get("quant_algo"))
+    return isinstance(block, Mapping) and block.get("quant_method") == "modelopt" and bool(block.get("quant_algo"))
 
 
-def read_block(block: Mapping[str, Any], where: str = CONFIG_FILE) -> QuantizationConfig:
+def read_block(block: Any, where: str = CONFIG_FILE) -> QuantizationConfig:
     """What a block means.
 
     Raises:
-        CheckpointError: an unknown method or key.
+        CheckpointError: not an object, an unknown method or key.
     """
     if is_modelopt_export(block) and block["quant_algo"] == "FP8":
         return QuantizationConfig("fp8", activation_scheme="static")  # `ignore` holds patterns, the tensors decide
-    if block.get("quant_method") == omni_convert.QUANT_METHOD:
+    if isinstance(block, Mapping) and block.get("quant_method") == omni_convert.QUANT_METHOD:
         return omni_convert.from_block(block, where)
     return vllm_omni.from_block(block, where)
 

@@ -19,6 +19,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
+import torch
+
 from omni_convert.formats.codec import SwappedNibbles, Swizzled
 from omni_convert.formats.dialect import Dialect, Found, Spelling, StoredLayer
 from omni_convert.formats.dialects.bare import parts_of, stored_layer, unknown_format
@@ -26,6 +28,7 @@ from omni_convert.formats.errors import CheckpointError
 from omni_convert.formats.format import Format
 from omni_convert.formats.fp8 import Fp8
 from omni_convert.formats.int8 import Int8
+from omni_convert.formats.json_file import parse_json
 from omni_convert.formats.mxfp8 import Mxfp8
 from omni_convert.formats.nvfp4 import Nvfp4
 from omni_convert.formats.read_formats import Rotated
@@ -91,7 +94,7 @@ class ComfyUi(Dialect):
         return Spelling(codecs={"weight_scale": Swizzled(), **nibbles}, extras=extras)
 
     def metadata(self, layers: Mapping[str, Format]) -> dict[str, str]:
-        marks = {stem: {"format": FORMAT_NAMES[type(fmt)]} for stem, fmt in layers.items()}
+        marks = {stem: {"format": FORMAT_NAMES[type(layers[stem])]} for stem in sorted(layers)}
         return {METADATA: json.dumps({"format_version": "1.0", "layers": marks})}
 
 
@@ -101,12 +104,10 @@ def _legacy_mark(found: Found) -> str | None:
 
 
 def _marks_in_header(found: Found) -> dict[str, Mapping[str, Any]]:
-    try:
-        layers = json.loads(found.metadata.get(METADATA, "{}")).get("layers", {})
-    except (ValueError, AttributeError, RecursionError) as error:
-        raise CheckpointError(
-            f"{found.checkpoint.path}: found damaged {METADATA} in the header ({error}), expected JSON"
-        ) from None
+    where = f"{found.checkpoint.path}: {METADATA} in the header"
+    layers = parse_json(found.metadata.get(METADATA, "{}").encode(), where).get("layers", {})
+    if not isinstance(layers, Mapping):
+        raise CheckpointError(f"{where}: found layers {str(layers)[:40]!r}, expected an object")
     return {stem: mark for stem, mark in layers.items() if isinstance(mark, Mapping)}
 
 
@@ -116,7 +117,7 @@ def _mark(found: Found, stem: str) -> Mapping[str, Any]:
     spec = found.checkpoint[name]
     if spec.dtype.itemsize == 1 and spec.nbytes <= MAX_MARK_BYTES:
         try:
-            mark = json.loads(bytes(found.checkpoint.read(name).flatten().tolist()))
+            mark = json.loads(found.checkpoint.read(name).reshape(-1).view(torch.uint8).numpy().tobytes())
         except (ValueError, RecursionError):
             mark = None
         if isinstance(mark, Mapping):
@@ -128,7 +129,7 @@ def _mark(found: Found, stem: str) -> Mapping[str, Any]:
 
 def _marked_layer(found: Found, stem: str, mark: Mapping[str, Any]) -> StoredLayer:
     name = mark.get("format")
-    if name not in READABLE:
+    if not isinstance(name, str) or name not in READABLE:
         raise CheckpointError(
             f"{found.checkpoint.path}: layer '{stem}': found ComfyUI's format {str(name)[:40]!r}, expected one of "
             f"{', '.join(READABLE)}; others are not read"

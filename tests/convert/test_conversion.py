@@ -15,6 +15,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from omni_convert.convert import Recipe, convert_checkpoint
+from omni_convert.convert.plan import plan_conversion
+from omni_convert.convert.source import resolve_source
 from omni_convert.formats.errors import CalibrationError, CheckpointError, OmniConvertError, OutputError, RecipeError
 from omni_convert.formats.table import layer_formats
 
@@ -303,7 +305,7 @@ def test_statistics_of_another_model_are_refused(
 
 def test_a_model_quantized_already_is_refused(tiny_pipeline_folder: Path, tmp_path: Path) -> None:
     convert_checkpoint(tiny_pipeline_folder, tmp_path / "quantized")
-    check_refused(CheckpointError, r"quantized already \(fp8\)", tmp_path / "quantized", tmp_path / "out", Recipe())
+    check_refused(CheckpointError, r"quantized already \('fp8'\)", tmp_path / "quantized", tmp_path / "out", Recipe())
     edit_config(tmp_path / "quantized", quantization_config=None)
     check_refused(CheckpointError, "quantized already", tmp_path / "quantized", tmp_path / "out", Recipe())
 
@@ -330,6 +332,32 @@ def test_an_output_that_is_not_empty_is_refused_before_any_work(tiny_pipeline_fo
     with pytest.raises(OutputError, match="not empty"):
         convert_checkpoint(tiny_pipeline_folder, output)
     assert [path.name for path in output.iterdir()] == ["precious"]
+
+
+@pytest.mark.parametrize("architectures", [[], [7], {"a": 1}, 7, None], ids=str)
+def test_a_config_that_names_no_class_is_of_the_generic_family(
+    tiny_pipeline_folder: Path, tmp_path: Path, architectures: object
+) -> None:
+    source = copy_of(tiny_pipeline_folder, tmp_path / "source")
+    edit_config(source, _class_name=None, architectures=architectures)
+    plan = plan_conversion(resolve_source(source / "transformer"), Recipe())
+    assert "generic" in " ".join(plan.notes)
+
+
+def test_a_model_that_is_quantized_by_a_stranger_is_one_line(tiny_pipeline_folder: Path, tmp_path: Path) -> None:
+    source = copy_of(tiny_pipeline_folder, tmp_path / "source")
+    edit_config(source, quantization_config={"quant_method": "x\n" * 1000})
+    with pytest.raises(CheckpointError) as caught:
+        plan_conversion(resolve_source(source), Recipe())
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < len(str(source)) + 300
+
+
+def test_files_that_links_bring_in_from_elsewhere_are_not_copied(tiny_pipeline_folder: Path, tmp_path: Path) -> None:
+    source = copy_of(tiny_pipeline_folder, tmp_path / "source")
+    (tmp_path / "secret").write_text("secret")
+    (source / "vae" / "notes.txt").symlink_to(tmp_path / "secret")
+    check_refused(CheckpointError, "found a link that leaves the folder", source, tmp_path / "out", Recipe())
 
 
 def test_written_layers_are_recognized_by_their_tensors(tiny_pipeline_folder: Path, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from omni_convert.convert.source import DEMO_PIPELINE, read_json, resolve_source
+from omni_convert.convert.source import DEMO_PIPELINE, resolve_source
 from omni_convert.formats.errors import CheckpointError
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -69,10 +69,21 @@ def test_pickles_are_refused_by_name(tmp_path: Path, name: str) -> None:
         resolve_source(tmp_path / name)
 
 
-@pytest.mark.parametrize("content", ["[]", "{", "[" * 100_000, '"text"', "\udcff"])
-def test_hostile_json_is_one_line(tmp_path: Path, content: str) -> None:
-    path = tmp_path / "config.json"
-    path.write_bytes(content.encode("utf-8", "surrogateescape"))
-    with pytest.raises(CheckpointError, match=r"config\.json: found") as caught:
-        read_json(path)
+def pipeline_of(folder: Path, index: object) -> Path:
+    folder.mkdir()
+    (folder / "model_index.json").write_text(json.dumps(index))
+    return folder
+
+
+def test_components_are_what_has_a_library_and_a_class(tmp_path: Path) -> None:
+    index = {"_class_name": "X", "vae": ["diffusers", "Y"], "image_encoder": [None, None], "scale": 2, "sizes": [1, 2]}
+    index |= {"empty": [], "wrapped": [["diffusers", "Z"]], "one": ["diffusers"]}
+    assert resolve_source(pipeline_of(tmp_path / "model", index)).components() == {"vae": "diffusers"}
+
+
+@pytest.mark.parametrize("name", ["..", ".", "", "../elsewhere", "/etc", "a/b", "a\\b", "a\nb", "a\0b"])
+def test_a_component_never_leads_out_of_the_pipeline(tmp_path: Path, name: str) -> None:
+    folder = pipeline_of(tmp_path / "model", {"_class_name": "X", name: ["diffusers", "Y"]})
+    with pytest.raises(CheckpointError, match="expected the name of a folder; do not trust") as caught:
+        resolve_source(folder).components()
     assert "\n" not in str(caught.value)

@@ -1,0 +1,36 @@
+"""Formats are read off the names, dtypes and shapes of tensors, whatever these are."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from omni_convert.formats.fp8 import Fp8Block
+from omni_convert.formats.table import layer_formats
+from omni_convert.formats.tensor_spec import TensorSpec
+
+
+@pytest.mark.parametrize(
+    ("shape", "blocks", "size"),
+    [
+        ((256, 512), (2, 4), (128, 128)),
+        ((100, 512), (4, 16), (32, 32)),
+        ((2, 64), (), (128, 128)),
+        ((2, 64), (2,), (128, 128)),
+        ((2, 64), (1, 1, 1), (128, 128)),
+        ((0, 64), (2, 1), (1, 128)),
+        ((2, 64), (0, 0), (2, 64)),
+    ],
+    ids=str,
+)
+def test_blocks_of_any_shape_have_a_size(
+    shape: tuple[int, int], blocks: tuple[int, ...], size: tuple[int, int]
+) -> None:
+    specs = {
+        "a.weight": TensorSpec("a.weight", torch.float8_e4m3fn, shape),
+        "a.weight_scale_inv": TensorSpec("a.weight_scale_inv", torch.float32, blocks),
+    }
+    fmt = layer_formats(specs)["a"]
+    assert isinstance(fmt, Fp8Block)
+    assert fmt.block_size == size
+    fmt.layout(*shape)
