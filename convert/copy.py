@@ -36,28 +36,41 @@ def copy_file(engine: Engine, name: str, source: Path, target: Path) -> str:
     try:
         file = source.open("rb", buffering=0)
     except OSError as error:
-        raise CheckpointError(f"{source}: cannot be read ({error.strerror})") from None
+        raise _cannot_read(source, error) from None
     with file:
         try:
-            sha256 = _copy(engine, file.fileno(), target)
+            sha256 = _copy(engine, source, file.fileno(), target)
         except OSError as error:
-            raise OutputError(f"{target}: cannot be copied from {source} ({error.strerror})") from None
+            raise OutputError(
+                f"{target}: cannot be written ({error.strerror}); free some space, then --resume"
+            ) from None
     engine.journal.add(name, Record(sha256))
     return sha256
 
 
-def _copy(engine: Engine, source: int, target: Path) -> str:
+def _cannot_read(source: Path, error: OSError) -> CheckpointError:
+    return CheckpointError(f"{source}: cannot be read ({error.strerror}); repair or download it again, then --resume")
+
+
+def _copy(engine: Engine, source: Path, descriptor: int, target: Path) -> str:
     target.parent.mkdir(parents=True, exist_ok=True)
     digest = hashlib.sha256()
     block = memoryview(bytearray(BLOCK))
     with target.open("wb", buffering=0) as output:
-        while count := os.readv(source, [block]):
+        while count := _read(source, descriptor, block):
             engine.workers.check()
             digest.update(block[:count])
             written = 0
             while written < count:
                 written += os.write(output.fileno(), block[written:count])
     return digest.hexdigest()
+
+
+def _read(source: Path, descriptor: int, block: memoryview) -> int:
+    try:
+        return os.readv(descriptor, [block])
+    except OSError as error:
+        raise _cannot_read(source, error) from None
 
 
 def take_files(engine: Engine, hub_files: HubFiles, names: Sequence[str], folder: Path) -> dict[str, str]:

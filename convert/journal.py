@@ -1,7 +1,8 @@
 """The journal of a conversion: which ranges of the output are finished, so that a later run need not make them again.
 
     {"job": {...}}                                                                       what is made of what
-    {"range": "transformer/NAME.weight:256", "checksum": 912837, "error": [0.1, 20.5]}   a finished range, and so on
+    {"range": "transformer/NAME.weight:256", "checksum": 912837, "error": [0.1, 20.5], "fit": 71}       a finished range
+    ...
 
 Append-only. A range is named by its component, source tensor and first row; the checksum is over all the output bytes
 that come of it: CRC-32 for tiles of tensors, which only accidents change, or the SHA-256 of a file that is copied. A
@@ -17,6 +18,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 from types import TracebackType
 from typing import Any, Protocol, Self
 
@@ -25,16 +27,24 @@ from omni_convert.formats.errors import CheckpointError, OutputError, RecipeErro
 __all__ = ["JOURNAL", "EarlierRecords", "Journal", "Record", "Records"]
 
 JOURNAL = "omni_convert.journal"
+ENTRY = {"range", "checksum", "error", "fit"}
 SYNC_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
 class Record:
-    """A finished range: the checksum of its bytes, and its part of the layer's error."""
+    """A finished range.
+
+    Attributes:
+        checksum: of its bytes
+        squared_error, squared_norm: its part of the layer's error
+        fit: checksum of the constants that a fused group shares: ranges with other constants do not go with this one
+    """
 
     checksum: int | str
     squared_error: float = 0.0
     squared_norm: float = 0.0
+    fit: int = 0
 
 
 class Records(Protocol):
@@ -79,16 +89,31 @@ class Journal:
         """
         self.path = path
         self._records: dict[str, Record] = {}
+        self._synced = time.monotonic()
+        self._lock = Lock()
         try:
             self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
-            lines = _whole_lines(path.read_bytes())
-            os.ftruncate(self._descriptor, sum(len(line) for line in lines))  # a line that a kill cut short
         except OSError as error:
             raise _cannot_write(path, error) from None
-        self._synced = time.monotonic()
-        if lines:
-            self._take_up(lines, job)
-        else:
+        try:
+            self._begin(job)
+        except BaseException as error:
+            os.close(self._descriptor)
+            if isinstance(error, OSError):
+                raise _cannot_write(path, error) from None
+            raise
+
+    def _begin(self, job: Mapping[str, Any]) -> None:
+        """Reads what was done, up to the first line that a kill or a power cut has spoiled; the rest is done anew."""
+        entries, length = _read_entries(self.path.read_bytes())
+        if entries:
+            _check_same_job(self.path, entries[0]["job"], json.loads(json.dumps(job)))
+            self._records = {
+                entry["range"]: Record(entry["checksum"], *entry["error"], entry["fit"]) for entry in entries[1:]
+            }
+        os.ftruncate(self._descriptor, length)
+        self._end = length
+        if not entries:
             self._append({"job": job})
             os.fsync(self._descriptor)
 
@@ -110,40 +135,54 @@ class Journal:
         Raises:
             OutputError: the disk is full or fails.
         """
-        error = [record.squared_error, record.squared_norm]
-        self._append({"range": name, "checksum": record.checksum, "error": error})
-        if time.monotonic() - self._synced > SYNC_SECONDS:
-            self._synced = time.monotonic()
-            os.fsync(self._descriptor)
-
-    def _append(self, entry: Mapping[str, Any]) -> None:
+        errors = [record.squared_error, record.squared_norm]
         try:
-            os.write(self._descriptor, json.dumps(entry).encode() + b"\n")
+            self._append({"range": name, "checksum": record.checksum, "error": errors, "fit": record.fit})
+            if time.monotonic() - self._synced > SYNC_SECONDS:
+                self._synced = time.monotonic()
+                os.fsync(self._descriptor)
         except OSError as error:
             raise _cannot_write(self.path, error) from None
 
-    def _take_up(self, lines: list[bytes], job: Mapping[str, Any]) -> None:
+    def _append(self, entry: Mapping[str, Any]) -> None:
+        line = json.dumps(entry).encode() + b"\n"
+        with self._lock:
+            written = 0
+            try:
+                while written < len(line):
+                    written += os.write(self._descriptor, line[written:])
+            except OSError:
+                os.ftruncate(self._descriptor, self._end)  # what follows must not be glued to a part of this
+                raise
+            self._end += len(line)
+
+
+def _read_entries(content: bytes) -> tuple[list[dict[str, Any]], int]:
+    """The entries of a journal up to the first that is damaged, and how many bytes they take; the first is the job."""
+    entries: list[dict[str, Any]] = []
+    length = 0
+    for line in content.splitlines(keepends=True):
         try:
-            first, *others = [json.loads(line) for line in lines]
-            _check_same_job(self.path, first["job"], json.loads(json.dumps(job)))
-            self._records = {entry["range"]: Record(entry["checksum"], *entry["error"]) for entry in others}
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise OutputError(f"{self.path}: found a damaged journal; use --overwrite to start afresh") from None
-
-
-def _whole_lines(content: bytes) -> list[bytes]:
-    return [line for line in content.splitlines(keepends=True) if line.endswith(b"\n")]
+            entry = json.loads(line)
+        except ValueError:
+            break
+        expected = ENTRY if entries else {"job"}
+        if not line.endswith(b"\n") or not isinstance(entry, dict) or entry.keys() != expected:
+            break
+        entries.append(entry)
+        length += len(line)
+    return entries, length
 
 
 def _check_same_job(path: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Refuses to go on with other work than was begun."""
-    for name in now.keys() - {"source"}:
-        if before[name] != now[name]:
+    for name in sorted(now.keys() - {"source"}):
+        if before.get(name) != now[name]:
             raise RecipeError(
-                f"{path.parent}: found work of another conversion ({name} was {_shown(before[name])}, is "
+                f"{path.parent}: found work of another conversion ({name} was {_shown(before.get(name))}, is "
                 f"{_shown(now[name])}); repeat that one with --resume, or use --overwrite to start afresh"
             )
-    old, new = before["source"], now["source"]
+    old, new = before.get("source", {}), now["source"]
     for file in sorted(old.keys() | new.keys()):
         if old.get(file) != new.get(file):
             raise CheckpointError(

@@ -25,6 +25,7 @@ __all__ = [
     "locked_folder",
     "partial_folder",
     "sync_folder",
+    "tidy",
     "write_text",
 ]
 
@@ -41,17 +42,15 @@ def check_output(output: Path, *, overwrite: bool, resume: bool = False) -> None
     partial = partial_path(output)
     if output.exists() and not output.is_dir():
         raise OutputError(f"{output}: found a file, expected a folder or nothing; name another --output")
+    _check_ours(partial, JOURNAL)
+    _check_ours(_previous_path(output), MANIFEST)
     if output.is_dir() and any(output.iterdir()):
         if not overwrite and not (resume and is_finished(output)):
             more = " --resume" if resume else ""
             raise OutputError(
                 f"{output}: found a folder that is not empty; use --overwrite{more}, or name another --output"
             )
-        if not (output / MANIFEST).is_file():
-            raise OutputError(
-                f"{output}: found a folder without {MANIFEST}, so not an output of omni-convert; "
-                "--overwrite does not delete it, remove it yourself"
-            )
+        _check_ours(output, MANIFEST)
     if partial.exists() and not overwrite and not resume:
         with locked_folder(partial):
             raise OutputError(
@@ -59,8 +58,21 @@ def check_output(output: Path, *, overwrite: bool, resume: bool = False) -> None
             )
 
 
+def _check_ours(folder: Path, mark: str) -> None:
+    """Refuses to touch a folder that holds something, but not the file that all of ours have."""
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / mark).is_file():
+        raise OutputError(
+            f"{folder}: found a folder without {mark}, so not made by omni-convert, which would delete it; "
+            "move it, or name another --output"
+        )
+
+
 def partial_path(output: Path) -> Path:
     return output.with_name(output.name + ".partial")
+
+
+def _previous_path(output: Path) -> Path:
+    return output.with_name(output.name + ".previous")
 
 
 def is_finished(output: Path) -> bool:
@@ -144,16 +156,29 @@ def clear_folder(partial: Path) -> None:
 
 
 def _replace(partial: Path, output: Path) -> None:
-    """Renames `partial` to `output`. An older output is set aside first and removed last: one always exists."""
-    previous = output.with_name(output.name + ".previous")
-    if previous.exists():
-        shutil.rmtree(previous)
+    """Renames `partial` to `output`. An older output is set aside first and removed last.
+
+    A kill between the two renames leaves it as OUT.previous beside a whole OUT.partial, which --resume puts in place.
+    """
+    previous = _previous_path(output)
     if output.exists():
+        if previous.exists():
+            shutil.rmtree(previous)
         output.rename(previous)
     partial.rename(output)
     sync_folder(output.parent)
-    (output / JOURNAL).unlink()
+    tidy(output)
+
+
+def tidy(output: Path) -> None:
+    """Removes what a conversion needs until its output is in place; a kill may have left it.
+
+    Raises:
+        OSError: it cannot be removed.
+    """
+    (output / JOURNAL).unlink(missing_ok=True)
     sync_folder(output)
+    previous = _previous_path(output)
     if previous.exists():
         shutil.rmtree(previous)
 

@@ -4,7 +4,7 @@ A wrapper around a format: it decides, in `fit`, what the moments of the group's
 format, whose tensors it fills. Half of the recorded rows, to which mul_scale was not fitted either, is taken
 out of the moments: `auto` compares the outputs on these, for the first thousand or so rows of each weight.
 
-Matrices are inverted by one thread: other numbers of threads give other last bits, and one job must give the same bytes.
+Matrices are inverted by one thread: another number gives other last bits, and one job must always give the same bytes.
 """
 
 from __future__ import annotations

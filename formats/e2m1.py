@@ -85,9 +85,7 @@ def pack_nibbles(codes: Tensor, even: NibbleOrder = "low") -> Tensor:
     Returns:
         uint8 [..., K / 2]
     """
-    pairs = codes.contiguous().view(
-        torch.int16
-    )  # the even element is the low byte: torch runs on little-endian machines
+    pairs = codes.contiguous().view(torch.int16)  # the even element is the low byte: machines are little-endian
     return (pairs | (pairs >> 4) if even == "low" else (pairs << 4) | (pairs >> 8)).to(torch.uint8)
 
 

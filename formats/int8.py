@@ -24,6 +24,8 @@ from omni_convert.formats.tiling import quantize_in_tiles
 __all__ = ["INT8_MAX", "Int8"]
 
 INT8_MAX = 127
+# 127 over it is still a normal float32 number; rows below are all but zero.
+SMALLEST_AMAX = 2.0**-119
 ASCEND_MAX_ROWS = 65535
 
 
@@ -78,7 +80,7 @@ class Int8(Format):
             amax = values.abs().amax(dim=1, keepdim=True)
         else:
             amax = torch.full((len(values), 1), fitted.group_amax, device=values.device)
-        inverse = torch.where(amax == 0, 0.0, INT8_MAX / amax)
-        codes = values.mul_(inverse).round_().clamp_(-INT8_MAX, INT8_MAX).to(torch.int8)
-        scale = torch.where(amax == 0, 1.0, amax / INT8_MAX)
+        amax = torch.where(amax == 0, INT8_MAX, amax.clamp_(min=SMALLEST_AMAX))
+        codes = values.mul_(INT8_MAX / amax).round_().clamp_(-INT8_MAX, INT8_MAX).to(torch.int8)
+        scale = amax / INT8_MAX
         return {"weight": codes, "weight_scale": scale}

@@ -45,9 +45,8 @@ class Mxfp4DualScale(Format):
 
     Attributes:
         scale_rule: rule of the fine exponents, with the coarse scale at amax / 6; None: the best, which is a search of
-            the coarse
-            scale and the exponents together if `search`, else `even`. The msModelSlim rules also round ties away from
-            zero
+            the coarse scale and the exponents together if `search`, else `even`. The msModelSlim rules also round ties
+            away from zero
         search: choose the scales by the squared error
         smooth: search mul_scale when there are statistics of the inputs; else it is ones
 

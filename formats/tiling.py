@@ -12,17 +12,17 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from omni_convert.formats.format import TILE_ELEMENTS
+
 __all__ = ["quantize_in_tiles"]
 
-# In float32 4 MiB: with its scratch that fits the third-level cache of a few cores. On an accelerator a launch costs
-# more than a cache miss.
-CPU_TILE_ELEMENTS = 1 << 20
+# On an accelerator a launch costs more than a cache miss.
 ACCELERATOR_TILE_ELEMENTS = 1 << 26
 
 
 def quantize_in_tiles(rows: Tensor, quantize_tile: Callable[[Tensor], dict[str, Tensor]]) -> dict[str, Tensor]:
     """Applies a function to tiles of whole rows of [rows, in], and joins the tensors that it returns by row."""
-    elements = CPU_TILE_ELEMENTS if rows.device.type == "cpu" else ACCELERATOR_TILE_ELEMENTS
+    elements = TILE_ELEMENTS if rows.device.type == "cpu" else ACCELERATOR_TILE_ELEMENTS
     parts = [quantize_tile(tile) for tile in torch.split(rows, max(1, elements // max(1, rows.shape[1])))]
     if len(parts) == 1:
         return parts[0]

@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
 
+from omni_convert.convert import Recipe, convert_checkpoint
+from omni_convert.convert.journal import JOURNAL
 from omni_convert.convert.output import MANIFEST, check_output, partial_folder
 from omni_convert.formats.errors import OutputError
 
@@ -64,7 +67,7 @@ def test_overwrite_deletes_only_what_this_tool_wrote(tmp_path: Path) -> None:
     precious = tmp_path / "thesis"
     precious.mkdir()
     (precious / "chapter-1.tex").write_text("x")
-    with pytest.raises(OutputError, match="not an output of omni-convert"):
+    with pytest.raises(OutputError, match="not made by omni-convert"):
         check_output(precious, overwrite=True)
 
 
@@ -74,3 +77,35 @@ def test_an_empty_folder_is_no_obstacle(tmp_path: Path) -> None:
     with partial_folder(output, overwrite=False) as partial:
         (partial / "file").write_text("x")
     assert (output / "file").exists()
+
+
+@pytest.mark.parametrize("suffix", [".previous", ".partial"])
+@pytest.mark.parametrize("recipe", [Recipe(), Recipe(overwrite=True), Recipe(resume=True)], ids=["", "over", "resume"])
+def test_folders_beside_the_output_that_are_not_ours_stay(
+    tiny_pipeline_folder: Path, tmp_path: Path, suffix: str, recipe: Recipe
+) -> None:
+    thesis = tmp_path / f"out{suffix}" / "thesis.txt"
+    thesis.parent.mkdir()
+    thesis.write_text("years of work")
+    with pytest.raises(OutputError, match=f"out{suffix}: found a folder without .* not made by omni-convert"):
+        convert_checkpoint(tiny_pipeline_folder, tmp_path / "out", recipe)
+    assert [path.name for path in tmp_path.rglob("*")] == [thesis.parent.name, thesis.name]
+
+
+def test_a_kill_between_the_renames_loses_nothing(tiny_pipeline_folder: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    convert_checkpoint(tiny_pipeline_folder, output)
+    output.rename(tmp_path / "out.previous")
+    (tmp_path / "out.partial").mkdir()
+    convert_checkpoint(tiny_pipeline_folder, output, Recipe(resume=True))
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_what_a_kill_after_the_renames_left_is_tidied_up(tiny_pipeline_folder: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    convert_checkpoint(tiny_pipeline_folder, output)
+    shutil.copytree(output, tmp_path / "out.previous")
+    (output / JOURNAL).touch()
+    convert_checkpoint(tiny_pipeline_folder, output, Recipe(resume=True))
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert not (output / JOURNAL).exists()

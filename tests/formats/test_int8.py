@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import pytest
 import torch
 
 from omni_convert.formats.format import TensorRows
@@ -30,3 +31,12 @@ def test_a_shared_scale_is_one_constant_column_over_the_group() -> None:
 def test_more_rows_than_ascend_takes_are_refused() -> None:
     assert Int8().unsupported(65535, 8) is None
     assert "65535" in str(Int8().unsupported(65536, 8))
+
+
+@pytest.mark.parametrize("magnitude", [1e-30, 1e-36, 1e-37, 1e-38, 1e-45])
+@pytest.mark.parametrize("shared", [False, True])
+def test_rows_that_are_almost_zero_stay_almost_zero(magnitude: float, shared: bool) -> None:
+    rows = torch.linspace(-1, 1, 64).mul(magnitude).repeat(3, 1)
+    tensors = Int8(shared_in_group=shared).quantize(rows)
+    assert torch.isfinite(tensors["weight_scale"]).all()
+    assert (Int8().dequantize(tensors) - rows).abs().max() <= max(magnitude / 127, 2.0**-126)

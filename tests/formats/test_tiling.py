@@ -4,12 +4,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from omni_convert.formats.tiling import CPU_TILE_ELEMENTS, quantize_in_tiles
+from omni_convert.formats.format import TILE_ELEMENTS
+from omni_convert.formats.tiling import quantize_in_tiles
 
 
 @pytest.mark.parametrize("rows", [0, 1, 7, 300, 1025])
 def test_rows_come_back_in_order(rows: int) -> None:
-    columns = CPU_TILE_ELEMENTS // 64
+    columns = TILE_ELEMENTS // 64
     matrix = torch.arange(rows)[:, None] + torch.zeros(columns)
     seen = []
 
@@ -25,6 +26,6 @@ def test_rows_come_back_in_order(rows: int) -> None:
 
 
 def test_rows_wider_than_a_tile_are_taken_one_by_one() -> None:
-    matrix = torch.zeros(3, CPU_TILE_ELEMENTS + 1, dtype=torch.bfloat16)
+    matrix = torch.zeros(3, TILE_ELEMENTS + 1, dtype=torch.bfloat16)
     heights = quantize_in_tiles(matrix, lambda tile: {"weight": torch.tensor([len(tile)])})["weight"]
     assert heights.tolist() == [1, 1, 1]
