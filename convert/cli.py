@@ -15,7 +15,7 @@ import click
 from click_default_group import DefaultGroup
 
 from omni_convert.convert.readahead import start_reading
-from omni_convert.convert.recipe import ACTIVATION_SCHEMES, DTYPES, METHODS, ROUNDINGS, RUNTIMES, Recipe
+from omni_convert.convert.recipe import ACTIVATION_SCHEMES, DIALECT_NAMES, DTYPES, METHODS, ROUNDINGS, RUNTIMES, Recipe
 from omni_convert.formats.errors import CalibrationError, OmniConvertError, OutputError, RecipeError
 
 if TYPE_CHECKING:
@@ -103,7 +103,16 @@ def _engine_option(command: Command) -> Command:
 
 @main.command("convert")
 @click.argument("model", required=False)
-@click.option("-m", "--method", default="fp8", show_default=True, help=f"One of {', '.join(METHODS)}.")
+@click.option(
+    "-m",
+    "--method",
+    default="fp8",
+    show_default=True,
+    help=f"One of {', '.join(METHODS)}; or keep: spell a quantized model in another --dialect.",
+)
+@click.option(
+    "--dialect", type=click.Choice(DIALECT_NAMES), default="vllm-omni", show_default=True, help="On-disk spelling."
+)
 @click.option("-o", "--output", help="Folder, or a URL for fsspec. Default: ./<model name>-<method>.")
 @click.option("--calib", type=click.Path(path_type=Path), help="Prompts to calibrate on: one a line, or JSON Lines.")
 @click.option(
@@ -156,7 +165,33 @@ def convert_command(
     model: str | None, output: str | None, dry_run: bool, quiet: bool, as_json: bool, **options: Any
 ) -> None:
     """Convert MODEL: a diffusers folder, a Hub repo id, a component folder or a .safetensors file."""
-    recipe = _recipe(model, options)
+    _convert(model, output, _recipe(model, options), dry_run=dry_run, quiet=quiet, as_json=as_json)
+
+
+@main.command("dequantize")
+@click.argument("model", metavar="PATH")
+@click.option("-o", "--output", help="Folder, or a URL for fsspec. Default: ./<model name>-dequantized.")
+@click.option("--component", multiple=True, metavar="NAME=none", help="A component to leave as it is.")
+@click.option("--dtype", type=click.Choice(DTYPES), help="Of the result; default: bfloat16, and the rest as it is.")
+@click.option("--max-shard-size", default="5GB", show_default=True)
+@click.option("--revision", help="Branch, tag or commit on the Hub.")
+@click.option("--workers", type=int, metavar="N", help="Threads to use; default: one a core.")
+@click.option("--resume", is_flag=True, help="Go on where an interrupted run stopped.")
+@click.option("--overwrite", is_flag=True, help="Replace an earlier output.")
+@click.option("--dry-run", is_flag=True, help="Print the plan and write nothing.")
+@click.option("--quiet", is_flag=True, help="No progress, no table.")
+@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
+def dequantize_command(
+    model: str, output: str | None, dry_run: bool, quiet: bool, as_json: bool, **options: Any
+) -> None:
+    """Give the quantized model at PATH back in BF16, whatever tool made it."""
+    recipe = _recipe(model, {"method": "dequantize", "ignored_layers": (), "calib": None, **options})
+    _convert(model, output, recipe, dry_run=dry_run, quiet=quiet, as_json=as_json)
+
+
+def _convert(
+    model: str | None, output: str | None, recipe: Recipe, *, dry_run: bool, quiet: bool, as_json: bool
+) -> None:
     _announce_demo(model, "converting", quiet=quiet or as_json)
     if model is not None and not dry_run:
         start_reading(Path(model))
@@ -176,7 +211,7 @@ def convert_command(
     from omni_convert.convert.report import conversion_report, plan_report
     from omni_convert.convert.upload import push_output
 
-    target = output_of(output or f"{source.short_name}-{recipe.method}")
+    target = output_of(output or f"{source.short_name}-{_outcome(recipe)}")
     if dry_run:
         _print_lines(plan_report(planned_without_running(source, recipe), as_json=as_json))
         return
@@ -188,7 +223,7 @@ def convert_command(
     plan = plan_conversion(source, recipe, recorded)
     for note in () if quiet or as_json else plan.notes:
         click.echo(f"Note: {note}", err=True)
-    with _progress(plan.bytes_before, "converting", hidden=quiet) as advance:
+    with _progress(plan.bytes_to_do, "converting", hidden=quiet) as advance:
         report = convert_plan(plan, target, recorded, advance)
     if as_json or not quiet:
         _print_lines(conversion_report(report, as_json=as_json))
@@ -213,6 +248,11 @@ def push_command(path: Path, repo_id: str, private: bool, revision: str | None, 
 
     _quieten_hub(hide_bars=quiet)
     click.echo(push_to_hub(path, repo_id, private=private, revision=revision))
+
+
+def _outcome(recipe: Recipe) -> str:
+    """What to call the result beside the model's name."""
+    return {"keep": recipe.dialect, "dequantize": "dequantized"}.get(recipe.method, recipe.method)
 
 
 def _quieten_hub(*, hide_bars: bool) -> None:

@@ -271,7 +271,8 @@ def _prefixed(component: str, layer: LayerResult) -> LayerResult:
 
 
 def _write_config(component: ComponentPlan, folder: Path) -> None:
-    write_json(folder / "config.json", component.config)
+    if component.config:
+        write_json(folder / "config.json", component.config)
     if component.shards.index is not None:
         write_json(folder / component.shards.index_name, component.shards.index)
 

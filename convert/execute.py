@@ -27,7 +27,6 @@ from omni_convert.convert.plan import ComponentPlan, CopyStep, QuantizeStep
 from omni_convert.convert.tile import Tile, sampled_rows, tiles_of
 from omni_convert.convert.workers import Workers
 from omni_convert.formats.errors import CheckpointError
-from omni_convert.formats.format import Format
 from omni_convert.formats.safetensors_writer import SafetensorsWriter, bytes_of
 
 __all__ = [
@@ -177,7 +176,7 @@ def execute_component(component: ComponentPlan, folder: Path, engine: Engine, pr
     records: dict[str, list[Record]] = {}
     with ExitStack() as stack:
         writers = {
-            file: stack.enter_context(SafetensorsWriter(folder / file, specs, resume=True))
+            file: stack.enter_context(SafetensorsWriter(folder / file, specs, component.shards.metadata, resume=True))
             for file, specs in component.shards.files.items()
         }
         outputs = {spec.name: writers[file] for file, specs in component.shards.files.items() for spec in specs}
@@ -239,10 +238,11 @@ def _fit(work: Work, step: QuantizeStep) -> Callable[[Tile], Finished]:
         work.plan.checkpoint.prefetch(weight.name, PREFETCH_BYTES)
     fitted = step.format.fit([CheckedRows(work, weight.name) for weight in step.weights], step.inputs)
     constants = {suffix: tensor.to(work.engine.device) for suffix, tensor in step.format.constants(fitted).items()}
-    return partial(_quantize, work, step.format, fitted, constants)
+    return partial(_quantize, work, step, fitted, constants)
 
 
-def _quantize(work: Work, fmt: Format, fitted: Any, constants: Mapping[str, Tensor], tile: Tile) -> Finished:
+def _quantize(work: Work, step: QuantizeStep, fitted: Any, constants: Mapping[str, Tensor], tile: Tile) -> Finished:
+    fmt = step.format
     rows = CheckedRows(work, tile.source.name).read(tile.start, tile.stop)
     tensors = fmt.quantize_rows(rows, fitted)
     sample, stored = sampled_rows(tile, rows, tensors, fmt)
@@ -255,7 +255,8 @@ def _quantize(work: Work, fmt: Format, fitted: Any, constants: Mapping[str, Tens
             "keep the layer with --ignored-layers"
         )
     stem = tile.source.name.removesuffix("weight")
-    return _write(work, tile, {stem + suffix: tensor for suffix, tensor in everything.items()}, error, norm)
+    spelled = step.spelling(tile.source).encode(everything)
+    return _write(work, tile, {stem + suffix: tensor for suffix, tensor in spelled.items()}, error, norm)
 
 
 def _squared_error(original: Tensor, approximation: Tensor) -> tuple[float, float]:
@@ -298,7 +299,7 @@ def layer_results(component: ComponentPlan, records: Mapping[str, list[Record]])
         for stem, weight in zip(step.group.members, step.weights, strict=True):
             error = math.fsum(record.squared_error for record in records[weight.name])
             norm = math.fsum(record.squared_norm for record in records[weight.name])
-            layouts = step.format.layout(*weight.shape).values()
+            layouts = step.layout(weight).values()
             written = sum(math.prod(layout.shape) * layout.dtype.itemsize for layout in layouts)
             relative = math.sqrt(error / norm) if norm else 0.0
             results.append(LayerResult(stem, component.method, weight.nbytes, written, relative))

@@ -88,11 +88,15 @@ def _rows(plan: Plan, results: dict[str, Sequence[LayerResult]]) -> list[str]:
     for component in plan.components:
         layers = results[component.name]
         errors = [layer.relative_error for layer in layers]
-        worst = max(layers, key=lambda layer: layer.relative_error)
-        scheme = component.config["quantization_config"].get("activation_scheme", "dynamic")
+        worst = max(layers, key=lambda layer: layer.relative_error, default=None)
+        scheme = component.config.get("quantization_config", {}).get("activation_scheme", "dynamic")
+        shown = (
+            f"{statistics.median(errors):.4f} | {worst.relative_error:.4f} ({worst.name})" if worst else "kept | kept"
+        )
         rows.append(
-            f"| {component.name or 'model'} | {component.method} | {scheme} | {len(layers)} | {len(component.kept)} "
+            f"| {component.name or 'model'} | {component.method} | {scheme} "
+            f"| {len(layers) or len(component.transcoded)} | {len(component.kept)} "
             f"| {component.bytes_before / 1e6:.1f} MB | {component.bytes_after / 1e6:.1f} MB "
-            f"| {statistics.median(errors):.4f} | {worst.relative_error:.4f} ({worst.name}) |"
+            f"| {shown} |"
         )
     return rows

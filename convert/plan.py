@@ -7,7 +7,7 @@ headers ┘
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -17,22 +17,27 @@ import torch
 
 from omni_convert.convert.moments import Moments
 from omni_convert.convert.recipe import Recipe, suggestion
+from omni_convert.convert.respelling import replace_config, respell
 from omni_convert.convert.rounding import CompensatedFormat
 from omni_convert.convert.selection import choose_layers, format_for, recommendation_notes
 from omni_convert.convert.source import Source
 from omni_convert.formats.checkpoint import Checkpoint
 from omni_convert.formats.component import DENOISERS
+from omni_convert.formats.dialect import Dialect, Spelling
 from omni_convert.formats.dialects import omni_convert, vllm_omni
+from omni_convert.formats.dialects.table import DIALECTS
 from omni_convert.formats.errors import CalibrationError, CheckpointError, RecipeError
 from omni_convert.formats.family import Family, LayerGroup, find_family
-from omni_convert.formats.format import Format, InputStatistics
+from omni_convert.formats.format import Format, InputStatistics, TensorLayout
 from omni_convert.formats.json_file import read_json
 from omni_convert.formats.quantization_config import ACTIVATION_SCHEMES, QuantizationConfig
+from omni_convert.formats.quantized import SIDECARS, QuantizedCheckpoint, read_quantized
 from omni_convert.formats.safetensors_file import SafetensorsFile
 from omni_convert.formats.safetensors_header import quoted
 from omni_convert.formats.sharding import Shards, plan_shards
-from omni_convert.formats.table import FORMATS, Calibration, layer_formats
+from omni_convert.formats.table import FORMATS, Calibration
 from omni_convert.formats.tensor_spec import TensorSpec
+from omni_convert.formats.view import CheckpointView, dequantized_view
 from omni_convert.formats.weight_files import checked_path
 
 if TYPE_CHECKING:
@@ -54,12 +59,21 @@ class QuantizeStep:
     format: Format
     inputs: InputStatistics | None
     weights: tuple[TensorSpec, ...]
+    spellings: tuple[Spelling, ...]
+
+    def spelling(self, weight: TensorSpec) -> Spelling:
+        """How a weight of the group is written."""
+        return self.spellings[self.weights.index(weight)]
+
+    def layout(self, weight: TensorSpec) -> dict[str, TensorLayout]:
+        """Suffix on disk to what is stored there, for a weight of the group."""
+        return self.spelling(weight).layout(self.format.layout(*weight.shape))
 
     def outputs(self) -> list[TensorSpec]:
         return [
             TensorSpec(f"{stem}.{suffix}", layout.dtype, layout.shape)
             for stem, weight in zip(self.group.members, self.weights, strict=True)
-            for suffix, layout in self.format.layout(*weight.shape).items()
+            for suffix, layout in self.layout(weight).items()
         ]
 
 
@@ -90,6 +104,7 @@ class ComponentPlan:
         name: the component's folder, or "" when the model is a single component
         config: config.json as it will be written, with its `quantization_config`
         shards: output files and the tensors of each
+        transcoded: layers that were quantized and are not quantized again → what they were
     """
 
     name: str
@@ -99,13 +114,25 @@ class ComponentPlan:
     kept: tuple[KeptLayer, ...]
     config: dict[str, Any]
     shards: Shards
+    transcoded: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def quantize_steps(self) -> list[QuantizeStep]:
         return [step for step in self.steps if isinstance(step, QuantizeStep)]
 
     @property
+    def quantized_stems(self) -> list[str]:
+        """Layers that are quantized in the output."""
+        stems = [stem for step in self.quantize_steps for stem in step.group.members]
+        return stems + (list(self.transcoded) if self.method == "keep" else [])
+
+    @property
     def bytes_before(self) -> int:
+        return sum(spec.nbytes for file in self.checkpoint.files.values() for spec in file.specs.values())
+
+    @property
+    def bytes_to_do(self) -> int:
+        """Of the tensors that the steps read; a quantized source is read as what it stands for."""
         return sum(spec.nbytes for spec in self.checkpoint.values())
 
     @property
@@ -135,6 +162,10 @@ class Plan:
         return sum(component.bytes_before for component in self.components)
 
     @property
+    def bytes_to_do(self) -> int:
+        return sum(component.bytes_to_do for component in self.components)
+
+    @property
     def bytes_after(self) -> int:
         return sum(component.bytes_after for component in self.components)
 
@@ -156,7 +187,14 @@ def plan_conversion(source: Source, recipe: Recipe, statistics: Statistics | Non
     notes: list[str] = []
     methods = component_methods(source, recipe)
     _check_encoder(source, methods, recipe)
-    checkpoints = {name: _open_component(source, name) for name in methods}
+    opened = {name: _open_component(source, name) for name in methods}
+    if recipe.is_transcoding:
+        methods = {name: method for name, method in methods.items() if opened[name].layers}
+        if not methods:
+            raise RecipeError(
+                f"{source.name}: found nothing quantized, expected a quantized model for -m {recipe.method}"
+            )
+    checkpoints = {name: _as_weights(opened[name]) for name in methods}
     moments = _load_moments(recipe, notes)
     for recorded in (statistics, moments):
         if recorded is not None:
@@ -168,6 +206,7 @@ def plan_conversion(source: Source, recipe: Recipe, statistics: Statistics | Non
         plans[name] = _plan_component(
             source,
             name,
+            opened[name],
             checkpoints[name],
             methods[name],
             recipe,
@@ -194,14 +233,37 @@ def component_methods(source: Source, recipe: Recipe) -> dict[str, str]:
             raise RecipeError(
                 f"--component: found '{name}', expected one of {', '.join(present)}{suggestion(name, present)}"
             )
+    if recipe.is_transcoding:
+        return _transcoded_components(source, recipe, present)
     methods = {name: recipe.method for name in DENOISERS if name in present} | recipe.component
     if not any(method != "none" for method in methods.values()):
         raise RecipeError(f"{source.name}: no component to quantize; name one with --component NAME=METHOD")
     return {name: method for name, method in methods.items() if method != "none"}
 
 
+def _transcoded_components(source: Source, recipe: Recipe, present: Collection[str]) -> dict[str, str]:
+    """Components that may be quantized: all whose config says so, and the denoisers, whose files may say it."""
+    for name, method in recipe.component.items():
+        if method != "none":
+            raise RecipeError(
+                f"--component {name}={method}: found with -m {recipe.method}, expected {name}=none or nothing"
+            )
+
+    def says_so(name: str) -> bool:
+        config = source.path / name / "config.json"
+        return config.is_file() and bool(read_json(config).get("quantization_config"))
+
+    return {
+        name: recipe.method
+        for name in present
+        if (source.path / name).is_dir() and (name in DENOISERS or says_so(name)) and name not in recipe.component
+    }
+
+
 def _check_encoder(source: Source, methods: Mapping[str, str], recipe: Recipe) -> None:
     """A serving runtime builds the text encoder from the transformer's block, or leaves it to transformers."""
+    if recipe.is_transcoding:
+        return
     encoder, denoiser = methods.get("text_encoder"), methods.get("transformer")
     if encoder is None or not (source.path / "transformer").is_dir():
         return
@@ -219,8 +281,15 @@ def _check_encoder(source: Source, methods: Mapping[str, str], recipe: Recipe) -
         )
 
 
-def _open_component(source: Source, name: str) -> Checkpoint:
-    return Checkpoint.open(source.path / name if name else source.path, _streamed_files(source, name))
+def _open_component(source: Source, name: str) -> QuantizedCheckpoint:
+    path = source.path / name if name else source.path
+    checkpoint = Checkpoint.open(path, _streamed_files(source, name))
+    return read_quantized(checkpoint, path if path.is_dir() else path.parent)
+
+
+def _as_weights(opened: QuantizedCheckpoint) -> Checkpoint:
+    """A component in float numbers, whatever its file holds."""
+    return dequantized_view(opened) if opened.layers else opened.checkpoint
 
 
 def _streamed_files(source: Source, name: str) -> dict[str, Callable[[], SafetensorsFile]]:
@@ -235,6 +304,11 @@ def _streamed_files(source: Source, name: str) -> dict[str, Callable[[], Safeten
         for file in streamed
         if file.parent == PurePosixPath(name)
     }
+
+
+def _has_config(source: Source, name: str) -> bool:
+    folder = source.path / name if name else source.path
+    return ((folder if folder.is_dir() else folder.parent) / "config.json").is_file()
 
 
 def _component_config(source: Source, name: str) -> tuple[Path, dict[str, Any]]:
@@ -272,6 +346,7 @@ def _check_same_model(identity: Identity, checkpoints: Mapping[str, Checkpoint])
 def _plan_component(
     source: Source,
     name: str,
+    opened: QuantizedCheckpoint,
     checkpoint: Checkpoint,
     method: str,
     recipe: Recipe,
@@ -280,9 +355,13 @@ def _plan_component(
     encoder: ComponentPlan | None,
     notes: list[str],
 ) -> ComponentPlan:
+    if recipe.is_transcoding:
+        return _transcode_component(source, name, opened, recipe, encoder, notes)
     is_transformers = _library(source, name) == "transformers"
     config_path, config = _component_config(source, name)
-    _refuse_quantized(config_path, config, checkpoint)
+    _refuse_unread(config_path, config, opened)
+    notes += _requantizing_notes(name, opened, method)
+    dialect = DIALECTS[recipe.dialect]
     family = find_family(_model_class(config))
     scheme = _activation_scheme(method, recipe, statistics, notes)
     calibrated = scheme == "static" or (statistics is not None and FORMATS[method].calibration is Calibration.MUL_SCALE)
@@ -296,6 +375,7 @@ def _plan_component(
             _rounded(format_for(method, recipe, group, calibrated=calibrated), group, name, moments, recipe),
             _inputs_of(group, name, statistics) if calibrated else None,
             tuple(checkpoint[f"{stem}.weight"] for stem in group.members),
+            _spelling(dialect, format_for(method, recipe, group, calibrated=calibrated), group, checkpoint),
         )
         for group in groups
     }
@@ -312,31 +392,119 @@ def _plan_component(
         tuple(sorted(set(kept_names))),
         require_smooth_scale=calibrated and method == "mxfp4",
     )
-    block = omni_convert.to_block(quantization) if is_transformers else vllm_omni.to_block(quantization)
-    weights_name = "model.safetensors" if is_transformers else "diffusion_pytorch_model.safetensors"
+    formats = {
+        stem: format_for(method, recipe, step.group, calibrated=calibrated)
+        for step in steps.values()
+        for stem in step.group.members
+    }
+    if recipe.dialect != vllm_omni.VLLM_OMNI.name:
+        block = dialect.block(formats, {*kept_names, *_other_linears(checkpoint, formats)})
+    else:
+        block = omni_convert.to_block(quantization) if is_transformers else vllm_omni.to_block(quantization)
     return ComponentPlan(
         name,
         method,
         checkpoint,
         ordered,
         tuple(KeptLayer(layer, reason) for group, reason in kept for layer in group.members),
-        {**config, "quantization_config": block},
-        plan_shards([spec for step in ordered for spec in step.outputs()], recipe.max_shard_size, weights_name),
+        replace_config(config, block),
+        _shards(ordered, recipe, dialect.metadata(formats), is_transformers=is_transformers),
     )
 
 
-def _refuse_quantized(config_path: Path, config: Mapping[str, Any], checkpoint: Checkpoint) -> None:
+def _transcode_component(
+    source: Source,
+    name: str,
+    opened: QuantizedCheckpoint,
+    recipe: Recipe,
+    encoder: ComponentPlan | None,
+    notes: list[str],
+) -> ComponentPlan:
+    """A component whose quantized layers are spelled anew, or dequantized."""
+    is_transformers = _library(source, name) == "transformers"
+    config_path, config = _component_config(source, name) if _has_config(source, name) else (source.path, {})
+    _refuse_unread(config_path, config, opened)
+    block: dict[str, Any] | None = None
+    metadata: dict[str, str] = {}
+    if recipe.method == "dequantize":
+        view = dequantized_view(opened)
+        notes.append(f"{name or source.name}: {_counted(opened)} dequantized")
+    else:
+        family = find_family(_model_class(config)) if config else None
+        others = _unquantized_encoder_layers(source, family, encoder) if family and name in DENOISERS else []
+        respelling = respell(opened, family, recipe, others, is_transformers=is_transformers)
+        view, block, metadata = respelling.view, respelling.block, respelling.metadata
+        notes += respelling.notes
+    steps = tuple(CopyStep(spec, _dtype_of_copy(spec, view, recipe)) for spec in view.values())
+    return ComponentPlan(
+        name,
+        recipe.method,
+        view,
+        steps,
+        (),
+        replace_config(config, block),
+        _shards(steps, recipe, metadata, is_transformers=is_transformers),
+        {stem: layer.format.label for stem, layer in opened.layers.items()},
+    )
+
+
+def _shards(
+    steps: Sequence[QuantizeStep | CopyStep], recipe: Recipe, metadata: Mapping[str, str], *, is_transformers: bool
+) -> Shards:
+    """The files of a component; one only, if the dialect wants that."""
+    specs = [spec for step in steps for spec in step.outputs()]
+    is_single = DIALECTS[recipe.dialect].is_single_file and recipe.method != "dequantize"
+    limit = sum(spec.nbytes for spec in specs) + 1 if is_single else recipe.max_shard_size
+    weights_name = "model.safetensors" if is_transformers else "diffusion_pytorch_model.safetensors"
+    shards = plan_shards(specs, limit, weights_name)
+    return replace(shards, metadata={**shards.metadata, **metadata})
+
+
+def _spelling(dialect: Dialect, fmt: Format, group: LayerGroup, checkpoint: Checkpoint) -> tuple[Spelling, ...]:
+    """How each member of a group is written: `choose_layers` has left out what cannot be."""
+    spellings = []
+    for stem in group.members:
+        out_features, in_features = checkpoint[f"{stem}.weight"].shape
+        spelling = dialect.spelling(fmt, (out_features, in_features))
+        assert isinstance(spelling, Spelling), spelling
+        spellings.append(spelling)
+    return tuple(spellings)
+
+
+def _other_linears(checkpoint: Mapping[str, TensorSpec], quantized: Collection[str]) -> list[str]:
+    """Matrices that stay as they are, by name."""
+    return [
+        name.removesuffix(".weight")
+        for name, spec in checkpoint.items()
+        if name.endswith(".weight") and len(spec.shape) == 2 and name.removesuffix(".weight") not in quantized
+    ]
+
+
+def _refuse_unread(config_path: Path, config: Mapping[str, Any], opened: QuantizedCheckpoint) -> None:
+    """A model that says it is quantized, in a way that nobody here reads."""
     block = config.get("quantization_config")
-    if block:
+    if block and not opened.layers:
         kind = block.get("quant_method") if isinstance(block, dict) else type(block).__name__
         raise CheckpointError(
-            f"{config_path}: found a model quantized already ({quoted(str(kind))}), expected the original weights"
+            f"{config_path}: found a model quantized already ({quoted(str(kind))}) and no layer that can be read here, "
+            "expected the original weights"
         )
-    quantized = next(iter(layer_formats(checkpoint)), None)
-    if quantized is not None:
-        raise CheckpointError(
-            f"{checkpoint.path}: found '{quantized}' quantized already (it has scales), expected the original weights"
-        )
+
+
+def _requantizing_notes(name: str, opened: QuantizedCheckpoint, method: str) -> list[str]:
+    """What it means to quantize what was quantized before."""
+    if not opened.layers:
+        return []
+    return [
+        f"{name or opened.checkpoint.path.name}: {_counted(opened)} dequantized in float32 and quantized again to "
+        f"{method}: both errors add up, and those shown are of the second only; the originals give a better result"
+    ]
+
+
+def _counted(opened: QuantizedCheckpoint) -> str:
+    """`24 layers (nvfp4 as modelopt spells it)`."""
+    labels = dict.fromkeys(layer.format.label for layer in opened.layers.values())
+    return f"{len(opened.layers)} layers ({', '.join(labels)} as {opened.dialect} spells it)"
 
 
 def _model_class(config: Mapping[str, Any]) -> str:
@@ -421,15 +589,25 @@ def _ordered_steps(
 ) -> Iterator[QuantizeStep | CopyStep]:
     """Steps in the order in which the source holds the tensors, a group where its first member is."""
     quantized = {weight.name for step in steps.values() for weight in step.weights}
-    dtype = getattr(torch, recipe.dtype) if recipe.dtype else None
     for name, spec in checkpoint.items():
         if name in quantized:
             step = steps.get(name.removesuffix(".weight"))
             if step is not None:
                 yield step
         else:
-            recast = dtype is not None and spec.dtype.is_floating_point
-            yield CopyStep(spec, dtype if recast and dtype is not None else spec.dtype)
+            yield CopyStep(spec, _dtype_of_copy(spec, checkpoint, recipe))
+
+
+def _dtype_of_copy(spec: TensorSpec, checkpoint: Checkpoint, recipe: Recipe) -> torch.dtype:
+    """What a tensor becomes that is not quantized: what it was, the recipe's dtype, or BF16 if it was quantized."""
+    if recipe.method == "keep" or not spec.dtype.is_floating_point:
+        return spec.dtype
+    if recipe.dtype is not None:
+        wanted: torch.dtype = getattr(torch, recipe.dtype)
+        return wanted
+    layers = checkpoint.quantized.layers if isinstance(checkpoint, CheckpointView) else {}
+    is_bare_code = recipe.method == "dequantize" and spec.dtype.itemsize == 1
+    return torch.bfloat16 if spec.name.removesuffix(".weight") in layers or is_bare_code else spec.dtype
 
 
 def _shared_encoder_layers(source: Source, family: Family) -> list[str]:
@@ -440,7 +618,7 @@ def _shared_encoder_layers(source: Source, family: Family) -> list[str]:
 
 def _unquantized_encoder_layers(source: Source, family: Family, encoder: ComponentPlan | None) -> list[str]:
     """The encoder's layers that the shared block must list, since they are not stored quantized."""
-    stems = [stem for step in encoder.quantize_steps for stem in step.group.members] if encoder is not None else []
+    stems = encoder.quantized_stems if encoder is not None else []
     # transformers' base models store `layers.0...`, the same model with its head `model.layers.0...`.
     quantized = {*stems, *(f"model.{stem}" for stem in stems)}
     return [layer for layer in _shared_encoder_layers(source, family) if layer not in quantized]
@@ -467,4 +645,4 @@ def _files_to_copy(source: Source, methods: Mapping[str, str]) -> dict[str, Path
 
 def _is_rewritten(name: str, components: Collection[str]) -> bool:
     folder, _, file = name.partition("/")
-    return folder in components and (file == "config.json" or file.endswith(WEIGHT_SUFFIXES))
+    return folder in components and (file in ("config.json", *SIDECARS) or file.endswith(WEIGHT_SUFFIXES))

@@ -11,10 +11,14 @@ from typing import Any
 
 from omni_convert.formats.errors import RecipeError
 
-__all__ = ["METHODS", "Recipe", "suggestion"]
+__all__ = ["DIALECT_NAMES", "METHODS", "TRANSCODINGS", "Recipe", "suggestion"]
 
 # The names alone: `--help` and a mistyped method must not import torch. A test holds them equal to `FORMATS`.
 METHODS = ("fp8", "int8", "mxfp8", "mxfp4", "mxfp4_dualscale", "nvfp4")
+# What may be done with a quantized model without quantizing it again.
+TRANSCODINGS = ("keep", "dequantize")
+# As METHODS: a test holds them equal to the dialects that are written.
+DIALECT_NAMES = ("vllm-omni", "modelopt", "comfyui", "compressed-tensors")
 ACTIVATION_SCHEMES = ("dynamic", "static")
 RUNTIMES = ("vllm-omni", "diffusers")
 ROUNDINGS = ("nearest", "gptq", "auto")
@@ -51,6 +55,7 @@ class Recipe:
     component: dict[str, str] = field(default_factory=dict)
     recommended: bool = False
     runtime: str = "vllm-omni"
+    dialect: str = "vllm-omni"
     int8_fused_scales: str = "shared"
     scale_rule: str | None = None
     search: bool = True
@@ -81,7 +86,8 @@ class Recipe:
     force: bool = False
 
     def __post_init__(self) -> None:
-        _check_choice("method", self.method, METHODS)
+        _check_choice("method", self.method, (*METHODS, *TRANSCODINGS))
+        _check_choice("dialect", self.dialect, DIALECT_NAMES)
         _check_choice("activation-scheme", self.activation_scheme, ACTIVATION_SCHEMES)
         _check_choice("runtime", self.runtime, RUNTIMES)
         _check_choice("int8-fused-scales", self.int8_fused_scales, ("shared", "per-row"))
@@ -123,6 +129,11 @@ class Recipe:
         )
 
     @property
+    def is_transcoding(self) -> bool:
+        """Whether a quantized model is only spelled anew, or dequantized."""
+        return self.method in TRANSCODINGS
+
+    @property
     def is_distributed(self) -> bool:
         """Whether a cluster does the work."""
         return self.engine != "local"
@@ -155,6 +166,7 @@ class Recipe:
             "component": dict(sorted(self.component.items())),
             "recommended": self.recommended,
             "runtime": self.runtime,
+            "dialect": self.dialect,
             "int8_fused_scales": self.int8_fused_scales,
             "scale_rule": self.scale_rule,
             "search": self.search,

@@ -60,19 +60,26 @@ def conversion_report(report: ConversionReport, *, as_json: bool) -> Iterator[st
         yield json.dumps(report.to_dict(), indent=2)
         return
     kept = "; ".join(f"{count} {reason}" for reason, count in Counter(layer.reason for layer in report.kept).items())
-    worst = report.worst
     rows = {
         "layers quantized": f"{len(report.layers)}",
         "layers kept": f"{len(report.kept)}" + (f" ({kept})" if kept else ""),
         "weights": f"{_size(report.bytes_before)} → {_size(report.bytes_after)} "
         f"({report.bytes_after / report.bytes_before:.0%})",
-        "layer error": f"median {report.median_error:.4f}, worst {worst.relative_error:.4f} ({worst.name})",
+        "layer error": _errors(report),
         "time": f"{report.seconds:.1f} s, {report.bytes_before / 1e9 / max(report.seconds, 1e-9):.2f} GB/s",
         "peak memory": f"{report.peak_memory / 2**20:.0f} MiB anonymous",
         "output": str(report.output),
     }
     for name, value in rows.items():
-        yield f"{name:<17} {value}"
+        if report.layers or not name.startswith("layer"):
+            yield f"{name:<17} {value}"
+
+
+def _errors(report: ConversionReport) -> str:
+    if not report.layers:
+        return "none"
+    worst = report.worst
+    return f"median {report.median_error:.4f}, worst {worst.relative_error:.4f} ({worst.name})"
 
 
 def plan_report(plan: Plan, *, as_json: bool) -> Iterator[str]:
@@ -87,7 +94,7 @@ def plan_report(plan: Plan, *, as_json: bool) -> Iterator[str]:
         }
         yield json.dumps(document, indent=2)
         return
-    width = max(len(row["layer"]) for row in rows)
+    width = max((len(row["layer"]) for row in rows), default=0)
     for row in rows:
         change = f"{row['from']:>4} → {row['to']:<16} {_size(row['bytes']):>9}"
         yield f"{row['layer']:<{width}}  {change}  {row['why']}".rstrip()
@@ -106,6 +113,12 @@ def _plan_rows(component: ComponentPlan) -> Iterator[dict[str, Any]]:
                 size = sum(spec.nbytes for spec in step.outputs() if spec.name.rpartition(".")[0] == stem)
                 source = DTYPE_NAMES[weight.dtype]
                 yield {"layer": prefix + stem, "from": source, "to": component.method, "bytes": size, "why": ""}
+    written = {spec.name: spec for specs in component.shards.files.values() for spec in specs}
+    for stem, label in component.transcoded.items():
+        specs = [spec for name, spec in written.items() if name.startswith(f"{stem}.")]
+        size = sum(spec.nbytes for spec in specs)
+        becomes = label if component.method == "keep" else DTYPE_NAMES[written[f"{stem}.weight"].dtype]
+        yield {"layer": prefix + stem, "from": label, "to": becomes, "bytes": size, "why": ""}
     for layer in component.kept:
         spec = component.checkpoint[f"{layer.name}.weight"]
         dtype = DTYPE_NAMES[spec.dtype]

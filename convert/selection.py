@@ -10,6 +10,7 @@ from typing import Any
 
 from omni_convert.convert.recipe import Recipe, suggestion
 from omni_convert.formats.checkpoint import Checkpoint
+from omni_convert.formats.dialects.table import DIALECTS
 from omni_convert.formats.errors import RecipeError
 from omni_convert.formats.family import Family, LayerGroup
 from omni_convert.formats.format import Format
@@ -65,7 +66,10 @@ def choose_layers(
         else:
             kept.append((group, reason))
     if not chosen:
-        raise RecipeError(f"{where}: every layer is ignored or unsupported; nothing is left to quantize with {method}")
+        raise RecipeError(
+            f"{where}: every layer is ignored or unsupported; nothing is left to quantize with {method} (the first: "
+            f"{kept[0][1]})"
+        )
     return chosen, kept
 
 
@@ -122,7 +126,9 @@ def _unsupported(group: LayerGroup, checkpoint: Checkpoint, method: str, recipe:
         if not spec.dtype.is_floating_point or spec.dtype.itemsize < 2:
             return f"found {DTYPE_NAMES[spec.dtype]} weights, expected F32, F16 or BF16"
         out_features, in_features = spec.shape
-        reason = format_for(method, recipe, group, calibrated=False).unsupported(out_features, in_features)
+        fmt = format_for(method, recipe, group, calibrated=False)
+        spelling = DIALECTS[recipe.dialect].spelling(fmt, (out_features, in_features))
+        reason = fmt.unsupported(out_features, in_features) or (spelling if isinstance(spelling, str) else None)
         if reason is not None:
             return reason
         if group.is_fused and recipe.weight_block_size is not None and recipe.runtime == "vllm-omni":

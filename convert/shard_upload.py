@@ -82,7 +82,7 @@ def _send_shard(remote: RemoteFolder, component: ComponentPlan, file: str, engin
     steps = tuple(step for step in component.steps if not names.isdisjoint(spec.name for spec in step.outputs()))
     with tempfile.TemporaryDirectory(prefix="omni-convert-") as folder:
         path = Path(folder) / file
-        with SafetensorsWriter(path, specs) as writer:
+        with SafetensorsWriter(path, specs, component.shards.metadata) as writer:
             work = Work(replace(component, steps=steps), engine, dict.fromkeys(names, writer))
             records = {work.name_of(finished.tile): finished.record for finished in engine.run(work)}
         with SafetensorsFile(path) as written:

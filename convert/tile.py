@@ -6,6 +6,7 @@ number of runs, makes the same tiles.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -53,20 +54,20 @@ def tiles_of(step: QuantizeStep | CopyStep) -> list[Tile]:
     return [
         tile
         for stem, weight in zip(step.group.members, step.weights, strict=True)
-        for tile in _tiles_to_quantize(stem, weight, step.format)
+        for tile in _tiles_to_quantize(stem, weight, step)
     ]
 
 
-def _tiles_to_quantize(stem: str, weight: TensorSpec, fmt: Format) -> list[Tile]:
-    layouts = fmt.layout(*weight.shape)
-    rows = list(tile_ranges(weight.shape, fmt.row_multiple))
+def _tiles_to_quantize(stem: str, weight: TensorSpec, step: QuantizeStep) -> list[Tile]:
+    layouts = step.layout(weight)
+    rows = list(tile_ranges(weight.shape, math.lcm(step.format.row_multiple, step.spelling(weight).row_multiple)))
     return [
         Tile(
             weight,
             start,
             stop,
             {
-                f"{stem}.{suffix}": _output_rows(layout, start, stop)
+                f"{stem}.{suffix}": _output_rows(layout, start, stop, is_last=stop == weight.shape[0])
                 for suffix, layout in layouts.items()
                 if layout.rows_per_entry or not start  # the first tile brings the tensors of the whole weight
             },
@@ -76,11 +77,11 @@ def _tiles_to_quantize(stem: str, weight: TensorSpec, fmt: Format) -> list[Tile]
     ]
 
 
-def _output_rows(layout: TensorLayout, start: int, stop: int) -> tuple[int, int]:
-    """The rows of a tensor of the format that belong to rows of the weight."""
+def _output_rows(layout: TensorLayout, start: int, stop: int, *, is_last: bool) -> tuple[int, int]:
+    """The rows of a stored tensor that belong to rows of the weight; the last ones bring the padding, if any."""
     if not layout.rows_per_entry:
         return 0, layout.shape[0] if layout.shape else 1
-    return start // layout.rows_per_entry, -(-stop // layout.rows_per_entry)
+    return start // layout.rows_per_entry, layout.shape[0] if is_last else -(-stop // layout.rows_per_entry)
 
 
 def _tiles_to_copy(step: CopyStep) -> list[Tile]:

@@ -26,6 +26,7 @@ __all__ = [
     "Codec",
     "OneForAll",
     "PackedColumns",
+    "PackedRows",
     "PackedValues",
     "Plain",
     "Reciprocal",
@@ -321,3 +322,26 @@ class Transposed(Codec):
 
     def read(self, checkpoint: Checkpoint, name: str, layout: TensorLayout, start: int, stop: int) -> Tensor:
         return self.decode(checkpoint.read_columns(name, start, stop), layout)
+
+
+@dataclass(frozen=True)
+class PackedRows(Codec):
+    """int32 words of consecutive codes of a row, lowest bits first, each offset to be positive; only read.
+
+    Attributes:
+        bits: of a code, a power of two
+    """
+
+    bits: int
+
+    def stored(self, layout: TensorLayout) -> TensorLayout:
+        rows, columns = layout.shape
+        return TensorLayout(torch.int32, (rows, -(-columns * self.bits // 32)))
+
+    def encode(self, tensor: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def decode(self, stored: Tensor, layout: TensorLayout) -> Tensor:
+        shifts = torch.arange(0, 32, self.bits, dtype=torch.int32)
+        codes = (stored[:, :, None] >> shifts).flatten(1)[:, : layout.shape[1]] & ((1 << self.bits) - 1)
+        return (codes - (1 << (self.bits - 1))).to(layout.dtype)

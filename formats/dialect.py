@@ -17,7 +17,6 @@ from torch import Tensor
 from omni_convert.formats.checkpoint import Checkpoint
 from omni_convert.formats.codec import PLAIN, Codec
 from omni_convert.formats.format import Format, TensorLayout
-from omni_convert.formats.quantization_config import QuantizationConfig
 from omni_convert.formats.tensor_spec import TensorSpec
 
 __all__ = ["Dialect", "Found", "Spelling", "StoredLayer"]
@@ -150,13 +149,10 @@ class Dialect(ABC):
         """How a layer of this format and shape is written, or why it cannot be."""
         return f"{self.name} is only read"
 
-    def block(
-        self, config: QuantizationConfig, layers: Mapping[str, Format], ignored: Collection[str]
-    ) -> dict[str, Any] | None:
+    def block(self, layers: Mapping[str, Format], ignored: Collection[str]) -> dict[str, Any] | None:
         """The value of `quantization_config` in config.json, or None if the dialect has none.
 
         Args:
-            config: as for vLLM-Omni
             layers: stem to format
             ignored: names of linears that stay as they are
         """

@@ -11,6 +11,7 @@ Rotated     another format's tensors; W' is W with its rows turned by a regular 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NoReturn
@@ -159,4 +160,4 @@ def hadamard(size: int) -> Tensor:
     matrix: Tensor = torch.ones(1, 1)
     while len(matrix) < size:
         matrix = torch.kron(matrix, block)
-    return matrix * size**-0.5
+    return matrix / math.sqrt(size)

@@ -8,13 +8,14 @@ NAME.safetensors.index.json             {"metadata": {"total_size": BYTES}, "wei
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from huggingface_hub import split_state_dict_into_shards_factory
 
 from omni_convert.formats.errors import CheckpointError, RecipeError
+from omni_convert.formats.safetensors_header import FORMAT_PT
 from omni_convert.formats.tensor_spec import TensorSpec
 
 __all__ = ["WEIGHTS_NAMES", "ShardName", "Shards", "check_shard_names", "index_name", "plan_shards"]
@@ -42,7 +43,7 @@ class ShardName:
 
 @dataclass(frozen=True)
 class Shards:
-    """Files and the tensors of each, in the order given; the index if there is more than one file.
+    """Files and the tensors of each, in the order given; the index if there is more than one file; text for headers.
 
     `index` has its keys in the order in which diffusers writes them, so that written as they come they are its bytes.
     """
@@ -50,6 +51,7 @@ class Shards:
     files: dict[str, list[TensorSpec]]
     index: dict[str, Any] | None
     index_name: str
+    metadata: Mapping[str, str] = field(default_factory=lambda: dict(FORMAT_PT))
 
 
 def index_name(weights_name: str) -> str:

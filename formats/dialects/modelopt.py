@@ -26,7 +26,6 @@ from omni_convert.formats.format import Format
 from omni_convert.formats.fp8 import Fp8, Fp8Block
 from omni_convert.formats.mxfp8 import Mxfp8
 from omni_convert.formats.nvfp4 import NVFP4_BLOCK, Nvfp4
-from omni_convert.formats.quantization_config import QuantizationConfig
 from omni_convert.formats.read_formats import Scaled
 
 __all__ = ["MODELOPT_DIALECT"]
@@ -64,9 +63,7 @@ class ModelOpt(Dialect):
             return "ModelOpt's FP8 in blocks is weight-only, which these weights were not made for"
         return f"ModelOpt has no reader for {fmt.label}"
 
-    def block(
-        self, config: QuantizationConfig, layers: Mapping[str, Format], ignored: Collection[str]
-    ) -> dict[str, Any]:
+    def block(self, layers: Mapping[str, Format], ignored: Collection[str]) -> dict[str, Any]:
         algorithms = {stem: _algorithm(fmt) for stem, fmt in layers.items()}
         kinds = sorted(set(algorithms.values()))
         is_mixed = len(kinds) > 1

@@ -26,11 +26,14 @@ from omni_convert.formats.dialect import Dialect, Found, Spelling, StoredLayer
 from omni_convert.formats.errors import CheckpointError, RecipeError
 from omni_convert.formats.family import LayerGroup
 from omni_convert.formats.format import Format
+from omni_convert.formats.fp8 import Fp8, Fp8Block
+from omni_convert.formats.mxfp4 import Mxfp4
+from omni_convert.formats.nvfp4 import Nvfp4
 from omni_convert.formats.quantization_config import ACTIVATION_SCHEMES, QuantizationConfig
 from omni_convert.formats.read_formats import ReadFormat
 from omni_convert.formats.table import layer_formats
 
-__all__ = ["MODELOPT", "VLLM_OMNI", "as_whole_name", "from_block", "ignored_names", "to_block"]
+__all__ = ["MODELOPT", "VLLM_OMNI", "as_whole_name", "config_of", "from_block", "ignored_names", "to_block"]
 
 MODELOPT = "modelopt"
 NVFP4_GROUP_SIZE = 16
@@ -295,10 +298,39 @@ class VllmOmni(Dialect):
             return f"vLLM-Omni has no method that loads {fmt.label}"
         return fmt.unsupported(*shape) or Spelling()
 
-    def block(
-        self, config: QuantizationConfig, layers: Mapping[str, Format], ignored: Collection[str]
-    ) -> dict[str, Any]:
-        return to_block(config)
+    def block(self, layers: Mapping[str, Format], ignored: Collection[str]) -> dict[str, Any]:
+        """As of the contract.
+
+        Raises:
+            RecipeError: the layers have several formats, which one block cannot say.
+        """
+        return to_block(config_of(layers, ignored))
+
+
+def config_of(layers: Mapping[str, Format], ignored: Collection[str]) -> QuantizationConfig:
+    """What a config block says about layers that are all in one format.
+
+    Raises:
+        RecipeError: they are in several.
+    """
+    first_stem, first = next(iter(layers.items()))
+    for stem, fmt in layers.items():
+        if _meaning(fmt) != _meaning(first):
+            raise RecipeError(
+                f"layer '{stem}': found {fmt.label} beside {first.label} ('{first_stem}'), expected one format: the "
+                "block of vLLM-Omni has one method; --dialect modelopt may hold both, or -m METHOD quantizes anew"
+            )
+    method, scheme, block_size, smooth = _meaning(first)
+    return QuantizationConfig(method, scheme, block_size, tuple(sorted(set(ignored))), smooth)
+
+
+def _meaning(fmt: Format) -> tuple[str, str, tuple[int, int] | None, bool]:
+    """Method, activation scheme, block size, and whether every layer has a mul_scale."""
+    scheme = "static" if isinstance(fmt, (Fp8, Nvfp4)) and fmt.static else "dynamic"
+    if isinstance(fmt, Nvfp4) and not fmt.static:
+        scheme = "none"
+    block_size = fmt.block_size if isinstance(fmt, Fp8Block) else None
+    return fmt.method, scheme, block_size, isinstance(fmt, Mxfp4) and fmt.smooth
 
 
 VLLM_OMNI = VllmOmni()

@@ -303,11 +303,10 @@ def test_statistics_of_another_model_are_refused(
     check_refused(CalibrationError, "the statistics belong to another model", other, tmp_path / "out", recipe)
 
 
-def test_a_model_quantized_already_is_refused(tiny_pipeline_folder: Path, tmp_path: Path) -> None:
-    convert_checkpoint(tiny_pipeline_folder, tmp_path / "quantized")
-    check_refused(CheckpointError, r"quantized already \('fp8'\)", tmp_path / "quantized", tmp_path / "out", Recipe())
-    edit_config(tmp_path / "quantized", quantization_config=None)
-    check_refused(CheckpointError, "quantized already", tmp_path / "quantized", tmp_path / "out", Recipe())
+def test_a_model_quantized_in_a_way_that_is_not_read_is_refused(tiny_pipeline_folder: Path, tmp_path: Path) -> None:
+    source = copy_of(tiny_pipeline_folder, tmp_path / "source")
+    edit_config(source, quantization_config={"quant_method": "bitsandbytes"})
+    check_refused(CheckpointError, r"quantized already \('bitsandbytes'\)", source, tmp_path / "out", Recipe())
 
 
 def test_a_pickle_checkpoint_is_refused(tiny_pipeline_folder: Path, tmp_path: Path) -> None:

@@ -1,0 +1,160 @@
+"""How compressed-tensors and llm-compressor spell a component; vLLM reads it.
+
+Formats:  float-quantized        E4M3; weight_scale [1], [out, 1], or [out / N, in / K] in blocks; input_scale [1]
+          int-quantized          I8; weight_scale [out, 1]
+          mxfp8-quantized        E4M3; weight_scale U8 [out, in / 32]
+          mxfp4-pack-quantized   weight_packed U8 [out, in / 2], even element in the low nibble; weight_scale U8
+          nvfp4-pack-quantized   weight_packed as above; weight_scale E4M3 [out, in / 16]; weight_global_scale F32 [1],
+                                 the reciprocal of weight_scale_2; input_global_scale, that of input_scale
+          pack-quantized         weight_packed I32 [out, in * bits / 32], lowest bits first, offset by 2^(bits - 1);
+                                 only read, and only for 4 and 8 bits without zero points
+Block:    {"quant_method": "compressed-tensors", "format": ..., "config_groups": {GROUP: {"targets": [...], "weights":
+          {...}, "input_activations": {...}, "format": ...}}, "ignore": [...]}; names exact, classes, or "re:PATTERN"
+Limits:   mul_scale has no place. A reciprocal that is no float32 changes by 2^-24; see `codec.Reciprocal`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from omni_convert.formats.codec import PackedRows, PackedValues, Plain, Reciprocal
+from omni_convert.formats.dialect import Dialect, Found, Spelling, StoredLayer
+from omni_convert.formats.dialects.bare import parts_of, signed_layers, stored_layer
+from omni_convert.formats.errors import CheckpointError
+from omni_convert.formats.format import Format
+from omni_convert.formats.fp8 import Fp8, Fp8Block
+from omni_convert.formats.int8 import Int8
+from omni_convert.formats.mx import MX_BLOCK
+from omni_convert.formats.mxfp4 import Mxfp4
+from omni_convert.formats.mxfp8 import Mxfp8
+from omni_convert.formats.nvfp4 import NVFP4_BLOCK, Nvfp4
+from omni_convert.formats.read_formats import Scaled
+from omni_convert.formats.signature import Signature
+
+__all__ = ["COMPRESSED_TENSORS"]
+
+QUANT_METHOD = "compressed-tensors"
+PACKED = "weight_packed"
+PACKED_NAMES = {"weight": PACKED, "weight_scale_2": "weight_global_scale", "input_scale": "input_global_scale"}
+RECIPROCALS = {"weight_scale_2": Reciprocal(), "input_scale": Reciprocal()}
+READABLE_BITS = (4, 8)
+ONE = Plain(shape=(1,))
+
+
+class CompressedTensors(Dialect):
+    """See the module."""
+
+    name = "compressed-tensors"
+
+    def recognises(self, found: Found) -> bool:
+        return found.quant_method.replace("_", "-") == QUANT_METHOD
+
+    def stored_layers(self, found: Found) -> Iterator[StoredLayer]:
+        integers = {stem for stem in found.stems(PACKED) if found.checkpoint[f"{stem}.{PACKED}"].dtype is torch.int32}
+        floats = signed_layers(found, PACKED_NAMES, RECIPROCALS)
+        yield from (layer for layer in floats if layer.stem not in integers)
+        yield from signed_layers(found)
+        for stem in integers:
+            yield _packed_integers(found, stem)
+
+    def spelling(self, fmt: Format, shape: tuple[int, int]) -> Spelling | str:
+        if isinstance(fmt, Nvfp4):
+            return Spelling(PACKED_NAMES, RECIPROCALS)
+        if isinstance(fmt, Mxfp4) and not fmt.smooth and shape[1] % 2 == 0:
+            return Spelling({"weight": PACKED}, {"weight": PackedValues("low")})
+        if isinstance(fmt, Fp8):
+            return Spelling(codecs={"weight_scale": ONE, "input_scale": ONE})
+        if isinstance(fmt, Fp8Block):
+            return Spelling({"weight_scale_inv": "weight_scale"})
+        if isinstance(fmt, (Int8, Mxfp8)) or _is_fp8_per_row(fmt):
+            return Spelling()
+        return f"compressed-tensors has no word for {fmt.label}" + (" with mul_scale" if isinstance(fmt, Mxfp4) else "")
+
+    def block(self, layers: Mapping[str, Format], ignored: Collection[str]) -> dict[str, Any]:
+        schemes: dict[str, dict[str, Any]] = {}
+        members: dict[str, list[str]] = {}
+        for stem, fmt in layers.items():
+            scheme = _scheme(fmt)
+            schemes.setdefault(repr(scheme), scheme)
+            members.setdefault(repr(scheme), []).append(stem)
+        is_uniform = len(schemes) == 1
+        groups = {
+            f"group_{number}": {"targets": ["Linear"] if is_uniform else sorted(members[key]), **scheme}
+            for number, (key, scheme) in enumerate(schemes.items())
+        }
+        formats = {scheme["format"] for scheme in schemes.values()}
+        return {
+            "quant_method": QUANT_METHOD,
+            "format": formats.pop() if len(formats) == 1 else "mixed-precision",
+            "quantization_status": "compressed",
+            "config_groups": groups,
+            "ignore": sorted(ignored),
+        }
+
+
+def _is_fp8_per_row(fmt: Format) -> bool:
+    return isinstance(fmt, Scaled) and fmt.dtype is torch.float8_e4m3fn and fmt.group is None and not fmt.static
+
+
+def _scheme(fmt: Format) -> dict[str, Any]:
+    """The group that says what a format is: of weights, of activations, and the name of the layout."""
+    if isinstance(fmt, Nvfp4):
+        blocks: dict[str, Any] = {
+            "strategy": "tensor_group",
+            "group_size": NVFP4_BLOCK,
+            "scale_dtype": "torch.float8_e4m3fn",
+        }
+        inputs = _arguments(4, "float", dynamic="local", **blocks) if fmt.static else None
+        return _group("nvfp4-pack-quantized", _arguments(4, "float", **blocks), inputs)
+    if isinstance(fmt, (Mxfp4, Mxfp8)):
+        bits, layout = (4, "mxfp4-pack-quantized") if isinstance(fmt, Mxfp4) else (8, "mxfp8-quantized")
+        blocks = {"strategy": "group", "group_size": MX_BLOCK, "scale_dtype": "torch.uint8"}
+        return _group(layout, _arguments(bits, "float", **blocks), _arguments(bits, "float", dynamic=True, **blocks))
+    token: dict[str, Any] = {"strategy": "token", "dynamic": True}
+    if isinstance(fmt, Int8):
+        return _group("int-quantized", _arguments(8, "int", strategy="channel"), _arguments(8, "int", **token))
+    if isinstance(fmt, Fp8Block):
+        weights = _arguments(8, "float", strategy="block", block_structure=list(fmt.block_size))
+        inputs = _arguments(8, "float", strategy="group", group_size=fmt.block_size[1], dynamic=True)
+        return _group("float-quantized", weights, inputs)
+    weights = _arguments(8, "float", strategy="tensor" if isinstance(fmt, Fp8) else "channel")
+    is_static = isinstance(fmt, Fp8) and fmt.static
+    inputs = _arguments(8, "float", strategy="tensor") if is_static else _arguments(8, "float", **token)
+    return _group("float-quantized", weights, inputs)
+
+
+def _arguments(num_bits: int, kind: str, *, dynamic: bool | str = False, **others: Any) -> dict[str, Any]:
+    return {"num_bits": num_bits, "type": kind, "symmetric": True, "dynamic": dynamic, **others}
+
+
+def _group(layout: str, weights: dict[str, Any], inputs: dict[str, Any] | None) -> dict[str, Any]:
+    return {"weights": weights, "input_activations": inputs, "output_activations": None, "format": layout}
+
+
+def _packed_integers(found: Found, stem: str) -> StoredLayer:
+    """A layer of `pack-quantized`."""
+    parts = parts_of(found, stem, {"weight": PACKED})
+    where = f"{found.checkpoint.path}: layer '{stem}'"
+    shape_name = f"{stem}.weight_shape"
+    shape_spec = found.checkpoint.get(shape_name)
+    if "weight_scale" not in parts or shape_spec is None or shape_spec.elements != 2:
+        raise CheckpointError(f"{where}: found {PACKED} alone, expected weight_scale and weight_shape beside it")
+    rows, columns = (int(size) for size in found.checkpoint.read(shape_name).flatten().tolist())
+    words = parts["weight"].shape
+    bits = words[1] * 32 // columns if columns > 0 and len(words) == 2 else 0
+    if bits not in READABLE_BITS or "weight_zero_point" in parts:
+        raise CheckpointError(
+            f"{where}: found integers of {bits} bits or zero points, expected 4 or 8 bits without any"
+        )
+    groups = parts["weight_scale"].elements // rows if rows > 0 else 0
+    group = None if groups == 1 else -(-columns // groups) if groups else None
+    fmt = Scaled(f"int{bits}", torch.int8, group)
+    signature = Signature(fmt, (rows, columns), {"weight": PackedRows(bits)})
+    return replace(stored_layer(stem, signature, parts), unused=(shape_name,))
+
+
+COMPRESSED_TENSORS = CompressedTensors()

@@ -1,0 +1,226 @@
+"""A checkpoint whose tensors are computed from those of another, rows at a time, when somebody reads them.
+
+What converts plain checkpoints converts quantized ones through such a view: dequantized, every layer is one float
+weight; respelled, the tensors of another dialect are there to be copied.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from omni_convert.formats.checkpoint import Checkpoint
+from omni_convert.formats.dialect import Spelling
+from omni_convert.formats.errors import CheckpointError
+from omni_convert.formats.format import TensorLayout, WeightRows
+from omni_convert.formats.quantized import QuantizedCheckpoint, QuantizedLayer
+from omni_convert.formats.safetensors_file import SafetensorsFile
+from omni_convert.formats.tensor_spec import TensorSpec
+
+__all__ = ["CheckpointView", "dequantized_view", "respelled_view"]
+
+
+class ViewedTensor(ABC):
+    """A tensor of a view.
+
+    Attributes:
+        spec: what it is
+        sources: names of the tensors that it is made of, where no other tensor of the view needs them
+    """
+
+    spec: TensorSpec
+    sources: tuple[str, ...]
+
+    @abstractmethod
+    def read(self, start: int, stop: int) -> Tensor:
+        """Rows `start` to `stop`; all of a tensor without dimensions."""
+
+
+@dataclass(frozen=True)
+class _Kept(ViewedTensor):
+    """A tensor under another name, perhaps."""
+
+    spec: TensorSpec
+    checkpoint: Checkpoint
+    stored: str
+
+    @property
+    def sources(self) -> tuple[str, ...]:  # type: ignore[override]  # follows from the name
+        return (self.stored,)
+
+    def read(self, start: int, stop: int) -> Tensor:
+        return self.checkpoint.read_rows(self.stored, start, stop) if self.spec.shape else self.whole()
+
+    def whole(self) -> Tensor:
+        return self.checkpoint.read(self.stored)
+
+
+@dataclass(frozen=True)
+class _Dequantized(ViewedTensor):
+    """The weight that a layer stands for, float32."""
+
+    spec: TensorSpec
+    layer: QuantizedLayer
+
+    @property
+    def sources(self) -> tuple[str, ...]:  # type: ignore[override]  # follows from the layer
+        return self.layer.sources
+
+    def read(self, start: int, stop: int) -> Tensor:
+        rows = self.layer.dequantize(start, stop)
+        if rows.numel() and not bool(torch.isfinite(rows).all()):
+            raise CheckpointError(
+                f"{self.layer.checkpoint.path}: layer '{self.layer.stem}': found NaN or Inf in rows {start} to "
+                f"{stop - 1} of the dequantized weight, expected finite numbers; a scale or a code is damaged"
+            )
+        return rows
+
+
+@dataclass(frozen=True)
+class _Respelled(ViewedTensor):
+    """A tensor of a layer as another spelling stores it."""
+
+    spec: TensorSpec
+    sources: tuple[str, ...]
+    layer: QuantizedLayer
+    suffix: str
+    spelling: Spelling
+
+    def read(self, start: int, stop: int) -> Tensor:
+        codec, layout = self.spelling.codec(self.suffix), self.layer.tensors[self.suffix]
+        if not layout.rows_per_entry:
+            whole = codec.encode(self.layer.read_tensor(self.suffix, 0, 0))
+            return whole[start:stop] if self.spec.shape else whole
+        multiple = codec.row_multiple
+        first = start // multiple * multiple
+        last = min(-(-stop // multiple) * multiple, layout.shape[0])
+        return codec.encode(self.layer.read_tensor(self.suffix, first, last))[start - first : stop - first]
+
+
+@dataclass(frozen=True)
+class _Mark(ViewedTensor):
+    """A tensor that only marks a layer."""
+
+    spec: TensorSpec
+    text: bytes
+    sources: tuple[str, ...] = ()
+
+    def read(self, start: int, stop: int) -> Tensor:
+        return torch.tensor(list(self.text[start:stop]), dtype=torch.uint8)
+
+
+@dataclass(frozen=True)
+class ViewedRows:
+    """A matrix of a view, as `WeightRows`."""
+
+    tensor: ViewedTensor
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        rows, columns = self.tensor.spec.shape
+        return rows, columns
+
+    def read(self, start: int, stop: int) -> Tensor:
+        return self.tensor.read(start, stop)
+
+
+class CheckpointView(Checkpoint):
+    """See the module; files, and what is said about them, are those of the source.
+
+    Attributes:
+        quantized: what the source is
+    """
+
+    def __init__(self, quantized: QuantizedCheckpoint, tensors: Sequence[ViewedTensor]) -> None:
+        source = quantized.checkpoint
+        self.path = source.path
+        self.files: dict[str, SafetensorsFile] = source.files
+        self.quantized = quantized
+        self._source = source
+        self._tensors = {tensor.spec.name: tensor for tensor in tensors}
+        self._specs = {name: tensor.spec for name, tensor in self._tensors.items()}
+        self._unfinished = {name: spec.nbytes for name, spec in self._specs.items()}
+        first_file = next(iter(source.files))
+        self.weight_map = {
+            name: source.weight_map[tensor.sources[0]] if tensor.sources else first_file
+            for name, tensor in self._tensors.items()
+        }
+
+    def read(self, name: str) -> Tensor:
+        spec = self._specs[name]
+        return self._tensors[name].read(0, spec.shape[0] if spec.shape else 1)
+
+    def read_rows(self, name: str, start: int, stop: int) -> Tensor:
+        return self._tensors[name].read(start, stop)
+
+    def rows(self, name: str) -> WeightRows:
+        return ViewedRows(self._tensors[name])
+
+    def prefetch(self, name: str, limit: int) -> None:
+        for source in self._tensors[name].sources:
+            self._source.prefetch(source, limit)
+
+    def finished(self, name: str, nbytes: int) -> None:
+        self._unfinished[name] -= nbytes
+        if self._unfinished[name] <= 0:
+            for source in self._tensors[name].sources:
+                self._source.finished(source, self._source[source].nbytes)
+
+    def fingerprint(self) -> str:
+        return self._source.fingerprint()
+
+
+def dequantized_view(quantized: QuantizedCheckpoint) -> CheckpointView:
+    """Every layer as one weight in float32, everything else as it is."""
+
+    def weight_of(layer: QuantizedLayer) -> list[ViewedTensor]:
+        return [_Dequantized(TensorSpec(f"{layer.stem}.weight", torch.float32, layer.shape), layer)]
+
+    return _view(quantized, {stem: weight_of(layer) for stem, layer in quantized.layers.items()})
+
+
+def respelled_view(quantized: QuantizedCheckpoint, spellings: Mapping[str, Spelling]) -> CheckpointView:
+    """Every layer in the tensors of another spelling, everything else as it is.
+
+    Args:
+        spellings: stem to spelling, of every layer
+    """
+    layers = {stem: _respelled(layer, spellings[stem]) for stem, layer in quantized.layers.items()}
+    return _view(quantized, layers)
+
+
+def _respelled(layer: QuantizedLayer, spelling: Spelling) -> list[ViewedTensor]:
+    def spec(suffix: str, stored: TensorLayout) -> TensorSpec:
+        return TensorSpec(f"{layer.stem}.{suffix}", stored.dtype, stored.shape)
+
+    tensors: list[ViewedTensor] = [
+        _Respelled(
+            spec(spelling.name(suffix), spelling.codec(suffix).stored(layout)),
+            (layer.stored.name_of(suffix), *(layer.stored.unused if suffix == "weight" else ())),
+            layer,
+            suffix,
+            spelling,
+        )
+        for suffix, layout in layer.tensors.items()
+    ]
+    marks = spelling.layout({})
+    return tensors + [_Mark(spec(name, marks[name]), text) for name, text in spelling.extras.items()]
+
+
+def _view(quantized: QuantizedCheckpoint, layers: Mapping[str, Sequence[ViewedTensor]]) -> CheckpointView:
+    """The view with these tensors for the layers, in the order in which the source holds them."""
+    checkpoint = quantized.checkpoint
+    stem_of = {name: stem for stem, layer in quantized.layers.items() for name in layer.sources}
+    new_names = {stored: name for name, stored in quantized.kept.items()}
+    tensors: dict[str, ViewedTensor] = {}
+    for stored, spec in checkpoint.items():
+        if stored in stem_of:
+            tensors |= {tensor.spec.name: tensor for tensor in layers[stem_of[stored]]}
+        elif stored in new_names:
+            name = new_names[stored]
+            tensors[name] = _Kept(replace(spec, name=name), checkpoint, stored)
+    return CheckpointView(quantized, list(tensors.values()))

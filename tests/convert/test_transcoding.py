@@ -1,0 +1,240 @@
+"""Quantized models as input: spelled anew without a change, dequantized, quantized again; or refused, with a name."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from omni_convert.convert import Recipe, convert_checkpoint
+from omni_convert.convert.cli import main
+from omni_convert.convert.recipe import DIALECT_NAMES
+from omni_convert.formats.dialects.table import DIALECTS
+from omni_convert.formats.errors import OmniConvertError, RecipeError
+from omni_convert.formats.int8 import Int8
+from omni_convert.formats.quantized import open_quantized
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+LAYER = "layers.0.attention.to_q"
+
+#: What each dialect can hold of what we make of the tiny model.
+HELD = {
+    "modelopt": ("fp8", "mxfp8", "nvfp4"),
+    "comfyui": ("fp8", "int8", "mxfp8", "nvfp4"),
+    "compressed-tensors": ("fp8", "fp8 blocks", "int8", "mxfp8", "mxfp4", "nvfp4"),
+}
+CASES = [(dialect, method) for dialect, methods in HELD.items() for method in methods]
+
+
+def recipe_for(method: str, **options: object) -> Recipe:
+    blocks = {"weight_block_size": (64, 64)} if method == "fp8 blocks" else {}
+    return Recipe(method=method.split()[0], search=False, **blocks, **options)  # type: ignore[arg-type]  # as typed there
+
+
+@pytest.fixture(scope="session")
+def quantized(tiny_pipeline_folder: Path, tmp_path_factory: pytest.TempPathFactory):  # type: ignore[no-untyped-def]
+    """Method to the tiny pipeline quantized so, made once."""
+    made: dict[str, Path] = {}
+
+    def make(method: str) -> Path:
+        if method not in made:
+            made[method] = tmp_path_factory.mktemp("quantized") / method.replace(" ", "-")
+            convert_checkpoint(tiny_pipeline_folder, made[method], recipe_for(method))
+        return made[method]
+
+    return make
+
+
+def weights_of(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "transformer" / WEIGHTS)
+
+
+def dequantized_layers(component: Path) -> dict[str, torch.Tensor]:
+    with open_quantized(component) as opened:
+        return {stem: layer.dequantize(0, layer.shape[0]) for stem, layer in opened.layers.items()}
+
+
+def test_the_command_line_knows_the_dialects_that_are_written() -> None:
+    int8 = Int8()
+    written = {
+        name for name, dialect in DIALECTS.items() if not f"{dialect.spelling(int8, (64, 64))}".endswith("only read")
+    }
+    assert set(DIALECT_NAMES) == written
+
+
+@pytest.mark.parametrize(("dialect", "method"), CASES)
+def test_keep_there_and_back_gives_the_same_bytes(quantized, dialect: str, method: str, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    original = quantized(method)
+    there = Recipe(method="keep", dialect=dialect)
+    convert_checkpoint(original, tmp_path / "there", there)
+    with open_quantized(tmp_path / "there" / "transformer") as opened:
+        assert opened.dialect == dialect
+    if (dialect, method) == ("modelopt", "fp8"):  # one scale a row there, which vLLM-Omni's own method does not have
+        return
+    convert_checkpoint(tmp_path / "there", tmp_path / "back", Recipe(method="keep"))
+    first, second = (folder / "transformer" for folder in (original, tmp_path / "back"))
+    assert (first / WEIGHTS).read_bytes() == (second / WEIGHTS).read_bytes()
+    assert json.loads((first / "config.json").read_text()) == json.loads((second / "config.json").read_text())
+
+
+@pytest.mark.parametrize(("dialect", "method"), CASES)
+def test_quantizing_in_a_dialect_and_keeping_into_it_agree(
+    quantized,  # type: ignore[no-untyped-def]
+    tiny_pipeline_folder: Path,
+    dialect: str,
+    method: str,
+    tmp_path: Path,
+) -> None:
+    convert_checkpoint(tiny_pipeline_folder, tmp_path / "direct", recipe_for(method, dialect=dialect))
+    convert_checkpoint(quantized(method), tmp_path / "kept", Recipe(method="keep", dialect=dialect, force=True))
+    direct, kept = weights_of(tmp_path / "direct"), weights_of(tmp_path / "kept")
+    assert direct.keys() == kept.keys()
+    for name, tensor in direct.items():
+        assert tensor.dtype is kept[name].dtype, name
+        assert tensor.view(torch.uint8 if tensor.dim() else tensor.dtype).equal(
+            kept[name].view(torch.uint8 if tensor.dim() else tensor.dtype)
+        ), name
+    configs = [json.loads((tmp_path / run / "transformer" / "config.json").read_text()) for run in ("direct", "kept")]
+    assert configs[0] == configs[1]
+    assert sorted(dequantized_layers(tmp_path / "kept" / "transformer")) == sorted(
+        dequantized_layers(quantized(method) / "transformer")
+    )
+
+
+@pytest.mark.parametrize("method", ["fp8", "fp8 blocks", "int8", "mxfp8", "mxfp4", "nvfp4"])
+def test_dequantize_gives_the_values_in_bf16_and_a_plain_config(quantized, method: str, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    source = quantized(method)
+    result = CliRunner().invoke(main, ["dequantize", str(source), "-o", str(tmp_path / "out"), "--quiet"])
+    assert result.exit_code == 0, result.output
+    weights = weights_of(tmp_path / "out")
+    expected = dequantized_layers(source / "transformer")
+    assert {f"{stem}.weight" for stem in expected} <= weights.keys()
+    for stem, weight in expected.items():
+        assert weights[f"{stem}.weight"].equal(weight.to(torch.bfloat16)), stem
+    assert not [name for name in weights if "scale" in name.rpartition(".")[2]]
+    assert "quantization_config" not in json.loads((tmp_path / "out" / "transformer" / "config.json").read_text())
+
+
+def test_a_dequantized_pipeline_loads_in_plain_diffusers(quantized, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    from diffusers import ZImageTransformer2DModel
+
+    convert_checkpoint(quantized("int8"), tmp_path / "out", Recipe(method="dequantize"))
+    model = ZImageTransformer2DModel.from_pretrained(tmp_path / "out" / "transformer", torch_dtype=torch.bfloat16)
+    assert model.state_dict()[f"{LAYER}.weight"].dtype is torch.bfloat16
+
+
+def test_quantizing_again_says_so_and_equals_quantizing_what_was_dequantized(quantized, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    report = convert_checkpoint(quantized("int8"), tmp_path / "again", Recipe())
+    assert "dequantized in float32 and quantized again to fp8" in report.notes[0]
+    convert_checkpoint(quantized("int8"), tmp_path / "float", Recipe(method="dequantize", dtype="float32"))
+    convert_checkpoint(tmp_path / "float", tmp_path / "twice", Recipe())
+    again, twice = weights_of(tmp_path / "again"), weights_of(tmp_path / "twice")
+    for suffix in ("weight", "weight_scale"):
+        assert again[f"{LAYER}.{suffix}"].float().equal(twice[f"{LAYER}.{suffix}"].float())
+
+
+def test_layers_left_alone_when_quantizing_again_become_bf16(quantized, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    convert_checkpoint(quantized("int8"), tmp_path / "out", Recipe(ignored_layers=("layers.0",)))
+    assert weights_of(tmp_path / "out")[f"{LAYER}.weight"].dtype is torch.bfloat16
+
+
+def refused(source: Path, output: Path, recipe: Recipe) -> str:
+    with pytest.raises(OmniConvertError) as caught:
+        convert_checkpoint(source, output, recipe)
+    assert not output.exists()
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def test_a_format_without_a_word_in_the_dialect_is_refused_by_layer(quantized, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    for dialect, method in (("comfyui", "mxfp4"), ("modelopt", "int8"), ("compressed-tensors", "mxfp4_dualscale")):
+        message = refused(quantized(method), tmp_path / "out", Recipe(method="keep", dialect=dialect))
+        assert "layers.0.attention" in message or "refiner" in message
+        assert method.split("_")[0] in message
+
+
+def test_an_inexact_reciprocal_is_refused_by_tensor(quantized, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    source = tmp_path / "source"
+    shutil.copytree(quantized("nvfp4"), source)
+    file = source / "transformer" / WEIGHTS
+    tensors = load_file(file)
+    inexact = torch.tensor(1.5006104707717896)  # its neighbours have the same float32 reciprocals
+    for name in tensors:
+        if name.endswith("weight_scale_2"):
+            tensors[name] = inexact.clone()
+    save_file(tensors, file, metadata={"format": "pt"})
+    recipe = Recipe(method="keep", dialect="compressed-tensors")
+    assert ".weight_scale_2'" in refused(source, tmp_path / "out", recipe)
+    convert_checkpoint(source, tmp_path / "forced", Recipe(method="keep", dialect="compressed-tensors", force=True))
+    scale = weights_of(tmp_path / "forced")[f"{LAYER}.weight_global_scale"]
+    assert abs(1 / scale.double().item() / inexact.item() - 1) < 2**-23
+
+
+def test_what_vllm_omni_would_misread_is_refused(quantized, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    source = tmp_path / "source"
+    shutil.copytree(quantized("nvfp4"), source)
+    file = source / "transformer" / WEIGHTS
+    tensors = load_file(file)
+    tensors[f"{LAYER}.weight_scale_2"] *= 2
+    save_file(tensors, file, metadata={"format": "pt"})
+    message = refused(source, tmp_path / "out", Recipe(method="keep"))
+    assert "to_q.weight_scale_2'" in message or "to_k.weight_scale_2'" in message
+    assert "merges" in message
+
+
+def test_keep_of_an_unquantized_model_is_refused(tiny_pipeline_folder: Path, tmp_path: Path) -> None:
+    assert "nothing quantized" in refused(tiny_pipeline_folder, tmp_path / "out", Recipe(method="keep"))
+
+
+def test_an_unknown_dialect_is_refused() -> None:
+    with pytest.raises(RecipeError, match="did you mean 'comfyui'"):
+        Recipe(dialect="comfyu")
+
+
+def test_comfyui_files_are_marked_both_ways(quantized, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    convert_checkpoint(
+        quantized("nvfp4"), tmp_path / "out", Recipe(method="keep", dialect="comfyui", max_shard_size="1MB")
+    )
+    (file,) = (tmp_path / "out" / "transformer").glob("*.safetensors")  # one, whatever the shard size
+    with safe_open(file, "pt") as opened:
+        layers = json.loads(opened.metadata()["_quantization_metadata"])["layers"]
+        assert layers[LAYER] == {"format": "nvfp4"}
+        assert json.loads(bytes(opened.get_tensor(f"{LAYER}.comfy_quant").tolist())) == {"format": "nvfp4"}
+
+
+def test_a_single_file_without_a_config_is_dequantized(quantized, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    convert_checkpoint(quantized("mxfp8"), tmp_path / "comfy", Recipe(method="keep", dialect="comfyui"))
+    shutil.copy(tmp_path / "comfy" / "transformer" / WEIGHTS, tmp_path / "model.safetensors")
+    convert_checkpoint(tmp_path / "model.safetensors", tmp_path / "out", Recipe(method="dequantize"))
+    weight = load_file(tmp_path / "out" / WEIGHTS)[f"{LAYER}.weight"]
+    assert weight.equal(dequantized_layers(quantized("mxfp8") / "transformer")[LAYER].to(torch.bfloat16))
+
+
+def test_a_dry_run_names_every_layer(quantized) -> None:  # type: ignore[no-untyped-def]
+    arguments = [str(quantized("nvfp4")), "-m", "keep", "--dialect", "comfyui", "--dry-run", "--json"]
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 0, result.output
+    rows = json.loads(result.output)["layers"]
+    assert {(row["from"], row["to"]) for row in rows} == {("nvfp4", "nvfp4")}
+    assert f"transformer.{LAYER}" in {row["layer"] for row in rows}
+
+
+def test_an_interrupted_keep_goes_on(quantized, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    def stop(done: int) -> None:
+        raise KeyboardInterrupt
+
+    recipe = Recipe(method="keep", dialect="comfyui", resume=True)
+    with pytest.raises(KeyboardInterrupt):
+        convert_checkpoint(quantized("nvfp4"), tmp_path / "out", recipe, progress=stop)
+    assert not (tmp_path / "out").exists()
+    convert_checkpoint(quantized("nvfp4"), tmp_path / "out", recipe)
+    convert_checkpoint(quantized("nvfp4"), tmp_path / "whole", Recipe(method="keep", dialect="comfyui"))
+    files = [tmp_path / run / "transformer" / WEIGHTS for run in ("out", "whole")]
+    assert files[0].read_bytes() == files[1].read_bytes()
