@@ -17,7 +17,7 @@ from omni_convert.convert.execute import ComponentResult, Engine, LayerResult, P
 from omni_convert.convert.journal import JOURNAL, Journal
 from omni_convert.convert.manifest import describe_job, read_results, write_json, write_manifest
 from omni_convert.convert.model_card import model_card
-from omni_convert.convert.output import check_output, is_finished, partial_folder, write_text
+from omni_convert.convert.output import check_output, is_finished, partial_folder, tidy, write_text
 from omni_convert.convert.plan import ComponentPlan, Plan, plan_conversion
 from omni_convert.convert.recipe import Recipe
 from omni_convert.convert.remote_folder import (
@@ -142,9 +142,9 @@ def convert_plan(
     with (
         _opened_engine(recipe) as engine_on,
         _folder_of(output, recipe) as folder,
+        _streaming(plan.source, folder),
         Journal(folder / JOURNAL, describe_job(plan, statistics_id)) as journal,
         Workers(_threads(recipe)) as workers,
-        _streaming(plan.source, folder),
     ):
         make = execute_component if isinstance(output, Path) else partial(upload_component, output)
         results, peak = _fill(folder, plan, statistics_id, engine_on(workers, journal), make, progress or _ignore)
@@ -156,7 +156,10 @@ def _results_of_finished(
 ) -> dict[str, list[LayerResult]] | None:
     """The layers of an output that is there already; None if it is not."""
     if isinstance(output, Path):
-        return read_results(output, plan, statistics_id) if is_finished(output) else None
+        if not is_finished(output):
+            return None
+        tidy(output)
+        return read_results(output, plan, statistics_id)
     with tempfile.TemporaryDirectory() as folder:
         return read_results(Path(folder), plan, statistics_id) if finished_manifest(output, Path(folder)) else None
 

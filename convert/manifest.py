@@ -5,10 +5,13 @@ No times, paths, devices or worker counts. `files` holds the SHA-256 of every ot
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from omni_convert.convert.copy import file_sha256
 from omni_convert.convert.execute import LayerResult
@@ -36,13 +39,19 @@ def describe_job(plan: Plan, statistics_id: str | None) -> dict[str, Any]:
         for name, file in component.checkpoint.files.items()
     }
     copies = {name: plan.source.state(name, path) for name, path in plan.copies.items()}
+    configs = {f"{component.name}/config.json": _digest(component.config) for component in plan.components}
     return {
         "omni_convert_version": VERSION,
+        "torch": torch.__version__,
         "recipe": plan.recipe.of_the_bytes(),
         "statistics": statistics_id,
         "moments": plan.moments,
-        "source": files | copies,
+        "source": files | copies | configs,
     }
+
+
+def _digest(document: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
 
 
 def write_manifest(

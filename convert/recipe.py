@@ -22,6 +22,12 @@ DIALECT_NAMES = ("vllm-omni", "modelopt", "comfyui", "compressed-tensors")
 ACTIVATION_SCHEMES = ("dynamic", "static")
 RUNTIMES = ("vllm-omni", "diffusers")
 ROUNDINGS = ("nearest", "gptq", "auto")
+# Options that mean nothing to other methods; ignored without a word they would promise what the file does not hold.
+METHODS_OF_OPTION = {
+    "scale_rule": ("mxfp8", "mxfp4", "mxfp4_dualscale"),
+    "input_scale": ("fp8", "nvfp4"),
+    "int8_fused_scales": ("int8",),
+}
 ENGINE = re.compile(r"local|ray|(ray://)?[\w.-]+:\d+|ray://[\w.-]+")
 DTYPES = ("bfloat16", "float16", "float32")
 
@@ -98,6 +104,9 @@ class Recipe:
         if self.weight_block_size is not None:
             self._check_block_size(self.weight_block_size)
         self._check_input_scale()
+        self._check_options_of_methods()
+        if self.bf16_blocks is not None and self.bf16_blocks < 0:
+            raise RecipeError(f"--bf16-blocks: found {self.bf16_blocks}, expected 0 or more")
         if not ENGINE.fullmatch(self.engine):
             raise RecipeError(f"--engine: found '{self.engine}', expected local, ray, ray://HOST:PORT or HOST:PORT")
         if self.private and self.push_to_hub is None:
@@ -114,6 +123,15 @@ class Recipe:
             raise RecipeError(
                 f"--weight-block-size: found {block_size[0]},{block_size[1]}, expected two positive sizes"
             )
+
+    def _check_options_of_methods(self) -> None:
+        methods = {self.method, *self.component.values()}
+        for name, honouring in METHODS_OF_OPTION.items():
+            if getattr(self, name) != Recipe.__dataclass_fields__[name].default and methods.isdisjoint(honouring):
+                raise RecipeError(
+                    f"--{name.replace('_', '-')}: found with method '{self.method}', which has no such choice, "
+                    f"expected method {' or '.join(honouring)}"
+                )
 
     def _check_input_scale(self) -> None:
         rule, _, argument = self.input_scale.partition(":")

@@ -15,10 +15,12 @@ from omni_convert.formats.errors import RecipeError
 from omni_convert.formats.family import Family, LayerGroup
 from omni_convert.formats.format import Format
 from omni_convert.formats.layer_pattern import matches
+from omni_convert.formats.mx import COARSE_BLOCK
+from omni_convert.formats.mxfp4_dualscale import Mxfp4DualScale
 from omni_convert.formats.table import FORMATS, FormatOptions
 from omni_convert.formats.tensor_spec import DTYPE_NAMES
 
-__all__ = ["choose_layers", "format_for", "reasons_to_keep", "recommendation_notes"]
+__all__ = ["choose_layers", "format_for", "hardware_notes", "reasons_to_keep", "recommendation_notes"]
 
 # What diffusers calls the main stack of blocks; refiners and single-stream blocks come after it.
 MAIN_STACK = re.compile(r"(?:blocks|layers|transformer_blocks)\.(\d+)\.")
@@ -52,6 +54,11 @@ def choose_layers(
     ]
     reasons = reasons_to_keep(patterns, groups, others)
     leading = family.bf16_blocks(method) if recipe.bf16_blocks is None else recipe.bf16_blocks
+    if recipe.bf16_blocks and all(_block_number(group) >= leading for group in groups):
+        raise RecipeError(
+            f"--bf16-blocks: found {leading}, but none of the layers that {recipe.runtime} runs quantized is in one of "
+            "the first blocks; name layers with --ignored-layers"
+        )
     chosen: list[LayerGroup] = []
     kept: list[tuple[LayerGroup, str]] = []
     for group in groups:
@@ -97,6 +104,20 @@ def recommendation_notes(family: Family, method: str, recipe: Recipe) -> list[st
         f"recommended for {family.name}: --ignored-layers '{recommendation.pattern}' ({recommendation.reason}); "
         "--recommended applies it"
         for recommendation in family.recommended_ignored(method)
+    ]
+
+
+def hardware_notes(chosen: Iterable[LayerGroup], checkpoint: Checkpoint, method: str) -> list[str]:
+    """What of the result nobody has run yet."""
+    if method != Mxfp4DualScale.method:
+        return []
+    widths = {checkpoint[f"{group.members[0]}.weight"].shape[1] for group in chosen}
+    short = sorted(width for width in widths if width % COARSE_BLOCK)
+    if not short:
+        return []
+    return [
+        f"in_features {', '.join(map(str, short))}: no multiple of {COARSE_BLOCK}, so the last coarse scale of a row "
+        "covers fewer; stored as vLLM-Omni allocates it, not run on hardware yet"
     ]
 
 

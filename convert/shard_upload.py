@@ -6,6 +6,7 @@ A group of layers that lies in two shards is prepared for both. The journal name
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -16,6 +17,7 @@ from omni_convert.convert.journal import Record
 from omni_convert.convert.plan import ComponentPlan
 from omni_convert.convert.remote_folder import RemoteFolder
 from omni_convert.convert.tile import Tile, tiles_of
+from omni_convert.formats.errors import OutputError
 from omni_convert.formats.safetensors_file import SafetensorsFile
 from omni_convert.formats.safetensors_writer import SafetensorsWriter
 
@@ -54,10 +56,25 @@ def upload_component(
                 records[name] = record
         engine.journal.add(f"{component.name}/{file}", Record(sent.sha256))
         sha256[file] = sent.sha256
+    _check_fits(component, records)
     by_weight: dict[str, list[Record]] = {}
     for name, tile in tiles.items():
         by_weight.setdefault(tile.source.name, []).append(records[name])
     return ComponentResult(layer_results(component, by_weight), sha256, engine.memory())
+
+
+def _check_fits(component: ComponentPlan, records: Mapping[str, Record]) -> None:
+    """A group that lies in two shards was decided on twice, maybe by machines that do not compute alike.
+
+    Raises:
+        OutputError: with another outcome.
+    """
+    for step in component.quantize_steps:
+        if len({records[name_of(component, tile)].fit for tile in tiles_of(step)}) > 1:
+            raise OutputError(
+                f"{step.group.runtime_name}: found shards made with different scales for this fused group, expected the "
+                "same from every machine and run; use machines of one kind, with --overwrite"
+            )
 
 
 def _finish(component: ComponentPlan, tile: Tile, progress: Progress) -> None:

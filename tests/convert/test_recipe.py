@@ -41,3 +41,23 @@ def test_input_scale_rules_are_accepted(rule: str) -> None:
 def test_the_manifest_names_what_decides_the_bytes_and_nothing_else() -> None:
     recipe = Recipe(method="int8", ignored_layers=("b", "a"), device="cuda", overwrite=True, calib=Path("prompts.txt"))
     assert recipe.of_the_bytes() == {"method": "int8", "ignored_layers": ["a", "b"]}
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "option"),
+    [
+        ("fp8", {"scale_rule": "floor"}, "--scale-rule"),
+        ("nvfp4", {"scale_rule": "floor"}, "--scale-rule"),
+        ("mxfp8", {"input_scale": "mse"}, "--input-scale"),
+        ("mxfp8", {"int8_fused_scales": "per-row"}, "--int8-fused-scales"),
+        ("fp8", {"bf16_blocks": -3}, "--bf16-blocks"),
+    ],
+)
+def test_options_that_mean_nothing_are_refused(method: str, options: dict[str, Any], option: str) -> None:
+    with pytest.raises(RecipeError, match=f"^{option}: found .*expected"):
+        Recipe(method, **options)
+
+
+def test_an_option_may_be_for_another_component() -> None:
+    recipe = Recipe("mxfp8", component={"text_encoder": "int8"}, int8_fused_scales="per-row")
+    assert recipe.int8_fused_scales == "per-row"

@@ -120,3 +120,17 @@ def test_recommended_layers_are_printed_and_applied_only_on_request(tmp_path: Pa
     assert any("img_mlp" in name for name in quantized_layers(tmp_path / "plain"))
     convert_checkpoint(source, tmp_path / "careful", Recipe(recommended=True))
     assert not any("img_mlp" in name for name in quantized_layers(tmp_path / "careful"))
+
+
+def test_bf16_blocks_that_name_no_layer_are_refused(tmp_path: Path) -> None:
+    recipe = Recipe(bf16_blocks=1)
+    with pytest.raises(RecipeError, match=r"^--bf16-blocks: found 1, but none .* --ignored-layers"):
+        convert_checkpoint(flux(tmp_path / "flux"), tmp_path / "out", recipe)
+
+
+@pytest.mark.parametrize(("width", "is_short"), [(128, True), (512, False)])
+def test_a_short_last_group_is_said_to_be_unrun(tmp_path: Path, width: int, is_short: bool) -> None:
+    model = wan(tmp_path / "wan", num_layers=1, num_attention_heads=width // 32, ffn_dim=512)
+    recipe = Recipe(method="mxfp4_dualscale", search=False, bf16_blocks=0)
+    notes = convert_checkpoint(model, tmp_path / "out", recipe).notes
+    assert any("not run on hardware yet" in note for note in notes) == is_short
