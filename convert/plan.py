@@ -19,7 +19,7 @@ from omni_convert.convert.moments import Moments
 from omni_convert.convert.recipe import Recipe, suggestion
 from omni_convert.convert.respelling import replace_config, respell
 from omni_convert.convert.rounding import CompensatedFormat
-from omni_convert.convert.selection import choose_layers, format_for, recommendation_notes
+from omni_convert.convert.selection import choose_layers, format_for, hardware_notes, recommendation_notes
 from omni_convert.convert.source import Source
 from omni_convert.formats.checkpoint import Checkpoint
 from omni_convert.formats.component import DENOISERS
@@ -369,6 +369,7 @@ def _plan_component(
     if not is_transformers:  # of an encoder no family is known, nor needed
         notes += family.notes(method, recipe.runtime)
     notes += recommendation_notes(family, method, recipe)
+    notes += hardware_notes(groups, checkpoint, method)
     steps = {
         group.members[0]: QuantizeStep(
             group,

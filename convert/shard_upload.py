@@ -72,8 +72,8 @@ def _check_fits(component: ComponentPlan, records: Mapping[str, Record]) -> None
     for step in component.quantize_steps:
         if len({records[name_of(component, tile)].fit for tile in tiles_of(step)}) > 1:
             raise OutputError(
-                f"{step.group.runtime_name}: found shards made with different scales for this fused group, expected the "
-                "same from every machine and run; use machines of one kind, with --overwrite"
+                f"{step.group.runtime_name}: found shards made with different scales for this fused group, expected "
+                "equal ones from every machine and run; use machines of one kind, with --overwrite"
             )
 
 
