@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -14,7 +15,10 @@ from omni_convert.loaders.kernels.npu import NPU_MXFP4, NPU_MXFP4_DUALSCALE, NPU
 from omni_convert.loaders.kernels.reference import REFERENCE, WEIGHT_ONLY
 from omni_convert.loaders.kernels.scaled_mm import SCALED_MM
 
-__all__ = ["KERNELS", "Selection", "select_kernel"]
+__all__ = ["KERNELS", "OVERRIDE", "Selection", "select_kernel"]
+
+#: Environment variable that names the only kernel to use, for debugging; read when a layer chooses its kernel.
+OVERRIDE = "OMNI_CONVERT_KERNEL"
 
 #: Fastest first: the first that accepts a layer runs it.
 KERNELS: tuple[Kernel, ...] = (
@@ -58,17 +62,36 @@ def select_kernel(
         prefer_scaled_gemm: whether a scaled GEMM comes before a faster kernel that decodes
 
     Raises:
-        KernelError: none does; the message gives every kernel's reason.
+        KernelError: none does, and the message gives every kernel's reason; or the one that `OVERRIDE` names is unknown
+            or cannot run the layer.
     """
+    forced = os.environ.get(OVERRIDE)
+    if forced:
+        return _forced(forced, layer, kernels)
     if prefer_scaled_gemm:
         kernels = tuple(sorted(kernels, key=lambda kernel: not kernel.is_scaled_gemm))
     reasons = {kernel: kernel.requirements.unmet(layer) for kernel in kernels}
     chosen = next((kernel for kernel, lacking in reasons.items() if lacking is None), None)
     if chosen is None:
-        found = f"{layer.format.method} {layer.out_features} x {layer.in_features} on {layer.device}"
         declined = "; ".join(f"{kernel.name} {lacking}" for kernel, lacking in reasons.items())
-        raise KernelError(f"no kernel for {found} with {layer.activations} activations: {declined}")
+        raise KernelError(f"no kernel for {_describe(layer)}: {declined}")
     return Selection(chosen, () if chosen.is_scaled_gemm else _declined(layer, reasons))
+
+
+def _forced(name: str, layer: LayerTraits, kernels: tuple[Kernel, ...]) -> Selection:
+    kernel = next((kernel for kernel in kernels if kernel.name == name), None)
+    if kernel is None:
+        known = ", ".join(kernel.name for kernel in kernels)
+        raise KernelError(f"{OVERRIDE}: found '{name}', expected one of {known}")
+    lacking = kernel.requirements.unmet(layer)
+    if lacking is not None:
+        raise KernelError(f"{OVERRIDE}: {name} cannot run {_describe(layer)}: it {lacking}; unset {OVERRIDE}")
+    return Selection(kernel, (f"{OVERRIDE} says so",))
+
+
+def _describe(layer: LayerTraits) -> str:
+    shape = f"{layer.out_features} x {layer.in_features}"
+    return f"{layer.format.method} {shape} on {layer.device} with {layer.activations} activations"
 
 
 def _declined(layer: LayerTraits, reasons: Mapping[Kernel, str | None]) -> tuple[str, ...]:

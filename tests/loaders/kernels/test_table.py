@@ -23,7 +23,7 @@ from omni_convert.loaders.kernels.kernel import Kernel, LayerTraits, Requirement
 from omni_convert.loaders.kernels.mx_scaled_mm import NVFP4_SCALED_MM
 from omni_convert.loaders.kernels.npu import NPU_MXFP4, NPU_MXFP4_DUALSCALE, NPU_MXFP8
 from omni_convert.loaders.kernels.reference import REFERENCE, WEIGHT_ONLY
-from omni_convert.loaders.kernels.table import KERNELS, select_kernel
+from omni_convert.loaders.kernels.table import KERNELS, OVERRIDE, select_kernel
 from omni_convert.loaders.resident import disk_tensors, resident_tensors
 
 CPU = torch.device("cpu")
@@ -202,3 +202,23 @@ def test_scaled_gemms_on_cuda_state_their_shape_limits(kernel):
     if kernel.is_scaled_gemm and "cuda" in kernel.requirements.devices:
         assert kernel.requirements.capability is not None
         assert kernel.requirements.multiple_of in (8, 16, 32)
+
+
+def test_the_environment_can_name_the_kernel(monkeypatch):
+    monkeypatch.setenv(OVERRIDE, "reference")
+    selection = select_kernel(LayerTraits(Int8(), 64, 128, CPU))
+    assert selection.kernel is REFERENCE
+    assert selection.reason == "OMNI_CONVERT_KERNEL says so"
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("mxfp8_scaled_mm", r"mxfp8_scaled_mm cannot run int8 64 x 128 on cpu.*it runs Mxfp8, not Int8; unset"),
+        ("typo", "found 'typo', expected one of cpu_decode_mm, scaled_mm"),
+    ],
+)
+def test_a_named_kernel_that_cannot_run_is_an_error(monkeypatch, name, message):
+    monkeypatch.setenv(OVERRIDE, name)
+    with pytest.raises(KernelError, match=rf"OMNI_CONVERT_KERNEL: {message}"):
+        select_kernel(LayerTraits(Int8(), 64, 128, CPU))
