@@ -101,6 +101,8 @@ class Journal:
             os.close(self._descriptor)
             if isinstance(error, OSError):
                 raise _cannot_write(path, error) from None
+            if isinstance(error, ValueError | TypeError):
+                raise OutputError(f"{path}: found another kind of journal; use --overwrite to start afresh") from None
             raise
 
     def _begin(self, job: Mapping[str, Any]) -> None:
@@ -108,9 +110,7 @@ class Journal:
         entries, length = _read_entries(self.path.read_bytes())
         if entries:
             _check_same_job(self.path, entries[0]["job"], json.loads(json.dumps(job)))
-            self._records = {
-                entry["range"]: Record(entry["checksum"], *entry["error"], entry["fit"]) for entry in entries[1:]
-            }
+            self._records = {entry["range"]: _record_of(entry) for entry in entries[1:]}
         os.ftruncate(self._descriptor, length)
         self._end = length
         if not entries:
@@ -155,6 +155,11 @@ class Journal:
                 os.ftruncate(self._descriptor, self._end)  # what follows must not be glued to a part of this
                 raise
             self._end += len(line)
+
+
+def _record_of(entry: Mapping[str, Any]) -> Record:
+    squared_error, squared_norm = entry["error"]
+    return Record(entry["checksum"], squared_error, squared_norm, entry["fit"])
 
 
 def _read_entries(content: bytes) -> tuple[list[dict[str, Any]], int]:

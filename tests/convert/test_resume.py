@@ -12,7 +12,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,10 +21,12 @@ from click.testing import CliRunner, Result
 
 from omni_convert.convert import Recipe, convert_checkpoint
 from omni_convert.convert.cli import main
-from omni_convert.convert.journal import JOURNAL
+from omni_convert.convert.journal import JOURNAL, Journal, Record
 from omni_convert.convert.plan import plan_conversion
 from omni_convert.convert.source import resolve_source
 from omni_convert.convert.tile import tiles_of
+from omni_convert.formats import nvfp4
+from omni_convert.formats.checkpoint import Checkpoint
 from omni_convert.formats.errors import CheckpointError, OutputError, RecipeError
 
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
@@ -206,10 +209,83 @@ def test_an_empty_journal_starts_afresh(interrupted: Path, plain: dict[str, str]
     assert resume(interrupted) == plain
 
 
-def test_a_damaged_journal_is_refused(interrupted: Path) -> None:
+@pytest.mark.parametrize("spoiled", [b"\0" * 80 + b"\n", b'{"range": 1}\n', b"[]\n", b"\xff\n"])
+def test_a_journal_is_good_up_to_a_damaged_line(interrupted: Path, plain: dict[str, str], spoiled: bytes) -> None:
     journal = interrupted.with_name("out.partial") / JOURNAL
-    journal.write_bytes(journal.read_bytes().replace(b'"checksum"', b'"chacksum"'))
-    with pytest.raises(OutputError, match="found a damaged journal; use --overwrite"):
+    lines = journal.read_bytes().splitlines(keepends=True)
+    journal.write_bytes(b"".join([*lines[:10], spoiled, *lines[11:]]))
+    assert resume(interrupted) == plain
+
+
+def test_a_disk_that_fills_up_within_a_line_leaves_a_journal_that_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first write after the job takes half a line, the next fails; then there is room again."""
+    path = tmp_path / JOURNAL
+    write, calls = os.write, iter([True, True, False])
+
+    def failing(descriptor: int, data: bytes) -> int:
+        if not next(calls):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write(descriptor, data[: len(data) // 2])
+
+    with Journal(path, {"source": {}}) as journal:
+        monkeypatch.setattr(os, "write", failing)
+        with pytest.raises(OutputError, match="No space left"):
+            journal.add("a", Record(1))
+        monkeypatch.undo()
+        journal.add("b", Record(2, fit=3))
+    with Journal(path, {"source": {}}) as journal:
+        assert journal.get("a") is None
+        assert journal.get("b") == Record(2, fit=3)
+
+
+def test_a_sync_that_fails_is_an_error_of_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(_descriptor: int) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with Journal(tmp_path / JOURNAL, {"source": {}}) as journal, monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", failing)
+        patch.setattr("omni_convert.convert.journal.SYNC_SECONDS", -1.0)
+        with pytest.raises(OutputError, match="Input/output error"):
+            journal.add("a", Record(1))
+
+
+@pytest.mark.parametrize("finished", range(1, 12, 2))
+def test_ranges_of_one_group_never_mix_two_decisions(
+    tiny_pipeline_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, finished: int
+) -> None:
+    """Another machine may decide otherwise on a scale that a fused group shares."""
+    recipe = Recipe(method="nvfp4", workers=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(nvfp4, "_search_global_factor", lambda *_: 1.75)
+        patch.setattr(Journal, "add", failing_after(finished, Journal.add))
+        with pytest.raises(OutputError, match="interrupted here"):
+            convert_checkpoint(tiny_pipeline_folder, tmp_path / "out", recipe)
+    monkeypatch.setattr(nvfp4, "_search_global_factor", lambda *_: 1.0)
+    convert_checkpoint(tiny_pipeline_folder, tmp_path / "out", replace(recipe, resume=True))
+    checkpoint = Checkpoint.open(tmp_path / "out" / "transformer")
+    scales = {name: float(checkpoint.read(name)) for name in checkpoint if name.endswith(".weight_scale_2")}
+    for name, scale in scales.items():
+        if ".to_q." in name:
+            assert {scales[name.replace(".to_q.", f".{member}.")] for member in ("to_k", "to_v")} == {scale}
+
+
+def failing_after(count: int, add: Callable[[Journal, str, Record], None]) -> Callable[[Journal, str, Record], None]:
+    calls = iter(range(count))
+
+    def wrapped(journal: Journal, name: str, record: Record) -> None:
+        if next(calls, None) is None:
+            raise OutputError("interrupted here")
+        add(journal, name, record)
+
+    return wrapped
+
+
+def test_a_journal_of_another_kind_is_refused(interrupted: Path) -> None:
+    journal = interrupted.with_name("out.partial") / JOURNAL
+    journal.write_bytes(journal.read_bytes().replace(b'"error": [', b'"error": [[], '))
+    with pytest.raises(OutputError, match="found another kind of journal; use --overwrite"):
         resume(interrupted)
 
 
@@ -230,6 +306,13 @@ def test_a_source_that_has_changed_is_refused(interrupted: Path, file: str) -> N
     with pytest.raises(CheckpointError, match=f"{file}: found another file") as caught:
         resume(interrupted)
     assert "\n" not in str(caught.value)
+
+
+def test_a_config_that_has_changed_is_refused(interrupted: Path) -> None:
+    path = interrupted.with_name("source") / "transformer" / "config.json"
+    path.write_text(path.read_text().replace("{", '{"added": 1,', 1))
+    with pytest.raises(CheckpointError, match=r"transformer/config\.json: found another file"):
+        resume(interrupted)
 
 
 def test_overwrite_starts_afresh(interrupted: Path, plain: dict[str, str]) -> None:
