@@ -26,7 +26,7 @@ from omni_convert.convert.memory import anonymous_memory
 from omni_convert.convert.plan import ComponentPlan, CopyStep, QuantizeStep
 from omni_convert.convert.tile import Tile, sampled_rows, tiles_of
 from omni_convert.convert.workers import Workers
-from omni_convert.formats.errors import CheckpointError
+from omni_convert.formats.errors import CheckpointError, OutputError
 from omni_convert.formats.safetensors_writer import SafetensorsWriter, bytes_of
 
 __all__ = [
@@ -36,6 +36,7 @@ __all__ = [
     "LayerResult",
     "Progress",
     "Work",
+    "check_written",
     "execute_component",
     "layer_results",
     "name_of",
@@ -170,10 +171,10 @@ def execute_component(component: ComponentPlan, folder: Path, engine: Engine, pr
 
     Raises:
         CheckpointError: the source is damaged or a weight is not finite.
-        OutputError: the output cannot be written.
+        OutputError: the output cannot be written, or does not hold what was written.
     """
     peak, looked = 0, 0.0
-    records: dict[str, list[Record]] = {}
+    done: list[Finished] = []
     with ExitStack() as stack:
         writers = {
             file: stack.enter_context(SafetensorsWriter(folder / file, specs, component.shards.metadata, resume=True))
@@ -182,7 +183,7 @@ def execute_component(component: ComponentPlan, folder: Path, engine: Engine, pr
         outputs = {spec.name: writers[file] for file, specs in component.shards.files.items() for spec in specs}
         hashes: dict[SafetensorsWriter, Future[str]] = {}
         for finished in engine.run(Work(component, engine, outputs)):
-            records.setdefault(finished.tile.source.name, []).append(finished.record)
+            done.append(finished)
             progress(finished.tile.nbytes)
             component.checkpoint.finished(finished.tile.source.name, finished.tile.nbytes)
             _hash_complete({outputs[name] for name in finished.tile.ranges}, hashes, engine.workers)
@@ -191,6 +192,10 @@ def execute_component(component: ComponentPlan, folder: Path, engine: Engine, pr
         for closing in [engine.workers.submit(writer.close) for writer in writers.values()]:
             closing.result()
         sha256 = {file: hashes[writer].result() for file, writer in writers.items()}
+    records: dict[str, list[Record]] = {}
+    for finished in done:
+        check_written(finished, outputs)
+        records.setdefault(finished.tile.source.name, []).append(finished.record)
     return ComponentResult(layer_results(component, records), sha256, max(peak, engine.memory()))
 
 
@@ -223,10 +228,10 @@ def _record_of_earlier_run(work: Work, tile: Tile) -> Record | None:
     if record is None:
         return None
     work.engine.workers.check()
-    checksum = 0
+    parts = []
     for name, rows in tile.ranges.items():
-        checksum = zlib.crc32(work.outputs[name].read_back(name, *rows), checksum)
-    if checksum != record.checksum:
+        parts.append(zlib.crc32(work.outputs[name].read_back(name, *rows)))
+    if _checksum(parts) != record.checksum:
         return None
     for name, rows in tile.ranges.items():
         work.outputs[name].adopt(name, *rows)
@@ -277,7 +282,7 @@ def _write(
     work: Work, tile: Tile, tensors: Mapping[str, Tensor], squared_error: float = 0.0, squared_norm: float = 0.0
 ) -> Finished:
     """Writes what came of a tile, and notes it in the journal."""
-    checksum = 0
+    parts = []
     for name, (first_row, _) in tile.ranges.items():
         tensor, writer = tensors[name], work.outputs.get(name)
         if writer is None:
@@ -286,10 +291,33 @@ def _write(
             writer.write_rows(name, first_row, tensor)
         else:
             writer.write(name, tensor)
-        checksum = zlib.crc32(bytes_of(tensor), checksum)
-    record = Record(checksum, squared_error, squared_norm)
+        parts.append(zlib.crc32(bytes_of(tensor)))
+    record = Record(_checksum(parts), squared_error, squared_norm)
     work.engine.journal.add(work.name_of(tile), record)
     return Finished(tile, record)
+
+
+def _checksum(parts: Sequence[int]) -> int:
+    """Of all that came of a tile: over the CRC-32 of its rows of each output tensor."""
+    return zlib.crc32(b"".join(part.to_bytes(4, "little") for part in parts))
+
+
+def check_written(finished: Finished, outputs: Mapping[str, SafetensorsWriter]) -> None:
+    """Compares what came of a tile, whose values were checked, with what hashing the files found in them.
+
+    Raises:
+        OutputError: they differ.
+    """
+    tile = finished.tile
+    if not tile.ranges.keys() <= outputs.keys():
+        return  # a part of it is in another shard
+    parts = [outputs[name].checksum(name, *rows) for name, rows in tile.ranges.items()]
+    if _checksum(parts) != finished.record.checksum:
+        first = next(iter(tile.ranges))
+        raise OutputError(
+            f"{outputs[first].path}: found other bytes than were written of '{tile.source.name}', rows {tile.start} to "
+            f"{tile.stop - 1}, expected the same; check the disk and the memory, then go on with --resume"
+        )
 
 
 def layer_results(component: ComponentPlan, records: Mapping[str, list[Record]]) -> list[LayerResult]:

@@ -153,6 +153,15 @@ def _scale_flaw(suffix: str, scale: Tensor) -> str | None:
     return f"found scales from {low:g} to {high:g}, expected positive finite ones"
 
 
+def _code_flaw(codes: Tensor) -> str | None:
+    """Why a weight cannot be what it says: E4M3 has two NaN, 0x7F and 0xFF; any byte of other codes is a number."""
+    if codes.dtype is not torch.float8_e4m3fn or not codes.numel():
+        return None
+    if int(codes.view(torch.int8).max()) == 0x7F or int(codes.view(torch.uint8).max()) == 0xFF:
+        return "found E4M3 bytes that are NaN, expected numbers"
+    return None
+
+
 class Format(ABC):
     """How one weight is represented on disk. Instances are immutable and hold the format's options."""
 
@@ -202,6 +211,8 @@ class Format(ABC):
         Args:
             tensors: of a weight or of some of its rows
         """
+        if "weight" in tensors and (reason := _code_flaw(tensors["weight"])):
+            return f"weight: {reason}"
         return next(
             (f"{suffix}: {reason}" for suffix, scale in tensors.items() if (reason := _scale_flaw(suffix, scale))), None
         )

@@ -12,6 +12,7 @@ import hashlib
 import os
 import platform
 import threading
+import zlib
 from bisect import bisect_left
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -55,6 +56,15 @@ class _Coverage:
         return True
 
 
+class _Reading:
+    """How far a file has been hashed, of which the first bytes are known before they are there."""
+
+    def __init__(self, first: bytes) -> None:
+        self.digest = hashlib.sha256(first)
+        self.position = len(first)
+        self.block = memoryview(bytearray(READ_BLOCK))
+
+
 class SafetensorsWriter:
     """A safetensors file that is being written; writes may come from several threads.
 
@@ -92,7 +102,11 @@ class SafetensorsWriter:
                 "use a smaller --max-shard-size"
             )
         self._length = len(text).to_bytes(LENGTH_BYTES, "little")
+        self._data = LENGTH_BYTES + len(text)
+        self._text_checksum = zlib.crc32(text)
         self._coverage = {name: _Coverage() for name in self._header.specs}
+        self._pieces: dict[str, list[tuple[int, int]]] = {name: [] for name in self._header.specs}
+        self._checksums: dict[tuple[str, int, int], int] = {}
         self._lock = threading.Lock()
         self._written_twice: str | None = None
         self._missing = sum(spec.nbytes for spec in self._header.specs.values())
@@ -172,23 +186,29 @@ class SafetensorsWriter:
     def sha256(self) -> str:
         """Of the file as it will be once closed, which may go on meanwhile; every tensor must be written.
 
+        The file is read for it, so that `checksum` can then tell whether it holds what was meant.
+
         Raises:
-            OutputError: the disk fails.
+            OutputError: the disk fails, or the header is not what was written.
         """
         self._check_complete()
-        digest = hashlib.sha256(self._length)
-        block = memoryview(bytearray(READ_BLOCK))
-        position = LENGTH_BYTES
+        reading = _Reading(self._length)
         try:
             descriptor = FileDescriptor(os.open(self.path, os.O_RDONLY | os.O_CLOEXEC))
-            while count := os.preadv(descriptor.number, [block], position):
-                if self._is_abandoned:
-                    raise ValueError(f"{self.path}: hashed after an exception")
-                digest.update(block[:count])
-                position += count
+            if self._take(reading, descriptor, self._data) != self._text_checksum:
+                raise self._changed("another header", "the one that was written")
+            for name, pieces in self._pieces.items():
+                for start, stop in sorted(pieces):
+                    offset = self._header.offsets[name]
+                    self._checksums[name, start, stop] = self._take(reading, descriptor, offset + stop)
         except OSError as error:
             raise self._output_error(error) from None
-        return digest.hexdigest()
+        return reading.digest.hexdigest()
+
+    def checksum(self, name: str, first_row: int, stop_row: int) -> int:
+        """CRC-32 of rows that were written at once, or adopted, as `sha256` found them in the file."""
+        start, stop = self._extent(name, first_row, stop_row)
+        return self._checksums[name, start, stop] if stop > start else 0
 
     def detach(self) -> None:
         """Puts what was written on the disk and lets go of the file, unfinished.
@@ -294,6 +314,7 @@ class SafetensorsWriter:
     def _claim(self, name: str, start: int, stop: int) -> None:
         with self._lock:
             if self._coverage[name].claim(start, stop):
+                self._pieces[name].append((start, stop))
                 return
             self._written_twice = name
         raise ValueError(f"{self.path}: tensor {quoted(name)}: bytes {start} to {stop} written twice")
@@ -316,6 +337,26 @@ class SafetensorsWriter:
         return OutputError(
             f"{self.path}: cannot be written ({error.strerror}), expected room for {self._header.file_size} bytes; "
             "free some space or name another --output"
+        )
+
+    def _take(self, reading: _Reading, descriptor: FileDescriptor, stop: int) -> int:
+        """Hashes the file up to a byte; the CRC-32 of what came since the byte before."""
+        checksum = 0
+        while reading.position < stop:
+            if self._is_abandoned:
+                raise ValueError(f"{self.path}: hashed after an exception")
+            block = reading.block[: stop - reading.position]
+            count = os.preadv(descriptor.number, [block], reading.position)
+            if not count:
+                raise self._changed(f"its end at byte {reading.position}", f"{self._header.file_size} bytes")
+            reading.digest.update(block[:count])
+            checksum = zlib.crc32(block[:count], checksum)
+            reading.position += count
+        return checksum
+
+    def _changed(self, found: str, expected: str) -> OutputError:
+        return OutputError(
+            f"{self.path}: found {found}, expected {expected}; check the disk and the memory, then go on with --resume"
         )
 
     def _check_complete(self) -> None:

@@ -27,10 +27,11 @@ from torch import nn
 
 from omni_convert.convert.plan import plan_conversion
 from omni_convert.convert.recipe import Recipe
-from omni_convert.convert.source import Source, read_json
+from omni_convert.convert.source import Source
 from omni_convert.formats.checkpoint import Checkpoint
 from omni_convert.formats.dialects import omni_convert, vllm_omni
 from omni_convert.formats.errors import CheckpointError, OmniConvertError
+from omni_convert.formats.json_file import read_json
 from omni_convert.formats.quantization_config import ACTIVATION_SCHEMES, QuantizationConfig
 from omni_convert.formats.quantized import open_quantized
 from omni_convert.formats.tensor_spec import DTYPE_NAMES, TORCH_DTYPES

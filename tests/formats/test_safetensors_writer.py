@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import hashlib
 import os
 import resource
 import shutil
 import subprocess
 import sys
+import zlib
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -334,3 +336,46 @@ def test_there_is_nothing_to_join_where_the_disk_is_another(tmp_path: Path, writ
     with pytest.raises(OutputError, match="a file system that all machines share"):
         SafetensorsWriter(writer.path, [TensorSpec("other", torch.float32, (4, 2))], join=True)
     assert writer.path.read_bytes() == before
+
+
+@pytest.fixture
+def complete(writer: SafetensorsWriter) -> SafetensorsWriter:
+    writer.write_rows("w", 2, torch.ones(2, 2))
+    writer.write_rows("w", 0, torch.zeros(2, 2))
+    writer.write("s", torch.tensor(5.0))
+    return writer
+
+
+def test_hashing_gives_the_hash_of_the_file_and_a_checksum_of_each_piece(complete: SafetensorsWriter) -> None:
+    sha256 = complete.sha256()
+    assert complete.checksum("w", 0, 2) == zlib.crc32(bytes(16))
+    assert complete.checksum("w", 2, 4) == zlib.crc32(torch.ones(2, 2).numpy().tobytes())
+    assert complete.checksum("s", 0, 1) == zlib.crc32(torch.tensor(5.0).numpy().tobytes())
+    complete.close()
+    assert hashlib.sha256(complete.path.read_bytes()).hexdigest() == sha256
+
+
+def flip(path: Path, position: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[position] ^= 1
+    path.write_bytes(content)
+
+
+def test_hashing_sees_a_header_that_has_changed(complete: SafetensorsWriter) -> None:
+    flip(complete.path, 12)
+    with pytest.raises(OutputError, match="found another header, expected the one that was written; check the disk"):
+        complete.sha256()
+
+
+def test_hashing_sees_a_tensor_that_has_changed(complete: SafetensorsWriter) -> None:
+    flip(complete.path, -5)  # before it the four bytes of "s", or the end of "w", whichever is last
+    complete.sha256()
+    found = [complete.checksum("w", 0, 2), complete.checksum("w", 2, 4), complete.checksum("s", 0, 1)]
+    meant = [bytes(16), torch.ones(2, 2).numpy().tobytes(), torch.tensor(5.0).numpy().tobytes()]
+    assert sum(checksum != zlib.crc32(data) for checksum, data in zip(found, meant, strict=True)) == 1
+
+
+def test_hashing_sees_a_file_that_was_cut(complete: SafetensorsWriter) -> None:
+    os.truncate(complete.path, complete.path.stat().st_size - 1)
+    with pytest.raises(OutputError, match="found its end at byte"):
+        complete.sha256()

@@ -1,0 +1,97 @@
+"""Between quantizing and the rename: values that are impossible, and bytes that are not those that were written."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from omni_convert.convert import Recipe, convert_checkpoint
+from omni_convert.formats.errors import OutputError
+from omni_convert.formats.quantized import open_quantized
+from omni_convert.formats.safetensors_file import SafetensorsFile
+from omni_convert.formats.table import FORMATS, FormatOptions
+
+WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
+STEM = "layers.0.feed_forward.w2"
+METHODS = [method for method in FORMATS if method != "gguf"]
+
+
+def extents(file: Path) -> dict[str, tuple[int, int]]:
+    with SafetensorsFile(file) as written:
+        return {name: (written._offsets[name], spec.nbytes) for name, spec in written.specs.items()}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_bit_that_the_disk_flips_is_seen_in_every_kind_of_tensor(
+    tiny_pipeline_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    """The last bit of a tensor: of codes, scales, constants, a kept tensor, the header; each is made anew on resume."""
+    convert_checkpoint(tiny_pipeline_folder, tmp_path / "good", Recipe(method=method))
+    good = (tmp_path / "good" / WEIGHTS).read_bytes()
+    places = extents(tmp_path / "good" / WEIGHTS)
+    kinds = [name for name in places if name.startswith(f"{STEM}.")] + ["x_pad_token"]
+    assert len(kinds) > 2
+    pwrite = os.pwrite
+    for name, position in [(name, sum(places[name]) - 1) for name in kinds] + [("header", 20)]:
+        output = tmp_path / name
+
+        def lying(descriptor: int, data: bytes, offset: int, position: int = position) -> int:
+            count = pwrite(descriptor, data, offset)
+            if offset <= position < offset + count:
+                pwrite(descriptor, bytes([good[position] ^ 1]), position)
+            return count
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "pwrite", lying)
+            with pytest.raises(OutputError, match=r"found (other bytes|another header).*--resume") as caught:
+                convert_checkpoint(tiny_pipeline_folder, output, Recipe(method=method, workers=2))
+        assert "\n" not in str(caught.value)
+        assert not output.exists()
+        convert_checkpoint(tiny_pipeline_folder, output, Recipe(method=method, resume=True))
+        assert (output / WEIGHTS).read_bytes() == good
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_reader_finds_every_tensor_of_every_layer(tiny_pipeline_folder: Path, tmp_path: Path, method: str) -> None:
+    report = convert_checkpoint(tiny_pipeline_folder, tmp_path / "out", Recipe(method=method))
+    with open_quantized(tmp_path / "out" / "transformer") as written:
+        assert {f"transformer.{stem}" for stem in written.layers} == {layer.name for layer in report.layers}
+
+
+def impossible(method: str, suffix: str, value: torch.Tensor) -> str | None:
+    fmt = FORMATS[method].build(FormatOptions(smooth=True))
+    tensors = fmt.quantize(torch.randn(4, 64))
+    assert fmt.flaw(tensors) is None
+    tensors[suffix].view(torch.uint8 if tensors[suffix].dtype.itemsize == 1 else tensors[suffix].dtype).flatten()[
+        -1
+    ] = value
+    return fmt.flaw(tensors)
+
+
+@pytest.mark.parametrize("byte", [0x7F, 0xFF])
+@pytest.mark.parametrize("method", ["fp8", "mxfp8", "mxfp4", "mxfp4_dualscale"])
+def test_codes_that_are_nan_are_impossible(method: str, byte: int) -> None:
+    assert (impossible(method, "weight", torch.tensor(byte)) or "").startswith("weight: found E4M3 bytes")
+
+
+@pytest.mark.parametrize("method", ["mxfp4", "mxfp4_dualscale"])
+def test_values_off_the_grid_are_impossible(method: str) -> None:
+    assert "off the E2M1 grid" in (impossible(method, "weight", torch.tensor(1)) or "")
+
+
+@pytest.mark.parametrize("method", ["mxfp8", "mxfp4", "mxfp4_dualscale"])
+def test_an_exponent_that_is_nan_is_impossible(method: str) -> None:
+    assert "E8M0 byte 255" in (impossible(method, "weight_scale", torch.tensor(255)) or "")
+
+
+@pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), float("inf")])
+@pytest.mark.parametrize(
+    ("method", "suffix"),
+    [("fp8", "weight_scale"), ("int8", "weight_scale"), ("nvfp4", "weight_scale_2"), ("mxfp4", "mul_scale"),
+     ("mxfp4_dualscale", "weight_dual_scale"), ("mxfp4_dualscale", "mul_scale")],
+)  # fmt: skip
+def test_scales_are_positive_and_finite(method: str, suffix: str, value: float) -> None:
+    assert f"{suffix}: found scales" in (impossible(method, suffix, torch.tensor(value)) or "")
