@@ -213,43 +213,65 @@ def _prepare(work: Work, step: QuantizeStep | CopyStep) -> list[Callable[[], Fin
     tiles = [tile for tile in tiles_of(step) if not work.outputs.keys().isdisjoint(tile.ranges)]
     before = [_record_of_earlier_run(work, tile) for tile in tiles]
     if isinstance(step, CopyStep):
-        make: Callable[[Tile], Finished] = partial(_copy, work, step.dtype)
-    elif not all(before):
-        make = _fit(work, step)
-    return [
-        partial(make, tile) if record is None else partial(Finished, tile, record)
-        for tile, record in zip(tiles, before, strict=True)
-    ]
+        return _tasks(work, tiles, before, partial(_copy, work, step.dtype))
+    fits = {record.fit if record is not None else None for record in before}
+    if len(fits) == 1 and None not in fits:
+        return _tasks(work, tiles, before, None)
+    make, fit = _fit(work, step)
+    return _tasks(work, tiles, [record if record and record.fit == fit else None for record in before], make)
+
+
+def _tasks(
+    work: Work, tiles: Sequence[Tile], before: Sequence[Record | None], make: Callable[[Tile], Finished] | None
+) -> list[Callable[[], Finished]]:
+    """What gives each tile: the record of an earlier run, whose bytes then count as written, or `make`."""
+    tasks: list[Callable[[], Finished]] = []
+    for tile, record in zip(tiles, before, strict=True):
+        if record is not None:
+            for name, rows in tile.ranges.items():
+                work.outputs[name].adopt(name, *rows)
+            tasks.append(partial(Finished, tile, record))
+        else:
+            assert make is not None, "every tile has a record"
+            tasks.append(partial(make, tile))
+    return tasks
 
 
 def _record_of_earlier_run(work: Work, tile: Tile) -> Record | None:
-    """What the journal says about a tile whose bytes are still what it says; the writer then counts them."""
+    """What the journal says about a tile whose bytes are still what it says."""
     record = work.engine.journal.get(work.name_of(tile))
     if record is None:
         return None
     work.engine.workers.check()
-    parts = []
-    for name, rows in tile.ranges.items():
-        parts.append(zlib.crc32(work.outputs[name].read_back(name, *rows)))
-    if _checksum(parts) != record.checksum:
-        return None
-    for name, rows in tile.ranges.items():
-        work.outputs[name].adopt(name, *rows)
-    return record
+    parts = [zlib.crc32(work.outputs[name].read_back(name, *rows)) for name, rows in tile.ranges.items()]
+    return record if _checksum(parts) == record.checksum else None
 
 
-def _fit(work: Work, step: QuantizeStep) -> Callable[[Tile], Finished]:
+def _fit(work: Work, step: QuantizeStep) -> tuple[Callable[[Tile], Finished], int]:
+    """What quantizes the tiles of a group, and a checksum of the constants that they have in common."""
     for weight in step.weights:
         work.plan.checkpoint.prefetch(weight.name, PREFETCH_BYTES)
     fitted = step.format.fit([CheckedRows(work, weight.name) for weight in step.weights], step.inputs)
     constants = {suffix: tensor.to(work.engine.device) for suffix, tensor in step.format.constants(fitted).items()}
-    return partial(_quantize, work, step, fitted, constants)
+    fit = 0
+    for suffix in sorted(constants):
+        fit = zlib.crc32(bytes_of(constants[suffix].cpu()), fit)
+    return partial(_quantize, work, step, _Fit(fitted, constants, fit)), fit
 
 
-def _quantize(work: Work, step: QuantizeStep, fitted: Any, constants: Mapping[str, Tensor], tile: Tile) -> Finished:
-    fmt = step.format
+@dataclass(frozen=True)
+class _Fit:
+    """What `Format.fit` made of a group, the constants that come of it, and their checksum."""
+
+    fitted: Any
+    constants: Mapping[str, Tensor]
+    checksum: int
+
+
+def _quantize(work: Work, step: QuantizeStep, fit: _Fit, tile: Tile) -> Finished:
+    fmt, constants = step.format, fit.constants
     rows = CheckedRows(work, tile.source.name).read(tile.start, tile.stop)
-    tensors = fmt.quantize_rows(rows, fitted)
+    tensors = fmt.quantize_rows(rows, fit.fitted)
     sample, stored = sampled_rows(tile, rows, tensors, fmt)
     error, norm = _squared_error(sample, fmt.dequantize({**stored, **constants}))
     everything = {suffix: tensor.cpu() for suffix, tensor in {**tensors, **constants}.items()}
@@ -261,7 +283,7 @@ def _quantize(work: Work, step: QuantizeStep, fitted: Any, constants: Mapping[st
         )
     stem = tile.source.name.removesuffix("weight")
     spelled = step.spelling(tile.source).encode(everything)
-    return _write(work, tile, {stem + suffix: tensor for suffix, tensor in spelled.items()}, error, norm)
+    return _write(work, tile, {stem + suffix: tensor for suffix, tensor in spelled.items()}, error, norm, fit.checksum)
 
 
 def _squared_error(original: Tensor, approximation: Tensor) -> tuple[float, float]:
@@ -279,7 +301,12 @@ def _copy(work: Work, dtype: torch.dtype, tile: Tile) -> Finished:
 
 
 def _write(
-    work: Work, tile: Tile, tensors: Mapping[str, Tensor], squared_error: float = 0.0, squared_norm: float = 0.0
+    work: Work,
+    tile: Tile,
+    tensors: Mapping[str, Tensor],
+    squared_error: float = 0.0,
+    squared_norm: float = 0.0,
+    fit: int = 0,
 ) -> Finished:
     """Writes what came of a tile, and notes it in the journal."""
     parts = []
@@ -292,7 +319,7 @@ def _write(
         else:
             writer.write(name, tensor)
         parts.append(zlib.crc32(bytes_of(tensor)))
-    record = Record(_checksum(parts), squared_error, squared_norm)
+    record = Record(_checksum(parts), squared_error, squared_norm, fit)
     work.engine.journal.add(work.name_of(tile), record)
     return Finished(tile, record)
 
