@@ -25,6 +25,7 @@ __all__ = [
     "PLAIN",
     "Codec",
     "OneForAll",
+    "Ones",
     "PackedColumns",
     "PackedRows",
     "PackedValues",
@@ -36,7 +37,7 @@ __all__ = [
     "Transposed",
 ]
 
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float8_e8m0fnu)
 BYTES = (torch.uint8, torch.float8_e8m0fnu)
 
 
@@ -301,6 +302,23 @@ class PackedColumns(Codec):
         first = start // per_word
         words = checkpoint.read_columns(name, first, -(-stop // per_word))
         return self.decode(words, layout)[start - first * per_word : stop - first * per_word]
+
+
+@dataclass(frozen=True)
+class Ones(Codec):
+    """Nothing: the numbers would all be 1; only read."""
+
+    def stored(self, layout: TensorLayout) -> TensorLayout:
+        return layout
+
+    def encode(self, tensor: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def decode(self, stored: Tensor, layout: TensorLayout) -> Tensor:
+        raise NotImplementedError
+
+    def read(self, checkpoint: Checkpoint, name: str, layout: TensorLayout, start: int, stop: int) -> Tensor:
+        return torch.ones(layout.shape, dtype=layout.dtype)
 
 
 @dataclass(frozen=True)

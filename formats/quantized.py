@@ -20,6 +20,7 @@ from typing import Any, Self
 from torch import Tensor
 
 from omni_convert.formats.checkpoint import Checkpoint
+from omni_convert.formats.codec import Ones
 from omni_convert.formats.dialect import Dialect, Found, StoredLayer
 from omni_convert.formats.dialects.table import DIALECTS
 from omni_convert.formats.errors import CheckpointError
@@ -62,7 +63,11 @@ class QuantizedLayer:
     @property
     def sources(self) -> tuple[str, ...]:
         """Names in the file of every tensor that belongs to the layer."""
-        return (*(self.stored.name_of(suffix) for suffix in self.tensors), *self.stored.unused)
+        return (*filter(None, map(self.source_of, self.tensors)), *self.stored.unused)
+
+    def source_of(self, suffix: str) -> str | None:
+        """Name in the file of a canonical tensor; None if the dialect leaves it out."""
+        return None if isinstance(self.stored.spelling.codec(suffix), Ones) else self.stored.name_of(suffix)
 
     @property
     def nbytes(self) -> int:
@@ -162,6 +167,8 @@ def _checked(checkpoint: Checkpoint, stored: StoredLayer, dialect: Dialect) -> Q
     layouts = stored.format.layout(*stored.shape)
     for suffix, layout in layouts.items():
         name = stored.name_of(suffix)
+        if isinstance(stored.spelling.codec(suffix), Ones):
+            continue
         if name not in checkpoint:
             raise CheckpointError(
                 f"{checkpoint.path}: tensor '{name}' is missing, expected with {stored.format.label} as {dialect.name} "

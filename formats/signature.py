@@ -122,7 +122,7 @@ def _bytes_of_floats(
     shape, static = (rows, columns), "input_scale" in parts
     if "weight_dual_scale" in parts:
         return Signature(Mxfp4DualScale(), shape)
-    if scale.dtype in BYTES:
+    if scale.dtype in BYTES and len(scale.shape) == 2 and scale.shape[0] >= rows:
         return Signature(Mxfp8(), shape, _order("weight_scale", swizzled=swizzled))
     if weight.dtype is torch.float8_e4m3fn and scale.elements == 1:
         return Signature(Fp8(static=static), shape)

@@ -200,7 +200,7 @@ def _respelled(layer: QuantizedLayer, spelling: Spelling) -> list[ViewedTensor]:
     tensors: list[ViewedTensor] = [
         _Respelled(
             spec(spelling.name(suffix), spelling.codec(suffix).stored(layout)),
-            (layer.stored.name_of(suffix), *(layer.stored.unused if suffix == "weight" else ())),
+            (*filter(None, [layer.source_of(suffix)]), *(layer.stored.unused if suffix == "weight" else ())),
             layer,
             suffix,
             spelling,

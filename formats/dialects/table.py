@@ -3,15 +3,29 @@
 from __future__ import annotations
 
 from omni_convert.formats.dialect import Dialect
+from omni_convert.formats.dialects.auto_round import AUTO_ROUND
 from omni_convert.formats.dialects.bare import BFL, LIGHTX2V
 from omni_convert.formats.dialects.comfyui import COMFYUI
 from omni_convert.formats.dialects.compressed_tensors import COMPRESSED_TENSORS
 from omni_convert.formats.dialects.modelopt import MODELOPT_DIALECT
+from omni_convert.formats.dialects.msmodelslim import MSMODELSLIM
+from omni_convert.formats.dialects.transformers import TRANSFORMERS
 from omni_convert.formats.dialects.vllm_omni import VLLM_OMNI
 
 __all__ = ["DIALECTS"]
 
 # Descriptions and config blocks before marks in the file, and those before tensors that say nothing of themselves.
 DIALECTS: dict[str, Dialect] = {
-    dialect.name: dialect for dialect in (MODELOPT_DIALECT, COMPRESSED_TENSORS, VLLM_OMNI, COMFYUI, LIGHTX2V, BFL)
+    dialect.name: dialect
+    for dialect in (
+        MSMODELSLIM,
+        MODELOPT_DIALECT,
+        COMPRESSED_TENSORS,
+        AUTO_ROUND,
+        VLLM_OMNI,
+        TRANSFORMERS,
+        COMFYUI,
+        LIGHTX2V,
+        BFL,
+    )
 }

@@ -1,0 +1,85 @@
+"""How Ascend's msModelSlim writes a model: a file of labels beside the weights, and the model's original names.
+
+Labels:   quant_model_description*.json: {TENSOR: "FLOAT" or a type, ...}
+Types:    W8A8_DYNAMIC          I8; weight_scale F32 [out, 1]; weight_offset of zeros
+          WFP8AFP8_DYNAMIC      E4M3; the same scales
+          W8A8_MXFP8            E4M3; weight_scale U8 [out, in / 32]
+          W4A4_MXFP4            U8 [out, in / 2], even element in the low nibble; weight_scale U8 [out, in / 32]
+          W4A4_MXFP4_DUALSCALE  as before, or the values as E4M3 [out, in]; weight_dual_scale F32 [out, in / 512, 1]
+Wrappers: a smoothed layer is NAME.linear.* and NAME.div.mul_scale, which multiplies inputs
+Limits:   only read. Static W8A8 keeps no scale of the weight alone and is not read. Wan's original names become
+          diffusers'.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+from omni_convert.formats.codec import Ones
+from omni_convert.formats.dialect import Dialect, Found, StoredLayer
+from omni_convert.formats.dialects.bare import parts_of, stored_layer, unknown_format
+from omni_convert.formats.errors import CheckpointError
+from omni_convert.formats.signature import read_signature
+from omni_convert.formats.wan_names import diffusers_name, is_original_wan
+
+__all__ = ["MSMODELSLIM"]
+
+FLOAT = "FLOAT"
+READABLE = ("W8A8_DYNAMIC", "WFP8AFP8_DYNAMIC", "W8A8_MXFP8", "W4A4_MXFP4", "W4A4_MXFP4_DUALSCALE")
+LABEL = re.compile(r"W\d+A\d+\w*|WFP8\w*")
+LINEAR, DIVISION = ".linear", ".div.mul_scale"
+
+
+class MsModelSlim(Dialect):
+    """See the module."""
+
+    name = "msmodelslim"
+
+    def recognises(self, found: Found) -> bool:
+        return any(name in found.checkpoint and LABEL.fullmatch(label) for name, label in found.labels.items())
+
+    def stored_layers(self, found: Found) -> Iterator[StoredLayer]:
+        for place in found.stems():
+            label = found.labels.get(f"{place}.weight", FLOAT)
+            if label != FLOAT:
+                yield _layer(found, place, label)
+
+    def kept_name(self, found: Found, name: str) -> str:
+        stem, _, leaf = name.rpartition(".")
+        if stem.endswith(LINEAR) and found.labels.get(f"{stem}.weight", FLOAT) != FLOAT:
+            name = f"{stem.removesuffix(LINEAR)}.{leaf}"
+        return _renamed(found, name)
+
+
+def _renamed(found: Found, name: str) -> str:
+    return diffusers_name(name) if is_original_wan(found.checkpoint) else name
+
+
+def _layer(found: Found, place: str, label: str) -> StoredLayer:
+    where = f"{found.checkpoint.path}: layer '{place}'"
+    if label not in READABLE:
+        raise CheckpointError(f"{where}: found type {label[:40]!r}, expected one of {', '.join(READABLE)}")
+    stem = place.removesuffix(LINEAR)
+    parts = parts_of(found, place, {})
+    divided = found.checkpoint.get(f"{stem}{DIVISION}")
+    if divided is not None and stem != place:
+        parts["mul_scale"] = divided
+    offset = f"{place}.weight_offset"
+    unused: tuple[str, ...] = ()
+    if offset in found.checkpoint:
+        if bool((found.checkpoint.read(offset) != 0).any()):
+            raise CheckpointError(f"{found.checkpoint.path}: tensor '{offset}': found other numbers than 0, expected 0")
+        unused = (offset,)
+    if label == "W4A4_MXFP4_DUALSCALE" and "weight_dual_scale" not in parts:
+        raise unknown_format(found, place, parts)
+    signature = read_signature(parts)
+    if signature is None:
+        raise unknown_format(found, place, parts)
+    codecs = {} if "mul_scale" in parts else {"mul_scale": Ones()}
+    name = _renamed(found, f"{stem}.weight").removesuffix(".weight")
+    layer = stored_layer(name, signature, parts, codecs)
+    return StoredLayer(layer.stem, layer.format, layer.shape, layer.spelling, place, layer.places, unused)
+
+
+MSMODELSLIM = MsModelSlim()

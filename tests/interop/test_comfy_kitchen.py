@@ -1,0 +1,110 @@
+"""ComfyUI's spelling against ComfyUI's own kernels: what they pack we read, what we write they unpack, bit for bit."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from omni_convert.convert import Recipe, convert_checkpoint
+from omni_convert.formats.quantized import open_quantized
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+SHAPES = [(64, 96), (128, 64), (320, 576)]
+
+
+@pytest.fixture
+def kitchen(import_peer):  # type: ignore[no-untyped-def]  # their module
+    return import_peer("comfy_kitchen")
+
+
+def random_weight(shape: tuple[int, int]) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 0.05
+
+
+def read_back(tmp_path: Path, tensors: dict[str, Tensor], mark: dict[str, object] | None) -> tuple[str, Tensor]:
+    """The dialect and the float32 weight that our reader finds in a file of one layer."""
+    layer = {f"blocks.0.proj.{suffix}": tensor.contiguous() for suffix, tensor in tensors.items()}
+    if mark is not None:
+        layer["blocks.0.proj.comfy_quant"] = torch.tensor(list(json.dumps(mark).encode()), dtype=torch.uint8)
+    else:
+        layer["scaled_fp8"] = torch.zeros(0, dtype=torch.float8_e4m3fn)
+    save_file(layer, tmp_path / "model.safetensors")
+    with open_quantized(tmp_path / "model.safetensors") as opened:
+        (found,) = opened.layers.values()
+        return str(opened.dialect), torch.cat([found.dequantize(row, row + 1) for row in range(found.shape[0])])
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_their_nvfp4_is_read(kitchen, tmp_path: Path, shape: tuple[int, int]) -> None:  # type: ignore[no-untyped-def]
+    weight = random_weight(shape)
+    scale = weight.abs().amax() / (448 * 6)
+    codes, blocks = kitchen.quantize_nvfp4(weight, scale)
+    dialect, ours = read_back(
+        tmp_path, {"weight": codes, "weight_scale": blocks, "weight_scale_2": scale}, {"format": "nvfp4"}
+    )
+    assert dialect == "comfyui"
+    assert ours.to(torch.bfloat16).equal(
+        kitchen.dequantize_nvfp4(codes, scale, blocks, torch.float32).to(torch.bfloat16)
+    )
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_their_mxfp8_is_read(kitchen, tmp_path: Path, shape: tuple[int, int]) -> None:  # type: ignore[no-untyped-def]
+    codes, blocks = kitchen.quantize_mxfp8(random_weight(shape))
+    _, ours = read_back(tmp_path, {"weight": codes, "weight_scale": blocks.view(torch.uint8)}, {"format": "mxfp8"})
+    assert ours.equal(kitchen.dequantize_mxfp8(codes, blocks, torch.float32))
+
+
+@pytest.mark.parametrize("legacy", [False, True], ids=["marked", "legacy"])
+def test_their_fp8_is_read(kitchen, tmp_path: Path, legacy: bool) -> None:  # type: ignore[no-untyped-def]
+    weight = random_weight((64, 96))
+    scale = weight.abs().amax() / 448
+    codes = kitchen.quantize_per_tensor_fp8(weight, scale)
+    name = "scale_weight" if legacy else "weight_scale"
+    mark = None if legacy else {"format": "float8_e4m3fn"}
+    dialect, ours = read_back(tmp_path, {"weight": codes, name: scale}, mark)
+    assert dialect == "comfyui"
+    assert ours.equal(kitchen.dequantize_per_tensor_fp8(codes, scale, torch.float32))
+
+
+@pytest.mark.parametrize("convrot", [False, True], ids=["plain", "convrot"])
+def test_their_int8_is_read(kitchen, import_peer, tmp_path: Path, convrot: bool) -> None:  # type: ignore[no-untyped-def]
+    layout = import_peer("comfy_kitchen.tensor.int8").TensorWiseINT8Layout
+    codes, params = layout.quantize(random_weight((64, 256)), per_channel=True, convrot=convrot, convrot_groupsize=64)
+    mark: dict[str, object] = {"format": "int8_tensorwise"}
+    if convrot:
+        mark |= {"convrot": True, "convrot_groupsize": 64}
+    _, ours = read_back(tmp_path, {"weight": codes, "weight_scale": params.scale}, mark)
+    theirs = layout.dequantize(codes, params)
+    if convrot:  # sums of 64 products in another order
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=float(theirs.abs().max()) * 2**-20)
+    else:
+        assert ours.equal(theirs)
+
+
+@pytest.mark.parametrize("method", ["fp8", "int8", "mxfp8", "nvfp4"])
+def test_our_files_are_unpacked_by_their_kernels(  # type: ignore[no-untyped-def]
+    kitchen, tiny_pipeline_folder: Path, tmp_path: Path, method: str
+) -> None:
+    convert_checkpoint(tiny_pipeline_folder, tmp_path / "plain", Recipe(method=method))
+    convert_checkpoint(tiny_pipeline_folder, tmp_path / "comfy", Recipe(method=method, dialect="comfyui"))
+    tensors = load_file(tmp_path / "comfy" / "transformer" / WEIGHTS)
+    unpack = {
+        "fp8": lambda weight, scale, _: kitchen.dequantize_per_tensor_fp8(weight, scale, torch.float32),
+        "int8": lambda weight, scale, _: kitchen.dequantize_int8_simple(weight, scale).float(),
+        "mxfp8": lambda weight, scale, _: kitchen.dequantize_mxfp8(
+            weight, scale.view(torch.float8_e8m0fnu), torch.float32
+        ),
+        "nvfp4": lambda weight, scale, scale_2: kitchen.dequantize_nvfp4(weight, scale_2, scale, torch.float32),
+    }[method]
+    with open_quantized(tmp_path / "plain" / "transformer") as plain:
+        assert plain.layers
+        for stem, layer in plain.layers.items():
+            parts = (tensors.get(f"{stem}.{suffix}") for suffix in ("weight", "weight_scale", "weight_scale_2"))
+            theirs = unpack(*parts).to(torch.bfloat16)
+            assert theirs.equal(layer.dequantize(0, layer.shape[0]).to(torch.bfloat16)), stem
