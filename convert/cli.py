@@ -232,6 +232,20 @@ def _convert(
         click.echo(address, err=quiet or as_json)
 
 
+@main.command("inspect")
+@click.argument("model", metavar="PATH")
+@click.option("--revision", help="Branch, tag or commit on the Hub.")
+@click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
+def inspect_command(model: str, revision: str | None, as_json: bool) -> None:
+    """Show what is inside the model at PATH, and what runtimes would do with it; no weight is read."""
+    _quieten_hub(hide_bars=True)
+    from omni_convert.convert.inspection import inspect_source, inspection_report
+    from omni_convert.convert.source import resolve_source
+
+    source = resolve_source(model, revision, stream=True)
+    _print_lines(inspection_report(source, inspect_source(source), as_json=as_json))
+
+
 @main.command("push")
 @click.argument("path", type=click.Path(path_type=Path))
 @click.argument("repo_id")

@@ -43,7 +43,7 @@ from omni_convert.formats.weight_files import checked_path
 if TYPE_CHECKING:
     from omni_convert.convert.statistics import Identity, Statistics
 
-__all__ = ["ComponentPlan", "CopyStep", "KeptLayer", "Plan", "QuantizeStep", "plan_conversion"]
+__all__ = ["ComponentPlan", "CopyStep", "KeptLayer", "Plan", "QuantizeStep", "open_component", "plan_conversion"]
 
 WEIGHT_SUFFIXES = (".safetensors", ".index.json", ".bin", ".pt", ".pth", ".ckpt", ".msgpack", ".h5", ".onnx")
 ROOT_FILES = ("*.json", "LICENSE*", "NOTICE*")
@@ -187,7 +187,7 @@ def plan_conversion(source: Source, recipe: Recipe, statistics: Statistics | Non
     notes: list[str] = []
     methods = component_methods(source, recipe)
     _check_encoder(source, methods, recipe)
-    opened = {name: _open_component(source, name) for name in methods}
+    opened = {name: open_component(source, name) for name in methods}
     if recipe.is_transcoding:
         methods = {name: method for name, method in methods.items() if opened[name].layers}
         if not methods:
@@ -281,7 +281,12 @@ def _check_encoder(source: Source, methods: Mapping[str, str], recipe: Recipe) -
         )
 
 
-def _open_component(source: Source, name: str) -> QuantizedCheckpoint:
+def open_component(source: Source, name: str) -> QuantizedCheckpoint:
+    """A component of the model ("" for a model that is one), whatever it is spelled in.
+
+    Raises:
+        CheckpointError: its files are damaged, or not what they say.
+    """
     path = source.path / name if name else source.path
     checkpoint = Checkpoint.open(path, _streamed_files(source, name))
     return read_quantized(checkpoint, path if path.is_dir() else path.parent)

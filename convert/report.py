@@ -15,7 +15,7 @@ from omni_convert.convert.plan import ComponentPlan, KeptLayer, Plan, QuantizeSt
 from omni_convert.convert.remote_folder import RemoteFolder
 from omni_convert.formats.tensor_spec import DTYPE_NAMES
 
-__all__ = ["ConversionReport", "conversion_report", "plan_report"]
+__all__ = ["ConversionReport", "conversion_report", "plan_report", "size_text"]
 
 UNITS = {"GB": 1e9, "MB": 1e6, "kB": 1e3}
 
@@ -63,7 +63,7 @@ def conversion_report(report: ConversionReport, *, as_json: bool) -> Iterator[st
     rows = {
         "layers quantized": f"{len(report.layers)}",
         "layers kept": f"{len(report.kept)}" + (f" ({kept})" if kept else ""),
-        "weights": f"{_size(report.bytes_before)} → {_size(report.bytes_after)} "
+        "weights": f"{size_text(report.bytes_before)} → {size_text(report.bytes_after)} "
         f"({report.bytes_after / report.bytes_before:.0%})",
         "layer error": _errors(report),
         "time": f"{report.seconds:.1f} s, {report.bytes_before / 1e9 / max(report.seconds, 1e-9):.2f} GB/s",
@@ -96,12 +96,12 @@ def plan_report(plan: Plan, *, as_json: bool) -> Iterator[str]:
         return
     width = max((len(row["layer"]) for row in rows), default=0)
     for row in rows:
-        change = f"{row['from']:>4} → {row['to']:<16} {_size(row['bytes']):>9}"
+        change = f"{row['from']:>4} → {row['to']:<16} {size_text(row['bytes']):>9}"
         yield f"{row['layer']:<{width}}  {change}  {row['why']}".rstrip()
     for note in plan.notes:
         yield f"Note: {note}"
     memory = "memory a few tiles of 2 MiB beside torch itself, whatever the sizes"
-    yield f"weights {_size(plan.bytes_before)} → {_size(plan.bytes_after)}; {memory}; nothing was written"
+    yield f"weights {size_text(plan.bytes_before)} → {size_text(plan.bytes_after)}; {memory}; nothing was written"
 
 
 def _plan_rows(component: ComponentPlan) -> Iterator[dict[str, Any]]:
@@ -125,7 +125,7 @@ def _plan_rows(component: ComponentPlan) -> Iterator[dict[str, Any]]:
         yield {"layer": prefix + layer.name, "from": dtype, "to": dtype, "bytes": spec.nbytes, "why": layer.reason}
 
 
-def _size(count: float) -> str:
+def size_text(count: float) -> str:
     """Bytes in the unit that gives one to three digits before the point."""
     unit = next((unit for unit, size in UNITS.items() if count >= size), "B")
     return f"{count:.0f} B" if unit == "B" else f"{count / UNITS[unit]:.1f} {unit}"

@@ -15,13 +15,13 @@ from omni_convert.convert.recipe import Recipe
 from omni_convert.formats.dialect import Dialect, Spelling
 from omni_convert.formats.dialects import omni_convert, vllm_omni
 from omni_convert.formats.dialects.table import DIALECTS
-from omni_convert.formats.errors import CheckpointError, RecipeError
+from omni_convert.formats.errors import CheckpointError, OmniConvertError, RecipeError
 from omni_convert.formats.family import Family, LayerGroup
 from omni_convert.formats.fp8 import Fp8
 from omni_convert.formats.quantized import QuantizedCheckpoint, QuantizedLayer
 from omni_convert.formats.view import CheckpointView, dequantized_view, respelled_view
 
-__all__ = ["Respelling", "replace_config", "respell"]
+__all__ = ["Respelling", "replace_config", "respell", "vllm_omni_refusal"]
 
 INSTEAD = "-m METHOD quantizes anew"
 
@@ -102,6 +102,17 @@ def _spelling(layer: QuantizedLayer, dialect: Dialect, recipe: Recipe) -> Spelli
                 f"{dialect.name} without a change: {loss}; --force takes the nearest, 2^-24 off, or {INSTEAD}"
             )
     return spelling
+
+
+def vllm_omni_refusal(quantized: QuantizedCheckpoint, family: Family | None, recipe: Recipe) -> str | None:
+    """Why vLLM-Omni cannot load a component in a spelling that it reads, or loads it wrong; None if it can."""
+    try:
+        if quantized.dialect == vllm_omni.VLLM_OMNI.name:
+            vllm_omni.from_block(quantized.block, "config.json")
+        _scope(quantized, family, recipe, [])
+    except OmniConvertError as error:
+        return str(error).removeprefix(f"{quantized.checkpoint.path}: ")
+    return None
 
 
 def _runtime_names(quantized: QuantizedCheckpoint, family: Family | None, recipe: Recipe) -> list[str]:

@@ -30,6 +30,8 @@ from omni_convert.formats.read_formats import Scaled
 
 __all__ = ["MODELOPT_DIALECT"]
 
+# vLLM-Omni does not know the longer name, and takes NVFP4 without input activations for what it says.
+WEIGHT_ONLY = "W4A16_"
 NAMES = {"mul_scale": "pre_quant_scale"}
 FP8_GROUP = {"dynamic": False, "num_bits": 8, "type": "float"}
 
@@ -73,7 +75,7 @@ class ModelOpt(Dialect):
         }
         block: dict[str, Any] = {
             "quant_method": MODELOPT,
-            "quant_algo": "MIXED_PRECISION" if is_mixed else kinds[0],
+            "quant_algo": "MIXED_PRECISION" if is_mixed else kinds[0].removeprefix(WEIGHT_ONLY),
             "config_groups": groups,
             "ignore": [as_whole_name(name) for name in sorted(ignored)],
             "producer": {"name": "omni-convert"},
@@ -85,7 +87,7 @@ class ModelOpt(Dialect):
 
 def _algorithm(fmt: Format) -> str:
     if isinstance(fmt, Nvfp4):
-        return "NVFP4" if fmt.static else "W4A16_NVFP4"
+        return "NVFP4" if fmt.static else f"{WEIGHT_ONLY}NVFP4"
     if isinstance(fmt, Mxfp8):
         return "MXFP8"
     return "FP8" if isinstance(fmt, Fp8) and fmt.static else "FP8_PER_CHANNEL_PER_TOKEN"

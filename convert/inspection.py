@@ -1,0 +1,158 @@
+"""What is inside a model: each component's dialect, each layer's format, and what runtimes would do with it.
+
+Headers, configs and tiny markers are read, no weight.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from omni_convert.convert.plan import open_component
+from omni_convert.convert.recipe import Recipe
+from omni_convert.convert.report import size_text
+from omni_convert.convert.respelling import vllm_omni_refusal
+from omni_convert.convert.source import Source
+from omni_convert.formats.errors import CheckpointError
+from omni_convert.formats.family import Family, find_family
+from omni_convert.formats.json_file import read_json
+from omni_convert.formats.quantized import QuantizedCheckpoint, QuantizedLayer
+from omni_convert.formats.runtimes import Verdict, verdicts
+from omni_convert.formats.tensor_spec import DTYPE_NAMES
+
+__all__ = ["InspectedComponent", "InspectedLayer", "inspect_source", "inspection_report"]
+
+NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
+PLAIN = "not quantized"
+
+
+@dataclass(frozen=True)
+class InspectedLayer:
+    """A quantized layer.
+
+    Attributes:
+        format: what we call it
+        shape: [out, in]
+        tensors: name in the file → dtype and shape there
+        nbytes: of all of these
+    """
+
+    name: str
+    format: str
+    shape: tuple[int, int]
+    tensors: dict[str, str]
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class InspectedComponent:
+    """A component of the model.
+
+    Attributes:
+        name: its folder, "" for a model that is one
+        dialect: how its quantized layers are spelled; None if there are none
+        kept: number and bytes of its other tensors, by dtype
+        runtimes: what each would do with it; of a component that is not quantized nothing
+    """
+
+    name: str
+    dialect: str | None
+    nbytes: int
+    layers: tuple[InspectedLayer, ...]
+    kept: dict[str, tuple[int, int]]
+    runtimes: tuple[Verdict, ...]
+
+
+def inspect_source(source: Source) -> list[InspectedComponent]:
+    """Every component that has weights.
+
+    Raises:
+        CheckpointError: a file is damaged, or not what it says.
+    """
+    if not source.is_pipeline:
+        return [_inspect(source, "")]
+    names = [name for name in source.components() if _has_weights(source, name)]
+    if not names:
+        raise CheckpointError(f"{source.path}: found no component with .safetensors files, expected some")
+    return [_inspect(source, name) for name in names]
+
+
+def _has_weights(source: Source, name: str) -> bool:
+    on_hub = source.hub_files.streamed if source.hub_files is not None else ()
+    return any((source.path / name).glob("*.safetensors")) or any(file.startswith(f"{name}/") for file in on_hub)
+
+
+def _inspect(source: Source, name: str) -> InspectedComponent:
+    with open_component(source, name) as opened:
+        kept: dict[str, tuple[int, int]] = {}
+        for stored in opened.kept.values():
+            spec = opened.checkpoint[stored]
+            count, nbytes = kept.get(DTYPE_NAMES[spec.dtype], (0, 0))
+            kept[DTYPE_NAMES[spec.dtype]] = (count + 1, nbytes + spec.nbytes)
+        return InspectedComponent(
+            name,
+            opened.dialect if opened.layers else None,
+            sum(spec.nbytes for spec in opened.checkpoint.values()),
+            tuple(_inspect_layer(layer) for layer in opened.layers.values()),
+            kept,
+            tuple(_runtimes(source, name, opened)),
+        )
+
+
+def _inspect_layer(layer: QuantizedLayer) -> InspectedLayer:
+    specs = [layer.checkpoint[name] for name in layer.sources]
+    tensors = {spec.name: f"{DTYPE_NAMES[spec.dtype]} {list(spec.shape)}" for spec in specs}
+    return InspectedLayer(layer.stem, layer.format.label, layer.shape, tensors, layer.nbytes)
+
+
+def _runtimes(source: Source, name: str, opened: QuantizedCheckpoint) -> list[Verdict]:
+    if opened.dialect is None or not opened.layers:
+        return []
+    formats = {stem: layer.format for stem, layer in opened.layers.items()}
+    return verdicts(opened.dialect, formats, vllm_omni_refusal(opened, _family(source, name), Recipe()))
+
+
+def _family(source: Source, name: str) -> Family | None:
+    folder = source.path / name if name else source.path
+    path = (folder if folder.is_dir() else folder.parent) / "config.json"
+    class_name = read_json(path).get("_class_name") if path.is_file() else None
+    return find_family(class_name) if isinstance(class_name, str) else None
+
+
+def inspection_report(source: Source, components: list[InspectedComponent], *, as_json: bool) -> Iterator[str]:
+    """A table, layers that differ only in a block's number on one line; or everything as one JSON document."""
+    if as_json:
+        document: dict[str, Any] = {
+            "path": str(source.path),
+            "components": [asdict(component) for component in components],
+        }
+        yield json.dumps(document, indent=2)
+        return
+    for component in components:
+        yield from _component_lines(component, source.path)
+
+
+def _component_lines(component: InspectedComponent, path: Path) -> Iterator[str]:
+    spelled = f"spelled as {component.dialect} does" if component.dialect else PLAIN
+    yield f"{component.name or path.name}: {size_text(component.nbytes)}, {spelled}"
+    rows: dict[tuple[str, ...], list[InspectedLayer]] = {}
+    for layer in component.layers:
+        stored = ", ".join(
+            f"{name.removeprefix(layer.name).lstrip('.')} {what}" for name, what in layer.tensors.items()
+        )
+        rows.setdefault((NUMBER.sub("*", layer.name), layer.format, NUMBER.sub("*", stored)), []).append(layer)
+    width = max((len(pattern) for pattern, *_ in rows), default=0)
+    for (pattern, label, stored), layers in rows.items():
+        total = size_text(sum(layer.nbytes for layer in layers))
+        shape = "x".join(map(str, layers[0].shape))
+        yield f"  {pattern:<{width}}  {len(layers):>4} x {shape:<12} {label:<12} {total:>9}  {stored}"
+    kept = ", ".join(f"{count} {dtype} ({size_text(nbytes)})" for dtype, (count, nbytes) in component.kept.items())
+    if kept:
+        yield f"  other tensors: {kept}"
+    for verdict in component.runtimes:
+        word = {"loads": "loads", "wrong": "LOADS WRONG", "refuses": "refuses"}[verdict.outcome]
+        yield f"  {verdict.runtime}: {word}: {verdict.why}"

@@ -1,0 +1,136 @@
+"""What runtimes do with a component of each dialect, as far as their code or their users tell.
+
+`wrong` is the dangerous one: the file loads without an error and computes something else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from omni_convert.formats.format import Format
+
+__all__ = ["Verdict", "verdicts"]
+
+Outcome = Literal["loads", "wrong", "refuses"]
+
+VLLM_OMNI = "vLLM-Omni 0.30"
+DIFFUSERS = "diffusers 0.42"
+OURS = "omni_convert.loaders"
+COMFYUI = "ComfyUI"
+UNMARKED = "no comfy_quant marks: it takes the codes for weights and drops the scales; --dialect comfyui adds them"
+NO_BLOCK = "no block in config.json that it knows: the codes are taken for weights; -m keep --dialect vllm-omni"
+SPELL_FIRST = "reads vLLM-Omni's spelling, and ModelOpt's FP8 and NVFP4: -m keep --dialect vllm-omni first"
+UNKNOWN_HERE = "its quantizers do not know this quant_method"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a runtime does with a component, and why."""
+
+    runtime: str
+    outcome: Outcome
+    why: str
+
+
+# What holds for every format of a dialect.
+BY_DIALECT: dict[str, tuple[Verdict, ...]] = {
+    "vllm-omni": (
+        Verdict(DIFFUSERS, "loads", "after `import omni_convert.loaders`; else it does not know the quant_method"),
+        Verdict(OURS, "loads", "its own spelling"),
+        Verdict(COMFYUI, "wrong", UNMARKED),
+    ),
+    "modelopt": (
+        Verdict(DIFFUSERS, "refuses", "its `modelopt` is another kind of checkpoint (quant_type is missing)"),
+        Verdict(COMFYUI, "wrong", UNMARKED),
+    ),
+    "comfyui": (
+        Verdict(VLLM_OMNI, "wrong", NO_BLOCK),
+        Verdict(DIFFUSERS, "wrong", "no reader of ComfyUI's scales; omni-convert dequantize gives BF16"),
+        Verdict(OURS, "refuses", SPELL_FIRST),
+    ),
+    "compressed-tensors": (
+        Verdict(VLLM_OMNI, "refuses", "the name of the method is not in its registry; -m keep --dialect vllm-omni"),
+        Verdict(DIFFUSERS, "refuses", UNKNOWN_HERE),
+        Verdict("vLLM, transformers", "loads", "for language models; with compressed-tensors installed"),
+        Verdict(OURS, "refuses", SPELL_FIRST),
+        Verdict(COMFYUI, "wrong", UNMARKED),
+    ),
+    "auto-round": (
+        Verdict(VLLM_OMNI, "loads", "integers on CUDA and XPU, MX on XPU"),
+        Verdict(DIFFUSERS, "loads", "integers, with auto-round installed; MX as dequantized BF16"),
+        Verdict(OURS, "refuses", SPELL_FIRST),
+        Verdict(COMFYUI, "wrong", UNMARKED),
+    ),
+    "transformers": (
+        Verdict(
+            VLLM_OMNI, "refuses", "unknown keys, or without its flag quantized online; -m keep --dialect vllm-omni"
+        ),
+        Verdict(DIFFUSERS, "refuses", UNKNOWN_HERE),
+        Verdict("transformers", "loads", "on a GPU with FP8; elsewhere with dequantize=True"),
+        Verdict(OURS, "refuses", SPELL_FIRST),
+    ),
+    "msmodelslim": (
+        Verdict(VLLM_OMNI, "refuses", "reads the description for HunyuanImage-3.0 only; -m keep --dialect vllm-omni"),
+        Verdict(DIFFUSERS, "refuses", "neither the names of the files nor the scales are known to it"),
+        Verdict(OURS, "refuses", SPELL_FIRST),
+        Verdict(COMFYUI, "wrong", UNMARKED),
+    ),
+    "lightx2v": (
+        Verdict("LightX2V", "loads", "if its run-time JSON repeats the scheme"),
+        Verdict(VLLM_OMNI, "wrong", NO_BLOCK),
+        Verdict(DIFFUSERS, "wrong", "scales are not known to it"),
+        Verdict(COMFYUI, "wrong", UNMARKED),
+    ),
+    "bfl": (
+        Verdict(
+            DIFFUSERS, "loads", "from_single_file with BFLQuantizationConfig, fp8 per row and nvfp4 with input_scale"
+        ),
+        Verdict(VLLM_OMNI, "wrong", NO_BLOCK),
+        Verdict(OURS, "refuses", SPELL_FIRST),
+        Verdict(COMFYUI, "wrong", UNMARKED),
+    ),
+}
+
+NEEDS = {
+    "fp8": "a GPU with FP8 (SM 8.9)",
+    "int8": "a GPU with INT8 (SM 7.5)",
+    "mxfp8": "Blackwell (SM 10.0)",
+    "nvfp4": "Blackwell (SM 10.0)",
+}
+ASCEND_ONLY = ("mxfp8", "mxfp4", "mxfp4_dualscale")
+
+
+def verdicts(dialect: str, layers: Mapping[str, Format], refusal: str | None) -> list[Verdict]:
+    """What each runtime does with a component.
+
+    Args:
+        dialect: its name
+        layers: stem to format
+        refusal: why vLLM-Omni refuses or misreads a component in a spelling that it knows, or None
+    """
+    found = list(BY_DIALECT[dialect])
+    methods = {fmt.method for fmt in layers.values()}
+    if dialect == "modelopt" and methods == {"fp8"}:
+        found.insert(
+            0, Verdict(VLLM_OMNI, "loads", "on CUDA; it dequantizes layers that it builds unquantized; not Wan")
+        )
+    elif dialect in ("vllm-omni", "modelopt"):
+        found.insert(0, _of_vllm_omni(methods, refusal))
+    if dialect == "modelopt":
+        is_known = all(fmt.label in ("fp8", "fp8 static", "nvfp4") for fmt in layers.values()) and len(methods) == 1
+        found.append(Verdict(OURS, "loads" if is_known else "refuses", "FP8 and NVFP4" if is_known else SPELL_FIRST))
+    if dialect == "comfyui":
+        needs = ", ".join(f"{method} on {NEEDS[method]}" for method in sorted(methods & NEEDS.keys()))
+        found.insert(0, Verdict(COMFYUI, "loads", f"as it is marked; runs {needs}, else dequantizes"))
+    return found
+
+
+def _of_vllm_omni(methods: set[str], refusal: str | None) -> Verdict:
+    if refusal is not None:
+        return Verdict(VLLM_OMNI, "wrong", refusal)
+    ascend = sorted(methods & {*ASCEND_ONLY})
+    if ascend:
+        return Verdict(VLLM_OMNI, "loads", f"{', '.join(ascend)} on Ascend 950 only")
+    return Verdict(VLLM_OMNI, "loads", "nvfp4 on Blackwell" if "nvfp4" in methods else "on CUDA")

@@ -1,0 +1,98 @@
+"""`inspect` tells what is in a model of any dialect, and what runtimes would do with it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from safetensors.torch import load_file, save_file
+
+from omni_convert.convert import Recipe, convert_checkpoint
+from omni_convert.convert.cli import main
+from omni_convert.formats.dialects.table import DIALECTS
+from omni_convert.formats.runtimes import BY_DIALECT
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+LAYER = "layers.0.attention.to_q"
+
+
+def inspected(path: Path) -> dict[str, dict]:  # type: ignore[type-arg]  # JSON
+    result = CliRunner().invoke(main, ["inspect", str(path), "--json"])
+    assert result.exit_code == 0, result.output
+    return {component["name"]: component for component in json.loads(result.output)["components"]}
+
+
+def outcomes(component: dict) -> dict[str, str]:  # type: ignore[type-arg]  # JSON
+    return {verdict["runtime"].split()[0]: verdict["outcome"] for verdict in component["runtimes"]}
+
+
+def test_every_dialect_has_verdicts() -> None:
+    assert BY_DIALECT.keys() == DIALECTS.keys()
+
+
+@pytest.mark.parametrize(
+    ("dialect", "method", "expected"),
+    [
+        ("vllm-omni", "fp8", {"vLLM-Omni": "loads", "ComfyUI": "wrong"}),
+        ("vllm-omni", "nvfp4", {"vLLM-Omni": "loads", "diffusers": "refuses", "omni_convert.loaders": "loads"}),
+        ("comfyui", "nvfp4", {"vLLM-Omni": "wrong", "ComfyUI": "loads"}),
+        ("compressed-tensors", "int8", {"vLLM-Omni": "refuses", "diffusers": "refuses"}),
+    ],
+    ids=str,
+)
+def test_layers_and_runtimes_of_what_we_write(
+    tiny_pipeline_folder: Path, tmp_path: Path, dialect: str, method: str, expected: dict[str, str]
+) -> None:
+    convert_checkpoint(tiny_pipeline_folder, tmp_path / "out", Recipe(method=method, dialect=dialect))
+    components = inspected(tmp_path / "out")
+    assert components["vae"]["dialect"] is None
+    transformer = components["transformer"]
+    assert transformer["dialect"] == ("modelopt" if (dialect, method) == ("vllm-omni", "nvfp4") else dialect)
+    stored = load_file(tmp_path / "out" / "transformer" / WEIGHTS)
+    assert transformer["nbytes"] == sum(tensor.nbytes for tensor in stored.values())
+    counted = sum(nbytes for _, nbytes in transformer["kept"].values())
+    assert counted + sum(layer["nbytes"] for layer in transformer["layers"]) == transformer["nbytes"]
+    (layer,) = [layer for layer in transformer["layers"] if layer["name"] == LAYER]
+    assert (layer["format"], layer["shape"]) == (method, [192, 192])
+    assert layer["tensors"].keys() == {name for name in stored if name.startswith(f"{LAYER}.")}
+    assert expected.items() <= outcomes(transformer).items()
+
+
+def test_a_layer_that_the_runtime_would_misread_is_named(tiny_pipeline_folder: Path, tmp_path: Path) -> None:
+    recipe = Recipe(method="int8", runtime="diffusers")
+    convert_checkpoint(tiny_pipeline_folder, tmp_path / "out", recipe)
+    file = tmp_path / "out" / "transformer" / WEIGHTS
+    tensors = load_file(file)
+    for suffix in ("weight", "weight_scale"):
+        tensors[f"cap_embedder.1.{suffix}"] = tensors[f"{LAYER}.{suffix}"].clone()
+    save_file(tensors, file, metadata={"format": "pt"})
+    result = CliRunner().invoke(main, ["inspect", str(tmp_path / "out")])
+    assert "vLLM-Omni 0.30: LOADS WRONG: layer 'cap_embedder.1'" in result.output
+
+
+def test_the_table_counts_equal_layers_of_blocks_together(tiny_pipeline_folder: Path, tmp_path: Path) -> None:
+    convert_checkpoint(tiny_pipeline_folder, tmp_path / "out", Recipe(method="mxfp8"))
+    lines = CliRunner().invoke(main, ["inspect", str(tmp_path / "out")]).output.splitlines()
+    (line,) = [line for line in lines if "layers.*.attention.to_q" in line]
+    assert "2 x 192x192" in line
+    assert "weight_scale U8 [192, 6]" in line
+
+
+def test_a_single_file_is_inspected_without_a_config(tiny_pipeline_folder: Path, tmp_path: Path) -> None:
+    convert_checkpoint(tiny_pipeline_folder, tmp_path / "out", Recipe(method="fp8", dialect="comfyui"))
+    (tmp_path / "alone.safetensors").write_bytes((tmp_path / "out" / "transformer" / WEIGHTS).read_bytes())
+    (component,) = inspected(tmp_path / "alone.safetensors").values()
+    assert component["dialect"] == "comfyui"
+
+
+def test_a_file_that_lies_is_one_line(tiny_pipeline_folder: Path, tmp_path: Path) -> None:
+    convert_checkpoint(tiny_pipeline_folder, tmp_path / "out", Recipe(method="nvfp4"))
+    file = tmp_path / "out" / "transformer" / WEIGHTS
+    tensors = load_file(file)
+    tensors[f"{LAYER}.weight_scale"] = tensors[f"{LAYER}.weight_scale"][:, :3].contiguous()
+    save_file(tensors, file, metadata={"format": "pt"})
+    result = CliRunner().invoke(main, ["inspect", str(tmp_path / "out")])
+    assert result.exit_code == 1
+    assert f"Error: {tmp_path / 'out' / 'transformer'}: tensor '{LAYER}.weight_scale': found F8_E4M3" in result.output
