@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from omni_convert.formats.checkpoint import Checkpoint
-from omni_convert.formats.e2m1 import NibbleOrder, decode_e2m1, encode_e2m1, pack_nibbles, unpack_nibbles
+from omni_convert.formats.e2m1 import NibbleOrder, decode_packed, encode_e2m1, pack_nibbles
 from omni_convert.formats.format import TensorLayout
 from omni_convert.formats.swizzle import padded_scale_shape, swizzle_scales, unswizzle_scales
 from omni_convert.formats.tensor_spec import TensorSpec
@@ -162,7 +162,7 @@ class PackedValues(Codec):
         return pack_nibbles(codes, self.even)
 
     def decode(self, stored: Tensor, layout: TensorLayout) -> Tensor:
-        values = decode_e2m1(unpack_nibbles(stored, self.even))
+        values = decode_packed(stored, self.even)
         return values[:, : layout.shape[1]].to(layout.dtype)
 
 

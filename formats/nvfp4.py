@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from omni_convert.formats.e2m1 import E2M1, decode_e2m1, encode_e2m1, pack_nibbles, round_to_e2m1, unpack_nibbles
+from omni_convert.formats.e2m1 import E2M1, decode_packed, encode_e2m1, pack_nibbles, round_to_e2m1
 from omni_convert.formats.float8 import E4M3_MAX, round_to_e4m3
 from omni_convert.formats.format import (
     Format,
@@ -116,7 +116,7 @@ class Nvfp4(Format):
         return quantize_in_tiles(rows, lambda tile: self._quantize_tile(tile, global_scale))
 
     def dequantize(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        values = decode_e2m1(unpack_nibbles(tensors["weight"]))
+        values = decode_packed(tensors["weight"])
         scale = tensors["weight_scale"].float() * tensors["weight_scale_2"].float()
         return join_blocks(split_blocks(values, NVFP4_BLOCK).mul_(scale[..., None]), values.shape[1])
 

@@ -6,6 +6,7 @@ weight; respelled, the tensors of another dialect are there to be copied.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -72,7 +73,7 @@ class _Dequantized(ViewedTensor):
 
     def read(self, start: int, stop: int) -> Tensor:
         rows = self.layer.dequantize(start, stop)
-        if rows.numel() and not bool(torch.isfinite(rows).all()):
+        if rows.numel() and not all(math.isfinite(bound) for bound in torch.aminmax(rows)):  # NaN comes through
             raise CheckpointError(
                 f"{self.layer.checkpoint.path}: layer '{self.layer.stem}': found NaN or Inf in rows {start} to "
                 f"{stop - 1} of the dequantized weight, expected finite numbers; a scale or a code is damaged"

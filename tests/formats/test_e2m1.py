@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import pytest
 import torch
 
 from omni_convert.formats.e2m1 import (
     E2M1_VALUES,
+    NibbleOrder,
     decode_e2m1,
+    decode_packed,
     encode_e2m1,
     is_e2m1,
     pack_nibbles,
@@ -51,3 +54,12 @@ def test_rounding_leaves_its_input_alone() -> None:
     round_to_e2m1(values)
     round_to_e2m1(values, half_away=True)
     assert values.tolist() == torch.tensor([0.3, -5.5]).tolist()
+
+
+@pytest.mark.parametrize("even", ["low", "high"])
+def test_packed_bytes_are_decoded_as_their_nibbles_are(even: NibbleOrder) -> None:
+    packed = torch.arange(256, dtype=torch.uint8).view(4, 64)
+    expected = decode_e2m1(unpack_nibbles(packed, even))
+    decoded = decode_packed(packed, even)
+    assert decoded.equal(expected)
+    assert torch.signbit(decoded).equal(torch.signbit(expected))  # -0 is a code of its own
