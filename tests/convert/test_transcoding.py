@@ -238,3 +238,52 @@ def test_an_interrupted_keep_goes_on(quantized, tmp_path: Path) -> None:  # type
     convert_checkpoint(quantized("nvfp4"), tmp_path / "whole", Recipe(method="keep", dialect="comfyui"))
     files = [tmp_path / run / "transformer" / WEIGHTS for run in ("out", "whole")]
     assert files[0].read_bytes() == files[1].read_bytes()
+
+
+@pytest.fixture(scope="session")
+def static_nvfp4(tiny_pipeline_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny pipeline with calibrated activation scales."""
+    folder = tmp_path_factory.mktemp("static")
+    (folder / "prompts.txt").write_text("a cat\n")
+    recipe = Recipe(method="nvfp4", search=False, calib=folder / "prompts.txt", calib_steps=1, calib_size=(32, 32))
+    convert_checkpoint(tiny_pipeline_folder, folder / "out", recipe)
+    return folder / "out"
+
+
+@pytest.mark.parametrize("dialect", list(HELD))
+def test_calibrated_scales_survive_in_every_dialect(static_nvfp4: Path, tmp_path: Path, dialect: str) -> None:
+    convert_checkpoint(static_nvfp4, tmp_path / "there", Recipe(method="keep", dialect=dialect, force=True))
+    with (
+        open_quantized(static_nvfp4 / "transformer") as first,
+        open_quantized(tmp_path / "there" / "transformer") as second,
+    ):
+        assert first.layers.keys() == second.layers.keys()
+        for stem, layer in first.layers.items():
+            scales = [each.read_tensor("input_scale", 0, 0) for each in (layer, second.layers[stem])]
+            torch.testing.assert_close(*scales, rtol=2**-23, atol=0)  # a forced reciprocal may be off by its last bit
+
+
+def test_layers_in_several_formats_are_kept_where_the_dialect_can_say_so(quantized, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    source = tmp_path / "source"
+    shutil.copytree(quantized("nvfp4"), source)
+    file = source / "transformer" / WEIGHTS
+    tensors = load_file(file)
+    other = weights_of(quantized("mxfp8"))
+    mixed = ("layers.1.feed_forward.w1", "layers.1.feed_forward.w2", "layers.1.feed_forward.w3")
+    for stem in mixed:
+        for suffix in ("weight", "weight_scale", "weight_scale_2"):
+            tensors.pop(f"{stem}.{suffix}")
+        tensors |= {name: tensor for name, tensor in other.items() if name.startswith(f"{stem}.weight")}
+    save_file(tensors, file, metadata={"format": "pt"})
+    expected = dequantized_layers(source / "transformer")
+    for dialect in HELD:
+        convert_checkpoint(source, tmp_path / dialect, Recipe(method="keep", dialect=dialect, force=True))
+        found = dequantized_layers(tmp_path / dialect / "transformer")
+        assert found.keys() == expected.keys()
+        for stem in mixed:
+            assert found[stem].equal(expected[stem]), (dialect, stem)
+    block = json.loads((tmp_path / "modelopt" / "transformer" / "config.json").read_text())["quantization_config"]
+    assert block["quant_algo"] == "MIXED_PRECISION"
+    assert block["quantized_layers"][mixed[0]]["quant_algo"] == "MXFP8"
+    message = refused(source, tmp_path / "out", Recipe(method="keep"))
+    assert "--dialect modelopt" in message
