@@ -211,7 +211,7 @@ def _convert(
     from omni_convert.convert.report import conversion_report, plan_report
     from omni_convert.convert.upload import push_output
 
-    target = output_of(output or f"{source.short_name}-{_outcome(recipe)}")
+    target = output_of(output or f"{source.short_name}-{recipe.outcome}")
     if dry_run:
         _print_lines(plan_report(planned_without_running(source, recipe), as_json=as_json))
         return
@@ -262,11 +262,6 @@ def push_command(path: Path, repo_id: str, private: bool, revision: str | None, 
 
     _quieten_hub(hide_bars=quiet)
     click.echo(push_to_hub(path, repo_id, private=private, revision=revision))
-
-
-def _outcome(recipe: Recipe) -> str:
-    """What to call the result beside the model's name."""
-    return {"keep": recipe.dialect, "dequantize": "dequantized"}.get(recipe.method, recipe.method)
 
 
 def _quieten_hub(*, hide_bars: bool) -> None:

@@ -88,6 +88,7 @@ def write_manifest(
                     "source_files": _source_files(component, source_sha256),
                     "layers": _layers(results[component.name]),
                     "kept": {layer.name: layer.reason for layer in component.kept},
+                    **({"transcoded": dict(component.transcoded)} if component.transcoded else {}),
                 }
                 for component in plan.components
             },

@@ -16,7 +16,7 @@ __all__ = ["model_card"]
 BODY = """
 # {title}
 
-{source}, quantized to **{method}** with [omni-convert](https://pypi.org/project/omni-convert/).
+{source}, {what} with [omni-convert](https://pypi.org/project/omni-convert/).
 
 | component | method | activations | layers | kept | size before | size after | median layer error | worst layer error |
 |---|---|---|---|---|---|---|---|---|
@@ -28,7 +28,10 @@ SHA-256 of each file.
 
 ## Run it
 
-With vLLM-Omni:
+{run}
+"""
+
+RUN = """With vLLM-Omni:
 
 ```bash
 vllm serve {title} --omni
@@ -61,14 +64,47 @@ def model_card(plan: Plan, results: dict[str, Sequence[LayerResult]]) -> str:
         license_name=declared.get("license_name"),
         license_link=declared.get("license_link"),
         pipeline_tag=declared.get("pipeline_tag"),
-        tags=sorted({"omni-convert", "quantized", *(component.method for component in plan.components)}),
+        tags=sorted({"omni-convert", *_tags(plan)}),
     )
     source = (
         f"[{plan.source.name}](https://huggingface.co/{plan.source.name})" if plan.source.repo_id else plan.source.name
     )
-    title = f"{plan.source.short_name}-{plan.recipe.method}"  # not the output's name: the same job gives the same bytes
-    body = BODY.format(title=title, source=source, method=plan.recipe.method, rows="\n".join(_rows(plan, results)))
+    title = (
+        f"{plan.source.short_name}-{plan.recipe.outcome}"  # not the output's name: the same job gives the same bytes
+    )
+    run = _run(plan, title)
+    body = BODY.format(title=title, source=source, what=_what(plan), rows="\n".join(_rows(plan, results)), run=run)
     return f"---\n{data.to_yaml()}\n---\n{body}"
+
+
+def _tags(plan: Plan) -> set[str]:
+    if plan.recipe.method == "dequantize":
+        return set()
+    if plan.recipe.method == "keep":
+        return {"quantized", plan.recipe.dialect}
+    return {"quantized", *(component.method for component in plan.components)}
+
+
+def _what(plan: Plan) -> str:
+    """What was done to the source."""
+    recipe = plan.recipe
+    if not recipe.is_transcoding:
+        return f"quantized to **{recipe.method}**"
+    labels = sorted({label for component in plan.components for label in component.transcoded.values()})
+    if recipe.method == "dequantize":
+        return f"dequantized (it was {', '.join(labels)})"
+    return f"which is quantized ({', '.join(labels)}), spelled for **{recipe.dialect}** without changing a value,"
+
+
+def _run(plan: Plan, title: str) -> str:
+    """How to run the result."""
+    if plan.recipe.method == "dequantize":
+        return "As the model that it was before it was quantized."
+    if plan.recipe.dialect != "vllm-omni":
+        return (
+            f"The files are spelled for {plan.recipe.dialect}; `omni-convert inspect` tells which runtimes load them."
+        )
+    return RUN.format(title=title).strip()
 
 
 INHERITED = ("license", "license_name", "license_link", "pipeline_tag")

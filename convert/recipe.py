@@ -147,6 +147,11 @@ class Recipe:
         )
 
     @property
+    def outcome(self) -> str:
+        """What to call the result beside the model's name."""
+        return {"keep": self.dialect, "dequantize": "dequantized"}.get(self.method, self.method)
+
+    @property
     def is_transcoding(self) -> bool:
         """Whether a quantized model is only spelled anew, or dequantized."""
         return self.method in TRANSCODINGS
