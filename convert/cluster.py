@@ -141,7 +141,7 @@ class Cluster:
                 yield self.result(pending.popleft())
         finally:
             for reference in pending:
-                self._ray.cancel(reference, force=True)
+                self._ray.cancel(reference)
 
     def on_actors(
         self, kind: type, arguments: Sequence[Any], calls: Sequence[Sequence[Any]], slots: Slots, memory: int
@@ -166,25 +166,24 @@ class Cluster:
             max_task_retries=MAX_RETRIES,
             scheduling_strategy="SPREAD",
         )
-        idle = [remote.remote(*arguments) for _ in range(min(slots.count, len(calls)))]
-        actors = list(idle)
+        actors = [remote.remote(*arguments) for _ in range(min(slots.count, len(calls)))]
+        # Work goes to those that have come up: one that finds no place on the cluster holds up nothing.
+        starting = {actor.__ray_ready__.remote(): actor for actor in actors}
         running: dict[Any, Any] = {}
+        left = deque(calls)
         try:
-            for call in calls:
-                if not idle:
-                    yield self._next_result(running, idle)
-                actor = idle.pop()
-                running[actor.run.remote(*call)] = actor
-            while running:
-                yield self._next_result(running, idle)
+            while left or running:
+                (reference, *_), _ = self._ray.wait([*running, *starting])
+                result = self.result(reference)
+                actor = starting.pop(reference, None)
+                if actor is None:
+                    actor = running.pop(reference)
+                    yield result
+                if left:
+                    running[actor.run.remote(*left.popleft())] = actor
         finally:
             for actor in actors:
                 self._ray.kill(actor)
-
-    def _next_result(self, running: dict[Any, Any], idle: list[Any]) -> Any:
-        (reference, *_), _ = self._ray.wait(list(running))
-        idle.append(running.pop(reference))
-        return self.result(reference)
 
     def result(self, reference: Any) -> Any:
         """What a task returned.
