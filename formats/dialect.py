@@ -141,9 +141,12 @@ class Dialect(ABC):
                 be read; the message names it.
         """
 
-    def kept_name(self, found: Found, name: str) -> str:
-        """What the rest of the pipeline calls a tensor that is not quantized."""
-        return name
+    def kept_names(self, found: Found, stored: Collection[str]) -> dict[str, str]:
+        """What the rest of the pipeline calls the tensors that are not quantized: → the name in the file.
+
+        A tensor that only marks the file is left out.
+        """
+        return {name: name for name in stored}
 
     def spelling(self, fmt: Format, shape: tuple[int, int]) -> Spelling | str:
         """How a layer of this format and shape is written, or why it cannot be."""

@@ -153,8 +153,7 @@ def read_quantized(checkpoint: Checkpoint, folder: Path) -> QuantizedCheckpoint:
         return QuantizedCheckpoint(checkpoint, None, {}, {name: name for name in checkpoint}, found.block)
     layers = {stored.stem: _checked(checkpoint, stored, dialect) for stored in dialect.stored_layers(found)}
     used = {name for layer in layers.values() for name in layer.sources}
-    kept = {dialect.kept_name(found, name): name for name in checkpoint if name not in used}
-    kept.pop("", None)  # what a dialect calls nothing says nothing more
+    kept = dialect.kept_names(found, [name for name in checkpoint if name not in used])
     return QuantizedCheckpoint(checkpoint, dialect.name, layers, kept, found.block)
 
 

@@ -8,14 +8,14 @@ Formats:  float8_e4m3fn, float8_e5m2  weight_scale F32 []; input_scale F32 [] if
           int8_tensorwise   weight_scale F32 [] or [out, 1]; with "convrot": true the weight was rotated
 Legacy:   a tensor `scaled_fp8`, whose dtype is that of the weights, and of two elements if the runtime should not
           multiply in FP8; NAME.scale_weight and NAME.scale_input F32 [], the latter absent or 1
-Names:    those of the runtime; prefixes as `model.diffusion_model.` stay
+Names:    those of the runtime; a prefix that all tensors have, as `model.diffusion_model.`, says nothing and goes
 Limits:   weights that ComfyUI would pad (rows or columns that 16, or 32 for mxfp8, does not divide) are not written
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -44,6 +44,7 @@ LEGACY_NAMES = {"weight_scale": "scale_weight", "input_scale": "scale_input"}
 READABLE = ("float8_e4m3fn", "float8_e5m2", "mxfp8", "nvfp4", "int8_tensorwise")
 SWIZZLED = ("mxfp8", "nvfp4")
 MAX_MARK_BYTES = 4096
+PREFIXES = ("model.diffusion_model.", "diffusion_model.")
 FORMAT_NAMES: dict[type[Format], str] = {
     Fp8: "float8_e4m3fn",
     Mxfp8: "mxfp8",
@@ -70,15 +71,17 @@ class ComfyUi(Dialect):
 
     def stored_layers(self, found: Found) -> Iterator[StoredLayer]:
         marks = {**_marks_in_header(found), **{stem: _mark(found, stem) for stem in found.stems(MARK)}}
-        if marks:
-            for stem, mark in marks.items():
-                yield _marked_layer(found, stem, mark)
-            return
-        for stem in found.stems(LEGACY_NAMES["weight_scale"]):
-            yield _layer(found, stem, LEGACY_NAMES, {})
+        prefix = _prefix(found)
+        layers = (
+            [_marked_layer(found, _place(found, stem, prefix), mark) for stem, mark in marks.items()]
+            if marks
+            else [_layer(found, stem, LEGACY_NAMES, {}) for stem in found.stems(LEGACY_NAMES["weight_scale"])]
+        )
+        return (replace(layer, stem=layer.stem.removeprefix(prefix), place=layer.stem) for layer in layers)
 
-    def kept_name(self, found: Found, name: str) -> str:
-        return "" if name == _legacy_mark(found) else name
+    def kept_names(self, found: Found, stored: Collection[str]) -> dict[str, str]:
+        mark, prefix = _legacy_mark(found), _prefix(found)
+        return {name.removeprefix(prefix): name for name in stored if name != mark}
 
     def spelling(self, fmt: Format, shape: tuple[int, int]) -> Spelling | str:
         name = FORMAT_NAMES.get(type(fmt))
@@ -96,6 +99,18 @@ class ComfyUi(Dialect):
     def metadata(self, layers: Mapping[str, Format]) -> dict[str, str]:
         marks = {stem: {"format": FORMAT_NAMES[type(layers[stem])]} for stem in sorted(layers)}
         return {METADATA: json.dumps({"format_version": "1.0", "layers": marks})}
+
+
+def _prefix(found: Found) -> str:
+    """What all names begin with, of the prefixes that single files of a whole model have."""
+    mark = _legacy_mark(found)
+    names = [name for name in found.checkpoint if name != mark]
+    return next((prefix for prefix in PREFIXES if all(name.startswith(prefix) for name in names)), "")
+
+
+def _place(found: Found, stem: str, prefix: str) -> str:
+    """Where a layer's tensors are: its mark may leave out the prefix."""
+    return prefix + stem if found.get(stem, "weight") is None and found.get(prefix + stem, "weight") else stem
 
 
 def _legacy_mark(found: Found) -> str | None:

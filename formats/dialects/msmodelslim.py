@@ -14,7 +14,7 @@ Limits:   only read. Static W8A8 keeps no scale of the weight alone and is not r
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 from omni_convert.formats.codec import Ones
 from omni_convert.formats.dialect import Dialect, Found, StoredLayer
@@ -45,11 +45,15 @@ class MsModelSlim(Dialect):
             if label != FLOAT:
                 yield _layer(found, place, label)
 
-    def kept_name(self, found: Found, name: str) -> str:
-        stem, _, leaf = name.rpartition(".")
-        if stem.endswith(LINEAR) and found.labels.get(f"{stem}.weight", FLOAT) != FLOAT:
-            name = f"{stem.removesuffix(LINEAR)}.{leaf}"
-        return _renamed(found, name)
+    def kept_names(self, found: Found, stored: Collection[str]) -> dict[str, str]:
+        return {_renamed(found, _unwrapped(found, name)): name for name in stored}
+
+
+def _unwrapped(found: Found, name: str) -> str:
+    """The name of a tensor beside a quantized weight, without the wrapper of a smoothed layer."""
+    stem, _, leaf = name.rpartition(".")
+    is_wrapped = stem.endswith(LINEAR) and found.labels.get(f"{stem}.weight", FLOAT) != FLOAT
+    return f"{stem.removesuffix(LINEAR)}.{leaf}" if is_wrapped else name
 
 
 def _renamed(found: Found, name: str) -> str:

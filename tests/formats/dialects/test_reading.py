@@ -228,3 +228,22 @@ def test_reciprocals_come_back_where_a_float32_allows_it() -> None:
     assert len(kept) > 1000
     for number in kept:
         assert codec.decode(codec.encode(number), Fp8().layout(1, 1)["weight_scale"]).equal(number)
+
+
+@pytest.mark.parametrize("mark", ["tensor", "header", "legacy"])
+def test_a_prefix_that_all_tensors_have_goes(tmp_path: Path, weight: Tensor, mark: str) -> None:
+    made = Fp8().quantize(weight)
+    if mark == "legacy":
+        made = {"weight": made["weight"], "scale_weight": made["weight_scale"]}
+    tensors = layer_tensors({**made, "bias": torch.zeros(192)}, f"model.diffusion_model.{STEM}")
+    metadata = None
+    if mark == "header":
+        metadata = {"_quantization_metadata": json.dumps({"layers": {STEM: {"format": "float8_e4m3fn"}}})}
+    elif mark == "tensor":
+        text = b'{"format": "float8_e4m3fn"}'
+        tensors[f"model.diffusion_model.{STEM}.comfy_quant"] = torch.tensor(list(text), dtype=torch.uint8)
+    else:
+        tensors["scaled_fp8"] = torch.zeros(2, dtype=torch.float8_e4m3fn)
+    found = opened(tmp_path, tensors, metadata=metadata)
+    assert_reads(found, "comfyui", Fp8(), Fp8().dequantize(Fp8().quantize(weight)))
+    assert found.kept == {f"{STEM}.bias": f"model.diffusion_model.{STEM}.bias"}
