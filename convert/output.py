@@ -54,7 +54,7 @@ def check_output(output: Path, *, overwrite: bool, resume: bool = False) -> None
     if partial.exists() and not overwrite and not resume:
         with locked_folder(partial):
             raise OutputError(
-                f"{partial}: an interrupted run left its work; use --resume to go on, or --overwrite to start afresh"
+                f"{partial}: an unfinished run left its work; use --resume to go on, or --overwrite to start afresh"
             )
 
 

@@ -148,12 +148,12 @@ def check_remote(remote: RemoteFolder, *, overwrite: bool, resume: bool) -> None
         return
     if not remote.is_empty():
         raise OutputError(
-            f"{remote}: found something there; use --resume to go on with what an interrupted run left, --overwrite "
+            f"{remote}: found something there; use --resume to go on with what an unfinished run left, --overwrite "
             "to replace an earlier output, or name another --output"
         )
     if remote.staging.exists():
         raise OutputError(
-            f"{remote.staging}: an interrupted run left its work; use --resume to go on, or --overwrite to start afresh"
+            f"{remote.staging}: an unfinished run left its work; use --resume to go on, or --overwrite to start afresh"
         )
 
 

@@ -24,7 +24,7 @@ DEMO_PIPELINE = Path(__file__).parent / "demo" / "pipeline"
 DEMO_PROMPTS = Path(__file__).parent / "demo" / "prompts.txt"
 DEMO_EVALUATION_PROMPTS = Path(__file__).parent / "demo" / "evaluation_prompts.txt"
 
-REPO_ID = re.compile(r"[\w.-]+/[\w.-]+")
+REPO_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 # What a diffusers pipeline consists of; repositories also hold single-file duplicates of tens of gigabytes beside it.
 HUB_PATTERNS = [
     "*.json",

@@ -218,6 +218,7 @@ class Statistics:
         try:
             # One metadata entry: safetensors writes several in random order.
             save_file(self._stored_tensors(), partial, metadata={METADATA_KEY: self._header})
+            partial.chmod(0o644)  # which safetensors keeps to its owner; this file is meant to be passed on
             partial.replace(path)
         except (OSError, SafetensorError) as error:
             with contextlib.suppress(OSError):

@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline, PipelineQuantizationConfig
+from safetensors import SafetensorError
 from torch import nn
 
 from omni_convert.formats.component import DENOISERS
-from omni_convert.formats.errors import RecipeError
+from omni_convert.formats.errors import CheckpointError, RecipeError
 from omni_convert.formats.quantization_config import QuantizationConfig
 from omni_convert.loaders.config import (
     ComponentQuantizationConfig,
@@ -63,10 +64,15 @@ def load_pipeline(
         RecipeError: the request does not fit the model.
         KernelError: `strict`, and a layer has no scaled GEMM on this device.
     """
-    requested = _requested_configs(str(model), build_quant_config(quantization), kwargs)
-    pipeline = DiffusionPipeline.from_pretrained(
-        str(model), dtype=torch_dtype, **_quantization_argument(requested), **kwargs
-    )
+    config = build_quant_config(quantization)
+    try:
+        requested = _requested_configs(str(model), config, kwargs)
+        pipeline = DiffusionPipeline.from_pretrained(
+            str(model), dtype=torch_dtype, **_quantization_argument(requested), **kwargs
+        )
+    except (OSError, SafetensorError) as error:
+        reason = str(error).strip().split("\n", 1)[0].rstrip(".")
+        raise CheckpointError(f"{model}: cannot be loaded ({reason}); download or convert it again") from error
     modules = {name: module for name, module in pipeline.components.items() if isinstance(module, nn.Module)}
     _refuse_other_method(requested, modules)
     if device is not None:

@@ -25,7 +25,7 @@ class LayerReport:
     Attributes:
         name: component and layer, as `transformer.layers.0.attention.to_q`
         is_as_asked: a scaled GEMM runs, or the user asked for bf16 activations
-        why: what each faster kernel lacked, or `fastest`
+        why: what each faster kernel lacked, or that it is the fastest scaled GEMM
         bytes: of the tensors that the layer keeps, the bias included
         elements: of the weight that they stand for
     """

@@ -3,7 +3,7 @@
 Writes a synthetic Z-Image transformer (the real class's names and shapes, random values), then for each method
 
     floor    seconds to read the input bytes once, write the output bytes and fsync them, with plain file I/O in one
-             thread, same disk, from a cold cache; the faster of one before the conversion and one after it
+             thread, same disk, from a cold cache, after each run; the fastest of `--repeat`
     wall     seconds of `omni-convert`, a fresh process, imports included; the fastest of `--repeat` runs
     cores    processor time of that process over its wall time
     memory   peak of `RssAnon`, summed over all processes of the conversion
@@ -42,7 +42,7 @@ BLOCK = 8 << 20
 POLL_SECONDS = 0.02
 # One block of the full-size model: 181 million parameters.
 BLOCK_BYTES = 362e6
-METHODS = ("fp8", "fp8-block", "int8", "mxfp8", "mxfp4", "mxfp4_dualscale", "nvfp4")
+METHODS = ("fp8", "int8", "mxfp8", "mxfp4", "mxfp4_dualscale", "nvfp4")
 PEER_MEMORY_GB = 4.0
 
 # Each peer as a program that converts `source` (a folder or file) to FP8 in `output`; argv: source, output.
@@ -167,16 +167,16 @@ def weight_bytes(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
 
 
-def best_of(repeat: int, command: list[str], source: Path, output: Path) -> tuple[Run, int]:
-    """The fastest run of several, and the bytes that it wrote."""
-    runs = []
-    size = 0
+def best_of(repeat: int, command: list[str], source: Path, output: Path) -> tuple[Run, float]:
+    """The fastest of several runs, and of the floors that are measured after each of them."""
+    runs, floors = [], []
     for _ in range(repeat):
-        shutil.rmtree(output, ignore_errors=True)
+        output.mkdir()  # some programs expect it
         runs.append(measure(command, source))
-        size = weight_bytes(output)
-    shutil.rmtree(output)
-    return min(runs, key=lambda run: run.seconds), size
+        written = weight_bytes(output)
+        shutil.rmtree(output)
+        floors.append(copy_floor(source, written, source.parent))
+    return min(runs, key=lambda run: run.seconds), min(floors)
 
 
 def report(label: str, workers: int, total: int, run: Run, floor: float) -> None:
@@ -191,22 +191,13 @@ def benchmark(folder: Path, arguments: argparse.Namespace) -> None:
     """All methods on one source."""
     source, output = folder / "source", folder / "output"
     total = weight_bytes(source)
-    floor_bytes = total // 2
     for method in arguments.methods:
         for workers in arguments.workers:
-            before = copy_floor(source, floor_bytes, folder)
-            command = convert_command(source, output, method, workers)
-            run, written = best_of(arguments.repeat, command, source, output)
-            floor = copy_floor(source, written, folder)
-            if floor_bytes <= written:  # one that wrote more is no floor
-                floor = min(floor, before) if before > 0 else floor
-            floor_bytes = written
+            run, floor = best_of(arguments.repeat, convert_command(source, output, method, workers), source, output)
             report(method, workers, total, run, floor)
     for label, command in peer_commands(source, output):
-        output.mkdir()
-        run = measure(command, source)
-        shutil.rmtree(output)
-        report(label, available_cores(), total, run, copy_floor(source, floor_bytes, folder))
+        run, floor = best_of(1, command, source, output)
+        report(label, available_cores(), total, run, floor)
 
 
 def main() -> None:
@@ -215,11 +206,10 @@ def main() -> None:
     parser.add_argument("--shards", type=int, default=3)
     parser.add_argument("--methods", nargs="+", default=list(METHODS), metavar="METHOD")
     parser.add_argument("--workers", type=int, nargs="+", default=[available_cores()])
-    parser.add_argument("--repeat", type=int, default=1)
+    parser.add_argument("--repeat", type=int, default=2)
     parser.add_argument(
         "--scratch", type=Path, help="folder on the disk to measure; default: the system's temporary one"
     )
-    parser.add_argument("--source", type=Path, help="write the model here and keep it, or use the one that is here")
     arguments = parser.parse_args()
     print(
         f"{'GB':>6} {'method':<23} {'workers':>7} {'floor s':>8} {'wall s':>8} {'ratio':>6} {'GB/s':>6} {'cores':>6} "

@@ -48,7 +48,7 @@ class Selection:
     def reason(self) -> str:
         if self.declined:
             return "; ".join(self.declined)
-        return "fastest" if self.kernel.is_scaled_gemm else "no scaled GEMM for this format"
+        return "the fastest scaled GEMM" if self.kernel.is_scaled_gemm else "no scaled GEMM for this format"
 
 
 def select_kernel(

@@ -213,7 +213,7 @@ def test_a_kill_leaves_the_work_and_overwrite_clears_it(
     process.kill()
     process.communicate(timeout=60)
     assert not (tmp_path / "out").exists()
-    assert "interrupted run" in error_line(run(tiny_pipeline_folder, "-o", tmp_path / "out"))
+    assert "unfinished run" in error_line(run(tiny_pipeline_folder, "-o", tmp_path / "out"))
     assert run(tiny_pipeline_folder, "-o", tmp_path / "out", "--overwrite").exit_code == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
 

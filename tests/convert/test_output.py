@@ -59,7 +59,7 @@ def test_what_is_in_the_way_is_refused(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="not empty; use --overwrite"):
         check_output(earlier, overwrite=False)
     (tmp_path / "new.partial").mkdir()
-    with pytest.raises(OutputError, match="interrupted run"):
+    with pytest.raises(OutputError, match="unfinished run"):
         check_output(tmp_path / "new", overwrite=False)
 
 

@@ -1,10 +1,12 @@
 """load_pipeline quantizes while loading, tells which kernels run, and refuses what cannot be done."""
 
+import shutil
+
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from omni_convert.formats.errors import KernelError, RecipeError
+from omni_convert.formats.errors import CheckpointError, KernelError, RecipeError
 from omni_convert.formats.fp8 import Fp8Block
 from omni_convert.formats.int8 import Int8
 from omni_convert.loaders import QuantizedLinear, kernel_report, load_pipeline, quantize_linear
@@ -112,7 +114,7 @@ def test_strict_tells_what_each_scaled_gemm_of_the_format_lacks(pipeline_folder)
         load_pipeline(pipeline_folder, quantization="mxfp8", strict=True)
 
 
-@pytest.mark.parametrize("method", ["mxfp8", "mxfp4", "mxfp4_dualscale", "nvfp4"])
+@pytest.mark.parametrize("method", ["mxfp8", "mxfp4", "nvfp4"])
 @pytest.mark.parametrize("activations", ["quantized", "bf16"])
 def test_a_pipeline_of_each_microscaling_method_runs_and_round_trips(
     tiny_pipeline_folder, tmp_path, method, activations
@@ -175,3 +177,17 @@ def test_the_report_counts_layers_and_bytes_and_folds_alike_layers(quantize):
 
 def test_an_unquantized_pipeline_has_an_empty_report(pipeline_folder):
     assert str(kernel_report(load_pipeline(pipeline_folder))) == "no quantized layers"
+
+
+@pytest.mark.parametrize("damage", ["transformer/config.json", "model_index.json", "weights"])
+def test_a_damaged_pipeline_is_refused_in_one_line(pipeline_folder, tmp_path, damage):
+    folder = tmp_path / "pipeline"
+    shutil.copytree(pipeline_folder, folder)
+    if damage == "weights":
+        weights = next((folder / "transformer").glob("*.safetensors"))
+        weights.write_bytes(weights.read_bytes()[:-100])
+    else:
+        (folder / damage).write_text("{")
+    with pytest.raises(CheckpointError, match=r"pipeline: cannot be loaded \(.*\); download or convert it") as caught:
+        load_pipeline(folder)
+    assert "\n" not in str(caught.value)
