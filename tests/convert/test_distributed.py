@@ -32,6 +32,7 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 STORE_BYTES = 80 << 20
 
 pytestmark = [
+    pytest.mark.slow,  # a minute on two idle cores; on busy ones nodes may miss their health checks
     # Ray's own: sockets, files and processes that it leaves to the collector or to its daemons.
     pytest.mark.filterwarnings("ignore::ResourceWarning"),
     pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),

@@ -693,6 +693,7 @@ def test_a_source_may_be_kept_and_is_then_not_fetched_again(
         assert weights_of(contents(tmp_path / name)) == weights_of(contents(converted))
 
 
+@pytest.mark.slow  # a busy machine may take longer than the download that must not be waited for
 def test_an_interruption_does_not_wait_for_a_download(hub: HubServer, source: Path, tmp_path: Path) -> None:
     hub.add("someone/tiny", source)
     shards = [oid_of(name, data) for name, data in contents(source).items() if name.endswith(".safetensors")]
