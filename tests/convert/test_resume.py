@@ -87,6 +87,8 @@ def kill_and_resume(source: Path, output: Path, whole: dict[str, str], tile_coun
         if convert_until(source, output, chance.randrange(tile_count), "--workers", str(chance.randint(1, 3))):
             break
         shutil.rmtree(output)  # on a busy machine it may be done before it is killed
+    else:
+        pytest.fail("every run was done before it could be killed")
     assert not output.exists()
     if chance.random() < 0.5:
         convert_until(source, output, chance.randrange(tile_count), "--resume", "--workers", str(chance.randint(1, 3)))
