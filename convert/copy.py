@@ -30,9 +30,19 @@ def copy_file(engine: Engine, name: str, source: Path, target: Path) -> str:
         CheckpointError: the source cannot be read.
         OutputError: the copy cannot be written.
     """
+    return _copied_before(engine, name, target) or _copy_anew(engine, name, source, target)
+
+
+def _copied_before(engine: Engine, name: str, target: Path) -> str | None:
+    """SHA-256 of a copy that an earlier run made and that is still the same."""
     before = engine.journal.get(name)
-    if before is not None and target.is_file() and (sha256 := file_sha256(target)) == before.checksum:
-        return sha256
+    if before is None or not target.is_file():
+        return None
+    sha256 = file_sha256(target)
+    return sha256 if sha256 == before.checksum else None
+
+
+def _copy_anew(engine: Engine, name: str, source: Path, target: Path) -> str:
     try:
         file = source.open("rb", buffering=0)
     except OSError as error:
@@ -75,17 +85,14 @@ def _read(source: Path, descriptor: int, block: memoryview) -> int:
 
 def take_files(engine: Engine, hub_files: HubFiles, names: Sequence[str], folder: Path) -> dict[str, str]:
     """Copies files from the Hub as `copy_file` does, one after the other; returns their SHA-256."""
-    hashes = {}
-    for name in names:
-        target = folder / name
-        before = engine.journal.get(name)
-        is_there = before is not None and target.is_file() and file_sha256(target) == before.checksum
-        hashes[name] = str(before.checksum) if before and is_there else _take(engine, hub_files, name, target)
-    return hashes
+    return {
+        name: _copied_before(engine, name, folder / name) or _take(engine, hub_files, name, folder / name)
+        for name in names
+    }
 
 
 def _take(engine: Engine, hub_files: HubFiles, name: str, target: Path) -> str:
-    sha256 = copy_file(engine, name, hub_files.path(name), target)
+    sha256 = _copy_anew(engine, name, hub_files.path(name), target)
     hub_files.release(name)
     return sha256
 

@@ -85,7 +85,7 @@ class ComponentResult:
 class Engine:
     """What carries out a plan: the threads, the device for arithmetic, and the journal that they report to.
 
-    This one works on this machine alone; `convert.cluster` has the other.
+    This one works on this machine alone; `convert.distributed` has the other.
     """
 
     workers: Workers
@@ -217,8 +217,9 @@ def _prepare(work: Work, step: QuantizeStep | CopyStep) -> list[Callable[[], Fin
     fits = {record.fit if record is not None else None for record in before}
     if len(fits) == 1 and None not in fits:
         return _tasks(work, tiles, before, None)
-    make, fit = _fit(work, step)
-    return _tasks(work, tiles, [record if record and record.fit == fit else None for record in before], make)
+    fit = _fit(work, step)
+    usable = [record if record and record.fit == fit.checksum else None for record in before]
+    return _tasks(work, tiles, usable, partial(_quantize, work, step, fit))
 
 
 def _tasks(
@@ -247,16 +248,15 @@ def _record_of_earlier_run(work: Work, tile: Tile) -> Record | None:
     return record if _checksum(parts) == record.checksum else None
 
 
-def _fit(work: Work, step: QuantizeStep) -> tuple[Callable[[Tile], Finished], int]:
-    """What quantizes the tiles of a group, and a checksum of the constants that they have in common."""
+def _fit(work: Work, step: QuantizeStep) -> _Fit:
     for weight in step.weights:
         work.plan.checkpoint.prefetch(weight.name, PREFETCH_BYTES)
     fitted = step.format.fit([CheckedRows(work, weight.name) for weight in step.weights], step.inputs)
     constants = {suffix: tensor.to(work.engine.device) for suffix, tensor in step.format.constants(fitted).items()}
-    fit = 0
+    checksum = 0
     for suffix in sorted(constants):
-        fit = zlib.crc32(bytes_of(constants[suffix].cpu()), fit)
-    return partial(_quantize, work, step, _Fit(fitted, constants, fit)), fit
+        checksum = zlib.crc32(bytes_of(constants[suffix].cpu()), checksum)
+    return _Fit(fitted, constants, checksum)
 
 
 @dataclass(frozen=True)

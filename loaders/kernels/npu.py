@@ -42,45 +42,37 @@ OUTPUT_DTYPES = (torch.bfloat16, torch.float16)
 def run_mxfp8(x: Tensor, tensors: Mapping[str, Tensor], _fmt: Format, bias: Tensor | None, npu: Any = None) -> Tensor:
     """`RunLinear`; `npu` stands in for torch_npu to see what its operators receive."""
     npu = npu or import_module(MODULE)
-    inputs = _half(x)
-    codes, scale = npu.npu_dynamic_mx_quant(
-        inputs, axis=-1, round_mode="rint", dst_type=torch.float8_e4m3fn, block_size=MX_BLOCK, scale_alg=0
-    )
-    out = npu.npu_quant_matmul(
-        codes,
-        tensors["weight"].t(),
-        _paired(tensors["weight_scale"]).transpose(0, 1),
-        scale_dtype=npu.float8_e8m0fnu,
-        pertoken_scale=scale,
-        pertoken_scale_dtype=npu.float8_e8m0fnu,
-        bias=_float(bias),
-        output_dtype=inputs.dtype,
-        group_sizes=GROUP_SIZES,
-    )
-    return _to(out, x.dtype)
+    return _to(_run_mx(npu, _half(x), tensors, bias, torch.float8_e4m3fn), x.dtype)
 
 
 def run_mxfp4(x: Tensor, tensors: Mapping[str, Tensor], _fmt: Format, bias: Tensor | None, npu: Any = None) -> Tensor:
     """`RunLinear`; `npu` stands in for torch_npu to see what its operators receive."""
     npu = npu or import_module(MODULE)
+    element = npu.float4_e2m1fn_x2  # which torch has no tensors of: both sides are bytes, and must be told apart
     inputs = smoothed_input(_half(x), tensors)
+    return _to(_run_mx(npu, inputs, tensors, bias, element, x1_dtype=element, x2_dtype=element), x.dtype)
+
+
+def _run_mx(
+    npu: Any, inputs: Tensor, tensors: Mapping[str, Tensor], bias: Tensor | None, element: Any, **dtypes: Any
+) -> Tensor:
+    """One level of scales on both sides; `dtypes` are for the GEMM alone."""
     codes, scale = npu.npu_dynamic_mx_quant(
-        inputs, axis=-1, round_mode="rint", dst_type=npu.float4_e2m1fn_x2, block_size=MX_BLOCK, scale_alg=0
+        inputs, axis=-1, round_mode="rint", dst_type=element, block_size=MX_BLOCK, scale_alg=0
     )
-    out = npu.npu_quant_matmul(
+    out: Tensor = npu.npu_quant_matmul(
         codes,
         tensors["weight"].t(),
         _paired(tensors["weight_scale"]).transpose(0, 1),
         scale_dtype=npu.float8_e8m0fnu,
-        x1_dtype=npu.float4_e2m1fn_x2,
-        x2_dtype=npu.float4_e2m1fn_x2,
         pertoken_scale=scale,
         pertoken_scale_dtype=npu.float8_e8m0fnu,
         bias=_float(bias),
         output_dtype=inputs.dtype,
         group_sizes=GROUP_SIZES,
+        **dtypes,
     )
-    return _to(out, x.dtype)
+    return out
 
 
 def run_mxfp4_dualscale(
