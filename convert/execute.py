@@ -181,17 +181,18 @@ def execute_component(component: ComponentPlan, folder: Path, engine: Engine, pr
             for file, specs in component.shards.files.items()
         }
         outputs = {spec.name: writers[file] for file, specs in component.shards.files.items() for spec in specs}
-        hashes: dict[SafetensorsWriter, Future[str]] = {}
+        hashing: dict[SafetensorsWriter, Future[None]] = {}
         for finished in engine.run(Work(component, engine, outputs)):
             done.append(finished)
             progress(finished.tile.nbytes)
             component.checkpoint.finished(finished.tile.source.name, finished.tile.nbytes)
-            _hash_complete({outputs[name] for name in finished.tile.ranges}, hashes, engine.workers)
+            _hash_on({outputs[name] for name in finished.tile.ranges}, hashing, engine.workers)
             if time.monotonic() > looked + MEMORY_SECONDS:
                 peak, looked = max(peak, engine.memory()), time.monotonic()
-        for closing in [engine.workers.submit(writer.close) for writer in writers.values()]:
-            closing.result()
-        sha256 = {file: hashes[writer].result() for file, writer in writers.items()}
+        closing = [engine.workers.submit(writer.close) for writer in writers.values()]
+        sha256 = {file: writer.sha256() for file, writer in writers.items()}
+        for task in (*hashing.values(), *closing):
+            task.result()
     records: dict[str, list[Record]] = {}
     for finished in done:
         check_written(finished, outputs)
@@ -199,13 +200,11 @@ def execute_component(component: ComponentPlan, folder: Path, engine: Engine, pr
     return ComponentResult(layer_results(component, records), sha256, max(peak, engine.memory()))
 
 
-def _hash_complete(
-    touched: set[SafetensorsWriter], hashes: dict[SafetensorsWriter, Future[str]], workers: Workers
-) -> None:
-    """Starts to hash files of which every byte is there: the system still has them in memory."""
+def _hash_on(touched: set[SafetensorsWriter], hashing: dict[SafetensorsWriter, Future[None]], workers: Workers) -> None:
+    """Has files hashed as far as they go, while the system still has their bytes in memory."""
     for writer in touched:
-        if not writer.missing and writer not in hashes:
-            hashes[writer] = workers.submit(writer.sha256)
+        if writer not in hashing or hashing[writer].done():
+            hashing[writer] = workers.submit(writer.hash_written)
 
 
 def _prepare(work: Work, step: QuantizeStep | CopyStep) -> list[Callable[[], Finished]]:

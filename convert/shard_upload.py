@@ -11,14 +11,12 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from omni_convert.convert.copy import file_sha256
-from omni_convert.convert.execute import ComponentResult, Engine, Progress, Work, layer_results, name_of
+from omni_convert.convert.execute import ComponentResult, Engine, Progress, Work, check_written, layer_results, name_of
 from omni_convert.convert.journal import Record
 from omni_convert.convert.plan import ComponentPlan
 from omni_convert.convert.remote_folder import RemoteFolder
 from omni_convert.convert.tile import Tile, tiles_of
 from omni_convert.formats.errors import OutputError
-from omni_convert.formats.safetensors_file import SafetensorsFile
 from omni_convert.formats.safetensors_writer import SafetensorsWriter
 
 __all__ = ["upload_component"]
@@ -100,11 +98,13 @@ def _send_shard(remote: RemoteFolder, component: ComponentPlan, file: str, engin
     with tempfile.TemporaryDirectory(prefix="omni-convert-") as folder:
         path = Path(folder) / file
         with SafetensorsWriter(path, specs, component.shards.metadata) as writer:
-            work = Work(replace(component, steps=steps), engine, dict.fromkeys(names, writer))
-            records = {work.name_of(finished.tile): finished.record for finished in engine.run(work)}
-        with SafetensorsFile(path) as written:
-            assert written.specs == {spec.name: spec for spec in specs}, "a shard holds what was planned"
-        sha256 = file_sha256(path)
+            outputs = dict.fromkeys(names, writer)
+            work = Work(replace(component, steps=steps), engine, outputs)
+            done = list(engine.run(work))
+            sha256 = writer.sha256()
+        for finished in done:
+            check_written(finished, outputs)
+        records = {work.name_of(finished.tile): finished.record for finished in done}
         remote.send(path, _path(component, file))
     return _Sent(sha256, records)
 

@@ -30,12 +30,12 @@ class StreamedFile(SafetensorsFile):
         self._hub_files = hub_files
         self._name = name
         self._lock = threading.Lock()
-        self._unfinished = sum(spec.nbytes for spec in self.specs.values())
+        self._bytes_left = sum(spec.nbytes for spec in self.specs.values())
 
-    def finished(self, nbytes: int) -> None:
+    def finished(self, _name: str, nbytes: int) -> None:
         """Removes the file when all of its bytes were dealt with."""
-        self._unfinished -= nbytes
-        if self._unfinished == 0:
+        self._bytes_left -= nbytes
+        if self._bytes_left == 0:
             self.release()
 
     def release(self) -> None:

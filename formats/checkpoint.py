@@ -147,7 +147,7 @@ class Checkpoint(Mapping[str, TensorSpec]):
 
     def finished(self, name: str, nbytes: int) -> None:
         """Notes that so many more bytes of a tensor are not needed any more."""
-        self._file_of(name).finished(nbytes)
+        self._file_of(name).finished(name, nbytes)
 
     def prefetch(self, name: str, limit: int) -> None:
         """Has the system read a tensor, at most `limit` bytes of it, while we do something else."""

@@ -27,6 +27,11 @@ class FileDescriptor:
         if hasattr(os, "posix_fadvise"):  # macOS has none
             os.posix_fadvise(self.number, offset, length, os.POSIX_FADV_WILLNEED)
 
+    def wont_need(self, offset: int, length: int) -> None:
+        """Has the system give up its copy of bytes that nobody will read again soon; as above."""
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(self.number, offset, length, os.POSIX_FADV_DONTNEED)
+
     def start_writeback(self) -> None:
         """Has the system put what was written on the disk, without waiting for it; as above."""
         if _sync_file_range is not None:

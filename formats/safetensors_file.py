@@ -62,8 +62,15 @@ class SafetensorsFile:
         """Another process opens the file itself."""
         return _open_again, (self.path.absolute(), self.header_sha256, self.size)
 
-    def finished(self, nbytes: int) -> None:
-        """Notes that so many more bytes of tensors are not needed any more; for files that do not stay on the disk."""
+    def finished(self, name: str, nbytes: int) -> None:
+        """Notes that so many more bytes of a tensor are not needed any more.
+
+        The system forgets a tensor of which all bytes are: a model that is read once leaves the memory of the machine
+        to others, and new memory costs more than memory that has just become free.
+        """
+        self._unfinished[name] -= nbytes
+        if nbytes and not self._unfinished[name] and self._descriptor is not None:
+            self._descriptor.wont_need(self._offsets[name], self.specs[name].nbytes)
 
     def on_disk(self) -> Path:
         """The whole file."""
@@ -143,6 +150,7 @@ class SafetensorsFile:
         self.metadata: dict[str, str] = header.metadata
         self.header_sha256 = hashlib.sha256(text).hexdigest()
         self._offsets = header.offsets
+        self._unfinished = {name: spec.nbytes for name, spec in header.specs.items()}
 
     def _read_header(self, descriptor: FileDescriptor) -> bytes:
         """The JSON of the header."""

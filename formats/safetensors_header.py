@@ -4,8 +4,9 @@
     N bytes    {"__metadata__": {"format": "pt"}, "NAME": {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}}
     the rest   the tensors, without holes or overlaps; offsets count from here
 
-Source:     safetensors' README, "Format"; order and padding are those of its own writer: tensors by dtype, widest
-            first, then by name; spaces up to a multiple of 8 bytes.
+Source:     safetensors' README, "Format"; like its own writer we pad with spaces up to a multiple of 8 bytes.
+Order:      the one given, so that a file can be hashed while it is written. Where some tensor would then not begin at
+            a multiple of its element size, which torch cannot view, the wide ones come first.
 Limits:     100 MB of JSON, as in safetensors. No 4-bit and 6-bit dtypes: a byte of theirs is no whole element.
 """
 
@@ -16,6 +17,7 @@ import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from types import MappingProxyType
 from typing import Any
 
@@ -37,7 +39,6 @@ MAX_ENTRY_CHARACTERS = 4096
 # safetensors knows these, but an element of theirs is not a whole byte, or torch reads it on some devices only.
 UNREADABLE_DTYPES = ("F4", "F6_E2M3", "F6_E3M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ")
 DAMAGED = "the file is damaged, download or write it again"
-DTYPE_ORDER = {dtype: position for position, dtype in enumerate(TORCH_DTYPES.values())}
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ def build_header(specs: Iterable[TensorSpec], metadata: Mapping[str, str] | None
     Raises:
         ValueError: two tensors have one name, or one has the name of the metadata.
     """
-    ordered = sorted(specs, key=lambda spec: (-DTYPE_ORDER[spec.dtype], spec.name))
+    ordered = _aligned(list(specs))
     content: dict[str, Any] = {} if metadata is None else {METADATA: dict(sorted(metadata.items()))}
     begins: dict[str, int] = {}
     position = 0
@@ -88,6 +89,14 @@ def build_header(specs: Iterable[TensorSpec], metadata: Mapping[str, str] | None
     data = LENGTH_BYTES + len(text)
     offsets = {name: data + begin for name, begin in begins.items()}
     return Header({spec.name: spec for spec in ordered}, offsets, dict(metadata or {}), data + position), text
+
+
+def _aligned(specs: list[TensorSpec]) -> list[TensorSpec]:
+    """The specs in an order in which each tensor begins at a multiple of its element size."""
+    begins = accumulate((spec.nbytes for spec in specs), initial=0)
+    if all(begin % spec.dtype.itemsize == 0 for begin, spec in zip(begins, specs, strict=False)):
+        return specs
+    return sorted(specs, key=lambda spec: -spec.dtype.itemsize)
 
 
 def parse_header(text: bytes, file_size: int, where: object) -> Header:

@@ -1,4 +1,4 @@
-"""Writes a safetensors file whose tensors arrive in any order and in any pieces; its bytes are those of `save_file`.
+"""Writes a safetensors file whose tensors arrive in any order and in any pieces, and hashes it meanwhile.
 
 All names, dtypes and shapes are known at the start, so the header is final and every byte has its place before the
 first tensor is there. Only the length of the header, the first 8 bytes, waits for the end: a file that was never
@@ -15,6 +15,7 @@ import threading
 import zlib
 from bisect import bisect_left
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -56,11 +57,21 @@ class _Coverage:
         return True
 
 
-class _Reading:
-    """How far a file has been hashed, of which the first bytes are known before they are there."""
+@dataclass(frozen=True)
+class _Piece:
+    """Bytes of a tensor that were written, or adopted, at once."""
+
+    name: str
+    start: int
+    stop: int
+
+
+class _Hashing:
+    """How far a file has been hashed: up to a byte, from where on pieces may be missing."""
 
     def __init__(self, first: bytes) -> None:
-        self.digest = hashlib.sha256(first)
+        self.lock = threading.Lock()
+        self.digest = hashlib.sha256(first)  # the length, which is known before it is there
         self.position = len(first)
         self.block = memoryview(bytearray(READ_BLOCK))
 
@@ -84,7 +95,7 @@ class SafetensorsWriter:
 
         Args:
             path: the file
-            specs: all tensors that it will hold, in any order
+            specs: all tensors that it will hold, in the order in which they should lie there (`build_header`)
             metadata: free text that travels with the tensors
             resume: keep the bytes of a file of this very header that is there, and replace any other; none of them
                 counts as written until it is adopted
@@ -105,8 +116,9 @@ class SafetensorsWriter:
         self._data = LENGTH_BYTES + len(text)
         self._text_checksum = zlib.crc32(text)
         self._coverage = {name: _Coverage() for name in self._header.specs}
-        self._pieces: dict[str, list[tuple[int, int]]] = {name: [] for name in self._header.specs}
-        self._checksums: dict[tuple[str, int, int], int] = {}
+        self._pieces: dict[int, _Piece] = {}  # those that are there and not hashed, by their first byte in the file
+        self._checksums: dict[_Piece, int] = {}
+        self._hashing = _Hashing(self._length)
         self._lock = threading.Lock()
         self._written_twice: str | None = None
         self._missing = sum(spec.nbytes for spec in self._header.specs.values())
@@ -169,7 +181,7 @@ class SafetensorsWriter:
         start, stop = self._extent(name, first_row, stop_row)
         if stop > start:
             self._claim(name, start, stop)
-            self._count(name, stop - start)
+            self._count(_Piece(name, start, stop))
 
     def read_back(self, name: str, first_row: int, stop_row: int) -> bytes:
         """The bytes of rows of a tensor as they are in the file, whoever wrote them.
@@ -183,32 +195,35 @@ class SafetensorsWriter:
         except OSError as error:
             raise self._output_error(error) from None
 
+    def hash_written(self) -> None:
+        """Hashes what is there without a gap behind what was hashed before, unless another thread is at it.
+
+        The bytes are read back for it, so that `checksum` can then tell whether the file holds what was meant.
+
+        Raises:
+            OutputError: the disk fails, or the header is not what was written.
+        """
+        if self._hashing.lock.acquire(blocking=False):
+            try:
+                self._hash_written()
+            finally:
+                self._hashing.lock.release()
+
     def sha256(self) -> str:
         """Of the file as it will be once closed, which may go on meanwhile; every tensor must be written.
-
-        The file is read for it, so that `checksum` can then tell whether it holds what was meant.
 
         Raises:
             OutputError: the disk fails, or the header is not what was written.
         """
         self._check_complete()
-        reading = _Reading(self._length)
-        try:
-            descriptor = FileDescriptor(os.open(self.path, os.O_RDONLY | os.O_CLOEXEC))
-            if self._take(reading, descriptor, self._data) != self._text_checksum:
-                raise self._changed("another header", "the one that was written")
-            for name, pieces in self._pieces.items():
-                for start, stop in sorted(pieces):
-                    offset = self._header.offsets[name]
-                    self._checksums[name, start, stop] = self._take(reading, descriptor, offset + stop)
-        except OSError as error:
-            raise self._output_error(error) from None
-        return reading.digest.hexdigest()
+        with self._hashing.lock:
+            self._hash_written()
+        return self._hashing.digest.hexdigest()
 
     def checksum(self, name: str, first_row: int, stop_row: int) -> int:
-        """CRC-32 of rows that were written at once, or adopted, as `sha256` found them in the file."""
+        """CRC-32 of rows that were written at once, or adopted, as they were found in the file when it was hashed."""
         start, stop = self._extent(name, first_row, stop_row)
-        return self._checksums[name, start, stop] if stop > start else 0
+        return self._checksums[_Piece(name, start, stop)] if stop > start else 0
 
     def detach(self) -> None:
         """Puts what was written on the disk and lets go of the file, unfinished.
@@ -284,9 +299,10 @@ class SafetensorsWriter:
         data = bytes_of(tensor)
         if not len(data):
             return
-        self._claim(name, start, start + len(data))
+        piece = _Piece(name, start, start + len(data))
+        self._claim(name, piece.start, piece.stop)
         self._write_at(descriptor, data, self._header.offsets[name] + start)
-        if self._count(name, len(data)):
+        if self._count(piece):
             descriptor.start_writeback()
 
     def _extent(self, name: str, first_row: int, stop_row: int) -> tuple[int, int]:
@@ -300,10 +316,12 @@ class SafetensorsWriter:
             raise ValueError(f"{self.path}: tensor {quoted(name)} used after close")
         return self._descriptor
 
-    def _count(self, name: str, size: int) -> bool:
+    def _count(self, piece: _Piece) -> bool:
         """Notes that bytes were written; whether enough of them wait for the disk."""
+        size = piece.stop - piece.start
         with self._lock:
-            self._coverage[name].written += size
+            self._coverage[piece.name].written += size
+            self._pieces[self._header.offsets[piece.name] + piece.start] = piece
             self._missing -= size
             self._not_yet_on_disk += size
             is_enough = self._not_yet_on_disk >= WRITEBACK_BYTES
@@ -314,7 +332,6 @@ class SafetensorsWriter:
     def _claim(self, name: str, start: int, stop: int) -> None:
         with self._lock:
             if self._coverage[name].claim(start, stop):
-                self._pieces[name].append((start, stop))
                 return
             self._written_twice = name
         raise ValueError(f"{self.path}: tensor {quoted(name)}: bytes {start} to {stop} written twice")
@@ -339,19 +356,32 @@ class SafetensorsWriter:
             "free some space or name another --output"
         )
 
-    def _take(self, reading: _Reading, descriptor: FileDescriptor, stop: int) -> int:
+    def _hash_written(self) -> None:
+        hashing = self._hashing
+        try:
+            # Opened anew each time: on a file system that machines share, this is what shows what others wrote.
+            descriptor = FileDescriptor(os.open(self.path, os.O_RDONLY | os.O_CLOEXEC))
+            if hashing.position < self._data and self._hash_up_to(self._data, descriptor) != self._text_checksum:
+                raise self._changed("another header", "the one that was written")
+            while (piece := self._pieces.pop(hashing.position, None)) is not None:
+                stop = self._header.offsets[piece.name] + piece.stop
+                self._checksums[piece] = self._hash_up_to(stop, descriptor)
+        except OSError as error:
+            raise self._output_error(error) from None
+
+    def _hash_up_to(self, stop: int, descriptor: FileDescriptor) -> int:
         """Hashes the file up to a byte; the CRC-32 of what came since the byte before."""
-        checksum = 0
-        while reading.position < stop:
+        hashing, checksum = self._hashing, 0
+        while hashing.position < stop:
             if self._is_abandoned:
                 raise ValueError(f"{self.path}: hashed after an exception")
-            block = reading.block[: stop - reading.position]
-            count = os.preadv(descriptor.number, [block], reading.position)
+            block = hashing.block[: stop - hashing.position]
+            count = os.preadv(descriptor.number, [block], hashing.position)
             if not count:
-                raise self._changed(f"its end at byte {reading.position}", f"{self._header.file_size} bytes")
-            reading.digest.update(block[:count])
+                raise self._changed(f"its end at byte {hashing.position}", f"{self._header.file_size} bytes")
+            hashing.digest.update(block[:count])
             checksum = zlib.crc32(block[:count], checksum)
-            reading.position += count
+            hashing.position += count
         return checksum
 
     def _changed(self, found: str, expected: str) -> OutputError:

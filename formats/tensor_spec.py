@@ -9,7 +9,7 @@ import torch
 
 __all__ = ["DTYPE_NAMES", "TORCH_DTYPES", "TensorSpec"]
 
-# safetensors' dtype names, in the order in which its writer sorts them (last here comes first in a file).
+# safetensors' dtype names, in the order of its own list.
 TORCH_DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool,
     "U8": torch.uint8,

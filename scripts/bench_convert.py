@@ -3,10 +3,13 @@
 Writes a synthetic Z-Image transformer (the real class's names and shapes, random values), then for each method
 
     floor    seconds to read the input bytes once, write the output bytes and fsync them, with plain file I/O in one
-             thread, same disk, from a cold cache, after each run; the fastest of `--repeat`
+             thread, same disk, beside each run; the fastest of `--repeat`
     wall     seconds of `omni-convert`, a fresh process, imports included; the fastest of `--repeat` runs
     cores    processor time of that process over its wall time
     memory   peak of `RssAnon`, summed over all processes of the conversion
+
+Runs and floors begin alike: the source is not in memory, and what was freed before has been idle for a few seconds
+(a virtual machine may by then have handed it back, and pays for getting it again).
 
 MX, dual-scale and nvfp4 run with `--no-search`; NAME+search is the default search. Peers (ModelOpt, convert_to_quant)
 run for fp8 where they are installed.
@@ -40,6 +43,7 @@ from omni_convert.formats.tensor_spec import TensorSpec
 
 BLOCK = 8 << 20
 POLL_SECONDS = 0.02
+SETTLE_SECONDS = 5.0
 # One block of the full-size model: 181 million parameters.
 BLOCK_BYTES = 362e6
 METHODS = ("fp8", "int8", "mxfp8", "mxfp4", "mxfp4_dualscale", "nvfp4")
@@ -91,7 +95,7 @@ def write_transformer(folder: Path, gigabytes: float, shards: int) -> None:
 def copy_floor(source: Path, output_bytes: int, scratch: Path) -> float:
     """Seconds to read every weight byte of `source` and to write and sync so many bytes."""
     target = scratch / "floor"
-    drop_caches(source)
+    settle(source)
     started = time.perf_counter()
     block = bytearray(BLOCK)
     for file in sorted(source.glob("*.safetensors")):
@@ -107,13 +111,14 @@ def copy_floor(source: Path, output_bytes: int, scratch: Path) -> float:
     return seconds
 
 
-def drop_caches(folder: Path) -> None:
-    """Asks the system to forget the weights in a folder, so that every measurement reads from the disk."""
+def settle(folder: Path) -> None:
+    """Has the system forget the weights in a folder, and rest: every measurement begins like this."""
     for file in folder.glob("*.safetensors"):
         descriptor = os.open(file, os.O_RDONLY)
         os.fsync(descriptor)
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
         os.close(descriptor)
+    time.sleep(SETTLE_SECONDS)
 
 
 def anonymous_memory_of(process: int) -> int:
@@ -129,7 +134,7 @@ def anonymous_memory_of(process: int) -> int:
 
 def measure(command: list[str], source: Path) -> Run:
     """Runs a command on a cold source."""
-    drop_caches(source)
+    settle(source)
     before = os.times()
     started = time.perf_counter()
     process = subprocess.Popen(command)

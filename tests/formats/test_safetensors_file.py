@@ -347,3 +347,29 @@ def test_another_process_opens_the_same_file_or_none(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="found another file than the one that the work began with") as caught:
         pickle.loads(content)
     assert "\n" not in str(caught.value)
+
+
+def test_the_system_forgets_a_tensor_that_is_finished(tmp_path: Path) -> None:
+    size = 8 << 20
+    save_file({"a": torch.ones(size, dtype=torch.uint8), "b": torch.ones(size, dtype=torch.uint8)}, tmp_path / "w")
+    with (tmp_path / "w").open("rb") as stream, SafetensorsFile(tmp_path / "w") as file:
+        os.fsync(stream.fileno())
+
+        def is_in_memory(position: int) -> bool:
+            try:
+                return os.preadv(stream.fileno(), [bytearray(4096)], position, os.RWF_NOWAIT) > 0
+            except BlockingIOError:
+                return False
+
+        stream.seek(0, os.SEEK_END)
+        middle_of_a, middle_of_b = size // 2, stream.tell() - size // 2
+        file.read("a")
+        try:
+            file.finished("a", size - 1)
+            assert is_in_memory(middle_of_a)
+            file.finished("a", 1)
+        except OSError as error:
+            pytest.skip(f"this file system cannot tell what is in memory ({error.strerror})")
+        if is_in_memory(middle_of_a):
+            pytest.skip("this file system keeps everything in memory")
+        assert is_in_memory(middle_of_b)

@@ -18,7 +18,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from omni_convert.formats.errors import CheckpointError, OutputError
@@ -26,11 +26,15 @@ from omni_convert.formats.safetensors_file import SafetensorsFile
 from omni_convert.formats.safetensors_writer import SafetensorsWriter
 from omni_convert.formats.tensor_spec import TORCH_DTYPES, TensorSpec
 
+E4M3 = torch.float8_e4m3fn
+DTYPES = list(TORCH_DTYPES.values())
 FUZZ_EXAMPLES = int(os.environ.get("OMNI_CONVERT_FUZZ_EXAMPLES", "500")) // 5
 
 
 def specs_of(tensors: Mapping[str, Tensor]) -> list[TensorSpec]:
-    return [TensorSpec(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
+    """In the order of safetensors' own writer: by dtype, then by name."""
+    specs = [TensorSpec(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
+    return sorted(specs, key=lambda spec: (-DTYPES.index(spec.dtype), spec.name))
 
 
 def written(path: Path, tensors: Mapping[str, Tensor]) -> bytes:
@@ -53,7 +57,7 @@ def state_dicts(draw: st.DrawFn) -> dict[str, Tensor]:
     names = draw(st.lists(st.text(max_size=6).filter(lambda name: name != "__metadata__"), unique=True, max_size=6))
     tensors = {}
     for name in names:
-        dtype = draw(st.sampled_from(list(TORCH_DTYPES.values())))
+        dtype = draw(st.sampled_from(DTYPES))
         shape = draw(st.lists(st.integers(0, 5), max_size=3))
         size = TensorSpec(name, dtype, tuple(shape)).nbytes
         content = draw(st.binary(min_size=size, max_size=size))
@@ -91,10 +95,25 @@ def test_bytes_are_those_of_save_file_in_whatever_order_rows_arrive(
     assert path.read_bytes() == save(tensors, metadata={"format": "pt"})
 
 
-def test_dtypes_are_sorted_as_safetensors_sorts_them(tmp_path: Path) -> None:
-    tensors = {f"a.{name}": torch.ones(3, 16, dtype=torch.uint8).view(dtype) for name, dtype in TORCH_DTYPES.items()}
-    save_file(tensors, tmp_path / "reference.safetensors", metadata={"format": "pt"})
-    assert written(tmp_path / "a.safetensors", tensors) == (tmp_path / "reference.safetensors").read_bytes()
+def test_tensors_lie_in_the_order_given(tmp_path: Path) -> None:
+    specs = [TensorSpec(name, dtype, (4,)) for name, dtype in (("b", torch.uint8), ("c", torch.float32), ("a", E4M3))]
+    with SafetensorsWriter(tmp_path / "a.safetensors", specs) as writer:
+        for spec in specs:
+            writer.write(spec.name, torch.zeros(4, dtype=spec.dtype))
+    with SafetensorsFile(tmp_path / "a.safetensors") as file:
+        assert list(file.specs.values()) == specs
+
+
+def test_wide_tensors_come_first_where_the_order_given_would_leave_them_unaligned(tmp_path: Path) -> None:
+    tensors = {"a": torch.ones(3, dtype=torch.uint8), "b": torch.ones(2), "c": torch.ones(1, dtype=torch.bfloat16)}
+    specs = [TensorSpec(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()]
+    with SafetensorsWriter(tmp_path / "a.safetensors", specs) as writer:
+        for name, tensor in tensors.items():
+            writer.write(name, tensor)
+    with SafetensorsFile(tmp_path / "a.safetensors") as file:
+        assert list(file.specs) == ["b", "c", "a"]
+    loaded = load_file(tmp_path / "a.safetensors")
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in tensors.items())
 
 
 @pytest.mark.parametrize("metadata", [None, {}, {"note": 'é\n"\\\x01\x7f'}], ids=str)
@@ -322,8 +341,9 @@ def test_others_may_join_a_file_that_its_creator_closes(tmp_path: Path, writer: 
         writer.adopt("w", first_row, first_row + 2)
     writer.write("s", torch.tensor(5.0))
     writer.close()
-    tensors = {"w": torch.tensor([[0.0, 0.0]] * 2 + [[2.0, 2.0]] * 2), "s": torch.tensor(5.0)}
-    assert writer.path.read_bytes() == written(tmp_path / "b.safetensors", tensors)
+    loaded = load_file(writer.path)
+    assert torch.equal(loaded["w"], torch.tensor([[0.0, 0.0]] * 2 + [[2.0, 2.0]] * 2))
+    assert torch.equal(loaded["s"], torch.tensor(5.0))
 
 
 def test_there_is_nothing_to_join_where_the_disk_is_another(tmp_path: Path, writer: SafetensorsWriter) -> None:
@@ -353,6 +373,20 @@ def test_hashing_gives_the_hash_of_the_file_and_a_checksum_of_each_piece(complet
     assert complete.checksum("s", 0, 1) == zlib.crc32(torch.tensor(5.0).numpy().tobytes())
     complete.close()
     assert hashlib.sha256(complete.path.read_bytes()).hexdigest() == sha256
+
+
+def test_hashing_follows_writing(writer: SafetensorsWriter) -> None:
+    writer.write_rows("w", 2, torch.ones(2, 2))
+    writer.hash_written()  # the header; the rows before are missing
+    writer.write_rows("w", 0, torch.zeros(2, 2))
+    writer.hash_written()
+    assert writer.checksum("w", 2, 4) == zlib.crc32(torch.ones(2, 2).numpy().tobytes())
+    with pytest.raises(KeyError):
+        writer.checksum("s", 0, 1)
+    writer.write("s", torch.tensor(5.0))
+    sha256 = writer.sha256()
+    writer.close()
+    assert hashlib.sha256(writer.path.read_bytes()).hexdigest() == sha256
 
 
 def flip(path: Path, position: int) -> None:
