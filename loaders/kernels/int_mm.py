@@ -18,21 +18,37 @@ __all__ = ["INT_MM"]
 # cuBLASLt refuses 16 rows or fewer; 32 is the next multiple of 8 that tiles well.
 FEWEST_CUDA_ROWS = 17
 PADDED_CUDA_ROWS = 32
-# On a CPU, the float32 and int32 intermediates of this many rows stay in cache, and their memory is reused.
-CPU_TILE_ROWS = 256
+# On a CPU, the int32 and float32 results of so many rows and columns stay in the cache that cores share. Their memory
+# is allocated once: to get it anew for each tile costs more than the arithmetic on it.
+CPU_TILE_ROWS, CPU_TILE_COLUMNS = 512, 3072
 
 
 def _run(x: Tensor, tensors: Mapping[str, Tensor], _fmt: Format, bias: Tensor | None) -> Tensor:
-    if x.device.type != "cpu" or x.shape[0] <= CPU_TILE_ROWS:
-        return _run_tile(x, tensors, bias)
-    return torch.cat([_run_tile(tile, tensors, bias) for tile in torch.split(x, CPU_TILE_ROWS)])
-
-
-def _run_tile(x: Tensor, tensors: Mapping[str, Tensor], bias: Tensor | None) -> Tensor:
+    weight, weight_scale = tensors["weight"], tensors["weight_scale"].reshape(1, -1)
+    if x.device.type == "cpu" and not torch.compiler.is_compiling():  # a compiler fuses the steps itself
+        return _run_in_tiles(x, weight, weight_scale, bias)
     codes, input_scale = int8_per_token(x)
-    products = _multiply(codes, tensors["weight"].t())  # int32 [M, out]
-    out = (products * tensors["weight_scale"].reshape(1, -1)).mul_(input_scale)
+    products = _multiply(codes, weight.t())  # int32 [M, out]
+    out = (products * weight_scale).mul_(input_scale)
     return (out if bias is None else out.add_(bias)).to(x.dtype)
+
+
+def _run_in_tiles(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
+    rows, columns = len(x), len(weight)
+    out = x.new_empty(rows, columns)
+    elements = min(rows, CPU_TILE_ROWS) * min(columns, CPU_TILE_COLUMNS)
+    products, scaled = torch.empty(elements, dtype=torch.int32), torch.empty(elements)
+    for row in range(0, rows, CPU_TILE_ROWS):
+        codes, input_scale = int8_per_token(x[row : row + CPU_TILE_ROWS])
+        for column in range(0, columns, CPU_TILE_COLUMNS):
+            here = slice(column, column + CPU_TILE_COLUMNS)
+            target = out[row : row + CPU_TILE_ROWS, here]
+            tile = products[: target.numel()].view(target.shape)
+            torch._int_mm(codes, weight[here].t(), out=tile)  # noqa: SLF001  # torch has no public name for it
+            result = scaled[: target.numel()].view(target.shape).copy_(tile)
+            result.mul_(weight_scale[:, here]).mul_(input_scale)
+            target.copy_(result if bias is None else result.add_(bias[here]))
+    return out
 
 
 def _multiply(codes: Tensor, weight: Tensor) -> Tensor:
