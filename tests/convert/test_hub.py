@@ -24,6 +24,8 @@ from urllib.parse import unquote, urlsplit
 import pytest
 from huggingface_hub import ModelCard
 
+from omni_convert.convert.journal import JOURNAL
+
 TOKEN = "hf_thisTokenMustNeverBeSeenAnywhere"
 SIGNATURE = "X-Signature=thisSignatureNeither"
 Files = dict[str, bytes]
@@ -691,6 +693,41 @@ def test_a_source_may_be_kept_and_is_then_not_fetched_again(
     assert list((tmp_path / "home").rglob("*.safetensors"))
     for name in ("kept", "out"):
         assert weights_of(contents(tmp_path / name)) == weights_of(contents(converted))
+
+
+def test_a_killed_run_goes_on_and_fetches_no_finished_shard_again(
+    hub: HubServer, run: Run, source: Path, converted: Path, tmp_path: Path
+) -> None:
+    hub.add("someone/tiny", source)
+    shards = sorted(name for name in contents(source) if re.fullmatch(r"transformer/.*\.safetensors", name))
+    first, last = (
+        f"GET /storage/{oid_of(name, (source / name).read_bytes())} whole" for name in (shards[0], shards[-1])
+    )
+    hub.seconds = {last.split("/")[-1].removesuffix(" whole"): 60.0}
+    environment = os.environ | {"HF_ENDPOINT": hub.address, "HF_HOME": str(tmp_path / "home"), "HF_TOKEN": TOKEN}
+    command = [sys.executable, "-m", "omni_convert.convert.cli", "someone/tiny", "-m", "int8", "-o", "out"]
+    process = subprocess.Popen(
+        command, env=environment | {"HF_HUB_DISABLE_XET": "1"}, cwd=tmp_path, stderr=subprocess.PIPE
+    )
+    partial = tmp_path / "out.partial"
+
+    def is_first_shard_done() -> bool:
+        has_begun = first in hub.requests and b"transformer/" in (partial / JOURNAL).read_bytes()
+        return has_begun and not list((partial / ".downloads").rglob(Path(shards[0]).name))
+
+    while last not in hub.requests or not is_first_shard_done():
+        assert process.poll() is None, process.communicate()[1]
+        time.sleep(0.02)
+    process.kill()
+    process.communicate(timeout=30)
+    assert process.returncode == -signal.SIGKILL
+    assert not (tmp_path / "out").exists()
+    hub.seconds = {}
+    result = run("someone/tiny", "-m", "int8", "-o", "out", "--resume")
+    assert result.returncode == 0, result.stderr
+    assert weights_of(contents(tmp_path / "out")) == weights_of(contents(converted))
+    assert hub.requests.count(first) == 1
+    assert not (tmp_path / "out" / ".downloads").exists()
 
 
 @pytest.mark.slow  # a busy machine may take longer than the download that must not be waited for
