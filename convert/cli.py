@@ -15,7 +15,16 @@ import click
 from click_default_group import DefaultGroup
 
 from omni_convert.convert.readahead import start_reading
-from omni_convert.convert.recipe import ACTIVATION_SCHEMES, DIALECT_NAMES, DTYPES, METHODS, ROUNDINGS, RUNTIMES, Recipe
+from omni_convert.convert.recipe import (
+    ACTIVATION_SCHEMES,
+    DIALECT_NAMES,
+    DTYPES,
+    METHODS,
+    ROUNDINGS,
+    RUNTIMES,
+    LoraRequest,
+    Recipe,
+)
 from omni_convert.formats.errors import CalibrationError, OmniConvertError, OutputError, RecipeError
 
 if TYPE_CHECKING:
@@ -142,6 +151,9 @@ def _engine_option(command: Command) -> Command:
     "--bf16-blocks", type=click.IntRange(0), help="Leading blocks kept in BF16; Wan with dual-scale: 5, else 0."
 )
 @click.option("--force", is_flag=True, help="Override a refusal that names this option.")
+@click.option(
+    "--lora", multiple=True, metavar="[NAME=]FILE[:SCALE]", help="Bake this LoRA in, into component NAME; repeatable."
+)
 @click.option("--dtype", type=click.Choice(DTYPES), help="Recast unquantized floats; default: keep.")
 @click.option("--max-shard-size", default="5GB", show_default=True)
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
@@ -172,6 +184,9 @@ def convert_command(
 @click.argument("model", metavar="PATH")
 @click.option("-o", "--output", help="Folder, or a URL for fsspec. Default: ./<model name>-dequantized.")
 @click.option("--component", multiple=True, metavar="NAME=none", help="A component to leave as it is.")
+@click.option(
+    "--lora", multiple=True, metavar="[NAME=]FILE[:SCALE]", help="Bake this LoRA in, into component NAME; repeatable."
+)
 @click.option("--dtype", type=click.Choice(DTYPES), help="Of the result; default: bfloat16, and the rest as it is.")
 @click.option("--max-shard-size", default="5GB", show_default=True)
 @click.option("--revision", help="Branch, tag or commit on the Hub.")
@@ -286,6 +301,7 @@ def _recipe(model: str | None, options: dict[str, Any]) -> Recipe:
         components[name] = method
     patterns = [pattern for text in options.pop("ignored_layers") for pattern in _patterns(text)]
     options["calib"] = _prompts_file(model, options["calib"])
+    options["lora"] = tuple(LoraRequest.parse(text) for text in options.get("lora", ()))
     return Recipe(component=components, ignored_layers=tuple(patterns), **options)
 
 

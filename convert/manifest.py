@@ -46,6 +46,7 @@ def describe_job(plan: Plan, statistics_id: str | None) -> dict[str, Any]:
         "recipe": plan.recipe.of_the_bytes(),
         "statistics": statistics_id,
         "moments": plan.moments,
+        **({"loras": dict(plan.loras)} if plan.loras else {}),
         "source": files | copies | configs,
     }
 
@@ -82,6 +83,7 @@ def write_manifest(
             "recipe": plan.recipe.of_the_bytes(),
             "statistics": statistics_id,
             "moments": plan.moments,
+            **({"loras": dict(plan.loras)} if plan.loras else {}),
             "components": {
                 component.name: {
                     "method": component.method,
@@ -126,7 +128,8 @@ def read_results(folder: Path, plan: Plan, statistics_id: str | None) -> dict[st
     try:
         before = [manifest[name] for name in ("omni_convert_version", "recipe", "statistics", "moments")]
         recipe = json.loads(json.dumps(plan.recipe.of_the_bytes()))
-        if before != [VERSION, recipe, statistics_id, plan.moments]:
+        before.append(manifest.get("loras", {}))
+        if before != [VERSION, recipe, statistics_id, plan.moments, dict(plan.loras)]:
             raise _another(folder)
         return {component.name: _results_of(folder, component, manifest) for component in plan.components}
     except (KeyError, TypeError, AttributeError):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
@@ -73,15 +74,20 @@ def model_card(plan: Plan, results: dict[str, Sequence[LayerResult]]) -> str:
         f"{plan.source.short_name}-{plan.recipe.outcome}"  # not the output's name: the same job gives the same bytes
     )
     run = _run(plan, title)
+    source += "".join(f", with the LoRA **{lora['name']}** ({lora['scale']:g})" for lora in _loras(plan))
     body = BODY.format(title=title, source=source, what=_what(plan), rows="\n".join(_rows(plan, results)), run=run)
     return f"---\n{data.to_yaml()}\n---\n{body}"
+
+
+def _loras(plan: Plan) -> list[dict[str, Any]]:
+    return [lora for baked in plan.loras.values() for lora in baked]
 
 
 def _tags(plan: Plan) -> set[str]:
     if plan.recipe.method == "dequantize":
         return set()
     if plan.recipe.method == "keep":
-        return {"quantized", plan.recipe.dialect}
+        return {"quantized", plan.recipe.dialect} if any(each.transcoded for each in plan.components) else set()
     return {"quantized", *(component.method for component in plan.components)}
 
 
@@ -91,6 +97,8 @@ def _what(plan: Plan) -> str:
     if not recipe.is_transcoding:
         return f"quantized to **{recipe.method}**"
     labels = sorted({label for component in plan.components for label in component.transcoded.values()})
+    if not labels:
+        return "converted"
     if recipe.method == "dequantize":
         return f"dequantized (it was {', '.join(labels)})"
     return f"which is quantized ({', '.join(labels)}), spelled for **{recipe.dialect}** without changing a value,"
@@ -98,6 +106,8 @@ def _what(plan: Plan) -> str:
 
 def _run(plan: Plan, title: str) -> str:
     """How to run the result."""
+    if not any(component.quantized_stems or component.transcoded for component in plan.components):
+        return "As the model that it was before."
     if plan.recipe.method == "dequantize":
         return "As the model that it was before it was quantized."
     if plan.recipe.dialect != "vllm-omni":

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from omni_convert.convert.component_weights import as_weights, bake, model_class
+from omni_convert.convert.lora import Lora, check_requests
 from omni_convert.convert.moments import Moments
 from omni_convert.convert.recipe import Recipe, suggestion
 from omni_convert.convert.respelling import replace_config, respell
@@ -37,7 +39,7 @@ from omni_convert.formats.safetensors_header import quoted
 from omni_convert.formats.sharding import Shards, plan_shards
 from omni_convert.formats.table import FORMATS, Calibration
 from omni_convert.formats.tensor_spec import TensorSpec
-from omni_convert.formats.view import CheckpointView, dequantized_view
+from omni_convert.formats.view import CheckpointView
 from omni_convert.formats.weight_files import checked_path
 
 if TYPE_CHECKING:
@@ -148,6 +150,7 @@ class Plan:
         copies: files that are taken over byte for byte: path inside the output → source path
         notes: what the user should know about how the recipe was read
         moments: identity of the second moments that rounding uses, if there are some
+        loras: component → the LoRA files that are baked in, as the manifest describes them
     """
 
     source: Source
@@ -156,6 +159,7 @@ class Plan:
     copies: dict[str, Path] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     moments: str | None = None
+    loras: Mapping[str, list[dict[str, Any]]] = field(default_factory=dict)
 
     @property
     def bytes_before(self) -> int:
@@ -188,13 +192,14 @@ def plan_conversion(source: Source, recipe: Recipe, statistics: Statistics | Non
     methods = component_methods(source, recipe)
     _check_encoder(source, methods, recipe)
     opened = {name: open_component(source, name) for name in methods}
+    checkpoints, loras = _weights_of(source, opened, recipe, notes)
     if recipe.is_transcoding:
-        methods = {name: method for name, method in methods.items() if opened[name].layers}
+        methods = {name: method for name, method in methods.items() if opened[name].layers or name in loras}
         if not methods:
             raise RecipeError(
                 f"{source.name}: found nothing quantized, expected a quantized model for -m {recipe.method}"
             )
-    checkpoints = {name: _as_weights(opened[name]) for name in methods}
+    checkpoints = {name: checkpoints[name] for name in methods}
     moments = _load_moments(recipe, notes)
     for recorded in (statistics, moments):
         if recorded is not None:
@@ -218,7 +223,7 @@ def plan_conversion(source: Source, recipe: Recipe, statistics: Statistics | Non
     components = tuple(plans[name] for name in methods)
     copies = _files_to_copy(source, methods)
     moments_id = moments.fingerprint() if moments is not None else None
-    return Plan(source, recipe, components, copies, tuple(dict.fromkeys(notes)), moments_id)
+    return Plan(source, recipe, components, copies, tuple(dict.fromkeys(notes)), moments_id, loras)
 
 
 def component_methods(source: Source, recipe: Recipe) -> dict[str, str]:
@@ -268,7 +273,7 @@ def _check_encoder(source: Source, methods: Mapping[str, str], recipe: Recipe) -
     if encoder is None or not (source.path / "transformer").is_dir():
         return
     _, config = _component_config(source, "transformer")
-    is_shared = bool(_shared_encoder_layers(source, find_family(_model_class(config))))
+    is_shared = bool(_shared_encoder_layers(source, find_family(model_class(config))))
     if is_shared and encoder != denoiser:
         raise RecipeError(
             f"--component text_encoder={encoder}: the runtime builds this text encoder with the transformer's method, "
@@ -292,9 +297,28 @@ def open_component(source: Source, name: str) -> QuantizedCheckpoint:
     return read_quantized(checkpoint, path if path.is_dir() else path.parent)
 
 
-def _as_weights(opened: QuantizedCheckpoint) -> Checkpoint:
-    """A component in float numbers, whatever its file holds."""
-    return dequantized_view(opened) if opened.layers else opened.checkpoint
+def _weights_of(
+    source: Source, opened: Mapping[str, QuantizedCheckpoint], recipe: Recipe, notes: list[str]
+) -> tuple[dict[str, Checkpoint], dict[str, list[dict[str, Any]]]]:
+    """Every component in plain numbers, with LoRA files baked in, and which files those are."""
+    checkpoints = {name: as_weights(component) for name, component in opened.items()}
+    loras: dict[str, list[dict[str, Any]]] = {}
+    for name, requests in check_requests(recipe.lora, dict.fromkeys(opened, recipe.method)).items():
+        if recipe.method == "keep" and opened[name].layers:
+            raise RecipeError(
+                f"--lora: found with -m keep on {_counted(opened[name])}, whose values it would change; use "
+                "-m METHOD, which quantizes them again, or `omni-convert dequantize --lora`"
+            )
+        config = _component_config(source, name)[1] if _has_config(source, name) else {}
+        checkpoints[name], baked = bake(checkpoints[name], requests, config, force=recipe.force)
+        loras[name] = [lora.description for lora in baked]
+        notes += [_lora_note(lora, name or source.name) for lora in baked]
+    return checkpoints, loras
+
+
+def _lora_note(lora: Lora, name: str) -> str:
+    left_out = f"; {len(lora.left_out)} tensors that match nothing were left out" if lora.left_out else ""
+    return f"{lora.request.path.name}: baked into {len(lora.added)} tensors of {name}{left_out}"
 
 
 def _streamed_files(source: Source, name: str) -> dict[str, Callable[[], SafetensorsFile]]:
@@ -361,13 +385,13 @@ def _plan_component(
     notes: list[str],
 ) -> ComponentPlan:
     if recipe.is_transcoding:
-        return _transcode_component(source, name, opened, recipe, encoder, notes)
+        return _transcode_component(source, name, opened, checkpoint, recipe, encoder, notes)
     is_transformers = _library(source, name) == "transformers"
     config_path, config = _component_config(source, name)
     _refuse_unread(config_path, config, opened)
     notes += _requantizing_notes(name, opened, method)
     dialect = DIALECTS[recipe.dialect]
-    family = find_family(_model_class(config))
+    family = find_family(model_class(config))
     scheme = _activation_scheme(method, recipe, statistics, notes)
     calibrated = scheme == "static" or (statistics is not None and FORMATS[method].calibration is Calibration.MUL_SCALE)
     groups, kept = choose_layers(family, checkpoint, config_path, config, method, recipe)
@@ -422,21 +446,24 @@ def _transcode_component(
     source: Source,
     name: str,
     opened: QuantizedCheckpoint,
+    checkpoint: Checkpoint,
     recipe: Recipe,
     encoder: ComponentPlan | None,
     notes: list[str],
 ) -> ComponentPlan:
-    """A component whose quantized layers are spelled anew, or dequantized."""
+    """A component whose quantized layers are spelled anew, or dequantized; or one into which only LoRAs are baked."""
     is_transformers = _library(source, name) == "transformers"
     config_path, config = _component_config(source, name) if _has_config(source, name) else (source.path, {})
     _refuse_unread(config_path, config, opened)
     block: dict[str, Any] | None = None
     metadata: dict[str, str] = {}
-    if recipe.method == "dequantize":
-        view = dequantized_view(opened)
+    view = checkpoint
+    if not opened.layers:
+        pass
+    elif recipe.method == "dequantize":
         notes.append(f"{name or source.name}: {_counted(opened)} dequantized")
     else:
-        family = find_family(_model_class(config)) if config else None
+        family = find_family(model_class(config)) if config else None
         others = _unquantized_encoder_layers(source, family, encoder) if family and name in DENOISERS else []
         respelling = respell(opened, family, recipe, others, is_transformers=is_transformers)
         view, block, metadata = respelling.view, respelling.block, respelling.metadata
@@ -511,12 +538,6 @@ def _counted(opened: QuantizedCheckpoint) -> str:
     """`24 layers (nvfp4 as modelopt spells it)`."""
     labels = dict.fromkeys(layer.format.label for layer in opened.layers.values())
     return f"{len(opened.layers)} layers ({', '.join(labels)} as {opened.dialect} spells it)"
-
-
-def _model_class(config: Mapping[str, Any]) -> str:
-    architectures = config.get("architectures")
-    named = [config.get("_class_name"), *(architectures if isinstance(architectures, list) else [])]
-    return next((name for name in named if isinstance(name, str) and name), "unknown")
 
 
 def _library(source: Source, name: str) -> str:
@@ -606,14 +627,14 @@ def _ordered_steps(
 
 def _dtype_of_copy(spec: TensorSpec, checkpoint: Checkpoint, recipe: Recipe) -> torch.dtype:
     """What a tensor becomes that is not quantized: what it was, the recipe's dtype, or BF16 if it was quantized."""
+    kept = checkpoint.storage.get(spec.name, spec.dtype) if isinstance(checkpoint, CheckpointView) else spec.dtype
     if recipe.method == "keep" or not spec.dtype.is_floating_point:
-        return spec.dtype
+        return kept
     if recipe.dtype is not None:
         wanted: torch.dtype = getattr(torch, recipe.dtype)
         return wanted
-    layers = checkpoint.quantized.layers if isinstance(checkpoint, CheckpointView) else {}
     is_bare_code = recipe.method == "dequantize" and spec.dtype.itemsize == 1
-    return torch.bfloat16 if spec.name.removesuffix(".weight") in layers or is_bare_code else spec.dtype
+    return torch.bfloat16 if is_bare_code else kept
 
 
 def _shared_encoder_layers(source: Source, family: Family) -> list[str]:

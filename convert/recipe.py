@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -11,7 +12,7 @@ from typing import Any
 
 from omni_convert.formats.errors import RecipeError
 
-__all__ = ["DIALECT_NAMES", "METHODS", "TRANSCODINGS", "Recipe", "suggestion"]
+__all__ = ["DIALECT_NAMES", "METHODS", "TRANSCODINGS", "LoraRequest", "Recipe", "suggestion"]
 
 # The names alone: `--help` and a mistyped method must not import torch. A test holds them equal to `FORMATS`.
 METHODS = ("fp8", "int8", "mxfp8", "mxfp4", "mxfp4_dualscale", "nvfp4")
@@ -28,6 +29,7 @@ METHODS_OF_OPTION = {
     "input_scale": ("fp8", "nvfp4"),
     "int8_fused_scales": ("int8",),
 }
+LORA_COMPONENT = re.compile(r"([A-Za-z]\w*)=")
 ENGINE = re.compile(r"local|ray|(ray://)?[\w.-]+:\d+|ray://[\w.-]+")
 DTYPES = ("bfloat16", "float16", "float32")
 
@@ -43,6 +45,38 @@ def _check_choice(option: str, value: str | None, choices: tuple[str, ...]) -> N
         raise RecipeError(
             f"--{option}: found '{value}', expected one of {', '.join(choices)}{suggestion(value, choices)}"
         )
+
+
+@dataclass(frozen=True)
+class LoraRequest:
+    """A LoRA file to bake in.
+
+    Attributes:
+        scale: strength, over that which the file itself says (alpha / rank)
+        component: to bake it into; None for the one denoiser
+    """
+
+    path: Path
+    scale: float = 1.0
+    component: str | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> LoraRequest:
+        """`[COMPONENT=]FILE[:SCALE]`; a number after the last colon is the scale.
+
+        Raises:
+            RecipeError: the scale is not a finite number.
+        """
+        component = LORA_COMPONENT.match(text)
+        rest = text[component.end() :] if component else text
+        file, colon, last = rest.rpartition(":")
+        try:
+            scale = float(last) if colon else 1.0
+        except ValueError:
+            file, scale = rest, 1.0
+        if not math.isfinite(scale):
+            raise RecipeError(f"--lora {text}: found scale {scale}, expected a finite number")
+        return cls(Path(file if colon else rest), scale, component[1] if component else None)
 
 
 @dataclass(frozen=True)
@@ -69,6 +103,7 @@ class Recipe:
     bf16_blocks: int | None = None
     dtype: str | None = None
     max_shard_size: str = "5GB"
+    lora: tuple[LoraRequest, ...] = ()
 
     calib: Path | None = None
     calibration: tuple[Path, ...] = ()
@@ -115,6 +150,11 @@ class Recipe:
             raise RecipeError(f"--workers: found {self.workers}, expected at least 1")
         if self.calib is not None and self.calibration:
             raise RecipeError("--calib and --calibration: found both, expected one; --calibration reuses a --calib run")
+        if self.lora and (self.calib is not None or self.calibration or self.moments):
+            raise RecipeError(
+                "--lora: found with calibration, which would run the model without it, expected it alone; bake it "
+                "first with -m keep --lora, and calibrate on the result"
+            )
 
     def _check_block_size(self, block_size: tuple[int, int]) -> None:
         if self.method != "fp8":
@@ -149,6 +189,8 @@ class Recipe:
     @property
     def outcome(self) -> str:
         """What to call the result beside the model's name."""
+        if self.method == "keep" and self.lora:
+            return "baked"
         return {"keep": self.dialect, "dequantize": "dequantized"}.get(self.method, self.method)
 
     @property

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -22,7 +23,7 @@ from omni_convert.formats.quantized import QuantizedCheckpoint, QuantizedLayer
 from omni_convert.formats.safetensors_file import SafetensorsFile
 from omni_convert.formats.tensor_spec import TensorSpec
 
-__all__ = ["CheckpointView", "dequantized_view", "respelled_view"]
+__all__ = ["CheckpointView", "KeptTensor", "ViewedTensor", "dequantized_view", "respelled_view"]
 
 
 class ViewedTensor(ABC):
@@ -30,7 +31,7 @@ class ViewedTensor(ABC):
 
     Attributes:
         spec: what it is
-        sources: names of the tensors that it is made of, where no other tensor of the view needs them
+        sources: names of the tensors that it is made of
     """
 
     spec: TensorSpec
@@ -42,7 +43,7 @@ class ViewedTensor(ABC):
 
 
 @dataclass(frozen=True)
-class _Kept(ViewedTensor):
+class KeptTensor(ViewedTensor):
     """A tensor under another name, perhaps."""
 
     spec: TensorSpec
@@ -133,18 +134,20 @@ class CheckpointView(Checkpoint):
     """See the module; files, and what is said about them, are those of the source.
 
     Attributes:
-        quantized: what the source is
+        storage: name to the dtype in which a tensor that was computed in another is best kept
     """
 
-    def __init__(self, quantized: QuantizedCheckpoint, tensors: Sequence[ViewedTensor]) -> None:
-        source = quantized.checkpoint
+    def __init__(
+        self, source: Checkpoint, tensors: Sequence[ViewedTensor], storage: Mapping[str, torch.dtype] | None = None
+    ) -> None:
         self.path = source.path
         self.files: dict[str, SafetensorsFile] = source.files
-        self.quantized = quantized
+        self.storage = dict(storage or {})
         self._source = source
         self._tensors = {tensor.spec.name: tensor for tensor in tensors}
         self._specs = {name: tensor.spec for name, tensor in self._tensors.items()}
         self._unfinished = {name: spec.nbytes for name, spec in self._specs.items()}
+        self._users = Counter(name for tensor in tensors for name in tensor.sources)
         first_file = next(iter(source.files))
         self.weight_map = {
             name: source.weight_map[tensor.sources[0]] if tensor.sources else first_file
@@ -169,7 +172,9 @@ class CheckpointView(Checkpoint):
         self._unfinished[name] -= nbytes
         if self._unfinished[name] <= 0:
             for source in self._tensors[name].sources:
-                self._source.finished(source, self._source[source].nbytes)
+                self._users[source] -= 1
+                if not self._users[source]:
+                    self._source.finished(source, self._source[source].nbytes)
 
     def fingerprint(self) -> str:
         return self._source.fingerprint()
@@ -181,7 +186,8 @@ def dequantized_view(quantized: QuantizedCheckpoint) -> CheckpointView:
     def weight_of(layer: QuantizedLayer) -> list[ViewedTensor]:
         return [_Dequantized(TensorSpec(f"{layer.stem}.weight", torch.float32, layer.shape), layer)]
 
-    return _view(quantized, {stem: weight_of(layer) for stem, layer in quantized.layers.items()})
+    storage = {f"{stem}.weight": torch.bfloat16 for stem in quantized.layers}
+    return _view(quantized, {stem: weight_of(layer) for stem, layer in quantized.layers.items()}, storage)
 
 
 def respelled_view(quantized: QuantizedCheckpoint, spellings: Mapping[str, Spelling]) -> CheckpointView:
@@ -212,7 +218,11 @@ def _respelled(layer: QuantizedLayer, spelling: Spelling) -> list[ViewedTensor]:
     return tensors + [_Mark(spec(name, marks[name]), text) for name, text in spelling.extras.items()]
 
 
-def _view(quantized: QuantizedCheckpoint, layers: Mapping[str, Sequence[ViewedTensor]]) -> CheckpointView:
+def _view(
+    quantized: QuantizedCheckpoint,
+    layers: Mapping[str, Sequence[ViewedTensor]],
+    storage: Mapping[str, torch.dtype] | None = None,
+) -> CheckpointView:
     """The view with these tensors for the layers, in the order in which the source holds them."""
     checkpoint = quantized.checkpoint
     stem_of = {name: stem for stem, layer in quantized.layers.items() for name in layer.sources}
@@ -223,5 +233,5 @@ def _view(quantized: QuantizedCheckpoint, layers: Mapping[str, Sequence[ViewedTe
             tensors |= {tensor.spec.name: tensor for tensor in layers[stem_of[stored]]}
         elif stored in new_names:
             name = new_names[stored]
-            tensors[name] = _Kept(replace(spec, name=name), checkpoint, stored)
-    return CheckpointView(quantized, list(tensors.values()))
+            tensors[name] = KeptTensor(replace(spec, name=name), checkpoint, stored)
+    return CheckpointView(checkpoint, list(tensors.values()), storage)

@@ -1,0 +1,46 @@
+"""A component's tensors as plain numbers under diffusers' names, whatever the file holds: the input of every method.
+
+quantized ─► dequantized ─► under diffusers' names ─► with LoRA files baked in
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from omni_convert.convert.lora import Lora, read_lora
+from omni_convert.convert.recipe import LoraRequest
+from omni_convert.formats.baked import LowRank, Update, baked_view
+from omni_convert.formats.checkpoint import Checkpoint
+from omni_convert.formats.quantized import QuantizedCheckpoint
+from omni_convert.formats.view import dequantized_view
+
+__all__ = ["as_weights", "bake", "model_class"]
+
+
+def as_weights(opened: QuantizedCheckpoint) -> Checkpoint:
+    """A component in float numbers, whatever its file holds."""
+    return dequantized_view(opened) if opened.layers else opened.checkpoint
+
+
+def bake(
+    checkpoint: Checkpoint, requests: Sequence[LoraRequest], config: Mapping[str, Any], *, force: bool
+) -> tuple[Checkpoint, list[Lora]]:
+    """The checkpoint with all the files baked in, in their order, and what they are.
+
+    Raises:
+        CheckpointError: a file is damaged, or does not belong to this model.
+    """
+    loras = [read_lora(request, checkpoint, model_class(config), force=force) for request in requests]
+    added: dict[str, list[LowRank | Update]] = {}
+    for lora in loras:
+        for name, updates in lora.added.items():
+            added.setdefault(name, []).extend(updates)
+    return (baked_view(checkpoint, added) if added else checkpoint), loras
+
+
+def model_class(config: Mapping[str, Any]) -> str:
+    """The class that a config names, or "unknown"."""
+    architectures = config.get("architectures")
+    named = [config.get("_class_name"), *(architectures if isinstance(architectures, list) else [])]
+    return next((name for name in named if isinstance(name, str) and name), "unknown")
