@@ -9,18 +9,36 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from omni_convert.convert.lora import Lora, read_lora
+from omni_convert.convert.original_names import has_original_files, under_diffusers_names
 from omni_convert.convert.recipe import LoraRequest
 from omni_convert.formats.baked import LowRank, Update, baked_view
 from omni_convert.formats.checkpoint import Checkpoint
 from omni_convert.formats.quantized import QuantizedCheckpoint
 from omni_convert.formats.view import dequantized_view
 
-__all__ = ["as_weights", "bake", "model_class"]
+__all__ = ["as_weights", "bake", "model_class", "renamed"]
 
 
 def as_weights(opened: QuantizedCheckpoint) -> Checkpoint:
     """A component in float numbers, whatever its file holds."""
     return dequantized_view(opened) if opened.layers else opened.checkpoint
+
+
+def renamed(checkpoint: Checkpoint, config: Mapping[str, Any], notes: list[str]) -> Checkpoint:
+    """The checkpoint under diffusers' names; as it is, if it has them or nobody knows how to get there.
+
+    Raises:
+        CheckpointError: it is not the model that the config describes.
+    """
+    converted = (
+        under_diffusers_names(checkpoint, config, model_class(config)) if has_original_files(checkpoint) else None
+    )
+    if converted is None:
+        return checkpoint
+    view, unused = converted
+    left_out = f"; left out {len(unused)} tensors that the model has no use for, as '{unused[0]}'" if unused else ""
+    notes.append(f"{checkpoint.path.name}: renamed by diffusers' own conversion for {model_class(config)}{left_out}")
+    return view
 
 
 def bake(

@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from omni_convert.convert.component_weights import as_weights, bake, model_class
+from omni_convert.convert.component_weights import as_weights, bake, model_class, renamed
 from omni_convert.convert.lora import Lora, check_requests
 from omni_convert.convert.moments import Moments
+from omni_convert.convert.original_names import missing_config
 from omni_convert.convert.recipe import Recipe, suggestion
 from omni_convert.convert.respelling import replace_config, respell
 from omni_convert.convert.rounding import CompensatedFormat
@@ -194,7 +195,11 @@ def plan_conversion(source: Source, recipe: Recipe, statistics: Statistics | Non
     opened = {name: open_component(source, name) for name in methods}
     checkpoints, loras = _weights_of(source, opened, recipe, notes)
     if recipe.is_transcoding:
-        methods = {name: method for name, method in methods.items() if opened[name].layers or name in loras}
+        methods = {
+            name: method
+            for name, method in methods.items()
+            if opened[name].layers or checkpoints[name] is not opened[name].checkpoint
+        }
         if not methods:
             raise RecipeError(
                 f"{source.name}: found nothing quantized, expected a quantized model for -m {recipe.method}"
@@ -302,6 +307,10 @@ def _weights_of(
 ) -> tuple[dict[str, Checkpoint], dict[str, list[dict[str, Any]]]]:
     """Every component in plain numbers, with LoRA files baked in, and which files those are."""
     checkpoints = {name: as_weights(component) for name, component in opened.items()}
+    if source.path.is_file() and not recipe.is_transcoding and not _has_config(source, ""):
+        raise missing_config(checkpoints[""], source.path.parent / "config.json")
+    if "" in opened and _has_config(source, "") and not (recipe.method == "keep" and opened[""].layers):
+        checkpoints[""] = renamed(checkpoints[""], _component_config(source, "")[1], notes)
     loras: dict[str, list[dict[str, Any]]] = {}
     for name, requests in check_requests(recipe.lora, dict.fromkeys(opened, recipe.method)).items():
         if recipe.method == "keep" and opened[name].layers:
