@@ -450,6 +450,7 @@ def generate_command(
 ) -> None:
     """Load MODEL, make an image of a prompt, and tell which kernels ran."""
     _announce_demo(model, "running", quiet=False)
+    _check_picture_path(output)
     from omni_convert.convert.device import resolve_device
     from omni_convert.convert.generation import GenerationSettings, run_pipeline
     from omni_convert.convert.prompts import Prompt
@@ -468,6 +469,16 @@ def generate_command(
     report = kernel_report(pipe)
     click.echo(str(report) if report.layers else "no quantized layers: everything ran as it is stored")
     click.echo(f"{output}: {frame.width}x{frame.height}, {settings.steps} steps, seed {seed}")
+
+
+def _check_picture_path(path: Path) -> None:
+    """What is wrong with it must show before minutes of work."""
+    from PIL import Image
+
+    if path.suffix.lower() not in Image.registered_extensions():
+        raise OutputError(f"{path}: found no ending of a picture, expected one like .png")
+    if not path.absolute().parent.is_dir():
+        raise OutputError(f"{path}: found no folder {path.parent}, expected an existing one; create it first")
 
 
 def _given(options: dict[str, Any]) -> dict[str, Any]:

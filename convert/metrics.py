@@ -25,7 +25,7 @@ PEAK = 255.0
 METRIC_GUIDANCE: dict[str, Any] = {
     "scope": "final images or frames, uint8 RGB, same prompt, seed and settings through both pipelines",
     "descriptions": {
-        "psnr_db": "peak signal-to-noise ratio in dB; higher is closer",
+        "psnr_db": "peak signal-to-noise ratio in dB; higher is closer, null for equal images",
         "mae": "mean absolute difference in grey levels; lower is closer",
         "cosine_similarity": "cosine of the angle between the two images as vectors; higher is closer",
         "relative_l2": "norm of the difference over the norm of the reference; lower is closer",
@@ -92,6 +92,8 @@ def _cosine(product: float, first_norm: float, second_norm: float) -> float:
 def sequence_metrics(reference: Sequence[Image], candidate: Sequence[Image]) -> dict[str, Any]:
     """Metrics of the first and the middle frame and of all together, under the names for frames and for images.
 
+    They are for JSON, which has no infinity: None stands for it.
+
     Raises:
         RecipeError: nothing to compare, or differing numbers or sizes of images.
     """
@@ -100,9 +102,9 @@ def sequence_metrics(reference: Sequence[Image], candidate: Sequence[Image]) -> 
     if not reference:
         raise RecipeError("compare: found no images to compare")
     middle = len(reference) // 2
-    first = image_metrics(reference[0], candidate[0])
-    mid = image_metrics(reference[middle], candidate[middle])
-    everything = image_metrics(np.stack(reference), np.stack(candidate))
+    first = _for_json(image_metrics(reference[0], candidate[0]))
+    mid = _for_json(image_metrics(reference[middle], candidate[middle]))
+    everything = _for_json(image_metrics(np.stack(reference), np.stack(candidate)))
     return {
         f"{key}{plural}{rest}": value
         for noun in ("frame", "image")
@@ -114,6 +116,10 @@ def sequence_metrics(reference: Sequence[Image], candidate: Sequence[Image]) -> 
             ("all_", noun + "s", "_metrics", everything),
         )
     }
+
+
+def _for_json(metrics: dict[str, float]) -> dict[str, float | None]:
+    return {name: value if math.isfinite(value) else None for name, value in metrics.items()}
 
 
 def rmse(reference: Sequence[Image], candidate: Sequence[Image]) -> float:

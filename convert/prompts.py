@@ -59,7 +59,10 @@ def _read(path: Path) -> str:
     except FileNotFoundError:
         raise CalibrationError(f"{path}: file missing, expected prompts, one a line or JSON Lines") from None
     except UnicodeDecodeError as error:
-        raise CalibrationError(f"{path}: found bytes that are no UTF-8 ({error.reason}), expected text") from None
+        raise CalibrationError(
+            f"{path}: found bytes that are no UTF-8 ({error.reason} at byte {error.start}), expected "
+            "text in UTF-8; convert it, as with `iconv -f latin1 -t utf-8`"
+        ) from None
     except OSError as error:
         raise CalibrationError(f"{path}: cannot be read ({error.strerror}), expected prompts, one a line") from None
 

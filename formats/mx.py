@@ -35,7 +35,7 @@ def check_scale_rule(rule: str | None, element: ElementType, method: str) -> Non
     """
     known = (*exponent_rules(element), "mse")
     if rule is not None and rule not in known:
-        raise RecipeError(f"scale_rule: found {rule!r} with {method}, expected one of {', '.join(known)}")
+        raise RecipeError(f"--scale-rule: found {rule!r} with {method}, expected one of {', '.join(known)}")
 
 
 def split_blocks(values: Tensor, block: int) -> Tensor:

@@ -122,6 +122,21 @@ def test_calibrate_then_convert_static(tiny_pipeline_folder: Path, tmp_path: Pat
     assert config["quantization_config"]["activation_scheme"] == "static"
 
 
+@pytest.mark.parametrize(
+    ("output", "message"), [("out.tensor", "no ending of a picture"), ("none/out.png", "no folder")]
+)
+def test_generate_looks_at_its_output_before_it_runs(
+    tiny_pipeline_folder: Path, tmp_path: Path, output: str, message: str
+) -> None:
+    result = CliRunner().invoke(
+        main, ["generate", str(tiny_pipeline_folder), "--prompt", "a star", "-o", str(tmp_path / output)]
+    )
+    assert result.exit_code == 1
+    assert message in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+    assert not list(tmp_path.iterdir())
+
+
 def test_generate_writes_an_image_and_names_the_kernels(tiny_pipeline_folder: Path, tmp_path: Path) -> None:
     assert run(tiny_pipeline_folder, "-m", "int8", "-o", tmp_path / "out").exit_code == 0
     image = tmp_path / "image.png"

@@ -25,6 +25,7 @@ def test_metrics_of_a_known_pair() -> None:
 def test_equal_images_have_infinite_psnr_and_no_error() -> None:
     metrics = image_metrics(image(7), image(7))
     assert metrics["psnr_db"] == math.inf
+    assert sequence_metrics([image(7)], [image(7)])["image0_metrics"]["psnr_db"] is None
     assert metrics["relative_l2"] == 0
 
 

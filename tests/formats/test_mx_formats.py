@@ -204,7 +204,7 @@ def test_mse_is_the_best_of_all_rules_in_every_block() -> None:
 
 
 def test_an_unknown_scale_rule_is_the_users_error() -> None:
-    with pytest.raises(RecipeError, match=r"scale_rule: found 'best' with mxfp8, expected one of floor, .*, mse"):
+    with pytest.raises(RecipeError, match=r"--scale-rule: found 'best' with mxfp8, expected one of floor, .*, mse"):
         Mxfp8("best")
     with pytest.raises(RecipeError, match="found 'uos' with mxfp8"):
         Mxfp8("uos")
