@@ -261,6 +261,32 @@ def inspect_command(model: str, revision: str | None, as_json: bool) -> None:
     _print_lines(inspection_report(source, inspect_source(source), as_json=as_json))
 
 
+@main.command("verify")
+@click.argument("model", metavar="PATH")
+@click.option("--reference", metavar="MODEL", help="The model it was made of; every layer is compared with it.")
+@click.option("--revision", help="Branch, tag or commit on the Hub, of PATH.")
+@click.option("--quiet", is_flag=True, help="Only the exit status.")
+@click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
+def verify_command(model: str, reference: str | None, revision: str | None, quiet: bool, as_json: bool) -> None:
+    """Check every value and name of the quantized model at PATH, whatever tool made it.
+
+    Exit status 1 if a runtime would fail with it or compute something else, 0 else.
+    """
+    _quieten_hub(hide_bars=quiet or as_json)
+    from omni_convert.convert.source import resolve_source
+    from omni_convert.convert.verification import verify_source, weight_bytes
+    from omni_convert.convert.verification_report import count_of, verification_report
+
+    source = resolve_source(model, revision)
+    original = resolve_source(reference) if reference is not None else None
+    with _progress(weight_bytes(source), "verifying", hidden=quiet) as advance:
+        components = verify_source(source, original, advance)
+    if as_json or not quiet:
+        _print_lines(verification_report(source.path, components, as_json=as_json))
+    if count_of(components, "error"):
+        click.get_current_context().exit(1)
+
+
 @main.command("push")
 @click.argument("path", type=click.Path(path_type=Path))
 @click.argument("repo_id")

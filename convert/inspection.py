@@ -24,7 +24,7 @@ from omni_convert.formats.quantized import QuantizedCheckpoint, QuantizedLayer
 from omni_convert.formats.runtimes import Verdict, verdicts
 from omni_convert.formats.tensor_spec import DTYPE_NAMES
 
-__all__ = ["InspectedComponent", "InspectedLayer", "inspect_source", "inspection_report"]
+__all__ = ["InspectedComponent", "InspectedLayer", "component_names", "inspect_source", "inspection_report"]
 
 NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 PLAIN = "not quantized"
@@ -73,12 +73,21 @@ def inspect_source(source: Source) -> list[InspectedComponent]:
     Raises:
         CheckpointError: a file is damaged, or not what it says.
     """
+    return [_inspect(source, name) for name in component_names(source)]
+
+
+def component_names(source: Source) -> list[str]:
+    """Components that have weights; [""] for a model that is one.
+
+    Raises:
+        CheckpointError: there are none.
+    """
     if not source.is_pipeline:
-        return [_inspect(source, "")]
+        return [""]
     names = [name for name in source.components() if _has_weights(source, name)]
     if not names:
         raise CheckpointError(f"{source.path}: found no component with .safetensors files, expected some")
-    return [_inspect(source, name) for name in names]
+    return names
 
 
 def _has_weights(source: Source, name: str) -> bool:

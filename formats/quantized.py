@@ -28,7 +28,15 @@ from omni_convert.formats.format import Format, TensorLayout
 from omni_convert.formats.json_file import parse_json, read_json
 from omni_convert.formats.tensor_spec import DTYPE_NAMES
 
-__all__ = ["SIDECARS", "QuantizedCheckpoint", "QuantizedLayer", "find_dialect", "open_quantized", "read_quantized"]
+__all__ = [
+    "SIDECARS",
+    "QuantizedCheckpoint",
+    "QuantizedLayer",
+    "describe",
+    "find_dialect",
+    "open_quantized",
+    "read_quantized",
+]
 
 SIDECARS = ("hf_quant_config.json", "quantization_config.json")
 DESCRIPTIONS = "quant_model_description*.json"
@@ -147,7 +155,7 @@ def read_quantized(checkpoint: Checkpoint, folder: Path) -> QuantizedCheckpoint:
     Raises:
         CheckpointError: see there.
     """
-    found = Found(checkpoint, _block(folder, checkpoint), _metadata(checkpoint), _labels(folder))
+    found = describe(checkpoint, folder)
     dialect = find_dialect(found)
     if dialect is None:
         return QuantizedCheckpoint(checkpoint, None, {}, {name: name for name in checkpoint}, found.block)
@@ -155,6 +163,18 @@ def read_quantized(checkpoint: Checkpoint, folder: Path) -> QuantizedCheckpoint:
     used = {name for layer in layers.values() for name in layer.sources}
     kept = dialect.kept_names(found, [name for name in checkpoint if name not in used])
     return QuantizedCheckpoint(checkpoint, dialect.name, layers, kept, found.block)
+
+
+def describe(checkpoint: Checkpoint, folder: Path) -> Found:
+    """What the files say about a checkpoint.
+
+    Args:
+        folder: where its config.json and sidecars are, if there are some
+
+    Raises:
+        CheckpointError: one of these is no JSON object.
+    """
+    return Found(checkpoint, _block(folder, checkpoint), _metadata(checkpoint), _labels(folder))
 
 
 def find_dialect(found: Found) -> Dialect | None:

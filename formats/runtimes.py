@@ -11,7 +11,7 @@ from typing import Literal
 
 from omni_convert.formats.format import Format
 
-__all__ = ["Verdict", "verdicts"]
+__all__ = ["CONSUMERS", "Verdict", "verdicts"]
 
 Outcome = Literal["loads", "wrong", "refuses"]
 
@@ -91,6 +91,19 @@ BY_DIALECT: dict[str, tuple[Verdict, ...]] = {
         Verdict(OURS, "refuses", SPELL_FIRST),
         Verdict(COMFYUI, "wrong", UNMARKED),
     ),
+}
+
+#: Who reads a dialect, for those who only want to say whom damage hurts.
+CONSUMERS = {
+    "vllm-omni": "vLLM-Omni",
+    "modelopt": "vLLM-Omni, vLLM, SGLang",
+    "comfyui": "ComfyUI",
+    "compressed-tensors": "vLLM, transformers",
+    "auto-round": "vLLM, diffusers",
+    "transformers": "transformers",
+    "msmodelslim": "vLLM-Ascend, MindIE",
+    "lightx2v": "LightX2V",
+    "bfl": "diffusers",
 }
 
 NEEDS = {

@@ -1,0 +1,202 @@
+"""`verify`: every value and name of a model against its format, its dialect and the runtimes; read once, tile by tile.
+
+headers ─► names, dtypes, shapes ─► config block and marks ─► layers against the family ─► values ─► the reference
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from omni_convert.convert.inspection import component_names
+from omni_convert.convert.reference_check import check_against, check_kept
+from omni_convert.convert.source import Source
+from omni_convert.formats.block_check import check_block
+from omni_convert.formats.checkpoint import Checkpoint
+from omni_convert.formats.component import DENOISERS
+from omni_convert.formats.errors import CheckpointError
+from omni_convert.formats.family import Family, find_family
+from omni_convert.formats.finding import Finding
+from omni_convert.formats.format import tile_ranges
+from omni_convert.formats.json_file import read_json
+from omni_convert.formats.lenient import LenientReading, read_leniently
+from omni_convert.formats.quantized import describe, read_quantized
+from omni_convert.formats.scope_check import check_scope
+from omni_convert.formats.value_check import check_finite, check_values
+from omni_convert.formats.view import dequantized_view
+
+__all__ = ["VerifiedComponent", "verify_source", "weight_bytes"]
+
+#: What vLLM-Omni loads by the layers that it builds; other dialects are for others, or are spelled anew first.
+SCOPED = ("vllm-omni", "modelopt")
+
+
+@dataclass(frozen=True)
+class VerifiedComponent:
+    """What was found in a component.
+
+    Attributes:
+        name: its folder, "" for a model that is one
+        dialect: how its quantized layers are spelled; None if there are none
+        layers: number of quantized layers whose values were looked at
+        errors: layer to relative error against the reference, if there is one
+    """
+
+    name: str
+    dialect: str | None
+    layers: int
+    findings: tuple[Finding, ...]
+    errors: dict[str, float] = field(default_factory=dict)
+
+
+def weight_bytes(source: Source) -> int:
+    """Bytes that `verify_source` looks at, for a bar."""
+    paths = [source.path / name if name else source.path for name in component_names(source)]
+    files = [file for path in paths for file in (path.glob("*.safetensors") if path.is_dir() else [path])]
+    return sum(file.stat().st_size for file in files)
+
+
+def verify_source(
+    source: Source, reference: Source | None = None, progress: Callable[[int], None] = lambda _: None
+) -> list[VerifiedComponent]:
+    """Every component that has weights; what is wrong is told, not raised.
+
+    Args:
+        reference: the model that it was made of
+        progress: called with numbers of bytes that were looked at
+
+    Raises:
+        CheckpointError: there are no weights; or the reference cannot be read, or is another model.
+    """
+    return [_verify(source, name, reference, progress) for name in component_names(source)]
+
+
+def _verify(source: Source, name: str, reference: Source | None, progress: Callable[[int], None]) -> VerifiedComponent:
+    path = source.path / name if name else source.path
+    folder = path if path.is_dir() else path.parent
+    try:
+        checkpoint = Checkpoint.open(path)
+    except CheckpointError as error:
+        return _unopened(name, path, error)
+    with checkpoint:
+        try:
+            reading = read_leniently(describe(checkpoint, folder))
+            config = _config(folder)
+        except CheckpointError as error:
+            return _unopened(name, path, error)
+        findings = [*reading.findings, *check_block(reading, config)]
+        findings += _scope(source, reading, config)
+        findings += _values(reading, progress)
+        errors: dict[str, float] = {}
+        if reference is not None:
+            findings += _compared(reading, reference, name, errors)
+        quantized = reading.quantized
+        return VerifiedComponent(
+            name,
+            quantized.dialect if reading.shapes or reading.findings else None,
+            len(quantized.layers),
+            tuple(dict.fromkeys(findings)),
+            errors,
+        )
+
+
+def _unopened(name: str, path: Path, error: CheckpointError) -> VerifiedComponent:
+    what = str(error).removeprefix(f"{path}: ").removeprefix(f"{path}/")
+    found = Finding("error", "damaged-file", "", what, "every runtime", "download or convert it again")
+    return VerifiedComponent(name, None, 0, (found,))
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    return read_json(path) if path.is_file() else {}
+
+
+def _scope(source: Source, reading: LenientReading, config: dict[str, Any]) -> list[Finding]:
+    """What vLLM-Omni would make of the layers, if the component is for it."""
+    class_name = config.get("_class_name")
+    if reading.quantized.dialect not in SCOPED or not isinstance(class_name, str) or not reading.shapes:
+        return []
+    family = find_family(class_name)
+    if family.is_generic or _is_for_our_loader(source):
+        return []
+    return list(check_scope(reading, family, _encoder_layers(source, family)))
+
+
+def _is_for_our_loader(source: Source) -> bool:
+    """Whether the manifest says that the layers were chosen for diffusers."""
+    path = source.path / "omni_convert.json"
+    if not path.is_file():
+        return False
+    recipe = read_json(path).get("recipe")
+    return isinstance(recipe, dict) and recipe.get("runtime") == "diffusers"
+
+
+def _encoder_layers(source: Source, family: Family) -> tuple[str, ...]:
+    """Linears of an unquantized text encoder that the runtime builds from the transformer's block."""
+    path = source.path / "text_encoder" / "config.json"
+    if not path.is_file():
+        return ()
+    try:
+        config = read_json(path)
+        return () if "quantization_config" in config else family.shared_encoder_layers(config)
+    except CheckpointError:  # of the text encoder, which reports it
+        return ()
+
+
+def _values(reading: LenientReading, progress: Callable[[int], None]) -> list[Finding]:
+    quantized, checkpoint = reading.quantized, reading.quantized.checkpoint
+    findings: list[Finding] = []
+    for layer in quantized.layers.values():
+        assert quantized.dialect is not None
+        try:
+            findings += check_values(layer, quantized.dialect, progress)
+        except CheckpointError as error:
+            findings.append(
+                Finding("error", "damaged-file", layer.stem, str(error), "every runtime", "download it again")
+            )
+    for stored in quantized.kept.values():
+        spec = checkpoint[stored]
+        if spec.dtype.is_floating_point and spec.dtype.itemsize > 1:
+            ranges = tile_ranges(spec.shape) if spec.shape else ()
+            tiles = (
+                (checkpoint.read_rows(stored, *rows) for rows in ranges)
+                if spec.shape
+                else iter([checkpoint.read(stored)])
+            )
+            findings += check_finite(stored, tiles)
+        progress(spec.nbytes)
+    return findings
+
+
+def _compared(reading: LenientReading, reference: Source, name: str, errors: dict[str, float]) -> list[Finding]:
+    """Findings against the reference; fills `errors`."""
+    quantized = reading.quantized
+    if not quantized.layers:
+        return []
+    findings: list[Finding] = []
+    with _open_reference(reference, name) as original:
+        for stem, layer in quantized.layers.items():
+            assert quantized.dialect is not None
+            error, flaws = check_against(layer, original, quantized.dialect)
+            findings += flaws
+            if error is not None:
+                errors[stem] = error
+        findings += check_kept(quantized.checkpoint, quantized.kept, original)
+    if not errors:
+        raise CheckpointError(
+            f"{reference.path}: found none of the {len(quantized.layers)} quantized layers of "
+            f"{quantized.checkpoint.path}, expected the model that it was made of"
+        )
+    return findings
+
+
+def _open_reference(reference: Source, name: str) -> Checkpoint:
+    component = name
+    if reference.is_pipeline and not name:
+        component = next((each for each in DENOISERS if each in reference.components()), "")
+    path = reference.path / component if reference.is_pipeline else reference.path
+    checkpoint = Checkpoint.open(path)
+    opened = read_quantized(checkpoint, path if path.is_dir() else path.parent)
+    return dequantized_view(opened) if opened.layers else checkpoint

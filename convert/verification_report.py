@@ -1,0 +1,91 @@
+"""What `verify` found, as lines for a terminal or as JSON."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shutil
+import statistics
+import textwrap
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from omni_convert.convert.verification import VerifiedComponent
+from omni_convert.formats.finding import Finding
+
+__all__ = ["count_of", "verification_report"]
+
+# What differs between layers of which the same is wrong.
+PARTICULAR = re.compile(r"'[^']*'|[-+.\de]*\d")
+# Narrower, lines break inside names.
+MIN_WIDTH, MAX_WIDTH = 80, 140
+
+
+def count_of(components: Sequence[VerifiedComponent], severity: str) -> int:
+    """How many findings of a severity there are."""
+    return sum(finding.severity == severity for component in components for finding in component.findings)
+
+
+def verification_report(path: Path, components: Sequence[VerifiedComponent], *, as_json: bool) -> Iterator[str]:
+    """A list, findings that differ only in the layer in one; or everything as one JSON document."""
+    counts = {severity: count_of(components, severity) for severity in ("error", "warning")}
+    if as_json:
+        document = {
+            "path": str(path),
+            "errors": counts["error"],
+            "warnings": counts["warning"],
+            "components": [
+                {**asdict(each), "errors": {stem: _number(error) for stem, error in each.errors.items()}}
+                for each in components
+            ],
+        }
+        yield json.dumps(document, indent=2, allow_nan=False)
+        return
+    for component in components:
+        yield from _component_lines(component, path)
+    yield ", ".join(f"{count} {severity}{'' if count == 1 else 's'}" for severity, count in counts.items())
+
+
+def _number(error: float) -> float | None:
+    return error if math.isfinite(error) else None
+
+
+def _component_lines(component: VerifiedComponent, path: Path) -> Iterator[str]:
+    what = f"{component.layers} layers spelled as {component.dialect} does" if component.dialect else "not quantized"
+    sound = "" if component.findings else ", nothing wrong"
+    yield f"{component.name or path.name}: {what}{sound}"
+    if component.errors:
+        worst = max(component.errors, key=lambda stem: component.errors[stem])
+        median = statistics.median(component.errors.values())
+        yield f"  against the reference: median error {median:.2%}, worst {component.errors[worst]:.2%} ({worst})"
+    alike: dict[tuple[str, ...], list[Finding]] = {}
+    for finding in component.findings:
+        key: tuple[str, ...] = (finding.severity, finding.check, PARTICULAR.sub("", finding.what), finding.hurts)
+        alike.setdefault(key, []).append(finding)
+    for same in sorted(alike.values(), key=lambda same: same[0].severity):  # errors first
+        yield from _finding_lines(same)
+
+
+def _finding_lines(findings: Sequence[Finding]) -> Iterator[str]:
+    first = findings[0]
+    more = f" and {len(findings) - 1} more" if len(findings) > 1 else ""
+    where = f" {first.layer}{more}" if first.layer else ""
+    yield f"  {first.severity:<7} {first.check}{where}"
+    for label, text in (("", first.what), ("hurts:  ", first.hurts), ("remedy: ", first.remedy)):
+        if text:
+            yield from _wrapped(label, text)
+
+
+def _wrapped(label: str, text: str) -> list[str]:
+    width = min(MAX_WIDTH, max(MIN_WIDTH, shutil.get_terminal_size().columns))
+    indent = " " * (10 + len(label))
+    return textwrap.wrap(
+        text,
+        width,
+        initial_indent=f"{label:>{len(indent)}}",
+        subsequent_indent=indent,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
