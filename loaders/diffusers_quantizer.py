@@ -126,8 +126,7 @@ class DiffusersOmniQuantizer(DiffusersQuantizer):  # type: ignore[misc]  # diffu
         for name, layer in model.named_modules():
             if isinstance(layer, QuantizedLinear):
                 self.layers[name] = (layer.format, layer.in_features)
-                if layer.device.type != "meta":
-                    layer.select_kernel()
+                layer.select_kernel()
         return model
 
     def get_state_dict_and_metadata(

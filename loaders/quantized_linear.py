@@ -13,6 +13,7 @@ from omni_convert.formats.format import Format, InputStatistics
 from omni_convert.formats.table import FORMATS, FormatOptions
 from omni_convert.loaders.kernels.kernel import Activations, LayerTraits
 from omni_convert.loaders.kernels.table import Selection, select_kernel
+from omni_convert.loaders.pickling import module_state, restore_buffers
 from omni_convert.loaders.resident import disk_tensors, resident_tensors
 
 __all__ = ["QuantizedLinear", "quantize_linear"]
@@ -28,7 +29,8 @@ class QuantizedLinear(nn.Module):
     that of its unquantized parameters. A cast (`.to(torch.float16)`) changes the bias, never codes and scales. They lie
     as on disk, but for weights in containers, which are packed whenever one is set: see `loaders/resident.py`.
 
-    The kernel is chosen when the layer is on its device, not per call, and again when it moves to another.
+    The kernel is chosen when the layer is on its device, not per call, and once more on each other device that it moves
+    to. A layer that is unpickled chooses anew: it may be on another machine.
     """
 
     def __init__(
@@ -59,10 +61,8 @@ class QuantizedLinear(nn.Module):
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
         self._activations = activations
         self._prefers_scaled_gemm = False
-        self._selection: Selection | None = None
-        self._device: torch.device | None = None
-        if self.device.type != "meta":
-            self.select_kernel()
+        self._selections: dict[torch.device, Selection] = {}
+        self.select_kernel()
 
     @classmethod
     def from_linear(
@@ -95,8 +95,7 @@ class QuantizedLinear(nn.Module):
     @activations.setter
     def activations(self, activations: Activations) -> None:
         self._activations = activations
-        if self.device.type != "meta":
-            self.select_kernel()
+        self.select_kernel()
 
     @property
     def prefers_scaled_gemm(self) -> bool:
@@ -106,36 +105,37 @@ class QuantizedLinear(nn.Module):
     @prefers_scaled_gemm.setter
     def prefers_scaled_gemm(self, is_preferred: bool) -> None:
         self._prefers_scaled_gemm = is_preferred
-        if self.device.type != "meta":
-            self.select_kernel()
+        self.select_kernel()
 
     @property
     def selection(self) -> Selection:
-        """The kernel that runs, and why. Assumes that the tensors are there."""
-        if self._selection is None:
-            self.select_kernel()
-        assert self._selection is not None
-        return self._selection
+        """The kernel that runs where the tensors are, and why. Assumes that the tensors are there."""
+        return self._selection_on(self.device)
 
-    def select_kernel(self, device: torch.device | None = None) -> None:
-        """Chooses the kernel for a device, by default the one where the tensors are.
+    def select_kernel(self) -> None:
+        """Chooses the kernel anew, for the device where the tensors are.
 
         Raises:
             KernelError: no kernel runs this layer there.
         """
-        self._device = self.device if device is None else device
-        traits = LayerTraits(self.format, self.out_features, self.in_features, self._device, self._activations)
-        self._selection = select_kernel(traits, prefer_scaled_gemm=self._prefers_scaled_gemm)
+        self._selections = {}
+        if self.device.type != "meta":
+            self._selection_on(self.device)
+
+    def _selection_on(self, device: torch.device) -> Selection:
+        if device not in self._selections:
+            traits = LayerTraits(self.format, self.out_features, self.in_features, device, self._activations)
+            self._selections[device] = select_kernel(traits, prefer_scaled_gemm=self._prefers_scaled_gemm)
+        return self._selections[device]
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps [..., in] to [..., out], in the dtype of the input."""
-        if x.device != self._device:  # offloading hooks move buffers one by one and tell nobody
-            self.select_kernel(x.device)
         if x.dtype not in INPUT_DTYPES:
             raise KernelError(f"{self}: found an input of {x.dtype}, expected bfloat16, float16 or float32")
         tensors = {suffix: getattr(self, suffix) for suffix in self.tensor_names}
         rows = x.reshape(-1, self.in_features)
-        out = self.selection.kernel.run(rows, tensors, self.format, self.bias)
+        # That of the input's device: offloading hooks move buffers one by one and tell nobody.
+        out = self._selection_on(x.device).kernel.run(rows, tensors, self.format, self.bias)
         return out.view(*x.shape[:-1], self.out_features)
 
     def dequantize(self) -> Tensor:
@@ -159,9 +159,16 @@ class QuantizedLinear(nn.Module):
             return tensor.to(moved.device) if is_cast else moved
 
         super()._apply(keep_dtype, recurse)  # type: ignore[no-untyped-call]  # torch leaves it untyped
-        if self.device.type != "meta" and self.device != self._device:
-            self.select_kernel()
+        if self.device.type != "meta":
+            self._selection_on(self.device)
         return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**module_state(self), "_selections": {}}
+
+    def __setstate__(self, state: Mapping[str, Any]) -> None:
+        super().__setstate__(restore_buffers(state))  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        self.select_kernel()
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, format={self.format}"

@@ -2,6 +2,7 @@
 
 import copy
 import io
+import pickle
 import threading
 
 import pytest
@@ -120,9 +121,13 @@ def test_copies_and_saved_modules_compute_the_same(layer, x):
     again.load_state_dict(layer.state_dict())
     assert torch.equal(again(x), expected)
     file = io.BytesIO()
-    torch.save(layer, file)  # plain pickle cannot hold any float8 tensor, as of torch 2.13
+    torch.save(layer, file)
     file.seek(0)
     assert torch.equal(torch.load(file, weights_only=False)(x), expected)
+    pickled = pickle.loads(pickle.dumps(layer))
+    assert torch.equal(pickled(x), expected)
+    assert_same_bits(bits(layer), bits(pickled))
+    assert all(tensor.dtype is layer.state_dict()[name].dtype for name, tensor in pickled.state_dict().items())
 
 
 def test_offloaded_to_meta_and_back_it_computes_the_same(layer, x):
