@@ -23,7 +23,7 @@ from torch import Tensor
 
 from omni_convert.convert.journal import EarlierRecords, Record, Records
 from omni_convert.convert.memory import anonymous_memory
-from omni_convert.convert.plan import ComponentPlan, CopyStep, QuantizeStep
+from omni_convert.convert.plan import ComponentPlan, CopyStep, QuantizeStep, matrix_shape
 from omni_convert.convert.tile import Tile, sampled_rows, tiles_of
 from omni_convert.convert.workers import Workers
 from omni_convert.formats.errors import CheckpointError, OutputError
@@ -124,8 +124,7 @@ class CheckedRows:
 
     @property
     def shape(self) -> tuple[int, int]:
-        out_features, in_features = self.work.plan.checkpoint[self.name].shape
-        return out_features, in_features
+        return matrix_shape(self.work.plan.checkpoint[self.name])
 
     def read(self, start: int, stop: int) -> Tensor:
         self.work.engine.workers.check()
@@ -287,7 +286,7 @@ def _quantize(work: Work, step: QuantizeStep, fit: _Fit, tile: Tile) -> Finished
 
 def _squared_error(original: Tensor, approximation: Tensor) -> tuple[float, float]:
     """‖W - Ŵ‖² and ‖W‖²."""
-    values = original.to(torch.float32, copy=True)
+    values = original.to(torch.float32, copy=True).flatten(1)
     norm = float(values.square().sum(dtype=torch.float64))
     return float(values.sub_(approximation).square_().sum(dtype=torch.float64)), norm
 

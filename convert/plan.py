@@ -7,6 +7,7 @@ headers ┘
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -19,11 +20,12 @@ from omni_convert.convert.component_weights import as_weights, bake, model_class
 from omni_convert.convert.lora import Lora, check_requests
 from omni_convert.convert.moments import Moments
 from omni_convert.convert.original_names import missing_config
-from omni_convert.convert.recipe import Recipe, suggestion
+from omni_convert.convert.recipe import STORAGE_METHODS, Recipe, suggestion
 from omni_convert.convert.respelling import replace_config, respell
 from omni_convert.convert.rounding import CompensatedFormat
 from omni_convert.convert.selection import choose_layers, format_for, hardware_notes, recommendation_notes
 from omni_convert.convert.source import Source
+from omni_convert.convert.storage import choose_stored
 from omni_convert.formats.checkpoint import Checkpoint
 from omni_convert.formats.component import DENOISERS
 from omni_convert.formats.dialect import Dialect, Spelling
@@ -46,12 +48,26 @@ from omni_convert.formats.weight_files import checked_path
 if TYPE_CHECKING:
     from omni_convert.convert.statistics import Identity, Statistics
 
-__all__ = ["ComponentPlan", "CopyStep", "KeptLayer", "Plan", "QuantizeStep", "open_component", "plan_conversion"]
+__all__ = [
+    "ComponentPlan",
+    "CopyStep",
+    "KeptLayer",
+    "Plan",
+    "QuantizeStep",
+    "matrix_shape",
+    "open_component",
+    "plan_conversion",
+]
 
 WEIGHT_SUFFIXES = (".safetensors", ".index.json", ".bin", ".pt", ".pth", ".ckpt", ".msgpack", ".h5", ".onnx")
 ROOT_FILES = ("*.json", "LICENSE*", "NOTICE*")
 OUR_FILES = ("omni_convert.json",)
 RISKY_LAYERS_SHOWN = 3
+
+
+def matrix_shape(weight: TensorSpec) -> tuple[int, int]:
+    """[out, rest] of a weight: all that formats know of a convolution's."""
+    return weight.shape[0], math.prod(weight.shape[1:])
 
 
 @dataclass(frozen=True)
@@ -70,7 +86,7 @@ class QuantizeStep:
 
     def layout(self, weight: TensorSpec) -> dict[str, TensorLayout]:
         """Suffix on disk to what is stored there, for a weight of the group."""
-        return self.spelling(weight).layout(self.format.layout(*weight.shape))
+        return self.spelling(weight).layout(self.format.layout(*matrix_shape(weight)))
 
     def outputs(self) -> list[TensorSpec]:
         return [
@@ -403,7 +419,11 @@ def _plan_component(
     family = find_family(model_class(config))
     scheme = _activation_scheme(method, recipe, statistics, notes)
     calibrated = scheme == "static" or (statistics is not None and FORMATS[method].calibration is Calibration.MUL_SCALE)
-    groups, kept = choose_layers(family, checkpoint, config_path, config, method, recipe)
+    if method in STORAGE_METHODS:
+        groups, kept = choose_stored(checkpoint, config_path, config, recipe, is_transformers=is_transformers)
+    else:
+        groups, kept = choose_layers(family, checkpoint, config_path, config, method, recipe)
+    format_of = {group: format_for(method, recipe, group, checkpoint, calibrated=calibrated) for group in groups}
     if not is_transformers:  # of an encoder no family is known, nor needed
         notes += family.notes(method, recipe.runtime)
     notes += recommendation_notes(family, method, recipe)
@@ -411,10 +431,10 @@ def _plan_component(
     steps = {
         group.members[0]: QuantizeStep(
             group,
-            _rounded(format_for(method, recipe, group, calibrated=calibrated), group, name, moments, recipe),
+            _rounded(format_of[group], group, name, None if method in STORAGE_METHODS else moments, recipe),
             _inputs_of(group, name, statistics) if calibrated else None,
             tuple(checkpoint[f"{stem}.weight"] for stem in group.members),
-            _spelling(dialect, format_for(method, recipe, group, calibrated=calibrated), group, checkpoint),
+            _spelling(dialect, format_of[group], group, checkpoint),
         )
         for group in groups
     }
@@ -431,11 +451,7 @@ def _plan_component(
         tuple(sorted(set(kept_names))),
         require_smooth_scale=calibrated and method == "mxfp4",
     )
-    formats = {
-        stem: format_for(method, recipe, step.group, calibrated=calibrated)
-        for step in steps.values()
-        for stem in step.group.members
-    }
+    formats = {stem: fmt for group, fmt in format_of.items() for stem in group.members}
     if recipe.dialect != vllm_omni.VLLM_OMNI.name:
         block = dialect.block(formats, {*kept_names, *_other_linears(checkpoint, formats)})
     else:
@@ -506,8 +522,7 @@ def _spelling(dialect: Dialect, fmt: Format, group: LayerGroup, checkpoint: Chec
     """How each member of a group is written: `choose_layers` has left out what cannot be."""
     spellings = []
     for stem in group.members:
-        out_features, in_features = checkpoint[f"{stem}.weight"].shape
-        spelling = dialect.spelling(fmt, (out_features, in_features))
+        spelling = dialect.spelling(fmt, matrix_shape(checkpoint[f"{stem}.weight"]))
         assert isinstance(spelling, Spelling), spelling
         spellings.append(spelling)
     return tuple(spellings)

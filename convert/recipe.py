@@ -12,10 +12,12 @@ from typing import Any
 
 from omni_convert.formats.errors import RecipeError
 
-__all__ = ["DIALECT_NAMES", "METHODS", "TRANSCODINGS", "LoraRequest", "Recipe", "suggestion"]
+__all__ = ["DIALECT_NAMES", "METHODS", "STORAGE_METHODS", "TRANSCODINGS", "LoraRequest", "Recipe", "suggestion"]
 
 # The names alone: `--help` and a mistyped method must not import torch. A test holds them equal to `FORMATS`.
 METHODS = ("fp8", "int8", "mxfp8", "mxfp4", "mxfp4_dualscale", "nvfp4")
+# What only components beside the transformers may be: not run quantized, but stored so.
+STORAGE_METHODS = ("fp8_storage",)
 # What may be done with a quantized model without quantizing it again.
 TRANSCODINGS = ("keep", "dequantize")
 # As METHODS: a test holds them equal to the dialects that are written.
@@ -135,7 +137,8 @@ class Recipe:
         _check_choice("rounding", self.rounding, ROUNDINGS)
         _check_choice("dtype", self.dtype, DTYPES)
         for name, method in self.component.items():
-            _check_choice(f"component {name}", method, ("none", *METHODS))
+            _check_choice(f"component {name}", method, ("none", *METHODS, *STORAGE_METHODS))
+        self._check_storage()
         if self.weight_block_size is not None:
             self._check_block_size(self.weight_block_size)
         self._check_input_scale()
@@ -162,6 +165,15 @@ class Recipe:
         if min(block_size) < 1:
             raise RecipeError(
                 f"--weight-block-size: found {block_size[0]},{block_size[1]}, expected two positive sizes"
+            )
+
+    def _check_storage(self) -> None:
+        stored = next((name for name, method in self.component.items() if method in STORAGE_METHODS), None)
+        if stored is not None and (self.runtime != "diffusers" or self.dialect != "vllm-omni"):
+            found = f"--runtime {self.runtime}" if self.runtime != "diffusers" else f"--dialect {self.dialect}"
+            raise RecipeError(
+                f"--component {stored}={self.component[stored]}: found with {found}, expected --runtime diffusers and "
+                "the default dialect: our loader alone reads it"
             )
 
     def _check_options_of_methods(self) -> None:

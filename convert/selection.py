@@ -14,11 +14,12 @@ from omni_convert.formats.dialects.table import DIALECTS
 from omni_convert.formats.errors import RecipeError
 from omni_convert.formats.family import Family, LayerGroup
 from omni_convert.formats.format import Format
+from omni_convert.formats.fp8_storage import Fp8Storage
 from omni_convert.formats.layer_pattern import matches
 from omni_convert.formats.mx import COARSE_BLOCK
 from omni_convert.formats.mxfp4_dualscale import Mxfp4DualScale
 from omni_convert.formats.table import FORMATS, FormatOptions
-from omni_convert.formats.tensor_spec import DTYPE_NAMES
+from omni_convert.formats.tensor_spec import DTYPE_NAMES, TensorSpec
 
 __all__ = ["choose_layers", "format_for", "hardware_notes", "reasons_to_keep", "recommendation_notes"]
 
@@ -121,12 +122,16 @@ def hardware_notes(chosen: Iterable[LayerGroup], checkpoint: Checkpoint, method:
     ]
 
 
-def format_for(method: str, recipe: Recipe, group: LayerGroup, *, calibrated: bool) -> Format:
+def format_for(
+    method: str, recipe: Recipe, group: LayerGroup, checkpoint: Mapping[str, TensorSpec], *, calibrated: bool
+) -> Format:
     """The format of a group's weights.
 
     Args:
         calibrated: there are statistics of the group's inputs, and the method uses them
     """
+    if method == Fp8Storage.method:
+        return Fp8Storage.of(checkpoint[f"{group.members[0]}.weight"].shape)
     return FORMATS[method].build(
         FormatOptions(
             static=calibrated,
@@ -147,7 +152,7 @@ def _unsupported(group: LayerGroup, checkpoint: Checkpoint, method: str, recipe:
         if not spec.dtype.is_floating_point or spec.dtype.itemsize < 2:
             return f"found {DTYPE_NAMES[spec.dtype]} weights, expected F32, F16 or BF16"
         out_features, in_features = spec.shape
-        fmt = format_for(method, recipe, group, calibrated=False)
+        fmt = format_for(method, recipe, group, checkpoint, calibrated=False)
         spelling = DIALECTS[recipe.dialect].spelling(fmt, (out_features, in_features))
         reason = fmt.unsupported(out_features, in_features) or (spelling if isinstance(spelling, str) else None)
         if reason is not None:

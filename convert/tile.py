@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from omni_convert.convert.plan import CopyStep, QuantizeStep
+from omni_convert.convert.plan import CopyStep, QuantizeStep, matrix_shape
 from omni_convert.formats.format import Format, TensorLayout, tile_ranges
 from omni_convert.formats.tensor_spec import TensorSpec
 
@@ -96,7 +96,7 @@ def sampled_rows(
     """Leading rows of a tile, and what became of them, for measuring the error; all of the only tile of a weight."""
     multiple = fmt.row_multiple
     count = len(rows) if tile.is_whole else min(len(rows), -(-len(rows) // (ERROR_SAMPLE * multiple)) * multiple)
-    layouts = fmt.layout(*tile.source.shape)
+    layouts = fmt.layout(*matrix_shape(tile.source))
     return rows[:count], {
         suffix: tensor[: -(-count // layouts[suffix].rows_per_entry)] for suffix, tensor in tensors.items()
     }

@@ -184,6 +184,10 @@ class Format(ABC):
     def layout(self, out_features: int, in_features: int) -> dict[str, TensorLayout]:
         """Tensors of a weight of this shape: suffix (`weight`, `weight_scale`, ...) to layout."""
 
+    def weight_shape(self, out_features: int, in_features: int) -> tuple[int, ...]:
+        """Shape of the weight that the tensors stand for, where it is not the matrix as which it is quantized."""
+        return out_features, in_features
+
     @abstractmethod
     def fit(self, weights: Sequence[WeightRows], inputs: InputStatistics | None) -> Any:
         """Decides what a fused group shares.

@@ -17,6 +17,7 @@ ACTIVATION_SCHEMES: dict[str, tuple[str, ...]] = {
     "mxfp4": ("dynamic",),
     "mxfp4_dualscale": ("dynamic",),
     "nvfp4": ("static", "none"),
+    "fp8_storage": ("none",),
 }
 
 

@@ -10,6 +10,7 @@ import torch
 
 from omni_convert.formats.format import Format
 from omni_convert.formats.fp8 import Fp8, Fp8Block
+from omni_convert.formats.fp8_storage import Fp8Storage
 from omni_convert.formats.int8 import Int8
 from omni_convert.formats.mxfp4 import Mxfp4
 from omni_convert.formats.mxfp4_dualscale import Mxfp4DualScale
@@ -87,6 +88,11 @@ FORMATS: dict[str, Method] = {
         Calibration.INPUT_SCALE,
         "4-bit floats, an 8-bit float scale per 16",
     ),
+    "fp8_storage": Method(
+        lambda _: Fp8Storage(),
+        Calibration.UNUSED,
+        "8-bit floats, one scale per weight, dequantized before use; linears and convolutions of encoders and VAEs",
+    ),
 }
 
 
@@ -94,8 +100,8 @@ def layer_formats(specs: Mapping[str, TensorSpec], method: str | None = None) ->
     """The format of every quantized layer of a checkpoint, read off the names, dtypes and shapes of its tensors.
 
     Args:
-        method: what the config block says, for the one pair that tensors alone do not tell apart (mxfp8, and mxfp4
-            without smoothing)
+        method: what the config block says, for what tensors alone do not tell apart (mxfp8, and mxfp4 without
+            smoothing; fp8, and fp8_storage)
 
     Returns:
         state-dict stem (`layers.0.attention.to_q`) to format, in checkpoint order
@@ -103,7 +109,7 @@ def layer_formats(specs: Mapping[str, TensorSpec], method: str | None = None) ->
     formats: dict[str, Format] = {}
     for name, spec in specs.items():
         stem, _, leaf = name.rpartition(".")
-        if leaf == "weight" and len(spec.shape) == 2:
+        if leaf == "weight" and (len(spec.shape) == 2 or (method == Fp8Storage.method and len(spec.shape) > 2)):
             suffixes = {suffix: specs[f"{stem}.{suffix}"] for suffix in COMPANIONS if f"{stem}.{suffix}" in specs}
             found = _layer_format(spec, suffixes, method)
             if found is not None:
@@ -124,6 +130,8 @@ def _layer_format(weight: TensorSpec, companions: Mapping[str, TensorSpec], meth
         return Fp8Block(block_size_of(weight.shape, companions["weight_scale_inv"].shape))
     if scale is None:
         return None
+    if scale.dtype is not torch.uint8 and method == Fp8Storage.method:
+        return Fp8Storage.of(weight.shape)
     if scale.dtype is not torch.uint8:
         return Fp8(static=static)
     smooth = "mul_scale" in companions

@@ -73,7 +73,7 @@ class _Dequantized(ViewedTensor):
         return self.layer.sources
 
     def read(self, start: int, stop: int) -> Tensor:
-        rows = self.layer.dequantize(start, stop)
+        rows = self.layer.dequantize(start, stop).view(stop - start, *self.spec.shape[1:])
         if rows.numel() and not all(math.isfinite(bound) for bound in torch.aminmax(rows)):  # NaN comes through
             raise CheckpointError(
                 f"{self.layer.checkpoint.path}: layer '{self.layer.stem}': found NaN or Inf in rows {start} to "
@@ -184,7 +184,11 @@ def dequantized_view(quantized: QuantizedCheckpoint) -> CheckpointView:
     """Every layer as one weight in float32, everything else as it is."""
 
     def weight_of(layer: QuantizedLayer) -> list[ViewedTensor]:
-        return [_Dequantized(TensorSpec(f"{layer.stem}.weight", torch.float32, layer.shape), layer)]
+        return [
+            _Dequantized(
+                TensorSpec(f"{layer.stem}.weight", torch.float32, layer.format.weight_shape(*layer.shape)), layer
+            )
+        ]
 
     storage = {f"{stem}.weight": torch.bfloat16 for stem in quantized.layers}
     return _view(quantized, {stem: weight_of(layer) for stem, layer in quantized.layers.items()}, storage)

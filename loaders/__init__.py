@@ -6,6 +6,7 @@ from omni_convert.loaders.config import (
     build_quant_config,
     resolve_component_quant_config,
 )
+from omni_convert.loaders.fp8_storage import apply_fp8_weight_storage
 from omni_convert.loaders.pipeline import load_pipeline
 from omni_convert.loaders.quantized_linear import QuantizedLinear, quantize_linear
 from omni_convert.loaders.report import KernelReport, LayerReport, kernel_report
@@ -15,6 +16,7 @@ __all__ = [
     "KernelReport",
     "LayerReport",
     "QuantizedLinear",
+    "apply_fp8_weight_storage",
     "build_quant_config",
     "kernel_report",
     "load_pipeline",

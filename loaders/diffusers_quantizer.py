@@ -33,6 +33,7 @@ from omni_convert.loaders.installation import (
     refuse_homeless,
     restore_linears,
     select_layers,
+    settle_compute_dtypes,
     to_disk_state,
 )
 from omni_convert.loaders.quantized_linear import QuantizedLinear
@@ -123,6 +124,7 @@ class DiffusersOmniQuantizer(DiffusersQuantizer):  # type: ignore[misc]  # diffu
             raise CheckpointError(f"{self.where}: {stem}.{error}") from None
 
     def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
+        settle_compute_dtypes(model)
         for name, layer in model.named_modules():
             if isinstance(layer, QuantizedLinear):
                 self.layers[name] = (layer.format, layer.in_features)

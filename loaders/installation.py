@@ -6,6 +6,7 @@ against it: a block that says otherwise is an error, never a reason to read the 
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import replace
@@ -18,11 +19,20 @@ from omni_convert.formats.e8m0 import E8M0_NAN
 from omni_convert.formats.errors import CheckpointError, RecipeError
 from omni_convert.formats.family import LayerGroup, find_family
 from omni_convert.formats.format import Format
+from omni_convert.formats.fp8_storage import Fp8Storage
 from omni_convert.formats.layer_pattern import matches
 from omni_convert.formats.mxfp4 import Mxfp4
 from omni_convert.formats.quantization_config import QuantizationConfig
 from omni_convert.formats.table import FORMATS, FormatOptions, layer_formats
 from omni_convert.formats.tensor_spec import DTYPE_NAMES, TensorSpec
+from omni_convert.loaders.fp8_storage import (
+    STORED_LAYERS,
+    Fp8WeightStorage,
+    install_stored,
+    restore_weight,
+    storage_layers,
+    store_weight,
+)
 from omni_convert.loaders.quantized_linear import QuantizedLinear
 from omni_convert.loaders.resident import disk_tensors
 
@@ -36,6 +46,7 @@ __all__ = [
     "refuse_homeless",
     "restore_linears",
     "select_layers",
+    "settle_compute_dtypes",
     "to_disk_state",
 ]
 
@@ -103,11 +114,16 @@ def _install_empty(
     model: nn.Module, stem: str, specs: Mapping[str, TensorSpec], fmt: Format, where: str
 ) -> tuple[str, ...]:
     linear = _find_module(model, stem)
-    if not isinstance(linear, nn.Linear):
+    is_stored = isinstance(fmt, Fp8Storage)
+    if not isinstance(linear, STORED_LAYERS if is_stored else nn.Linear):
         found = "nothing" if linear is None else type(linear).__name__
         raise CheckpointError(f"{where}: {stem} is quantized, found {found} of that name in {type(model).__name__}")
     tensors: dict[str, Tensor] = {}
-    for suffix, layout in fmt.layout(linear.out_features, linear.in_features).items():
+    assert isinstance(linear, STORED_LAYERS)
+    if is_stored:
+        fmt = Fp8Storage.of(tuple(linear.weight.shape))
+    rows, columns = len(linear.weight), math.prod(linear.weight.shape[1:])
+    for suffix, layout in fmt.layout(rows, columns).items():
         name = f"{stem}.{suffix}"
         if name not in specs:
             raise CheckpointError(f"{where}: {name} is missing, {fmt} needs it; convert the model again")
@@ -119,9 +135,11 @@ def _install_empty(
                 f"{where}: {name} is {found}, expected {DTYPE_NAMES[layout.dtype]} {list(layout.shape)} for {fmt}"
             )
         tensors[suffix] = torch.empty(spec.shape, dtype=spec.dtype, device="meta")
-    layer = QuantizedLinear(fmt, tensors, linear.bias, in_features=linear.in_features)
-    model.set_submodule(stem, layer)
-    return layer.tensor_names
+    if is_stored:
+        install_stored(linear, tensors)
+    else:
+        model.set_submodule(stem, QuantizedLinear(fmt, tensors, linear.bias, in_features=columns))
+    return tuple(tensors)
 
 
 def _refuse_bare_codes(model: nn.Module, specs: Mapping[str, TensorSpec], where: str) -> None:
@@ -203,12 +221,28 @@ def select_layers(model: nn.Module, config: QuantizationConfig) -> tuple[dict[st
     if config.is_static:
         raise RecipeError("quantization: static activations need calibration; convert the model, or use 'dynamic'")
     fmt = declared_format(config)
+    if isinstance(fmt, Fp8Storage):
+        return _select_stored(model, config)
     specs = {name: TensorSpec(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in model.state_dict().items()}
     groups = find_family(type(model).__name__).layer_groups(specs, "diffusers")
     ignored = _ignored_groups(config.ignored_layers, groups, specs)
     ignored += [group for group in groups if group not in ignored and _must_stay(fmt, group, specs)]
     layers = {stem: fmt for group in groups if group not in ignored for stem in group.members}
     return layers, replace(config, ignored_layers=tuple(ignored_names(ignored)))
+
+
+def _select_stored(model: nn.Module, config: QuantizationConfig) -> tuple[dict[str, Format], QuantizationConfig]:
+    """Every layer that can be stored, each for itself."""
+    layers: dict[str, Format] = {
+        name: Fp8Storage.of(tuple(layer.get_parameter("weight").shape)) for name, layer in storage_layers(model).items()
+    }
+    specs = {f"{name}.weight": TensorSpec(name, torch.bfloat16, ()) for name in layers}
+    groups = [LayerGroup(name, (name,), is_fused=False) for name in layers]
+    ignored = [group.runtime_name for group in _ignored_groups(config.ignored_layers, groups, specs)]
+    chosen = {name: fmt for name, fmt in layers.items() if name not in ignored}
+    if not chosen:
+        raise RecipeError(f"quantization: found no layer of {type(model).__name__} to store as fp8, expected some")
+    return chosen, replace(config, ignored_layers=tuple(sorted(ignored)))
 
 
 def _ignored_groups(
@@ -231,13 +265,19 @@ def _must_stay(fmt: Format, group: LayerGroup, specs: Mapping[str, TensorSpec]) 
     return any(fmt.unsupported(rows, columns) is not None for rows, columns in shapes)
 
 
-def install_quantized(model: nn.Module, stem: str, weight: Tensor, fmt: Format, where: str) -> QuantizedLinear:
+def install_quantized(
+    model: nn.Module, stem: str, weight: Tensor, fmt: Format, where: str
+) -> QuantizedLinear | Fp8WeightStorage:
     """Replaces one linear by a `QuantizedLinear` made from its weight [out, in], on the weight's device.
+
+    A layer that is only stored so becomes an `Fp8WeightStorage`.
 
     Raises:
         CheckpointError: the weight holds NaN or Inf.
     """
     linear = model.get_submodule(stem)
+    if isinstance(fmt, Fp8Storage):
+        return store_weight(linear, weight, f"{where}: {stem}.weight")
     assert isinstance(linear, nn.Linear), "only linears are selected"
     tensors = {suffix: tensor.to(weight.device) for suffix, tensor in fmt.quantize(weight).items()}
     for suffix, tensor in tensors.items():
@@ -263,9 +303,19 @@ def to_disk_state(state_dict: Mapping[str, Tensor], layers: Mapping[str, tuple[F
     return {**state_dict, **unpacked}
 
 
+def settle_compute_dtypes(model: nn.Module) -> None:
+    """Has stored layers compute in the dtype that the rest of the model was loaded in."""
+    plain = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.bfloat16)
+    for layer in model.modules():
+        if isinstance(layer, Fp8WeightStorage):
+            layer.compute_dtype = plain if layer.bias is None else layer.bias.dtype  # type: ignore[assignment]  # a parameter, if any
+
+
 def restore_linears(model: nn.Module, dtype: torch.dtype) -> None:
-    """Replaces every `QuantizedLinear` by the linear that it stands for."""
+    """Replaces every quantized layer by the one that it stands for."""
     for name, layer in list(model.named_modules()):
+        if isinstance(layer, Fp8WeightStorage):
+            restore_weight(layer, dtype)
         if isinstance(layer, QuantizedLinear):
             linear = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
             linear.weight = nn.Parameter(layer.dequantize().to(dtype), requires_grad=False)

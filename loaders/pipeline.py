@@ -14,6 +14,7 @@ from torch import nn
 
 from omni_convert.formats.component import DENOISERS
 from omni_convert.formats.errors import CheckpointError, RecipeError
+from omni_convert.formats.fp8_storage import Fp8Storage
 from omni_convert.formats.quantization_config import QuantizationConfig
 from omni_convert.loaders.config import (
     ComponentQuantizationConfig,
@@ -102,8 +103,9 @@ def _requested_configs(
         meaning = _config_for(config, name)
         if meaning is None:
             continue
-        if library not in CONFIG_CLASSES or "vae" in name:
-            raise RecipeError(f"quantization: {name} cannot be quantized to {meaning.method}, use None for it")
+        is_storage = meaning.method == Fp8Storage.method
+        if library not in CONFIG_CLASSES or ("vae" in name and not is_storage):
+            raise RecipeError(f"quantization: {name} cannot be quantized to {meaning.method}, use None or fp8_storage")
         requested[name] = CONFIG_CLASSES[library].of(meaning)
     return requested
 

@@ -23,6 +23,7 @@ from omni_convert.formats.format import Format
 from omni_convert.formats.tensor_spec import TensorSpec
 from omni_convert.loaders.checkpoint_headers import read_headers
 from omni_convert.loaders.config_block import ConfigBlock
+from omni_convert.loaders.fp8_storage import Fp8WeightStorage
 from omni_convert.loaders.installation import (
     check_codes,
     check_scale,
@@ -31,6 +32,7 @@ from omni_convert.loaders.installation import (
     refuse_homeless,
     restore_linears,
     select_layers,
+    settle_compute_dtypes,
     to_disk_state,
 )
 from omni_convert.loaders.quantized_linear import QuantizedLinear
@@ -88,11 +90,14 @@ class TransformersOmniQuantizer(HfQuantizer):  # type: ignore[misc]  # transform
         return _QuantizeOp(self.planned, self.where)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
+        settle_compute_dtypes(model)
         for name, layer in model.named_modules():
+            if isinstance(layer, QuantizedLinear | Fp8WeightStorage):
+                for suffix, tensor in layer.named_buffers(recurse=False):
+                    if not tensor.is_meta:
+                        check = check_codes if suffix == "weight" else check_scale
+                        check(f"{name}.{suffix}", tensor, self.where)
             if isinstance(layer, QuantizedLinear) and layer.device.type != "meta":
-                for suffix in layer.tensor_names:
-                    check = check_codes if suffix == "weight" else check_scale
-                    check(f"{name}.{suffix}", layer.get_buffer(suffix), self.where)
                 layer.select_kernel()
         return model
 
@@ -134,7 +139,7 @@ class _QuantizeOp(ConversionOps):  # type: ignore[misc]  # transformers is untyp
         stem = name.removesuffix(".weight")
         layer = install_quantized(kwargs["model"], stem, weight, self.planned[stem], self.where)
         kwargs["missing_keys"].discard(name)
-        return {f"{stem}.{suffix}": layer.get_buffer(suffix) for suffix in layer.tensor_names}
+        return {f"{stem}.{name}": tensor for name, tensor in layer.named_buffers()}
 
 
 def _renamed(specs: Mapping[str, TensorSpec], model: nn.Module) -> dict[str, TensorSpec]:

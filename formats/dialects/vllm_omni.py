@@ -6,6 +6,7 @@ int8             {"quant_method": "int8", "is_checkpoint_int8_serialized": true,
 mxfp8            {"quant_method": "mxfp8", "is_checkpoint_mxfp8_serialized": true, "ignored_layers": [...]}
 mxfp4            {"quant_method": "mxfp4", "is_checkpoint_mxfp4_serialized": true, "require_smooth_scale": false, ...}
 mxfp4_dualscale  {"quant_method": "mxfp4_dualscale", "is_checkpoint_serialized": true, ...}   no "mxfp4" in this flag
+fp8_storage      {"quant_method": "fp8_storage", "is_checkpoint_fp8_storage_serialized": true, ...}   our loader's alone
 nvfp4            ModelOpt's block: {"quant_method": "modelopt", "quant_algo": "NVFP4", "ignore": [...], ...};
                  ModelOpt's "FP8", which is `fp8` with static activations, is read as well
 
@@ -17,6 +18,7 @@ Names are compared exactly, except by ModelOpt, which also takes an entry for a 
 from __future__ import annotations
 
 import difflib
+import math
 import reprlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -27,6 +29,7 @@ from omni_convert.formats.errors import CheckpointError, RecipeError
 from omni_convert.formats.family import LayerGroup
 from omni_convert.formats.format import Format
 from omni_convert.formats.fp8 import Fp8, Fp8Block
+from omni_convert.formats.fp8_storage import Fp8Storage
 from omni_convert.formats.mxfp4 import Mxfp4
 from omni_convert.formats.nvfp4 import Nvfp4
 from omni_convert.formats.quantization_config import ACTIVATION_SCHEMES, QuantizationConfig
@@ -83,6 +86,7 @@ SPELLINGS = {
             "w4a8_fallback_layers": _is_empty,
         },
     ),
+    "fp8_storage": _Spelling("is_checkpoint_fp8_storage_serialized"),
 }
 assert {*SPELLINGS, "nvfp4"} == {*ACTIVATION_SCHEMES}
 
@@ -168,7 +172,7 @@ def _from_keywords(method: str, block: Mapping[str, Any], where: str) -> Quantiz
         raise CheckpointError(f"{where}: found require_smooth_scale {_shown(smooth)}, expected true or false")
     return QuantizationConfig(
         method,
-        _text(block.get("activation_scheme", "dynamic"), "activation_scheme", where),
+        _text(block.get("activation_scheme", ACTIVATION_SCHEMES[method][0]), "activation_scheme", where),
         _block_size(block.get("weight_block_size"), where),
         _names(block.get("ignored_layers"), "ignored_layers", where),
         smooth,
@@ -290,7 +294,8 @@ class VllmOmni(Dialect):
     def stored_layers(self, found: Found) -> Iterator[StoredLayer]:
         method = str(found.block.get("method", found.quant_method))
         for stem, fmt in layer_formats(found.checkpoint, method).items():
-            rows, width = found.checkpoint[f"{stem}.weight"].shape
+            rows, *others = found.checkpoint[f"{stem}.weight"].shape
+            width = math.prod(others)
             yield StoredLayer(stem, fmt, (rows, 2 * width if fmt.method == "nvfp4" else width))
 
     def spelling(self, fmt: Format, shape: tuple[int, int]) -> Spelling | str:
@@ -327,7 +332,7 @@ def config_of(layers: Mapping[str, Format], ignored: Collection[str]) -> Quantiz
 def _meaning(fmt: Format) -> tuple[str, str, tuple[int, int] | None, bool]:
     """Method, activation scheme, block size, and whether every layer has a mul_scale."""
     scheme = "static" if isinstance(fmt, (Fp8, Nvfp4)) and fmt.static else "dynamic"
-    if isinstance(fmt, Nvfp4) and not fmt.static:
+    if isinstance(fmt, Fp8Storage) or (isinstance(fmt, Nvfp4) and not fmt.static):
         scheme = "none"
     block_size = fmt.block_size if isinstance(fmt, Fp8Block) else None
     return fmt.method, scheme, block_size, isinstance(fmt, Mxfp4) and fmt.smooth

@@ -5,13 +5,13 @@ from typing import Any
 
 import pytest
 
-from omni_convert.convert.recipe import METHODS, Recipe
+from omni_convert.convert.recipe import METHODS, STORAGE_METHODS, Recipe
 from omni_convert.formats.errors import RecipeError
 from omni_convert.formats.table import FORMATS
 
 
 def test_methods_are_those_of_the_format_table() -> None:
-    assert set(METHODS) == set(FORMATS)
+    assert {*METHODS, *STORAGE_METHODS} == set(FORMATS)
 
 
 @pytest.mark.parametrize(

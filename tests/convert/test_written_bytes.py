@@ -16,7 +16,7 @@ from omni_convert.formats.table import FORMATS, FormatOptions
 
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
 STEM = "layers.0.feed_forward.w2"
-METHODS = [method for method in FORMATS if method != "gguf"]
+METHODS = [method for method in FORMATS if method not in ("gguf", "fp8_storage")]
 
 
 def extents(file: Path) -> dict[str, tuple[int, int]]:
