@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from omni_convert.convert.component_weights import renamed
 from omni_convert.convert.inspection import component_names
 from omni_convert.convert.reference_check import check_against, check_kept
 from omni_convert.convert.source import Source
@@ -91,7 +92,7 @@ def _verify(source: Source, name: str, reference: Source | None, progress: Calla
         findings += _values(reading, progress)
         errors: dict[str, float] = {}
         if reference is not None:
-            findings += _compared(reading, reference, name, errors)
+            findings += _compared(reading, reference, name, config, errors)
         quantized = reading.quantized
         return VerifiedComponent(
             name,
@@ -170,13 +171,15 @@ def _values(reading: LenientReading, progress: Callable[[int], None]) -> list[Fi
     return findings
 
 
-def _compared(reading: LenientReading, reference: Source, name: str, errors: dict[str, float]) -> list[Finding]:
+def _compared(
+    reading: LenientReading, reference: Source, name: str, config: dict[str, Any], errors: dict[str, float]
+) -> list[Finding]:
     """Findings against the reference; fills `errors`."""
     quantized = reading.quantized
     if not quantized.layers:
         return []
     findings: list[Finding] = []
-    with _open_reference(reference, name) as original:
+    with _open_reference(reference, name, config) as original:
         for stem, layer in quantized.layers.items():
             assert quantized.dialect is not None
             error, flaws = check_against(layer, original, quantized.dialect)
@@ -192,11 +195,12 @@ def _compared(reading: LenientReading, reference: Source, name: str, errors: dic
     return findings
 
 
-def _open_reference(reference: Source, name: str) -> Checkpoint:
+def _open_reference(reference: Source, name: str, config: dict[str, Any]) -> Checkpoint:
+    """The component in plain numbers, under the names of diffusers where the config tells which model it is."""
     component = name
     if reference.is_pipeline and not name:
         component = next((each for each in DENOISERS if each in reference.components()), "")
     path = reference.path / component if reference.is_pipeline else reference.path
     checkpoint = Checkpoint.open(path)
     opened = read_quantized(checkpoint, path if path.is_dir() else path.parent)
-    return dequantized_view(opened) if opened.layers else checkpoint
+    return renamed(dequantized_view(opened) if opened.layers else checkpoint, config, [])

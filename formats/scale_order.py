@@ -1,8 +1,9 @@
 """Whether block scales lie in the order in which they are read, told from the file alone.
 
-The magnitude of a block, scale x RMS of its elements, varies less from block to block than either factor: where the
+The magnitude of a block, scale x RMS of its elements, varies less from block to block than its factors do: where the
 largest element of a block is an outlier, its scale is large and the other elements are small. Scales in another order
-lose that, and lose what rows and columns have in common as well; so of two orders the right one is the smoother.
+lose that, and lose what rows and columns have in common as well; so of two orders the right one is the smoother, once
+means of rows and columns are taken away. (Not as neighbours: other orders bring rows of one magnitude together.)
 (Block maxima of the elements alone say nothing: they are near the top of the grid whatever the scales are.)
 """
 
@@ -22,16 +23,21 @@ MIN_BLOCKS = 256
 # The other order must be smoother by this, and by so many standard errors.
 MARGIN = 0.08
 DEVIATIONS = 5.0
+# Binades to either side of the median that count.
+WIDEST = 8.0
 
 
 def roughness(magnitude: Tensor) -> float:
-    """Mean squared difference between neighbours along rows and columns.
+    """Variance that is left when rows and columns have given theirs.
 
     Args:
         magnitude: log2 of the blocks' magnitudes, float32 [rows, blocks]; NaN where a block is all zeros
     """
-    squares = [torch.diff(magnitude, dim=dim).square_().flatten() for dim in (0, 1)]
-    return float(torch.cat(squares).nanmean())
+    middle = float(magnitude.nanmedian())  # the scale of a block of zeros may be anything
+    near = magnitude.clamp(middle - WIDEST, middle + WIDEST)
+    rest = near - near.nanmean(1, keepdim=True)
+    rest = rest - rest.nanmean(0, keepdim=True)
+    return float(rest.square_().nanmean())
 
 
 def other_order(scales: Tensor, *, swizzled: bool) -> Tensor | None:

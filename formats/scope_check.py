@@ -136,9 +136,10 @@ def _unquantized(group: LayerGroup, listed: Collection[str], dialect: str | None
 
 def _shared(group: LayerGroup, layers: Sequence[QuantizedLayer]) -> Iterator[Finding]:
     """Members of a merged layer share what the runtime merges."""
-    labels = {layer.format.label for layer in layers}
-    if len(labels) > 1:
-        what = f"found {' and '.join(sorted(labels))} in what the runtime merges as '{group.runtime_name}'"
+    kinds = {(layer.format.label, *layer.tensors) for layer in layers}
+    if len(kinds) > 1:
+        described = sorted(f"{label} ({', '.join(suffixes)})" for label, *suffixes in kinds)
+        what = f"found {' and '.join(described)} in what the runtime merges as '{group.runtime_name}'"
         yield Finding("error", "half-quantized-group", layers[0].stem, what, VLLM_OMNI, ANEW)
         return
     for suffix in ("weight_scale_2", "mul_scale", "input_scale"):

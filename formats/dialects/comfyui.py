@@ -160,6 +160,8 @@ def _layer(found: Found, stem: str, names: Mapping[str, str], mark: Mapping[str,
     """A layer from its tensors, and what its mark adds."""
     name = mark.get("format")
     parts = parts_of(found, stem, names)
+    if "weight" not in parts:
+        raise CheckpointError(f"{found.checkpoint.path}: tensor '{stem}.weight' is missing, expected with its scale")
     signature = read_signature(parts, "high" if name == "nvfp4" else "low", swizzled=name in SWIZZLED)
     if signature is None:
         raise unknown_format(found, stem, parts)

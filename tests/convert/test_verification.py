@@ -671,6 +671,9 @@ BROKEN: dict[str, Case] = {
     "weight_scale for scale_weight": (
         lambda: legacy(torch.float8_e4m3fn), rename("scale_weight", "weight_scale"), "missing-companion", Q,
     ),
+    "legacy scale without weight": (
+        lambda: legacy(torch.float8_e4m3fn), change(f"{Q}.weight", remove), "missing-companion", Q,
+    ),
     "label of another type": (lambda: msmodelslim("int8"), label(weight="W8A8_MXFP8"), "block-mismatch", Q),
     "label of no type": (lambda: msmodelslim("int8"), label(weight="W2A2"), "bad-mark", Q),
     "label FLOAT": (lambda: msmodelslim("mxfp8"), label(weight="FLOAT"), "missing-companion", Q),
