@@ -36,9 +36,10 @@ def check_against(layer: QuantizedLayer, reference: Checkpoint, dialect: str) ->
     """
     name = f"{layer.stem}.weight"
     spec = reference.get(name)
-    if spec is None or spec.shape != layer.shape:
+    shape = layer.format.weight_shape(*layer.shape)
+    if spec is None or spec.shape != shape:
         found = "no such weight" if spec is None else f"{list(spec.shape)}"
-        what = f"found {found} in the reference, expected {list(layer.shape)}"
+        what = f"found {found} in the reference, expected {list(shape)}"
         return None, [Finding("warning", "not-in-reference", layer.stem, what, "", "give the model it was made of")]
     error = relative_error(layer, reference, name)
     limit = limit_of(layer.format)
@@ -52,7 +53,7 @@ def relative_error(layer: QuantizedLayer, reference: Checkpoint, name: str) -> f
     difference = total = 0.0
     multiple = max(layer.format.row_multiple, layer.stored.spelling.row_multiple)
     for start, stop in tile_ranges(layer.shape, multiple):
-        wanted = reference.read_rows(name, start, stop).float()
+        wanted = reference.read_rows(name, start, stop).flatten(1).float()
         difference += float((layer.dequantize(start, stop) - wanted).square_().sum(dtype=torch.float64))
         total += float(wanted.square_().sum(dtype=torch.float64))
     ratio = (difference / total) ** 0.5 if total else (0.0 if difference == 0 else float("inf"))
@@ -62,7 +63,7 @@ def relative_error(layer: QuantizedLayer, reference: Checkpoint, name: str) -> f
 def _explained(layer: QuantizedLayer, reference: Checkpoint, error: float, limit: float, dialect: str) -> Finding:
     """The mistake that explains an error, if one of the known ones does."""
     rows = min(layer.shape[0], SAMPLE_MULTIPLE)
-    wanted = reference.read_rows(f"{layer.stem}.weight", 0, rows).float()
+    wanted = reference.read_rows(f"{layer.stem}.weight", 0, rows).flatten(1).float()
     tensors = layer.read(0, rows)
     for check, suffix, remedy, changed in _mistakes(layer, tensors):
         other = float((layer.format.dequantize(changed) - wanted).norm() / wanted.norm())

@@ -43,6 +43,7 @@ BY_DIALECT: dict[str, tuple[Verdict, ...]] = {
     ),
     "modelopt": (
         Verdict(DIFFUSERS, "refuses", "its `modelopt` is another kind of checkpoint (quant_type is missing)"),
+        Verdict("SGLang", "loads", "FP8 after a build step of its own, static if there is an input_scale; NVFP4"),
         Verdict(COMFYUI, "wrong", UNMARKED),
     ),
     "comfyui": (
@@ -70,6 +71,7 @@ BY_DIALECT: dict[str, tuple[Verdict, ...]] = {
         Verdict(DIFFUSERS, "refuses", UNKNOWN_HERE),
         Verdict("transformers", "loads", "on a GPU with FP8; elsewhere with dequantize=True"),
         Verdict(OURS, "refuses", SPELL_FIRST),
+        Verdict(COMFYUI, "wrong", UNMARKED),
     ),
     "msmodelslim": (
         Verdict(VLLM_OMNI, "refuses", "reads the description for HunyuanImage-3.0 only; -m keep --dialect vllm-omni"),
@@ -81,6 +83,7 @@ BY_DIALECT: dict[str, tuple[Verdict, ...]] = {
         Verdict("LightX2V", "loads", "if its run-time JSON repeats the scheme"),
         Verdict(VLLM_OMNI, "wrong", NO_BLOCK),
         Verdict(DIFFUSERS, "wrong", "scales are not known to it"),
+        Verdict(OURS, "refuses", SPELL_FIRST),
         Verdict(COMFYUI, "wrong", UNMARKED),
     ),
     "bfl": (
@@ -112,6 +115,11 @@ NEEDS = {
     "mxfp8": "Blackwell (SM 10.0)",
     "nvfp4": "Blackwell (SM 10.0)",
 }
+# What it reads of ComfyUI's; scaled FP8 without its scales, hence white images, before it was taught to.
+IN_STABLE_DIFFUSION_CPP = ("fp8", "int8")
+FP8_STORAGE = "fp8_storage"
+# What diffusers' `bfl` quantizer reads.
+IN_DIFFUSERS_BFL = ("fp8 per row", "nvfp4")
 ASCEND_ONLY = ("mxfp8", "mxfp4", "mxfp4_dualscale")
 
 
@@ -137,10 +145,24 @@ def verdicts(dialect: str, layers: Mapping[str, Format], refusal: str | None) ->
     if dialect == "comfyui":
         needs = ", ".join(f"{method} on {NEEDS[method]}" for method in sorted(methods & NEEDS.keys()))
         found.insert(0, Verdict(COMFYUI, "loads", f"as it is marked; runs {needs}, else dequantizes"))
+        if methods <= {*IN_STABLE_DIFFUSION_CPP}:
+            found.append(
+                Verdict(
+                    "stable-diffusion.cpp",
+                    "loads",
+                    "in versions that do not drop the scales of scaled FP8 (white images)",
+                )
+            )
+    unread = sorted({fmt.label for fmt in layers.values()} - {*IN_DIFFUSERS_BFL})
+    if dialect == "bfl" and unread:
+        why = f"its BFLQuantizationConfig reads {' and '.join(IN_DIFFUSERS_BFL)}, not {', '.join(unread)}"
+        found = [Verdict(DIFFUSERS, "wrong", why) if each.runtime == DIFFUSERS else each for each in found]
     return found
 
 
 def _of_vllm_omni(methods: set[str], refusal: str | None) -> Verdict:
+    if FP8_STORAGE in methods:
+        return Verdict(VLLM_OMNI, "wrong", "quantizes encoders and VAEs in memory only, and takes codes for weights")
     if refusal is not None:
         return Verdict(VLLM_OMNI, "wrong", refusal)
     ascend = sorted(methods & {*ASCEND_ONLY})

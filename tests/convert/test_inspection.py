@@ -12,7 +12,12 @@ from safetensors.torch import load_file, save_file
 from omni_convert.convert import Recipe, convert_checkpoint
 from omni_convert.convert.cli import main
 from omni_convert.formats.dialects.table import DIALECTS
-from omni_convert.formats.runtimes import BY_DIALECT
+from omni_convert.formats.fp8_storage import Fp8Storage
+from omni_convert.formats.int8 import Int8
+from omni_convert.formats.nvfp4 import Nvfp4
+from omni_convert.formats.read_formats import Scaled
+from omni_convert.formats.runtimes import BY_DIALECT, CONSUMERS, verdicts
+from omni_convert.formats.table import FORMATS, FormatOptions
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 LAYER = "layers.0.attention.to_q"
@@ -28,8 +33,29 @@ def outcomes(component: dict) -> dict[str, str]:  # type: ignore[type-arg]  # JS
     return {verdict["runtime"].split()[0]: verdict["outcome"] for verdict in component["runtimes"]}
 
 
-def test_every_dialect_has_verdicts() -> None:
-    assert BY_DIALECT.keys() == DIALECTS.keys()
+def test_every_dialect_has_verdicts_and_readers() -> None:
+    assert BY_DIALECT.keys() == DIALECTS.keys() == CONSUMERS.keys()
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+@pytest.mark.parametrize("method", FORMATS)
+def test_every_format_of_every_dialect_has_one_verdict_of_each_runtime(dialect: str, method: str) -> None:
+    found = verdicts(dialect, {"a": FORMATS[method].build(FormatOptions())}, None)
+    runtimes = [verdict.runtime.split()[0] for verdict in found]
+    assert len(runtimes) == len(set(runtimes))
+    assert {"vLLM-Omni", "diffusers", "omni_convert.loaders", "ComfyUI"} <= {*runtimes}
+
+
+def test_what_only_our_loader_reads_loads_wrong_elsewhere() -> None:
+    found = {each.runtime.split()[0]: each.outcome for each in verdicts("vllm-omni", {"a": Fp8Storage()}, None)}
+    assert found["vLLM-Omni"] == "wrong"
+    assert found["omni_convert.loaders"] == "loads"
+
+
+def test_diffusers_reads_only_some_formats_of_black_forest_labs() -> None:
+    for fmt, outcome in ((Nvfp4(static=True), "loads"), (Scaled("fp8"), "loads"), (Int8(), "wrong")):
+        (found,) = [each for each in verdicts("bfl", {"a": fmt}, None) if each.runtime.startswith("diffusers")]
+        assert found.outcome == outcome
 
 
 @pytest.mark.parametrize(
