@@ -15,13 +15,13 @@ from omni_convert.formats.errors import RecipeError
 __all__ = ["DIALECT_NAMES", "METHODS", "STORAGE_METHODS", "TRANSCODINGS", "LoraRequest", "Recipe", "suggestion"]
 
 # The names alone: `--help` and a mistyped method must not import torch. A test holds them equal to `FORMATS`.
-METHODS = ("fp8", "int8", "mxfp8", "mxfp4", "mxfp4_dualscale", "nvfp4")
+METHODS = ("fp8", "int8", "mxfp8", "mxfp4", "mxfp4_dualscale", "nvfp4", "w4a16")
 # What only components beside the transformers may be: not run quantized, but stored so.
 STORAGE_METHODS = ("fp8_storage",)
 # What may be done with a quantized model without quantizing it again.
 TRANSCODINGS = ("keep", "dequantize")
 # As METHODS: a test holds them equal to the dialects that are written.
-DIALECT_NAMES = ("vllm-omni", "modelopt", "comfyui", "compressed-tensors")
+DIALECT_NAMES = ("vllm-omni", "modelopt", "comfyui", "compressed-tensors", "transformers", "auto-round")
 ACTIVATION_SCHEMES = ("dynamic", "static")
 RUNTIMES = ("vllm-omni", "diffusers")
 ROUNDINGS = ("nearest", "gptq", "auto")
@@ -30,9 +30,11 @@ METHODS_OF_OPTION = {
     "scale_rule": ("mxfp8", "mxfp4", "mxfp4_dualscale"),
     "input_scale": ("fp8", "nvfp4"),
     "int8_fused_scales": ("int8",),
+    "group_size": ("w4a16",),
 }
 LORA_COMPONENT = re.compile(r"([A-Za-z]\w*)=")
 ENGINE = re.compile(r"local|ray|(ray://)?[\w.-]+:\d+|ray://[\w.-]+")
+GROUP_SIZES = (32, 64, 128)
 DTYPES = ("bfloat16", "float16", "float32")
 
 
@@ -100,6 +102,7 @@ class Recipe:
     dialect: str = "vllm-omni"
     int8_fused_scales: str = "shared"
     scale_rule: str | None = None
+    group_size: int | None = None
     search: bool = True
     rounding: str | None = None
     bf16_blocks: int | None = None
@@ -131,6 +134,8 @@ class Recipe:
     def __post_init__(self) -> None:
         _check_choice("method", self.method, (*METHODS, *TRANSCODINGS))
         _check_choice("dialect", self.dialect, DIALECT_NAMES)
+        if self.method == "w4a16" and self.dialect == "vllm-omni":
+            object.__setattr__(self, "dialect", "auto-round")  # whose spelling of it vLLM-Omni reads
         _check_choice("activation-scheme", self.activation_scheme, ACTIVATION_SCHEMES)
         _check_choice("runtime", self.runtime, RUNTIMES)
         _check_choice("int8-fused-scales", self.int8_fused_scales, ("shared", "per-row"))
@@ -153,6 +158,9 @@ class Recipe:
             raise RecipeError(f"--workers: found {self.workers}, expected at least 1")
         if self.calib is not None and self.calibration:
             raise RecipeError("--calib and --calibration: found both, expected one; --calibration reuses a --calib run")
+        self._check_lora()
+
+    def _check_lora(self) -> None:
         if self.lora and (self.calib is not None or self.calibration or self.moments):
             raise RecipeError(
                 "--lora: found with calibration, which would run the model without it, expected it alone; bake it "
@@ -177,6 +185,8 @@ class Recipe:
             )
 
     def _check_options_of_methods(self) -> None:
+        if self.group_size is not None and self.group_size not in GROUP_SIZES:
+            raise RecipeError(f"--group-size: found {self.group_size}, expected one of 32, 64, 128")
         methods = {self.method, *self.component.values()}
         for name, honouring in METHODS_OF_OPTION.items():
             if getattr(self, name) != Recipe.__dataclass_fields__[name].default and methods.isdisjoint(honouring):
@@ -246,6 +256,7 @@ class Recipe:
             "dialect": self.dialect,
             "int8_fused_scales": self.int8_fused_scales,
             "scale_rule": self.scale_rule,
+            "group_size": self.group_size,
             "search": self.search,
             "rounding": None if self.effective_rounding == "nearest" else self.effective_rounding,
             "bf16_blocks": self.bf16_blocks,

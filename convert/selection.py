@@ -141,6 +141,7 @@ def format_for(
             shared_in_group=group.is_fused and recipe.int8_fused_scales == "shared",
             scale_rule=recipe.scale_rule,
             search=recipe.search,
+            group_size=recipe.group_size,
         )
     )
 

@@ -46,6 +46,8 @@ class Codec(ABC):
 
     #: Rows of the stored tensor can be made from canonical rows only in multiples of this.
     row_multiple: int = 1
+    #: Rows of the stored tensor are no rows of the canonical one: it is made as a whole.
+    is_turned: bool = False
 
     @abstractmethod
     def stored(self, layout: TensorLayout) -> TensorLayout:
@@ -267,18 +269,22 @@ class OneForAll(Codec):
 
 @dataclass(frozen=True)
 class PackedColumns(Codec):
-    """GPTQ's packing: int32 words of consecutive codes, lowest bits first; rows of the weight are columns. Only read.
+    """GPTQ's packing: int32 words of consecutive codes, lowest bits first; rows of the weight are columns.
 
     Attributes:
         bits: of a code
         along_rows: a word holds codes of consecutive rows of the weight (`qzeros`), not of consecutive columns
             (`qweight`)
         offset: what is added to a code
+        row_multiple: all rows of the weight, to write them
     """
 
     bits: int
     along_rows: bool = False
     offset: int = 0
+    row_multiple: int = 1
+
+    is_turned = True
 
     def stored(self, layout: TensorLayout) -> TensorLayout:
         rows, columns = layout.shape
@@ -287,7 +293,15 @@ class PackedColumns(Codec):
         return TensorLayout(torch.int32, shape)
 
     def encode(self, tensor: Tensor) -> Tensor:
-        raise NotImplementedError
+        per_word = 32 // self.bits
+        codes = (tensor.to(torch.int32) - self.offset) & ((1 << self.bits) - 1)
+        words = codes if self.along_rows else codes.T  # packed along the first dimension
+        words = torch.nn.functional.pad(words, (0, 0, 0, -len(words) % per_word))
+        words = words.reshape(-1, per_word, words.shape[1])
+        packed = torch.zeros_like(words[:, 0])
+        for place in range(per_word):
+            packed |= words[:, place] << (place * self.bits)
+        return packed.T.contiguous() if self.along_rows else packed.contiguous()
 
     def decode(self, stored: Tensor, layout: TensorLayout) -> Tensor:
         shifts = torch.arange(0, 32, self.bits, dtype=torch.int32)
@@ -323,17 +337,27 @@ class Ones(Codec):
 
 @dataclass(frozen=True)
 class Transposed(Codec):
-    """The rows of the weight are columns on disk; only read."""
+    """The rows of the weight are columns on disk.
+
+    Attributes:
+        dtype: of the container; None for the canonical one
+        row_multiple: all rows of the weight, to write them
+    """
+
+    dtype: torch.dtype | None = None
+    row_multiple: int = 1
+
+    is_turned = True
 
     def stored(self, layout: TensorLayout) -> TensorLayout:
-        return replace(layout, shape=layout.shape[::-1])
+        return replace(layout, dtype=self.dtype or layout.dtype, shape=layout.shape[::-1])
 
     def mismatch(self, spec: TensorSpec, layout: TensorLayout) -> str | None:
         fits = spec.dtype in FLOATS and spec.shape == layout.shape[::-1]
         return None if fits else super().mismatch(spec, layout)
 
     def encode(self, tensor: Tensor) -> Tensor:
-        raise NotImplementedError
+        return tensor.T.to(self.dtype or tensor.dtype).contiguous()
 
     def decode(self, stored: Tensor, layout: TensorLayout) -> Tensor:
         return stored.T.to(layout.dtype).contiguous()

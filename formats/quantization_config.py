@@ -18,6 +18,7 @@ ACTIVATION_SCHEMES: dict[str, tuple[str, ...]] = {
     "mxfp4_dualscale": ("dynamic",),
     "nvfp4": ("static", "none"),
     "fp8_storage": ("none",),
+    "w4a16": ("none",),
 }
 
 

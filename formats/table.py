@@ -11,6 +11,7 @@ import torch
 from omni_convert.formats.format import Format
 from omni_convert.formats.fp8 import Fp8, Fp8Block
 from omni_convert.formats.fp8_storage import Fp8Storage
+from omni_convert.formats.int4 import Int4
 from omni_convert.formats.int8 import Int8
 from omni_convert.formats.mxfp4 import Mxfp4
 from omni_convert.formats.mxfp4_dualscale import Mxfp4DualScale
@@ -18,7 +19,7 @@ from omni_convert.formats.mxfp8 import Mxfp8
 from omni_convert.formats.nvfp4 import Nvfp4
 from omni_convert.formats.tensor_spec import TensorSpec
 
-__all__ = ["FORMATS", "Calibration", "FormatOptions", "Method", "block_size_of", "layer_formats"]
+__all__ = ["FORMATS", "LOADABLE", "Calibration", "FormatOptions", "Method", "block_size_of", "layer_formats"]
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class FormatOptions:
     shared_in_group: bool = False
     scale_rule: str | None = None
     search: bool = True
+    group_size: int | None = None
 
 
 #: Tensors that stand beside a quantized `weight`.
@@ -93,7 +95,15 @@ FORMATS: dict[str, Method] = {
         Calibration.UNUSED,
         "8-bit floats, one scale per weight, dequantized before use; linears and convolutions of encoders and VAEs",
     ),
+    "w4a16": Method(
+        lambda options: Int4(options.group_size or 128, options.search),
+        Calibration.UNUSED,
+        "4-bit integers, a float scale per 32 to 128; activations stay as they are",
+    ),
 }
+
+#: Methods that our loader runs. W4A16 is for others' kernels.
+LOADABLE = tuple(name for name in FORMATS if name != Int4.method)
 
 
 def layer_formats(specs: Mapping[str, TensorSpec], method: str | None = None) -> dict[str, Format]:

@@ -97,6 +97,8 @@ class _Respelled(ViewedTensor):
         if not layout.rows_per_entry:
             whole = codec.encode(self.layer.read_tensor(self.suffix, 0, 0))
             return whole[start:stop] if self.spec.shape else whole
+        if codec.is_turned:
+            return codec.encode(self.layer.read_tensor(self.suffix, 0, layout.shape[0]))[start:stop]
         multiple = codec.row_multiple
         first = start // multiple * multiple
         last = min(-(-stop // multiple) * multiple, layout.shape[0])

@@ -9,7 +9,7 @@ from typing import Any
 
 from omni_convert.formats.errors import RecipeError
 from omni_convert.formats.quantization_config import ACTIVATION_SCHEMES, QuantizationConfig
-from omni_convert.formats.table import FORMATS
+from omni_convert.formats.table import LOADABLE
 from omni_convert.loaders.config_block import is_modelopt_export, read_block
 
 __all__ = [
@@ -131,8 +131,8 @@ def _build_from_options(spec: Mapping[str, Any], kwargs: Mapping[str, Any]) -> Q
 
 def _build_single(name: str, options: Mapping[str, Any]) -> QuantizationConfig:
     method = name.lower().replace("-", "_")
-    if method not in FORMATS:
-        raise QuantConfigValueError(f"quantization: found method '{name}', expected one of {', '.join(FORMATS)}")
+    if method not in LOADABLE:
+        raise QuantConfigValueError(f"quantization: found method '{name}', expected one of {', '.join(LOADABLE)}")
     options = {key: value for key, value in options.items() if not key.endswith(SERIALIZED_FLAG_SUFFIX)}
     options = {"activation_scheme": _uncalibrated_scheme(method)} | options
     signature = inspect.signature(QuantizationConfig)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from omni_convert.formats.dialects import omni_convert, vllm_omni
 from omni_convert.formats.errors import CheckpointError, RecipeError
 from omni_convert.formats.format import Format
-from omni_convert.formats.table import FORMATS
+from omni_convert.formats.table import LOADABLE
 from omni_convert.formats.tensor_spec import TensorSpec
 from omni_convert.loaders.checkpoint_headers import read_headers
 from omni_convert.loaders.config_block import ConfigBlock, is_modelopt_export
@@ -158,7 +158,7 @@ class DiffusersOmniQuantizer(DiffusersQuantizer):  # type: ignore[misc]  # diffu
 
 def register() -> None:
     """Enters our quantizer in diffusers' mappings, under every method's name that nobody owns yet."""
-    for name in (omni_convert.QUANT_METHOD, *FORMATS):
+    for name in (omni_convert.QUANT_METHOD, *LOADABLE):
         if name not in auto.AUTO_QUANTIZATION_CONFIG_MAPPING and name not in auto.AUTO_QUANTIZER_MAPPING:
             auto.AUTO_QUANTIZATION_CONFIG_MAPPING[name] = DiffusersConfig
             auto.AUTO_QUANTIZER_MAPPING[name] = DiffusersOmniQuantizer

@@ -23,7 +23,7 @@ from omni_convert.formats.fp8_storage import Fp8Storage
 from omni_convert.formats.layer_pattern import matches
 from omni_convert.formats.mxfp4 import Mxfp4
 from omni_convert.formats.quantization_config import QuantizationConfig
-from omni_convert.formats.table import FORMATS, FormatOptions, layer_formats
+from omni_convert.formats.table import FORMATS, LOADABLE, FormatOptions, layer_formats
 from omni_convert.formats.tensor_spec import DTYPE_NAMES, TensorSpec
 from omni_convert.loaders.fp8_storage import (
     STORED_LAYERS,
@@ -60,8 +60,8 @@ def declared_format(config: QuantizationConfig) -> Format:
     Raises:
         RecipeError: the method is not one of ours.
     """
-    if config.method not in FORMATS:
-        raise RecipeError(f"quantization: found method '{config.method}', expected one of {', '.join(FORMATS)}")
+    if config.method not in LOADABLE:
+        raise RecipeError(f"quantization: found method '{config.method}', expected one of {', '.join(LOADABLE)}")
     return FORMATS[config.method].build(
         FormatOptions(
             static=config.is_static,

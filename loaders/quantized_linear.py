@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from omni_convert.formats.errors import KernelError, RecipeError
 from omni_convert.formats.format import Format, InputStatistics
 from omni_convert.formats.fp8_storage import Fp8Storage
-from omni_convert.formats.table import FORMATS, FormatOptions
+from omni_convert.formats.table import FORMATS, LOADABLE, FormatOptions
 from omni_convert.loaders.kernels.kernel import Activations, LayerTraits
 from omni_convert.loaders.kernels.table import Selection, select_kernel
 from omni_convert.loaders.pickling import module_state, restore_buffers
@@ -197,8 +197,8 @@ def quantize_linear(
 
 
 def _format(method: str, options: Mapping[str, Any]) -> Format:
-    if method not in FORMATS or method == Fp8Storage.method:  # which is no linear that is run quantized
-        raise RecipeError(f"quantize_linear: found method '{method}', expected one of {', '.join(FORMATS)}")
+    if method not in LOADABLE or method == Fp8Storage.method:  # which is no linear that is run quantized
+        raise RecipeError(f"quantize_linear: found method '{method}', expected one of {', '.join(LOADABLE)}")
     if options.get("static"):
         raise RecipeError("quantize_linear: static activations need calibration, convert the model instead")
     return FORMATS[method].build(FormatOptions(**options))

@@ -5,19 +5,24 @@ Integers: GPTQ's packing. NAME.qweight I32 [in * bits / 32, out]; NAME.scales F1
 MX:       NAME.weight_packed U8 [out, in / 2], even element in the low nibble; or NAME.weight F8_E4M3;
           NAME.weight_scale U8 [out, in / 32]. NVFP4 as compressed-tensors has it.
 Block:    {"quant_method": "auto-round", "bits": 4, "group_size": 128, "packing_format": "auto_round:auto_gptq", ...}
-Limits:   only read; AWQ's packing, reordered columns (g_idx), and bits other than 2, 4 and 8 are not.
+Limits:   AWQ's packing, reordered columns (g_idx), and bits other than 2, 4 and 8 are not read. Of what is made here,
+          only W4A16 is written; a weight is packed as a whole, since its rows are columns on disk.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any
 
 import torch
 
 from omni_convert.formats.codec import PackedColumns, Reciprocal, Transposed
 from omni_convert.formats.dialect import Dialect, Found, Spelling, StoredLayer
 from omni_convert.formats.dialects.bare import signed_layers
-from omni_convert.formats.errors import CheckpointError
+from omni_convert.formats.errors import CheckpointError, RecipeError
+from omni_convert.formats.format import Format
+from omni_convert.formats.int4 import Int4
 from omni_convert.formats.read_formats import Scaled
 
 __all__ = ["AUTO_ROUND"]
@@ -30,6 +35,9 @@ PACKED_NAMES = {
 }
 INTEGER_NAMES = {"weight": "qweight", "weight_scale": "scales", "weight_zero_point": "qzeros"}
 READABLE_BITS = (2, 4, 8)
+WRITTEN_BITS = 4
+# The name of a stack of blocks, before their numbers.
+STACK = re.compile(r"(.+?)\.\d+\.")
 
 
 class AutoRound(Dialect):
@@ -44,6 +52,38 @@ class AutoRound(Dialect):
         yield from (_integers(found, stem) for stem in found.stems("qweight"))
         yield from signed_layers(found, PACKED_NAMES, {"weight_scale_2": Reciprocal(), "input_scale": Reciprocal()})
         yield from signed_layers(found)
+
+    def spelling(self, fmt: Format, shape: tuple[int, int]) -> Spelling | str:
+        if not isinstance(fmt, Int4):
+            return f"AutoRound's files are written for w4a16 alone, found {fmt.label}"
+        rows = shape[0]
+        codecs = {
+            "weight": PackedColumns(WRITTEN_BITS, row_multiple=rows),
+            "weight_scale": Transposed(torch.float16, row_multiple=rows),
+            "weight_zero_point": PackedColumns(WRITTEN_BITS, along_rows=True, offset=1, row_multiple=rows),
+        }
+        return Spelling(INTEGER_NAMES, codecs)
+
+    def block(self, layers: Mapping[str, Format], ignored: Collection[str]) -> dict[str, Any]:
+        """As auto-round exports it, and vLLM-Omni and diffusers read it.
+
+        Raises:
+            RecipeError: the layers have groups of several sizes, which one block cannot say.
+        """
+        sizes = {fmt.group for fmt in layers.values() if isinstance(fmt, Int4)}
+        if len(sizes) != 1:
+            raise RecipeError(f"found groups of {sorted(sizes)} columns, expected one size")
+        stacks = sorted({match[1] for stem in layers if (match := STACK.match(stem))})
+        return {
+            "quant_method": "auto-round",
+            "bits": WRITTEN_BITS,
+            "group_size": sizes.pop(),
+            "sym": True,
+            "data_type": "int",
+            "packing_format": "auto_round:auto_gptq",
+            "block_name_to_quantize": ",".join(stacks),
+            "extra_config": {name: {"bits": 16, "data_type": "float"} for name in sorted(ignored)},
+        }
 
 
 def _integers(found: Found, stem: str) -> StoredLayer:

@@ -30,6 +30,7 @@ from omni_convert.formats.family import LayerGroup
 from omni_convert.formats.format import Format
 from omni_convert.formats.fp8 import Fp8, Fp8Block
 from omni_convert.formats.fp8_storage import Fp8Storage
+from omni_convert.formats.int4 import Int4
 from omni_convert.formats.mxfp4 import Mxfp4
 from omni_convert.formats.nvfp4 import Nvfp4
 from omni_convert.formats.quantization_config import ACTIVATION_SCHEMES, QuantizationConfig
@@ -88,7 +89,8 @@ SPELLINGS = {
     ),
     "fp8_storage": _Spelling("is_checkpoint_fp8_storage_serialized"),
 }
-assert {*SPELLINGS, "nvfp4"} == {*ACTIVATION_SCHEMES}
+# vLLM-Omni reads W4A16 as AutoRound spells it.
+assert {*SPELLINGS, "nvfp4", "w4a16"} == {*ACTIVATION_SCHEMES}
 
 
 def ignored_names(groups: Iterable[LayerGroup]) -> list[str]:
@@ -299,6 +301,8 @@ class VllmOmni(Dialect):
             yield StoredLayer(stem, fmt, (rows, 2 * width if fmt.method == "nvfp4" else width))
 
     def spelling(self, fmt: Format, shape: tuple[int, int]) -> Spelling | str:
+        if isinstance(fmt, Int4):
+            return "vLLM-Omni reads W4A16 as AutoRound spells it: --dialect auto-round"
         if isinstance(fmt, ReadFormat):
             return f"vLLM-Omni has no method that loads {fmt.label}"
         return fmt.unsupported(*shape) or Spelling()

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from omni_convert.convert import Recipe, convert_checkpoint
 from omni_convert.formats.quantized import QuantizedLayer, open_quantized
 
 STEM = "blocks.0.proj"
@@ -51,6 +53,73 @@ def test_fp8_in_blocks_is_read_as_transformers_reads_it(tmp_path: Path, weight: 
     layer = layer_of(tmp_path, {"weight": codes, "weight_scale_inv": scale}, block)
     assert layer.format.label == "fp8 128x128"
     assert layer.dequantize(0, 192).equal(_dequantize_fp8_weight(codes, scale, [128, 128], torch.float32))
+
+
+def test_a_text_encoder_of_ours_is_loaded_by_transformers(tiny_pipeline_folder: Path, tmp_path: Path) -> None:
+    from transformers import FineGrainedFP8Config, Qwen3ForCausalLM
+
+    recipe = Recipe(
+        method="fp8",
+        component={"text_encoder": "fp8"},
+        weight_block_size=(32, 32),
+        dialect="transformers",
+        runtime="diffusers",
+    )
+    convert_checkpoint(tiny_pipeline_folder, tmp_path / "out", recipe)
+    folder = tmp_path / "out" / "text_encoder"
+    with open_quantized(folder) as opened:
+        ours = {stem: layer.dequantize(0, layer.shape[0]) for stem, layer in opened.layers.items()}
+    assert opened.dialect == "transformers"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # theirs: no GPU here
+        model = Qwen3ForCausalLM.from_pretrained(
+            folder, quantization_config=FineGrainedFP8Config(dequantize=True), dtype=torch.bfloat16
+        )
+    theirs = model.state_dict()
+    assert len(ours) > 10
+    for stem, weight in ours.items():
+        torch.testing.assert_close(theirs[f"{stem}.weight"], weight.to(torch.bfloat16), rtol=2**-7, atol=0)
+
+
+@pytest.mark.parametrize("group", [32, 64])
+def test_w4a16_of_ours_is_multiplied_by_auto_round(  # type: ignore[no-untyped-def]
+    import_peer, tiny_pipeline_folder: Path, tmp_path: Path, group: int
+) -> None:
+    packing = import_peer("auto_round_extension.torch.qlinear_torch_zp")
+    report = convert_checkpoint(tiny_pipeline_folder, tmp_path / "out", Recipe(method="w4a16", group_size=group))
+    assert max(layer.relative_error for layer in report.layers) < 0.12
+    folder = tmp_path / "out" / "transformer"
+    tensors = load_file(folder / "diffusion_pytorch_model.safetensors")
+    with open_quantized(folder) as opened:
+        assert opened.dialect == "auto-round"
+        for stem, layer in opened.layers.items():
+            rows, columns = layer.shape
+            theirs = packing.QuantLinear(4, group, columns, rows, bias=False)
+            own = {name: tensors[f"{stem}.{name}"] for name in ("qweight", "qzeros", "scales")}
+            theirs.load_state_dict(own, strict=False)
+            product = theirs(torch.eye(columns)).T.float()
+            torch.testing.assert_close(layer.dequantize(0, rows), product, rtol=2**-9, atol=0)
+
+
+def test_w4a16_of_ours_is_loaded_by_diffusers(  # type: ignore[no-untyped-def]
+    import_peer, tiny_pipeline_folder: Path, tmp_path: Path
+) -> None:
+    import_peer("auto_round.inference.convert_model")
+    from diffusers import ZImageTransformer2DModel
+
+    convert_checkpoint(tiny_pipeline_folder, tmp_path / "out", Recipe(method="w4a16", group_size=32))
+    folder = tmp_path / "out" / "transformer"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # theirs
+        model = ZImageTransformer2DModel.from_pretrained(folder, torch_dtype=torch.bfloat16)
+    with open_quantized(folder) as opened, torch.no_grad():
+        for stem, layer in opened.layers.items():
+            module = model.get_submodule(stem)
+            assert type(module).__name__ == "QuantLinear"
+            product = module(torch.eye(layer.shape[1], dtype=torch.bfloat16)) - (
+                0 if module.bias is None else module.bias
+            )
+            torch.testing.assert_close(layer.dequantize(0, layer.shape[0]), product.T.float(), rtol=2**-7, atol=2**-9)
 
 
 @pytest.mark.parametrize("is_symmetric", [True, False], ids=["symmetric", "zero points"])

@@ -1,0 +1,97 @@
+"""W4A16: 4-bit integers in groups of columns with one scale each; activations stay as they are.
+
+Tensors:    NAME.weight             U8  [out, in]           codes 0 to 15, one a byte
+            NAME.weight_scale       F32 [out, in / group]   numbers that float16 holds
+            NAME.weight_zero_point  F32 [out, in / group]   8 everywhere
+Arithmetic: W ≈ (code - 8) * weight_scale
+Consumers:  as AutoRound and GPTQ pack it (`formats/dialects/auto_round.py`): vLLM, vLLM-Omni (CUDA, XPU), diffusers
+            with auto-round, transformers; on CUDA by Marlin's kernels, for groups of 32, 64 or 128 columns
+Limits:     in % group == 0, out % 8 == 0
+Scales:     the best of a few around amax / 7.5 by squared error; the largest numbers of a group are cut off by some
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from omni_convert.formats.format import Format, InputStatistics, TensorLayout, WeightRows
+from omni_convert.formats.tiling import quantize_in_tiles
+
+__all__ = ["Int4"]
+
+ZERO_POINT = 8
+LOWEST, HIGHEST = -8, 7
+# Without search, the largest magnitude is the largest code of both signs.
+PLAIN_DIVISOR = 7.0
+DIVISORS = (7.0, 7.5, 8.0, 8.5, 9.0, 9.75, 10.5)
+# The smallest normal float16: below it scales would lose digits.
+SMALLEST_SCALE = 2.0**-14
+PACKED_ROWS = 8
+
+
+@dataclass(frozen=True)
+class Int4(Format):
+    """See the module.
+
+    Attributes:
+        group: columns that share a scale
+        search: choose scales by error
+    """
+
+    group: int = 128
+    search: bool = True
+
+    method = "w4a16"
+
+    def unsupported(self, out_features: int, in_features: int) -> str | None:
+        if in_features % self.group:
+            return f"w4a16 needs in_features in groups of {self.group}, found {in_features}; --group-size takes others"
+        if out_features % PACKED_ROWS:
+            return f"w4a16 needs out_features % {PACKED_ROWS} == 0, found {out_features}"
+        return None
+
+    def layout(self, out_features: int, in_features: int) -> dict[str, TensorLayout]:
+        scales = TensorLayout(torch.float32, (out_features, in_features // self.group))
+        return {
+            "weight": TensorLayout(torch.uint8, (out_features, in_features)),
+            "weight_scale": scales,
+            "weight_zero_point": scales,
+        }
+
+    def fit(self, weights: Sequence[WeightRows], inputs: InputStatistics | None) -> None:
+        return None
+
+    def constants(self, fitted: None) -> dict[str, Tensor]:
+        return {}
+
+    def quantize_rows(self, rows: Tensor, fitted: None) -> dict[str, Tensor]:
+        return quantize_in_tiles(rows, self._quantize_tile)
+
+    def dequantize(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        return (tensors["weight"].float() - ZERO_POINT) * self.element_scale(tensors)
+
+    def element_scale(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        return tensors["weight_scale"].repeat_interleave(self.group, dim=1)
+
+    def round_elements(self, values: Tensor) -> Tensor:
+        return values.round().clamp_(LOWEST, HIGHEST)
+
+    def encode_elements(self, elements: Tensor) -> Tensor:
+        return (elements + ZERO_POINT).to(torch.uint8)
+
+    def _quantize_tile(self, tile: Tensor) -> dict[str, Tensor]:
+        values = tile.float().reshape(len(tile), -1, self.group)  # [rows, groups, group]
+        amax = values.abs().amax(dim=2, keepdim=True)
+        best, scale = torch.full_like(amax, torch.inf), torch.empty_like(amax)
+        for divisor in DIVISORS if self.search else (PLAIN_DIVISOR,):
+            tried = (amax / divisor).half().float().clamp_(min=SMALLEST_SCALE)
+            error = (self.round_elements(values / tried) * tried - values).square().sum(dim=2, keepdim=True)
+            scale = torch.where(error < best, tried, scale) if self.search else tried
+            best = torch.minimum(best, error)
+        codes = self.encode_elements(self.round_elements(values / scale)).flatten(1)
+        scale = scale.squeeze(2)
+        return {"weight": codes, "weight_scale": scale, "weight_zero_point": torch.full_like(scale, ZERO_POINT)}
