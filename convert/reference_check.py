@@ -16,10 +16,11 @@ from omni_convert.formats.runtimes import CONSUMERS
 from omni_convert.formats.scale_order import other_order
 from omni_convert.formats.value_check import SAMPLE_MULTIPLE, base_format, other_scale
 
-__all__ = ["check_against", "check_kept", "relative_error"]
+__all__ = ["FOUR_BITS", "check_against", "check_kept", "relative_error"]
 
 #: Relative error ||W - W'|| / ||W|| that no sound quantization of so many bits reaches.
 LIMITS = {8: 0.1, 4: 0.3}
+#: Methods whose weights have four bits.
 FOUR_BITS = ("mxfp4", "mxfp4_dualscale", "nvfp4", "int4")
 
 

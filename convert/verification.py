@@ -5,14 +5,14 @@ headers ─► names, dtypes, shapes ─► config block and marks ─► layers
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from omni_convert.convert.component_weights import renamed
 from omni_convert.convert.inspection import component_names
-from omni_convert.convert.reference_check import check_against, check_kept
+from omni_convert.convert.reference_check import FOUR_BITS, check_against, check_kept
 from omni_convert.convert.source import Source
 from omni_convert.formats.block_check import check_block
 from omni_convert.formats.checkpoint import Checkpoint
@@ -25,7 +25,7 @@ from omni_convert.formats.json_file import read_json
 from omni_convert.formats.lenient import LenientReading, read_leniently
 from omni_convert.formats.quantized import describe, read_quantized
 from omni_convert.formats.scope_check import check_scope
-from omni_convert.formats.value_check import check_finite, check_values
+from omni_convert.formats.value_check import base_format, check_finite, check_values
 from omni_convert.formats.view import dequantized_view
 
 __all__ = ["VerifiedComponent", "verify_source", "weight_bytes"]
@@ -43,6 +43,7 @@ class VerifiedComponent:
         dialect: how its quantized layers are spelled; None if there are none
         layers: number of quantized layers whose values were looked at
         errors: layer to relative error against the reference, if there is one
+        unchecked: what nothing in the files tells, so that only a reference could
     """
 
     name: str
@@ -50,6 +51,7 @@ class VerifiedComponent:
     layers: int
     findings: tuple[Finding, ...]
     errors: dict[str, float] = field(default_factory=dict)
+    unchecked: tuple[str, ...] = ()
 
 
 def weight_bytes(source: Source) -> int:
@@ -100,7 +102,19 @@ def _verify(source: Source, name: str, reference: Source | None, progress: Calla
             len(quantized.layers),
             tuple(dict.fromkeys(findings)),
             errors,
+            () if reference is not None else tuple(_unchecked(reading)),
         )
+
+
+def _unchecked(reading: LenientReading) -> Iterator[str]:
+    """Swapped nibbles leave all statistics of blocks as they are; a common factor looks like another model."""
+    layers = reading.quantized.layers.values()
+    if any(base_format(layer.format).method in FOUR_BITS for layer in layers):
+        yield "the order of nibbles"
+    if any("mul_scale" in layer.tensors for layer in layers):
+        yield "whether mul_scale or one over it is stored"
+    if layers:
+        yield "a factor that all scales have in common"
 
 
 def _unopened(name: str, path: Path, error: CheckpointError) -> VerifiedComponent:

@@ -45,6 +45,9 @@ def verification_report(path: Path, components: Sequence[VerifiedComponent], *, 
         return
     for component in components:
         yield from _component_lines(component, path)
+    unchecked = dict.fromkeys(what for component in components for what in component.unchecked)
+    if unchecked:
+        yield f"only --reference MODEL can tell: {', '.join(unchecked)}"
     yield ", ".join(f"{count} {severity}{'' if count == 1 else 's'}" for severity, count in counts.items())
 
 

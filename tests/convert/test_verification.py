@@ -727,6 +727,15 @@ def test_a_reference_gives_the_error_of_every_layer(tmp_path: Path, dialect: str
     assert 0.001 < max(errors.values()) < limit
 
 
+def test_what_only_a_reference_could_tell_is_said(tmp_path: Path) -> None:
+    folder = written(OMNI, "mxfp4_dualscale").write(tmp_path / "model")
+    original = Model(originals()).write(tmp_path / "original")
+    (alone,) = verify_source(Source(folder, "model"))
+    assert [what.split()[-1] for what in alone.unchecked] == ["nibbles", "stored", "common"]
+    (compared,) = verify_source(Source(folder, "model"), Source(original, "original"))
+    assert compared.unchecked == ()
+
+
 def swapped(codes: Tensor) -> Tensor:
     return (codes << 4) | (codes >> 4)
 
@@ -847,6 +856,7 @@ def test_the_command_tells_what_where_whom_and_what_to_do(tmp_path: Path) -> Non
     assert lines[1].split() == ["error", "scale-order", f"{LAYERS[1]}.weight_scale", "and", "6", "more"]
     assert "hurts:  vLLM-Omni: noise" in result.output
     assert "remedy: store the scales linear" in result.output
+    assert lines[-2] == "only --reference MODEL can tell: a factor that all scales have in common"
     assert lines[-1] == "7 errors, 0 warnings"
     document = json.loads(CliRunner().invoke(main, ["verify", str(folder), "--json"]).output)
     assert (document["errors"], document["warnings"]) == (7, 0)
