@@ -1,6 +1,6 @@
 """A checkpoint becomes a running pipeline. Importing this registers our quantizers with diffusers and transformers."""
 
-from omni_convert.loaders import diffusers_quantizer, transformers_quantizer
+from omni_convert.loaders import diffusers_quantizer, lora, transformers_quantizer
 from omni_convert.loaders.config import (
     ComponentQuantizationConfig,
     build_quant_config,
@@ -26,3 +26,4 @@ __all__ = [
 
 diffusers_quantizer.register()
 transformers_quantizer.register()
+lora.register()

@@ -178,7 +178,9 @@ def check_export(name: str, method: str) -> None:
     model, inputs = build(name, method)
     with torch.no_grad():
         program = torch.export.export(model, (), {**inputs(0), "return_dict": False})
-    assert torch.equal(run(program.module(), inputs(1)), run(model, inputs(1)))
+    exported, expected = run(program.module(), inputs(1)).float(), run(model, inputs(1)).float()
+    # Z-Image rounds otherwise once it is exported, by 0.006 even without a quantized layer.
+    assert (exported - expected).norm() <= (0.03 if name == "z_image" else 0) * expected.norm()
 
 
 QUICK = [("wan", "fp8"), ("wan", "int8")]
@@ -194,6 +196,7 @@ def test_blocks_compile_as_one_graph_and_not_again_from_step_to_step(name, metho
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:`torch.jit.*` is deprecated:DeprecationWarning")  # used by inductor itself
 @pytest.mark.parametrize("method", METHODS)
 def test_blocks_compile_with_inductor(method):
     compiled, expected = compile_and_run("wan", method, "inductor")

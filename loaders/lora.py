@@ -1,0 +1,41 @@
+"""LoRA on quantized layers through PEFT, and so through `load_lora_weights` and `add_adapter` of diffusers.
+
+PEFT looks layers up by class, and has no public way to add one that works where another library writes its config; so
+the one function of it that makes LoRA layers is wrapped. The layer's output and the adapter's are added; the codes of
+the layer are never changed.
+"""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import Any
+
+from torch import nn
+
+from omni_convert.loaders.quantized_linear import QuantizedLinear
+
+__all__ = ["register"]
+
+
+def register() -> None:
+    """Makes PEFT, if it is installed, accept quantized layers."""
+    if find_spec("peft") is None:
+        return
+    from peft.tuners.lora.model import LoraModel
+
+    create_theirs = LoraModel._create_new_module  # noqa: SLF001  # the only place where layers become LoRA layers
+    if getattr(create_theirs, "takes_quantized_linear", False):
+        return
+
+    def create(lora_config: Any, adapter_name: str, target: nn.Module, **kwargs: Any) -> nn.Module:
+        layer: Any = target
+        base = layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer
+        if isinstance(base, QuantizedLinear):
+            from omni_convert.loaders.lora_linear import QuantizedLoraLinear
+
+            lora_config._register_custom_module({QuantizedLinear: QuantizedLoraLinear})  # noqa: SLF001  # no public name
+        created: nn.Module = create_theirs(lora_config, adapter_name, target, **kwargs)
+        return created
+
+    create.takes_quantized_linear = True  # type: ignore[attr-defined]  # marks the wrapper, so that it wraps once
+    LoraModel._create_new_module = staticmethod(create)  # noqa: SLF001

@@ -1,0 +1,45 @@
+"""The layer that PEFT puts around a quantized one. Imports PEFT, so it is imported only where that is installed."""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+import torch
+from peft.tuners.lora.layer import Linear
+from torch import nn
+
+from omni_convert.formats.errors import RecipeError
+
+__all__ = ["QuantizedLoraLinear"]
+
+
+class QuantizedLoraLinear(Linear):  # type: ignore[misc]  # peft is untyped
+    """A quantized layer and its adapters, whose output is added to the layer's. The layer's codes never change."""
+
+    def update_layer(self, adapter_name: str, *args: Any, config: Any, **kwargs: Any) -> None:
+        """Adds an adapter.
+
+        Raises:
+            RecipeError: one that needs more than the output of the layer, as DoRA does.
+        """
+        start = config.init_lora_weights
+        if config.use_dora or (isinstance(start, str) and start != "gaussian"):
+            asked = "DoRA" if config.use_dora else f"init_lora_weights='{start}'"
+            raise RecipeError(f"adapter '{adapter_name}': found {asked}, expected plain LoRA on a quantized model")
+        super().update_layer(adapter_name, *args, config=config, **kwargs)
+
+    def merge(self, *_: Any, **__: Any) -> NoReturn:
+        """Always raises RecipeError: the sum would be rounded anew, and no subtraction would bring the codes back."""
+        raise RecipeError(
+            f"fuse_lora: found {self.get_base_layer()}, expected unquantized layers; leave the adapter unfused, "
+            "or fuse it into the unquantized model and quantize that"
+        )
+
+    def _get_in_out_features(self, module: nn.Module) -> tuple[int, int]:
+        layer: Any = module  # of a class that PEFT warns of
+        return layer.in_features, layer.out_features
+
+    @staticmethod
+    def _get_base_layer_device_and_dtype(base_layer: nn.Module) -> tuple[torch.device, None]:
+        """PEFT casts adapters to this dtype, and that of the codes would ruin them."""
+        return base_layer.get_buffer("weight").device, None

@@ -1,0 +1,158 @@
+"""Text to image with a quantized pipeline, with the options that serving engines have.
+
+    python scripts/text_to_image.py --quantization fp8 --prompt "a large red circle in the center on a blue background"
+
+Without a model it runs the bundled demo pipeline. It prints which kernel runs each layer, and the time a step takes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+import time
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import FirstBlockCacheConfig
+from diffusers.models.cache_utils import CacheMixin
+
+from omni_convert.convert.generation import GenerationSettings, has_step_callback, run_pipeline
+from omni_convert.convert.prompts import Prompt
+from omni_convert.convert.source import DEMO_PIPELINE
+from omni_convert.formats.errors import OmniConvertError, RecipeError
+from omni_convert.loaders import kernel_report, load_pipeline
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Returns the exit status: 1, with one line on standard error, for what the user can put right."""
+    options = build_parser().parse_args(arguments)
+    logging.getLogger("diffusers").setLevel(logging.ERROR)
+    try:
+        generate(options)
+    except OmniConvertError as error:
+        print(f"Error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=str(DEMO_PIPELINE), help="folder or Hub repository; default: the demo")
+    parser.add_argument("--prompt", required=True)
+    parser.add_argument("--quantization", metavar="METHOD", help="quantize while loading; not for quantized models")
+    parser.add_argument(
+        "--ignored-layers", metavar="PATTERNS", help="separated by commas, or a JSON list: layers to leave as they are"
+    )
+    parser.add_argument("--num-inference-steps", type=int)
+    parser.add_argument("--height", type=int)
+    parser.add_argument("--width", type=int)
+    parser.add_argument("--guidance-scale", type=float)
+    parser.add_argument("--seed", type=int, default=42)
+    parser.add_argument(
+        "--cache-backend",
+        choices=["tea_cache", "cache_dit"],
+        help="skip blocks whose outcome changes little from step to step; tea_cache is diffusers' first-block cache",
+    )
+    parser.add_argument("--cache-threshold", type=float, default=0.1, help="of tea_cache: the change that is little")
+    parser.add_argument("--vae-use-tiling", action="store_true")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--output", type=Path, default=Path("output.png"))
+    return parser
+
+
+def generate(options: argparse.Namespace) -> None:
+    """Loads, runs and saves.
+
+    Raises:
+        OmniConvertError: the model, the prompt and the options do not fit.
+    """
+    started = time.monotonic()
+    pipe = load_pipeline(options.model, options.device, quantization=quantization_of(options))
+    print(f"loaded in {time.monotonic() - started:.1f} s")
+    print(kernel_report(pipe))
+    if options.vae_use_tiling:
+        pipe.vae.enable_tiling()
+    if options.cache_backend is not None:
+        enable_cache(pipe, options.cache_backend, options.cache_threshold)
+    settings = GenerationSettings.for_pipeline(
+        Path(options.model),
+        {
+            "steps": options.num_inference_steps,
+            "height": options.height,
+            "width": options.width,
+            "guidance_scale": options.guidance_scale,
+        },
+    )
+    times = [time.monotonic()]
+    on_step = (lambda _step: times.append(time.monotonic())) if has_step_callback(pipe) else None
+    frames = run_pipeline(pipe, [Prompt(options.prompt)], settings, options.seed, on_step=on_step)[0]
+    took = time.monotonic() - times[0]
+    steps = len(times) - 1
+    a_step = f", {(times[-1] - times[1]) / (steps - 1) * 1000:.0f} ms a step after the first" if steps > 1 else ""
+    print(f"generated in {took:.1f} s{a_step}")
+    frames[0].save(options.output)
+    print(options.output)
+
+
+def quantization_of(options: argparse.Namespace) -> dict[str, Any] | None:
+    """What `load_pipeline` takes.
+
+    Raises:
+        RecipeError: layers to ignore, but no method.
+    """
+    if options.quantization is None:
+        if options.ignored_layers:
+            raise RecipeError("--ignored-layers: found no --quantization, expected one; a quantized model has its own")
+        return None
+    return {"method": options.quantization, "ignored_layers": patterns(options.ignored_layers or "")}
+
+
+def patterns(text: str) -> list[str]:
+    """Of `a,b`, or of the JSON list `["a", "b"]`.
+
+    Raises:
+        RecipeError: the JSON is damaged.
+    """
+    if not text.startswith("["):
+        return [part.strip() for part in text.split(",") if part.strip()]
+    try:
+        return [str(pattern) for pattern in json.loads(text)]
+    except json.JSONDecodeError as error:
+        raise RecipeError(f"--ignored-layers: found {text!r}, expected names or a JSON list ({error})") from None
+
+
+def enable_cache(pipe: Any, backend: str, threshold: float) -> None:
+    """Skips blocks from step to step.
+
+    Raises:
+        RecipeError: the pipeline has no transformer, diffusers has no cache for it, or cache-dit is not installed.
+    """
+    transformer = getattr(pipe, "transformer", None)
+    if transformer is None:
+        raise RecipeError(f"--cache-backend: found {type(pipe).__name__}, expected a pipeline with a transformer")
+    if backend == "cache_dit":
+        enable_cache_dit(pipe)
+    elif isinstance(transformer, CacheMixin):
+        transformer.enable_cache(FirstBlockCacheConfig(threshold=threshold))
+    else:
+        name = type(transformer).__name__
+        raise RecipeError(f"--cache-backend: diffusers has no tea_cache for {name}, expected cache_dit")
+
+
+def enable_cache_dit(pipe: Any) -> None:
+    """Raises RecipeError where the package is not installed."""
+    if find_spec("cache_dit") is None:
+        raise RecipeError("--cache-backend: cache_dit is not installed, expected it; pip install cache-dit")
+    import cache_dit
+
+    # The first block decides, as at serving engines; the package's own default of eight is more than small models have.
+    cache_dit.enable_cache(pipe, cache_config=cache_dit.DBCacheConfig(Fn_compute_blocks=1, Bn_compute_blocks=0))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

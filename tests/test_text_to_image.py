@@ -1,0 +1,67 @@
+"""scripts/text_to_image.py takes the options of serving engines, and says what ran."""
+
+import importlib.util
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+SCRIPT = Path(__file__).parents[1] / "scripts" / "text_to_image.py"
+PROMPT = "a large red circle in the center on a blue background"
+
+
+@pytest.fixture(scope="module")
+def script():
+    spec = importlib.util.spec_from_file_location("text_to_image", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def run(script, tmp_path):
+    def call(*options):
+        output = tmp_path / "picture.png"
+        status = script.main(["--prompt", PROMPT, "--device", "cpu", "--output", str(output), *options])
+        return status, output
+
+    return call
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning:diffusers|transformers")
+def test_the_demo_draws_what_it_is_asked_for_and_shows_kernels_and_time(run, capsys):
+    status, output = run("--quantization", "int8", "--ignored-layers", '["w2"]', "--num-inference-steps", "12")
+    printed = capsys.readouterr().out
+    assert status == 0
+    assert "48 layers" in printed
+    assert ".w2" not in printed
+    assert "ms a step" in printed
+    picture = np.asarray(Image.open(output).convert("RGB"), dtype=float)
+    center, corner = picture[28:36, 28:36].mean((0, 1)), picture[:4, :4].mean((0, 1))
+    assert center[0] > center[2] + 80, "red in the center"
+    assert corner[2] > corner[0] + 80, "blue around it"
+
+
+def test_what_does_not_fit_is_one_line(run, capsys):
+    for options, expected in [
+        (("--ignored-layers", "w2"), "found no --quantization"),
+        (("--quantization", "int8", "--ignored-layers", "no_such_layer"), "matches no layer"),
+        (("--quantization", "int8", "--ignored-layers", "[w2"), "JSON"),
+        (("--quantization", "int8", "--cache-backend", "tea_cache"), "expected cache_dit"),
+    ]:
+        status, output = run(*options)
+        error = capsys.readouterr().err
+        assert status == 1
+        assert expected in error
+        assert "Traceback" not in error
+        assert not output.exists()
+
+
+@pytest.mark.slow
+def test_cache_dit_draws_the_same_shape(run):
+    pytest.importorskip("cache_dit")
+    status, output = run("--quantization", "fp8", "--cache-backend", "cache_dit")
+    assert status == 0
+    picture = np.asarray(Image.open(output).convert("RGB"), dtype=float)
+    assert picture[28:36, 28:36, 0].mean() > picture[28:36, 28:36, 2].mean() + 80
