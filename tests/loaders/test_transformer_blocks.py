@@ -174,13 +174,18 @@ def compile_and_run(name: str, method: str, backend: str) -> tuple[list[torch.Te
         return [first, *(run(model, inputs(step)) for step in (1, 2))], expected
 
 
+def reordered(method: str) -> float:
+    """Relative difference that other roundings between quantized layers may make: half of what quantizing one may."""
+    return 0.1 if "4" in method else 0.025
+
+
 def check_export(name: str, method: str) -> None:
     model, inputs = build(name, method)
     with torch.no_grad():
         program = torch.export.export(model, (), {**inputs(0), "return_dict": False})
     exported, expected = run(program.module(), inputs(1)).float(), run(model, inputs(1)).float()
     # Z-Image rounds otherwise once it is exported, by 0.006 even without a quantized layer.
-    assert (exported - expected).norm() <= (0.03 if name == "z_image" else 0) * expected.norm()
+    assert (exported - expected).norm() <= (reordered(method) if name == "z_image" else 0) * expected.norm()
 
 
 QUICK = [("wan", "fp8"), ("wan", "int8")]
@@ -201,7 +206,7 @@ def test_blocks_compile_as_one_graph_and_not_again_from_step_to_step(name, metho
 def test_blocks_compile_with_inductor(method):
     compiled, expected = compile_and_run("wan", method, "inductor")
     for ours, theirs in zip(compiled, expected, strict=True):  # inductor keeps float32 where eager rounds to bfloat16
-        assert (ours.float() - theirs.float()).norm() < 0.03 * theirs.float().norm()
+        assert (ours.float() - theirs.float()).norm() < reordered(method) * theirs.float().norm()
 
 
 @pytest.mark.parametrize(("name", "method"), CASES)
