@@ -26,6 +26,7 @@ from omni_convert.formats.family import find_family
 from omni_convert.formats.finding import CHECKS, Finding
 from omni_convert.formats.format import Format, TensorRows
 from omni_convert.formats.fp8 import Fp8, Fp8Block
+from omni_convert.formats.int4 import Int4
 from omni_convert.formats.int8 import Int8
 from omni_convert.formats.mxfp4 import Mxfp4
 from omni_convert.formats.mxfp4_dualscale import Mxfp4DualScale
@@ -54,6 +55,7 @@ FORMATS: dict[str, Format] = {
     "mxfp4_dualscale": Mxfp4DualScale(),
     "nvfp4": Nvfp4(search=False),
     "nvfp4 static": Nvfp4(static=True, search=False),
+    "w4a16": Int4(64),
 }
 
 
@@ -296,7 +298,9 @@ def packed_integers() -> Model:
 
 
 WRITTEN = [
-    *(("vllm-omni", method) for method in FORMATS if "nvfp4" not in method),
+    *(("vllm-omni", method) for method in FORMATS if method[:5] not in ("nvfp4", "w4a16")),
+    ("auto-round", "w4a16"),
+    ("transformers", "fp8 blocks"),
     *(("modelopt", method) for method in ("fp8", "fp8 static", "mxfp8", "nvfp4", "nvfp4 static")),
     *(("comfyui", method) for method in ("fp8", "fp8 static", "int8", "mxfp8", "nvfp4", "nvfp4 static")),
     *(
