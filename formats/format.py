@@ -235,7 +235,21 @@ class Format(ABC):
 
     def quantize(self, weight: Tensor, inputs: InputStatistics | None = None) -> dict[str, Tensor]:
         """All tensors of one weight [out, in] that is in memory."""
-        fitted = self.fit([TensorRows(weight)], inputs)
-        tiles = [self.quantize_rows(tile, fitted) for _, tile in iterate_rows(TensorRows(weight), self.row_multiple)]
-        by_row = {suffix: torch.cat([tile[suffix] for tile in tiles]) for suffix in tiles[0]}
+        return self.quantize_fitted(weight, self.fit([TensorRows(weight)], inputs))
+
+    def quantize_fitted(self, weight: Tensor, fitted: Any) -> dict[str, Tensor]:
+        """As `quantize`, with what `fit` made of the weight's group.
+
+        Tiles go to their places in the result: in memory is no second copy of it.
+        """
+        layouts = self.layout(*TensorRows(weight).shape)
+        by_row = {
+            suffix: torch.empty(layout.shape, dtype=layout.dtype, device=weight.device)
+            for suffix, layout in layouts.items()
+            if layout.rows_per_entry
+        }
+        for start, tile in iterate_rows(TensorRows(weight), self.row_multiple):
+            for suffix, rows in self.quantize_rows(tile, fitted).items():
+                first = start // layouts[suffix].rows_per_entry
+                by_row[suffix][first : first + len(rows)] = rows
         return by_row | self.constants(fitted)

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from omni_convert.formats.errors import RecipeError
+from omni_convert.formats.errors import CheckpointError, RecipeError
 from omni_convert.formats.quantization_config import ACTIVATION_SCHEMES, QuantizationConfig
 from omni_convert.formats.table import LOADABLE
-from omni_convert.loaders.config_block import is_modelopt_export, read_block
+from omni_convert.loaders.modelopt_block import is_modelopt, read_modelopt
 
 __all__ = [
     "ComponentQuantizationConfig",
@@ -25,6 +25,8 @@ METHOD_KEYS = ("method", "quant_method")
 DEFAULT_COMPONENT = "default"
 # Says that a checkpoint is quantized already, which the checkpoint itself shows; blocks copied from one have it.
 SERIALIZED_FLAG_SUFFIX = "_serialized"
+# transformers' word for `ignored_layers`, which counts where that is empty.
+IGNORED_ALIAS = "modules_to_not_convert"
 
 
 class QuantConfigValueError(RecipeError, ValueError):
@@ -120,13 +122,26 @@ def _build_component(component: str, value: Any) -> QuantizationConfig | None:
 
 
 def _build_from_options(spec: Mapping[str, Any], kwargs: Mapping[str, Any]) -> QuantizationConfig:
-    if is_modelopt_export({"quant_method": "modelopt", **spec}) and "method" not in spec:
-        return read_block({"quant_method": "modelopt", **spec}, "quantization")
+    if is_modelopt(spec):
+        return _read_modelopt(spec)
     options = dict(spec)
-    key = next((key for key in METHOD_KEYS if options.get(key)), None)
-    if key is None:
-        raise QuantConfigValueError(f"quantization: found no 'method' in {sorted(spec)}, expected one")
-    return _build_single(options.pop(key), {**options, **kwargs})
+    name = options.pop("method", None)
+    if name is None:  # a `quant_method` beside a `method` is an option, and unknown
+        name = options.pop("quant_method", None)
+    if name is None:
+        raise QuantConfigValueError(f"quantization: found no 'method' in {sorted(map(str, spec))}, expected one")
+    if not isinstance(name, str):
+        raise QuantConfigTypeError(f"quantization: found a method of {type(name).__name__}, expected a string")
+    merged = {**options, **kwargs}
+    named = {"quant_method": name, **merged}
+    return _read_modelopt(named) if is_modelopt(named) else _build_single(name, merged)
+
+
+def _read_modelopt(spec: Mapping[str, Any]) -> QuantizationConfig:
+    try:
+        return read_modelopt(spec, "quantization")
+    except CheckpointError as error:
+        raise QuantConfigValueError(str(error)) from None
 
 
 def _build_single(name: str, options: Mapping[str, Any]) -> QuantizationConfig:
@@ -134,6 +149,9 @@ def _build_single(name: str, options: Mapping[str, Any]) -> QuantizationConfig:
     if method not in LOADABLE:
         raise QuantConfigValueError(f"quantization: found method '{name}', expected one of {', '.join(LOADABLE)}")
     options = {key: value for key, value in options.items() if not key.endswith(SERIALIZED_FLAG_SUFFIX)}
+    alias = options.pop(IGNORED_ALIAS, None)
+    if alias and not options.get("ignored_layers"):
+        options["ignored_layers"] = alias
     options = {"activation_scheme": _uncalibrated_scheme(method)} | options
     signature = inspect.signature(QuantizationConfig)
     unknown = sorted(set(options) - set(signature.parameters))

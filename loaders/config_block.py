@@ -9,6 +9,7 @@ from typing import Any, Self
 
 from omni_convert.formats.dialects import omni_convert, vllm_omni
 from omni_convert.formats.quantization_config import QuantizationConfig
+from omni_convert.loaders.modelopt_block import modelopt_algorithm, read_modelopt
 
 __all__ = ["ConfigBlock", "QuantMethod", "is_modelopt_export", "read_block"]
 
@@ -23,7 +24,9 @@ class QuantMethod(StrEnum):
 
 def is_modelopt_export(block: Any) -> bool:
     """Whether a `modelopt` block describes an exported checkpoint (ours to read), not one of diffusers' own."""
-    return isinstance(block, Mapping) and block.get("quant_method") == "modelopt" and bool(block.get("quant_algo"))
+    if not isinstance(block, Mapping) or block.get("quant_method") != "modelopt":
+        return False
+    return bool(modelopt_algorithm(block))
 
 
 def read_block(block: Any, where: str = CONFIG_FILE) -> QuantizationConfig:
@@ -32,8 +35,8 @@ def read_block(block: Any, where: str = CONFIG_FILE) -> QuantizationConfig:
     Raises:
         CheckpointError: not an object, an unknown method or key.
     """
-    if is_modelopt_export(block) and block["quant_algo"] == "FP8":
-        return QuantizationConfig("fp8", activation_scheme="static")  # `ignore` holds patterns, the tensors decide
+    if is_modelopt_export(block):
+        return read_modelopt(block, where)
     if isinstance(block, Mapping) and block.get("quant_method") == omni_convert.QUANT_METHOD:
         return omni_convert.from_block(block, where)
     return vllm_omni.from_block(block, where)

@@ -25,6 +25,7 @@ from omni_convert.formats.table import LOADABLE
 from omni_convert.formats.tensor_spec import TensorSpec
 from omni_convert.loaders.checkpoint_headers import read_headers
 from omni_convert.loaders.config_block import ConfigBlock, is_modelopt_export
+from omni_convert.loaders.group_fit import GroupFits, PlannedLayer
 from omni_convert.loaders.installation import (
     check_codes,
     check_scale,
@@ -59,7 +60,8 @@ class DiffusersOmniQuantizer(DiffusersQuantizer):  # type: ignore[misc]  # diffu
         self.where = "checkpoint"
         self.specs: dict[str, TensorSpec] = {}
         self.loaded: set[str] = set()  # tensors of quantized layers, taken raw from the file
-        self.planned: dict[str, Format] = {}  # layers to quantize while loading
+        self.planned: dict[str, PlannedLayer] = {}  # layers to quantize while loading
+        self.fits = GroupFits()
         self.layers: dict[str, tuple[Format, int]] = {}  # the quantized ones, with in_features
 
     def validate_environment(self, device_map: Any = None, **_: Any) -> None:
@@ -76,6 +78,8 @@ class DiffusersOmniQuantizer(DiffusersQuantizer):  # type: ignore[misc]  # diffu
         self.where = str(Path(checkpoint_files[0]).parent)
         if self.pre_quantized:
             self.specs = read_headers(checkpoint_files)
+        else:
+            self.fits = GroupFits(checkpoint_files)
         return loaded_keys
 
     def _process_model_before_weight_loading(self, model: nn.Module, **_: Any) -> None:
@@ -115,7 +119,7 @@ class DiffusersOmniQuantizer(DiffusersQuantizer):  # type: ignore[misc]  # diffu
         raw = state_dict[param_name]
         stem, _dot, suffix = param_name.rpartition(".")
         if not self.pre_quantized:
-            install_quantized(model, stem, raw.to(target_device), self.planned[stem], self.where)
+            install_quantized(model, stem, raw.to(target_device), self.planned[stem], self.where, self.fits)
             return
         (check_codes if suffix == "weight" else check_scale)(param_name, raw, self.where)
         try:
@@ -124,6 +128,7 @@ class DiffusersOmniQuantizer(DiffusersQuantizer):  # type: ignore[misc]  # diffu
             raise CheckpointError(f"{self.where}: {stem}.{error}") from None
 
     def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
+        self.fits.close()
         settle_compute_dtypes(model)
         for name, layer in model.named_modules():
             if isinstance(layer, QuantizedLinear):

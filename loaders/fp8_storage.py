@@ -138,7 +138,7 @@ def store_weight(layer: nn.Module, weight: Tensor, where: str) -> Fp8WeightStora
     Raises:
         CheckpointError: the weight holds NaN or Inf.
     """
-    tensors = Fp8Storage.of(tuple(weight.shape)).quantize(weight.flatten(1))
+    tensors = Fp8Storage().quantize(weight.flatten(1))
     scale = tensors["weight_scale"].to(weight.device)
     if not bool(torch.isfinite(scale)):
         raise CheckpointError(f"{where} holds NaN or Inf, expected finite weights")

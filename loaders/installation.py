@@ -20,6 +20,7 @@ from omni_convert.formats.errors import CheckpointError, RecipeError
 from omni_convert.formats.family import LayerGroup, find_family
 from omni_convert.formats.format import Format
 from omni_convert.formats.fp8_storage import Fp8Storage
+from omni_convert.formats.int8 import Int8
 from omni_convert.formats.layer_pattern import matches
 from omni_convert.formats.mxfp4 import Mxfp4
 from omni_convert.formats.quantization_config import QuantizationConfig
@@ -33,6 +34,7 @@ from omni_convert.loaders.fp8_storage import (
     storage_layers,
     store_weight,
 )
+from omni_convert.loaders.group_fit import GroupFits, PlannedLayer
 from omni_convert.loaders.quantized_linear import QuantizedLinear
 from omni_convert.loaders.resident import disk_tensors
 
@@ -202,18 +204,21 @@ def check_codes(name: str, codes: Tensor, where: str) -> None:
     Raises:
         CheckpointError: a code is NaN.
     """
-    if codes.dtype is torch.float8_e4m3fn and int((codes.view(torch.uint8) & 0x7F).max()) == 0x7F:
+    if codes.dtype is not torch.float8_e4m3fn or not codes.numel():
+        return
+    # 0x7F is the largest of signed bytes, 0xFF of unsigned ones: nothing is copied.
+    if int(codes.view(torch.int8).max()) == 0x7F or int(codes.view(torch.uint8).max()) == 0xFF:
         raise CheckpointError(f"{where}: {name} holds NaN, expected finite weights; convert again")
 
 
-def select_layers(model: nn.Module, config: QuantizationConfig) -> tuple[dict[str, Format], QuantizationConfig]:
+def select_layers(model: nn.Module, config: QuantizationConfig) -> tuple[dict[str, PlannedLayer], QuantizationConfig]:
     """Which layers of an unquantized model a request means.
 
     The layers are those that the family's rule for this loader gives, without those that a pattern in `ignored_layers`
     matches and those whose shape the format cannot hold.
 
     Returns:
-        layer name to format; and the request with `ignored_layers` spelled out, as a config block lists them
+        layer name to what it becomes; and the request with `ignored_layers` spelled out, as a config block lists them
 
     Raises:
         RecipeError: static activations, an unknown method, or a pattern that matches nothing.
@@ -227,19 +232,32 @@ def select_layers(model: nn.Module, config: QuantizationConfig) -> tuple[dict[st
     groups = find_family(type(model).__name__).layer_groups(specs, "diffusers")
     ignored = _ignored_groups(config.ignored_layers, groups, specs)
     ignored += [group for group in groups if group not in ignored and _must_stay(fmt, group, specs)]
-    layers = {stem: fmt for group in groups if group not in ignored for stem in group.members}
+    layers = {
+        stem: PlannedLayer(_shared(fmt, group), group)
+        for group in groups
+        if group not in ignored
+        for stem in group.members
+    }
     return layers, replace(config, ignored_layers=tuple(ignored_names(ignored)))
 
 
-def _select_stored(model: nn.Module, config: QuantizationConfig) -> tuple[dict[str, Format], QuantizationConfig]:
+def _shared(fmt: Format, group: LayerGroup) -> Format:
+    """INT8 shares scales in a fused group where it is told to, as conversions do."""
+    return replace(fmt, shared_in_group=group.is_fused) if isinstance(fmt, Int8) else fmt
+
+
+def _select_stored(model: nn.Module, config: QuantizationConfig) -> tuple[dict[str, PlannedLayer], QuantizationConfig]:
     """Every layer that can be stored, each for itself."""
-    layers: dict[str, Format] = {
-        name: Fp8Storage.of(tuple(layer.get_parameter("weight").shape)) for name, layer in storage_layers(model).items()
+    layers = {
+        name: PlannedLayer(
+            Fp8Storage.of(tuple(layer.get_parameter("weight").shape)), LayerGroup(name, (name,), is_fused=False)
+        )
+        for name, layer in storage_layers(model).items()
     }
     specs = {f"{name}.weight": TensorSpec(name, torch.bfloat16, ()) for name in layers}
-    groups = [LayerGroup(name, (name,), is_fused=False) for name in layers]
+    groups = [planned.group for planned in layers.values()]
     ignored = [group.runtime_name for group in _ignored_groups(config.ignored_layers, groups, specs)]
-    chosen = {name: fmt for name, fmt in layers.items() if name not in ignored}
+    chosen = {name: planned for name, planned in layers.items() if name not in ignored}
     if not chosen:
         raise RecipeError(f"quantization: found no layer of {type(model).__name__} to store as fp8, expected some")
     return chosen, replace(config, ignored_layers=tuple(sorted(ignored)))
@@ -266,7 +284,7 @@ def _must_stay(fmt: Format, group: LayerGroup, specs: Mapping[str, TensorSpec]) 
 
 
 def install_quantized(
-    model: nn.Module, stem: str, weight: Tensor, fmt: Format, where: str
+    model: nn.Module, stem: str, weight: Tensor, planned: PlannedLayer, where: str, fits: GroupFits | None = None
 ) -> QuantizedLinear | Fp8WeightStorage:
     """Replaces one linear by a `QuantizedLinear` made from its weight [out, in], on the weight's device.
 
@@ -276,13 +294,13 @@ def install_quantized(
         CheckpointError: the weight holds NaN or Inf.
     """
     linear = model.get_submodule(stem)
+    fmt = planned.format
     if isinstance(fmt, Fp8Storage):
         return store_weight(linear, weight, f"{where}: {stem}.weight")
     assert isinstance(linear, nn.Linear), "only linears are selected"
-    tensors = {suffix: tensor.to(weight.device) for suffix, tensor in fmt.quantize(weight).items()}
-    for suffix, tensor in tensors.items():
-        if not bool(torch.isfinite(tensor.float()).all()):
-            raise CheckpointError(f"{where}: {stem}.weight holds NaN or Inf ({suffix}), expected finite weights")
+    if not all(math.isfinite(bound) for bound in torch.aminmax(weight)):  # NaN comes through, and nothing is copied
+        raise CheckpointError(f"{where}: {stem}.weight holds NaN or Inf, expected finite weights")
+    tensors = (fits or GroupFits()).quantize(stem, weight, planned)
     layer = QuantizedLinear(fmt, tensors, linear.bias, in_features=linear.in_features)
     model.set_submodule(stem, layer)
     return layer

@@ -19,11 +19,11 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from omni_convert.formats.dialects import omni_convert
-from omni_convert.formats.format import Format
 from omni_convert.formats.tensor_spec import TensorSpec
 from omni_convert.loaders.checkpoint_headers import read_headers
 from omni_convert.loaders.config_block import ConfigBlock
 from omni_convert.loaders.fp8_storage import Fp8WeightStorage
+from omni_convert.loaders.group_fit import GroupFits, PlannedLayer
 from omni_convert.loaders.installation import (
     check_codes,
     check_scale,
@@ -56,7 +56,8 @@ class TransformersOmniQuantizer(HfQuantizer):  # type: ignore[misc]  # transform
         self.meaning = quantization_config.meaning
         self.where = "checkpoint"
         self.loaded: set[str] = set()  # tensors of quantized layers, taken raw from the file
-        self.planned: dict[str, Format] = {}  # layers to quantize while loading
+        self.planned: dict[str, PlannedLayer] = {}  # layers to quantize while loading
+        self.fits = GroupFits()
 
     def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """`auto` may have found the dtype of codes."""
@@ -69,9 +70,10 @@ class TransformersOmniQuantizer(HfQuantizer):  # type: ignore[misc]  # transform
         self.where = str(Path(files[0]).parent) if files else type(model).__name__
         if not self.pre_quantized:
             self.planned, self.meaning = select_layers(model, self.meaning)
+            self.fits = _open_fits(files, model)
             self.quantization_config.block = TransformersConfig.spell(self.meaning)
             return
-        specs = _renamed(read_headers(files), model)
+        specs = {name: replace(spec, name=name) for name, spec in _renamed(read_headers(files), model).items()}
         self.loaded = install_empty_layers(model, specs, self.meaning, self.where)
         # A plain tensor without a home is common here (a causal LM's head under a base model); a quantized one is not.
         refuse_homeless(model, _of_quantized_layers(specs), self.where)
@@ -87,9 +89,10 @@ class TransformersOmniQuantizer(HfQuantizer):  # type: ignore[misc]  # transform
         return param_name.endswith(".weight") and param_name.removesuffix(".weight") in self.planned
 
     def get_quantize_ops(self) -> ConversionOps:
-        return _QuantizeOp(self.planned, self.where)
+        return _QuantizeOp(self.planned, self.fits, self.where)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
+        self.fits.close()
         settle_compute_dtypes(model)
         for name, layer in model.named_modules():
             if isinstance(layer, QuantizedLinear | Fp8WeightStorage):
@@ -129,21 +132,22 @@ class TransformersOmniQuantizer(HfQuantizer):  # type: ignore[misc]  # transform
 class _QuantizeOp(ConversionOps):  # type: ignore[misc]  # transformers is untyped
     """Quantizes one weight when transformers has read it."""
 
-    def __init__(self, planned: Mapping[str, Format], where: str) -> None:
+    def __init__(self, planned: Mapping[str, PlannedLayer], fits: GroupFits, where: str) -> None:
         self.planned = planned
+        self.fits = fits
         self.where = where
 
     def convert(self, input_dict: dict[str, Any], **kwargs: Any) -> dict[str, Tensor]:
         ((name, value),) = input_dict.items()
         weight = value[0] if isinstance(value, list) else value
         stem = name.removesuffix(".weight")
-        layer = install_quantized(kwargs["model"], stem, weight, self.planned[stem], self.where)
+        layer = install_quantized(kwargs["model"], stem, weight, self.planned[stem], self.where, self.fits)
         kwargs["missing_keys"].discard(name)
         return {f"{stem}.{name}": tensor for name, tensor in layer.named_buffers()}
 
 
 def _renamed(specs: Mapping[str, TensorSpec], model: nn.Module) -> dict[str, TensorSpec]:
-    """The tensors of a checkpoint under the names that transformers will give them in this model.
+    """The tensors of a checkpoint by the names that transformers will give them in this model.
 
     Its rules know weights only; whatever belongs to a layer follows its weight.
     """
@@ -161,8 +165,14 @@ def _renamed(specs: Mapping[str, TensorSpec], model: nn.Module) -> dict[str, Ten
         stem, dot, suffix = name.rpartition(".")
         weight = f"{stem}.weight"
         new_name = rename(weight).removesuffix(".weight") + dot + suffix if weight in specs else rename(name)
-        renamed_specs[new_name] = replace(spec, name=new_name)
+        renamed_specs[new_name] = spec
     return renamed_specs
+
+
+def _open_fits(files: Sequence[str], model: nn.Module) -> GroupFits:
+    if not files or any(Path(file).suffix != ".safetensors" for file in files):
+        return GroupFits()
+    return GroupFits(files, {new: spec.name for new, spec in _renamed(read_headers(files), model).items()})
 
 
 def _of_quantized_layers(specs: Iterable[str]) -> list[str]:

@@ -26,11 +26,31 @@ INT8 = QuantizationConfig("int8")
         ({"quant_method": "fp8", "activation_scheme": "dynamic", "is_checkpoint_fp8_serialized": True}, FP8),
         ({"quant_method": "modelopt", "quant_algo": "FP8", "ignore": []}, QuantizationConfig("fp8", "static")),
         ({"producer": {"name": "ModelOpt"}, "quant_algo": "FP8"}, QuantizationConfig("fp8", "static")),
+        ({"method": "modelopt", "quant_algo": "FP8"}, QuantizationConfig("fp8", "static")),
+        (
+            {"producer": {"name": "modelopt"}, "quantization": {"quant_algo": "FP8"}},
+            QuantizationConfig("fp8", "static"),
+        ),
+        ({"method": "ModelOpt-FP4", "quantization": {"quant_algo": "NVFP4"}}, QuantizationConfig("nvfp4", "static")),
+        ({"method": None, "quant_method": "int8"}, INT8),
+        ({"method": "fp8", "modules_to_not_convert": ["a"]}, QuantizationConfig("fp8", ignored_layers=("a",))),
+        (
+            {"method": "fp8", "modules_to_not_convert": ["a"], "ignored_layers": ["b"]},
+            QuantizationConfig("fp8", ignored_layers=("b",)),
+        ),
+        ("mxfp4-dualscale", QuantizationConfig("mxfp4_dualscale")),
+        ("fp8_storage", QuantizationConfig("fp8_storage", "none")),
     ],
     ids=str,
 )
 def test_one_method(spec, expected):
     assert build_quant_config(spec) == expected
+
+
+def test_keyword_arguments_count_for_modelopt_where_the_runtime_merges_them():
+    assert build_quant_config({"method": "modelopt"}, quant_algo="FP8") == QuantizationConfig("fp8", "static")
+    with pytest.raises(ValueError, match="missing quant_algo"):
+        build_quant_config({"quant_method": "modelopt"}, quant_algo="FP8")
 
 
 def test_a_config_object_is_returned_as_it_is():
@@ -79,6 +99,15 @@ def test_components_resolve_by_longest_prefix_and_none_is_final():
         ({"transformer": "none", "vae": None}, ValueError, "found method 'none'"),
         ({"method": "fp8", "bits": 8}, TypeError, r"no option bits, expected \(.*activation_scheme"),
         (8, TypeError, "found int"),
+        ({"method": 8}, TypeError, "found a method of int"),
+        ({"method": "fp8", "quant_method": "fp8"}, TypeError, "no option quant_method"),
+        ({"quant_algo": "FP8"}, ValueError, "no 'method'"),
+        ("modelopt", ValueError, "found method 'modelopt'"),
+        ({"method": "modelopt"}, ValueError, "missing quant_algo"),
+        ({"quant_method": "modelopt", "quant_algo": ""}, ValueError, "missing quant_algo"),
+        ({"method": "modelopt", "quant_algo": "FP8_PER_CHANNEL_PER_TOKEN"}, ValueError, "expected FP8 or NVFP4"),
+        ({"method": "modelopt_mixed", "quant_algo": "MIXED_PRECISION"}, ValueError, "expected FP8 or NVFP4"),
+        ({"method": "modelopt", "quant_algo": "W4A8_AWQ"}, ValueError, "found method 'modelopt'"),
         ({"method": "int8", "activation_scheme": "static"}, RecipeError, "activation_scheme"),
     ],
     ids=str,

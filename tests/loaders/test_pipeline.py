@@ -25,7 +25,7 @@ def quantized_names(module):
     return {name for name, layer in module.named_modules() if isinstance(layer, QuantizedLinear)}
 
 
-@pytest.mark.parametrize("method", ["fp8", "int8", "mxfp8", "mxfp4", "nvfp4"])
+@pytest.mark.parametrize("method", ["mxfp8", "mxfp4"])  # these share nothing in a fused group
 def test_quantizing_while_loading_gives_what_quantizing_each_layer_gives(pipeline_folder, method):
     plain = load_pipeline(pipeline_folder).transformer
     quantized = load_pipeline(pipeline_folder, quantization=method).transformer

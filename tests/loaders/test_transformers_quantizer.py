@@ -142,9 +142,9 @@ def test_an_encoder_is_quantized_while_it_loads(pipeline_folder, tmp_path):
     folder = pipeline_folder / "text_encoder"
     config = TransformersConfig(INT8 | {"ignored_layers": ["o_proj"]})
     model = Qwen3ForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, quantization_config=config)
-    weight = load_file(folder / "model.safetensors")["model.layers.1.mlp.up_proj.weight"]
+    weight = load_file(folder / "model.safetensors")["model.layers.1.mlp.down_proj.weight"]
     for suffix, tensor in Int8().quantize(weight).items():
-        assert torch.equal(model.model.layers[1].mlp.up_proj.get_buffer(suffix), tensor)
+        assert torch.equal(model.model.layers[1].mlp.down_proj.get_buffer(suffix), tensor)
     assert len(kernel_report(model)) == LAYERS - 2
     assert isinstance(model.model.layers[0].self_attn.o_proj, torch.nn.Linear)
     model.save_pretrained(tmp_path)
