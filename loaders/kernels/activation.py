@@ -21,6 +21,8 @@ __all__ = ["fp8_per_group", "fp8_per_token", "fp8_static", "int8_per_token"]
 SMALLEST_TOKEN_SCALE = 1.0 / (E4M3_MAX * 512.0)
 # Lowest amax of a group in vLLM's per-token-group kernel, for the same reason.
 SMALLEST_GROUP_AMAX = 1e-10
+# Below it, 127 / amax is infinite in float32; tokens that small become zeros.
+SMALLEST_INT8_AMAX = 1e-36
 
 
 #: From float32 to E4M3: `round_to_e4m3` into codes, or `E4M3.round` within float32, which is quicker on a CPU.
@@ -51,5 +53,5 @@ def int8_per_token(x: Tensor) -> tuple[Tensor, Tensor]:
     """Codes, int8 [M, K] in -127..127, and scales, float32 [M, 1] (0 for an all-zero token)."""
     # Two reductions: torch's aminmax along a row is ten times slower than both on a CPU.
     amax = torch.maximum(x.amax(dim=1, keepdim=True), -x.amin(dim=1, keepdim=True)).float()
-    inverse = torch.where(amax == 0, 0.0, INT8_MAX / amax)
+    inverse = INT8_MAX / amax.clamp(min=SMALLEST_INT8_AMAX)
     return x.to(torch.float32, copy=True).mul_(inverse).round_().to(torch.int8), amax / INT8_MAX

@@ -40,7 +40,7 @@ class Requirements:
         formats: classes of format
         activations: how the inputs may be treated
         devices: device types; None for any
-        capability: lowest CUDA compute capability, asked of CUDA devices only
+        capability: lowest CUDA compute capability, asked of CUDA devices only; with one, AMD GPUs decline
         multiple_of: what in_features and out_features must be divisible by, except on a CPU
         module: a package that has the operators
         has_input_scale: whether the layer must store the scale of its inputs, for formats that may do without
@@ -71,6 +71,8 @@ class Requirements:
 
     def _unmet_on_accelerator(self, layer: LayerTraits) -> str | None:
         if self.capability is not None and layer.device.type == "cuda":
+            if torch.version.hip is not None:  # ROCm calls its devices cuda, and has other float8 and other numbers
+                return "needs an NVIDIA GPU"
             found = torch.cuda.get_device_capability(layer.device)
             if found < self.capability:
                 return "needs compute capability {}.{}, found {}.{}".format(*self.capability, *found)

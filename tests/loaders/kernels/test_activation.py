@@ -44,3 +44,10 @@ def test_per_token_int8_rounds_half_to_even_and_uses_127_levels():
     codes, scale = int8_per_token(x)
     assert codes.tolist() == [[127, 0, 2, -2, -127], [0, 0, 0, 0, 0]]
     assert scale.flatten().tolist() == [1.0, 0.0]
+
+
+@pytest.mark.parametrize("magnitude", [1e-45, 1e-38, 1e-37, 1e-36, 1e38])
+def test_per_token_int8_holds_tokens_of_any_size(magnitude: float):
+    codes, scale = int8_per_token(torch.tensor([[magnitude, -magnitude, 0.0]]))
+    restored = codes.float() * scale
+    assert torch.allclose(restored, torch.tensor([[magnitude, -magnitude, 0.0]]), rtol=1e-3, atol=1e-36)

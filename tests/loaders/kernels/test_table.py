@@ -222,3 +222,11 @@ def test_a_named_kernel_that_cannot_run_is_an_error(monkeypatch, name, message):
     monkeypatch.setenv(OVERRIDE, name)
     with pytest.raises(KernelError, match=rf"OMNI_CONVERT_KERNEL: {message}"):
         select_kernel(LayerTraits(Int8(), 64, 128, CPU))
+
+
+def test_kernels_for_nvidia_decline_an_amd_gpu(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    layer = LayerTraits(Fp8(), 64, 64, torch.device("cuda"))
+    declined = {kernel.name: kernel.requirements.unmet(layer) for kernel in KERNELS}
+    assert declined["scaled_mm"] == "needs an NVIDIA GPU"
+    assert declined["decode_mm"] is None
