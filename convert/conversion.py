@@ -276,6 +276,8 @@ def _prefixed(component: str, layer: LayerResult) -> LayerResult:
 def _write_config(component: ComponentPlan, folder: Path) -> None:
     if component.config:
         write_json(folder / "config.json", component.config)
+    for name, content in component.sidecars.items():
+        write_json(folder / name, content)
     if component.shards.index is not None:
         write_json(folder / component.shards.index_name, component.shards.index)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
@@ -36,7 +37,7 @@ from omni_convert.formats.family import Family, LayerGroup, find_family
 from omni_convert.formats.format import Format, InputStatistics, TensorLayout
 from omni_convert.formats.json_file import read_json
 from omni_convert.formats.quantization_config import ACTIVATION_SCHEMES, QuantizationConfig
-from omni_convert.formats.quantized import SIDECARS, QuantizedCheckpoint, read_quantized
+from omni_convert.formats.quantized import DESCRIPTIONS, SIDECARS, QuantizedCheckpoint, read_quantized
 from omni_convert.formats.safetensors_file import SafetensorsFile
 from omni_convert.formats.safetensors_header import quoted
 from omni_convert.formats.sharding import Shards, plan_shards
@@ -124,6 +125,7 @@ class ComponentPlan:
         config: config.json as it will be written, with its `quantization_config`
         shards: output files and the tensors of each
         transcoded: layers that were quantized and are not quantized again → what they were
+        sidecars: JSON files that the dialect wants beside the weights
     """
 
     name: str
@@ -134,6 +136,7 @@ class ComponentPlan:
     config: dict[str, Any]
     shards: Shards
     transcoded: Mapping[str, str] = field(default_factory=dict)
+    sidecars: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
     @property
     def quantize_steps(self) -> list[QuantizeStep]:
@@ -464,6 +467,7 @@ def _plan_component(
         tuple(KeptLayer(layer, reason) for group, reason in kept for layer in group.members),
         replace_config(config, block),
         _shards(ordered, recipe, dialect.metadata(formats), is_transformers=is_transformers),
+        sidecars=dialect.sidecars(formats, _output_names(ordered)),
     )
 
 
@@ -482,6 +486,8 @@ def _transcode_component(
     _refuse_unread(config_path, config, opened)
     block: dict[str, Any] | None = None
     metadata: dict[str, str] = {}
+    formats = {stem: layer.format for stem, layer in opened.layers.items()}
+    is_respelled = recipe.method == "keep" and bool(formats)
     view = checkpoint
     if not opened.layers:
         pass
@@ -503,7 +509,12 @@ def _transcode_component(
         replace_config(config, block),
         _shards(steps, recipe, metadata, is_transformers=is_transformers),
         {stem: layer.format.label for stem, layer in opened.layers.items()},
+        DIALECTS[recipe.dialect].sidecars(formats, _output_names(steps)) if is_respelled else {},
     )
+
+
+def _output_names(steps: Sequence[QuantizeStep | CopyStep]) -> list[str]:
+    return [spec.name for step in steps for spec in step.outputs()]
 
 
 def _shards(
@@ -696,4 +707,5 @@ def _files_to_copy(source: Source, methods: Mapping[str, str]) -> dict[str, Path
 
 def _is_rewritten(name: str, components: Collection[str]) -> bool:
     folder, _, file = name.partition("/")
-    return folder in components and (file in ("config.json", *SIDECARS) or file.endswith(WEIGHT_SUFFIXES))
+    is_said_anew = file in ("config.json", *SIDECARS) or fnmatch(file, DESCRIPTIONS)
+    return folder in components and (is_said_anew or file.endswith(WEIGHT_SUFFIXES))

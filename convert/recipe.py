@@ -21,7 +21,7 @@ STORAGE_METHODS = ("fp8_storage",)
 # What may be done with a quantized model without quantizing it again.
 TRANSCODINGS = ("keep", "dequantize")
 # As METHODS: a test holds them equal to the dialects that are written.
-DIALECT_NAMES = ("vllm-omni", "modelopt", "comfyui", "compressed-tensors", "transformers", "auto-round")
+DIALECT_NAMES = ("vllm-omni", "modelopt", "comfyui", "compressed-tensors", "transformers", "auto-round", "msmodelslim")
 ACTIVATION_SCHEMES = ("dynamic", "static")
 RUNTIMES = ("vllm-omni", "diffusers")
 ROUNDINGS = ("nearest", "gptq", "auto")

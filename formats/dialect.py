@@ -59,11 +59,14 @@ class Spelling:
         names: canonical suffix to the suffix on disk, where they differ
         codecs: canonical suffix to codec, where it is not `PLAIN`
         extras: suffix on disk to the bytes of a tensor that only marks the layer
+        zeros: suffix on disk to the canonical suffix of a tensor like which zeros are written, to say that there is
+            no offset
     """
 
     names: Mapping[str, str] = field(default_factory=dict)
     codecs: Mapping[str, Codec] = field(default_factory=dict)
     extras: Mapping[str, bytes] = field(default_factory=dict)
+    zeros: Mapping[str, str] = field(default_factory=dict)
 
     def name(self, suffix: str) -> str:
         """The suffix on disk of a canonical one."""
@@ -81,12 +84,14 @@ class Spelling:
         """Suffix on disk to what is stored there."""
         stored = {self.name(suffix): self.codec(suffix).stored(layout) for suffix, layout in layouts.items()}
         marks = {name: TensorLayout(torch.uint8, (len(text),), 0) for name, text in self.extras.items()}
-        return stored | marks
+        zeros = {name: layouts[like] for name, like in self.zeros.items() if like in layouts}
+        return stored | zeros | marks
 
     def encode(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Canonical tensors of some rows to stored ones, and the marks."""
         stored = {self.name(suffix): self.codec(suffix).encode(tensor) for suffix, tensor in tensors.items()}
-        return stored | self.marks()
+        zeros = {name: torch.zeros_like(tensors[like]) for name, like in self.zeros.items() if like in tensors}
+        return stored | zeros | self.marks()
 
     def marks(self) -> dict[str, Tensor]:
         return {name: torch.tensor(list(text), dtype=torch.uint8) for name, text in self.extras.items()}
@@ -160,6 +165,15 @@ class Dialect(ABC):
             ignored: names of linears that stay as they are
         """
         return None
+
+    def sidecars(self, layers: Mapping[str, Format], names: Collection[str]) -> dict[str, dict[str, str]]:
+        """JSON files that stand beside the weights: name to content.
+
+        Args:
+            layers: stem to format
+            names: of all tensors that are written
+        """
+        return {}
 
     def metadata(self, layers: Mapping[str, Format]) -> dict[str, str]:
         """Free text for the file's header."""

@@ -29,6 +29,7 @@ from omni_convert.formats.json_file import parse_json, read_json
 from omni_convert.formats.tensor_spec import DTYPE_NAMES
 
 __all__ = [
+    "DESCRIPTIONS",
     "SIDECARS",
     "QuantizedCheckpoint",
     "QuantizedLayer",

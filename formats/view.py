@@ -118,6 +118,17 @@ class _Mark(ViewedTensor):
 
 
 @dataclass(frozen=True)
+class _Zeros(ViewedTensor):
+    """A tensor that says that there is no offset."""
+
+    spec: TensorSpec
+    sources: tuple[str, ...] = ()
+
+    def read(self, start: int, stop: int) -> Tensor:
+        return torch.zeros(stop - start, *self.spec.shape[1:], dtype=self.spec.dtype)
+
+
+@dataclass(frozen=True)
 class ViewedRows:
     """A matrix of a view, as `WeightRows`."""
 
@@ -220,6 +231,7 @@ def _respelled(layer: QuantizedLayer, spelling: Spelling) -> list[ViewedTensor]:
         )
         for suffix, layout in layer.tensors.items()
     ]
+    tensors += [_Zeros(spec(name, layer.tensors[like])) for name, like in spelling.zeros.items()]
     marks = spelling.layout({})
     return tensors + [_Mark(spec(name, marks[name]), text) for name, text in spelling.extras.items()]
 

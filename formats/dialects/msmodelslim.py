@@ -7,19 +7,23 @@ Types:    W8A8_DYNAMIC          I8; weight_scale F32 [out, 1]; weight_offset of 
           W4A4_MXFP4            U8 [out, in / 2], even element in the low nibble; weight_scale U8 [out, in / 32]
           W4A4_MXFP4_DUALSCALE  as before, or the values as E4M3 [out, in]; weight_dual_scale F32 [out, in / 512, 1]
 Wrappers: a smoothed layer is NAME.linear.* and NAME.div.mul_scale, which multiplies inputs
-Limits:   only read. Static W8A8 keeps no scale of the weight alone and is not read. Wan's original names become
-          diffusers'.
+Limits:   smoothed layers and dual scales are only read, and names are written as diffusers has them. Static
+          W8A8 keeps no scale of the weight alone and is not read. Wan's original names become diffusers'.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 
-from omni_convert.formats.codec import Ones
-from omni_convert.formats.dialect import Dialect, Found, StoredLayer
+from omni_convert.formats.codec import Ones, PackedValues
+from omni_convert.formats.dialect import Dialect, Found, Spelling, StoredLayer
 from omni_convert.formats.dialects.bare import parts_of, stored_layer, unknown_format
 from omni_convert.formats.errors import CheckpointError
+from omni_convert.formats.format import Format
+from omni_convert.formats.int8 import Int8
+from omni_convert.formats.mxfp4 import Mxfp4
+from omni_convert.formats.mxfp8 import Mxfp8
 from omni_convert.formats.signature import read_signature
 from omni_convert.formats.wan_names import diffusers_name, is_original_wan
 
@@ -28,6 +32,8 @@ __all__ = ["MSMODELSLIM"]
 FLOAT = "FLOAT"
 READABLE = ("W8A8_DYNAMIC", "WFP8AFP8_DYNAMIC", "W8A8_MXFP8", "W4A4_MXFP4", "W4A4_MXFP4_DUALSCALE")
 LABEL = re.compile(r"W\d+A\d+\w*|WFP8\w*")
+DESCRIPTION = "quant_model_description.json"
+WRITTEN: dict[type[Format], str] = {Int8: "W8A8_DYNAMIC", Mxfp8: "W8A8_MXFP8", Mxfp4: "W4A4_MXFP4"}
 LINEAR, DIVISION = ".linear", ".div.mul_scale"
 
 
@@ -47,6 +53,20 @@ class MsModelSlim(Dialect):
 
     def kept_names(self, found: Found, stored: Collection[str]) -> dict[str, str]:
         return {_renamed(found, _unwrapped(found, name)): name for name in stored}
+
+    def spelling(self, fmt: Format, shape: tuple[int, int]) -> Spelling | str:
+        if type(fmt) not in WRITTEN or (isinstance(fmt, Mxfp4) and fmt.smooth):
+            return f"msModelSlim's files are written for int8, mxfp8 and mxfp4 without mul_scale, found {fmt.label}"
+        if isinstance(fmt, Int8):
+            return Spelling(zeros={"weight_offset": "weight_scale"})
+        return Spelling(codecs={"weight": PackedValues("low")} if isinstance(fmt, Mxfp4) else {})
+
+    def sidecars(self, layers: Mapping[str, Format], names: Collection[str]) -> dict[str, dict[str, str]]:
+        labels = dict.fromkeys(names, FLOAT)
+        for stem, fmt in layers.items():
+            suffixes = ("weight", "weight_scale", "weight_offset")
+            labels |= {f"{stem}.{suffix}": WRITTEN[type(fmt)] for suffix in suffixes if f"{stem}.{suffix}" in labels}
+        return {DESCRIPTION: dict(sorted(labels.items()))}
 
 
 def _unwrapped(found: Found, name: str) -> str:

@@ -30,6 +30,7 @@ HELD = {
     "comfyui": ("fp8", "int8", "mxfp8", "nvfp4"),
     "compressed-tensors": ("fp8", "fp8 blocks", "int8", "mxfp8", "mxfp4", "nvfp4"),
     "transformers": ("fp8 blocks",),
+    "msmodelslim": ("int8", "mxfp8", "mxfp4"),
 }
 CASES = [(dialect, method) for dialect, methods in HELD.items() for method in methods]
 
@@ -192,6 +193,20 @@ def test_what_vllm_omni_would_misread_is_refused(quantized, tmp_path: Path) -> N
     message = refused(source, tmp_path / "out", Recipe(method="keep"))
     assert "to_q.weight_scale_2'" in message or "to_k.weight_scale_2'" in message
     assert "merges" in message
+
+
+def test_the_description_labels_every_tensor(quantized, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    convert_checkpoint(quantized("int8"), tmp_path / "out", Recipe(method="keep", dialect="msmodelslim"))
+    labels = json.loads((tmp_path / "out" / "transformer" / "quant_model_description.json").read_text())
+    tensors = weights_of(tmp_path / "out")
+    assert labels.keys() == tensors.keys()
+    assert {labels[f"{LAYER}.{suffix}"] for suffix in ("weight", "weight_scale", "weight_offset")} == {"W8A8_DYNAMIC"}
+    assert labels["cap_embedder.1.weight"] == "FLOAT"
+    offset = tensors[f"{LAYER}.weight_offset"]
+    assert tuple(offset.shape) == (192, 1)
+    assert not offset.any()
+    convert_checkpoint(tmp_path / "out", tmp_path / "back", Recipe(method="keep"))
+    assert not list((tmp_path / "back").rglob("quant_model_description*"))
 
 
 def test_w4a16_is_spelled_as_auto_round_does_whatever_the_tiles(tiny_pipeline_folder: Path, tmp_path: Path) -> None:
