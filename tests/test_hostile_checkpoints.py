@@ -34,6 +34,7 @@ from omni_convert.formats.errors import CheckpointError, OmniConvertError
 from omni_convert.formats.json_file import read_json
 from omni_convert.formats.quantization_config import ACTIVATION_SCHEMES, QuantizationConfig
 from omni_convert.formats.quantized import open_quantized
+from omni_convert.formats.table import LOADABLE
 from omni_convert.formats.tensor_spec import DTYPE_NAMES, TORCH_DTYPES
 from omni_convert.loaders.checkpoint_headers import read_headers
 from omni_convert.loaders.config_block import read_block
@@ -103,6 +104,7 @@ def valid_pipelines() -> dict[str, Files]:
     configs = {
         method: QuantizationConfig(method, schemes[-1], ignored_layers=kept)
         for method, schemes in ACTIVATION_SCHEMES.items()
+        if method in LOADABLE
     } | {"fp8 blocks": QuantizationConfig("fp8", weight_block_size=(32, 32), ignored_layers=kept)}
     written = {name: quantized_pipeline(config, vllm_omni.to_block) for name, config in configs.items()}
     ours = quantized_pipeline(configs["int8"], omni_convert.to_block)
