@@ -202,8 +202,11 @@ def execute_component(component: ComponentPlan, folder: Path, engine: Engine, pr
 def _hash_on(touched: set[SafetensorsWriter], hashing: dict[SafetensorsWriter, Future[None]], workers: Workers) -> None:
     """Has files hashed as far as they go, while the system still has their bytes in memory."""
     for writer in touched:
-        if writer not in hashing or hashing[writer].done():
-            hashing[writer] = workers.submit(writer.hash_written)
+        if writer in hashing:
+            if not hashing[writer].done():
+                continue
+            hashing[writer].result()
+        hashing[writer] = workers.submit(writer.hash_written)
 
 
 def _prepare(work: Work, step: QuantizeStep | CopyStep) -> list[Callable[[], Finished]]:

@@ -73,6 +73,7 @@ class _Hashing:
         self.lock = threading.Lock()
         self.digest = hashlib.sha256(first)  # the length, which is known before it is there
         self.position = len(first)
+        self.header_checksum: int | None = None
         self.block = memoryview(bytearray(READ_BLOCK))
 
 
@@ -361,7 +362,9 @@ class SafetensorsWriter:
         try:
             # Opened anew each time: on a file system that machines share, this is what shows what others wrote.
             descriptor = FileDescriptor(os.open(self.path, os.O_RDONLY | os.O_CLOEXEC))
-            if hashing.position < self._data and self._hash_up_to(self._data, descriptor) != self._text_checksum:
+            if hashing.position < self._data:
+                hashing.header_checksum = self._hash_up_to(self._data, descriptor)
+            if hashing.header_checksum != self._text_checksum:
                 raise self._changed("another header", "the one that was written")
             while (piece := self._pieces.pop(hashing.position, None)) is not None:
                 stop = self._header.offsets[piece.name] + piece.stop

@@ -397,8 +397,11 @@ def flip(path: Path, position: int) -> None:
 
 def test_hashing_sees_a_header_that_has_changed(complete: SafetensorsWriter) -> None:
     flip(complete.path, 12)
-    with pytest.raises(OutputError, match="found another header, expected the one that was written; check the disk"):
-        complete.sha256()
+    for _ in range(2):  # however often it is asked
+        with pytest.raises(
+            OutputError, match="found another header, expected the one that was written; check the disk"
+        ):
+            complete.sha256()
 
 
 def test_hashing_sees_a_tensor_that_has_changed(complete: SafetensorsWriter) -> None:
