@@ -71,7 +71,7 @@ def test_the_command_line_knows_the_dialects_that_are_written() -> None:
 
 
 @pytest.mark.parametrize(("dialect", "method"), CASES)
-def test_keep_there_and_back_gives_the_same_bytes(quantized, dialect: str, method: str, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+def test_keep_there_and_back_gives_the_same_tensors(quantized, dialect: str, method: str, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     original = quantized(method)
     there = Recipe(method="keep", dialect=dialect)
     convert_checkpoint(original, tmp_path / "there", there)
