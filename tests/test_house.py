@@ -8,6 +8,7 @@ import pkgutil
 import subprocess
 import sys
 import tomllib
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,8 @@ def test_version_has_one_value() -> None:
 def test_every_exported_name_exists(layer: str) -> None:
     package = importlib.import_module(f"omni_convert.{layer}")
     for info in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
+        if "triton" in info.name and not find_spec("triton"):
+            continue  # these are imported only where it is installed
         module = importlib.import_module(info.name)
         for name in getattr(module, "__all__", ()):
             assert hasattr(module, name), f"{info.name}.{name}"

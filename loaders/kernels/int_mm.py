@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from omni_convert.formats.format import Format
 from omni_convert.formats.int8 import Int8
-from omni_convert.loaders.kernels.activation import int8_per_token
+from omni_convert.loaders.kernels.fused_activation import int8_per_token
 from omni_convert.loaders.kernels.kernel import Kernel, Requirements
 
 __all__ = ["INT_MM"]

@@ -11,7 +11,8 @@ from torch.nn.functional import ScalingType
 
 from omni_convert.formats.format import Format
 from omni_convert.formats.fp8 import Fp8
-from omni_convert.loaders.kernels.activation import fp8_per_token, fp8_static
+from omni_convert.loaders.kernels.activation import fp8_static
+from omni_convert.loaders.kernels.fused_activation import fp8_per_token
 from omni_convert.loaders.kernels.kernel import Kernel, Requirements
 
 __all__ = ["SCALED_MM"]
