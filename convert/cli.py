@@ -19,6 +19,7 @@ from omni_convert.convert.recipe import (
     ACTIVATION_SCHEMES,
     DIALECT_NAMES,
     DTYPES,
+    GGUF_TYPES,
     METHODS,
     ROUNDINGS,
     RUNTIMES,
@@ -145,6 +146,7 @@ def _engine_option(command: Command) -> Command:
 @click.option("--int8-fused-scales", type=click.Choice(("shared", "per-row")), default="shared", show_default=True)
 @click.option("--scale-rule", metavar="NAME", help="MX exponent rule: floor, ceil, rceil, even, uos, mse, msmodelslim.")
 @click.option("--group-size", type=int, metavar="N", help="Columns that share a scale with w4a16: 32, 64 or 128.")
+@click.option("--gguf-type", type=click.Choice(GGUF_TYPES), help="Of quantized tensors with gguf. Default: Q8_0.")
 @click.option("--no-search", "search", flag_value=False, default=True, help="Take scales by rule, do not search them.")
 @click.option("--moments", type=click.Path(path_type=Path), multiple=True, help="Second moments for --rounding.")
 @click.option("--rounding", type=click.Choice(ROUNDINGS), help="Of weights. Default: auto with moments, else nearest.")

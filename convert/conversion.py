@@ -284,6 +284,12 @@ def _write_config(component: ComponentPlan, folder: Path) -> None:
 
 def _verify(component: ComponentPlan, folder: Path) -> None:
     """Reopens what was written: every planned tensor is there, in the planned dtype and shape."""
+    if component.shards.gguf is not None:
+        from omni_convert.formats.gguf_writer import check_gguf
+
+        for file, specs in component.shards.files.items():
+            check_gguf(folder / file, specs, component.shards.gguf)
+        return
     written = Checkpoint.open(folder)
     planned = {spec.name: spec for specs in component.shards.files.values() for spec in specs}
     if dict(written) != planned:

@@ -29,7 +29,7 @@ from omni_convert.convert.plan import ComponentPlan, CopyStep, QuantizeStep
 from omni_convert.convert.tile import tiles_of
 from omni_convert.convert.workers import Workers
 from omni_convert.formats.errors import OmniConvertError
-from omni_convert.formats.safetensors_writer import SafetensorsWriter
+from omni_convert.formats.shard_writer import open_shard
 
 __all__ = ["RayEngine"]
 
@@ -69,10 +69,7 @@ class _Batch:
             for file, specs in shared.plan.shards.files.items()
             if not names.isdisjoint(spec.name for spec in specs)
         }
-        metadata = shared.plan.shards.metadata
-        writers = {
-            file: SafetensorsWriter(shared.folder / file, specs, metadata, join=True) for file, specs in files.items()
-        }
+        writers = {file: open_shard(shared.folder, file, shared.plan.shards, join=True) for file in files}
         outputs = {spec.name: writers[file] for file, specs in files.items() for spec in specs}
         engine = replace(engine, journal=EarlierRecords(self.earlier))
         work = Work(replace(shared.plan, steps=self.steps), engine, outputs)

@@ -27,7 +27,8 @@ from omni_convert.convert.plan import ComponentPlan, CopyStep, QuantizeStep, mat
 from omni_convert.convert.tile import Tile, sampled_rows, tiles_of
 from omni_convert.convert.workers import Workers
 from omni_convert.formats.errors import CheckpointError, OutputError
-from omni_convert.formats.safetensors_writer import SafetensorsWriter, bytes_of
+from omni_convert.formats.shard_writer import open_shard
+from omni_convert.formats.tensor_writer import TensorWriter, bytes_of
 
 __all__ = [
     "ComponentResult",
@@ -145,7 +146,7 @@ class Work:
 
     plan: ComponentPlan
     engine: Engine
-    outputs: Mapping[str, SafetensorsWriter]
+    outputs: Mapping[str, TensorWriter]
 
     def name_of(self, tile: Tile) -> str:
         """As the journal calls it."""
@@ -176,11 +177,11 @@ def execute_component(component: ComponentPlan, folder: Path, engine: Engine, pr
     done: list[Finished] = []
     with ExitStack() as stack:
         writers = {
-            file: stack.enter_context(SafetensorsWriter(folder / file, specs, component.shards.metadata, resume=True))
-            for file, specs in component.shards.files.items()
+            file: stack.enter_context(open_shard(folder, file, component.shards, resume=True))
+            for file in component.shards.files
         }
         outputs = {spec.name: writers[file] for file, specs in component.shards.files.items() for spec in specs}
-        hashing: dict[SafetensorsWriter, Future[None]] = {}
+        hashing: dict[TensorWriter, Future[None]] = {}
         for finished in engine.run(Work(component, engine, outputs)):
             done.append(finished)
             progress(finished.tile.nbytes)
@@ -199,7 +200,7 @@ def execute_component(component: ComponentPlan, folder: Path, engine: Engine, pr
     return ComponentResult(layer_results(component, records), sha256, max(peak, engine.memory()))
 
 
-def _hash_on(touched: set[SafetensorsWriter], hashing: dict[SafetensorsWriter, Future[None]], workers: Workers) -> None:
+def _hash_on(touched: set[TensorWriter], hashing: dict[TensorWriter, Future[None]], workers: Workers) -> None:
     """Has files hashed as far as they go, while the system still has their bytes in memory."""
     for writer in touched:
         if writer in hashing:
@@ -330,7 +331,7 @@ def _checksum(parts: Sequence[int]) -> int:
     return zlib.crc32(b"".join(part.to_bytes(4, "little") for part in parts))
 
 
-def check_written(finished: Finished, outputs: Mapping[str, SafetensorsWriter]) -> None:
+def check_written(finished: Finished, outputs: Mapping[str, TensorWriter]) -> None:
     """Compares what came of a tile, whose values were checked, with what hashing the files found in them.
 
     Raises:

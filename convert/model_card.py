@@ -32,6 +32,21 @@ SHA-256 of each file.
 {run}
 """
 
+RUN_GGUF = """A `.gguf` file holds a model of diffusers, under its names, and is read beside its `config.json`:
+
+```python
+import torch
+from diffusers import GGUFQuantizationConfig, {model_class}
+
+model = {model_class}.from_single_file(
+    "{folder}/{file}",
+    config="{folder}",
+    quantization_config=GGUFQuantizationConfig(compute_dtype=torch.bfloat16),
+    torch_dtype=torch.bfloat16,
+)
+```
+"""
+
 RUN = """With vLLM-Omni:
 
 ```bash
@@ -114,6 +129,12 @@ def _run(plan: Plan, title: str) -> str:
         return (
             f"The files are spelled for {plan.recipe.dialect}; `omni-convert inspect` tells which runtimes load them."
         )
+    for component in plan.components:
+        if component.shards.gguf is not None:
+            (file,) = component.shards.files
+            folder = f"{title}/{component.name}".rstrip("/")
+            name = component.config.get("_class_name", "ModelMixin")
+            return RUN_GGUF.format(model_class=name, folder=folder, file=file).strip()
     return RUN.format(title=title).strip()
 
 
@@ -135,7 +156,8 @@ def _rows(plan: Plan, results: dict[str, Sequence[LayerResult]]) -> list[str]:
         layers = results[component.name]
         errors = [layer.relative_error for layer in layers]
         worst = max(layers, key=lambda layer: layer.relative_error, default=None)
-        scheme = component.config.get("quantization_config", {}).get("activation_scheme", "dynamic")
+        default = "none" if component.shards.gguf is not None else "dynamic"
+        scheme = component.config.get("quantization_config", {}).get("activation_scheme", default)
         shown = (
             f"{statistics.median(errors):.4f} | {worst.relative_error:.4f} ({worst.name})" if worst else "kept | kept"
         )

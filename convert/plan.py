@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from omni_convert.convert.component_weights import as_weights, bake, model_class, renamed
+from omni_convert.convert.gguf_layers import architecture_of, choose_gguf
 from omni_convert.convert.lora import Lora, check_requests
 from omni_convert.convert.moments import Moments
 from omni_convert.convert.original_names import missing_config
@@ -35,6 +36,7 @@ from omni_convert.formats.dialects.table import DIALECTS
 from omni_convert.formats.errors import CalibrationError, CheckpointError, RecipeError
 from omni_convert.formats.family import Family, LayerGroup, find_family
 from omni_convert.formats.format import Format, InputStatistics, TensorLayout
+from omni_convert.formats.gguf import Gguf
 from omni_convert.formats.json_file import read_json
 from omni_convert.formats.quantization_config import ACTIVATION_SCHEMES, QuantizationConfig
 from omni_convert.formats.quantized import DESCRIPTIONS, SIDECARS, QuantizedCheckpoint, read_quantized
@@ -418,6 +420,8 @@ def _plan_component(
     config_path, config = _component_config(source, name)
     _refuse_unread(config_path, config, opened)
     notes += _requantizing_notes(name, opened, method)
+    if method == Gguf.method:
+        return _gguf_component(source, name, checkpoint, config_path, config, recipe, notes)
     dialect = DIALECTS[recipe.dialect]
     family = find_family(model_class(config))
     scheme = _activation_scheme(method, recipe, statistics, notes)
@@ -468,6 +472,53 @@ def _plan_component(
         replace_config(config, block),
         _shards(ordered, recipe, dialect.metadata(formats), is_transformers=is_transformers),
         sidecars=dialect.sidecars(formats, _output_names(ordered)),
+    )
+
+
+def _gguf_component(
+    source: Source,
+    name: str,
+    checkpoint: Checkpoint,
+    config_path: Path,
+    config: Mapping[str, Any],
+    recipe: Recipe,
+    notes: list[str],
+) -> ComponentPlan:
+    """A component as one GGUF file: linears in blocks in the type asked for, the rest in float32, which all read."""
+    from omni_convert.formats.gguf_writer import GgufFile
+
+    if _library(source, name) == "transformers":
+        raise RecipeError(f"--component {name}={Gguf.method}: found a model of transformers, expected one of diffusers")
+    groups, kept = choose_gguf(checkpoint, config_path, recipe)
+    steps: dict[str, QuantizeStep] = {}
+    for group in groups:
+        fmt = format_for(Gguf.method, recipe, group, checkpoint, calibrated=False)
+        (stem,) = group.members
+        steps[stem] = QuantizeStep(group, fmt, None, (checkpoint[f"{stem}.weight"],), (Spelling(),))
+    plain = replace(recipe, dtype="float32")
+    ordered = tuple(_ordered_steps(checkpoint, steps, plain))
+    kind = next(iter(steps.values())).format
+    assert isinstance(kind, Gguf)
+    content = GgufFile(
+        architecture_of(model_class(config)),
+        kind.type,
+        {weight.name: weight.shape for step in steps.values() for weight in step.weights},
+        {},
+    )
+    specs = [spec for step in ordered for spec in step.outputs()]
+    shards = Shards({f"{source.short_name}-{kind.type}.gguf": specs}, None, "", {}, content)
+    notes.append(
+        f"{name or source.name}: the GGUF file has diffusers' names; load it with from_single_file(FILE, "
+        "config=FOLDER OF ITS config.json, quantization_config=GGUFQuantizationConfig(...))"
+    )
+    return ComponentPlan(
+        name,
+        Gguf.method,
+        checkpoint,
+        ordered,
+        tuple(KeptLayer(layer, reason) for group, reason in kept for layer in group.members),
+        replace_config(config, None),
+        shards,
     )
 
 

@@ -12,10 +12,21 @@ from typing import Any
 
 from omni_convert.formats.errors import RecipeError
 
-__all__ = ["DIALECT_NAMES", "METHODS", "STORAGE_METHODS", "TRANSCODINGS", "LoraRequest", "Recipe", "suggestion"]
+__all__ = [
+    "DIALECT_NAMES",
+    "GGUF_TYPES",
+    "METHODS",
+    "STORAGE_METHODS",
+    "TRANSCODINGS",
+    "LoraRequest",
+    "Recipe",
+    "suggestion",
+]
 
 # The names alone: `--help` and a mistyped method must not import torch. A test holds them equal to `FORMATS`.
-METHODS = ("fp8", "int8", "mxfp8", "mxfp4", "mxfp4_dualscale", "nvfp4", "w4a16")
+METHODS = ("fp8", "int8", "mxfp8", "mxfp4", "mxfp4_dualscale", "nvfp4", "w4a16", "gguf")
+# As METHODS: a test holds them equal to the types of `formats/gguf.py`.
+GGUF_TYPES = ("Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0", "MXFP4", "BF16", "F16")
 # What only components beside the transformers may be: not run quantized, but stored so.
 STORAGE_METHODS = ("fp8_storage",)
 # What may be done with a quantized model without quantizing it again.
@@ -31,6 +42,7 @@ METHODS_OF_OPTION = {
     "input_scale": ("fp8", "nvfp4"),
     "int8_fused_scales": ("int8",),
     "group_size": ("w4a16",),
+    "gguf_type": ("gguf",),
 }
 LORA_COMPONENT = re.compile(r"([A-Za-z]\w*)=")
 ENGINE = re.compile(r"local|ray|(ray://)?[\w.-]+:\d+|ray://[\w.-]+")
@@ -103,6 +115,7 @@ class Recipe:
     int8_fused_scales: str = "shared"
     scale_rule: str | None = None
     group_size: int | None = None
+    gguf_type: str | None = None
     search: bool = True
     rounding: str | None = None
     bf16_blocks: int | None = None
@@ -137,6 +150,7 @@ class Recipe:
         if self.method == "w4a16" and self.dialect == "vllm-omni":
             object.__setattr__(self, "dialect", "auto-round")  # whose spelling of it vLLM-Omni reads
         _check_choice("activation-scheme", self.activation_scheme, ACTIVATION_SCHEMES)
+        _check_choice("gguf-type", self.gguf_type, GGUF_TYPES)
         _check_choice("runtime", self.runtime, RUNTIMES)
         _check_choice("int8-fused-scales", self.int8_fused_scales, ("shared", "per-row"))
         _check_choice("rounding", self.rounding, ROUNDINGS)
@@ -144,6 +158,7 @@ class Recipe:
         for name, method in self.component.items():
             _check_choice(f"component {name}", method, ("none", *METHODS, *STORAGE_METHODS))
         self._check_storage()
+        self._check_gguf()
         if self.weight_block_size is not None:
             self._check_block_size(self.weight_block_size)
         self._check_input_scale()
@@ -183,6 +198,14 @@ class Recipe:
                 f"--component {stored}={self.component[stored]}: found with {found}, expected --runtime diffusers and "
                 "the default dialect: our loader alone reads it"
             )
+
+    def _check_gguf(self) -> None:
+        if "gguf" not in (self.method, *self.component.values()):
+            return
+        if self.dialect != "vllm-omni":
+            raise RecipeError(f"--dialect {self.dialect}: found with method 'gguf', which is a kind of file by itself")
+        if self.moments:
+            raise RecipeError("--moments: found with method 'gguf', whose rounding is fixed, expected none")
 
     def _check_options_of_methods(self) -> None:
         if self.group_size is not None and self.group_size not in GROUP_SIZES:
@@ -257,6 +280,7 @@ class Recipe:
             "int8_fused_scales": self.int8_fused_scales,
             "scale_rule": self.scale_rule,
             "group_size": self.group_size,
+            "gguf_type": self.gguf_type,
             "search": self.search,
             "rounding": None if self.effective_rounding == "nearest" else self.effective_rounding,
             "bf16_blocks": self.bf16_blocks,

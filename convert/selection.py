@@ -142,6 +142,7 @@ def format_for(
             scale_rule=recipe.scale_rule,
             search=recipe.search,
             group_size=recipe.group_size,
+            gguf_type=recipe.gguf_type,
         )
     )
 

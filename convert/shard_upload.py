@@ -17,7 +17,7 @@ from omni_convert.convert.plan import ComponentPlan
 from omni_convert.convert.remote_folder import RemoteFolder
 from omni_convert.convert.tile import Tile, tiles_of
 from omni_convert.formats.errors import OutputError
-from omni_convert.formats.safetensors_writer import SafetensorsWriter
+from omni_convert.formats.shard_writer import open_shard
 
 __all__ = ["upload_component"]
 
@@ -97,7 +97,7 @@ def _send_shard(remote: RemoteFolder, component: ComponentPlan, file: str, engin
     steps = tuple(step for step in component.steps if not names.isdisjoint(spec.name for spec in step.outputs()))
     with tempfile.TemporaryDirectory(prefix="omni-convert-") as folder:
         path = Path(folder) / file
-        with SafetensorsWriter(path, specs, component.shards.metadata) as writer:
+        with open_shard(Path(folder), file, component.shards) as writer:
             outputs = dict.fromkeys(names, writer)
             work = Work(replace(component, steps=steps), engine, outputs)
             done = list(engine.run(work))

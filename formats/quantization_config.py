@@ -19,6 +19,7 @@ ACTIVATION_SCHEMES: dict[str, tuple[str, ...]] = {
     "nvfp4": ("static", "none"),
     "fp8_storage": ("none",),
     "w4a16": ("none",),
+    "gguf": ("none",),
 }
 
 

@@ -10,13 +10,16 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import split_state_dict_into_shards_factory
 
 from omni_convert.formats.errors import CheckpointError, RecipeError
 from omni_convert.formats.safetensors_header import FORMAT_PT
 from omni_convert.formats.tensor_spec import TensorSpec
+
+if TYPE_CHECKING:
+    from omni_convert.formats.gguf_writer import GgufFile
 
 __all__ = ["WEIGHTS_NAMES", "ShardName", "Shards", "check_shard_names", "index_name", "plan_shards"]
 
@@ -45,6 +48,8 @@ class ShardName:
 class Shards:
     """Files and the tensors of each, in the order given; the index if there is more than one file; text for headers.
 
+    With `gguf` the one file is GGUF, which says that, and else safetensors.
+
     `index` has its keys in the order in which diffusers writes them, so that written as they come they are its bytes.
     """
 
@@ -52,6 +57,7 @@ class Shards:
     index: dict[str, Any] | None
     index_name: str
     metadata: Mapping[str, str] = field(default_factory=lambda: dict(FORMAT_PT))
+    gguf: GgufFile | None = None
 
 
 def index_name(weights_name: str) -> str:

@@ -11,6 +11,7 @@ import torch
 from omni_convert.formats.format import Format
 from omni_convert.formats.fp8 import Fp8, Fp8Block
 from omni_convert.formats.fp8_storage import Fp8Storage
+from omni_convert.formats.gguf import DEFAULT_TYPE, Gguf
 from omni_convert.formats.int4 import Int4
 from omni_convert.formats.int8 import Int8
 from omni_convert.formats.mxfp4 import Mxfp4
@@ -34,6 +35,7 @@ class FormatOptions:
     scale_rule: str | None = None
     search: bool = True
     group_size: int | None = None
+    gguf_type: str | None = None
 
 
 #: Tensors that stand beside a quantized `weight`.
@@ -100,10 +102,15 @@ FORMATS: dict[str, Method] = {
         Calibration.UNUSED,
         "4-bit integers, a float scale per 32 to 128; activations stay as they are",
     ),
+    "gguf": Method(
+        lambda options: Gguf(options.gguf_type or DEFAULT_TYPE),
+        Calibration.UNUSED,
+        "one of GGUF's types, in a GGUF file; dequantized before use",
+    ),
 }
 
-#: Methods that our loader runs. W4A16 is for others' kernels.
-LOADABLE = tuple(name for name in FORMATS if name != Int4.method)
+#: Methods that our loader runs. W4A16 and GGUF are for others' kernels.
+LOADABLE = tuple(name for name in FORMATS if name not in (Int4.method, Gguf.method))
 
 
 def layer_formats(specs: Mapping[str, TensorSpec], method: str | None = None) -> dict[str, Format]:

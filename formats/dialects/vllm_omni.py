@@ -90,7 +90,7 @@ SPELLINGS = {
     "fp8_storage": _Spelling("is_checkpoint_fp8_storage_serialized"),
 }
 # vLLM-Omni reads W4A16 as AutoRound spells it.
-assert {*SPELLINGS, "nvfp4", "w4a16"} == {*ACTIVATION_SCHEMES}
+assert {*SPELLINGS, "nvfp4", "w4a16", "gguf"} == {*ACTIVATION_SCHEMES}
 
 
 def ignored_names(groups: Iterable[LayerGroup]) -> list[str]:

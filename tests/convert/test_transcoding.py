@@ -19,7 +19,7 @@ from omni_convert.formats.dialects.table import DIALECTS
 from omni_convert.formats.errors import OmniConvertError, RecipeError
 from omni_convert.formats.int8 import Int8
 from omni_convert.formats.quantized import open_quantized
-from omni_convert.formats.safetensors_writer import bytes_of
+from omni_convert.formats.tensor_writer import bytes_of
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 LAYER = "layers.0.attention.to_q"

@@ -1,0 +1,70 @@
+"""Which layers of a model a GGUF file holds quantized, and what the file calls the model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from omni_convert.convert.recipe import Recipe
+from omni_convert.formats.checkpoint import Checkpoint
+from omni_convert.formats.errors import RecipeError
+from omni_convert.formats.family import LayerGroup, find_family
+from omni_convert.formats.gguf import DEFAULT_TYPE, Gguf
+from omni_convert.formats.layer_pattern import matches
+
+__all__ = ["architecture_of", "choose_gguf"]
+
+GENERIC = find_family("")  # linears in blocks: what ComfyUI-GGUF keeps of any family is outside of them
+# Start of a class's name → `general.architecture`, as ComfyUI-GGUF calls it.
+ARCHITECTURES = (
+    ("Flux", "flux"),
+    ("SD3", "sd3"),
+    ("AuraFlow", "aura"),
+    ("HiDream", "hidream"),
+    ("Cosmos", "cosmos"),
+    ("LTX", "ltxv"),
+    ("HunyuanVideo", "hyvid"),
+    ("Wan", "wan"),
+    ("QwenImage", "qwen_image"),
+    ("Lumina2", "lumina2"),
+    ("ZImage", "lumina2"),
+)
+STORABLE_BYTES = 2  # what is narrower is no plain float
+# ComfyUI-GGUF reads these in float32, whatever the type of the rest.
+SMALL_ELEMENTS = 1024
+
+
+def architecture_of(model_class: str) -> str:
+    """`general.architecture` for a model of this class; `diffusion` where nobody has named one."""
+    return next((name for start, name in ARCHITECTURES if model_class.startswith(start)), "diffusion")
+
+
+def choose_gguf(
+    checkpoint: Checkpoint, where: Path, recipe: Recipe
+) -> tuple[list[LayerGroup], list[tuple[LayerGroup, str]]]:
+    """Layers to quantize, and layers that stay, each with the reason; every layer is a group by itself.
+
+    Args:
+        where: what to name in errors
+
+    Raises:
+        RecipeError: no layer is left to quantize.
+    """
+    fmt = Gguf(recipe.gguf_type or DEFAULT_TYPE)
+    chosen: list[LayerGroup] = []
+    kept: list[tuple[LayerGroup, str]] = []
+    for stem in (stem for group in GENERIC.layer_groups(checkpoint, "diffusers") for stem in group.members):
+        spec = checkpoint[f"{stem}.weight"]
+        if not spec.dtype.is_floating_point or spec.dtype.itemsize < STORABLE_BYTES:
+            continue
+        group = LayerGroup(stem, (stem,), is_fused=False)
+        pattern = next((pattern for pattern in recipe.ignored_layers if matches(pattern, stem)), None)
+        reason = f"ignored by '{pattern}'" if pattern is not None else fmt.unsupported(*spec.shape)
+        if reason is None and spec.elements <= SMALL_ELEMENTS:
+            reason = f"has {SMALL_ELEMENTS} elements or less"
+        if reason is None:
+            chosen.append(group)
+        else:
+            kept.append((group, reason))
+    if not chosen:
+        raise RecipeError(f"{where}: found no layer to quantize to {fmt.label}, expected linears in blocks")
+    return chosen, kept

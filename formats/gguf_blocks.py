@@ -1,0 +1,187 @@
+"""The block types of GGUF: 32 numbers along K in a few bytes, exactly as the `gguf` package quantizes them.
+
+Type    bytes   what is in them                                                       number
+Q8_0    34      FP16 scale d; 32 INT8                                                 d * q
+Q5_1    24      FP16 scale d, FP16 minimum m; 32 high bits; 16 bytes of low bits      d * q + m
+Q5_0    22      FP16 scale d; 32 high bits; 16 bytes of low bits                      d * (q - 16)
+Q4_1    20      FP16 scale d, FP16 minimum m; 16 bytes                                d * q + m
+Q4_0    18      FP16 scale d; 16 bytes                                                d * (q - 8)
+MXFP4   17      E8M0 byte; 16 bytes of E2M1 codes                                     2^(byte - 127) * E2M1
+
+A byte of low bits holds number i in its low half and number i + 16 in its high half; bit i of the high bits is number
+i's. Scales are rounded to FP16 after the numbers were divided by them, as upstream does.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+__all__ = ["BLOCK", "BLOCK_TYPES", "BlockType"]
+
+BLOCK = 32
+HALF = BLOCK // 2
+# Magnitudes half way between neighbours of E2M1; a number there takes the smaller.
+E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+E2M1_MIDDLES = (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)
+E2M1_SIGN = 8
+
+
+class BlockType(ABC):
+    """One type of blocks."""
+
+    #: Bytes of a block.
+    size: int
+
+    @abstractmethod
+    def quantize(self, blocks: Tensor) -> Tensor:
+        """Float32 [n, 32] to uint8 [n, size]."""
+
+    @abstractmethod
+    def dequantize(self, blocks: Tensor) -> Tensor:
+        """Uint8 [n, size] to float32 [n, 32]."""
+
+    @abstractmethod
+    def is_finite(self, blocks: Tensor) -> bool:
+        """Whether all scales and minima are numbers."""
+
+
+def _inverse(scale: Tensor) -> Tensor:
+    return torch.where(scale == 0, 0.0, scale.reciprocal())
+
+
+def _codes(numbers: Tensor, largest: int) -> Tensor:
+    """Numbers without their fraction, as codes; what a denormal scale made infinite is 0."""
+    return torch.where(numbers.isfinite(), numbers, 0.0).trunc_().clamp_(0, largest).to(torch.uint8)
+
+
+def _half_bytes(numbers: Tensor) -> Tensor:
+    """Float32 [n, 1] to the two bytes of FP16 [n, 2]."""
+    return numbers.to(torch.float16).view(torch.uint8)
+
+
+def _half(blocks: Tensor, at: int) -> Tensor:
+    """The FP16 at a byte of each block, float32 [n, 1]."""
+    return blocks[:, at : at + 2].contiguous().view(torch.float16).float()
+
+
+def _pack(codes: Tensor) -> Tensor:
+    """The low four bits of codes [n, 32] in [n, 16] bytes."""
+    low = codes & 0xF
+    return low[:, :HALF] | (low[:, HALF:] << 4)
+
+
+def _unpack(packed: Tensor) -> Tensor:
+    return torch.cat([packed & 0xF, packed >> 4], dim=1)
+
+
+@dataclass(frozen=True)
+class _Q8(BlockType):
+    size: int = 34
+
+    def quantize(self, blocks: Tensor) -> Tensor:
+        scale = blocks.abs().amax(dim=1, keepdim=True) / 127
+        numbers = blocks * _inverse(scale)
+        magnitude = numbers.abs()
+        floor = magnitude.floor()
+        away = floor + ((magnitude - floor) * 2).floor()  # halves go away from zero
+        rounded = torch.where(away.isfinite(), numbers.sign() * away, 0.0)
+        return torch.cat([_half_bytes(scale), rounded.to(torch.int8).view(torch.uint8)], dim=1)
+
+    def dequantize(self, blocks: Tensor) -> Tensor:
+        return blocks[:, 2:].view(torch.int8).float() * _half(blocks, 0)
+
+    def is_finite(self, blocks: Tensor) -> bool:
+        return bool(_half(blocks, 0).isfinite().all())
+
+
+@dataclass(frozen=True)
+class _Integer(BlockType):
+    """Q4_0, Q4_1, Q5_0, Q5_1.
+
+    Attributes:
+        bits: of a code
+        has_minimum: codes count from the smallest number up, not around zero
+    """
+
+    bits: int
+    has_minimum: bool
+
+    @property
+    def size(self) -> int:  # type: ignore[override]  # follows the fields
+        return self._codes_at + (BLOCK // 8 if self.bits > 4 else 0) + HALF
+
+    @property
+    def _codes_at(self) -> int:
+        return 4 if self.has_minimum else 2
+
+    def quantize(self, blocks: Tensor) -> Tensor:
+        levels = 1 << self.bits
+        if self.has_minimum:
+            minimum = blocks.amin(dim=1, keepdim=True)
+            scale = (blocks.amax(dim=1, keepdim=True) - minimum) / (levels - 1)
+            codes = _codes((blocks - minimum) * _inverse(scale) + 0.5, levels - 1)
+            head = [_half_bytes(scale), _half_bytes(minimum)]
+        else:
+            largest = blocks.gather(1, blocks.abs().argmax(dim=1, keepdim=True))
+            scale = largest / -(levels // 2)  # the largest magnitude takes the one code that has no negative
+            codes = _codes(blocks * _inverse(scale) + (levels // 2 + 0.5), levels - 1)
+            head = [_half_bytes(scale)]
+        if self.bits > 4:
+            high = (codes >> 4).view(-1, BLOCK // 8, 8) << torch.arange(8, dtype=torch.uint8, device=codes.device)
+            head.append(high.sum(dim=2, dtype=torch.uint8))
+        return torch.cat([*head, _pack(codes)], dim=1)
+
+    def dequantize(self, blocks: Tensor) -> Tensor:
+        codes = _unpack(blocks[:, -HALF:])
+        if self.bits > 4:
+            high = blocks[:, self._codes_at : -HALF, None] >> torch.arange(8, dtype=torch.uint8, device=blocks.device)
+            codes |= (high & 1).flatten(1) << 4
+        if self.has_minimum:
+            return codes.float() * _half(blocks, 0) + _half(blocks, 2)
+        return (codes.float() - (1 << self.bits - 1)) * _half(blocks, 0)
+
+    def is_finite(self, blocks: Tensor) -> bool:
+        return all(bool(_half(blocks, at).isfinite().all()) for at in range(0, self._codes_at, 2))
+
+
+@dataclass(frozen=True)
+class _Mxfp4(BlockType):
+    size: int = 17
+
+    def quantize(self, blocks: Tensor) -> Tensor:
+        amax = blocks.abs().amax(dim=1, keepdim=True)
+        # Upstream takes the logarithm in float32, and just below a power of two it is that of the power.
+        exponent = amax.double().log2().float().floor() - 2 + 127
+        exponent = torch.where(amax > 0, exponent, 0.0).clamp_(min=0)  # upstream wraps around below 2^-125
+        numbers = blocks / _power(exponent)
+        middles = torch.tensor(E2M1_MIDDLES, device=blocks.device)
+        codes = torch.bucketize(numbers.abs(), middles).to(torch.uint8)
+        codes |= ((numbers < 0) & (codes > 0)).to(torch.uint8) * E2M1_SIGN
+        return torch.cat([exponent.to(torch.uint8), _pack(codes)], dim=1)
+
+    def dequantize(self, blocks: Tensor) -> Tensor:
+        values = torch.tensor([*E2M1_VALUES, *(-value for value in E2M1_VALUES)], device=blocks.device)
+        return values[_unpack(blocks[:, 1:]).int()] * _power(blocks[:, :1].float())
+
+    def is_finite(self, blocks: Tensor) -> bool:
+        return not bool((blocks[:, 0] == 255).any())
+
+
+def _power(exponent: Tensor) -> Tensor:
+    """2 to the power of E8M0 numbers, float32; the smallest is denormal."""
+    return torch.ldexp(torch.ones_like(exponent, dtype=torch.float64), exponent - 127).float()
+
+
+#: What users call a type → how its blocks are made.
+BLOCK_TYPES: dict[str, BlockType] = {
+    "Q8_0": _Q8(),
+    "Q5_1": _Integer(5, has_minimum=True),
+    "Q5_0": _Integer(5, has_minimum=False),
+    "Q4_1": _Integer(4, has_minimum=True),
+    "Q4_0": _Integer(4, has_minimum=False),
+    "MXFP4": _Mxfp4(),
+}

@@ -1,0 +1,203 @@
+import hashlib
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import gguf
+import pytest
+import torch
+from diffusers import FluxTransformer2DModel, GGUFQuantizationConfig, WanTransformer3DModel
+from diffusers.quantizers.gguf.utils import GGUFParameter, dequantize_gguf_tensor
+from safetensors.torch import load_file
+
+from omni_convert.convert.conversion import convert_checkpoint
+from omni_convert.convert.gguf_layers import architecture_of
+from omni_convert.convert.recipe import GGUF_TYPES, Recipe
+from omni_convert.formats import gguf as gguf_format
+from omni_convert.formats.errors import RecipeError
+
+WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
+# diffusers dequantizes these; MXFP4 it does not know.
+LOADED_TYPES = [kind for kind in GGUF_TYPES if kind not in ("MXFP4", "F16")]
+
+
+@pytest.fixture(scope="session")
+def flux_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    model = FluxTransformer2DModel(
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=32,
+        num_attention_heads=2,
+        joint_attention_dim=64,
+        pooled_projection_dim=32,
+        axes_dims_rope=(8, 12, 12),
+    )
+    folder = tmp_path_factory.mktemp("models") / "flux"
+    model.to(torch.bfloat16).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def wan_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    model = WanTransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=32,
+        in_channels=4,
+        out_channels=4,
+        text_dim=64,
+        freq_dim=32,
+        ffn_dim=128,
+        num_layers=1,
+    )
+    folder = tmp_path_factory.mktemp("models") / "wan"
+    model.save_pretrained(folder)
+    return folder
+
+
+def converted(source: Path, output: Path, kind: str) -> Path:
+    """The file that the conversion makes of a model folder."""
+    convert_checkpoint(str(source), output, Recipe(method="gguf", gguf_type=kind, device="cpu"))
+    (file,) = output.rglob("*.gguf")
+    return file
+
+
+@pytest.mark.parametrize("kind", GGUF_TYPES)
+def test_the_gguf_package_reads_what_was_meant_of_every_type(kind: str, flux_folder: Path, tmp_path: Path) -> None:
+    file = converted(flux_folder, tmp_path / "out", kind)
+    assert file.name == f"flux-{kind}.gguf"
+    original = load_file(flux_folder / WEIGHTS_NAME)
+    found = {tensor.name: tensor for tensor in gguf.GGUFReader(file).tensors}
+    assert found.keys() == original.keys()
+    quantized = [name for name, tensor in found.items() if tensor.tensor_type.name == kind]
+    assert len(quantized) == 17
+    for name, tensor in found.items():
+        weight = original[name].float()
+        assert tuple(reversed(tensor.shape.tolist())) == weight.shape
+        stored = gguf.quants.quantize(weight.numpy(), tensor.tensor_type)
+        assert stored.tobytes() == tensor.data.tobytes(), name
+    assert {found[name].tensor_type.name for name in found.keys() - quantized} == {"F32"}
+
+
+@pytest.mark.parametrize("kind", LOADED_TYPES)
+def test_diffusers_loads_those_weights_and_runs_them(kind: str, flux_folder: Path, tmp_path: Path) -> None:
+    file = converted(flux_folder, tmp_path / "out", kind)
+    model = FluxTransformer2DModel.from_single_file(
+        str(file),
+        config=str(tmp_path / "out"),
+        quantization_config=GGUFQuantizationConfig(compute_dtype=torch.float32),
+        torch_dtype=torch.float32,
+    )
+    numbers = {
+        tensor.name: torch.from_numpy(gguf.quants.dequantize(tensor.data.copy(), tensor.tensor_type))
+        for tensor in gguf.GGUFReader(file).tensors
+    }
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, GGUFParameter):  # which diffusers dequantizes in FP16
+            rounded = dequantize_gguf_tensor(parameter).float()
+            torch.testing.assert_close(rounded, numbers[name], rtol=0, atol=float(numbers[name].abs().max()) * 2**-10)
+            numbers[name] = rounded
+    reference = FluxTransformer2DModel.from_config(FluxTransformer2DModel.load_config(flux_folder)).eval()
+    reference.load_state_dict({name: numbers[name] for name in reference.state_dict()})
+    inputs = {
+        "hidden_states": torch.randn(1, 16, 16),
+        "encoder_hidden_states": torch.randn(1, 8, 64),
+        "pooled_projections": torch.randn(1, 32),
+        "timestep": torch.ones(1),
+        "img_ids": torch.zeros(16, 3),
+        "txt_ids": torch.zeros(8, 3),
+    }
+    assert sum(type(module).__name__ == "GGUFLinear" for module in model.modules()) == 17
+    with torch.no_grad():
+        torch.testing.assert_close(model(**inputs).sample, reference(**inputs).sample)
+
+
+def test_tensors_of_five_dimensions_stand_in_the_file_and_load(wan_folder: Path, tmp_path: Path) -> None:
+    file = converted(wan_folder, tmp_path / "out", "Q8_0")
+    model = WanTransformer3DModel.from_single_file(
+        str(file),
+        config=str(tmp_path / "out"),
+        quantization_config=GGUFQuantizationConfig(compute_dtype=torch.float32),
+        torch_dtype=torch.float32,
+    )
+    weight = load_file(wan_folder / WEIGHTS_NAME)["patch_embedding.weight"]
+    assert weight.dim() == 5
+    assert torch.equal(model.patch_embedding.weight, weight)
+    with torch.no_grad():
+        sample = model(torch.randn(1, 4, 2, 8, 8), torch.ones(1), torch.randn(1, 8, 64)).sample
+    assert bool(sample.isfinite().all())
+
+
+def test_a_pipeline_keeps_all_but_the_weights_of_its_transformer(tiny_pipeline_folder: Path, tmp_path: Path) -> None:
+    file = converted(tiny_pipeline_folder, tmp_path / "out", "Q8_0")
+    name = tiny_pipeline_folder.name
+    assert file.relative_to(tmp_path / "out").as_posix() == f"transformer/{name}-Q8_0.gguf"
+    configs = [
+        json.loads((folder / "transformer/config.json").read_text())
+        for folder in (tiny_pipeline_folder, tmp_path / "out")
+    ]
+    assert configs[0] == configs[1]
+    assert [path.name for path in (tmp_path / "out/transformer").iterdir() if path.suffix == ".safetensors"] == []
+    assert (tmp_path / "out/model_index.json").read_bytes() == (tiny_pipeline_folder / "model_index.json").read_bytes()
+    manifest = (tmp_path / "out/omni_convert.json").read_text()
+    assert hashlib.sha256(file.read_bytes()).hexdigest() in manifest
+
+
+def test_an_interrupted_conversion_goes_on_and_gives_the_same_file(flux_folder: Path, tmp_path: Path) -> None:
+    finished = 0
+
+    def interrupt(_: int) -> None:
+        nonlocal finished
+        finished += 1
+        if finished > 20:
+            raise KeyboardInterrupt
+
+    recipe = Recipe(method="gguf", device="cpu", workers=1)
+    with pytest.raises(KeyboardInterrupt):
+        convert_checkpoint(str(flux_folder), tmp_path / "out", recipe, progress=interrupt)
+    with pytest.raises(ValueError, match="magic"):
+        gguf.GGUFReader(tmp_path / "out.partial/flux-Q8_0.gguf")
+    convert_checkpoint(str(flux_folder), tmp_path / "out", replace(recipe, resume=True))
+    whole = converted(flux_folder, tmp_path / "whole", "Q8_0")
+    assert (tmp_path / "out" / whole.name).read_bytes() == whole.read_bytes()
+
+
+def test_ignored_layers_stay_in_float32(flux_folder: Path, tmp_path: Path) -> None:
+    recipe = Recipe(method="gguf", ignored_layers=("single_transformer_blocks",), device="cpu")
+    convert_checkpoint(str(flux_folder), tmp_path / "out", recipe)
+    (file,) = (tmp_path / "out").glob("*.gguf")
+    kinds = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(file).tensors}
+    assert kinds["single_transformer_blocks.0.proj_mlp.weight"] == "F32"
+    assert kinds["transformer_blocks.0.attn.to_q.weight"] == "Q8_0"
+
+
+def test_types_that_the_command_line_offers_are_those_there_are() -> None:
+    assert sorted(GGUF_TYPES) == sorted(gguf_format.GGUF_TYPES)
+
+
+def test_architectures_are_called_as_comfyui_gguf_does() -> None:
+    assert architecture_of("FluxTransformer2DModel") == "flux"
+    assert architecture_of("ZImageTransformer2DModel") == "lumina2"
+    assert architecture_of("SomethingElse") == "diffusion"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"method": "fp8", "gguf_type": "Q8_0"}, "--gguf-type: found with method 'fp8'"),
+        ({"method": "gguf", "gguf_type": "Q4_K"}, "--gguf-type: found 'Q4_K', expected one of"),
+        ({"method": "gguf", "dialect": "comfyui"}, "--dialect comfyui: found with method 'gguf'"),
+        ({"method": "gguf", "moments": (Path("moments"),)}, "--moments: found with method 'gguf'"),
+    ],
+)
+def test_options_that_contradict_gguf_are_refused(options: dict[str, object], message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        Recipe(**options)  # type: ignore[arg-type]
+
+
+def test_a_text_encoder_is_refused(tiny_pipeline_folder: Path, tmp_path: Path) -> None:
+    recipe = Recipe(method="gguf", component={"text_encoder": "gguf"}, runtime="diffusers", device="cpu")
+    with pytest.raises(RecipeError, match="text_encoder=gguf"):
+        convert_checkpoint(str(tiny_pipeline_folder), tmp_path / "out", recipe)
