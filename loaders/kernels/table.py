@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from omni_convert.formats.errors import KernelError
 from omni_convert.loaders.kernels.decode_mm import CPU_DECODE_MM, DECODE_MM, DECODE_WEIGHT_MM
+from omni_convert.loaders.kernels.fused_decode_mm import TRITON_DECODE_MM, TRITON_DECODE_WEIGHT_MM
 from omni_convert.loaders.kernels.int_mm import INT_MM
 from omni_convert.loaders.kernels.kernel import Kernel, LayerTraits
 from omni_convert.loaders.kernels.mx_scaled_mm import MXFP8_SCALED_MM, NVFP4_SCALED_MM
@@ -30,7 +31,9 @@ KERNELS: tuple[Kernel, ...] = (
     NPU_MXFP8,
     NPU_MXFP4,
     NPU_MXFP4_DUALSCALE,
+    TRITON_DECODE_MM,
     DECODE_MM,
+    TRITON_DECODE_WEIGHT_MM,
     DECODE_WEIGHT_MM,
     REFERENCE,
     WEIGHT_ONLY,
