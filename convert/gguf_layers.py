@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 
 from omni_convert.convert.recipe import Recipe
@@ -10,8 +11,9 @@ from omni_convert.formats.errors import RecipeError
 from omni_convert.formats.family import LayerGroup, find_family
 from omni_convert.formats.gguf import DEFAULT_TYPE, Gguf
 from omni_convert.formats.layer_pattern import matches
+from omni_convert.formats.wan_names import original_name
 
-__all__ = ["architecture_of", "choose_gguf"]
+__all__ = ["architecture_of", "choose_gguf", "original_names"]
 
 GENERIC = find_family("")  # linears in blocks: what ComfyUI-GGUF keeps of any family is outside of them
 # Start of a class's name → `general.architecture`, as ComfyUI-GGUF calls it.
@@ -36,6 +38,17 @@ SMALL_ELEMENTS = 1024
 def architecture_of(model_class: str) -> str:
     """`general.architecture` for a model of this class; `diffusion` where nobody has named one."""
     return next((name for start, name in ARCHITECTURES if model_class.startswith(start)), "diffusion")
+
+
+def original_names(model_class: str, tensors: Collection[str]) -> dict[str, str]:
+    """Tensor → its name in the model's own code, which ComfyUI expects; {} where only diffusers' are known.
+
+    Qwen-Image has no other names than diffusers'.
+    """
+    if model_class != "WanTransformer3DModel":
+        return {}
+    names = {name: original for name in tensors if (original := original_name(name)) is not None}
+    return names if len(names) == len(tensors) else {}
 
 
 def choose_gguf(

@@ -32,7 +32,7 @@ SHA-256 of each file.
 {run}
 """
 
-RUN_GGUF = """A `.gguf` file holds a model of diffusers, under its names, and is read beside its `config.json`:
+RUN_GGUF = """A `.gguf` file holds a model of diffusers, and is read beside its `config.json`:
 
 ```python
 import torch

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from omni_convert.convert.component_weights import as_weights, bake, model_class, renamed
-from omni_convert.convert.gguf_layers import architecture_of, choose_gguf
+from omni_convert.convert.gguf_layers import architecture_of, choose_gguf, original_names
 from omni_convert.convert.lora import Lora, check_requests
 from omni_convert.convert.moments import Moments
 from omni_convert.convert.original_names import missing_config
@@ -503,12 +503,13 @@ def _gguf_component(
         architecture_of(model_class(config)),
         kind.type,
         {weight.name: weight.shape for step in steps.values() for weight in step.weights},
-        {},
+        original_names(model_class(config), checkpoint.keys()),
     )
     specs = [spec for step in ordered for spec in step.outputs()]
     shards = Shards({f"{source.short_name}-{kind.type}.gguf": specs}, None, "", {}, content)
+    spelled = "its original" if content.names else "diffusers'"
     notes.append(
-        f"{name or source.name}: the GGUF file has diffusers' names; load it with from_single_file(FILE, "
+        f"{name or source.name}: the GGUF file has {spelled} names; load it with from_single_file(FILE, "
         "config=FOLDER OF ITS config.json, quantization_config=GGUFQuantizationConfig(...))"
     )
     return ComponentPlan(

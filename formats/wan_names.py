@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Container
 
-__all__ = ["diffusers_name", "is_original_wan"]
+__all__ = ["diffusers_name", "is_original_wan", "original_name"]
 
 # In this order; the first two blocks of rows are about the same words.
 SUBSTITUTIONS = tuple(
@@ -38,6 +38,34 @@ SUBSTITUTIONS = tuple(
     )
 )
 
+# The way back; `norm1` of a block has no tensors.
+BACK = tuple(
+    (re.compile(pattern), replacement)
+    for pattern, replacement in (
+        (r"^condition_embedder\.time_embedder\.linear_1\.", "time_embedding.0."),
+        (r"^condition_embedder\.time_embedder\.linear_2\.", "time_embedding.2."),
+        (r"^condition_embedder\.text_embedder\.linear_1\.", "text_embedding.0."),
+        (r"^condition_embedder\.text_embedder\.linear_2\.", "text_embedding.2."),
+        (r"^condition_embedder\.time_proj\.", "time_projection.1."),
+        (r"^condition_embedder\.image_embedder\.norm1\.", "img_emb.proj.0."),
+        (r"^condition_embedder\.image_embedder\.ff\.net\.0\.proj\.", "img_emb.proj.1."),
+        (r"^condition_embedder\.image_embedder\.ff\.net\.2\.", "img_emb.proj.3."),
+        (r"^condition_embedder\.image_embedder\.norm2\.", "img_emb.proj.4."),
+        (r"^scale_shift_table$", "head.modulation"),
+        (r"^proj_out\.", "head.head."),
+        (r"\.scale_shift_table$", ".modulation"),
+        (r"\.ffn\.net\.0\.proj\.", ".ffn.0."),
+        (r"\.ffn\.net\.2\.", ".ffn.2."),
+        (r"^(blocks\.\d+)\.norm2\.", r"\1.norm3."),
+        (r"\.(attn[12])\.to_([qkv])\.", r".\1.\2."),
+        (r"\.(attn[12])\.to_out\.0\.", r".\1.o."),
+        (r"\.attn2\.add_([kv])_proj\.", r".attn2.\1_img."),
+        (r"\.attn2\.norm_added_k\.", ".attn2.norm_k_img."),
+        (r"\.attn1\.", ".self_attn."),
+        (r"\.attn2\.", ".cross_attn."),
+    )
+)
+
 
 def is_original_wan(names: Container[str]) -> bool:
     """Whether a checkpoint has Wan's original names."""
@@ -49,3 +77,12 @@ def diffusers_name(name: str) -> str:
     for pattern, replacement in SUBSTITUTIONS:
         name = pattern.sub(replacement, name)
     return name
+
+
+def original_name(name: str) -> str | None:
+    """What Wan's own code calls a tensor; None for one whose original name diffusers' conversion does not know."""
+    original = name
+    for pattern, replacement in BACK:
+        original = pattern.sub(replacement, original)
+    is_known = not original.startswith("condition_embedder.") and diffusers_name(original) == name
+    return original if is_known else None

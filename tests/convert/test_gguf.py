@@ -11,7 +11,7 @@ from diffusers.quantizers.gguf.utils import GGUFParameter, dequantize_gguf_tenso
 from safetensors.torch import load_file
 
 from omni_convert.convert.conversion import convert_checkpoint
-from omni_convert.convert.gguf_layers import architecture_of
+from omni_convert.convert.gguf_layers import architecture_of, original_names
 from omni_convert.convert.recipe import GGUF_TYPES, Recipe
 from omni_convert.formats import gguf as gguf_format
 from omni_convert.formats.errors import RecipeError
@@ -50,6 +50,9 @@ def wan_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         text_dim=64,
         freq_dim=32,
         ffn_dim=128,
+        cross_attn_norm=True,
+        image_dim=32,
+        added_kv_proj_dim=64,
         num_layers=1,
     )
     folder = tmp_path_factory.mktemp("models") / "wan"
@@ -114,7 +117,7 @@ def test_diffusers_loads_those_weights_and_runs_them(kind: str, flux_folder: Pat
         torch.testing.assert_close(model(**inputs).sample, reference(**inputs).sample)
 
 
-def test_tensors_of_five_dimensions_stand_in_the_file_and_load(wan_folder: Path, tmp_path: Path) -> None:
+def test_wan_has_its_original_names_and_tensors_of_five_dimensions_load(wan_folder: Path, tmp_path: Path) -> None:
     file = converted(wan_folder, tmp_path / "out", "Q8_0")
     model = WanTransformer3DModel.from_single_file(
         str(file),
@@ -125,8 +128,13 @@ def test_tensors_of_five_dimensions_stand_in_the_file_and_load(wan_folder: Path,
     weight = load_file(wan_folder / WEIGHTS_NAME)["patch_embedding.weight"]
     assert weight.dim() == 5
     assert torch.equal(model.patch_embedding.weight, weight)
+    names = [tensor.name for tensor in gguf.GGUFReader(file).tensors]
+    assert {"blocks.0.self_attn.q.weight", "blocks.0.norm3.bias", "head.modulation", "blocks.0.ffn.2.weight"} <= {
+        *names
+    }
+    assert not any(parameter.is_meta for parameter in model.parameters())
     with torch.no_grad():
-        sample = model(torch.randn(1, 4, 2, 8, 8), torch.ones(1), torch.randn(1, 8, 64)).sample
+        sample = model(torch.randn(1, 4, 2, 8, 8), torch.ones(1), torch.randn(1, 8, 64), torch.randn(1, 4, 32)).sample
     assert bool(sample.isfinite().all())
 
 
@@ -175,6 +183,16 @@ def test_ignored_layers_stay_in_float32(flux_folder: Path, tmp_path: Path) -> No
 
 def test_types_that_the_command_line_offers_are_those_there_are() -> None:
     assert sorted(GGUF_TYPES) == sorted(gguf_format.GGUF_TYPES)
+
+
+def test_wan_keeps_the_names_of_diffusers_where_its_conversion_would_lose_a_tensor() -> None:
+    lost = "condition_embedder.image_embedder.pos_embed"
+    names = ["blocks.0.attn1.to_q.weight", "scale_shift_table"]
+    assert original_names("WanTransformer3DModel", names) == {
+        "blocks.0.attn1.to_q.weight": "blocks.0.self_attn.q.weight",
+        "scale_shift_table": "head.modulation",
+    }
+    assert original_names("WanTransformer3DModel", [*names, lost]) == {}
 
 
 def test_architectures_are_called_as_comfyui_gguf_does() -> None:
