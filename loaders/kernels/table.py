@@ -31,10 +31,10 @@ KERNELS: tuple[Kernel, ...] = (
     NPU_MXFP8,
     NPU_MXFP4,
     NPU_MXFP4_DUALSCALE,
-    TRITON_DECODE_MM,
     DECODE_MM,
-    TRITON_DECODE_WEIGHT_MM,
     DECODE_WEIGHT_MM,
+    TRITON_DECODE_MM,  # after plain torch until they have run on hardware; `OVERRIDE` chooses them
+    TRITON_DECODE_WEIGHT_MM,
     REFERENCE,
     WEIGHT_ONLY,
 )
