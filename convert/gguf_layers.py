@@ -30,6 +30,8 @@ ARCHITECTURES = (
     ("Lumina2", "lumina2"),
     ("ZImage", "lumina2"),
 )
+# Architecture → layers in blocks that ComfyUI-GGUF's quantizer keeps, too.
+KEPT = {"lumina2": ("noise_refiner", "context_refiner"), "hidream": ("gate",), "wan": ("condition_embedder",)}
 STORABLE_BYTES = 2  # what is narrower is no plain float
 # ComfyUI-GGUF reads these in float32, whatever the type of the rest.
 SMALL_ELEMENTS = 1024
@@ -52,12 +54,13 @@ def original_names(model_class: str, tensors: Collection[str]) -> dict[str, str]
 
 
 def choose_gguf(
-    checkpoint: Checkpoint, where: Path, recipe: Recipe
+    checkpoint: Checkpoint, where: Path, architecture: str, recipe: Recipe
 ) -> tuple[list[LayerGroup], list[tuple[LayerGroup, str]]]:
     """Layers to quantize, and layers that stay, each with the reason; every layer is a group by itself.
 
     Args:
         where: what to name in errors
+        architecture: `general.architecture`
 
     Raises:
         RecipeError: no layer is left to quantize.
@@ -72,6 +75,8 @@ def choose_gguf(
         group = LayerGroup(stem, (stem,), is_fused=False)
         pattern = next((pattern for pattern in recipe.ignored_layers if matches(pattern, stem)), None)
         reason = f"ignored by '{pattern}'" if pattern is not None else fmt.unsupported(*spec.shape)
+        if reason is None and any(matches(part, stem) for part in KEPT.get(architecture, ())):
+            reason = f"kept by ComfyUI-GGUF's quantizer for {architecture}"
         if reason is None and spec.elements <= SMALL_ELEMENTS:
             reason = f"has {SMALL_ELEMENTS} elements or less"
         if reason is None:

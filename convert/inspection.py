@@ -80,8 +80,15 @@ def component_names(source: Source) -> list[str]:
     """Components that have weights; [""] for a model that is one.
 
     Raises:
-        CheckpointError: there are none.
+        CheckpointError: there are none, or some that are not read.
     """
+    for name in source.components() if source.is_pipeline else [""]:
+        unread = next(iter(sorted((source.path / name).glob("*.gguf"))), None)
+        if unread is not None and not _has_weights(source, name):
+            raise CheckpointError(
+                f"{unread}: found GGUF, which is only written here, expected .safetensors files; read it with the gguf "
+                "package or diffusers"
+            )
     if not source.is_pipeline:
         return [""]
     names = [name for name in source.components() if _has_weights(source, name)]

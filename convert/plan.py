@@ -489,7 +489,8 @@ def _gguf_component(
 
     if _library(source, name) == "transformers":
         raise RecipeError(f"--component {name}={Gguf.method}: found a model of transformers, expected one of diffusers")
-    groups, kept = choose_gguf(checkpoint, config_path, recipe)
+    architecture = architecture_of(model_class(config))
+    groups, kept = choose_gguf(checkpoint, config_path, architecture, recipe)
     steps: dict[str, QuantizeStep] = {}
     for group in groups:
         fmt = format_for(Gguf.method, recipe, group, checkpoint, calibrated=False)
@@ -500,7 +501,7 @@ def _gguf_component(
     kind = next(iter(steps.values())).format
     assert isinstance(kind, Gguf)
     content = GgufFile(
-        architecture_of(model_class(config)),
+        architecture,
         kind.type,
         {weight.name: weight.shape for step in steps.values() for weight in step.weights},
         original_names(model_class(config), checkpoint.keys()),
