@@ -17,11 +17,11 @@ __all__ = ["Workers", "available_cores", "keep_freed_memory", "one_thread"]
 
 Result = TypeVar("Result")
 
-# glibc's numbers of two options of its allocator, the largest threshold that all its releases take (more than any
+# glibc's numbers of three options of its allocator, the largest threshold that all its releases take (more than any
 # tensor of a tile has), and what may stay free at the end of the heap.
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8
 MMAP_THRESHOLD = 32 << 20
-KEPT_BYTES = 64 << 20
+KEPT_BYTES = 256 << 20
 
 
 def available_cores() -> int:
@@ -97,3 +97,4 @@ def keep_freed_memory() -> None:
     if (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)) is not None:
         mallopt(M_MMAP_THRESHOLD, MMAP_THRESHOLD)
         mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)
+        mallopt(M_ARENA_MAX, 1)  # the heaps of threads have 64 MiB, and go back to the system whatever else is set
