@@ -504,7 +504,7 @@ def _check_picture_path(path: Path) -> None:
     """What is wrong with it must show before minutes of work."""
     from PIL import Image
 
-    if path.suffix.lower() not in Image.registered_extensions():
+    if Image.registered_extensions().get(path.suffix.lower()) not in Image.SAVE:
         raise OutputError(f"{path}: found no ending of a picture, expected one like .png")
     if not path.absolute().parent.is_dir():
         raise OutputError(f"{path}: found no folder {path.parent}, expected an existing one; create it first")

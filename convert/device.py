@@ -10,7 +10,7 @@ __all__ = ["resolve_device"]
 
 
 def resolve_device(name: str) -> torch.device:
-    """`auto` is the first CUDA device, or the CPU; `gpu` is another name of `cuda`.
+    """`auto` is the first CUDA device, or the CPU.
 
     Raises:
         RecipeError: torch does not know the device or has none of that kind.
@@ -18,7 +18,7 @@ def resolve_device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        device = torch.device("cuda" if name == "gpu" else name)
+        device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).split("\n", 1)[0]

@@ -190,7 +190,8 @@ def execute_component(component: ComponentPlan, folder: Path, engine: Engine, pr
             if time.monotonic() > looked + MEMORY_SECONDS:
                 peak, looked = max(peak, engine.memory()), time.monotonic()
         closing = [engine.workers.submit(writer.close) for writer in writers.values()]
-        sha256 = {file: writer.sha256() for file, writer in writers.items()}
+        hashes = {file: engine.workers.submit(writer.sha256) for file, writer in writers.items()}
+        sha256 = {file: task.result() for file, task in hashes.items()}
         for task in (*hashing.values(), *closing):
             task.result()
     records: dict[str, list[Record]] = {}

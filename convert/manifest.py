@@ -159,4 +159,4 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     Raises:
         OutputError: the file cannot be written.
     """
-    write_text(path, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")

@@ -28,7 +28,7 @@ METRIC_GUIDANCE: dict[str, Any] = {
         "psnr_db": "peak signal-to-noise ratio in dB; higher is closer, null for equal images",
         "mae": "mean absolute difference in grey levels; lower is closer",
         "cosine_similarity": "cosine of the angle between the two images as vectors; higher is closer",
-        "relative_l2": "norm of the difference over the norm of the reference; lower is closer",
+        "relative_l2": "norm of the difference over that of the reference; lower is closer, null for a black reference",
     },
     "recommended_thresholds": {
         "output_images_or_frames_uint8": {
@@ -119,7 +119,7 @@ def sequence_metrics(reference: Sequence[Image], candidate: Sequence[Image]) -> 
 
 
 def _for_json(metrics: dict[str, float]) -> dict[str, float | None]:
-    return {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+    return {name: None if math.isinf(value) else value for name, value in metrics.items()}
 
 
 def rmse(reference: Sequence[Image], candidate: Sequence[Image]) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 from collections.abc import Callable
+from contextlib import suppress
 
 __all__ = ["FileDescriptor"]
 
@@ -25,12 +26,14 @@ class FileDescriptor:
     def will_need(self, offset: int, length: int) -> None:
         """Has the system read bytes from the disk while we do something else; a hint that may come to nothing."""
         if hasattr(os, "posix_fadvise"):  # macOS has none
-            os.posix_fadvise(self.number, offset, length, os.POSIX_FADV_WILLNEED)
+            with suppress(OSError):
+                os.posix_fadvise(self.number, offset, length, os.POSIX_FADV_WILLNEED)
 
     def wont_need(self, offset: int, length: int) -> None:
         """Has the system give up its copy of bytes that nobody will read again soon; as above."""
         if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(self.number, offset, length, os.POSIX_FADV_DONTNEED)
+            with suppress(OSError):
+                os.posix_fadvise(self.number, offset, length, os.POSIX_FADV_DONTNEED)
 
     def start_writeback(self) -> None:
         """Has the system put what was written on the disk, without waiting for it; as above."""

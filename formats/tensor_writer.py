@@ -71,10 +71,10 @@ class _Hashing:
 
     def __init__(self, first: bytes) -> None:
         self.lock = threading.Lock()
-        self.digest = hashlib.sha256(first)  # the length, which is known before it is there
+        self.digest = hashlib.sha256(first)  # which are known before they are there
         self.position = len(first)
         self.header_checksum: int | None = None
-        self.block = memoryview(bytearray(READ_BLOCK))
+        self.block: memoryview | None = None  # only while the file is being hashed: there may be hundreds of files
 
 
 class TensorWriter:
@@ -210,7 +210,10 @@ class TensorWriter:
         self._check_complete()
         with self._hashing.lock:
             self._hash_written()
+            if self._pieces:  # an earlier call failed in the middle of one
+                raise self._changed("bytes that could not be read back", "every byte")
             self._hash_rest()
+            self._hashing.block = None
         return self._hashing.digest.hexdigest()
 
     def checksum(self, name: str, first_row: int, stop_row: int) -> int:
@@ -313,8 +316,8 @@ class TensorWriter:
         """Notes that bytes were written; whether enough of them wait for the disk."""
         size = piece.stop - piece.start
         with self._lock:
-            self._coverage[piece.name].written += size
             self._pieces[self._header.offsets[piece.name] + piece.start] = piece
+            self._coverage[piece.name].written += size
             self._missing -= size
             self._not_yet_on_disk += size
             is_enough = self._not_yet_on_disk >= WRITEBACK_BYTES
@@ -352,16 +355,15 @@ class TensorWriter:
     def _hash_written(self) -> None:
         hashing = self._hashing
         try:
-            # Opened anew each time: on a file system that machines share, this is what shows what others wrote.
-            descriptor = FileDescriptor(os.open(self.path, os.O_RDONLY | os.O_CLOEXEC))
             if hashing.position < self._data:
-                hashing.header_checksum = self._hash_up_to(self._data, descriptor)
+                hashing.header_checksum = self._hash_up_to(self._data)
             if hashing.header_checksum != self._text_checksum:
                 raise self._changed("another header", "the one that was written")
-            while (piece := self._pieces.pop(self._next_byte(), None)) is not None:
-                self._hash_up_to(self._next_byte(), descriptor)
-                stop = self._header.offsets[piece.name] + piece.stop
-                self._checksums[piece] = self._hash_up_to(stop, descriptor)
+            while (piece := self._pieces.get(self._next_byte())) is not None:
+                self._hash_up_to(self._next_byte())
+                start = hashing.position
+                self._checksums[piece] = self._hash_up_to(self._header.offsets[piece.name] + piece.stop)
+                del self._pieces[start]
         except OSError as error:
             raise self._output_error(error) from None
 
@@ -373,14 +375,17 @@ class TensorWriter:
         """Hashes what is behind the last tensor."""
         if self._hashing.position < self._header.file_size:
             try:
-                descriptor = FileDescriptor(os.open(self.path, os.O_RDONLY | os.O_CLOEXEC))
-                self._hash_up_to(self._header.file_size, descriptor)
+                self._hash_up_to(self._header.file_size)
             except OSError as error:
                 raise self._output_error(error) from None
 
-    def _hash_up_to(self, stop: int, descriptor: FileDescriptor) -> int:
+    def _hash_up_to(self, stop: int) -> int:
         """Hashes the file up to a byte; the CRC-32 of what came since the byte before."""
         hashing, checksum = self._hashing, 0
+        # Opened anew each time: on a file system that machines share, this is what shows what others wrote.
+        descriptor = FileDescriptor(os.open(self.path, os.O_RDONLY | os.O_CLOEXEC))
+        if hashing.block is None:
+            hashing.block = memoryview(bytearray(READ_BLOCK))
         while hashing.position < stop:
             if self._is_abandoned:
                 raise ValueError(f"{self.path}: hashed after an exception")
@@ -410,7 +415,7 @@ class TensorWriter:
 
 
 def _jumps(header: Header) -> dict[int, int]:
-    """Where a tensor ends, or the header, and only then padding comes: → where the next one begins."""
+    """Where a tensor ends and padding follows: → where the next one begins."""
     ends = [header.offsets[name] + spec.nbytes for name, spec in header.specs.items()]
     begins = [*list(header.offsets.values())[1:], header.file_size]
     return {end: begin for end, begin in zip(ends, begins, strict=False) if begin > end}

@@ -3,8 +3,8 @@
 Writes a synthetic Z-Image transformer (the real class's names and shapes, random values), then for each method
 
     floor    seconds to read the input bytes once, write the output bytes and fsync them, with plain file I/O in one
-             thread, same disk, beside each run; the fastest of `--repeat`
-    wall     seconds of `omni-convert`, a fresh process, imports included; the fastest of `--repeat` runs
+             thread, same disk, after each run
+    wall     seconds of `omni-convert`, a fresh process, imports included; the run of `--repeat` with the smallest ratio
     cores    processor time of that process over its wall time
     memory   peak of `RssAnon`, summed over all processes of the conversion
 
@@ -173,15 +173,15 @@ def weight_bytes(folder: Path) -> int:
 
 
 def best_of(repeat: int, command: list[str], source: Path, output: Path) -> tuple[Run, float]:
-    """The fastest of several runs, and of the floors that are measured after each of them."""
-    runs, floors = [], []
+    """Of several runs and the floors that are measured after each of them, those with the smallest ratio."""
+    pairs = []
     for _ in range(repeat):
         output.mkdir()  # some programs expect it
-        runs.append(measure(command, source))
+        run = measure(command, source)
         written = weight_bytes(output)
         shutil.rmtree(output)
-        floors.append(copy_floor(source, written, source.parent))
-    return min(runs, key=lambda run: run.seconds), min(floors)
+        pairs.append((run, copy_floor(source, written, source.parent)))
+    return min(pairs, key=lambda pair: pair[0].seconds / pair[1])
 
 
 def report(label: str, workers: int, total: int, run: Run, floor: float) -> None:

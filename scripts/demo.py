@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from diffusers.utils import logging as diffusers_logging
 from transformers.utils import logging as transformers_logging
@@ -26,7 +27,7 @@ from transformers.utils import logging as transformers_logging
 from omni_convert.convert.calibration import record_source
 from omni_convert.convert.comparison import Run, Variant, run_variant, settings_of
 from omni_convert.convert.conversion import convert_checkpoint
-from omni_convert.convert.metrics import Image, rmse, sequence_metrics
+from omni_convert.convert.metrics import Image, image_metrics, rmse
 from omni_convert.convert.picture import comparison_picture
 from omni_convert.convert.prompts import Prompt, read_prompts
 from omni_convert.convert.recipe import Recipe
@@ -156,7 +157,7 @@ def compare_with_bf16(
     rows: dict[str, dict[str, float]] = {}
     for case, folder in zip(chosen, folders, strict=True):
         run = run_variant(Variant(case.name, str(folder)), prompts, settings, SEED)
-        metrics = sequence_metrics(reference.images, run.images)["all_images_metrics"]
+        metrics = image_metrics(np.stack(reference.images), np.stack(run.images))
         rows[case.name] = metrics | {"noise_ratio": metrics["rmse"] / noise}
         shown[case.name] = run.images[:PROMPTS_SHOWN]
         print_row(case.name, rows[case.name], folder, run)

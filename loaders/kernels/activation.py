@@ -15,14 +15,14 @@ from torch.nn import functional as F
 from omni_convert.formats.fp8 import E4M3_MAX, round_to_e4m3
 from omni_convert.formats.int8 import INT8_MAX
 
-__all__ = ["fp8_per_group", "fp8_per_token", "fp8_static", "int8_per_token"]
+__all__ = ["SMALLEST_INT8_AMAX", "fp8_per_group", "fp8_per_token", "fp8_static", "int8_per_token"]
 
 # Lowest per-token scale of vLLM: keeps the scale of an all-zero token above zero.
 SMALLEST_TOKEN_SCALE = 1.0 / (E4M3_MAX * 512.0)
 # Lowest amax of a group in vLLM's per-token-group kernel, for the same reason.
 SMALLEST_GROUP_AMAX = 1e-10
-# Below it, 127 / amax is infinite in float32; tokens that small become zeros.
-SMALLEST_INT8_AMAX = 1e-36
+#: Just below it, 127 / amax is infinite in float32; tokens that small shrink towards zero.
+SMALLEST_INT8_AMAX = 4e-37
 
 
 #: From float32 to E4M3: `round_to_e4m3` into codes, or `E4M3.round` within float32, which is quicker on a CPU.

@@ -19,7 +19,7 @@ __all__ = ["INT_MM"]
 FEWEST_CUDA_ROWS = 17
 PADDED_CUDA_ROWS = 32
 # On a CPU, the int32 and float32 results of so many rows and columns stay in the cache that cores share. Their memory
-# is allocated once: to get it anew for each tile costs more than the arithmetic on it.
+# is allocated once a call: to get it anew for each tile costs more than the arithmetic on it.
 CPU_TILE_ROWS, CPU_TILE_COLUMNS = 512, 3072
 
 

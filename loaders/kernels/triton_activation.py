@@ -16,7 +16,7 @@ from torch import Tensor
 
 from omni_convert.formats.fp8 import E4M3_MAX
 from omni_convert.formats.int8 import INT8_MAX
-from omni_convert.loaders.kernels.activation import SMALLEST_TOKEN_SCALE
+from omni_convert.loaders.kernels.activation import SMALLEST_INT8_AMAX, SMALLEST_TOKEN_SCALE
 
 __all__ = ["fp8_kernel", "int8_kernel", "quantize_fp8", "quantize_int8"]
 
@@ -89,12 +89,12 @@ def int8_kernel(
     stride,
     columns,
     LARGEST: tl.constexpr,  # noqa: N803
+    SMALLEST: tl.constexpr,  # noqa: N803
     BLOCK: tl.constexpr,  # noqa: N803
 ):
     """One token to INT8; `stride` and `columns` count elements of x and of a row."""
     values, amax = _load_row(x_ptr, stride, columns, BLOCK)
-    # An all-zero token has zero codes with any inverse.
-    inverse = tl.div_rn(LARGEST, tl.where(amax == 0.0, 1.0, amax))
+    inverse = tl.div_rn(LARGEST, tl.maximum(amax, SMALLEST, propagate_nan=tl.PropagateNan.ALL))
     rounded = (values * inverse + ROUNDER) - ROUNDER
     rounded = tl.where(amax == amax, rounded, 0.0)  # NaN is in the scale, and no integer
     _store_row(codes_ptr, rounded.to(tl.int8), columns, BLOCK)
@@ -108,7 +108,7 @@ def quantize_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def quantize_int8(x: Tensor) -> tuple[Tensor, Tensor]:
     """Codes, int8 [M, K], and scales, float32 [M, 1], of float32, bfloat16 or float16 [M, K]."""
-    return _launch(int8_kernel, x, torch.int8, LARGEST=float(INT8_MAX))
+    return _launch(int8_kernel, x, torch.int8, LARGEST=float(INT8_MAX), SMALLEST=SMALLEST_INT8_AMAX)
 
 
 def _launch(kernel, x: Tensor, dtype: torch.dtype, **constants: float) -> tuple[Tensor, Tensor]:

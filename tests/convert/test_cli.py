@@ -123,7 +123,8 @@ def test_calibrate_then_convert_static(tiny_pipeline_folder: Path, tmp_path: Pat
 
 
 @pytest.mark.parametrize(
-    ("output", "message"), [("out.tensor", "no ending of a picture"), ("none/out.png", "no folder")]
+    ("output", "message"),
+    [("out.tensor", "no ending of a picture"), ("out.mpeg", "no ending of a picture"), ("none/out.png", "no folder")],
 )
 def test_generate_looks_at_its_output_before_it_runs(
     tiny_pipeline_folder: Path, tmp_path: Path, output: str, message: str

@@ -17,8 +17,9 @@ from omni_convert.formats.mxfp4 import Mxfp4
 from omni_convert.formats.mxfp4_dualscale import Mxfp4DualScale
 from omni_convert.formats.mxfp8 import Mxfp8
 from omni_convert.formats.nvfp4 import NVFP4_LARGEST, Nvfp4
-from omni_convert.loaders.kernels import decode_mm
+from omni_convert.loaders.kernels import decode_mm, int_mm
 from omni_convert.loaders.kernels.decode_mm import DECODE_MM
+from omni_convert.loaders.kernels.int_mm import INT_MM
 from omni_convert.loaders.kernels.kernel import Kernel, LayerTraits, Requirements
 from omni_convert.loaders.kernels.mx_scaled_mm import NVFP4_SCALED_MM
 from omni_convert.loaders.kernels.npu import NPU_MXFP4, NPU_MXFP4_DUALSCALE, NPU_MXFP8
@@ -226,7 +227,18 @@ def test_a_named_kernel_that_cannot_run_is_an_error(monkeypatch, name, message):
 
 def test_kernels_for_nvidia_decline_an_amd_gpu(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(torch.version, "hip", "6.4")
-    layer = LayerTraits(Fp8(), 64, 64, torch.device("cuda"))
-    declined = {kernel.name: kernel.requirements.unmet(layer) for kernel in KERNELS}
-    assert declined["scaled_mm"] == "needs an NVIDIA GPU"
-    assert declined["decode_mm"] is None
+    for fmt, name in ((Fp8(), "scaled_mm"), (Int8(), "int_mm"), (Mxfp4(), "triton_decode_mm")):
+        layer = LayerTraits(fmt, 64, 64, torch.device("cuda"))
+        declined = {kernel.name: kernel.requirements.unmet(layer) for kernel in KERNELS}
+        assert declined[name] in ("needs an NVIDIA GPU", "needs triton")
+        assert declined["reference"] is None
+
+
+@pytest.mark.parametrize("bias", [None, torch.arange(53.0)])
+def test_tiles_of_the_int8_gemm_change_nothing(bias: torch.Tensor | None, monkeypatch: pytest.MonkeyPatch):
+    tensors = make_layer(Int8(), 53, 64)
+    x = torch.randn(19, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
+    whole = INT_MM.run(x, tensors, Int8(), bias)
+    monkeypatch.setattr(int_mm, "CPU_TILE_ROWS", 7)
+    monkeypatch.setattr(int_mm, "CPU_TILE_COLUMNS", 24)
+    assert torch.equal(INT_MM.run(x, tensors, Int8(), bias), whole)
