@@ -212,7 +212,7 @@ class TensorWriter:
             self._hash_written()
             if self._pieces:  # an earlier call failed in the middle of one
                 raise self._changed("bytes that could not be read back", "every byte")
-            self._hash_rest()
+            self._hash_up_to(self._header.file_size)
             self._hashing.block = None
         return self._hashing.digest.hexdigest()
 
@@ -354,48 +354,41 @@ class TensorWriter:
 
     def _hash_written(self) -> None:
         hashing = self._hashing
-        try:
-            if hashing.position < self._data:
-                hashing.header_checksum = self._hash_up_to(self._data)
-            if hashing.header_checksum != self._text_checksum:
-                raise self._changed("another header", "the one that was written")
-            while (piece := self._pieces.get(self._next_byte())) is not None:
-                self._hash_up_to(self._next_byte())
-                start = hashing.position
-                self._checksums[piece] = self._hash_up_to(self._header.offsets[piece.name] + piece.stop)
-                del self._pieces[start]
-        except OSError as error:
-            raise self._output_error(error) from None
+        if hashing.position < self._data:
+            hashing.header_checksum = self._hash_up_to(self._data)
+        if hashing.header_checksum != self._text_checksum:
+            raise self._changed("another header", "the one that was written")
+        while (piece := self._pieces.get(start := self._next_byte())) is not None:
+            self._hash_up_to(start)
+            self._checksums[piece] = self._hash_up_to(self._header.offsets[piece.name] + piece.stop)
+            del self._pieces[start]
 
     def _next_byte(self) -> int:
         """Of a tensor, from where the file has been hashed on."""
         return self._jumps.get(self._hashing.position, self._hashing.position)
 
-    def _hash_rest(self) -> None:
-        """Hashes what is behind the last tensor."""
-        if self._hashing.position < self._header.file_size:
-            try:
-                self._hash_up_to(self._header.file_size)
-            except OSError as error:
-                raise self._output_error(error) from None
-
     def _hash_up_to(self, stop: int) -> int:
         """Hashes the file up to a byte; the CRC-32 of what came since the byte before."""
         hashing, checksum = self._hashing, 0
-        # Opened anew each time: on a file system that machines share, this is what shows what others wrote.
-        descriptor = FileDescriptor(os.open(self.path, os.O_RDONLY | os.O_CLOEXEC))
+        if hashing.position >= stop:
+            return checksum
         if hashing.block is None:
             hashing.block = memoryview(bytearray(READ_BLOCK))
-        while hashing.position < stop:
-            if self._is_abandoned:
-                raise ValueError(f"{self.path}: hashed after an exception")
-            block = hashing.block[: stop - hashing.position]
-            count = os.preadv(descriptor.number, [block], hashing.position)
-            if not count:
-                raise self._changed(f"its end at byte {hashing.position}", f"{self._header.file_size} bytes")
-            hashing.digest.update(block[:count])
-            checksum = zlib.crc32(block[:count], checksum)
-            hashing.position += count
+        try:
+            # Opened anew each time: on a file system that machines share, this is what shows what others wrote.
+            descriptor = FileDescriptor(os.open(self.path, os.O_RDONLY | os.O_CLOEXEC))
+            while hashing.position < stop:
+                if self._is_abandoned:
+                    raise ValueError(f"{self.path}: hashed after an exception")
+                block = hashing.block[: stop - hashing.position]
+                count = os.preadv(descriptor.number, [block], hashing.position)
+                if not count:
+                    raise self._changed(f"its end at byte {hashing.position}", f"{self._header.file_size} bytes")
+                hashing.digest.update(block[:count])
+                checksum = zlib.crc32(block[:count], checksum)
+                hashing.position += count
+        except OSError as error:
+            raise self._output_error(error) from None
         return checksum
 
     def _changed(self, found: str, expected: str) -> OutputError:
