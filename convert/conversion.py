@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from omni_convert.convert.component_plan import ComponentPlan
 from omni_convert.convert.copy import copy_file, file_sha256, take_files
 from omni_convert.convert.device import resolve_device
 from omni_convert.convert.execute import ComponentResult, Engine, LayerResult, Progress, execute_component
@@ -18,7 +19,7 @@ from omni_convert.convert.journal import JOURNAL, Journal
 from omni_convert.convert.manifest import describe_job, read_results, write_json, write_manifest
 from omni_convert.convert.model_card import model_card
 from omni_convert.convert.output import check_output, is_finished, partial_folder, tidy, write_text
-from omni_convert.convert.plan import ComponentPlan, Plan, plan_conversion
+from omni_convert.convert.plan import Plan, plan_conversion
 from omni_convert.convert.recipe import Recipe
 from omni_convert.convert.remote_folder import (
     RemoteFolder,

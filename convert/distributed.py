@@ -21,11 +21,12 @@ from typing import Any, TypeVar
 import torch
 
 from omni_convert.convert.cluster import Cluster, Slots, check_versions, versions
+from omni_convert.convert.component_plan import ComponentPlan
 from omni_convert.convert.device import resolve_device
 from omni_convert.convert.execute import Engine, Finished, Work
 from omni_convert.convert.journal import EarlierRecords, Record
 from omni_convert.convert.memory import PeakMemory, anonymous_memory
-from omni_convert.convert.plan import ComponentPlan, CopyStep, QuantizeStep
+from omni_convert.convert.steps import Step
 from omni_convert.convert.tile import tiles_of
 from omni_convert.convert.workers import Workers
 from omni_convert.formats.errors import OmniConvertError
@@ -40,7 +41,7 @@ MIN_BATCH_BYTES, MAX_BATCH_BYTES = 8 << 20, 1 << 30
 BASE_MEMORY, THREAD_MEMORY, MATRICES = 384 << 20, 96 << 20, 6
 
 Result = TypeVar("Result")
-Steps = tuple[QuantizeStep | CopyStep, ...]
+Steps = tuple[Step, ...]
 
 
 @dataclass(frozen=True)

@@ -21,9 +21,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from omni_convert.convert.component_plan import ComponentPlan
 from omni_convert.convert.journal import EarlierRecords, Record, Records
 from omni_convert.convert.memory import anonymous_memory
-from omni_convert.convert.plan import ComponentPlan, CopyStep, QuantizeStep, matrix_shape
+from omni_convert.convert.steps import CopyStep, QuantizeStep, Step, matrix_shape
 from omni_convert.convert.tile import Tile, sampled_rows, tiles_of
 from omni_convert.convert.workers import Workers
 from omni_convert.formats.errors import CheckpointError, OutputError
@@ -211,7 +212,7 @@ def _hash_on(touched: set[TensorWriter], hashing: dict[TensorWriter, Future[None
         hashing[writer] = workers.submit(writer.hash_written)
 
 
-def _prepare(work: Work, step: QuantizeStep | CopyStep) -> list[Callable[[], Finished]]:
+def _prepare(work: Work, step: Step) -> list[Callable[[], Finished]]:
     """What is left to do for a step, tile by tile; for a group this decides what its members share."""
     tiles = [tile for tile in tiles_of(step) if not work.outputs.keys().isdisjoint(tile.ranges)]
     before = [_record_of_earlier_run(work, tile) for tile in tiles]

@@ -12,11 +12,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from omni_convert.convert.plan import open_component
 from omni_convert.convert.recipe import Recipe
 from omni_convert.convert.report import size_text
 from omni_convert.convert.respelling import vllm_omni_refusal
 from omni_convert.convert.source import Source
+from omni_convert.convert.source_component import open_component
 from omni_convert.formats.errors import CheckpointError
 from omni_convert.formats.family import Family, find_family
 from omni_convert.formats.json_file import read_json

@@ -13,11 +13,12 @@ from typing import Any
 
 import torch
 
+from omni_convert.convert.component_plan import ComponentPlan
 from omni_convert.convert.copy import file_sha256
 from omni_convert.convert.execute import LayerResult
 from omni_convert.convert.journal import JOURNAL
 from omni_convert.convert.output import MANIFEST, write_text
-from omni_convert.convert.plan import ComponentPlan, Plan
+from omni_convert.convert.plan import Plan
 from omni_convert.formats.errors import OutputError
 from omni_convert.formats.json_file import read_json
 

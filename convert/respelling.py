@@ -7,7 +7,7 @@ for vLLM-Omni layers that it would take for something else.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,7 @@ from omni_convert.formats.fp8 import Fp8
 from omni_convert.formats.quantized import QuantizedCheckpoint, QuantizedLayer
 from omni_convert.formats.view import CheckpointView, dequantized_view, respelled_view
 
-__all__ = ["Respelling", "replace_config", "respell", "vllm_omni_refusal"]
+__all__ = ["Respelling", "respell", "vllm_omni_refusal"]
 
 INSTEAD = "-m METHOD quantizes anew"
 
@@ -189,9 +189,3 @@ def _check_group(group: LayerGroup, quantized: QuantizedCheckpoint, notes: list[
         note = "layers that the runtime merges have scales that differ: it will quantize them again, to the largest"
         if len(scales) > 1 and note not in notes:
             notes.append(note)
-
-
-def replace_config(config: Mapping[str, Any], block: Mapping[str, Any] | None) -> dict[str, Any]:
-    """A config.json with this block, or without one."""
-    rest = {key: value for key, value in config.items() if key != "quantization_config"}
-    return {**rest, "quantization_config": dict(block)} if block is not None else rest

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from omni_convert.convert.plan import CopyStep, QuantizeStep, matrix_shape
+from omni_convert.convert.steps import CopyStep, QuantizeStep, Step, matrix_shape
 from omni_convert.formats.format import Format, TensorLayout, tile_ranges
 from omni_convert.formats.tensor_spec import TensorSpec
 
@@ -47,7 +47,7 @@ class Tile:
         return self.source.nbytes * (self.stop - self.start) // rows if rows else 0
 
 
-def tiles_of(step: QuantizeStep | CopyStep) -> list[Tile]:
+def tiles_of(step: Step) -> list[Tile]:
     """The tiles of a step, in the order in which the source holds them."""
     if isinstance(step, CopyStep):
         return _tiles_to_copy(step)
