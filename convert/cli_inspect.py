@@ -1,0 +1,49 @@
+"""Commands that tell what is in a file: inspect, verify."""
+
+from __future__ import annotations
+
+import click
+
+from omni_convert.convert.cli_output import print_lines, progress_bar, quieten_hub
+
+__all__ = ["inspect_command", "verify_command"]
+
+
+@click.command("inspect")
+@click.argument("model", metavar="PATH")
+@click.option("--revision", help="Branch, tag or commit on the Hub.")
+@click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
+def inspect_command(model: str, revision: str | None, as_json: bool) -> None:
+    """Show what is inside the model at PATH, and what runtimes would do with it; no weight is read."""
+    quieten_hub(hide_bars=True)
+    from omni_convert.convert.inspection import inspect_source, inspection_report
+    from omni_convert.convert.source import resolve_source
+
+    source = resolve_source(model, revision, stream=True)
+    print_lines(inspection_report(source, inspect_source(source), as_json=as_json))
+
+
+@click.command("verify")
+@click.argument("model", metavar="PATH")
+@click.option("--reference", metavar="MODEL", help="The model it was made of; every layer is compared with it.")
+@click.option("--revision", help="Branch, tag or commit on the Hub, of PATH.")
+@click.option("--quiet", is_flag=True, help="Only the exit status.")
+@click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
+def verify_command(model: str, reference: str | None, revision: str | None, quiet: bool, as_json: bool) -> None:
+    """Check every value and name of the quantized model at PATH, whatever tool made it.
+
+    Exit status 1 if a runtime would fail with it or compute something else, 0 else.
+    """
+    quieten_hub(hide_bars=quiet or as_json)
+    from omni_convert.convert.source import resolve_source
+    from omni_convert.convert.verification import verify_source, weight_bytes
+    from omni_convert.convert.verification_report import count_of, verification_report
+
+    source = resolve_source(model, revision)
+    original = resolve_source(reference) if reference is not None else None
+    with progress_bar(weight_bytes(source), "verifying", hidden=quiet) as advance:
+        components = verify_source(source, original, advance)
+    if as_json or not quiet:
+        print_lines(verification_report(source.path, components, as_json=as_json))
+    if count_of(components, "error"):
+        click.get_current_context().exit(1)

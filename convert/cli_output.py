@@ -1,0 +1,62 @@
+"""What commands print, and what they keep other libraries from printing."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import sys
+from collections.abc import Callable, Iterable, Iterator
+
+import click
+
+__all__ = ["announce_demo", "print_lines", "progress_bar", "quieten_hub", "silence_libraries"]
+
+# A bar appears when the work has taken this many seconds.
+PROGRESS_DELAY = 2.0
+
+
+def announce_demo(model: str | None, what: str, *, quiet: bool) -> None:
+    if model is None and not quiet:
+        click.echo(f"No model named: {what} the bundled demo pipeline", err=True)
+
+
+def print_lines(lines: Iterable[str]) -> None:
+    for line in lines:
+        click.echo(line)
+
+
+@contextlib.contextmanager
+def progress_bar(total: int, what: str, *, hidden: bool) -> Iterator[Callable[[int], None]]:
+    """A bar on standard error, if that is a terminal and the work is not done in two seconds."""
+    from tqdm import tqdm
+
+    with tqdm(
+        total=total,
+        desc=what,
+        unit="B",
+        unit_scale=True,
+        delay=PROGRESS_DELAY,
+        disable=hidden or not sys.stderr.isatty(),
+    ) as bar:
+        yield bar.update
+
+
+def quieten_hub(*, hide_bars: bool) -> None:
+    """The client's warnings about what it tries again hold URLs, which may be signed; ours say what is left to say."""
+    from huggingface_hub.utils.logging import set_verbosity
+    from huggingface_hub.utils.tqdm import disable_progress_bars
+
+    set_verbosity(logging.ERROR)
+    for requests in ("httpx", "httpx2"):
+        logging.getLogger(requests).setLevel(logging.WARNING)
+    if hide_bars or not sys.stderr.isatty():
+        disable_progress_bars()
+
+
+def silence_libraries() -> None:
+    """No bars of other libraries while a pipeline loads: ours tell what there is to tell."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
