@@ -13,8 +13,9 @@ from torch import nn
 from transformers import Qwen3Model
 
 from omni_convert.convert import calibration
-from omni_convert.convert.calibration import InputObserver, calibrate, calibrate_source, candidate_layers
+from omni_convert.convert.calibration import calibrate, calibrate_source
 from omni_convert.convert.generation import GenerationSettings, run_pipeline
+from omni_convert.convert.input_observer import InputObserver, candidate_layers
 from omni_convert.convert.layer_statistics import LayerStatistics
 from omni_convert.convert.prompts import Prompt
 from omni_convert.convert.recipe import Recipe
