@@ -18,7 +18,7 @@ from omni_convert.formats.dialect import Dialect, Spelling
 from omni_convert.formats.dialects import omni_convert, vllm_omni
 from omni_convert.formats.dialects.table import DIALECTS
 from omni_convert.formats.family import LayerGroup
-from omni_convert.formats.format import Format
+from omni_convert.formats.format import Format, QuantizingFormat
 from omni_convert.formats.quantization_config import QuantizationConfig
 from omni_convert.formats.tensor_spec import TensorSpec
 
@@ -106,7 +106,7 @@ def _quantize_step(
     component: SourceComponent,
     method: str,
     group: LayerGroup,
-    fmt: Format,
+    fmt: QuantizingFormat,
     recipe: Recipe,
     recorded: RecordedInputs,
     *,

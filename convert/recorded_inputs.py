@@ -12,7 +12,7 @@ from omni_convert.convert.rounding import CompensatedFormat
 from omni_convert.formats.checkpoint import Checkpoint
 from omni_convert.formats.errors import CalibrationError, RecipeError
 from omni_convert.formats.family import LayerGroup
-from omni_convert.formats.format import Format, InputStatistics
+from omni_convert.formats.format import ElementFormat, InputStatistics, QuantizingFormat
 from omni_convert.formats.quantization_config import ACTIVATION_SCHEMES
 from omni_convert.formats.table import FORMATS, Calibration
 
@@ -91,9 +91,9 @@ class RecordedInputs:
             )
         return inputs
 
-    def compensated(self, fmt: Format, group: LayerGroup, component: str, recipe: Recipe) -> Format:
+    def compensated(self, fmt: QuantizingFormat, group: LayerGroup, component: str, recipe: Recipe) -> QuantizingFormat:
         """The format of a group, rounded with its moments if there are some; raises CalibrationError if not for it."""
-        if self.moments is None:
+        if self.moments is None or not isinstance(fmt, ElementFormat):
             return fmt
         moments = self.moments.for_group(component, group.members)
         if moments is None:

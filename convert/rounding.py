@@ -19,7 +19,14 @@ from torch import Tensor
 
 from omni_convert.convert.moments import InputMoments
 from omni_convert.convert.workers import one_thread
-from omni_convert.formats.format import Format, InputStatistics, TensorLayout, WeightRows, iterate_rows
+from omni_convert.formats.format import (
+    ElementFormat,
+    InputStatistics,
+    QuantizingFormat,
+    TensorLayout,
+    WeightRows,
+    iterate_rows,
+)
 from omni_convert.formats.gptq import Compensation, plan_compensation, quantize_compensated
 from omni_convert.formats.smoothing import split_input_rows
 
@@ -41,7 +48,7 @@ class _Fitted:
 
 
 @dataclass(frozen=True)
-class CompensatedFormat(Format):
+class CompensatedFormat(QuantizingFormat):
     """A format whose weights are rounded with second moments of their inputs.
 
     Attributes:
@@ -51,7 +58,7 @@ class CompensatedFormat(Format):
             inputs
     """
 
-    base: Format
+    base: ElementFormat
     moments: Callable[[], InputMoments] = field(repr=False)
     rounding: str
 
@@ -104,15 +111,6 @@ class CompensatedFormat(Format):
 
     def flaw(self, tensors: Mapping[str, Tensor]) -> str | None:
         return self.base.flaw(tensors)
-
-    def element_scale(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        return self.base.element_scale(tensors)
-
-    def round_elements(self, values: Tensor) -> Tensor:
-        return self.base.round_elements(values)
-
-    def encode_elements(self, elements: Tensor) -> Tensor:
-        return self.base.encode_elements(elements)
 
     def _seen(self, inputs: Tensor, constants: Mapping[str, Tensor]) -> Tensor:
         """Inputs [samples, in] as the runtime's GEMM sees them: smoothed and rounded, float32."""

@@ -13,7 +13,7 @@ from omni_convert.formats.checkpoint import Checkpoint
 from omni_convert.formats.dialects.table import DIALECTS
 from omni_convert.formats.errors import RecipeError
 from omni_convert.formats.family import Family, LayerGroup
-from omni_convert.formats.format import Format
+from omni_convert.formats.format import QuantizingFormat
 from omni_convert.formats.fp8_storage import Fp8Storage
 from omni_convert.formats.layer_pattern import matches
 from omni_convert.formats.mx import COARSE_BLOCK
@@ -124,7 +124,7 @@ def hardware_notes(chosen: Iterable[LayerGroup], checkpoint: Checkpoint, method:
 
 def format_for(
     method: str, recipe: Recipe, group: LayerGroup, checkpoint: Mapping[str, TensorSpec], *, calibrated: bool
-) -> Format:
+) -> QuantizingFormat:
     """The format of a group's weights.
 
     Args:

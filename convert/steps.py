@@ -12,7 +12,7 @@ from omni_convert.convert.recipe import Recipe
 from omni_convert.formats.checkpoint import Checkpoint
 from omni_convert.formats.dialect import Spelling
 from omni_convert.formats.family import LayerGroup
-from omni_convert.formats.format import Format, InputStatistics, TensorLayout
+from omni_convert.formats.format import InputStatistics, QuantizingFormat, TensorLayout
 from omni_convert.formats.tensor_spec import TensorSpec
 from omni_convert.formats.view import CheckpointView
 
@@ -29,7 +29,7 @@ class QuantizeStep:
     """A fused group (or a single linear) that is quantized together; the unit of work and of memory."""
 
     group: LayerGroup
-    format: Format
+    format: QuantizingFormat
     inputs: InputStatistics | None
     weights: tuple[TensorSpec, ...]
     spellings: tuple[Spelling, ...]

@@ -21,8 +21,10 @@ from torch import Tensor
 
 __all__ = [
     "TILE_ELEMENTS",
+    "ElementFormat",
     "Format",
     "InputStatistics",
+    "QuantizingFormat",
     "TensorLayout",
     "TensorRows",
     "WeightRows",
@@ -163,22 +165,16 @@ def _code_flaw(codes: Tensor) -> str | None:
 
 
 class Format(ABC):
-    """How one weight is represented on disk. Instances are immutable and hold the format's options."""
+    """What the tensors of a weight mean: all that reading needs. Immutable, with the format's options."""
 
     method: str
-    #: Row tiles given to `quantize_rows` start and end (but for the last) at a multiple of this.
+    #: Row tiles start and end (but for the last) at a multiple of this.
     row_multiple: int = 1
-    #: What `fit` makes is so large, or takes so much memory to make, that only one may exist at a time.
-    fits_alone: bool = False
 
     @property
     def label(self) -> str:
         """The method, and what reports should tell beside it."""
         return self.method
-
-    @abstractmethod
-    def unsupported(self, out_features: int, in_features: int) -> str | None:
-        """Why a weight of this shape cannot be stored in this format, or None."""
 
     @abstractmethod
     def layout(self, out_features: int, in_features: int) -> dict[str, TensorLayout]:
@@ -187,23 +183,6 @@ class Format(ABC):
     def weight_shape(self, out_features: int, in_features: int) -> tuple[int, ...]:
         """Shape of the weight that the tensors stand for, where it is not the matrix as which it is quantized."""
         return out_features, in_features
-
-    @abstractmethod
-    def fit(self, weights: Sequence[WeightRows], inputs: InputStatistics | None) -> Any:
-        """Decides what a fused group shares.
-
-        Args:
-            weights: members of the group, each [out_i, in]
-            inputs: statistics of their common input, if calibrated
-        """
-
-    @abstractmethod
-    def constants(self, fitted: Any) -> dict[str, Tensor]:
-        """Tensors with `rows_per_entry == 0`, equal for every member of the group."""
-
-    @abstractmethod
-    def quantize_rows(self, rows: Tensor, fitted: Any) -> dict[str, Tensor]:
-        """Tensors with `rows_per_entry > 0` for a tile of rows, any float dtype [rows, in]."""
 
     @abstractmethod
     def dequantize(self, tensors: Mapping[str, Tensor]) -> Tensor:
@@ -221,17 +200,33 @@ class Format(ABC):
             (f"{suffix}: {reason}" for suffix, scale in tensors.items() if (reason := _scale_flaw(suffix, scale))), None
         )
 
-    @abstractmethod
-    def element_scale(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        """What the elements in `weight` are multiplied with, mul_scale apart; float32, broadcasts to [rows, in]."""
+
+class QuantizingFormat(Format):
+    """A format that we can bring a weight to."""
+
+    #: What `fit` makes is so large, or takes so much memory to make, that only one may exist at a time.
+    fits_alone: bool = False
 
     @abstractmethod
-    def round_elements(self, values: Tensor) -> Tensor:
-        """The nearest elements to numbers that were divided by their scales, float32 to float32 of any shape."""
+    def unsupported(self, out_features: int, in_features: int) -> str | None:
+        """Why a weight of this shape cannot be stored in this format, or None."""
 
     @abstractmethod
-    def encode_elements(self, elements: Tensor) -> Tensor:
-        """The tensor `weight` that holds these elements, float32 [rows, in]."""
+    def fit(self, weights: Sequence[WeightRows], inputs: InputStatistics | None) -> Any:
+        """Decides what a fused group shares.
+
+        Args:
+            weights: members of the group, each [out_i, in]
+            inputs: statistics of their common input, if calibrated
+        """
+
+    @abstractmethod
+    def constants(self, fitted: Any) -> dict[str, Tensor]:
+        """Tensors with `rows_per_entry == 0`, equal for every member of the group."""
+
+    @abstractmethod
+    def quantize_rows(self, rows: Tensor, fitted: Any) -> dict[str, Tensor]:
+        """Tensors with `rows_per_entry > 0` for a tile of rows, any float dtype [rows, in]."""
 
     def quantize(self, weight: Tensor, inputs: InputStatistics | None = None) -> dict[str, Tensor]:
         """All tensors of one weight [out, in] that is in memory."""
@@ -253,3 +248,19 @@ class Format(ABC):
                 first = start // layouts[suffix].rows_per_entry
                 by_row[suffix][first : first + len(rows)] = rows
         return by_row | self.constants(fitted)
+
+
+class ElementFormat(QuantizingFormat):
+    """Elements times scales: with the scales decided, each element can be rounded by itself, as GPTQ does."""
+
+    @abstractmethod
+    def element_scale(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """What the elements in `weight` are multiplied with, mul_scale apart; float32, broadcasts to [rows, in]."""
+
+    @abstractmethod
+    def round_elements(self, values: Tensor) -> Tensor:
+        """The nearest elements to numbers that were divided by their scales, float32 to float32 of any shape."""
+
+    @abstractmethod
+    def encode_elements(self, elements: Tensor) -> Tensor:
+        """The tensor `weight` that holds these elements, float32 [rows, in]."""

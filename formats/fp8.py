@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from omni_convert.formats.float8 import E4M3_MAX, round_to_e4m3
-from omni_convert.formats.format import Format, InputStatistics, TensorLayout, WeightRows, weight_amax
+from omni_convert.formats.format import ElementFormat, InputStatistics, TensorLayout, WeightRows, weight_amax
 from omni_convert.formats.tiling import quantize_in_tiles
 
 __all__ = ["E4M3_MAX", "Fp8", "Fp8Block", "round_to_e4m3"]
@@ -33,7 +33,7 @@ class _Fitted:
 
 
 @dataclass(frozen=True)
-class Fp8(Format):
+class Fp8(ElementFormat):
     """FP8 with one scale per weight (shared by a fused group)."""
 
     static: bool = False
@@ -88,7 +88,7 @@ class Fp8(Format):
 
 
 @dataclass(frozen=True)
-class Fp8Block(Format):
+class Fp8Block(ElementFormat):
     """FP8 with one scale per block of `block_size = (N, K)` elements; nothing is shared in a fused group."""
 
     block_size: tuple[int, int] = (128, 128)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from omni_convert.formats.errors import RecipeError
-from omni_convert.formats.format import Format, InputStatistics, TensorLayout, WeightRows
+from omni_convert.formats.format import InputStatistics, QuantizingFormat, TensorLayout, WeightRows
 from omni_convert.formats.gguf_blocks import BLOCK, BLOCK_TYPES
 
 __all__ = ["DEFAULT_TYPE", "GGUF_TYPES", "PLAIN_TYPES", "Gguf"]
@@ -26,7 +26,7 @@ DEFAULT_TYPE = "Q8_0"
 
 
 @dataclass(frozen=True)
-class Gguf(Format):
+class Gguf(QuantizingFormat):
     """A weight in one of GGUF's types.
 
     Attributes:
@@ -86,12 +86,3 @@ class Gguf(Format):
         if kind.is_finite(weight.reshape(-1, kind.size)):
             return None
         return "weight: found scales that are infinite or NaN, expected numbers (in FP16 up to 65504)"
-
-    def element_scale(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        raise NotImplementedError
-
-    def round_elements(self, values: Tensor) -> Tensor:
-        raise NotImplementedError
-
-    def encode_elements(self, elements: Tensor) -> Tensor:
-        raise NotImplementedError

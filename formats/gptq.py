@@ -26,7 +26,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from omni_convert.formats.format import Format
+from omni_convert.formats.format import ElementFormat
 
 __all__ = ["Compensation", "plan_compensation", "quantize_compensated"]
 
@@ -96,7 +96,11 @@ def _inverse_factor(moments: Tensor) -> Tensor | None:
 
 
 def quantize_compensated(
-    rows: Tensor, compensations: Sequence[Compensation], fmt: Format, fitted: object, constants: Mapping[str, Tensor]
+    rows: Tensor,
+    compensations: Sequence[Compensation],
+    fmt: ElementFormat,
+    fitted: object,
+    constants: Mapping[str, Tensor],
 ) -> dict[str, Tensor]:
     """What `fmt.quantize_rows(rows, fitted)` returns, rounded so that columns make up for each other.
 
@@ -122,7 +126,7 @@ def quantize_compensated(
     return {**tensors, "weight": fmt.encode_elements(elements)}
 
 
-def _round_columns(columns: Tensor, scale: Tensor, factor: Tensor, fmt: Format) -> Tensor:
+def _round_columns(columns: Tensor, scale: Tensor, factor: Tensor, fmt: ElementFormat) -> Tensor:
     """Elements of columns that make up for each other, first to last.
 
     Args:

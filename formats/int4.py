@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from omni_convert.formats.format import Format, InputStatistics, TensorLayout, WeightRows
+from omni_convert.formats.format import ElementFormat, InputStatistics, TensorLayout, WeightRows
 from omni_convert.formats.tiling import quantize_in_tiles
 
 __all__ = ["Int4"]
@@ -34,7 +34,7 @@ PACKED_ROWS = 8
 
 
 @dataclass(frozen=True)
-class Int4(Format):
+class Int4(ElementFormat):
     """See the module.
 
     Attributes:

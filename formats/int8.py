@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from omni_convert.formats.format import Format, InputStatistics, TensorLayout, WeightRows, weight_amax
+from omni_convert.formats.format import ElementFormat, InputStatistics, TensorLayout, WeightRows, weight_amax
 from omni_convert.formats.tiling import quantize_in_tiles
 
 __all__ = ["INT8_MAX", "Int8"]
@@ -35,7 +35,7 @@ class _Fitted:
 
 
 @dataclass(frozen=True)
-class Int8(Format):
+class Int8(ElementFormat):
     """INT8 per output row, or with one scale for a whole fused group spelled as a constant column."""
 
     shared_in_group: bool = False

@@ -9,8 +9,8 @@ import torch
 
 from omni_convert.formats.codec import Ones, Plain, Swizzled, Transposed
 from omni_convert.formats.finding import Finding
+from omni_convert.formats.format import QuantizingFormat
 from omni_convert.formats.quantized import QuantizedLayer
-from omni_convert.formats.read_formats import ReadFormat
 from omni_convert.formats.runtimes import CONSUMERS
 from omni_convert.formats.swizzle import padded_scale_shape
 from omni_convert.formats.tensor_spec import DTYPE_NAMES, TensorSpec
@@ -26,7 +26,7 @@ BY_VALUE = ("vllm-omni", "modelopt")
 def check_layer(layer: QuantizedLayer, dialect: str) -> Iterator[Finding]:
     """Everything that is wrong with a layer's tensors but their values."""
     consumer = CONSUMERS[dialect]
-    reason = None if isinstance(layer.format, ReadFormat) else layer.format.unsupported(*layer.shape)
+    reason = layer.format.unsupported(*layer.shape) if isinstance(layer.format, QuantizingFormat) else None
     if reason is not None:
         yield Finding("error", "indivisible-width", layer.stem, reason, consumer, "leave the layer unquantized")
     for suffix, layout in layer.tensors.items():

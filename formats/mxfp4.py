@@ -20,7 +20,7 @@ from torch import Tensor
 from omni_convert.formats.activation import quantize_mxfp4_input
 from omni_convert.formats.e2m1 import E2M1, holds_e2m1, round_to_e2m1
 from omni_convert.formats.e8m0 import decode_e8m0, encode_e8m0, is_msmodelslim
-from omni_convert.formats.format import Format, InputStatistics, TensorLayout, WeightRows
+from omni_convert.formats.format import ElementFormat, InputStatistics, TensorLayout, WeightRows
 from omni_convert.formats.mx import MX_BLOCK, check_scale_rule, join_blocks, scale_blocks_, split_blocks
 from omni_convert.formats.smoothing import Quantizers, search_mul_scale
 from omni_convert.formats.tiling import quantize_in_tiles
@@ -29,7 +29,7 @@ __all__ = ["Mxfp4"]
 
 
 @dataclass(frozen=True)
-class Mxfp4(Format):
+class Mxfp4(ElementFormat):
     """MXFP4 with a single level of scales.
 
     Attributes:

@@ -23,7 +23,7 @@ from omni_convert.formats.activation import quantize_mxfp4_dualscale_input
 from omni_convert.formats.dualscale_search import search_coarse_scale
 from omni_convert.formats.e2m1 import E2M1, holds_e2m1, round_to_e2m1
 from omni_convert.formats.e8m0 import decode_e8m0, encode_e8m0, is_msmodelslim
-from omni_convert.formats.format import Format, InputStatistics, TensorLayout, WeightRows
+from omni_convert.formats.format import ElementFormat, InputStatistics, TensorLayout, WeightRows
 from omni_convert.formats.mx import (
     COARSE_BLOCK,
     MX_BLOCK,
@@ -40,7 +40,7 @@ __all__ = ["Mxfp4DualScale"]
 
 
 @dataclass(frozen=True)
-class Mxfp4DualScale(Format):
+class Mxfp4DualScale(ElementFormat):
     """MXFP4 with two levels of scales.
 
     Attributes:

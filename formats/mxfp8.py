@@ -17,7 +17,7 @@ from torch import Tensor
 
 from omni_convert.formats.e8m0 import decode_e8m0, encode_e8m0, is_msmodelslim
 from omni_convert.formats.float8 import E4M3, round_to_e4m3
-from omni_convert.formats.format import Format, InputStatistics, TensorLayout, WeightRows
+from omni_convert.formats.format import ElementFormat, InputStatistics, TensorLayout, WeightRows
 from omni_convert.formats.mx import MX_BLOCK, check_scale_rule, join_blocks, scale_blocks_, split_blocks
 from omni_convert.formats.tiling import quantize_in_tiles
 
@@ -25,7 +25,7 @@ __all__ = ["Mxfp8"]
 
 
 @dataclass(frozen=True)
-class Mxfp8(Format):
+class Mxfp8(ElementFormat):
     """MXFP8.
 
     Attributes:

@@ -22,7 +22,7 @@ from torch import Tensor
 from omni_convert.formats.e2m1 import E2M1, decode_packed, encode_e2m1, pack_nibbles, round_to_e2m1
 from omni_convert.formats.float8 import E4M3_MAX, round_to_e4m3
 from omni_convert.formats.format import (
-    Format,
+    ElementFormat,
     InputStatistics,
     TensorLayout,
     WeightRows,
@@ -64,7 +64,7 @@ class _Fitted:
 
 
 @dataclass(frozen=True)
-class Nvfp4(Format):
+class Nvfp4(ElementFormat):
     """NVFP4 in ModelOpt's layout.
 
     Attributes:

@@ -12,42 +12,19 @@ Rotated     another format's tensors; W' is W with its rows turned by a regular 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NoReturn
 
 import torch
 from torch import Tensor
 
-from omni_convert.formats.format import Format, InputStatistics, TensorLayout, WeightRows
+from omni_convert.formats.format import Format, TensorLayout
 
-__all__ = ["ReadFormat", "Rotated", "Scaled", "Smoothed", "hadamard"]
-
-
-class ReadFormat(Format):
-    """A format without the half that quantizes."""
-
-    def unsupported(self, out_features: int, in_features: int) -> str | None:
-        return f"{self.label} is only read"
-
-    def fit(self, weights: Sequence[WeightRows], inputs: InputStatistics | None) -> NoReturn:
-        raise NotImplementedError
-
-    def constants(self, fitted: object) -> NoReturn:
-        raise NotImplementedError
-
-    def quantize_rows(self, rows: Tensor, fitted: object) -> NoReturn:
-        raise NotImplementedError
-
-    def round_elements(self, values: Tensor) -> NoReturn:
-        raise NotImplementedError
-
-    def encode_elements(self, elements: Tensor) -> NoReturn:
-        raise NotImplementedError
+__all__ = ["Rotated", "Scaled", "Smoothed", "hadamard"]
 
 
 @dataclass(frozen=True)
-class Scaled(ReadFormat):
+class Scaled(Format):
     """Elements with a scale for each row, or for each group of its columns.
 
     Attributes:
@@ -82,17 +59,14 @@ class Scaled(ReadFormat):
         values = tensors["weight"].float()
         if self.has_zero_point:
             values = values - self._spread(tensors["weight_zero_point"], values.shape[1])
-        return values * self.element_scale(tensors)
-
-    def element_scale(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        return self._spread(tensors["weight_scale"].float(), tensors["weight"].shape[1])
+        return values * self._spread(tensors["weight_scale"].float(), values.shape[1])
 
     def _spread(self, numbers: Tensor, columns: int) -> Tensor:
         return numbers if self.group is None else numbers.repeat_interleave(self.group, dim=1)[:, :columns]
 
 
 @dataclass(frozen=True)
-class Smoothed(ReadFormat):
+class Smoothed(Format):
     """Another format, for inputs that were divided by what columns of the weight were multiplied with."""
 
     inner: Format
@@ -116,12 +90,9 @@ class Smoothed(ReadFormat):
     def dequantize(self, tensors: Mapping[str, Tensor]) -> Tensor:
         return self.inner.dequantize(tensors) * tensors["mul_scale"]
 
-    def element_scale(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        return self.inner.element_scale(tensors)
-
 
 @dataclass(frozen=True)
-class Rotated(ReadFormat):
+class Rotated(Format):
     """Another format, of a weight that was turned in groups of columns (ConvRot).
 
     Attributes:
@@ -145,9 +116,6 @@ class Rotated(ReadFormat):
     def dequantize(self, tensors: Mapping[str, Tensor]) -> Tensor:
         turned = self.inner.dequantize(tensors)
         return (turned.view(len(turned), -1, self.group) @ hadamard(self.group)).flatten(1)
-
-    def element_scale(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        return self.inner.element_scale(tensors)
 
 
 def hadamard(size: int) -> Tensor:

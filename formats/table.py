@@ -8,7 +8,7 @@ from enum import Enum
 
 import torch
 
-from omni_convert.formats.format import Format
+from omni_convert.formats.format import Format, QuantizingFormat
 from omni_convert.formats.fp8 import Fp8, Fp8Block
 from omni_convert.formats.fp8_storage import Fp8Storage
 from omni_convert.formats.gguf import DEFAULT_TYPE, Gguf
@@ -56,12 +56,12 @@ class Calibration(Enum):
 class Method:
     """A method: how it builds a format, and what it can do with calibration."""
 
-    build: Callable[[FormatOptions], Format]
+    build: Callable[[FormatOptions], QuantizingFormat]
     calibration: Calibration
     summary: str
 
 
-def _build_fp8(options: FormatOptions) -> Format:
+def _build_fp8(options: FormatOptions) -> QuantizingFormat:
     if options.weight_block_size is not None:
         return Fp8Block(options.weight_block_size)
     return Fp8(options.static, options.input_scale_rule)

@@ -17,7 +17,7 @@ from torch import Tensor
 from omni_convert.formats.checkpoint import Checkpoint
 from omni_convert.formats.errors import CheckpointError
 from omni_convert.formats.family import LayerGroup
-from omni_convert.formats.format import Format, TensorRows, WeightRows
+from omni_convert.formats.format import QuantizingFormat, TensorRows, WeightRows
 from omni_convert.formats.safetensors_file import SafetensorsFile
 
 __all__ = ["GroupFits", "PlannedLayer"]
@@ -27,7 +27,7 @@ __all__ = ["GroupFits", "PlannedLayer"]
 class PlannedLayer:
     """A layer to quantize while loading, and those with which a runtime fuses it."""
 
-    format: Format
+    format: QuantizingFormat
     group: LayerGroup
 
 

@@ -18,7 +18,7 @@ from omni_convert.formats.dialects.vllm_omni import ignored_names
 from omni_convert.formats.e8m0 import E8M0_NAN
 from omni_convert.formats.errors import CheckpointError, RecipeError
 from omni_convert.formats.family import LayerGroup, find_family
-from omni_convert.formats.format import Format
+from omni_convert.formats.format import Format, QuantizingFormat
 from omni_convert.formats.fp8_storage import Fp8Storage
 from omni_convert.formats.int8 import Int8
 from omni_convert.formats.layer_pattern import matches
@@ -56,7 +56,7 @@ NAMES_SHOWN = 3
 PLAIN_FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
-def declared_format(config: QuantizationConfig) -> Format:
+def declared_format(config: QuantizationConfig) -> QuantizingFormat:
     """The format that a config block promises.
 
     Raises:
@@ -241,7 +241,7 @@ def select_layers(model: nn.Module, config: QuantizationConfig) -> tuple[dict[st
     return layers, replace(config, ignored_layers=tuple(ignored_names(ignored)))
 
 
-def _shared(fmt: Format, group: LayerGroup) -> Format:
+def _shared(fmt: QuantizingFormat, group: LayerGroup) -> QuantizingFormat:
     """INT8 shares scales in a fused group where it is told to, as conversions do."""
     return replace(fmt, shared_in_group=group.is_fused) if isinstance(fmt, Int8) else fmt
 
@@ -276,7 +276,7 @@ def _ignored_groups(
     return ignored
 
 
-def _must_stay(fmt: Format, group: LayerGroup, specs: Mapping[str, TensorSpec]) -> bool:
+def _must_stay(fmt: QuantizingFormat, group: LayerGroup, specs: Mapping[str, TensorSpec]) -> bool:
     if group.keep_reason is not None:
         return True
     shapes = [specs[f"{stem}.weight"].shape for stem in group.members]

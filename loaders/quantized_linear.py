@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from omni_convert.formats.errors import KernelError, RecipeError
-from omni_convert.formats.format import Format, InputStatistics
+from omni_convert.formats.format import Format, InputStatistics, QuantizingFormat
 from omni_convert.formats.fp8_storage import Fp8Storage
 from omni_convert.formats.table import FORMATS, LOADABLE, FormatOptions
 from omni_convert.loaders.kernels.kernel import Activations, LayerTraits
@@ -69,7 +69,7 @@ class QuantizedLinear(nn.Module):
     def from_linear(
         cls,
         linear: nn.Linear,
-        fmt: Format,
+        fmt: QuantizingFormat,
         inputs: InputStatistics | None = None,
         activations: Activations = "quantized",
     ) -> Self:
@@ -177,7 +177,7 @@ class QuantizedLinear(nn.Module):
 
 def quantize_linear(
     linear: nn.Linear,
-    method: str | Format,
+    method: str | QuantizingFormat,
     activations: Activations = "quantized",
     **options: Any,
 ) -> QuantizedLinear:
@@ -192,11 +192,11 @@ def quantize_linear(
     Raises:
         RecipeError: an unknown method, or one that needs calibration or cannot hold this shape.
     """
-    fmt = method if isinstance(method, Format) else _format(method, options)
+    fmt = method if isinstance(method, QuantizingFormat) else _format(method, options)
     return QuantizedLinear.from_linear(linear, fmt, activations=activations)
 
 
-def _format(method: str, options: Mapping[str, Any]) -> Format:
+def _format(method: str, options: Mapping[str, Any]) -> QuantizingFormat:
     if method not in LOADABLE or method == Fp8Storage.method:  # which is no linear that is run quantized
         raise RecipeError(f"quantize_linear: found method '{method}', expected one of {', '.join(LOADABLE)}")
     if options.get("static"):

@@ -27,14 +27,13 @@ from typing import Any
 from omni_convert.formats.dialect import Dialect, Found, Spelling, StoredLayer
 from omni_convert.formats.errors import CheckpointError, RecipeError
 from omni_convert.formats.family import LayerGroup
-from omni_convert.formats.format import Format
+from omni_convert.formats.format import Format, QuantizingFormat
 from omni_convert.formats.fp8 import Fp8, Fp8Block
 from omni_convert.formats.fp8_storage import Fp8Storage
 from omni_convert.formats.int4 import Int4
 from omni_convert.formats.mxfp4 import Mxfp4
 from omni_convert.formats.nvfp4 import Nvfp4
 from omni_convert.formats.quantization_config import ACTIVATION_SCHEMES, QuantizationConfig
-from omni_convert.formats.read_formats import ReadFormat
 from omni_convert.formats.table import layer_formats
 
 __all__ = ["MODELOPT", "VLLM_OMNI", "as_whole_name", "config_of", "from_block", "ignored_names", "to_block"]
@@ -303,7 +302,7 @@ class VllmOmni(Dialect):
     def spelling(self, fmt: Format, shape: tuple[int, int]) -> Spelling | str:
         if isinstance(fmt, Int4):
             return "vLLM-Omni reads W4A16 as AutoRound spells it: --dialect auto-round"
-        if isinstance(fmt, ReadFormat):
+        if not isinstance(fmt, QuantizingFormat):
             return f"vLLM-Omni has no method that loads {fmt.label}"
         return fmt.unsupported(*shape) or Spelling()
 
