@@ -426,7 +426,7 @@ indices = st.one_of(
 
 @settings(
     max_examples=FUZZ_EXAMPLES,
-    deadline=timedelta(seconds=5),
+    deadline=timedelta(minutes=1),
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(content=indices | st.binary(max_size=40))
