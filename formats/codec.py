@@ -304,7 +304,7 @@ class PackedColumns(Codec):
         return packed.T.contiguous() if self.along_rows else packed.contiguous()
 
     def decode(self, stored: Tensor, layout: TensorLayout) -> Tensor:
-        shifts = torch.arange(0, 32, self.bits, dtype=torch.int32)
+        shifts = torch.arange(0, 32, self.bits, dtype=torch.int32, device=stored.device)
         if self.along_rows:
             codes = (stored[:, :, None] >> shifts).flatten(1).T  # [rows, columns]
         else:

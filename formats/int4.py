@@ -21,8 +21,12 @@ from torch import Tensor
 from omni_convert.formats.format import ElementFormat, InputStatistics, TensorLayout, WeightRows
 from omni_convert.formats.tiling import quantize_in_tiles
 
-__all__ = ["Int4"]
+__all__ = ["DEFAULT_GROUP", "PACKED_ROWS", "Int4"]
 
+#: Columns that share a scale, where nobody says how many.
+DEFAULT_GROUP = 128
+#: Rows whose zero points share a word.
+PACKED_ROWS = 8
 ZERO_POINT = 8
 LOWEST, HIGHEST = -8, 7
 # Without search, the largest magnitude is the largest code of both signs.
@@ -30,7 +34,6 @@ PLAIN_DIVISOR = 7.0
 DIVISORS = (7.0, 7.5, 8.0, 8.5, 9.0, 9.75, 10.5)
 # The smallest normal float16: below it scales would lose digits.
 SMALLEST_SCALE = 2.0**-14
-PACKED_ROWS = 8
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,7 @@ class Int4(ElementFormat):
         search: choose scales by error
     """
 
-    group: int = 128
+    group: int = DEFAULT_GROUP
     search: bool = True
 
     method = "w4a16"

@@ -33,6 +33,7 @@ class QuantizationConfig:
         weight_block_size: rows and columns that share a scale (fp8 only, activations dynamic)
         ignored_layers: names of layers that stay as they are, as the runtime and as the checkpoint call them
         require_smooth_scale: every layer stores a `mul_scale` (mxfp4 only)
+        group_size: columns that share a scale (w4a16 only); None for the default
 
     Raises:
         RecipeError: the fields contradict each other.
@@ -43,6 +44,7 @@ class QuantizationConfig:
     weight_block_size: tuple[int, int] | None = None
     ignored_layers: tuple[str, ...] = ()
     require_smooth_scale: bool = False
+    group_size: int | None = None
 
     def __post_init__(self) -> None:
         schemes = ACTIVATION_SCHEMES.get(self.method)
@@ -55,6 +57,9 @@ class QuantizationConfig:
             )
         if self.require_smooth_scale and self.method != "mxfp4":
             raise RecipeError(f"require_smooth_scale: found with {self.method}, expected mxfp4")
+        if self.group_size is not None and (self.method != "w4a16" or self.group_size < 1):
+            found = f"{self.group_size!r:.20} with {self.method}"
+            raise RecipeError(f"group_size: found {found}, expected 32, 64 or 128 with w4a16")
         if self.weight_block_size is not None:
             self._check_blocks(self.weight_block_size)
 

@@ -61,7 +61,9 @@ BY_DIALECT: dict[str, tuple[Verdict, ...]] = {
     "auto-round": (
         Verdict(VLLM_OMNI, "loads", "integers on CUDA and XPU, MX on XPU"),
         Verdict(DIFFUSERS, "loads", "integers, with auto-round installed; MX as dequantized BF16"),
-        Verdict(OURS, "refuses", SPELL_FIRST),
+        Verdict(
+            OURS, "loads", "W4A16 in GPTQ's packing, the same for all layers; else -m keep --dialect vllm-omni first"
+        ),
         Verdict(COMFYUI, "wrong", UNMARKED),
     ),
     "transformers": (

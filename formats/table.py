@@ -12,7 +12,7 @@ from omni_convert.formats.format import Format, QuantizingFormat
 from omni_convert.formats.fp8 import Fp8, Fp8Block
 from omni_convert.formats.fp8_storage import Fp8Storage
 from omni_convert.formats.gguf import DEFAULT_TYPE, Gguf
-from omni_convert.formats.int4 import Int4
+from omni_convert.formats.int4 import DEFAULT_GROUP, Int4
 from omni_convert.formats.int8 import Int8
 from omni_convert.formats.mxfp4 import Mxfp4
 from omni_convert.formats.mxfp4_dualscale import Mxfp4DualScale
@@ -98,7 +98,7 @@ FORMATS: dict[str, Method] = {
         "8-bit floats, one scale per weight, dequantized before use; linears and convolutions of encoders and VAEs",
     ),
     "w4a16": Method(
-        lambda options: Int4(options.group_size or 128, options.search),
+        lambda options: Int4(options.group_size or DEFAULT_GROUP, options.search),
         Calibration.UNUSED,
         "4-bit integers, a float scale per 32 to 128; activations stay as they are",
     ),
@@ -109,8 +109,8 @@ FORMATS: dict[str, Method] = {
     ),
 }
 
-#: Methods that our loader runs. W4A16 and GGUF are for others' kernels.
-LOADABLE = tuple(name for name in FORMATS if name not in (Int4.method, Gguf.method))
+#: Methods that our loader runs. GGUF is for others' kernels.
+LOADABLE = tuple(name for name in FORMATS if name != Gguf.method)
 
 
 def layer_formats(specs: Mapping[str, TensorSpec], method: str | None = None) -> dict[str, Format]:

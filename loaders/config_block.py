@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from enum import StrEnum
 from typing import Any, Self
 
-from omni_convert.formats.dialects import omni_convert, vllm_omni
+from omni_convert.formats.dialects import auto_round, omni_convert, vllm_omni
+from omni_convert.formats.int4 import DEFAULT_GROUP, Int4
 from omni_convert.formats.quantization_config import QuantizationConfig
+from omni_convert.loaders.auto_round_block import is_packed_int4, read_auto_round
 from omni_convert.loaders.modelopt_block import modelopt_algorithm, read_modelopt
 
-__all__ = ["ConfigBlock", "QuantMethod", "is_modelopt_export", "read_block"]
+__all__ = ["ConfigBlock", "QuantMethod", "is_ours", "read_block"]
 
 CONFIG_FILE = "quantization_config"
 
@@ -29,6 +31,11 @@ def is_modelopt_export(block: Any) -> bool:
     return bool(modelopt_algorithm(block))
 
 
+def is_ours(block: Any) -> bool:
+    """Whether we read a block under a name that the library has given to another quantizer."""
+    return is_modelopt_export(block) or is_packed_int4(block)
+
+
 def read_block(block: Any, where: str = CONFIG_FILE) -> QuantizationConfig:
     """What a block means.
 
@@ -37,6 +44,8 @@ def read_block(block: Any, where: str = CONFIG_FILE) -> QuantizationConfig:
     """
     if is_modelopt_export(block):
         return read_modelopt(block, where)
+    if is_packed_int4(block):
+        return read_auto_round(block)
     if isinstance(block, Mapping) and block.get("quant_method") == omni_convert.QUANT_METHOD:
         return omni_convert.from_block(block, where)
     return vllm_omni.from_block(block, where)
@@ -61,10 +70,21 @@ class ConfigBlock:
     @classmethod
     def of(cls, config: QuantizationConfig) -> Self:
         """The block that says this, in the spelling of the library."""
-        return cls(cls.spell(config))
+        return cls(cls._spelled(config, ()))
+
+    def say(self, config: QuantizationConfig, layers: Collection[str]) -> None:
+        """Says this from now on, of these layers."""
+        self.block = self._spelled(config, layers)
+
+    @classmethod
+    def _spelled(cls, config: QuantizationConfig, layers: Collection[str]) -> dict[str, Any]:
+        if config.method != Int4.method:
+            return cls.spell(config)
+        return auto_round.to_block(config.group_size or DEFAULT_GROUP, layers, config.ignored_layers)
 
     @staticmethod
     def spell(config: QuantizationConfig) -> dict[str, Any]:
+        """The block in the spelling of the library, but for W4A16, which has one for both."""
         raise NotImplementedError
 
     @property

@@ -2,7 +2,9 @@
 
 diffusers has no public way to register a quantizer; like its other third-party quantizers, ours is entered in its
 mappings, under names that are free. A `modelopt` block belongs to diffusers, except those with a `quant_algo`, which
-describe exported checkpoints that its own quantizer cannot read.
+describe exported checkpoints that its own quantizer cannot read. An `auto-round` block is ours where it describes what
+we run, W4A16 in GPTQ's packing: diffusers needs the auto-round package, and casts its scales to the model's dtype. Who
+passes diffusers' own `AutoRoundConfig` gets its quantizer.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ import torch
 from diffusers.configuration_utils import FrozenDict
 from diffusers.quantizers import auto
 from diffusers.quantizers.base import DiffusersQuantizer
-from diffusers.quantizers.quantization_config import QuantizationConfigMixin
+from diffusers.quantizers.quantization_config import AutoRoundConfig, QuantizationConfigMixin
 from torch import Tensor, nn
 
 from omni_convert.formats.dialects import omni_convert, vllm_omni
@@ -24,11 +26,10 @@ from omni_convert.formats.format import Format
 from omni_convert.formats.table import LOADABLE
 from omni_convert.formats.tensor_spec import TensorSpec
 from omni_convert.loaders.checkpoint_headers import read_headers
-from omni_convert.loaders.config_block import ConfigBlock, is_modelopt_export
+from omni_convert.loaders.config_block import ConfigBlock, is_ours
 from omni_convert.loaders.group_fit import GroupFits, PlannedLayer
 from omni_convert.loaders.installation import (
-    check_codes,
-    check_scale,
+    check_tensor,
     install_empty_layers,
     install_quantized,
     refuse_homeless,
@@ -85,7 +86,7 @@ class DiffusersOmniQuantizer(DiffusersQuantizer):  # type: ignore[misc]  # diffu
     def _process_model_before_weight_loading(self, model: nn.Module, **_: Any) -> None:
         if not self.pre_quantized:
             self.planned, self.meaning = select_layers(model, self.meaning)
-            self.quantization_config.block = DiffusersConfig.spell(self.meaning)
+            self.quantization_config.say(self.meaning, self.planned)
             return
         self.loaded = install_empty_layers(model, self.specs, self.meaning, self.where)
         refuse_homeless(model, self.specs, self.where)
@@ -121,7 +122,7 @@ class DiffusersOmniQuantizer(DiffusersQuantizer):  # type: ignore[misc]  # diffu
         if not self.pre_quantized:
             install_quantized(model, stem, raw.to(target_device), self.planned[stem], self.where, self.fits)
             return
-        (check_codes if suffix == "weight" else check_scale)(param_name, raw, self.where)
+        check_tensor(param_name, raw, self.where)
         try:
             setattr(model.get_submodule(stem), suffix, raw.to(target_device))
         except CheckpointError as error:
@@ -167,16 +168,23 @@ def register() -> None:
         if name not in auto.AUTO_QUANTIZATION_CONFIG_MAPPING and name not in auto.AUTO_QUANTIZER_MAPPING:
             auto.AUTO_QUANTIZATION_CONFIG_MAPPING[name] = DiffusersConfig
             auto.AUTO_QUANTIZER_MAPPING[name] = DiffusersOmniQuantizer
-    _claim_modelopt_exports()
+    _claim_blocks()
 
 
-def _claim_modelopt_exports() -> None:
-    read_theirs = auto.DiffusersAutoQuantizer.from_dict
-    if getattr(read_theirs, "reads_modelopt_exports", False):
+def _claim_blocks() -> None:
+    """Has diffusers give us the blocks that we read under its own names, unless a caller names its quantizer."""
+    library: Any = auto.DiffusersAutoQuantizer
+    read_theirs, merge_theirs = library.from_dict, library.merge_quantization_configs
+    if getattr(read_theirs, "reads_ours", False):
         return
 
     def from_dict(_cls: type, block: dict[str, Any]) -> Any:
-        return DiffusersConfig(block) if is_modelopt_export(block) else read_theirs(block)
+        return DiffusersConfig(block) if is_ours(block) else read_theirs(block)
 
-    from_dict.reads_modelopt_exports = True  # type: ignore[attr-defined]  # marks the wrapper, so that it wraps once
-    auto.DiffusersAutoQuantizer.from_dict = classmethod(from_dict)
+    def merge(_cls: type, block: Any, asked_for: Any) -> Any:
+        is_theirs = isinstance(asked_for, AutoRoundConfig) and isinstance(block, dict)
+        return merge_theirs(AutoRoundConfig.from_dict(block) if is_theirs else block, asked_for)
+
+    from_dict.reads_ours = True  # type: ignore[attr-defined]  # marks the wrapper, so that it wraps once
+    library.from_dict = classmethod(from_dict)
+    library.merge_quantization_configs = classmethod(merge)

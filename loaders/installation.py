@@ -35,12 +35,12 @@ from omni_convert.loaders.fp8_storage import (
     store_weight,
 )
 from omni_convert.loaders.group_fit import GroupFits, PlannedLayer
+from omni_convert.loaders.packed_int4 import PackedInt4, as_loaded, packed_layers
 from omni_convert.loaders.quantized_linear import QuantizedLinear
 from omni_convert.loaders.resident import disk_tensors
 
 __all__ = [
-    "check_codes",
-    "check_scale",
+    "check_tensor",
     "declared_format",
     "homeless_names",
     "install_empty_layers",
@@ -64,11 +64,14 @@ def declared_format(config: QuantizationConfig) -> QuantizingFormat:
     """
     if config.method not in LOADABLE:
         raise RecipeError(f"quantization: found method '{config.method}', expected one of {', '.join(LOADABLE)}")
-    return FORMATS[config.method].build(
-        FormatOptions(
-            static=config.is_static,
-            smooth=config.require_smooth_scale,
-            weight_block_size=config.weight_block_size,
+    return as_loaded(
+        FORMATS[config.method].build(
+            FormatOptions(
+                static=config.is_static,
+                smooth=config.require_smooth_scale,
+                weight_block_size=config.weight_block_size,
+                group_size=config.group_size,
+            )
         )
     )
 
@@ -91,7 +94,7 @@ def install_empty_layers(
         CheckpointError: the block contradicts the tensors, a layer is incomplete, or the model has no such layer.
     """
     declared = declared_format(config)
-    found = layer_formats(specs, config.method)
+    found = packed_layers(specs) if isinstance(declared, PackedInt4) else layer_formats(specs, config.method)
     if not found:
         raise CheckpointError(f"{where}: config says {config.method}, found no quantized layer, expected some")
     installed: dict[str, tuple[str, ...]] = {}
@@ -182,6 +185,15 @@ def refuse_homeless(model: nn.Module, names: Collection[str], where: str) -> Non
             f"{where}: found {len(homeless)} tensors without a home in {type(model).__name__} ({shown}), "
             "expected none; the checkpoint belongs to another model or version"
         )
+
+
+def check_tensor(name: str, tensor: Tensor, where: str) -> None:
+    """Refuses a tensor of a quantized layer that holds what no such tensor may.
+
+    Raises:
+        CheckpointError: a scale that is not a finite number or negative, or a code that is NaN.
+    """
+    (check_scale if "scale" in name.rpartition(".")[2] else check_codes)(name, tensor, where)
 
 
 def check_scale(name: str, tensor: Tensor, where: str) -> None:

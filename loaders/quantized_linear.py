@@ -14,6 +14,7 @@ from omni_convert.formats.fp8_storage import Fp8Storage
 from omni_convert.formats.table import FORMATS, LOADABLE, FormatOptions
 from omni_convert.loaders.kernels.kernel import Activations, LayerTraits
 from omni_convert.loaders.kernels.table import Selection, select_kernel
+from omni_convert.loaders.packed_int4 import as_loaded, weight_shape
 from omni_convert.loaders.pickling import module_state, restore_buffers
 from omni_convert.loaders.resident import disk_tensors, resident_tensors
 
@@ -55,8 +56,8 @@ class QuantizedLinear(nn.Module):
         super().__init__()
         self.format = fmt
         self.tensor_names = tuple(tensors)
-        self.out_features = len(tensors["weight"])
-        self.in_features = tensors["weight"].shape[1] if in_features is None else in_features
+        self.out_features, stored_columns = weight_shape(tensors)
+        self.in_features = stored_columns if in_features is None else in_features
         for suffix, tensor in resident_tensors(fmt, tensors).items():
             self.register_buffer(suffix, tensor)
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
@@ -78,6 +79,7 @@ class QuantizedLinear(nn.Module):
         Raises:
             RecipeError: the format cannot hold a weight of this shape.
         """
+        fmt = as_loaded(fmt)
         problem = fmt.unsupported(linear.out_features, linear.in_features)
         if problem is not None:
             raise RecipeError(problem)
@@ -87,7 +89,7 @@ class QuantizedLinear(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return self.get_buffer("weight").device
+        return self.get_buffer(self.tensor_names[0]).device
 
     @property
     def activations(self) -> Activations:

@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from omni_convert.formats.errors import KernelError
+from omni_convert.loaders.packed_int4 import PackedInt4
 from omni_convert.loaders.quantized_linear import QuantizedLinear
 
 __all__ = ["KernelReport", "LayerReport", "kernel_report", "require_scaled_gemm"]
@@ -24,7 +25,7 @@ class LayerReport:
 
     Attributes:
         name: component and layer, as `transformer.layers.0.attention.to_q`
-        is_as_asked: a scaled GEMM runs, or the user asked for bf16 activations
+        is_as_asked: a scaled GEMM runs, or the user asked for bf16 activations, as by choosing W4A16
         why: what each faster kernel lacked, or that it is the fastest scaled GEMM
         bytes: of the tensors that the layer keeps, the bias included
         elements: of the weight that they stand for
@@ -109,12 +110,13 @@ def kernel_report(model: Any) -> KernelReport:
 
 def _describe(name: str, layer: QuantizedLinear) -> LayerReport:
     selection = layer.selection
+    is_weight_only = isinstance(layer.format, PackedInt4)  # with any kernel: its name asks for bf16 activations
     return LayerReport(
         name=name,
         format=layer.format.label,
         kernel=selection.kernel.name,
         is_scaled_gemm=selection.kernel.is_scaled_gemm,
-        is_as_asked=selection.kernel.is_scaled_gemm or layer.activations == "bf16",
+        is_as_asked=selection.kernel.is_scaled_gemm or layer.activations == "bf16" or is_weight_only,
         why=selection.reason,
         bytes=sum(tensor.nbytes for tensor in layer.state_dict().values()),
         elements=layer.out_features * layer.in_features,

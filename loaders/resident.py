@@ -28,15 +28,19 @@ CONTAINER_FORMATS = (Mxfp4, Mxfp4DualScale)
 
 def resident_tensors(fmt: Format, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Tensors of a layer, by suffix, from disk to memory; what is on the meta device has nothing to pack yet."""
+    if not isinstance(fmt, CONTAINER_FORMATS):
+        return dict(tensors)
     weight = tensors["weight"]
-    is_container = isinstance(fmt, CONTAINER_FORMATS) and weight.dtype is torch.float8_e4m3fn
-    return {**tensors, "weight": pack_container(weight) if is_container and not weight.is_meta else weight}
+    is_container = weight.dtype is torch.float8_e4m3fn and not weight.is_meta
+    return {**tensors, "weight": pack_container(weight) if is_container else weight}
 
 
 def disk_tensors(fmt: Format, tensors: Mapping[str, Tensor], in_features: int) -> dict[str, Tensor]:
     """Inverse of `resident_tensors`, bit for bit."""
+    if not isinstance(fmt, CONTAINER_FORMATS):
+        return dict(tensors)
     weight = tensors["weight"]
-    is_packed = isinstance(fmt, CONTAINER_FORMATS) and weight.dtype is torch.uint8
+    is_packed = weight.dtype is torch.uint8
     return {**tensors, "weight": unpack_container(weight, in_features) if is_packed else weight}
 
 

@@ -1,6 +1,8 @@
 """Makes `from_pretrained` of transformers read our text encoders, and quantize others while it loads them.
 
-transformers owns the names `fp8`, `mxfp8`, `mxfp4` and `nvfp4`, so ours is registered as `omni_convert` alone.
+transformers owns the names `fp8`, `mxfp8`, `mxfp4` and `nvfp4`, so ours is registered as `omni_convert` alone. It also
+owns `auto-round`, whose blocks are ours where they describe W4A16 in GPTQ's packing; who passes its `AutoRoundConfig`
+gets its quantizer.
 """
 
 from __future__ import annotations
@@ -20,13 +22,13 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from omni_convert.formats.dialects import omni_convert
 from omni_convert.formats.tensor_spec import TensorSpec
+from omni_convert.loaders.auto_round_block import is_packed_int4
 from omni_convert.loaders.checkpoint_headers import read_headers
 from omni_convert.loaders.config_block import ConfigBlock
 from omni_convert.loaders.fp8_storage import Fp8WeightStorage
 from omni_convert.loaders.group_fit import GroupFits, PlannedLayer
 from omni_convert.loaders.installation import (
-    check_codes,
-    check_scale,
+    check_tensor,
     install_empty_layers,
     install_quantized,
     refuse_homeless,
@@ -35,6 +37,7 @@ from omni_convert.loaders.installation import (
     settle_compute_dtypes,
     to_disk_state,
 )
+from omni_convert.loaders.packed_int4 import CODES
 from omni_convert.loaders.quantized_linear import QuantizedLinear
 
 __all__ = ["TransformersConfig", "TransformersOmniQuantizer", "register"]
@@ -71,7 +74,7 @@ class TransformersOmniQuantizer(HfQuantizer):  # type: ignore[misc]  # transform
         if not self.pre_quantized:
             self.planned, self.meaning = select_layers(model, self.meaning)
             self.fits = _open_fits(files, model)
-            self.quantization_config.block = TransformersConfig.spell(self.meaning)
+            self.quantization_config.say(self.meaning, self.planned)
             return
         specs = {name: replace(spec, name=name) for name, spec in _renamed(read_headers(files), model).items()}
         self.loaded = install_empty_layers(model, specs, self.meaning, self.where)
@@ -98,8 +101,7 @@ class TransformersOmniQuantizer(HfQuantizer):  # type: ignore[misc]  # transform
             if isinstance(layer, QuantizedLinear | Fp8WeightStorage):
                 for suffix, tensor in layer.named_buffers(recurse=False):
                     if not tensor.is_meta:
-                        check = check_codes if suffix == "weight" else check_scale
-                        check(f"{name}.{suffix}", tensor, self.where)
+                        check_tensor(f"{name}.{suffix}", tensor, self.where)
             if isinstance(layer, QuantizedLinear) and layer.device.type != "meta":
                 layer.select_kernel()
         return model
@@ -164,7 +166,8 @@ def _renamed(specs: Mapping[str, TensorSpec], model: nn.Module) -> dict[str, Ten
     for name, spec in specs.items():
         stem, dot, suffix = name.rpartition(".")
         weight = f"{stem}.weight"
-        new_name = rename(weight).removesuffix(".weight") + dot + suffix if weight in specs else rename(name)
+        is_of_layer = weight in specs or f"{stem}.{CODES}" in specs
+        new_name = rename(weight).removesuffix(".weight") + dot + suffix if is_of_layer else rename(name)
         renamed_specs[new_name] = spec
     return renamed_specs
 
@@ -186,3 +189,13 @@ def register() -> None:
     if omni_convert.QUANT_METHOD not in auto.AUTO_QUANTIZER_MAPPING:
         auto.register_quantizer(omni_convert.QUANT_METHOD)(TransformersOmniQuantizer)
         auto.register_quantization_config(omni_convert.QUANT_METHOD)(TransformersConfig)
+        _claim_blocks()
+
+
+def _claim_blocks() -> None:
+    read_theirs = auto.AutoQuantizationConfig.from_dict
+
+    def from_dict(_cls: type, block: dict[str, Any]) -> Any:
+        return TransformersConfig(block) if is_packed_int4(block) else read_theirs(block)
+
+    auto.AutoQuantizationConfig.from_dict = classmethod(from_dict)

@@ -29,7 +29,7 @@ from omni_convert.convert.plan import plan_conversion
 from omni_convert.convert.recipe import Recipe
 from omni_convert.convert.source import Source
 from omni_convert.formats.checkpoint import Checkpoint
-from omni_convert.formats.dialects import omni_convert, vllm_omni
+from omni_convert.formats.dialects import auto_round, omni_convert, vllm_omni
 from omni_convert.formats.errors import CheckpointError, OmniConvertError
 from omni_convert.formats.json_file import read_json
 from omni_convert.formats.quantization_config import ACTIVATION_SCHEMES, QuantizationConfig
@@ -54,6 +54,7 @@ INDEX = f"{WEIGHTS}.index.json"
 STEMS = [f"layers.0.attention.{layer}" for layer in ("to_q", "to_k", "to_v", "to_out.0")]
 QUANTIZED = STEMS[-2:]
 WIDTH = 64
+PACKED = QuantizationConfig("w4a16", "none", group_size=32)
 
 Files = dict[str, bytes]
 
@@ -104,11 +105,13 @@ def valid_pipelines() -> dict[str, Files]:
     configs = {
         method: QuantizationConfig(method, schemes[-1], ignored_layers=kept)
         for method, schemes in ACTIVATION_SCHEMES.items()
-        if method in LOADABLE
+        if method in LOADABLE and method != PACKED.method
     } | {"fp8 blocks": QuantizationConfig("fp8", weight_block_size=(32, 32), ignored_layers=kept)}
     written = {name: quantized_pipeline(config, vllm_omni.to_block) for name, config in configs.items()}
     ours = quantized_pipeline(configs["int8"], omni_convert.to_block)
-    return {"plain": plain_pipeline(), "comfyui": marked_pipeline(), "ours": ours} | written
+    packed = quantized_pipeline(PACKED, lambda config: auto_round.to_block(config.group_size, QUANTIZED, kept))
+    others = {"plain": plain_pipeline(), "comfyui": marked_pipeline(), "ours": ours, PACKED.method: packed}
+    return others | written
 
 
 VALID = valid_pipelines()

@@ -25,9 +25,13 @@ from omni_convert.formats.format import Format
 from omni_convert.formats.int4 import Int4
 from omni_convert.formats.read_formats import Scaled
 
-__all__ = ["AUTO_ROUND"]
+__all__ = ["AUTO_ROUND", "AUTO_ROUND_METHODS", "PACKING", "WRITTEN_BITS", "to_block"]
 
-METHODS = ("auto-round", "intel/auto-round", "gptq")
+#: Values of `quant_method`.
+AUTO_ROUND_METHODS = ("auto-round", "intel/auto-round")
+METHODS = (*AUTO_ROUND_METHODS, "gptq")
+#: The packing that is written.
+PACKING = "auto_round:auto_gptq"
 PACKED_NAMES = {
     "weight": "weight_packed",
     "weight_scale_2": "weight_global_scale",
@@ -35,6 +39,7 @@ PACKED_NAMES = {
 }
 INTEGER_NAMES = {"weight": "qweight", "weight_scale": "scales", "weight_zero_point": "qzeros"}
 READABLE_BITS = (2, 4, 8)
+#: Of a code that is written.
 WRITTEN_BITS = 4
 # The name of a stack of blocks, before their numbers.
 STACK = re.compile(r"(.+?)\.\d+\.")
@@ -73,22 +78,33 @@ class AutoRound(Dialect):
         sizes = {fmt.group for fmt in layers.values() if isinstance(fmt, Int4)}
         if len(sizes) != 1:
             raise RecipeError(f"found groups of {sorted(sizes)} columns, expected one size")
-        stacks = sorted({match[1] for stem in layers if (match := STACK.match(stem))})
-        return {
-            "quant_method": "auto-round",
-            "bits": WRITTEN_BITS,
-            "group_size": sizes.pop(),
-            "sym": True,
-            "data_type": "int",
-            "packing_format": "auto_round:auto_gptq",
-            "block_name_to_quantize": ",".join(stacks),
-            "extra_config": {name: {"bits": 16, "data_type": "float"} for name in sorted(ignored)},
-        }
+        return to_block(sizes.pop(), layers, ignored)
+
+
+def to_block(group_size: int, layers: Collection[str], ignored: Collection[str]) -> dict[str, Any]:
+    """The block of W4A16 layers.
+
+    Args:
+        group_size: columns that share a scale
+        layers: their stems
+        ignored: names of linears that stay as they are
+    """
+    stacks = sorted({match[1] for stem in layers if (match := STACK.match(stem))})
+    return {
+        "quant_method": AUTO_ROUND_METHODS[0],
+        "bits": WRITTEN_BITS,
+        "group_size": group_size,
+        "sym": True,
+        "data_type": "int",
+        "packing_format": PACKING,
+        "block_name_to_quantize": ",".join(stacks),
+        "extra_config": {name: {"bits": 16, "data_type": "float"} for name in sorted(ignored)},
+    }
 
 
 def _integers(found: Found, stem: str) -> StoredLayer:
     where = f"{found.checkpoint.path}: layer '{stem}'"
-    packing = str(found.block.get("packing_format", "auto_round:auto_gptq"))
+    packing = str(found.block.get("packing_format", PACKING))
     bits = found.block.get("bits", 4)
     if "awq" in packing or found.get(stem, "g_idx") is not None:
         raise CheckpointError(

@@ -26,6 +26,7 @@ from omni_convert.formats.table import FORMATS, FormatOptions
 from omni_convert.loaders.kernels.decoding import DECODABLE, decode_rows, padded_columns, weight_unit
 from omni_convert.loaders.kernels.kernel import Kernel, Requirements
 from omni_convert.loaders.kernels.reference import rounded_input, smoothed_input
+from omni_convert.loaders.packed_int4 import PackedInt4, as_loaded, weight_shape
 
 __all__ = ["CPU_DECODE_MM", "DECODE_MM", "DECODE_WEIGHT_MM"]
 
@@ -59,7 +60,7 @@ def _decode_mm(x: Tensor, tensors: Mapping[str, Tensor], fmt: Format, bias: Tens
     columns = x.shape[1]
     inputs = _prepare_input(x, tensors, fmt, is_rounded)
     bias = None if bias is None else bias.bfloat16()
-    rows = len(tensors["weight"])
+    rows, _ = weight_shape(tensors)
     step = max(1, (CPU_CHUNK if x.device.type == "cpu" else ACCELERATOR_CHUNK) // inputs.shape[1])
     if rows <= step:
         return F.linear(inputs, _decode(fmt, tensors, 0, rows, columns), bias).to(x.dtype)
@@ -87,7 +88,7 @@ def _prepare_input(x: Tensor, tensors: Mapping[str, Tensor], fmt: Format, is_rou
 def _decode(fmt: Format, tensors: Mapping[str, Tensor], start: int, stop: int, columns: int) -> Tensor:
     """Rows `start` to `stop` in bfloat16, decoded a tile at a time."""
     width = padded_columns(fmt, columns)
-    weight = _BUFFER.take((stop - start) * width, tensors["weight"].device).view(stop - start, width)
+    weight = _BUFFER.take((stop - start) * width, next(iter(tensors.values())).device).view(stop - start, width)
     step = max(1, CPU_TILE // width) if weight.device.type == "cpu" else stop - start
     for first in range(0, stop - start, step):
         decode_rows(fmt, tensors, start + first, columns, weight[first : first + step])
@@ -100,15 +101,18 @@ def _decode_mm_op(
     x: Tensor, tensors: list[Tensor], suffixes: str, method: str, blocks: list[int], bias: Tensor | None, rounded: bool
 ) -> Tensor:
     by_suffix = dict(zip(suffixes.split(), tensors, strict=True))
-    block_size = (blocks[0], blocks[1]) if blocks else None
-    options = FormatOptions(static="input_scale" in by_suffix, weight_block_size=block_size)
-    return _decode_mm(x, by_suffix, FORMATS[method].build(options), bias, rounded)
+    options = FormatOptions(
+        static="input_scale" in by_suffix,
+        weight_block_size=(blocks[0], blocks[1]) if len(blocks) > 1 else None,
+        group_size=blocks[0] if len(blocks) == 1 else None,
+    )
+    return _decode_mm(x, by_suffix, as_loaded(FORMATS[method].build(options)), bias, rounded)
 
 
 @_decode_mm_op.register_fake
 def _(x: Tensor, tensors: list[Tensor], suffixes: str, *_: object) -> Tensor:
-    weight = tensors[suffixes.split().index("weight")]
-    return x.new_empty(x.shape[0], weight.shape[0])  # `len` would make the number of rows a constant of the graph
+    shape = weight_shape(dict(zip(suffixes.split(), tensors, strict=True)))
+    return x.new_empty(x.shape[0], shape[0])  # `len` would make the number of rows a constant of the graph
 
 
 def _run(x: Tensor, tensors: Mapping[str, Tensor], fmt: Format, bias: Tensor | None, is_rounded: bool = True) -> Tensor:
@@ -116,13 +120,13 @@ def _run(x: Tensor, tensors: Mapping[str, Tensor], fmt: Format, bias: Tensor | N
     needs_gradient = torch.is_grad_enabled() and x.requires_grad
     if not (needs_gradient or torch.compiler.is_compiling()):
         return _decode_mm(x, tensors, fmt, bias, is_rounded)
-    blocks = list(fmt.block_size) if isinstance(fmt, Fp8Block) else []
+    blocks = list(fmt.block_size) if isinstance(fmt, Fp8Block) else [fmt.group] if isinstance(fmt, PackedInt4) else []
     suffixes = " ".join(tensors)
     out: Tensor = _decode_mm_op(x, list(tensors.values()), suffixes, fmt.method, blocks, bias, is_rounded)
     return out
 
 
-ROUNDABLE = (Fp8, Fp8Block, Mxfp8, Mxfp4, Mxfp4DualScale, Nvfp4)
+ROUNDABLE = (Fp8, Fp8Block, Mxfp8, Mxfp4, Mxfp4DualScale, Nvfp4, PackedInt4)
 CPU_DECODE_MM = Kernel(
     "cpu_decode_mm",
     is_scaled_gemm=False,

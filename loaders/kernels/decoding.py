@@ -1,10 +1,11 @@
 """Quantized weights to bfloat16, fast enough that a GEMM on the result is not held up.
 
-E2M1 codes are looked up, four at a time. E4M3 codes are shifted: as a bfloat16 with the same sign, exponent and
-mantissa fields a code is too small by a power of two, and one multiplication, which has to bring in the scale anyway,
-puts that right. So that scales below 2^33 do not overflow on the way, such weights come out times 2^-32, which
-`weight_unit` undoes. Codes times a power of two or an E4M3 scale are exact; float32 scales of blocks are rounded to
-bfloat16 first (an error of 2^-8 at most, where that of E4M3 codes is 2^-4).
+E2M1 codes and integers of 4 bits are looked up, four at a time. E4M3 codes are shifted: as a bfloat16 with the same
+sign, exponent and mantissa fields a code is too small by a power of two, and one multiplication, which has to bring in
+the scale anyway, puts that right. So that scales below 2^33 do not overflow on the way, such weights come out times
+2^-32, which `weight_unit` undoes. Codes times a power of two or an E4M3 scale are exact; float32 scales of blocks are
+rounded to bfloat16 first (an error of 2^-8 at most, where that of E4M3 codes is 2^-4). W4A16 weights are exact
+products, rounded once.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from omni_convert.formats.mxfp4 import Mxfp4
 from omni_convert.formats.mxfp4_dualscale import Mxfp4DualScale
 from omni_convert.formats.mxfp8 import Mxfp8
 from omni_convert.formats.nvfp4 import NVFP4_BLOCK, Nvfp4
+from omni_convert.loaders.packed_int4 import CODES, CODES_PER_WORD, SCALES, ZERO_POINTS, PackedInt4
 
 __all__ = ["DECODABLE", "decode_rows", "padded_columns", "weight_unit"]
 
@@ -105,6 +107,26 @@ def _decode_nvfp4(_fmt: Nvfp4, tensors: Mapping[str, Tensor], rows: slice, _colu
     _scale_(out, scale.mul_(2.0**E4M3_REBIAS), NVFP4_BLOCK)
 
 
+def _decode_packed_int4(
+    fmt: PackedInt4, tensors: Mapping[str, Tensor], rows: slice, _columns: int, out: Tensor
+) -> None:
+    words = tensors[CODES][:, rows].t().contiguous()
+    index = words.view(torch.int16).to(torch.int32).bitwise_and_(0xFFFF)
+    torch.index_select(_nibble_quadruples(out.device), 0, index.view(-1), out=out.view(-1).view(torch.int64))
+    groups = out.view(len(out), -1, fmt.group)
+    groups.sub_(_zero_points(tensors[ZERO_POINTS], rows)[..., None])
+    torch.mul(groups, tensors[SCALES][:, rows].t().float().contiguous()[..., None], out=groups)
+
+
+def _zero_points(words: Tensor, rows: slice) -> Tensor:
+    """Zero points of some rows, bfloat16 [rows, groups], of int32 [groups, out / 8]."""
+    first = rows.start // CODES_PER_WORD
+    shifts = torch.arange(0, 32, 4, dtype=torch.int32, device=words.device)
+    codes = (words[:, first : -(-rows.stop // CODES_PER_WORD), None] >> shifts).bitwise_and_(0xF).flatten(1)
+    start = rows.start - first * CODES_PER_WORD
+    return codes[:, start : start + rows.stop - rows.start].t().add(1).to(torch.bfloat16).contiguous()
+
+
 def _e4m3_bits(codes: Tensor, out: Tensor) -> None:
     """E4M3 values times 2^-120: float8_e4m3fn [rows, K] to the left of bfloat16 [rows, padded]. NaN is no weight."""
     bits = out.view(torch.int16)
@@ -125,9 +147,20 @@ def _e2m1(packed: Tensor, out: Tensor) -> None:
 def _e2m1_quadruples(device: torch.device) -> Tensor:
     """The four bfloat16 that each 16 bits stand for, as int64 [65536]."""
     with torch.inference_mode(False):
-        codes = torch.arange(1 << 16, dtype=torch.int32, device=device)
-        nibbles = torch.stack([(codes >> shift) & 0xF for shift in (0, 4, 8, 12)], dim=1)
-        return decode_e2m1(nibbles).bfloat16().view(torch.int64).view(-1)
+        return decode_e2m1(_nibbles(device)).bfloat16().view(torch.int64).view(-1)
+
+
+@lru_cache
+def _nibble_quadruples(device: torch.device) -> Tensor:
+    """The four numbers, bfloat16, in each 16 bits, as int64 [65536]."""
+    with torch.inference_mode(False):
+        return _nibbles(device).bfloat16().view(torch.int64).view(-1)
+
+
+def _nibbles(device: torch.device) -> Tensor:
+    """int32 [65536, 4]."""
+    codes = torch.arange(1 << 16, dtype=torch.int32, device=device)
+    return torch.stack([(codes >> shift) & 0xF for shift in (0, 4, 8, 12)], dim=1)
 
 
 def _powers_of_two(codes: Tensor, exponent: int = 0) -> Tensor:
@@ -150,6 +183,7 @@ _BLOCK: dict[type[Format], Callable[..., int]] = {
     Mxfp4: lambda _fmt: MX_BLOCK,
     Mxfp4DualScale: lambda _fmt: MX_BLOCK,
     Nvfp4: lambda _fmt: NVFP4_BLOCK,
+    PackedInt4: lambda _fmt: 1,
 }
 
 _DECODERS: dict[type[Format], Callable[..., None]] = {
@@ -160,6 +194,7 @@ _DECODERS: dict[type[Format], Callable[..., None]] = {
     Mxfp4: _decode_mxfp4,
     Mxfp4DualScale: _decode_mxfp4_dualscale,
     Nvfp4: _decode_nvfp4,
+    PackedInt4: _decode_packed_int4,
 }
 
 #: Formats whose weights this module decodes.

@@ -2,7 +2,7 @@
 
 It is slow, runs anywhere, and is what every other kernel is tested against.
 With `bf16` activations, the input is left alone and the decoded weight is multiplied in the dtype of the input. That is
-also all there is to an nvfp4 layer without input_scale, which the runtime runs alike.
+also all there is to W4A16, and to an nvfp4 layer without input_scale, which the runtime runs alike.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from omni_convert.formats.mxfp8 import Mxfp8
 from omni_convert.formats.nvfp4 import Nvfp4
 from omni_convert.loaders.kernels.activation import fp8_per_group, fp8_per_token, fp8_static, int8_per_token
 from omni_convert.loaders.kernels.kernel import Kernel, Requirements
+from omni_convert.loaders.packed_int4 import PackedInt4
 from omni_convert.loaders.resident import disk_tensors
 
 __all__ = ["REFERENCE", "WEIGHT_ONLY", "rounded_input", "smoothed_input"]
@@ -75,6 +76,7 @@ _ROUND_INPUT: dict[type[Format], Callable[..., Tensor]] = {
     Mxfp4: _round_mxfp4,
     Mxfp4DualScale: _round_mxfp4_dualscale,
     Nvfp4: _round_nvfp4,
+    PackedInt4: lambda x, _tensors, _fmt: x.float(),
 }
 
 

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from omni_convert.convert import Recipe, convert_checkpoint
 from omni_convert.formats.quantized import QuantizedLayer, open_quantized
+from omni_convert.loaders.packed_int4 import PackedInt4
+from omni_convert.loaders.quantized_linear import QuantizedLinear
 
 STEM = "blocks.0.proj"
 WEIGHTS = "model.safetensors"
@@ -97,21 +99,28 @@ def test_w4a16_of_ours_is_multiplied_by_auto_round(  # type: ignore[no-untyped-d
             theirs = packing.QuantLinear(4, group, columns, rows, bias=False)
             own = {name: tensors[f"{stem}.{name}"] for name in ("qweight", "qzeros", "scales")}
             theirs.load_state_dict(own, strict=False)
-            product = theirs(torch.eye(columns)).T.float()
+            product = theirs(torch.eye(columns)).T
             torch.testing.assert_close(layer.dequantize(0, rows), product, rtol=2**-9, atol=0)
+            loaded = QuantizedLinear(PackedInt4(group), own).dequantize()
+            assert loaded.equal(layer.dequantize(0, rows))
+            assert loaded.half().equal(product.half())  # they multiply in float16; this product loses nothing
 
 
 def test_w4a16_of_ours_is_loaded_by_diffusers(  # type: ignore[no-untyped-def]
     import_peer, tiny_pipeline_folder: Path, tmp_path: Path
 ) -> None:
     import_peer("auto_round.inference.convert_model")
-    from diffusers import ZImageTransformer2DModel
+    from diffusers import AutoRoundConfig, ZImageTransformer2DModel
 
     convert_checkpoint(tiny_pipeline_folder, tmp_path / "out", Recipe(method="w4a16", group_size=32))
     folder = tmp_path / "out" / "transformer"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # theirs
-        model = ZImageTransformer2DModel.from_pretrained(folder, torch_dtype=torch.bfloat16)
+        model = ZImageTransformer2DModel.from_pretrained(
+            folder,
+            torch_dtype=torch.bfloat16,
+            quantization_config=AutoRoundConfig(group_size=32),  # else ours would load it
+        )
     with open_quantized(folder) as opened, torch.no_grad():
         for stem, layer in opened.layers.items():
             module = model.get_submodule(stem)

@@ -40,6 +40,12 @@ INT8 = QuantizationConfig("int8")
         ),
         ("mxfp4-dualscale", QuantizationConfig("mxfp4_dualscale")),
         ("fp8_storage", QuantizationConfig("fp8_storage", "none")),
+        ("w4a16", QuantizationConfig("w4a16", "none")),
+        ({"method": "w4a16", "group_size": 32}, QuantizationConfig("w4a16", "none", group_size=32)),
+        (
+            {"quant_method": "auto-round", "bits": 4, "group_size": 64, "extra_config": {"a": {"bits": 16}}},
+            QuantizationConfig("w4a16", "none", ignored_layers=("a",), group_size=64),
+        ),
     ],
     ids=str,
 )

@@ -14,6 +14,7 @@ from diffusers.quantizers.modelopt import NVIDIAModelOptQuantizer
 from diffusers.quantizers.quantization_config import NVIDIAModelOptConfig
 from safetensors.torch import load_file, save_file
 
+from omni_convert.formats.dialects import auto_round
 from omni_convert.formats.errors import CheckpointError, RecipeError
 from omni_convert.formats.fp8 import Fp8, Fp8Block
 from omni_convert.formats.int8 import Int8
@@ -22,6 +23,7 @@ from omni_convert.formats.mxfp4_dualscale import Mxfp4DualScale
 from omni_convert.formats.mxfp8 import Mxfp8
 from omni_convert.formats.nvfp4 import Nvfp4
 from omni_convert.loaders import QuantizedLinear, kernel_report, load_pipeline
+from omni_convert.loaders.packed_int4 import PackedInt4
 
 FP8 = {
     "quant_method": "fp8",
@@ -55,6 +57,7 @@ CHECKPOINTS = {
     "mxfp4_dualscale": (Mxfp4DualScale(), DUALSCALE),
     "nvfp4": (Nvfp4(static=True), modelopt_nvfp4(static=True)),
     "nvfp4 weights": (Nvfp4(), modelopt_nvfp4(static=False)),
+    "w4a16": (PackedInt4(16), auto_round.to_block(16, (), ())),
 }
 
 
@@ -117,7 +120,7 @@ def test_exactly_the_layers_that_the_file_holds_quantized_are_replaced(folder):
     replaced = {name for name, module in model.named_modules() if isinstance(module, QuantizedLinear)}
     stored = load_file(weights_file(folder))
     assert replaced == {
-        name.rpartition(".")[0] for name in stored if name.rpartition(".")[2].startswith("weight_scale")
+        name.rpartition(".")[0] for name in stored if name.rpartition(".")[2].startswith(("weight_scale", "scales"))
     }
     assert not [name for name, tensor in model.state_dict().items() if tensor.device.type == "meta"]
 

@@ -13,7 +13,8 @@ from omni_convert.loaders.quantized_linear import QuantizedLinear
 peft = pytest.importorskip("peft")
 
 LAYERS = ("attention.to_q", "attention.to_out.0", "feed_forward.w1")
-METHODS = ["fp8", "int8", "mxfp4", "nvfp4", {"method": "fp8", "weight_block_size": [16, 16]}]
+W4A16 = {"method": "w4a16", "group_size": 16}
+METHODS = ["fp8", "int8", "mxfp4", "nvfp4", {"method": "fp8", "weight_block_size": [16, 16]}, W4A16]
 
 
 def lora_of(transformer, rank=2, seed=0):

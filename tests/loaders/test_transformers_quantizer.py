@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, Qwen3ForCausalLM, Qwen3Model
 
+from omni_convert.formats.dialects import auto_round
 from omni_convert.formats.errors import CheckpointError
 from omni_convert.formats.fp8 import Fp8, Fp8Block
 from omni_convert.formats.int8 import Int8
@@ -16,6 +17,7 @@ from omni_convert.formats.mxfp4 import Mxfp4
 from omni_convert.formats.mxfp4_dualscale import Mxfp4DualScale
 from omni_convert.formats.mxfp8 import Mxfp8
 from omni_convert.loaders import QuantizedLinear, kernel_report
+from omni_convert.loaders.packed_int4 import PackedInt4
 from omni_convert.loaders.transformers_quantizer import TransformersConfig
 
 FP8 = {"quant_method": "omni_convert", "method": "fp8", "activation_scheme": "dynamic"} | {
@@ -31,6 +33,7 @@ CHECKPOINTS = {
     "mxfp8": (Mxfp8(), MX | {"method": "mxfp8", "is_checkpoint_mxfp8_serialized": True}),
     "mxfp4": (Mxfp4(), MX | {"method": "mxfp4", "is_checkpoint_mxfp4_serialized": True}),
     "mxfp4_dualscale": (Mxfp4DualScale(), MX | {"method": "mxfp4_dualscale", "is_checkpoint_serialized": True}),
+    "w4a16": (PackedInt4(32), auto_round.to_block(32, (), ())),
 }
 LAYERS = 14
 IDS = torch.tensor([[2, 3, 4]])

@@ -11,16 +11,17 @@ from omni_convert.formats.mxfp4_dualscale import Mxfp4DualScale
 from omni_convert.formats.mxfp8 import Mxfp8
 from omni_convert.formats.nvfp4 import Nvfp4
 from omni_convert.loaders.kernels.decoding import DECODABLE, decode_rows, padded_columns, weight_unit
+from omni_convert.loaders.packed_int4 import PackedInt4, weight_shape
 from omni_convert.loaders.resident import disk_tensors, resident_tensors
 
-FORMATS = (Fp8(), Fp8Block((16, 48)), Int8(), Mxfp8(), Mxfp4(), Mxfp4DualScale(), Nvfp4())
+FORMATS = (Fp8(), Fp8Block((16, 48)), Int8(), Mxfp8(), Mxfp4(), Mxfp4DualScale(), Nvfp4(), PackedInt4(32))
 WIDTHS = [1, 16, 33, 640]
 CASES = [(fmt, width) for fmt in FORMATS for width in WIDTHS if fmt.unsupported(24, width) is None]
 
 
 def decode(fmt: Format, tensors: dict[str, torch.Tensor], columns: int) -> torch.Tensor:
     """float32 [out, padded], in two parts that do not start at a block of rows."""
-    rows = len(tensors["weight"])
+    rows, _ = weight_shape(tensors)
     out = torch.full((rows, padded_columns(fmt, columns)), torch.nan, dtype=torch.bfloat16)
     decode_rows(fmt, tensors, 0, columns, out[: rows // 3])
     decode_rows(fmt, tensors, rows // 3, columns, out[rows // 3 :])
@@ -38,6 +39,8 @@ def test_rows_are_what_dequantizing_gives(fmt, columns, magnitude):
     decoded = decoded[:, :columns]
     if isinstance(fmt, Fp8 | Mxfp8 | Mxfp4):
         assert torch.equal(decoded, expected)
+    elif isinstance(fmt, PackedInt4):
+        assert torch.equal(decoded, expected.bfloat16().float())
     elif isinstance(fmt, Nvfp4):  # the same numbers, multiplied in another order
         assert torch.allclose(decoded, expected, rtol=2**-22, atol=0)
     else:

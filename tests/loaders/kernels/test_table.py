@@ -25,6 +25,7 @@ from omni_convert.loaders.kernels.mx_scaled_mm import NVFP4_SCALED_MM
 from omni_convert.loaders.kernels.npu import NPU_MXFP4, NPU_MXFP4_DUALSCALE, NPU_MXFP8
 from omni_convert.loaders.kernels.reference import REFERENCE, WEIGHT_ONLY
 from omni_convert.loaders.kernels.table import KERNELS, OVERRIDE, select_kernel
+from omni_convert.loaders.packed_int4 import PackedInt4
 from omni_convert.loaders.resident import disk_tensors, resident_tensors
 
 CPU = torch.device("cpu")
@@ -40,6 +41,7 @@ FORMATS = {
     "mxfp4_dualscale": Mxfp4DualScale(),
     "nvfp4": Nvfp4(),
     "nvfp4 static": Nvfp4(static=True),
+    "w4a16": PackedInt4(64),
 }
 # Rounding to bf16 changes a number by 2^-8 at most, relatively, and by half of that on average. Results that pass
 # through bf16 are rounded once; decoding also rounds inputs times scales, and for two formats the scales of weights.
@@ -115,7 +117,7 @@ def test_a_weight_of_many_chunks_and_tiles_is_put_together_in_order(monkeypatch)
         assert torch.allclose(DECODE_MM.run(x, tensors, fmt, bias).float(), out.float(), rtol=2**-7)
 
 
-ERRORS = {Int8: 0.015, Mxfp4: 0.18, Mxfp4DualScale: 0.17, Nvfp4: 0.14}
+ERRORS = {Int8: 0.015, Mxfp4: 0.18, Mxfp4DualScale: 0.17, Nvfp4: 0.14, PackedInt4: 0.14}
 
 
 @pytest.mark.parametrize("fmt", FORMATS.values(), ids=FORMATS)
@@ -148,6 +150,7 @@ def test_the_reference_rounds_inputs_as_the_runtime_and_multiplies_what_it_store
         ("mxfp8", "cpu_decode_mm", None),
         ("mxfp4_dualscale", "cpu_decode_mm", None),
         ("nvfp4 static", "cpu_decode_mm", None),
+        ("w4a16", "cpu_decode_mm", None),
     ],
 )
 def test_the_cpu_runs_the_fastest_kernel_and_a_scaled_gemm_if_asked_to(name, kernel, scaled):
