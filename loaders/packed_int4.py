@@ -16,7 +16,7 @@ from torch import Tensor
 
 from omni_convert.formats.dialect import Spelling
 from omni_convert.formats.dialects.auto_round import AUTO_ROUND
-from omni_convert.formats.format import Format, TensorLayout, TensorRows, iterate_rows
+from omni_convert.formats.format import Format, QuantizingFormat, TensorLayout, TensorRows, iterate_rows
 from omni_convert.formats.int4 import PACKED_ROWS, Int4
 from omni_convert.formats.tensor_spec import TensorSpec
 
@@ -76,7 +76,7 @@ class PackedInt4(Int4):
         return spelling
 
 
-def as_loaded(fmt: Format) -> Format:
+def as_loaded(fmt: QuantizingFormat) -> QuantizingFormat:
     """The format whose tensors a layer holds in memory: of W4A16 those of the file, of others the format itself."""
     if isinstance(fmt, Int4) and not isinstance(fmt, PackedInt4):
         return PackedInt4(fmt.group, fmt.search)

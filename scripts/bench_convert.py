@@ -11,11 +11,17 @@ Writes a synthetic Z-Image transformer (the real class's names and shapes, rando
 Runs and floors begin alike: the source is not in memory, and what was freed before has been idle for a few seconds
 (a virtual machine may by then have handed it back, and pays for getting it again).
 
+`--transcode` measures what becomes of quantized checkpoints instead, which are made first: METHOD:DIALECT is `-m keep`
+to another spelling, METHOD:dequantize gives BF16 back, METHOD-PART leaves the layers of that name in BF16, so that most
+bytes are copied.
+
 MX, dual-scale and nvfp4 run with `--no-search`; NAME+search is the default search. Peers (ModelOpt, convert_to_quant)
 run for fp8 where they are installed.
 
     python scripts/bench_convert.py --size 5 12
     python scripts/bench_convert.py --size 5 --methods mxfp4 mxfp4_dualscale+search --workers 1 2
+    python scripts/bench_convert.py --size 5 --transcode
+    python scripts/bench_convert.py --size 5 --transcode fp8:modelopt mxfp4:dequantize
 """
 
 from __future__ import annotations
@@ -47,6 +53,17 @@ SETTLE_SECONDS = 5.0
 # One block of the full-size model: 181 million parameters.
 BLOCK_BYTES = 362e6
 METHODS = ("fp8", "int8", "mxfp8", "mxfp4", "mxfp4_dualscale", "nvfp4")
+TRANSCODINGS = (
+    "fp8:modelopt",
+    "mxfp8:comfyui",
+    "int8:compressed-tensors",
+    "mxfp4:compressed-tensors",
+    "mxfp8:msmodelslim",
+    "fp8-feed_forward:modelopt",
+    "fp8:dequantize",
+    "mxfp4:dequantize",
+)
+DEQUANTIZE = "dequantize"
 PEER_MEMORY_GB = 4.0
 
 # Each peer as a program that converts `source` (a folder or file) to FP8 in `output`; argv: source, output.
@@ -158,6 +175,12 @@ def convert_command(source: Path, output: Path, method: str, workers: int) -> li
     return [*program, str(source), "-o", str(output), "--quiet", "--workers", str(workers), *arguments]
 
 
+def transcode_command(source: Path, output: Path, target: str, workers: int) -> list[str]:
+    program = [sys.executable, "-m", "omni_convert.convert.cli"]
+    arguments = [DEQUANTIZE, str(source)] if target == DEQUANTIZE else [str(source), "-m", "keep", "--dialect", target]
+    return [*program, *arguments, "-o", str(output), "--quiet", "--workers", str(workers)]
+
+
 def peer_commands(source: Path, output: Path) -> Iterable[tuple[str, list[str]]]:
     """The other converters that are installed here, on the same source."""
     if importlib.util.find_spec("modelopt") is not None:
@@ -205,11 +228,30 @@ def benchmark(folder: Path, arguments: argparse.Namespace) -> None:
         report(label, available_cores(), total, run, floor)
 
 
+def benchmark_transcoding(folder: Path, arguments: argparse.Namespace) -> None:
+    """All transcodings, each of a checkpoint that is quantized for it."""
+    source, output = folder / "quantized", folder / "output"
+    made = None
+    for transcoding in arguments.transcode or TRANSCODINGS:
+        method, _, target = transcoding.partition(":")
+        if method != made:
+            shutil.rmtree(source, ignore_errors=True)
+            name, _, ignored = method.partition("-")
+            command = convert_command(folder / "source", source, name, available_cores())
+            subprocess.run([*command, *(["--ignored-layers", ignored] if ignored else [])], check=True)
+            made = method
+        for workers in arguments.workers:
+            command = transcode_command(source, output, target, workers)
+            run, floor = best_of(arguments.repeat, command, source, output)
+            report(transcoding, workers, weight_bytes(source), run, floor)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", type=float, nargs="+", default=[5.0, 12.0], help="gigabytes of bf16 weights")
     parser.add_argument("--shards", type=int, default=3)
     parser.add_argument("--methods", nargs="+", default=list(METHODS), metavar="METHOD")
+    parser.add_argument("--transcode", nargs="*", metavar="METHOD:TARGET", help=f"instead; {', '.join(TRANSCODINGS)}")
     parser.add_argument("--workers", type=int, nargs="+", default=[available_cores()])
     parser.add_argument("--repeat", type=int, default=2)
     parser.add_argument(
@@ -224,7 +266,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory(dir=arguments.scratch) as folder:
             (Path(folder) / "source").mkdir()
             write_transformer(Path(folder) / "source", size, arguments.shards)
-            benchmark(Path(folder), arguments)
+            (benchmark if arguments.transcode is None else benchmark_transcoding)(Path(folder), arguments)
 
 
 if __name__ == "__main__":

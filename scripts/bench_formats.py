@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from omni_convert.convert.workers import keep_freed_memory
-from omni_convert.formats.format import Format
+from omni_convert.formats.format import QuantizingFormat
 from omni_convert.formats.fp8 import Fp8, Fp8Block
 from omni_convert.formats.int8 import Int8
 from omni_convert.formats.mxfp4 import Mxfp4
@@ -34,7 +34,7 @@ from omni_convert.formats.nvfp4 import Nvfp4
 
 Quantize = Callable[[Tensor], object]
 
-FORMATS: dict[str, Format] = {
+FORMATS: dict[str, QuantizingFormat] = {
     "fp8": Fp8(),
     "fp8 block 128x128": Fp8Block(),
     "int8": Int8(),
