@@ -1,17 +1,23 @@
 """`verify`: every value and name of a model against its format, its dialect and the runtimes; read once, tile by tile.
 
 headers ─► names, dtypes, shapes ─► config block and marks ─► layers against the family ─► values ─► the reference
+
+Beside it, a thread hashes the files and holds them against the manifest, if there is one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 from omni_convert.convert.component_weights import renamed
+from omni_convert.convert.file_check import check_files
 from omni_convert.convert.inspection import component_names
+from omni_convert.convert.output import MANIFEST
 from omni_convert.convert.reference_check import FOUR_BITS, check_against, check_kept
 from omni_convert.convert.source import Source
 from omni_convert.formats.block_check import check_block
@@ -73,7 +79,28 @@ def verify_source(
     Raises:
         CheckpointError: there are no weights; or the reference cannot be read, or is another model.
     """
-    return [_verify(source, name, reference, progress) for name in component_names(source)]
+    names, stop = component_names(source), Event()
+    with ThreadPoolExecutor(1) as beside:  # while the system has the bytes in memory that the checks of values read
+        hashing = beside.submit(check_files, source.path, stop)
+        try:
+            components = [_verify(source, name, reference, progress) for name in names]
+            return _with_files(components, hashing.result())
+        finally:
+            stop.set()
+
+
+def _with_files(
+    components: Sequence[VerifiedComponent], found: Sequence[tuple[str, Finding]]
+) -> list[VerifiedComponent]:
+    """The components, each with what was found of the files in its folder; the first with all others."""
+    folders = {component.name for component in components}
+    first = components[0].name if components else ""
+
+    def of(component: VerifiedComponent) -> tuple[Finding, ...]:
+        homes = ((path.partition("/")[0] if "/" in path else "", finding) for path, finding in found)
+        return tuple(finding for home, finding in homes if (home if home in folders else first) == component.name)
+
+    return [replace(component, findings=(*component.findings, *of(component))) for component in components]
 
 
 def _verify(source: Source, name: str, reference: Source | None, progress: Callable[[int], None]) -> VerifiedComponent:
@@ -141,10 +168,13 @@ def _scope(source: Source, reading: LenientReading, config: dict[str, Any]) -> l
 
 def _is_for_our_loader(source: Source) -> bool:
     """Whether the manifest says that the layers were chosen for diffusers."""
-    path = source.path / "omni_convert.json"
+    path = source.path / MANIFEST
     if not path.is_file():
         return False
-    recipe = read_json(path).get("recipe")
+    try:
+        recipe = read_json(path).get("recipe")
+    except CheckpointError:  # the check of the files reports it
+        return False
     return isinstance(recipe, dict) and recipe.get("runtime") == "diffusers"
 
 

@@ -13,6 +13,7 @@ Severity = Literal["error", "warning"]
 #: Every check, and what it looks for.
 CHECKS = {
     "damaged-file": "files that cannot be read, or contradict their index",
+    "changed-file": "files that are missing, or not the bytes that omni_convert.json says were written",
     "unreadable-layer": "tensors that make up no known format",
     "missing-companion": "codes without the scale (or other tensor) that gives them their meaning",
     "extra-companion": "scales that belong to no quantized weight, or that the format does not use",

@@ -462,7 +462,20 @@ def on(dialect: str, method: str, hidden: int = 256) -> Base:
     return lambda: written(dialect, method, hidden)
 
 
+def of_class(name: str) -> Callable[[Model], None]:
+    def rename_class(model: Model) -> None:
+        model.config["_class_name"] = name
+
+    return rename_class
+
+
 BROKEN: dict[str, Case] = {
+    "a model that is built in full precision": (
+        on(OMNI, "fp8"), of_class("SD3Transformer2DModel"), "unsupported-family", "",
+    ),
+    "a method that the model has no loader for": (
+        on("modelopt", "nvfp4"), of_class("WanTransformer3DModel"), "unsupported-family", "",
+    ),
     # companions
     "fp8 without scale": (on(OMNI, "fp8"), change(f"{Q}.weight_scale", remove), "missing-companion", Q),
     "int8 without scale": (on(OMNI, "int8"), change(f"{W2}.weight_scale", remove), "missing-companion", W2),
@@ -837,6 +850,42 @@ def test_everything_we_write_of_a_pipeline_is_right(tiny_pipeline_folder: Path, 
     assert compared == {"transformer", *recipe.component}
 
 
+def test_files_are_those_that_the_manifest_says_were_written(tiny_pipeline_folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    convert_checkpoint(tiny_pipeline_folder, out, Recipe())
+    weights = out / "transformer" / "diffusion_pytorch_model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1  # a bit of a number, which no check of values can notice
+    weights.write_bytes(content)
+    (out / "scheduler" / "scheduler_config.json").unlink()
+    (out / "README.md").write_text("My own words.")
+    found = {
+        (component.name, finding.severity, finding.layer)
+        for component in verify_source(Source(out, "out"))
+        for finding in component.findings
+        if finding.check == "changed-file"
+    }
+    first = verify_source(Source(out, "out"))[0].name
+    assert found == {
+        ("transformer", "error", "transformer/diffusion_pytorch_model.safetensors"),
+        (first, "error", "scheduler/scheduler_config.json"),
+        (first, "warning", "README.md"),
+    }
+
+
+def test_a_manifest_may_not_lead_out_of_the_folder(tmp_path: Path) -> None:
+    folder = written(OMNI, "fp8").write(tmp_path / "model")
+    (tmp_path / "secret").write_text("")
+    names = ["../secret", str(tmp_path / "secret"), "a/../../secret"]
+    (folder / "omni_convert.json").write_text(json.dumps({"files": dict.fromkeys(names, "0"), "recipe": 1}))
+    findings = findings_of(folder)
+    assert {finding.layer for finding in findings} == set(names)
+    assert all("outside of the folder" in finding.what for finding in findings)
+    (folder / "omni_convert.json").write_text("{")
+    (found,) = findings_of(folder)
+    assert (found.check, found.layer) == ("damaged-file", "omni_convert.json")
+
+
 def test_layers_of_the_text_encoder_must_be_ignored_as_well(tiny_pipeline_folder: Path, tmp_path: Path) -> None:
     convert_checkpoint(tiny_pipeline_folder, tmp_path / "out", Recipe("int8"))
     path = tmp_path / "out" / "transformer" / "config.json"
@@ -845,8 +894,8 @@ def test_layers_of_the_text_encoder_must_be_ignored_as_well(tiny_pipeline_folder
     config["quantization_config"]["ignored_layers"] = [name for name in names if name != "lm_head"]
     path.write_text(json.dumps(config))
     components = verify_source(Source(tmp_path / "out", "out"))
-    (found,) = [finding for component in components for finding in component.findings]
-    assert (found.check, found.layer) == ("not-ignored", "lm_head")
+    found = {(finding.check, finding.layer) for component in components for finding in component.findings}
+    assert found == {("not-ignored", "lm_head"), ("changed-file", "transformer/config.json")}
 
 
 def test_the_command_tells_what_where_whom_and_what_to_do(tmp_path: Path) -> None:
@@ -883,5 +932,5 @@ def test_a_single_file_is_checked(tmp_path: Path) -> None:
 
 def test_every_check_is_proven_by_a_broken_file() -> None:
     proven = {check for _, _, check, _ in (*BROKEN.values(), *BROKEN_BY_REFERENCE.values())}
-    elsewhere = {"damaged-file", "unsupported-family"}
+    elsewhere = {"damaged-file", "changed-file"}
     assert proven | elsewhere == CHECKS.keys()
