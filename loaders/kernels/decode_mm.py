@@ -8,7 +8,6 @@ takes as soon as it is full, so that no whole weight in bfloat16 ever exists.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Mapping
 from functools import partial
 
@@ -26,6 +25,7 @@ from omni_convert.formats.table import FORMATS, FormatOptions
 from omni_convert.loaders.kernels.decoding import DECODABLE, decode_rows, padded_columns, weight_unit
 from omni_convert.loaders.kernels.kernel import Kernel, Requirements
 from omni_convert.loaders.kernels.reference import rounded_input, smoothed_input
+from omni_convert.loaders.kernels.scratch import Scratch
 from omni_convert.loaders.packed_int4 import PackedInt4, as_loaded, weight_shape
 
 __all__ = ["CPU_DECODE_MM", "DECODE_MM", "DECODE_WEIGHT_MM"]
@@ -36,23 +36,7 @@ CPU_TILE = 1 << 18
 CPU_CHUNK = 1 << 22
 ACCELERATOR_CHUNK = 1 << 26
 
-
-class _Buffer(threading.local):
-    """Where weights are decoded to on a CPU, one of each thread: fresh memory costs more page faults than decoding."""
-
-    elements: Tensor | None = None
-
-    def take(self, count: int, device: torch.device) -> Tensor:
-        """bfloat16 [count], on a CPU valid until the next call."""
-        if device.type != "cpu" or count > CPU_CHUNK:
-            return torch.empty(count, dtype=torch.bfloat16, device=device)
-        if self.elements is None:
-            with torch.inference_mode(False):  # else it could not be written to outside of that mode
-                self.elements = torch.empty(CPU_CHUNK, dtype=torch.bfloat16)
-        return self.elements[:count]
-
-
-_BUFFER = _Buffer()
+_WEIGHT = Scratch()
 
 
 def _decode_mm(x: Tensor, tensors: Mapping[str, Tensor], fmt: Format, bias: Tensor | None, is_rounded: bool) -> Tensor:
@@ -88,8 +72,12 @@ def _prepare_input(x: Tensor, tensors: Mapping[str, Tensor], fmt: Format, is_rou
 def _decode(fmt: Format, tensors: Mapping[str, Tensor], start: int, stop: int, columns: int) -> Tensor:
     """Rows `start` to `stop` in bfloat16, decoded a tile at a time."""
     width = padded_columns(fmt, columns)
-    weight = _BUFFER.take((stop - start) * width, next(iter(tensors.values())).device).view(stop - start, width)
-    step = max(1, CPU_TILE // width) if weight.device.type == "cpu" else stop - start
+    device, count = next(iter(tensors.values())).device, (stop - start) * width
+    if device.type == "cpu":
+        weight, step = _WEIGHT.take(count, torch.bfloat16), max(1, CPU_TILE // width)
+    else:
+        weight, step = torch.empty(count, dtype=torch.bfloat16, device=device), stop - start
+    weight = weight.view(stop - start, width)
     for first in range(0, stop - start, step):
         decode_rows(fmt, tensors, start + first, columns, weight[first : first + step])
     return weight

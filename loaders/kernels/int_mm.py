@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -10,45 +10,59 @@ from torch.nn import functional as F
 
 from omni_convert.formats.format import Format
 from omni_convert.formats.int8 import Int8
-from omni_convert.loaders.kernels.fused_activation import int8_per_token
+from omni_convert.loaders.kernels import fused_activation
+from omni_convert.loaders.kernels.activation import int8_per_token
 from omni_convert.loaders.kernels.kernel import Kernel, Requirements
+from omni_convert.loaders.kernels.scratch import Scratch
 
 __all__ = ["INT_MM"]
 
 # cuBLASLt refuses 16 rows or fewer; 32 is the next multiple of 8 that tiles well.
 FEWEST_CUDA_ROWS = 17
 PADDED_CUDA_ROWS = 32
-# On a CPU, the int32 and float32 results of so many rows and columns stay in the cache that cores share. Their memory
-# is allocated once a call: to get it anew for each tile costs more than the arithmetic on it.
-CPU_TILE_ROWS, CPU_TILE_COLUMNS = 512, 3072
+# On a CPU, of so many elements at a time the intermediates stay in cache: rows that are quantized, in that of a core or
+# two; codes that are multiplied and their products, in that which cores share.
+CPU_QUANTIZED, CPU_CODES, CPU_PRODUCTS = 1 << 20, 1 << 23, 1 << 21
+_CODES, _RESULTS = Scratch(), Scratch()
 
 
 def _run(x: Tensor, tensors: Mapping[str, Tensor], _fmt: Format, bias: Tensor | None) -> Tensor:
     weight, weight_scale = tensors["weight"], tensors["weight_scale"].reshape(1, -1)
     if x.device.type == "cpu" and not torch.compiler.is_compiling():  # a compiler fuses the steps itself
         return _run_in_tiles(x, weight, weight_scale, bias)
-    codes, input_scale = int8_per_token(x)
+    codes, input_scale = fused_activation.int8_per_token(x)
     products = _multiply(codes, weight.t())  # int32 [M, out]
     out = (products * weight_scale).mul_(input_scale)
     return (out if bias is None else out.add_(bias)).to(x.dtype)
 
 
+@torch.no_grad()  # rounding has no derivative
 def _run_in_tiles(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
-    rows, columns = len(x), len(weight)
-    out = x.new_empty(rows, columns)
-    elements = min(rows, CPU_TILE_ROWS) * min(columns, CPU_TILE_COLUMNS)
-    products, scaled = torch.empty(elements, dtype=torch.int32), torch.empty(elements)
-    for row in range(0, rows, CPU_TILE_ROWS):
-        codes, input_scale = int8_per_token(x[row : row + CPU_TILE_ROWS])
-        for column in range(0, columns, CPU_TILE_COLUMNS):
-            here = slice(column, column + CPU_TILE_COLUMNS)
-            target = out[row : row + CPU_TILE_ROWS, here]
-            tile = products[: target.numel()].view(target.shape)
-            torch._int_mm(codes, weight[here].t(), out=tile)  # noqa: SLF001  # torch has no public name for it
-            result = scaled[: target.numel()].view(target.shape).copy_(tile)
-            result.mul_(weight_scale[:, here]).mul_(input_scale)
-            target.copy_(result if bias is None else result.add_(bias[here]))
+    out = x.new_empty(len(x), len(weight))
+    for rows in _tiles(len(x), CPU_CODES // x.shape[1]):
+        codes, input_scale = _quantize_in_tiles(x[rows])
+        for columns in _tiles(len(weight), CPU_PRODUCTS // len(codes)):
+            target = out[rows, columns]
+            products = _RESULTS.take(target.numel(), torch.int32).view(target.shape)
+            torch._int_mm(codes, weight[columns].t(), out=products)  # noqa: SLF001  # torch has no public name for it
+            result = products.view(torch.float32).copy_(products)  # in place
+            result.mul_(weight_scale[:, columns]).mul_(input_scale)
+            target.copy_(result if bias is None else result.add_(bias[columns]))
     return out
+
+
+def _quantize_in_tiles(x: Tensor) -> tuple[Tensor, Tensor]:
+    codes, scale = _CODES.take(x.numel(), torch.int8).view(x.shape), torch.empty(len(x), 1)
+    for rows in _tiles(len(x), CPU_QUANTIZED // x.shape[1]):
+        values = _RESULTS.take(x[rows].numel(), torch.float32).view(x[rows].shape)
+        scale[rows] = int8_per_token(x[rows], values, codes[rows])[1]
+    return codes, scale
+
+
+def _tiles(count: int, most: int) -> Iterator[slice]:
+    """Slices of 0..count of `most` elements, or of one if that is none."""
+    step = max(1, most)
+    return (slice(start, start + step) for start in range(0, count, step))
 
 
 def _multiply(codes: Tensor, weight: Tensor) -> Tensor:

@@ -1,0 +1,29 @@
+"""Memory that CPU kernels compute in: to get it anew in each call costs more page faults than the work done there."""
+
+from __future__ import annotations
+
+import threading
+
+import torch
+from torch import Tensor
+
+__all__ = ["Scratch"]
+
+# Of the size of a third-level cache, not of a model.
+MOST_BYTES = 8 << 20
+
+
+class Scratch(threading.local):
+    """Memory of each thread, which keeps what it has used of 8 MiB."""
+
+    _memory: Tensor | None = None
+
+    def take(self, count: int, dtype: torch.dtype) -> Tensor:
+        """[count], on the CPU, valid until the thread's next call; more than a thread keeps is allocated."""
+        size = count * dtype.itemsize
+        if size > MOST_BYTES:
+            return torch.empty(count, dtype=dtype)
+        if self._memory is None:
+            with torch.inference_mode(False):  # else it could not be written to outside of that mode
+                self._memory = torch.empty(MOST_BYTES, dtype=torch.uint8)
+        return self._memory[:size].view(dtype)
