@@ -110,11 +110,19 @@ class SafetensorsFile:
         Raises:
             CheckpointError: the file cannot be read, or has shrunk since it was opened.
         """
-        if not 0 <= start <= stop <= self.specs[name].nbytes:
-            raise IndexError(f"bytes {start} to {stop} of tensor {quoted(name)}")
         buffer = bytearray(stop - start)
-        self._read_into(self._open_descriptor(), memoryview(buffer), self._offsets[name] + start)
+        self.read_into(name, start, memoryview(buffer))
         return bytes(buffer)
+
+    def read_into(self, name: str, start: int, buffer: memoryview) -> None:
+        """Fills a buffer of bytes with those of a tensor that begin at `start`.
+
+        Raises:
+            CheckpointError: the file cannot be read, or has shrunk since it was opened.
+        """
+        if not 0 <= start <= start + len(buffer) <= self.specs[name].nbytes:
+            raise IndexError(f"bytes {start} to {start + len(buffer)} of tensor {quoted(name)}")
+        self._read_into(self._open_descriptor(), buffer, self._offsets[name] + start)
 
     def prefetch(self, name: str, limit: int) -> None:
         """Has the system read a tensor, at most `limit` bytes of it, while we do something else."""

@@ -29,7 +29,6 @@ from omni_convert.loaders.checkpoint_headers import read_headers
 from omni_convert.loaders.config_block import ConfigBlock, is_ours
 from omni_convert.loaders.group_fit import GroupFits, PlannedLayer
 from omni_convert.loaders.installation import (
-    check_tensor,
     install_empty_layers,
     install_quantized,
     refuse_homeless,
@@ -39,6 +38,7 @@ from omni_convert.loaders.installation import (
     to_disk_state,
 )
 from omni_convert.loaders.quantized_linear import QuantizedLinear
+from omni_convert.loaders.stored_values import check_stored_values
 
 __all__ = ["DiffusersConfig", "DiffusersOmniQuantizer", "register"]
 
@@ -59,6 +59,7 @@ class DiffusersOmniQuantizer(DiffusersQuantizer):  # type: ignore[misc]  # diffu
         super().__init__(quantization_config, **kwargs)
         self.meaning = quantization_config.meaning
         self.where = "checkpoint"
+        self.files: Sequence[str] = ()
         self.specs: dict[str, TensorSpec] = {}
         self.loaded: set[str] = set()  # tensors of quantized layers, taken raw from the file
         self.planned: dict[str, PlannedLayer] = {}  # layers to quantize while loading
@@ -76,7 +77,7 @@ class DiffusersOmniQuantizer(DiffusersQuantizer):  # type: ignore[misc]  # diffu
 
     def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: Sequence[str]) -> list[str]:
         """Called before the model is prepared: the place to see what the files hold."""
-        self.where = str(Path(checkpoint_files[0]).parent)
+        self.where, self.files = str(Path(checkpoint_files[0]).parent), checkpoint_files
         if self.pre_quantized:
             self.specs = read_headers(checkpoint_files)
         else:
@@ -90,6 +91,7 @@ class DiffusersOmniQuantizer(DiffusersQuantizer):  # type: ignore[misc]  # diffu
             return
         self.loaded = install_empty_layers(model, self.specs, self.meaning, self.where)
         refuse_homeless(model, self.specs, self.where)
+        check_stored_values(self.files, self.loaded, self.where)
 
     def update_missing_keys(self, model: nn.Module, missing_keys: list[str], **_: Any) -> list[str]:
         """Raises CheckpointError where diffusers would only warn and leave tensors on the meta device."""
@@ -122,7 +124,6 @@ class DiffusersOmniQuantizer(DiffusersQuantizer):  # type: ignore[misc]  # diffu
         if not self.pre_quantized:
             install_quantized(model, stem, raw.to(target_device), self.planned[stem], self.where, self.fits)
             return
-        check_tensor(param_name, raw, self.where)
         try:
             setattr(model.get_submodule(stem), suffix, raw.to(target_device))
         except CheckpointError as error:

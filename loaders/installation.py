@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from omni_convert.formats.dialects.vllm_omni import ignored_names
-from omni_convert.formats.e8m0 import E8M0_NAN
 from omni_convert.formats.errors import CheckpointError, RecipeError
 from omni_convert.formats.family import LayerGroup, find_family
 from omni_convert.formats.format import Format, QuantizingFormat
@@ -40,7 +39,6 @@ from omni_convert.loaders.quantized_linear import QuantizedLinear
 from omni_convert.loaders.resident import disk_tensors
 
 __all__ = [
-    "check_tensor",
     "declared_format",
     "homeless_names",
     "install_empty_layers",
@@ -185,42 +183,6 @@ def refuse_homeless(model: nn.Module, names: Collection[str], where: str) -> Non
             f"{where}: found {len(homeless)} tensors without a home in {type(model).__name__} ({shown}), "
             "expected none; the checkpoint belongs to another model or version"
         )
-
-
-def check_tensor(name: str, tensor: Tensor, where: str) -> None:
-    """Refuses a tensor of a quantized layer that holds what no such tensor may.
-
-    Raises:
-        CheckpointError: a scale that is not a finite number or negative, or a code that is NaN.
-    """
-    (check_scale if "scale" in name.rpartition(".")[2] else check_codes)(name, tensor, where)
-
-
-def check_scale(name: str, tensor: Tensor, where: str) -> None:
-    """A scale must be a finite number that is not negative.
-
-    Raises:
-        CheckpointError: it is not.
-    """
-    if tensor.dtype is torch.uint8:  # E8M0
-        is_sound = bool((tensor != E8M0_NAN).all())
-    else:
-        is_sound = bool(((tensor.float() >= 0) & (tensor.float() < torch.inf)).all())
-    if not is_sound:
-        raise CheckpointError(f"{where}: {name} holds NaN, Inf or a negative number, expected scales; convert again")
-
-
-def check_codes(name: str, codes: Tensor, where: str) -> None:
-    """E4M3 has a NaN, which a kernel that shifts bits would take for a number.
-
-    Raises:
-        CheckpointError: a code is NaN.
-    """
-    if codes.dtype is not torch.float8_e4m3fn or not codes.numel():
-        return
-    # 0x7F is the largest of signed bytes, 0xFF of unsigned ones: nothing is copied.
-    if int(codes.view(torch.int8).max()) == 0x7F or int(codes.view(torch.uint8).max()) == 0xFF:
-        raise CheckpointError(f"{where}: {name} holds NaN, expected finite weights; convert again")
 
 
 def select_layers(model: nn.Module, config: QuantizationConfig) -> tuple[dict[str, PlannedLayer], QuantizationConfig]:

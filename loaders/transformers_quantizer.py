@@ -25,10 +25,8 @@ from omni_convert.formats.tensor_spec import TensorSpec
 from omni_convert.loaders.auto_round_block import is_packed_int4
 from omni_convert.loaders.checkpoint_headers import read_headers
 from omni_convert.loaders.config_block import ConfigBlock
-from omni_convert.loaders.fp8_storage import Fp8WeightStorage
 from omni_convert.loaders.group_fit import GroupFits, PlannedLayer
 from omni_convert.loaders.installation import (
-    check_tensor,
     install_empty_layers,
     install_quantized,
     refuse_homeless,
@@ -39,6 +37,7 @@ from omni_convert.loaders.installation import (
 )
 from omni_convert.loaders.packed_int4 import CODES
 from omni_convert.loaders.quantized_linear import QuantizedLinear
+from omni_convert.loaders.stored_values import check_stored_values
 
 __all__ = ["TransformersConfig", "TransformersOmniQuantizer", "register"]
 
@@ -76,10 +75,12 @@ class TransformersOmniQuantizer(HfQuantizer):  # type: ignore[misc]  # transform
             self.fits = _open_fits(files, model)
             self.quantization_config.say(self.meaning, self.planned)
             return
-        specs = {name: replace(spec, name=name) for name, spec in _renamed(read_headers(files), model).items()}
+        stored = _renamed(read_headers(files), model)
+        specs = {name: replace(spec, name=name) for name, spec in stored.items()}
         self.loaded = install_empty_layers(model, specs, self.meaning, self.where)
         # A plain tensor without a home is common here (a causal LM's head under a base model); a quantized one is not.
         refuse_homeless(model, _of_quantized_layers(specs), self.where)
+        check_stored_values(files, {stored[name].name for name in self.loaded}, self.where)
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
         """No cast for codes and scales, whatever `keep_in_fp32` lists may say."""
@@ -97,11 +98,7 @@ class TransformersOmniQuantizer(HfQuantizer):  # type: ignore[misc]  # transform
     def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
         self.fits.close()
         settle_compute_dtypes(model)
-        for name, layer in model.named_modules():
-            if isinstance(layer, QuantizedLinear | Fp8WeightStorage):
-                for suffix, tensor in layer.named_buffers(recurse=False):
-                    if not tensor.is_meta:
-                        check_tensor(f"{name}.{suffix}", tensor, self.where)
+        for layer in model.modules():
             if isinstance(layer, QuantizedLinear) and layer.device.type != "meta":
                 layer.select_kernel()
         return model
