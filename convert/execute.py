@@ -161,10 +161,15 @@ def name_of(plan: ComponentPlan, tile: Tile) -> str:
 
 @dataclass(frozen=True)
 class Finished:
-    """A tile whose bytes are in the output."""
+    """A tile whose bytes are in the output.
+
+    Attributes:
+        parts: CRC-32 of its rows of each output tensor, where this run made them; else only the record tells
+    """
 
     tile: Tile
     record: Record
+    parts: Mapping[str, int] | None = None
 
 
 def execute_component(component: ComponentPlan, folder: Path, engine: Engine, progress: Progress) -> ComponentResult:
@@ -313,7 +318,7 @@ def _write(
     fit: int = 0,
 ) -> Finished:
     """Writes what came of a tile, and notes it in the journal."""
-    parts = []
+    parts = {}
     for name, (first_row, _) in tile.ranges.items():
         tensor, writer = tensors[name], work.outputs.get(name)
         if writer is None:
@@ -322,10 +327,10 @@ def _write(
             writer.write_rows(name, first_row, tensor)
         else:
             writer.write(name, tensor)
-        parts.append(zlib.crc32(bytes_of(tensor)))
-    record = Record(_checksum(parts), squared_error, squared_norm, fit)
+        parts[name] = zlib.crc32(bytes_of(tensor))
+    record = Record(_checksum(list(parts.values())), squared_error, squared_norm, fit)
     work.engine.journal.add(work.name_of(tile), record)
-    return Finished(tile, record)
+    return Finished(tile, record, parts)
 
 
 def _checksum(parts: Sequence[int]) -> int:
@@ -340,14 +345,17 @@ def check_written(finished: Finished, outputs: Mapping[str, TensorWriter]) -> No
         OutputError: they differ.
     """
     tile = finished.tile
-    if not tile.ranges.keys() <= outputs.keys():
-        return  # a part of it is in another shard
-    parts = [outputs[name].checksum(name, *rows) for name, rows in tile.ranges.items()]
-    if _checksum(parts) != finished.record.checksum:
-        first = next(iter(tile.ranges))
+    # What another shard holds, its own maker compares.
+    found = {name: outputs[name].checksum(name, *rows) for name, rows in tile.ranges.items() if name in outputs}
+    if finished.parts is not None:
+        is_same = all(finished.parts[name] == checksum for name, checksum in found.items())
+    else:
+        is_same = _checksum(list(found.values())) == finished.record.checksum
+    if not is_same:
         raise OutputError(
-            f"{outputs[first].path}: found other bytes than were written of '{tile.source.name}', rows {tile.start} to "
-            f"{tile.stop - 1}, expected the same; check the disk and the memory, then go on with --resume"
+            f"{outputs[next(iter(found))].path}: found other bytes than were written of '{tile.source.name}', rows "
+            f"{tile.start} to {tile.stop - 1}, expected the same; check the disk and the memory, then go on with "
+            "--resume"
         )
 
 

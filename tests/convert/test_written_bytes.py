@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
@@ -15,6 +16,8 @@ from omni_convert.formats.safetensors_file import SafetensorsFile
 from omni_convert.formats.table import FORMATS, FormatOptions
 
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
+# Of shards, so that the codes of some layer end up in one and its scales in the next.
+SPLITTING_SIZE = "200KB"
 STEM = "layers.0.feed_forward.w2"
 METHODS = [method for method in FORMATS if method not in ("gguf", "fp8_storage")]
 
@@ -52,6 +55,42 @@ def test_a_bit_that_the_disk_flips_is_seen_in_every_kind_of_tensor(
         assert not output.exists()
         convert_checkpoint(tiny_pipeline_folder, output, Recipe(method=method, resume=True))
         assert (output / WEIGHTS).read_bytes() == good
+
+
+@pytest.fixture
+def split(tiny_pipeline_folder: Path, tmp_path: Path) -> dict[str, Path]:
+    """A conversion in many shards, and the two that a layer lies in, by what each has of it."""
+    output = tmp_path / "good"
+    convert_checkpoint(tiny_pipeline_folder, output, Recipe(method="int8", max_shard_size=SPLITTING_SIZE))
+    folder = output / "transformer"
+    files = json.loads((folder / f"{Path(WEIGHTS).name}.index.json").read_text())["weight_map"]
+    scales = [name for name in files if name.endswith(".weight_scale")]
+    scale = next(name for name in scales if files[name] != files[name.removesuffix("_scale")])
+    return {name: folder / files[name] for name in (scale, scale.removesuffix("_scale"))}
+
+
+@pytest.mark.parametrize("half", [0, 1])
+def test_both_halves_of_a_layer_that_lies_in_two_uploaded_shards_are_compared(
+    tiny_pipeline_folder: Path, split: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, half: int
+) -> None:
+    name, shard = list(split.items())[half]
+    position = sum(extents(shard)[name]) - 1
+    wrong = bytes([shard.read_bytes()[position] ^ 1])
+    pwrite = os.pwrite
+
+    def lying(descriptor: int, data: bytes, offset: int) -> int:
+        count = pwrite(descriptor, data, offset)
+        is_shard = Path(f"/proc/self/fd/{descriptor}").readlink().name == shard.name
+        if is_shard and offset <= position < offset + count:
+            pwrite(descriptor, wrong, position)
+        return count
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(os, "pwrite", lying)
+    with pytest.raises(OutputError, match=f"{shard.name}: found other bytes than were written"):
+        convert_checkpoint(
+            tiny_pipeline_folder, f"file://{tmp_path}/out", Recipe(method="int8", max_shard_size=SPLITTING_SIZE)
+        )
 
 
 @pytest.mark.parametrize("method", METHODS)
