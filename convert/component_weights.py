@@ -9,14 +9,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from omni_convert.convert.lora import Lora, read_lora
-from omni_convert.convert.original_names import has_original_files, under_diffusers_names
+from omni_convert.convert.original_names import has_original_files, layers_under_diffusers_names, under_diffusers_names
 from omni_convert.convert.recipe import LoraRequest
 from omni_convert.formats.baked import LowRank, Update, baked_view
 from omni_convert.formats.checkpoint import Checkpoint
 from omni_convert.formats.quantized import QuantizedCheckpoint
 from omni_convert.formats.view import dequantized_view
 
-__all__ = ["as_weights", "bake", "model_class", "renamed"]
+__all__ = ["as_weights", "bake", "model_class", "renamed", "renamed_layers"]
 
 
 def as_weights(opened: QuantizedCheckpoint) -> Checkpoint:
@@ -36,9 +36,30 @@ def renamed(checkpoint: Checkpoint, config: Mapping[str, Any], notes: list[str])
     if converted is None:
         return checkpoint
     view, unused = converted
-    left_out = f"; left out {len(unused)} tensors that the model has no use for, as '{unused[0]}'" if unused else ""
-    notes.append(f"{checkpoint.path.name}: renamed by diffusers' own conversion for {model_class(config)}{left_out}")
+    notes.append(_renaming(checkpoint, config, unused))
     return view
+
+
+def renamed_layers(opened: QuantizedCheckpoint, config: Mapping[str, Any], notes: list[str]) -> QuantizedCheckpoint:
+    """As `renamed`, of a quantized checkpoint, whose codes and scales stay as they are.
+
+    Raises:
+        CheckpointError: it is not the model that the config describes, or a layer would have to change.
+    """
+    checkpoint = opened.checkpoint
+    converted = (
+        layers_under_diffusers_names(opened, config, model_class(config)) if has_original_files(checkpoint) else None
+    )
+    if converted is None:
+        return opened
+    layers, unused = converted
+    notes.append(_renaming(checkpoint, config, unused))
+    return layers
+
+
+def _renaming(checkpoint: Checkpoint, config: Mapping[str, Any], unused: Sequence[str]) -> str:
+    left_out = f"; left out {len(unused)} tensors that the model has no use for, as '{unused[0]}'" if unused else ""
+    return f"{checkpoint.path.name}: renamed by diffusers' own conversion for {model_class(config)}{left_out}"
 
 
 def bake(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,12 @@ import torch
 
 from omni_convert.formats.checkpoint import Checkpoint
 from omni_convert.formats.errors import CheckpointError
-from omni_convert.formats.gathered import gathered_view, trace_rows
-from omni_convert.formats.view import CheckpointView
+from omni_convert.formats.gathered import Run, gathered_view, trace_rows
+from omni_convert.formats.gathered_layers import gathered_layers
+from omni_convert.formats.quantized import QuantizedCheckpoint
+from omni_convert.formats.view import CheckpointView, dequantized_view
 
-__all__ = ["has_original_files", "missing_config", "under_diffusers_names"]
+__all__ = ["has_original_files", "layers_under_diffusers_names", "missing_config", "under_diffusers_names"]
 
 # What diffusers calls its own files; any other may hold the names of another code.
 DIFFUSERS_FILES = "diffusion_pytorch_model"
@@ -40,6 +43,41 @@ def under_diffusers_names(
     Raises:
         CheckpointError: the conversion fails, or what comes of it is not the model of the config.
     """
+    traced = _trace(checkpoint, config, model_class)
+    return None if traced is None else (gathered_view(checkpoint, traced.runs, traced.shapes), traced.unused)
+
+
+def layers_under_diffusers_names(
+    quantized: QuantizedCheckpoint, config: Mapping[str, Any], model_class: str
+) -> tuple[QuantizedCheckpoint, list[str]] | None:
+    """As `under_diffusers_names`, with quantized layers as they are: codes and scales are only cut and joined.
+
+    Raises:
+        CheckpointError: see there; or a layer cannot be cut or joined without a change.
+    """
+    traced = _trace(dequantized_view(quantized), config, model_class)
+    return None if traced is None else (gathered_layers(quantized, traced.runs, traced.shapes), traced.unused)
+
+
+@dataclass(frozen=True)
+class _Traced:
+    """What diffusers' conversion of names does.
+
+    Attributes:
+        runs: new name → the rows that its tensor consists of
+        shapes: of the model's tensors
+    """
+
+    runs: Mapping[str, Sequence[Run]]
+    shapes: Mapping[str, tuple[int, ...]]
+
+    @property
+    def unused(self) -> list[str]:
+        """Names of what the model has no use for."""
+        return sorted(self.runs.keys() - self.shapes.keys())
+
+
+def _trace(checkpoint: Checkpoint, config: Mapping[str, Any], model_class: str) -> _Traced | None:
     import diffusers
     from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
 
@@ -68,7 +106,7 @@ def under_diffusers_names(
             f"{checkpoint.path}: tensor '{missing[0]}': found neither it nor what diffusers makes it of, expected all "
             f"{len(shapes)} tensors of {model_class} as config.json describes it; {len(missing)} are missing"
         )
-    return gathered_view(checkpoint, runs, shapes), sorted(runs.keys() - shapes.keys())
+    return _Traced(runs, shapes)
 
 
 def _shapes_of(model: Any, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:

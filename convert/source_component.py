@@ -8,13 +8,14 @@ from functools import cached_property, partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from omni_convert.convert.component_weights import as_weights, bake, model_class, renamed
+from omni_convert.convert.component_weights import as_weights, bake, model_class, renamed, renamed_layers
 from omni_convert.convert.lora import Lora, check_requests
-from omni_convert.convert.original_names import missing_config
+from omni_convert.convert.original_names import has_original_files, missing_config
 from omni_convert.convert.recipe import LoraRequest, Recipe
 from omni_convert.convert.source import Source
 from omni_convert.formats.checkpoint import Checkpoint
 from omni_convert.formats.component import DENOISERS
+from omni_convert.formats.dialects.table import DIALECTS
 from omni_convert.formats.errors import CheckpointError, RecipeError
 from omni_convert.formats.family import Family, find_family
 from omni_convert.formats.json_file import read_json
@@ -137,15 +138,29 @@ def _under_diffusers_names(component: SourceComponent, recipe: Recipe) -> Source
     """A component that is the whole model may have the names of the model's own code."""
     if component.name:
         return component
+    is_kept = recipe.method == "keep" and bool(component.opened.layers)
+    is_for_diffusers = is_kept and DIALECTS[recipe.dialect].has_diffusers_names
     if not component.has_config:
         if component.source.path.is_file() and not recipe.is_transcoding:
             raise missing_config(component.weights, component.config_path)
-        return component
-    if recipe.method == "keep" and component.opened.layers:
-        return component
+        return replace(component, notes=_unknown_names(component)) if is_for_diffusers else component
     notes: list[str] = []
+    if is_kept:
+        if not is_for_diffusers:
+            return component
+        opened = renamed_layers(component.opened, component.config, notes)
+        return replace(component, opened=opened, weights=as_weights(opened), notes=tuple(notes))
     weights = renamed(component.weights, component.config, notes)
     return replace(component, weights=weights, notes=tuple(notes))
+
+
+def _unknown_names(component: SourceComponent) -> tuple[str, ...]:
+    if not has_original_files(component.opened.checkpoint):
+        return ()
+    return (
+        f"{component.label}: names of tensors stay as they are, since no config.json beside it says which model it is; "
+        "if they are those of the model's own code, put that of its transformer in diffusers there",
+    )
 
 
 def _baked(component: SourceComponent, requests: Iterable[LoraRequest], recipe: Recipe) -> SourceComponent:

@@ -132,6 +132,8 @@ class Dialect(ABC):
     name: str
     #: Whether all tensors must be in one file.
     is_single_file: bool = False
+    #: Whether its readers expect diffusers' names, not those of the model's own code.
+    has_diffusers_names: bool = True
 
     @abstractmethod
     def recognises(self, found: Found) -> bool:

@@ -167,6 +167,10 @@ class CheckpointView(Checkpoint):
             for name, tensor in self._tensors.items()
         }
 
+    def tensor(self, name: str) -> ViewedTensor:
+        """One of its tensors, for another view."""
+        return self._tensors[name]
+
     def read(self, name: str) -> Tensor:
         spec = self._specs[name]
         return self._tensors[name].read(0, spec.shape[0] if spec.shape else 1)

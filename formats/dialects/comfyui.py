@@ -61,6 +61,7 @@ class ComfyUi(Dialect):
 
     name = "comfyui"
     is_single_file = True
+    has_diffusers_names = False
 
     def recognises(self, found: Found) -> bool:
         return (

@@ -41,6 +41,7 @@ class MsModelSlim(Dialect):
     """See the module."""
 
     name = "msmodelslim"
+    has_diffusers_names = False
 
     def recognises(self, found: Found) -> bool:
         return any(name in found.checkpoint and LABEL.fullmatch(label) for name, label in found.labels.items())

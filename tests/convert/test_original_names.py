@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -13,11 +14,17 @@ from torch import Tensor
 
 from omni_convert.convert import Recipe, convert_checkpoint
 from omni_convert.convert.cli import main
+from omni_convert.formats.dialects.table import DIALECTS
 from omni_convert.formats.errors import CheckpointError
-from omni_convert.formats.format import Format
-from omni_convert.formats.gathered import trace_rows
+from omni_convert.formats.format import QuantizingFormat, TensorRows
+from omni_convert.formats.fp8 import Fp8, Fp8Block
+from omni_convert.formats.gathered import Run, trace_rows
+from omni_convert.formats.gathered_layers import gathered_layers
 from omni_convert.formats.int8 import Int8
+from omni_convert.formats.quantized import open_quantized
+from omni_convert.formats.table import FORMATS, FormatOptions
 from omni_convert.formats.tensor_spec import TensorSpec
+from omni_convert.formats.tensor_writer import bytes_of
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 RENAMED = {
@@ -67,7 +74,7 @@ def test_a_single_file_becomes_what_the_diffusers_folder_becomes(
 def test_a_quantized_single_file_is_dequantized_under_diffusers_names(
     tiny_pipeline_folder: Path, tmp_path: Path
 ) -> None:
-    fmt: Format = Int8()
+    fmt: QuantizingFormat = Int8()
     plain = original(load_file(tiny_pipeline_folder / "transformer" / WEIGHTS), prefix="")
     stem = "layers.0.attention.qkv"
     quantized = fmt.quantize(plain.pop(f"{stem}.weight"))
@@ -81,6 +88,107 @@ def test_a_quantized_single_file_is_dequantized_under_diffusers_names(
     for part, weight in zip(("to_q", "to_k", "to_v"), expected, strict=True):
         assert found[f"layers.0.attention.{part}.weight"].equal(weight)
     assert not [name for name in found if name.endswith(("weight_scale", "comfy_quant"))]
+
+
+QKV = "layers.0.attention.qkv"
+PARTS = ("to_q", "to_k", "to_v")
+
+
+def quantized_single_file(source: Path, folder: Path, fmt: QuantizingFormat, dialect: str) -> dict[str, Tensor]:
+    """Writes a file under original names in which one layer, q, k and v in one, is quantized; returns its tensors."""
+    plain = original(load_file(source / "transformer" / WEIGHTS), prefix="")
+    weight = plain.pop(f"{QKV}.weight")
+    tensors = fmt.quantize(weight)
+    spelling = DIALECTS[dialect].spelling(fmt, tuple(weight.shape))
+    assert not isinstance(spelling, str)
+    layer = {f"{QKV}.{suffix}": tensor for suffix, tensor in spelling.encode(tensors).items()}
+    save_file(plain | layer, folder / "model.safetensors")
+    config = json.loads((source / "transformer" / "config.json").read_text())
+    block = DIALECTS[dialect].block({QKV: fmt}, ())
+    (folder / "config.json").write_text(json.dumps(config | ({"quantization_config": block} if block else {})))
+    return tensors
+
+
+@pytest.mark.parametrize("method", ["fp8", "int8", "nvfp4", "mxfp8"])
+@pytest.mark.parametrize("dialect", ["vllm-omni", "modelopt", "compressed-tensors"])
+def test_layers_kept_quantized_are_cut_as_diffusers_cuts_them_bit_for_bit(
+    tiny_pipeline_folder: Path, tmp_path: Path, method: str, dialect: str
+) -> None:
+    fmt = FORMATS[method].build(FormatOptions())
+    if isinstance(DIALECTS[dialect].spelling(fmt, (192, 192)), str):
+        pytest.skip(f"{dialect} has no {method}")
+    tensors = quantized_single_file(tiny_pipeline_folder, tmp_path, fmt, "comfyui")
+    recipe = Recipe(method="keep", dialect=dialect, force=True)  # one over a scale may not come back
+    convert_checkpoint(tmp_path / "model.safetensors", tmp_path / "out", recipe)
+    plain = load_file(tiny_pipeline_folder / "transformer" / WEIGHTS)
+    with open_quantized(tmp_path / "out") as opened:
+        stems = [f"layers.0.attention.{part}" for part in PARTS]
+        assert list(opened.layers) == stems
+        for index, stem in enumerate(stems):
+            rows = slice(192 * index, 192 * (index + 1))
+            part = {suffix: tensor[rows] if tensor.dim() else tensor for suffix, tensor in tensors.items()}
+            assert opened.layers[stem].dequantize(0, 192).equal(fmt.dequantize(part))
+        kept = {name for name in plain if name.removesuffix(".weight") not in stems}
+        assert opened.kept.keys() == kept
+        for name in kept:
+            assert bytes_of(opened.checkpoint.read(name)) == bytes_of(plain[name]), name
+
+
+def test_layers_for_comfyui_keep_the_names_of_the_file(tiny_pipeline_folder: Path, tmp_path: Path) -> None:
+    quantized_single_file(tiny_pipeline_folder, tmp_path, Fp8Block((64, 64)), "transformers")
+    convert_checkpoint(
+        tmp_path / "model.safetensors", tmp_path / "there", Recipe(method="keep", dialect="transformers")
+    )
+    quantized_single_file(tiny_pipeline_folder, tmp_path, Int8(), "comfyui")
+    recipe = Recipe(method="keep", dialect="comfyui")
+    convert_checkpoint(tmp_path / "model.safetensors", tmp_path / "back", recipe)
+    with open_quantized(tmp_path / "there") as there, open_quantized(tmp_path / "back") as back:
+        assert list(there.layers) == [f"layers.0.attention.{part}" for part in PARTS]
+        assert list(back.layers) == [QKV]
+
+
+def test_names_that_cannot_be_converted_without_a_config_are_told_of(
+    tiny_pipeline_folder: Path, tmp_path: Path
+) -> None:
+    quantized_single_file(tiny_pipeline_folder, tmp_path, Int8(), "comfyui")
+    (tmp_path / "config.json").unlink()
+    recipe = Recipe(method="keep", dialect="compressed-tensors")
+    report = convert_checkpoint(tmp_path / "model.safetensors", tmp_path / "out", recipe)
+    assert any("no config.json beside it says which model" in note for note in report.notes)
+    with pytest.raises(CheckpointError, match=r"found no config\.json that names the model"):
+        convert_checkpoint(tmp_path / "model.safetensors", tmp_path / "omni", Recipe(method="keep"))
+
+
+def test_layers_that_would_be_cut_inside_a_block_of_scales_are_refused(
+    tiny_pipeline_folder: Path, tmp_path: Path
+) -> None:
+    quantized_single_file(tiny_pipeline_folder, tmp_path, Fp8Block((128, 64)), "compressed-tensors")
+    recipe = Recipe(method="keep", dialect="compressed-tensors")
+    with pytest.raises(CheckpointError, match=rf"to_q\.weight.*rows 0 to 191 of '{QKV}', whose scales are of 128 rows"):
+        convert_checkpoint(tmp_path / "model.safetensors", tmp_path / "out", recipe)
+
+
+def test_layers_are_joined_only_if_they_share_what_is_of_the_whole_weight(tmp_path: Path) -> None:
+    draw = torch.Generator().manual_seed(0)
+    parts = [torch.randn(32, 64, generator=draw) for _ in range(2)]
+    shared = Fp8().fit([TensorRows(part) for part in parts], None)
+    runs = {"both.weight": [Run("a.weight", 0, 32), Run("b.weight", 0, 32), Run("a.weight", 8, 8)]}
+    for folder, quantize in (("own", Fp8().quantize), ("shared", lambda part: Fp8().quantize_fitted(part, shared))):
+        layers = {stem: quantize(part) for stem, part in zip("ab", parts, strict=True)}
+        (tmp_path / folder).mkdir()
+        tensors = {f"{stem}.{suffix}": tensor for stem, layer in layers.items() for suffix, tensor in layer.items()}
+        save_file(tensors, tmp_path / folder / WEIGHTS)
+        block = DIALECTS["vllm-omni"].block({"a": Fp8()}, ())
+        (tmp_path / folder / "config.json").write_text(json.dumps({"quantization_config": block}))
+        with open_quantized(tmp_path / folder) as opened:
+            if folder == "own":
+                with pytest.raises(CheckpointError, match=r"it would join 'a' and 'b', whose weight_scale differ"):
+                    gathered_layers(opened, runs, {"both.weight": (72, 64)})
+                continue
+            both = gathered_layers(opened, runs, {"both.weight": (72, 64)}).layers["both"]
+            a, b = (Fp8().dequantize(layers[stem]) for stem in "ab")
+            assert both.dequantize(0, 72).equal(torch.cat([a, b, a[8:16]]))
+            assert both.dequantize(30, 66).equal(torch.cat([a, b, a[8:16]])[30:66])
 
 
 def test_a_file_of_another_model_is_refused_by_tensor(tiny_pipeline_folder: Path, tmp_path: Path) -> None:
