@@ -26,7 +26,7 @@ from torch.nn import functional as F
 from omni_convert.loaders.quantized_linear import quantize_linear
 
 Layer = Callable[[Tensor], Tensor]
-METHODS = "int8,fp8,mxfp8,mxfp4,mxfp4_dualscale,nvfp4"
+METHODS = "int8,fp8,mxfp8,mxfp4,mxfp4_dualscale,nvfp4,w4a16"
 BASELINE = "bf16"
 
 
