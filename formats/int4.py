@@ -21,12 +21,13 @@ from torch import Tensor
 from omni_convert.formats.format import ElementFormat, InputStatistics, TensorLayout, WeightRows
 from omni_convert.formats.tiling import quantize_in_tiles
 
-__all__ = ["DEFAULT_GROUP", "PACKED_ROWS", "Int4"]
+__all__ = ["DEFAULT_GROUP", "PACKED_ROWS", "ZERO_POINT", "Int4"]
 
 #: Columns that share a scale, where nobody says how many.
 DEFAULT_GROUP = 128
 #: Rows whose zero points share a word.
 PACKED_ROWS = 8
+#: The only one that is written.
 ZERO_POINT = 8
 LOWEST, HIGHEST = -8, 7
 # Without search, the largest magnitude is the largest code of both signs.

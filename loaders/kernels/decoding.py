@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from omni_convert.formats.e2m1 import decode_e2m1
 from omni_convert.formats.format import Format
 from omni_convert.formats.fp8 import Fp8, Fp8Block
+from omni_convert.formats.int4 import ZERO_POINT
 from omni_convert.formats.int8 import Int8
 from omni_convert.formats.mx import COARSE_BLOCK, MX_BLOCK
 from omni_convert.formats.mxfp4 import Mxfp4
@@ -112,9 +113,14 @@ def _decode_packed_int4(
 ) -> None:
     words = tensors[CODES][:, rows].t().contiguous()
     index = words.view(torch.int16).to(torch.int32).bitwise_and_(0xFFFF)
-    torch.index_select(_nibble_quadruples(out.device), 0, index.view(-1), out=out.view(-1).view(torch.int64))
+    zero_points = _zero_points(tensors[ZERO_POINTS], rows)
+    # An accelerator would have to wait for the answer.
+    is_symmetric = out.device.type == "cpu" and bool((zero_points == ZERO_POINT).all())
+    table = _nibble_quadruples(out.device, ZERO_POINT if is_symmetric else 0)
+    torch.index_select(table, 0, index.view(-1), out=out.view(-1).view(torch.int64))
     groups = out.view(len(out), -1, fmt.group)
-    groups.sub_(_zero_points(tensors[ZERO_POINTS], rows)[..., None])
+    if not is_symmetric:
+        groups.sub_(zero_points[..., None])
     torch.mul(groups, tensors[SCALES][:, rows].t().float().contiguous()[..., None], out=groups)
 
 
@@ -151,10 +157,10 @@ def _e2m1_quadruples(device: torch.device) -> Tensor:
 
 
 @lru_cache
-def _nibble_quadruples(device: torch.device) -> Tensor:
-    """The four numbers, bfloat16, in each 16 bits, as int64 [65536]."""
+def _nibble_quadruples(device: torch.device, zero_point: int) -> Tensor:
+    """The four numbers in each 16 bits less the zero point, bfloat16, as int64 [65536]."""
     with torch.inference_mode(False):
-        return _nibbles(device).bfloat16().view(torch.int64).view(-1)
+        return (_nibbles(device) - zero_point).bfloat16().view(torch.int64).view(-1)
 
 
 def _nibbles(device: torch.device) -> Tensor:
