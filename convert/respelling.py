@@ -18,6 +18,7 @@ from omni_convert.formats.dialects.table import DIALECTS
 from omni_convert.formats.errors import CheckpointError, OmniConvertError, RecipeError
 from omni_convert.formats.family import Family, LayerGroup
 from omni_convert.formats.fp8 import Fp8
+from omni_convert.formats.fp8_storage import Fp8Storage
 from omni_convert.formats.quantized import QuantizedCheckpoint, QuantizedLayer
 from omni_convert.formats.view import CheckpointView, dequantized_view, respelled_view
 
@@ -68,7 +69,8 @@ def respell(
     view = respelled_view(quantized, spellings)
     notes: list[str] = []
     is_ours = is_transformers and recipe.dialect == vllm_omni.VLLM_OMNI.name
-    if recipe.dialect == vllm_omni.VLLM_OMNI.name and not is_ours:
+    is_stored = any(isinstance(fmt, Fp8Storage) for fmt in formats.values())
+    if recipe.dialect == vllm_omni.VLLM_OMNI.name and not (is_ours or is_stored):
         ignored = _scope(quantized, family, recipe, notes)
     else:
         ignored = [*_other_linears(quantized), *_runtime_names(quantized, family, recipe)]
@@ -86,8 +88,13 @@ def respell(
 
 
 def _spelling(layer: QuantizedLayer, dialect: Dialect, recipe: Recipe) -> Spelling:
-    spelling = dialect.spelling(layer.format, layer.shape)
     where = f"{layer.checkpoint.path}: layer '{layer.stem}'"
+    if isinstance(layer.format, Fp8Storage) and (dialect is not vllm_omni.VLLM_OMNI or recipe.runtime != "diffusers"):
+        raise CheckpointError(
+            f"{where}: found fp8_storage, which our loader alone reads, expected --runtime diffusers and --dialect "
+            "vllm-omni to keep it; `omni-convert dequantize` gives BF16"
+        )
+    spelling = dialect.spelling(layer.format, layer.shape)
     if isinstance(spelling, str):
         raise CheckpointError(
             f"{where}: found {layer.format.label}, which {dialect.name} cannot hold: {spelling}; {INSTEAD}"

@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from omni_convert.formats.errors import KernelError
+from omni_convert.loaders.fp8_storage import Fp8WeightStorage
 from omni_convert.loaders.packed_int4 import PackedInt4
 from omni_convert.loaders.quantized_linear import QuantizedLinear
 
@@ -95,7 +96,7 @@ def _row(name: str, fmt: str, kernel: str, why: str, group: list[LayerReport]) -
 
 
 def kernel_report(model: Any) -> KernelReport:
-    """Looks at every quantized layer of a pipeline (anything with `components`) or of a module."""
+    """Looks at every quantized or stored layer of a pipeline (anything with `components`) or of a module."""
     components: Mapping[str, Any] = {"": model} if isinstance(model, nn.Module) else model.components
     return KernelReport(
         tuple(
@@ -103,12 +104,14 @@ def kernel_report(model: Any) -> KernelReport:
             for component, module in components.items()
             if isinstance(module, nn.Module)
             for name, layer in module.named_modules()
-            if isinstance(layer, QuantizedLinear)
+            if isinstance(layer, QuantizedLinear | Fp8WeightStorage)
         )
     )
 
 
-def _describe(name: str, layer: QuantizedLinear) -> LayerReport:
+def _describe(name: str, layer: QuantizedLinear | Fp8WeightStorage) -> LayerReport:
+    if isinstance(layer, Fp8WeightStorage):
+        return _describe_stored(name, layer)
     selection = layer.selection
     is_weight_only = isinstance(layer.format, PackedInt4)  # with any kernel: its name asks for bf16 activations
     return LayerReport(
@@ -120,6 +123,20 @@ def _describe(name: str, layer: QuantizedLinear) -> LayerReport:
         why=selection.reason,
         bytes=sum(tensor.nbytes for tensor in layer.state_dict().values()),
         elements=layer.out_features * layer.in_features,
+    )
+
+
+def _describe_stored(name: str, layer: Fp8WeightStorage) -> LayerReport:
+    """Storage only is what was asked for: no fallback."""
+    return LayerReport(
+        name=name,
+        format=layer.stored_format.label,
+        kernel="dequantize",
+        is_scaled_gemm=False,
+        is_as_asked=True,
+        why=f"stored only, computes in {layer.compute_dtype}".replace("torch.", ""),
+        bytes=sum(tensor.nbytes for tensor in layer.state_dict().values()),
+        elements=layer.codes.numel(),
     )
 
 

@@ -20,9 +20,10 @@ from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 from omni_convert.convert import Recipe, convert_checkpoint
 from omni_convert.convert.inspection import inspect_source
 from omni_convert.convert.source import resolve_source
+from omni_convert.convert.verification import verify_source
 from omni_convert.formats.errors import CheckpointError, RecipeError
 from omni_convert.formats.fp8 import Fp8
-from omni_convert.loaders import apply_fp8_weight_storage, load_pipeline
+from omni_convert.loaders import apply_fp8_weight_storage, kernel_report, load_pipeline
 from omni_convert.loaders.fp8_storage import Fp8WeightStorage
 
 LAYERS = [nn.Linear(6, 4), nn.Conv2d(3, 4, 3), nn.Conv3d(3, 4, 2, padding_mode="circular")]
@@ -117,6 +118,7 @@ def test_a_stored_layer_survives_offload_and_casts(layer):
 
 
 def test_a_vae_takes_half_the_bytes():
+    torch.manual_seed(0)
     vae = AutoencoderKL(block_out_channels=(32,), norm_num_groups=4, latent_channels=4).to(torch.bfloat16).eval()
     image = torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -189,6 +191,47 @@ def test_a_converted_vae_is_inspected_and_dequantized(converted_folder, wan_fold
     assert {name: tensor.shape for name, tensor in before.items()} == {n: t.shape for n, t in after.items()}
     assert all((after[n] - before[n]).norm() <= 0.05 * before[n].norm() for n in before)
     WanPipeline.from_pretrained(tmp_path / "bf16")
+
+
+def test_stored_layers_are_reported_and_no_fallback(converted_folder):
+    pipe = load_pipeline(converted_folder, strict=True)
+    report = kernel_report(pipe)
+    assert {layer.name.partition(".")[0] for layer in report} == {"text_encoder", "vae"}
+    assert {(layer.format, layer.kernel, layer.why) for layer in report} == {
+        ("fp8_storage", "dequantize", "stored only, computes in bfloat16")
+    }
+    for layer in report:
+        component, _, name = layer.name.partition(".")
+        module = getattr(pipe, component).get_submodule(name)
+        bias = 0 if module.bias is None else module.bias.nbytes
+        assert layer.bytes == module.codes.numel() + 4 + bias
+        assert layer.elements == module.codes.numel()
+
+
+def test_stored_components_are_verified_and_kept(converted_folder, wan_folder, tmp_path):
+    verified = verify_source(resolve_source(converted_folder), resolve_source(wan_folder))
+    assert {component.name: bool(component.layers) for component in verified} == {
+        "text_encoder": True,
+        "transformer": False,
+        "vae": True,
+    }
+    assert not [finding for component in verified for finding in component.findings]
+    convert_checkpoint(converted_folder, tmp_path / "kept", Recipe(method="keep", runtime="diffusers"))
+    for component in ("text_encoder", "vae"):
+        (before,), (after,) = (
+            (folder / component).glob("*.safetensors") for folder in (converted_folder, tmp_path / "kept")
+        )
+        before, after = load_file(before), load_file(after)
+        assert before.keys() == after.keys()
+        assert all(before[name].dtype is after[name].dtype for name in before)
+        assert all(torch.equal(before[name].float(), after[name].float()) for name in before)
+    load_pipeline(tmp_path / "kept")
+
+
+@pytest.mark.parametrize("options", [{}, {"runtime": "diffusers", "dialect": "modelopt"}, {"dialect": "comfyui"}])
+def test_stored_components_are_kept_for_our_loader_alone(converted_folder, tmp_path, options):
+    with pytest.raises(CheckpointError, match=r"layer '.*': found fp8_storage, which our loader alone reads"):
+        convert_checkpoint(converted_folder, tmp_path / "kept", Recipe(method="keep", **options))
 
 
 def test_storing_is_refused_where_a_runtime_would_misread_it(wan_folder, tiny_pipeline_folder, tmp_path):
