@@ -25,7 +25,7 @@ SMALLEST_GROUP_AMAX = 1e-10
 SMALLEST_INT8_AMAX = 4e-37
 
 
-#: From float32 to E4M3: `round_to_e4m3` into codes, or `E4M3.round` within float32, which is quicker on a CPU.
+#: From float32 to E4M3, perhaps in place: `round_to_e4m3` into codes, or within float32, which is quicker on a CPU.
 RoundToE4m3 = Callable[[Tensor], Tensor]
 
 
@@ -36,9 +36,8 @@ def fp8_static(x: Tensor, input_scale: Tensor, round_codes: RoundToE4m3 = round_
 
 def fp8_per_token(x: Tensor, round_codes: RoundToE4m3 = round_to_e4m3) -> tuple[Tensor, Tensor]:
     """Codes, float8_e4m3fn [M, K], and scales, float32 [M, 1]: vLLM's dynamic scheme where CUTLASS FP8 is available."""
-    values = x.float()
-    scale = (values.abs().amax(dim=1, keepdim=True) / E4M3_MAX).clamp(min=SMALLEST_TOKEN_SCALE)
-    return round_codes(values / scale), scale
+    scale = (_token_amax(x).float() / E4M3_MAX).clamp(min=SMALLEST_TOKEN_SCALE)
+    return round_codes(x.to(torch.float32, copy=True).div_(scale)), scale
 
 
 def fp8_per_group(x: Tensor, group_size: int, round_codes: RoundToE4m3 = round_to_e4m3) -> tuple[Tensor, Tensor]:
@@ -64,7 +63,7 @@ def int8_per_token(x: Tensor, values: Tensor | None = None, codes: Tensor | None
     return rounded.to(torch.int8) if codes is None else codes.copy_(rounded), amax / INT8_MAX
 
 
-def _token_amax(x: Tensor, memory: Tensor | None) -> Tensor:
+def _token_amax(x: Tensor, memory: Tensor | None = None) -> Tensor:
     """Largest magnitudes, [M, 1] in the dtype of x: they sort as their bits do, and integers are reduced faster."""
     bits = x.detach().view(torch.int16 if x.itemsize == 2 else torch.int32)
     out = None if memory is None else memory.view(bits.dtype).view(-1)[: x.numel()].view(x.shape)

@@ -31,9 +31,9 @@ from omni_convert.loaders.packed_int4 import PackedInt4, as_loaded, weight_shape
 __all__ = ["CPU_DECODE_MM", "DECODE_MM", "DECODE_WEIGHT_MM"]
 
 # Elements of a tile: of bfloat16 or float32 with a scratch or two, it stays in the second-level cache of a core or two.
-CPU_TILE = 1 << 18
+CPU_TILE = 1 << 19
 # Elements of the weight that one GEMM takes: few enough for the third-level cache, enough rows for an efficient GEMM.
-CPU_CHUNK = 1 << 22
+CPU_CHUNK = 3 << 20
 ACCELERATOR_CHUNK = 1 << 26
 
 _WEIGHT = Scratch()
@@ -72,12 +72,9 @@ def _prepare_input(x: Tensor, tensors: Mapping[str, Tensor], fmt: Format, is_rou
 def _decode(fmt: Format, tensors: Mapping[str, Tensor], start: int, stop: int, columns: int) -> Tensor:
     """Rows `start` to `stop` in bfloat16, decoded a tile at a time."""
     width = padded_columns(fmt, columns)
-    device, count = next(iter(tensors.values())).device, (stop - start) * width
-    if device.type == "cpu":
-        weight, step = _WEIGHT.take(count, torch.bfloat16), max(1, CPU_TILE // width)
-    else:
-        weight, step = torch.empty(count, dtype=torch.bfloat16, device=device), stop - start
-    weight = weight.view(stop - start, width)
+    device = next(iter(tensors.values())).device
+    weight = _WEIGHT.take((stop - start) * width, torch.bfloat16, device).view(stop - start, width)
+    step = max(1, CPU_TILE // width) if device.type == "cpu" else stop - start
     for first in range(0, stop - start, step):
         decode_rows(fmt, tensors, start + first, columns, weight[first : first + step])
     return weight

@@ -1,6 +1,6 @@
 """Quantized weights to bfloat16, fast enough that a GEMM on the result is not held up.
 
-E2M1 codes and integers of 4 bits are looked up, four at a time. E4M3 codes are shifted: as a bfloat16 with the same
+E2M1 codes and integers of 4 bits are looked up, two at a time. E4M3 codes are shifted: as a bfloat16 with the same
 sign, exponent and mantissa fields a code is too small by a power of two, and one multiplication, which has to bring in
 the scale anyway, puts that right. So that scales below 2^33 do not overflow on the way, such weights come out times
 2^-32, which `weight_unit` undoes. Codes times a power of two or an E4M3 scale are exact; float32 scales of blocks are
@@ -27,6 +27,7 @@ from omni_convert.formats.mxfp4 import Mxfp4
 from omni_convert.formats.mxfp4_dualscale import Mxfp4DualScale
 from omni_convert.formats.mxfp8 import Mxfp8
 from omni_convert.formats.nvfp4 import NVFP4_BLOCK, Nvfp4
+from omni_convert.loaders.kernels.scratch import Scratch
 from omni_convert.loaders.packed_int4 import CODES, CODES_PER_WORD, SCALES, ZERO_POINTS, PackedInt4
 
 __all__ = ["DECODABLE", "decode_rows", "padded_columns", "weight_unit"]
@@ -35,6 +36,8 @@ __all__ = ["DECODABLE", "decode_rows", "padded_columns", "weight_unit"]
 E4M3_REBIAS = 127 - 7
 HEADROOM = 32
 E4M3_FIELDS = 0x87F0 - 0x10000  # of an int16: the sign, and 4 + 3 bits below four zeros
+
+_SCRATCH = Scratch()
 
 
 def padded_columns(fmt: Format, columns: int) -> int:
@@ -112,12 +115,10 @@ def _decode_packed_int4(
     fmt: PackedInt4, tensors: Mapping[str, Tensor], rows: slice, _columns: int, out: Tensor
 ) -> None:
     words = tensors[CODES][:, rows].t().contiguous()
-    index = words.view(torch.int16).to(torch.int32).bitwise_and_(0xFFFF)
     zero_points = _zero_points(tensors[ZERO_POINTS], rows)
     # An accelerator would have to wait for the answer.
     is_symmetric = out.device.type == "cpu" and bool((zero_points == ZERO_POINT).all())
-    table = _nibble_quadruples(out.device, ZERO_POINT if is_symmetric else 0)
-    torch.index_select(table, 0, index.view(-1), out=out.view(-1).view(torch.int64))
+    _look_up(words.view(torch.uint8), _code_pairs(out.device, ZERO_POINT if is_symmetric else 0), out)
     groups = out.view(len(out), -1, fmt.group)
     if not is_symmetric:
         groups.sub_(zero_points[..., None])
@@ -144,29 +145,34 @@ def _e4m3_bits(codes: Tensor, out: Tensor) -> None:
 
 def _e2m1(packed: Tensor, out: Tensor) -> None:
     """E2M1 values: uint8 [rows, K / 2], even elements in low nibbles, to the left of bfloat16 [rows, padded]."""
-    packed = F.pad(packed, (0, out.shape[1] // 2 - packed.shape[1]))
-    index = packed.view(torch.int16).to(torch.int32).bitwise_and_(0xFFFF)
-    torch.index_select(_e2m1_quadruples(out.device), 0, index.view(-1), out=out.view(-1).view(torch.int64))
+    missing = out.shape[1] // 2 - packed.shape[1]
+    _look_up(F.pad(packed, (0, missing)) if missing else packed, _e2m1_pairs(out.device), out)
+
+
+def _look_up(packed: Tensor, pairs: Tensor, out: Tensor) -> None:
+    """Bytes, uint8 [rows, K / 2], to the two bfloat16 that each stands for, to bfloat16 [rows, K]."""
+    index = _SCRATCH.take(packed.numel(), torch.int32, out.device).copy_(packed.reshape(-1))
+    torch.index_select(pairs, 0, index, out=out.view(-1).view(torch.int32))
 
 
 @lru_cache
-def _e2m1_quadruples(device: torch.device) -> Tensor:
-    """The four bfloat16 that each 16 bits stand for, as int64 [65536]."""
+def _e2m1_pairs(device: torch.device) -> Tensor:
+    """The two E2M1 values in each byte, bfloat16, as int32 [256]."""
     with torch.inference_mode(False):
-        return decode_e2m1(_nibbles(device)).bfloat16().view(torch.int64).view(-1)
+        return decode_e2m1(_nibbles(device)).bfloat16().view(torch.int32).view(-1)
 
 
 @lru_cache
-def _nibble_quadruples(device: torch.device, zero_point: int) -> Tensor:
-    """The four numbers in each 16 bits less the zero point, bfloat16, as int64 [65536]."""
+def _code_pairs(device: torch.device, zero_point: int) -> Tensor:
+    """The two numbers in each byte less the zero point, bfloat16, as int32 [256]."""
     with torch.inference_mode(False):
-        return (_nibbles(device) - zero_point).bfloat16().view(torch.int64).view(-1)
+        return (_nibbles(device) - zero_point).bfloat16().view(torch.int32).view(-1)
 
 
 def _nibbles(device: torch.device) -> Tensor:
-    """int32 [65536, 4]."""
-    codes = torch.arange(1 << 16, dtype=torch.int32, device=device)
-    return torch.stack([(codes >> shift) & 0xF for shift in (0, 4, 8, 12)], dim=1)
+    """int32 [256, 2], the low one first."""
+    codes = torch.arange(256, dtype=torch.int32, device=device)
+    return torch.stack((codes & 0xF, codes >> 4), dim=1)
 
 
 def _powers_of_two(codes: Tensor, exponent: int = 0) -> Tensor:
@@ -178,7 +184,8 @@ def _powers_of_two(codes: Tensor, exponent: int = 0) -> Tensor:
 def _scale_(values: Tensor, scale: Tensor, block: int) -> None:
     """Multiplies blocks along K, [rows, K], in place with their scales, [rows, K / block]."""
     # Spread first: an operation that repeats one operand every few elements is not vectorized.
-    values.mul_(scale[..., None].expand(*scale.shape, block).reshape(values.shape))
+    spread = _SCRATCH.take(values.numel(), values.dtype, values.device)
+    values.mul_(spread.view(*scale.shape, block).copy_(scale[..., None]).view(values.shape))
 
 
 _BLOCK: dict[type[Format], Callable[..., int]] = {

@@ -29,21 +29,29 @@ from omni_convert.formats.mxfp8 import Mxfp8
 from omni_convert.formats.nvfp4 import Nvfp4
 from omni_convert.loaders.kernels.activation import fp8_per_group, fp8_per_token, fp8_static, int8_per_token
 from omni_convert.loaders.kernels.kernel import Kernel, Requirements
+from omni_convert.loaders.kernels.scratch import Scratch
 from omni_convert.loaders.packed_int4 import PackedInt4
 from omni_convert.loaders.resident import disk_tensors
 
 __all__ = ["REFERENCE", "WEIGHT_ONLY", "rounded_input", "smoothed_input"]
 
+_SCRATCH = Scratch()
+
+
+def _round_e4m3_(values: Tensor) -> Tensor:
+    scratch = _SCRATCH.take(values.numel(), values.dtype, values.device).view(values.shape)
+    return E4M3.round(values, out=values, scratch=scratch)
+
 
 def _round_fp8(x: Tensor, tensors: Mapping[str, Tensor], fmt: Fp8) -> Tensor:
     if fmt.static:
-        return fp8_static(x, tensors["input_scale"], E4M3.round).mul_(tensors["input_scale"])
-    values, scale = fp8_per_token(x, E4M3.round)
+        return fp8_static(x, tensors["input_scale"], _round_e4m3_).mul_(tensors["input_scale"])
+    values, scale = fp8_per_token(x, _round_e4m3_)
     return values.mul_(scale)
 
 
 def _round_fp8_block(x: Tensor, _tensors: Mapping[str, Tensor], fmt: Fp8Block) -> Tensor:
-    values, scale = fp8_per_group(x, fmt.block_size[1], E4M3.round)
+    values, scale = fp8_per_group(x, fmt.block_size[1], _round_e4m3_)
     return values.mul_(scale).flatten(1)[:, : x.shape[1]]
 
 

@@ -18,11 +18,11 @@ class Scratch(threading.local):
 
     _memory: Tensor | None = None
 
-    def take(self, count: int, dtype: torch.dtype) -> Tensor:
-        """[count], on the CPU, valid until the thread's next call; more than a thread keeps is allocated."""
+    def take(self, count: int, dtype: torch.dtype, device: torch.device | None = None) -> Tensor:
+        """[count], valid until the thread's next call; allocated if it is more than a thread keeps, or not on a CPU."""
         size = count * dtype.itemsize
-        if size > MOST_BYTES:
-            return torch.empty(count, dtype=dtype)
+        if size > MOST_BYTES or (device is not None and device.type != "cpu"):
+            return torch.empty(count, dtype=dtype, device=device)
         if self._memory is None:
             with torch.inference_mode(False):  # else it could not be written to outside of that mode
                 self._memory = torch.empty(MOST_BYTES, dtype=torch.uint8)
