@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from omni_convert.formats.checkpoint import Checkpoint
-from omni_convert.formats.e2m1 import NibbleOrder, decode_packed, encode_e2m1, pack_nibbles
+from omni_convert.formats.e2m1 import NibbleOrder
+from omni_convert.formats.e2m1_container import pack_container, unpack_container
 from omni_convert.formats.format import TensorLayout
 from omni_convert.formats.swizzle import padded_scale_shape, swizzle_scales, unswizzle_scales
 from omni_convert.formats.tensor_spec import TensorSpec
@@ -158,14 +159,15 @@ class PackedValues(Codec):
         return replace(layout, dtype=torch.uint8, shape=(rows, -(-columns // 2)))
 
     def encode(self, tensor: Tensor) -> Tensor:
-        codes = encode_e2m1(tensor.float())
-        if codes.shape[1] % 2:
-            codes = torch.nn.functional.pad(codes, (0, 1))
-        return pack_nibbles(codes, self.even)
+        return _in_order(pack_container(tensor), self.even)
 
     def decode(self, stored: Tensor, layout: TensorLayout) -> Tensor:
-        values = decode_packed(stored, self.even)
-        return values[:, : layout.shape[1]].to(layout.dtype)
+        return unpack_container(_in_order(stored, self.even), layout.shape[1])
+
+
+def _in_order(packed: Tensor, even: NibbleOrder) -> Tensor:
+    """Packed codes from one order of nibbles to the low one first, or back."""
+    return packed if even == "low" else (packed << 4) | (packed >> 4)
 
 
 @dataclass(frozen=True)

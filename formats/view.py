@@ -95,14 +95,20 @@ class _Respelled(ViewedTensor):
     def read(self, start: int, stop: int) -> Tensor:
         codec, layout = self.spelling.codec(self.suffix), self.layer.tensors[self.suffix]
         if not layout.rows_per_entry:
-            whole = codec.encode(self.layer.read_tensor(self.suffix, 0, 0))
+            whole = self._encode(self.layer.read_tensor(self.suffix, 0, 0))
             return whole[start:stop] if self.spec.shape else whole
         if codec.is_turned:
-            return codec.encode(self.layer.read_tensor(self.suffix, 0, layout.shape[0]))[start:stop]
+            return self._encode(self.layer.read_tensor(self.suffix, 0, layout.shape[0]))[start:stop]
         multiple = codec.row_multiple
         first = start // multiple * multiple
         last = min(-(-stop // multiple) * multiple, layout.shape[0])
-        return codec.encode(self.layer.read_tensor(self.suffix, first, last))[start - first : stop - first]
+        return self._encode(self.layer.read_tensor(self.suffix, first, last))[start - first : stop - first]
+
+    def _encode(self, tensor: Tensor) -> Tensor:
+        try:
+            return self.spelling.codec(self.suffix).encode(tensor)
+        except CheckpointError as error:
+            raise CheckpointError(f"{self.layer.checkpoint.path}: layer '{self.layer.stem}': {error}") from None
 
 
 @dataclass(frozen=True)

@@ -324,3 +324,12 @@ def test_layers_in_several_formats_are_kept_where_the_dialect_can_say_so(quantiz
     assert block["quantized_layers"][mixed[0]]["quant_algo"] == "MXFP8"
     message = refused(source, tmp_path / "out", Recipe(method="keep"))
     assert "--dialect modelopt" in message
+
+
+def test_numbers_that_fp4_does_not_have_are_refused_not_rounded(quantized, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    shutil.copytree(quantized("mxfp4"), tmp_path / "in")
+    tensors = weights_of(tmp_path / "in")
+    tensors[f"{LAYER}.weight"][3, 5] = 5.0
+    save_file(tensors, tmp_path / "in" / "transformer" / WEIGHTS)
+    with pytest.raises(OmniConvertError, match=rf"layer '{LAYER}': weight: found values that are not of E2M1"):
+        convert_checkpoint(tmp_path / "in", tmp_path / "out", Recipe(method="keep", dialect="compressed-tensors"))

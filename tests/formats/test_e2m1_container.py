@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from omni_convert.formats.e2m1 import E2M1_VALUES, decode_e2m1, unpack_nibbles
+from omni_convert.formats.e2m1_container import pack_container, unpack_container
 from omni_convert.formats.errors import CheckpointError
-from omni_convert.loaders.resident import pack_container, unpack_container
 
 
 @pytest.mark.parametrize("columns", [1, 2, 47, 48])
