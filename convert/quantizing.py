@@ -135,7 +135,7 @@ def _spellings(dialect: Dialect, fmt: Format, group: LayerGroup, checkpoint: Che
 
 def _family_notes(component: SourceComponent, method: str, recipe: Recipe, groups: list[LayerGroup]) -> list[str]:
     # Of an encoder no family is known, nor needed.
-    known = [] if component.is_transformers else component.family.notes(method, recipe.runtime)
+    known = [] if component.is_transformers else component.family.notes(method, recipe.runtime, component.weights)
     return [
         *known,
         *recommendation_notes(component.family, method, recipe),

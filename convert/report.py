@@ -68,7 +68,7 @@ def conversion_report(report: ConversionReport, *, as_json: bool) -> Iterator[st
         "weights": f"{size_text(report.bytes_before)} → {size_text(report.bytes_after)} "
         f"({report.bytes_after / report.bytes_before:.0%})",
         "layer error": _errors(report),
-        "time": f"{report.seconds:.1f} s, {report.bytes_before / 1e9 / max(report.seconds, 1e-9):.2f} GB/s",
+        "time to convert": f"{report.seconds:.1f} s, {size_text(report.bytes_before / max(report.seconds, 1e-9))}/s",
         "peak memory": f"{report.peak_memory / 2**20:.0f} MiB anonymous",
         "output": str(report.output),
     }

@@ -58,6 +58,7 @@ class VerifiedComponent:
     findings: tuple[Finding, ...]
     errors: dict[str, float] = field(default_factory=dict)
     unchecked: tuple[str, ...] = ()
+    is_unreadable: bool = False
 
 
 def weight_bytes(source: Source) -> int:
@@ -146,8 +147,8 @@ def _unchecked(reading: LenientReading) -> Iterator[str]:
 
 def _unopened(name: str, path: Path, error: CheckpointError) -> VerifiedComponent:
     what = str(error).removeprefix(f"{path}: ").removeprefix(f"{path}/")
-    found = Finding("error", "damaged-file", "", what, "every runtime", "download or convert it again")
-    return VerifiedComponent(name, None, 0, (found,))
+    found = Finding("error", "damaged-file", "", what, "every runtime", "")  # the error says what to do
+    return VerifiedComponent(name, None, 0, (found,), is_unreadable=True)
 
 
 def _config(folder: Path) -> dict[str, Any]:

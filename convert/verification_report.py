@@ -47,7 +47,7 @@ def verification_report(path: Path, components: Sequence[VerifiedComponent], *, 
         yield from _component_lines(component, path)
     unchecked = dict.fromkeys(what for component in components for what in component.unchecked)
     if unchecked:
-        yield f"only --reference MODEL can tell: {', '.join(unchecked)}"
+        yield f"not checked without --reference MODEL: {', '.join(unchecked)}"
     yield ", ".join(f"{count} {severity}{'' if count == 1 else 's'}" for severity, count in counts.items())
 
 
@@ -56,7 +56,8 @@ def _number(error: float) -> float | None:
 
 
 def _component_lines(component: VerifiedComponent, path: Path) -> Iterator[str]:
-    what = f"{component.layers} layers spelled as {component.dialect} does" if component.dialect else "not quantized"
+    plain = "cannot be read" if component.is_unreadable else "not quantized"
+    what = f"{component.layers} layers spelled as {component.dialect} does" if component.dialect else plain
     sound = "" if component.findings else ", nothing wrong"
     yield f"{component.name or path.name}: {what}{sound}"
     if component.errors:

@@ -52,10 +52,16 @@ class Recommendation:
 
 @dataclass(frozen=True)
 class MethodNote:
-    """What a user of some methods should know about a family."""
+    """What a user of some methods should know about a family.
+
+    Attributes:
+        methods: all, if there are none
+        layer: only models that have this one are meant; "" for the whole family
+    """
 
     methods: tuple[str, ...]
     text: str
+    layer: str = ""
 
 
 @dataclass(frozen=True)
@@ -159,6 +165,7 @@ Z_IMAGE = FamilyFacts(
             ("fp8",),
             "vLLM-Omni's own FP8 quality gate for Z-Image-Turbo keeps the last 15 of its 30 layers in BF16; "
             "for that: --ignored-layers 'layers.1[5-9].*' --ignored-layers 'layers.2?.*'",
+            layer="layers.29.attention.to_q",
         ),
     ),
     shared_encoder=EncoderLayers(

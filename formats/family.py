@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Container, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -136,9 +136,17 @@ class Family:
         """Layers that are better left alone with this method; a choice of the user's."""
         return tuple(each for each in self.facts.recommendations if method in each.methods or not each.methods)
 
-    def notes(self, method: str, runtime: str) -> tuple[str, ...]:
-        """What the user should know before quantizing this family with this method for this runtime."""
-        notes = [note.text for note in self.facts.notes if method in note.methods or not note.methods]
+    def notes(self, method: str, runtime: str, tensors: Container[str]) -> tuple[str, ...]:
+        """What the user should know before quantizing this model with this method for this runtime.
+
+        Args:
+            tensors: names of the model's
+        """
+        notes = [
+            note.text
+            for note in self.facts.notes
+            if (method in note.methods or not note.methods) and (not note.layer or f"{note.layer}.weight" in tensors)
+        ]
         if self.is_generic and runtime != "diffusers":
             notes.append(
                 f"{self.model_classes[0] or 'this model'} is unknown here: a generic rule chose the layers, and "

@@ -84,7 +84,7 @@ class KernelReport:
     def _rows(self) -> list[tuple[str, ...]]:
         alike: dict[tuple[str, str, str, str], list[LayerReport]] = {}
         for layer in self.layers:
-            key = (re.sub(r"\.\d+(?=\.)", ".{}", layer.name), layer.format, layer.kernel, layer.why)
+            key = (re.sub(r"\.\d+(?=\.)", ".*", layer.name), layer.format, layer.kernel, layer.why)
             alike.setdefault(key, []).append(layer)
         return [_row(name, fmt, kernel, why, group) for (name, fmt, kernel, why), group in alike.items()]
 

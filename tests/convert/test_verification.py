@@ -824,6 +824,9 @@ def test_damaged_files_are_findings(tmp_path: Path) -> None:
     (folder / WEIGHTS).write_bytes(whole[:-100])
     (found,) = findings_of(folder)
     assert found.check == "damaged-file"
+    report = CliRunner().invoke(main, ["verify", str(folder)]).output
+    assert report.startswith("model: cannot be read\n")
+    assert report.count("again") == 1  # one remedy
     (folder / WEIGHTS).write_bytes(whole)
     (folder / "config.json").write_text("{")
     (found,) = findings_of(folder)
@@ -909,7 +912,7 @@ def test_the_command_tells_what_where_whom_and_what_to_do(tmp_path: Path) -> Non
     assert lines[1].split() == ["error", "scale-order", f"{LAYERS[1]}.weight_scale", "and", "6", "more"]
     assert "hurts:  vLLM-Omni: noise" in result.output
     assert "remedy: store the scales linear" in result.output
-    assert lines[-2] == "only --reference MODEL can tell: a factor that all scales have in common"
+    assert lines[-2] == "not checked without --reference MODEL: a factor that all scales have in common"
     assert lines[-1] == "7 errors, 0 warnings"
     document = json.loads(CliRunner().invoke(main, ["verify", str(folder), "--json"]).output)
     assert (document["errors"], document["warnings"]) == (7, 0)

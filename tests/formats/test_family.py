@@ -111,8 +111,8 @@ def test_merged_layer_beside_its_parts_is_refused(tiny_specs: Specs) -> None:
 def test_unknown_class_is_generic_and_warns_for_another_runtime() -> None:
     family = find_family("SomethingNew2DModel")
     assert family.is_generic
-    assert any("SomethingNew2DModel is unknown here" in note for note in family.notes("fp8", "vllm-omni"))
-    assert family.notes("fp8", "diffusers") == ()
+    assert any("SomethingNew2DModel is unknown here" in note for note in family.notes("fp8", "vllm-omni", ()))
+    assert family.notes("fp8", "diffusers", ()) == ()
 
 
 def test_generic_rule_on_a_real_model(tiny_specs: Specs) -> None:

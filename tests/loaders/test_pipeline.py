@@ -170,7 +170,7 @@ def test_the_report_counts_layers_and_bytes_and_folds_alike_layers(quantize):
     lines = str(report).splitlines()
     assert lines[0].split() == ["layer", "layers", "format", "kernel", "bytes", "a", "weight", "why"]
     assert {layer.bytes_per_weight for layer in report} == {1 + 4 / 48, 1 + 4 / 128}
-    assert "transformer.layers.{}.attention.to_q" in str(report)
+    assert "transformer.layers.*.attention.to_q" in str(report)
     assert len(lines) == 2 + BLOCK_LINEARS - 7  # two of the four blocks differ in their number alone
     assert lines[-1].startswith("28 layers, 28 in scaled GEMMs")
 
