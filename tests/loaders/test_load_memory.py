@@ -49,7 +49,14 @@ def transformer():
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="RssAnon is Linux's")
 @pytest.mark.parametrize(
     ("make", "method"),
-    [(vae, "fp8_storage"), (transformer, "fp8"), (transformer, "int8"), (transformer, "mxfp8"), (transformer, "nvfp4")],
+    [
+        (vae, "fp8_storage"),
+        (transformer, "fp8"),
+        (transformer, "int8"),
+        (transformer, "mxfp8"),
+        (transformer, "mxfp4"),
+        (transformer, "nvfp4"),
+    ],
     ids=lambda value: value if isinstance(value, str) else value.__name__,
 )
 def test_quantizing_while_loading_takes_the_quantized_model_and_one_layer(tmp_path, make, method):
