@@ -52,7 +52,7 @@ def split_blocks(values: Tensor, block: int) -> Tensor:
     missing = -values.shape[-1] % block
     if missing:
         copy = torch.nn.functional.pad(copy, (0, missing))
-    return copy.view(*copy.shape[:-1], -1, block)
+    return copy.view(*copy.shape[:-1], copy.shape[-1] // block, block)
 
 
 def join_blocks(blocks: Tensor, columns: int) -> Tensor:

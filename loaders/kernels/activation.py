@@ -12,10 +12,25 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from omni_convert.formats.e2m1 import E2M1, encode_e2m1, pack_nibbles
+from omni_convert.formats.e8m0 import encode_e8m0
+from omni_convert.formats.float8 import E4M3
 from omni_convert.formats.fp8 import E4M3_MAX, round_to_e4m3
 from omni_convert.formats.int8 import INT8_MAX
+from omni_convert.formats.mx import MX_BLOCK, block_amax, join_blocks, scale_blocks_, split_blocks
+from omni_convert.formats.nvfp4 import NVFP4_BLOCK, nvfp4_block_scale
 
-__all__ = ["SMALLEST_INT8_AMAX", "fp8_per_group", "fp8_per_token", "fp8_static", "int8_per_token"]
+__all__ = [
+    "SMALLEST_GROUP_AMAX",
+    "SMALLEST_INT8_AMAX",
+    "SMALLEST_TOKEN_SCALE",
+    "fp8_per_group",
+    "fp8_per_token",
+    "fp8_static",
+    "int8_per_token",
+    "mxfp8",
+    "nvfp4",
+]
 
 # Lowest per-token scale of vLLM: keeps the scale of an all-zero token above zero.
 SMALLEST_TOKEN_SCALE = 1.0 / (E4M3_MAX * 512.0)
@@ -57,7 +72,8 @@ def int8_per_token(x: Tensor, values: Tensor | None = None, codes: Tensor | None
         codes: int8 [M, K] to write to, likewise
     """
     amax = _token_amax(x, values).float()
-    inverse = INT8_MAX / amax.clamp(min=SMALLEST_INT8_AMAX)
+    # torch takes a number over a tensor for the number times the tensor's reciprocal, which rounds twice.
+    inverse = torch.full_like(amax, INT8_MAX).div_(amax.clamp(min=SMALLEST_INT8_AMAX))
     values = x.to(torch.float32, copy=True) if values is None else values.copy_(x)
     rounded = values.mul_(inverse).round_()
     return rounded.to(torch.int8) if codes is None else codes.copy_(rounded), amax / INT8_MAX
@@ -69,3 +85,18 @@ def _token_amax(x: Tensor, memory: Tensor | None = None) -> Tensor:
     out = None if memory is None else memory.view(bits.dtype).view(-1)[: x.numel()].view(x.shape)
     magnitudes = torch.bitwise_and(bits, torch.iinfo(bits.dtype).max, out=out)
     return magnitudes.amax(dim=1, keepdim=True).view(x.dtype)
+
+
+def mxfp8(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes, float8_e4m3fn [M, K], and E8M0 scales by the floor rule, uint8 [M, ceil(K / 32)]."""
+    blocks = split_blocks(x, MX_BLOCK)
+    scale = encode_e8m0(scale_blocks_(blocks, E4M3, "floor"))
+    return join_blocks(round_to_e4m3(blocks), x.shape[1]), scale
+
+
+def nvfp4(x: Tensor, input_scale: Tensor) -> tuple[Tensor, Tensor]:
+    """E2M1 codes, uint8 [M, K / 2], and scales, float8_e4m3fn [M, K / 16], over the static one, float32 []."""
+    blocks = split_blocks(x, NVFP4_BLOCK)
+    scale = nvfp4_block_scale(block_amax(blocks), input_scale)
+    elements = E2M1.round(blocks.div_((scale * input_scale)[..., None]))
+    return pack_nibbles(encode_e2m1(elements.flatten(1))), scale.to(torch.float8_e4m3fn)

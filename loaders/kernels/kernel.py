@@ -41,6 +41,9 @@ class Requirements:
         activations: how the inputs may be treated
         devices: device types; None for any
         capability: lowest CUDA compute capability, asked of CUDA devices only; with one, AMD GPUs decline
+        below_capability: compute capability from which on a CUDA device has other instructions than the kernel needs
+        cuda: lowest version of CUDA that torch is built for, asked of CUDA devices only
+        block_size: the one `block_size` that the format may have
         multiple_of: what in_features and out_features must be divisible by, except on a CPU
         module: a package that has the operators
         has_input_scale: whether the layer must store the scale of its inputs, for formats that may do without
@@ -50,6 +53,9 @@ class Requirements:
     activations: tuple[Activations, ...] = ("quantized",)
     devices: tuple[str, ...] | None = None
     capability: tuple[int, int] | None = None
+    below_capability: tuple[int, int] | None = None
+    cuda: tuple[int, int] | None = None
+    block_size: tuple[int, int] | None = None
     multiple_of: int = 1
     module: str | None = None
     has_input_scale: bool = False
@@ -63,6 +69,9 @@ class Requirements:
             return f"runs {' or '.join(self.activations)} activations, not {layer.activations}"
         if self.devices is not None and layer.device.type not in self.devices:
             return f"runs on {' and '.join(self.devices)}, not on {layer.device.type}"
+        block_size = getattr(layer.format, "block_size", None)
+        if self.block_size not in (None, block_size):
+            return f"needs blocks of {self.block_size}, found {block_size}"
         if self.has_input_scale and not getattr(layer.format, "static", False):
             return "needs input_scale, the layer stores none"
         if self.module is not None and find_spec(self.module) is None:
@@ -71,14 +80,25 @@ class Requirements:
 
     def _unmet_on_accelerator(self, layer: LayerTraits) -> str | None:
         if self.capability is not None and layer.device.type == "cuda":
-            if torch.version.hip is not None:  # ROCm calls its devices cuda, and has other float8 and other numbers
-                return "needs an NVIDIA GPU"
-            found = torch.cuda.get_device_capability(layer.device)
-            if found < self.capability:
-                return "needs compute capability {}.{}, found {}.{}".format(*self.capability, *found)
+            lacking = self._unmet_on_cuda(self.capability, layer.device)
+            if lacking is not None:
+                return lacking
         if layer.in_features % self.multiple_of or layer.out_features % self.multiple_of:
             shape = f"{layer.out_features} x {layer.in_features}"
             return f"needs features divisible by {self.multiple_of}, found {shape}"
+        return None
+
+    def _unmet_on_cuda(self, capability: tuple[int, int], device: torch.device) -> str | None:
+        if torch.version.hip is not None:  # ROCm calls its devices cuda, and has other float8 and other numbers
+            return "needs an NVIDIA GPU"
+        found = torch.cuda.get_device_capability(device)
+        if found < capability:
+            return "needs compute capability {}.{}, found {}.{}".format(*capability, *found)
+        if self.below_capability is not None and found >= self.below_capability:
+            return "needs compute capability below {}.{}, found {}.{}".format(*self.below_capability, *found)
+        version = torch.version.cuda or "0.0"
+        if self.cuda is not None and tuple(map(int, version.split(".")[:2])) < self.cuda:
+            return "needs CUDA {}.{}, torch is built for {}".format(*self.cuda, version)
         return None
 
 

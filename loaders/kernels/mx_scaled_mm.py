@@ -13,14 +13,11 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.functional import ScalingType, SwizzleType
 
-from omni_convert.formats.e2m1 import E2M1, encode_e2m1, pack_nibbles
-from omni_convert.formats.e8m0 import encode_e8m0
-from omni_convert.formats.float8 import E4M3, round_to_e4m3
 from omni_convert.formats.format import Format
-from omni_convert.formats.mx import MX_BLOCK, block_amax, scale_blocks_, split_blocks
 from omni_convert.formats.mxfp8 import Mxfp8
-from omni_convert.formats.nvfp4 import NVFP4_BLOCK, Nvfp4, nvfp4_block_scale
+from omni_convert.formats.nvfp4 import Nvfp4
 from omni_convert.formats.swizzle import swizzle_scales
+from omni_convert.loaders.kernels.fused_activation import mxfp8_swizzled, nvfp4_swizzled
 from omni_convert.loaders.kernels.kernel import Kernel, Requirements
 
 __all__ = ["MXFP8_SCALED_MM", "NVFP4_SCALED_MM", "run_mxfp8", "run_nvfp4"]
@@ -36,12 +33,11 @@ def run_mxfp8(
     scaled_mm: ScaledMm = F.scaled_mm,
 ) -> Tensor:
     """`RunLinear`; `scaled_mm` is replaced to see what it receives."""
-    blocks = split_blocks(x, MX_BLOCK)
-    scale = encode_e8m0(scale_blocks_(blocks, E4M3, "floor"))
+    codes, scale = mxfp8_swizzled(x)
     out = scaled_mm(
-        round_to_e4m3(blocks).flatten(1),
+        codes,
         tensors["weight"].t(),
-        _swizzled(scale).view(torch.float8_e8m0fnu),
+        scale.view(torch.float8_e8m0fnu),
         ScalingType.BlockWise1x32,
         _swizzled(tensors["weight_scale"]).view(torch.float8_e8m0fnu),
         ScalingType.BlockWise1x32,
@@ -62,15 +58,13 @@ def run_nvfp4(
 ) -> Tensor:
     """`RunLinear`; `scaled_mm` is replaced to see what it receives."""
     input_scale = tensors["input_scale"].float().reshape(())
-    blocks = split_blocks(x, NVFP4_BLOCK)
-    scale = nvfp4_block_scale(block_amax(blocks), input_scale)
-    codes = pack_nibbles(encode_e2m1(E2M1.round(blocks.div_((scale * input_scale)[..., None])).flatten(1)))
+    codes, scale = nvfp4_swizzled(x, input_scale)
     recipe = [ScalingType.BlockWise1x16, ScalingType.TensorWise]
     swizzle = [SwizzleType.SWIZZLE_32_4_4, SwizzleType.NO_SWIZZLE]
     out = scaled_mm(
         codes.view(torch.float4_e2m1fn_x2),
         tensors["weight"].view(torch.float4_e2m1fn_x2).t(),
-        [_swizzled(scale.to(torch.float8_e4m3fn)), input_scale.reshape(1)],
+        [scale, input_scale.reshape(1)],
         recipe,
         [_swizzled(tensors["weight_scale"]), tensors["weight_scale_2"].float().reshape(1)],
         recipe,
@@ -90,12 +84,14 @@ def _swizzled(scale: Tensor) -> Tensor:
 MXFP8_SCALED_MM = Kernel(
     "mxfp8_scaled_mm",
     is_scaled_gemm=True,
-    requirements=Requirements((Mxfp8,), devices=("cuda",), capability=(10, 0), multiple_of=32),
+    requirements=Requirements((Mxfp8,), devices=("cuda",), capability=(10, 0), cuda=(12, 8), multiple_of=32),
     run=run_mxfp8,
 )
 NVFP4_SCALED_MM = Kernel(
     "nvfp4_scaled_mm",
     is_scaled_gemm=True,
-    requirements=Requirements((Nvfp4,), devices=("cuda",), capability=(10, 0), multiple_of=32, has_input_scale=True),
+    requirements=Requirements(
+        (Nvfp4,), devices=("cuda",), capability=(10, 0), cuda=(12, 8), multiple_of=32, has_input_scale=True
+    ),
     run=run_nvfp4,
 )

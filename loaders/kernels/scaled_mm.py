@@ -11,8 +11,7 @@ from torch.nn.functional import ScalingType
 
 from omni_convert.formats.format import Format
 from omni_convert.formats.fp8 import Fp8
-from omni_convert.loaders.kernels.activation import fp8_static
-from omni_convert.loaders.kernels.fused_activation import fp8_per_token
+from omni_convert.loaders.kernels.fused_activation import fp8_per_token, fp8_static
 from omni_convert.loaders.kernels.kernel import Kernel, Requirements
 
 __all__ = ["SCALED_MM"]
@@ -39,6 +38,7 @@ def _run(x: Tensor, tensors: Mapping[str, Tensor], fmt: Format, bias: Tensor | N
         recipe,
         bias=None if bias is None else bias.to(torch.bfloat16),
         output_dtype=torch.bfloat16,
+        use_fast_accum=True,  # as the runtimes do: Hopper's adders for FP8 are otherwise interrupted every 128 products
     )
     return out.to(x.dtype)
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from omni_convert.formats.errors import KernelError
+from omni_convert.loaders.kernels.block_scaled_mm import BLOCK_SCALED_MM
 from omni_convert.loaders.kernels.decode_mm import CPU_DECODE_MM, DECODE_MM, DECODE_WEIGHT_MM
 from omni_convert.loaders.kernels.fused_decode_mm import TRITON_DECODE_MM, TRITON_DECODE_WEIGHT_MM
 from omni_convert.loaders.kernels.int_mm import INT_MM
@@ -25,6 +26,7 @@ OVERRIDE = "OMNI_CONVERT_KERNEL"
 KERNELS: tuple[Kernel, ...] = (
     CPU_DECODE_MM,
     SCALED_MM,
+    BLOCK_SCALED_MM,
     MXFP8_SCALED_MM,
     NVFP4_SCALED_MM,
     INT_MM,

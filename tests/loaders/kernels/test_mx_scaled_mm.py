@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 from torch.nn import functional as F
 from torch.nn.functional import ScalingType, SwizzleType
 
@@ -27,17 +28,21 @@ def weight() -> torch.Tensor:
 
 
 class Recorder:
-    """Stands where the operator would, keeps what it is given, and lets torch's own shape function judge it."""
+    """Stands where the operator would, keeps what it is given, and lets torch's checks of a CUDA device judge it."""
 
     def __call__(self, *operands, **options):
         self.operands, self.options = operands, options
-        return F.scaled_mm(*map(to_meta, operands), **{key: to_meta(value) for key, value in options.items()})
+        with FakeTensorMode():
+            out = F.scaled_mm(*map(on_cuda, operands), **{key: on_cuda(value) for key, value in options.items()})
+        return torch.zeros(out.shape, dtype=out.dtype)
 
 
-def to_meta(value):
+def on_cuda(value):
     if isinstance(value, list):
-        return [to_meta(entry) for entry in value]
-    return value.to("meta") if isinstance(value, torch.Tensor) else value
+        return [on_cuda(entry) for entry in value]
+    if isinstance(value, torch.Tensor):
+        return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="cuda")
+    return value
 
 
 @pytest.mark.parametrize("bias", [None, torch.ones(OUT)], ids=["no bias", "bias"])
