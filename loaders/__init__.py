@@ -1,11 +1,12 @@
 """A checkpoint becomes a running pipeline. Importing this registers our quantizers with diffusers and transformers."""
 
-from omni_convert.loaders import diffusers_quantizer, lora, transformers_quantizer
+from omni_convert.loaders import attention_backend, diffusers_quantizer, lora, transformers_quantizer
 from omni_convert.loaders.config import (
     ComponentQuantizationConfig,
     build_quant_config,
     resolve_component_quant_config,
 )
+from omni_convert.loaders.fp8_attention import disable_fp8_attention, enable_fp8_attention
 from omni_convert.loaders.fp8_storage import apply_fp8_weight_storage
 from omni_convert.loaders.pipeline import load_pipeline
 from omni_convert.loaders.quantized_linear import QuantizedLinear, quantize_linear
@@ -18,12 +19,15 @@ __all__ = [
     "QuantizedLinear",
     "apply_fp8_weight_storage",
     "build_quant_config",
+    "disable_fp8_attention",
+    "enable_fp8_attention",
     "kernel_report",
     "load_pipeline",
     "quantize_linear",
     "resolve_component_quant_config",
 ]
 
+attention_backend.register()
 diffusers_quantizer.register()
 transformers_quantizer.register()
 lora.register()

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
 
 from omni_convert.formats.errors import KernelError
+from omni_convert.loaders.attention_backend import is_fp8_backend
+from omni_convert.loaders.fp8_attention import count_attention_backends
 from omni_convert.loaders.fp8_storage import Fp8WeightStorage
 from omni_convert.loaders.packed_int4 import PackedInt4
 from omni_convert.loaders.quantized_linear import QuantizedLinear
@@ -48,9 +50,14 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class KernelReport:
-    """All quantized layers of a pipeline. Printed, layers that differ in their number alone share a line."""
+    """All quantized layers of a pipeline. Printed, layers that differ in their number alone share a line.
+
+    Attributes:
+        attention: attention layers by the backend of diffusers that they name, if one of them runs in FP8
+    """
 
     layers: tuple[LayerReport, ...]
+    attention: Mapping[str, int] = field(default_factory=dict)
 
     def __iter__(self) -> Iterator[LayerReport]:
         return iter(self.layers)
@@ -72,14 +79,18 @@ class KernelReport:
         return tuple(layer for layer in self.layers if not layer.is_as_asked)
 
     def __str__(self) -> str:
-        if not self.layers:
-            return "no quantized layers"
+        lines = self._layer_lines() if self.layers else ["no quantized layers"]
+        if self.attention:
+            lines.append("attention: " + ", ".join(f"{count} {backend}" for backend, count in self.attention.items()))
+        return "\n".join(lines)
+
+    def _layer_lines(self) -> list[str]:
         rows = [COLUMNS, *self._rows()]
         widths = [max(len(row[column]) for row in rows) for column in range(len(COLUMNS))]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
         scaled = sum(layer.is_scaled_gemm for layer in self.layers)
         total = sum(layer.bytes for layer in self.layers)
-        return "\n".join([*lines, f"{len(self.layers)} layers, {scaled} in scaled GEMMs, {total:,} bytes"])
+        return [*lines, f"{len(self.layers)} layers, {scaled} in scaled GEMMs, {total:,} bytes"]
 
     def _rows(self) -> list[tuple[str, ...]]:
         alike: dict[tuple[str, str, str, str], list[LayerReport]] = {}
@@ -98,14 +109,16 @@ def _row(name: str, fmt: str, kernel: str, why: str, group: list[LayerReport]) -
 def kernel_report(model: Any) -> KernelReport:
     """Looks at every quantized or stored layer of a pipeline (anything with `components`) or of a module."""
     components: Mapping[str, Any] = {"": model} if isinstance(model, nn.Module) else model.components
+    modules = {component: module for component, module in components.items() if isinstance(module, nn.Module)}
+    backends = count_attention_backends(modules.values())
     return KernelReport(
         tuple(
             _describe(".".join(filter(None, (component, name))), layer)
-            for component, module in components.items()
-            if isinstance(module, nn.Module)
+            for component, module in modules.items()
             for name, layer in module.named_modules()
             if isinstance(layer, QuantizedLinear | Fp8WeightStorage)
-        )
+        ),
+        attention=backends if any(map(is_fp8_backend, backends)) else {},
     )
 
 

@@ -25,7 +25,7 @@ from omni_convert.convert.generation import GenerationSettings, has_step_callbac
 from omni_convert.convert.prompts import Prompt
 from omni_convert.convert.source import DEMO_PIPELINE
 from omni_convert.formats.errors import OmniConvertError, RecipeError
-from omni_convert.loaders import kernel_report, load_pipeline
+from omni_convert.loaders import enable_fp8_attention, kernel_report, load_pipeline
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -59,6 +59,21 @@ def build_parser() -> argparse.ArgumentParser:
         help="skip blocks whose outcome changes little from step to step; tea_cache is diffusers' first-block cache",
     )
     parser.add_argument("--cache-threshold", type=float, default=0.1, help="of tea_cache: the change that is little")
+    parser.add_argument(
+        "--kv-cache-dtype",
+        choices=["auto", "float", "fp8"],
+        default="auto",
+        help="fp8: quantize Q, K and V of the attention; auto and float leave it as it is",
+    )
+    parser.add_argument(
+        "--kv-cache-skip-layers", metavar="BLOCKS", help="of fp8: blocks to leave as they are, as 0-9,20,25-30"
+    )
+    parser.add_argument("--kv-cache-skip-steps", metavar="STEPS", help="of fp8: denoising steps, likewise")
+    parser.add_argument(
+        "--fp8-attention-backend",
+        metavar="NAME",
+        help="of fp8: flash_3, sage, flash_3_hub or reference; default: the first that is installed and runs here",
+    )
     parser.add_argument("--vae-use-tiling", action="store_true")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--output", type=Path, default=Path("output.png"))
@@ -74,6 +89,7 @@ def generate(options: argparse.Namespace) -> None:
     started = time.monotonic()
     pipe = load_pipeline(options.model, options.device, quantization=quantization_of(options))
     print(f"loaded in {time.monotonic() - started:.1f} s")
+    quantize_attention(pipe, options)
     print(kernel_report(pipe))
     if options.vae_use_tiling:
         pipe.vae.enable_tiling()
@@ -110,6 +126,19 @@ def quantization_of(options: argparse.Namespace) -> dict[str, Any] | None:
             raise RecipeError("--ignored-layers: found no --quantization, expected one; a quantized model has its own")
         return None
     return {"method": options.quantization, "ignored_layers": patterns(options.ignored_layers or "")}
+
+
+def quantize_attention(pipe: Any, options: argparse.Namespace) -> None:
+    """Raises OmniConvertError where no kernel runs it, or where options of it are given without it."""
+    if options.kv_cache_dtype == "fp8":
+        enable_fp8_attention(
+            pipe,
+            backend=options.fp8_attention_backend,
+            skip_layers=options.kv_cache_skip_layers,
+            skip_steps=options.kv_cache_skip_steps,
+        )
+    elif options.fp8_attention_backend or options.kv_cache_skip_layers or options.kv_cache_skip_steps:
+        raise RecipeError(f"--kv-cache-dtype: found {options.kv_cache_dtype} with options of fp8, expected fp8")
 
 
 def patterns(text: str) -> list[str]:

@@ -49,6 +49,8 @@ def test_what_does_not_fit_is_one_line(run, capsys):
         (("--quantization", "int8", "--ignored-layers", "no_such_layer"), "matches no layer"),
         (("--quantization", "int8", "--ignored-layers", "[w2"), "JSON"),
         (("--quantization", "int8", "--cache-backend", "tea_cache"), "expected cache_dit"),
+        (("--kv-cache-dtype", "fp8"), "found cpu without a kernel"),
+        (("--kv-cache-skip-layers", "0-1"), "expected fp8"),
     ]:
         status, output = run(*options)
         error = capsys.readouterr().err
@@ -56,6 +58,15 @@ def test_what_does_not_fit_is_one_line(run, capsys):
         assert expected in error
         assert "Traceback" not in error
         assert not output.exists()
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning:diffusers|transformers")
+def test_attention_in_fp8_is_reported(run, capsys):
+    options = ("--kv-cache-dtype", "fp8", "--kv-cache-skip-layers", "0", "--kv-cache-skip-steps", "1-2")
+    status, output = run(*options, "--fp8-attention-backend", "reference", "--num-inference-steps", "2")
+    assert status == 0
+    assert "attention: 3 native, 5 fp8_reference_rotated" in capsys.readouterr().out
+    assert output.exists()
 
 
 @pytest.mark.slow

@@ -1,0 +1,58 @@
+"""Which steps and layers are meant, as users of serving engines write it: `0-9,20,25-30`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from omni_convert.formats.errors import RecipeError
+
+__all__ = ["Selector", "SelectorSpec"]
+
+#: `"0-9,20,25-30"`, or a list of numbers and such texts; None selects nothing
+SelectorSpec = str | Iterable[int | str] | None
+
+PART = re.compile(r"\s*(\d{1,9})\s*(?:-\s*(\d{1,9})\s*)?")
+
+
+@dataclass(frozen=True)
+class Selector:
+    """A set of numbers from zero, kept as ranges. Empty, it is false."""
+
+    ranges: tuple[range, ...] = ()
+
+    @classmethod
+    def parse(cls, spec: SelectorSpec, where: str) -> Selector:
+        """Reads what the user wrote; both ends of a range belong to it.
+
+        Args:
+            where: the option, for messages
+
+        Raises:
+            RecipeError: a part is neither a number nor a range that goes up.
+        """
+        if spec is None:
+            return cls()
+        parts = spec.split(",") if isinstance(spec, str) else [str(part) for part in spec]
+        return cls(tuple(_range_of(part, where) for part in parts))
+
+    def __contains__(self, number: int) -> bool:
+        return any(number in numbers for numbers in self.ranges)
+
+    def __bool__(self) -> bool:
+        return bool(self.ranges)
+
+    def __str__(self) -> str:
+        return ",".join(
+            str(numbers[0]) if len(numbers) == 1 else f"{numbers[0]}-{numbers[-1]}" for numbers in self.ranges
+        )
+
+
+def _range_of(part: str, where: str) -> range:
+    match = PART.fullmatch(part)
+    first = int(match[1]) if match else 0
+    last = int(match[2] or first) if match else -1
+    if last < first:
+        raise RecipeError(f"{where}: found {part!r}, expected numbers and ranges that go up, such as 0-9,20,25-30")
+    return range(first, last + 1)
