@@ -38,7 +38,7 @@ def enable_fp8_attention(
     pipe_or_model: Any,
     *,
     backend: str | None = None,
-    rotate: bool = True,
+    rotate: bool = False,
     skip_layers: SelectorSpec = None,
     skip_steps: SelectorSpec = None,
     device: str | torch.device | None = None,
@@ -52,7 +52,9 @@ def enable_fp8_attention(
         pipe_or_model: a pipeline of diffusers, or one of its transformers
         backend: `flash_3`, `sage`, `flash_3_hub` (downloads it) or `reference` (plain torch: the arithmetic, no
             speed); None for the first of the installed ones that the device runs
-        rotate: multiply Q and K by one orthogonal matrix first, which spreads outliers and leaves their product; heads
+        rotate: multiply Q and K by one orthogonal matrix first, as vLLM-Omni does, which leaves their product. It
+            helps where a channel is large in both, and harms where one is in K alone: E4M3 is a float, which large
+            numbers cost little, and a number that all keys share drops out of the softmax unless it is mixed; heads
             must be a power of two wide
         skip_layers: blocks that stay as they are, as `0-9,20,25-30` or a list; counted from zero in each of a model's
             lists of blocks
@@ -138,7 +140,7 @@ def _current_step(pipeline: Any) -> int:
     Raises:
         RecipeError: nothing counts them.
     """
-    scheduler = getattr(pipeline, "scheduler", None)
+    scheduler: Any = getattr(pipeline, "scheduler", None)
     if not hasattr(scheduler, "step_index"):
         found = type(pipeline if scheduler is None else scheduler).__name__ if pipeline is not None else "no pipeline"
         raise RecipeError(

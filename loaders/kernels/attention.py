@@ -86,8 +86,11 @@ def _flash_attention_3(
 ) -> Tensor:
     """An operator of ours: what diffusers declares of its own one is an output in the dtype of the codes."""
     attend_flash_3 = _hub_function() if hub else importlib.import_module("flash_attn_interface").flash_attn_func
-    out = attend_flash_3(q, k, v, softmax_scale=scale, q_descale=q_descale, k_descale=k_descale, v_descale=v_descale)
-    return out[0] if isinstance(out, tuple) else out  # some releases return the log-sum-exp too
+    out: Any = attend_flash_3(
+        q, k, v, softmax_scale=scale, q_descale=q_descale, k_descale=k_descale, v_descale=v_descale
+    )
+    attended: Tensor = out[0] if isinstance(out, tuple) else out  # some releases return the log-sum-exp too
+    return attended
 
 
 @_flash_attention_3.register_fake
@@ -98,13 +101,15 @@ def _(q: Tensor, *_others: Any) -> Tensor:
 def _run_flash_3(query: Tensor, key: Tensor, value: Tensor, scale: float, hub: bool = False) -> Tensor:
     heads = key.shape[2]
     (q, q_descale), (k, k_descale), (v, v_descale) = (quantize_per_head(x, heads) for x in (query, key, value))
-    return _flash_attention_3(q, k, v, q_descale, k_descale, v_descale, scale, hub).to(query.dtype)
+    out: Tensor = _flash_attention_3(q, k, v, q_descale, k_descale, v_descale, scale, hub)
+    return out.to(query.dtype)
 
 
 @torch.library.custom_op("omni_convert::sage_attention", mutates_args=())
 def _sage_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     """An operator, because the package's own functions break graphs. It picks the GPU's kernel and quantizes itself."""
-    return dispatch_attention_fn(query, key, value, scale=scale, backend=AttentionBackendName.SAGE)
+    out: Tensor = dispatch_attention_fn(query, key, value, scale=scale, backend=AttentionBackendName.SAGE)
+    return out
 
 
 @_sage_attention.register_fake

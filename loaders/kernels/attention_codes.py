@@ -71,7 +71,7 @@ def quantize_per_head(x: Tensor, heads: int) -> tuple[Tensor, Tensor]:
     Args:
         heads: groups of consecutive heads that share a scale; of grouped queries, the heads of K
     """
-    groups = x.float().unflatten(2, (heads, -1))  # [B, S, heads, H / heads, D]
+    groups = x.float().reshape(*x.shape[:2], heads, -1, x.shape[3])  # [B, S, heads, H / heads, D]
     descale = groups.abs().amax((1, 3, 4)).clamp_min(SMALLEST_AMAX) / E4M3_MAX
     return round_to_e4m3(groups / descale[:, None, :, None, None]).flatten(2, 3), descale
 

@@ -117,15 +117,15 @@ def _quantized(name: str, weight: torch.Tensor, fmt: Format) -> dict[str, torch.
 
 
 @pytest.fixture
-def make_image() -> Callable[[Any], torch.Tensor]:
-    def run(pipeline: Any) -> torch.Tensor:
+def make_image() -> Callable[..., torch.Tensor]:
+    def run(pipeline: Any, guidance_scale: float = 2.0) -> torch.Tensor:
         pipeline.set_progress_bar_config(disable=True)
         images = pipeline(
             ["a red circle"],
             num_inference_steps=2,
             height=16,
             width=16,
-            guidance_scale=2.0,
+            guidance_scale=guidance_scale,
             generator=torch.Generator().manual_seed(0),
             output_type="np",
         ).images

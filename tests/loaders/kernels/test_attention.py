@@ -72,15 +72,25 @@ def test_the_error_is_that_of_e4m3(backend, head_dim):
     assert error(out, exact(*qkv)) < 0.06
 
 
-def test_the_rotation_helps_heads_with_outliers():
+def errors(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> list[float]:
+    """Without and with rotation."""
+    expected = exact(query, key, value)
+    return [error(run(name, query, key, value), expected) for name in ("fp8_reference", "fp8_reference_rotated")]
+
+
+def test_the_rotation_helps_where_a_channel_is_large_in_queries_and_keys():
     query, key, value = (heads(seed) for seed in range(3))
     query[..., 9] *= 5
     key[..., 9] *= 5  # one product carries most of a score, and its rounding too
-    expected = exact(query, key, value)
-    plain, rotated = (
-        error(run(name, query, key, value), expected) for name in ("fp8_reference", "fp8_reference_rotated")
-    )
+    plain, rotated = errors(query, key, value)
     assert rotated < 0.7 * plain
+
+
+def test_the_rotation_harms_where_all_keys_share_a_large_number():
+    query, key, value = (heads(seed) for seed in range(3))
+    key[..., 9] += 64  # rounded alike in every key, it drops out of the softmax
+    plain, rotated = errors(query, key, value)
+    assert plain < rotated
 
 
 def test_queries_may_share_heads_of_keys():
