@@ -5,8 +5,6 @@ Both directions are exact, and many times as fast as through float32.
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import torch
 from torch import Tensor, nn
 
@@ -43,20 +41,19 @@ def pack_container(weight: Tensor) -> Tensor:
 
 def unpack_container(packed: Tensor, in_features: int) -> Tensor:
     """Inverse of `pack_container`; zeros keep their sign."""
+    pairs_of = _container_pairs(packed.device)
 
     def unpack_tile(tile: Tensor) -> dict[str, Tensor]:
-        pairs = _container_pairs(tile.device).index_select(0, tile.flatten().to(torch.int32))
+        pairs = pairs_of.index_select(0, tile.flatten().to(torch.int32))
         return {"weight": pairs.view(torch.uint8).view(len(tile), -1)[:, :in_features]}
 
     return quantize_in_tiles(packed, unpack_tile)["weight"].contiguous().view(torch.float8_e4m3fn)
 
 
-@lru_cache
 def _container_pairs(device: torch.device) -> Tensor:
     """The two E4M3 bytes that each byte of codes stands for, as int16 [256]."""
-    with torch.inference_mode(False):
-        codes = torch.arange(256, dtype=torch.uint8, device=device)[:, None]
-        return _container_bytes(unpack_nibbles(codes)).view(torch.int16).flatten()
+    codes = torch.arange(256, dtype=torch.uint8, device=device)[:, None]
+    return _container_bytes(unpack_nibbles(codes)).view(torch.int16).flatten()
 
 
 def _codes_of(words: Tensor) -> Tensor:
