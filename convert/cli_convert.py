@@ -92,7 +92,7 @@ __all__ = ["convert_command", "dequantize_command", "push_command"]
 def convert_command(
     model: str | None, output: str | None, dry_run: bool, quiet: bool, as_json: bool, **options: Any
 ) -> None:
-    """Convert MODEL: a diffusers folder, a Hub repo id, a component folder or a .safetensors file."""
+    """Convert MODEL: a diffusers folder, a Hub repo id, a component folder, a .safetensors or .gguf file."""
     _convert(model, output, recipe_of(model, options), dry_run=dry_run, quiet=quiet, as_json=as_json)
 
 

@@ -13,33 +13,14 @@ from omni_convert.formats.gguf import DEFAULT_TYPE, Gguf
 from omni_convert.formats.layer_pattern import matches
 from omni_convert.formats.wan_names import original_name
 
-__all__ = ["architecture_of", "choose_gguf", "original_names"]
+__all__ = ["choose_gguf", "original_names"]
 
 GENERIC = find_family("")  # linears in blocks: what ComfyUI-GGUF keeps of any family is outside of them
-# Start of a class's name → `general.architecture`, as ComfyUI-GGUF calls it.
-ARCHITECTURES = (
-    ("Flux", "flux"),
-    ("SD3", "sd3"),
-    ("AuraFlow", "aura"),
-    ("HiDream", "hidream"),
-    ("Cosmos", "cosmos"),
-    ("LTX", "ltxv"),
-    ("HunyuanVideo", "hyvid"),
-    ("Wan", "wan"),
-    ("QwenImage", "qwen_image"),
-    ("Lumina2", "lumina2"),
-    ("ZImage", "lumina2"),
-)
 # Architecture → layers in blocks that ComfyUI-GGUF's quantizer keeps, too.
 KEPT = {"lumina2": ("noise_refiner", "context_refiner"), "hidream": ("gate",), "wan": ("condition_embedder",)}
 STORABLE_BYTES = 2  # what is narrower is no plain float
 # ComfyUI-GGUF reads these in float32, whatever the type of the rest.
 SMALL_ELEMENTS = 1024
-
-
-def architecture_of(model_class: str) -> str:
-    """`general.architecture` for a model of this class; `diffusion` where nobody has named one."""
-    return next((name for start, name in ARCHITECTURES if model_class.startswith(start)), "diffusion")
 
 
 def original_names(model_class: str, tensors: Collection[str]) -> dict[str, str]:

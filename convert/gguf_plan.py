@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from omni_convert.convert.component_plan import ComponentPlan, replace_config
 from omni_convert.convert.component_weights import model_class
-from omni_convert.convert.gguf_layers import architecture_of, choose_gguf, original_names
+from omni_convert.convert.gguf_layers import choose_gguf, original_names
 from omni_convert.convert.quantizing import requantizing_notes
 from omni_convert.convert.recipe import Recipe
 from omni_convert.convert.selection import format_for
@@ -15,6 +15,7 @@ from omni_convert.convert.steps import KeptLayer, QuantizeStep, ordered_steps, o
 from omni_convert.formats.dialect import Spelling
 from omni_convert.formats.errors import RecipeError
 from omni_convert.formats.gguf import Gguf
+from omni_convert.formats.gguf_runtimes import architecture_of
 from omni_convert.formats.sharding import Shards
 
 __all__ = ["plan_gguf"]

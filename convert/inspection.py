@@ -17,17 +17,28 @@ from omni_convert.convert.report import size_text
 from omni_convert.convert.respelling import vllm_omni_refusal
 from omni_convert.convert.source import Source
 from omni_convert.convert.source_component import open_component
+from omni_convert.formats.dialects.gguf import GGUF
 from omni_convert.formats.errors import CheckpointError
 from omni_convert.formats.family import Family, find_family
+from omni_convert.formats.gguf_runtimes import gguf_verdicts
 from omni_convert.formats.json_file import read_json
 from omni_convert.formats.quantized import QuantizedCheckpoint, QuantizedLayer
 from omni_convert.formats.runtimes import Verdict, verdicts
 from omni_convert.formats.tensor_spec import DTYPE_NAMES
 
-__all__ = ["InspectedComponent", "InspectedLayer", "component_names", "inspect_source", "inspection_report"]
+__all__ = [
+    "WEIGHT_PATTERNS",
+    "InspectedComponent",
+    "InspectedLayer",
+    "component_names",
+    "inspect_source",
+    "inspection_report",
+]
 
 NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 PLAIN = "not quantized"
+#: Files of weights that are read.
+WEIGHT_PATTERNS = ("*.safetensors", "*.gguf")
 
 
 @dataclass(frozen=True)
@@ -80,26 +91,20 @@ def component_names(source: Source) -> list[str]:
     """Components that have weights; [""] for a model that is one.
 
     Raises:
-        CheckpointError: there are none, or some that are not read.
+        CheckpointError: there are none.
     """
-    for name in source.components() if source.is_pipeline else [""]:
-        unread = next(iter(sorted((source.path / name).glob("*.gguf"))), None)
-        if unread is not None and not _has_weights(source, name):
-            raise CheckpointError(
-                f"{unread}: found GGUF, which is only written here, expected .safetensors files; read it with the gguf "
-                "package or diffusers"
-            )
     if not source.is_pipeline:
         return [""]
     names = [name for name in source.components() if _has_weights(source, name)]
     if not names:
-        raise CheckpointError(f"{source.path}: found no component with .safetensors files, expected some")
+        raise CheckpointError(f"{source.path}: found no component with .safetensors or .gguf files, expected some")
     return names
 
 
 def _has_weights(source: Source, name: str) -> bool:
     on_hub = source.hub_files.streamed if source.hub_files is not None else ()
-    return any((source.path / name).glob("*.safetensors")) or any(file.startswith(f"{name}/") for file in on_hub)
+    on_disk = [file for pattern in WEIGHT_PATTERNS for file in (source.path / name).glob(pattern)]
+    return bool(on_disk) or any(file.startswith(f"{name}/") for file in on_hub)
 
 
 def _inspect(source: Source, name: str) -> InspectedComponent:
@@ -111,7 +116,7 @@ def _inspect(source: Source, name: str) -> InspectedComponent:
             kept[DTYPE_NAMES[spec.dtype]] = (count + 1, nbytes + spec.nbytes)
         return InspectedComponent(
             name,
-            opened.dialect if opened.layers else None,
+            opened.dialect if opened.layers or opened.dialect == GGUF.name else None,
             sum(spec.nbytes for spec in opened.checkpoint.values()),
             tuple(_inspect_layer(layer) for layer in opened.layers.values()),
             kept,
@@ -126,6 +131,8 @@ def _inspect_layer(layer: QuantizedLayer) -> InspectedLayer:
 
 
 def _runtimes(source: Source, name: str, opened: QuantizedCheckpoint) -> list[Verdict]:
+    if opened.dialect == GGUF.name:
+        return list(gguf_verdicts(opened, _family(source, name)))
     if opened.dialect is None or not opened.layers:
         return []
     formats = {stem: layer.format for stem, layer in opened.layers.items()}

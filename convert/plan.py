@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Plan", "component_methods", "plan_conversion"]
 
-WEIGHT_SUFFIXES = (".safetensors", ".index.json", ".bin", ".pt", ".pth", ".ckpt", ".msgpack", ".h5", ".onnx")
+WEIGHT_SUFFIXES = (".safetensors", ".gguf", ".index.json", ".bin", ".pt", ".pth", ".ckpt", ".msgpack", ".h5", ".onnx")
 ROOT_FILES = ("*.json", "LICENSE*", "NOTICE*")
 OUR_FILES = ("omni_convert.json",)
 

@@ -33,6 +33,7 @@ HUB_PATTERNS = [
     "README.md",
     "*/*.json",
     "*/*.safetensors",
+    "transformer*/*.gguf",
     "*/*.txt",
     "*/*.model",
     "*/*.jinja",
@@ -124,7 +125,7 @@ def resolve_source(model: str | Path | None, revision: str | None = None, *, str
     if REPO_ID.fullmatch(str(model)):
         return _stream(str(model), revision) if stream else _download(str(model), revision)
     raise CheckpointError(
-        f"{model}: nothing is there; expected a folder, a .safetensors file or a Hub repo id like Qwen/Qwen-Image"
+        f"{model}: nothing is there; expected a folder, a .safetensors or .gguf file, or a repo id like Qwen/Qwen-Image"
     )
 
 

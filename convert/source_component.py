@@ -15,6 +15,7 @@ from omni_convert.convert.recipe import LoraRequest, Recipe
 from omni_convert.convert.source import Source
 from omni_convert.formats.checkpoint import Checkpoint
 from omni_convert.formats.component import DENOISERS
+from omni_convert.formats.dialects.gguf import GGUF
 from omni_convert.formats.dialects.table import DIALECTS
 from omni_convert.formats.errors import CheckpointError, RecipeError
 from omni_convert.formats.family import Family, find_family
@@ -80,7 +81,9 @@ class SourceComponent:
     @property
     def is_changed(self) -> bool:
         """Whether a conversion that quantizes nothing has something to do here."""
-        return bool(self.opened.layers) or self.weights is not self.opened.checkpoint
+        return (
+            bool(self.opened.layers) or self.opened.dialect == GGUF.name or self.weights is not self.opened.checkpoint
+        )
 
     @property
     def counted_layers(self) -> str:
@@ -135,8 +138,8 @@ def _config_path(source: Source, name: str) -> Path:
 
 
 def _under_diffusers_names(component: SourceComponent, recipe: Recipe) -> SourceComponent:
-    """A component that is the whole model may have the names of the model's own code."""
-    if component.name:
+    """A component that is the whole model may have the names of the model's own code, and one in GGUF."""
+    if component.name and component.opened.dialect != GGUF.name:
         return component
     is_kept = recipe.method == "keep" and bool(component.opened.layers)
     is_for_diffusers = is_kept and DIALECTS[recipe.dialect].has_diffusers_names

@@ -11,7 +11,9 @@ from omni_convert.convert.shared_encoder import unquantized_encoder_layers
 from omni_convert.convert.source_component import SourceComponent
 from omni_convert.convert.steps import CopyStep, dtype_of_copy, outputs
 from omni_convert.formats.checkpoint import Checkpoint
+from omni_convert.formats.dialects.gguf import GGUF
 from omni_convert.formats.dialects.table import DIALECTS
+from omni_convert.formats.errors import RecipeError
 
 __all__ = ["plan_transcoded"]
 
@@ -24,10 +26,15 @@ def plan_transcoded(component: SourceComponent, recipe: Recipe, encoder: Compone
 
     Raises:
         CheckpointError: the model is quantized in a way that nobody here reads, or a layer cannot be expressed.
-        RecipeError: the runtime cannot run the model.
+        RecipeError: the runtime cannot run the model, or it is to be kept and is in GGUF.
     """
     if component.has_config:
         component.refuse_unread()
+    if recipe.method == "keep" and component.opened.dialect == GGUF.name:
+        raise RecipeError(
+            f"{component.opened.checkpoint.path}: found GGUF with -m keep, which no other dialect holds; copy the file "
+            "to keep it, or use `omni-convert dequantize`, or -m METHOD, which quantizes anew"
+        )
     quantized = component.opened.layers
     view: Checkpoint = component.weights
     block: dict[str, Any] | None = None

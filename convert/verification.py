@@ -16,13 +16,15 @@ from typing import Any
 
 from omni_convert.convert.component_weights import renamed
 from omni_convert.convert.file_check import check_files
-from omni_convert.convert.inspection import component_names
+from omni_convert.convert.gguf_verification import check_gguf, compare_gguf
+from omni_convert.convert.inspection import WEIGHT_PATTERNS, component_names
 from omni_convert.convert.output import MANIFEST
 from omni_convert.convert.reference_check import FOUR_BITS, check_against, check_kept
 from omni_convert.convert.source import Source
 from omni_convert.formats.block_check import check_block
 from omni_convert.formats.checkpoint import Checkpoint
 from omni_convert.formats.component import DENOISERS
+from omni_convert.formats.dialects.gguf import GGUF
 from omni_convert.formats.errors import CheckpointError
 from omni_convert.formats.family import Family, find_family
 from omni_convert.formats.finding import Finding
@@ -64,8 +66,9 @@ class VerifiedComponent:
 def weight_bytes(source: Source) -> int:
     """Bytes that `verify_source` looks at, for a bar."""
     paths = [source.path / name if name else source.path for name in component_names(source)]
-    files = [file for path in paths for file in (path.glob("*.safetensors") if path.is_dir() else [path])]
-    return sum(file.stat().st_size for file in files)
+    folders = [path for path in paths if path.is_dir()]
+    found = [file for folder in folders for pattern in WEIGHT_PATTERNS for file in folder.glob(pattern)]
+    return sum(file.stat().st_size for file in (*found, *(path for path in paths if path.is_file())))
 
 
 def verify_source(
@@ -117,16 +120,18 @@ def _verify(source: Source, name: str, reference: Source | None, progress: Calla
             config = _config(folder)
         except CheckpointError as error:
             return _unopened(name, path, error)
-        findings = [*reading.findings, *check_block(reading, config)]
+        is_gguf = reading.quantized.dialect == GGUF.name
+        findings = [*reading.findings, *(check_gguf(reading, config) if is_gguf else check_block(reading, config))]
         findings += _scope(source, reading, config)
         findings += _values(reading, progress)
         errors: dict[str, float] = {}
         if reference is not None:
-            findings += _compared(reading, reference, name, config, errors)
+            compare = _compared_gguf if is_gguf else _compared
+            findings += compare(reading, reference, name, config, errors)
         quantized = reading.quantized
         return VerifiedComponent(
             name,
-            quantized.dialect if reading.shapes or reading.findings else None,
+            quantized.dialect if reading.shapes or reading.findings or is_gguf else None,
             len(quantized.layers),
             tuple(dict.fromkeys(findings)),
             errors,
@@ -236,6 +241,20 @@ def _compared(
         raise CheckpointError(
             f"{reference.path}: found none of the {len(quantized.layers)} quantized layers of "
             f"{quantized.checkpoint.path}, expected the model that it was made of"
+        )
+    return findings
+
+
+def _compared_gguf(
+    reading: LenientReading, reference: Source, name: str, config: dict[str, Any], errors: dict[str, float]
+) -> list[Finding]:
+    """As `_compared`; the file may have other names than the reference."""
+    with _open_reference(reference, name, config) as original:
+        findings = compare_gguf(reading.quantized, original, config, errors)
+    if not errors:
+        raise CheckpointError(
+            f"{reference.path}: found none of the tensors of {reading.quantized.checkpoint.path}, expected the model "
+            "that it was made of"
         )
     return findings
 

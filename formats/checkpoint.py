@@ -17,7 +17,7 @@ from omni_convert.formats.format import WeightRows
 from omni_convert.formats.safetensors_file import SafetensorsFile
 from omni_convert.formats.safetensors_header import quoted
 from omni_convert.formats.tensor_spec import DTYPE_NAMES, TensorSpec
-from omni_convert.formats.weight_files import find_weight_files
+from omni_convert.formats.weight_files import GGUF_SUFFIX, find_weight_files
 
 __all__ = ["Checkpoint", "CheckpointRows"]
 
@@ -40,6 +40,14 @@ class CheckpointRows:
 
     def read(self, start: int, stop: int) -> Tensor:
         return self.file.read_rows(self.name, start, stop)
+
+
+def _open_file(path: Path) -> SafetensorsFile:
+    if path.suffix != GGUF_SUFFIX:
+        return SafetensorsFile(path)
+    from omni_convert.formats.gguf_file import GgufReader  # the gguf package is slow to import
+
+    return GgufReader(path)
 
 
 class Checkpoint(Mapping[str, TensorSpec]):
@@ -74,7 +82,7 @@ class Checkpoint(Mapping[str, TensorSpec]):
 
     @classmethod
     def open(cls, path: Path, elsewhere: Mapping[str, Callable[[], SafetensorsFile]] | None = None) -> Self:
-        """Opens a component folder or a single .safetensors file; only headers are read.
+        """Opens a component folder or a single .safetensors or .gguf file; only headers are read.
 
         Args:
             path: the folder or file
@@ -85,9 +93,7 @@ class Checkpoint(Mapping[str, TensorSpec]):
         """
         remote = elsewhere or {}
         found = find_weight_files(path, remote.keys())
-        files = {
-            name: remote[name]() if name in remote else SafetensorsFile(file) for name, file in found.paths.items()
-        }
+        files = {name: remote[name]() if name in remote else _open_file(file) for name, file in found.paths.items()}
         checkpoint = cls(path, files)
         if found.weight_map is not None:
             checkpoint._check_index(found.weight_map)

@@ -47,6 +47,12 @@ CHECKS = {
     "no-block": "a diffusers folder with quantized weights and no word about them in config.json",
     "block-mismatch": "a config block that says something else than the tensors",
     "bad-mark": "a mark or label that contradicts the tensors, or has none",
+    "no-architecture": "a GGUF file that does not say what model it is of",
+    "wrong-architecture": "a GGUF file of another model than the config beside it, or of none that ComfyUI knows",
+    "unknown-names": "tensors that are not those of the model that the config describes",
+    "wrong-type": "blocks in a tensor that is no matrix, where runtimes expect numbers",
+    "long-name": "a name that ggml cuts off",
+    "unused-bytes": "bytes between or after tensors that belong to none",
     "differs-from-reference": "values further from the reference than the format explains",
     "not-in-reference": "a layer that the reference does not have in this shape",
 }

@@ -11,6 +11,7 @@ import torch
 
 from omni_convert.formats.checkpoint import Checkpoint
 from omni_convert.formats.dialect import Dialect, Found, StoredLayer
+from omni_convert.formats.dialects.gguf import GGUF
 from omni_convert.formats.errors import CheckpointError
 from omni_convert.formats.finding import Finding
 from omni_convert.formats.layer_check import check_layer
@@ -168,7 +169,9 @@ def _unreadable(found: Found, stem: str, names: Collection[str], error: Checkpoi
     leaves = {name.rpartition(".")[2]: found.checkpoint[name] for name in names}
     message = str(error)
     check = "unreadable-layer"
-    if re.search(r"comfy_quant|ComfyUI's format|convrot|found type", message):
+    if dialect == GGUF.name:
+        pass  # it has no companions
+    elif re.search(r"comfy_quant|ComfyUI's format|convrot|found type", message):
         check = "bad-mark"
     elif "is missing" in message or not _has_scales(leaves):
         check = "missing-companion"

@@ -109,6 +109,7 @@ CONSUMERS = {
     "msmodelslim": "vLLM-Ascend, MindIE",
     "lightx2v": "LightX2V",
     "bfl": "diffusers",
+    "gguf": "diffusers, ComfyUI-GGUF, stable-diffusion.cpp",
 }
 
 NEEDS = {

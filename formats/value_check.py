@@ -104,6 +104,8 @@ def _bad_values(layer: QuantizedLayer, tensors: Mapping[str, Tensor]) -> Iterato
     """Suffix, check and number of values that cannot be."""
     fmt = base_format(layer.format)
     codes = tensors["weight"]
+    if layer.stored.format.method == "gguf" and (reason := fmt.flaw(tensors)) is not None:
+        yield "weight", "e8m0-nan" if "255" in reason else "non-finite", 1
     if codes.dtype in (torch.float8_e4m3fn, torch.float8_e5m2):
         bits = codes.view(torch.uint8) & 0x7F
         first_bad = 0x7F if codes.dtype is torch.float8_e4m3fn else 0x7C

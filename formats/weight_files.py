@@ -1,7 +1,8 @@
 """Finds the files that hold the weights of a component folder, and trusts neither the folder nor its index.
 
-A folder holds one file or a set of shards, under diffusers' or transformers' names or its own. Every file lies in the
-folder itself; only a link into the blobs of the Hub cache, as `snapshots/` consists of, may lead elsewhere.
+A folder holds one file or a set of shards in safetensors, under diffusers' or transformers' names or its own, or one
+GGUF file. Every file lies in the folder itself; only a link into the blobs of the Hub cache, as `snapshots/` consists
+of, may lead elsewhere.
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ from omni_convert.formats.json_file import read_json
 from omni_convert.formats.safetensors_header import quoted
 from omni_convert.formats.sharding import WEIGHTS_NAMES, ShardName, check_shard_names, index_name
 
-__all__ = ["WeightFiles", "checked_path", "find_weight_files"]
+__all__ = ["GGUF_SUFFIX", "WeightFiles", "checked_path", "find_weight_files"]
 
+GGUF_SUFFIX = ".gguf"
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 AGAIN = "download it again"
 BLOBS, SNAPSHOTS = "blobs", "snapshots"
@@ -56,9 +58,11 @@ def find_weight_files(path: Path, elsewhere: Collection[str] = ()) -> WeightFile
 def _single_file(path: Path) -> WeightFiles:
     if path.suffix in PICKLE_SUFFIXES:
         raise CheckpointError(_pickle_message(path, path.name))
+    if path.suffix == GGUF_SUFFIX:
+        return WeightFiles({path.name: path})
     if path.suffix != ".safetensors":
         raise CheckpointError(
-            f"{path}: found a '{path.suffix}' file, expected a component folder or a .safetensors file"
+            f"{path}: found a '{path.suffix}' file, expected a component folder, a .safetensors or a .gguf file"
         )
     shard = ShardName.parse(path.name)
     if shard is not None and shard.total > 1:
@@ -116,6 +120,14 @@ def _is_plain_name(file: str) -> bool:
 def _choose_files(folder: Path, entries: Sequence[str]) -> list[str]:
     """The files of a folder without an index: the one with a usual name, else the only one, else a set of shards."""
     names = [name for name in entries if name.endswith(".safetensors")]
+    in_gguf = [name for name in entries if name.endswith(GGUF_SUFFIX)]
+    if not names and len(in_gguf) == 1:
+        return in_gguf
+    if not names and in_gguf:
+        raise CheckpointError(
+            f"{folder}: found {len(in_gguf)} .gguf files (as {quoted(in_gguf[0])}, {quoted(in_gguf[1])}), expected "
+            "one; name the file that is meant"
+        )
     if not names:
         raise CheckpointError(_nothing_message(folder, entries))
     usual = [name for name in WEIGHTS_NAMES if name in names]

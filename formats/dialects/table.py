@@ -7,6 +7,7 @@ from omni_convert.formats.dialects.auto_round import AUTO_ROUND
 from omni_convert.formats.dialects.bare import BFL, LIGHTX2V
 from omni_convert.formats.dialects.comfyui import COMFYUI
 from omni_convert.formats.dialects.compressed_tensors import COMPRESSED_TENSORS
+from omni_convert.formats.dialects.gguf import GGUF
 from omni_convert.formats.dialects.modelopt import MODELOPT_DIALECT
 from omni_convert.formats.dialects.msmodelslim import MSMODELSLIM
 from omni_convert.formats.dialects.transformers import TRANSFORMERS
@@ -14,10 +15,12 @@ from omni_convert.formats.dialects.vllm_omni import VLLM_OMNI
 
 __all__ = ["DIALECTS"]
 
-# Descriptions and config blocks before marks in the file, and those before tensors that say nothing of themselves.
+# A container that says everything, then descriptions and config blocks, marks in the file, and last tensors
+# that say nothing of themselves.
 DIALECTS: dict[str, Dialect] = {
     dialect.name: dialect
     for dialect in (
+        GGUF,
         MSMODELSLIM,
         MODELOPT_DIALECT,
         COMPRESSED_TENSORS,

@@ -6,17 +6,16 @@ from pathlib import Path
 import gguf
 import pytest
 import torch
-from click.testing import CliRunner
 from diffusers import FluxTransformer2DModel, GGUFQuantizationConfig, WanTransformer3DModel
 from diffusers.quantizers.gguf.utils import GGUFParameter, dequantize_gguf_tensor
 from safetensors.torch import load_file
 
-from omni_convert.convert.cli import main
 from omni_convert.convert.conversion import convert_checkpoint
-from omni_convert.convert.gguf_layers import architecture_of, original_names
+from omni_convert.convert.gguf_layers import original_names
 from omni_convert.convert.recipe import GGUF_TYPES, Recipe
 from omni_convert.formats import gguf as gguf_format
 from omni_convert.formats.errors import RecipeError
+from omni_convert.formats.gguf_runtimes import architecture_of
 
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
 # diffusers dequantizes these; MXFP4 it does not know.
@@ -175,17 +174,6 @@ def test_an_interrupted_conversion_goes_on_and_gives_the_same_file(flux_folder: 
     convert_checkpoint(str(flux_folder), tmp_path / "out", replace(recipe, resume=True))
     whole = converted(flux_folder, tmp_path / "whole", "Q8_0")
     assert (tmp_path / "out" / whole.name).read_bytes() == whole.read_bytes()
-
-
-def test_gguf_is_not_passed_over_by_inspect_and_verify(
-    tiny_pipeline_folder: Path, flux_folder: Path, tmp_path: Path
-) -> None:
-    for number, folder in enumerate((tiny_pipeline_folder, flux_folder)):
-        converted(folder, tmp_path / str(number), "Q8_0")
-        for command in ("inspect", "verify"):
-            result = CliRunner().invoke(main, [command, str(tmp_path / str(number))])
-            assert result.exit_code == 1
-            assert "found GGUF, which is only written here" in result.stderr
 
 
 def test_ignored_layers_stay_in_float32(flux_folder: Path, tmp_path: Path) -> None:

@@ -1,0 +1,72 @@
+"""GGUF, which says of each tensor what its bytes are; there is nothing to guess.
+
+Tensors:  those of blocks are layers; F32, F16, BF16, F64 and integers are plain tensors
+Names:    diffusers', those of the model's own code, and these with ComfyUI's `model.diffusion_model.` before them
+Limits:   a tensor of blocks is called NAME.weight; types that the `gguf` package does not dequantize are not read
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, cast
+
+from omni_convert.formats.checkpoint import Checkpoint
+from omni_convert.formats.dialect import Dialect, Found, StoredLayer
+from omni_convert.formats.errors import CheckpointError
+from omni_convert.formats.weight_files import GGUF_SUFFIX
+
+if TYPE_CHECKING:  # the gguf package is slow to import, and few need it
+    from omni_convert.formats.gguf_file import GgufReader
+    from omni_convert.formats.gguf_header import GgufEntry
+
+__all__ = ["GGUF", "gguf_file_of"]
+
+LEAF = ".weight"
+
+
+class Gguf(Dialect):
+    """Known by its container."""
+
+    name = "gguf"
+    is_single_file = True
+
+    def recognises(self, found: Found) -> bool:
+        return gguf_file_of(found.checkpoint) is not None
+
+    def stored_layers(self, found: Found) -> Iterator[StoredLayer]:
+        from omni_convert.formats.gguf_file import PLAIN_DTYPES
+
+        file = gguf_file_of(found.checkpoint)
+        assert file is not None, "recognised"
+        for name in found.checkpoint:
+            entry = file.entries[name]
+            if entry.type.name not in PLAIN_DTYPES:
+                yield _stored_layer(entry, found)
+
+
+def _stored_layer(entry: GgufEntry, found: Found) -> StoredLayer:
+    from omni_convert.formats.gguf_stored import StoredGguf, is_dequantized
+
+    where = f"{found.checkpoint.path}: tensor '{entry.name}'"
+    if not is_dequantized(entry.type.name):
+        raise CheckpointError(
+            f"{where}: found type {entry.type.name}, expected one that the gguf package dequantizes; convert the "
+            "original again"
+        )
+    if not entry.name.endswith(LEAF):
+        raise CheckpointError(
+            f"{where}: found {entry.type.name}, expected blocks in a tensor called NAME{LEAF} only; convert the "
+            "original again"
+        )
+    shape = (entry.shape[0], math.prod(entry.shape[1:]))
+    return StoredLayer(entry.name.removesuffix(LEAF), StoredGguf(entry.type.name, entry.shape), shape)
+
+
+def gguf_file_of(checkpoint: Checkpoint) -> GgufReader | None:
+    """The file that a checkpoint consists of, if that is GGUF."""
+    files = [file for name, file in checkpoint.files.items() if name.endswith(GGUF_SUFFIX)]
+    return cast("GgufReader", files[0]) if files else None
+
+
+GGUF = Gguf()

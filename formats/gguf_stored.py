@@ -1,0 +1,85 @@
+"""GGUF's types as they are read: every type that the `gguf` package dequantizes.
+
+Tensors:    NAME.weight  U8 [out / rows, bytes]   blocks as they are in the file; rows is 1, but where a block reaches
+                                                  over the end of a row, as in convolutions that ComfyUI-GGUF reshaped
+Arithmetic: `gguf.quants.dequantize` of the rows, bit for bit
+Consumers:  see `formats/gguf.py`, which has the types that are written
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+
+import gguf
+import numpy as np
+import torch
+from torch import Tensor
+
+from omni_convert.formats.format import Format, TensorLayout
+from omni_convert.formats.gguf_file import rows_together
+
+__all__ = ["StoredGguf", "is_dequantized"]
+
+
+@dataclass(frozen=True)
+class StoredGguf(Format):
+    """A weight in blocks.
+
+    Attributes:
+        type: name of the type
+        shape: of the weight; its first dimension is rows
+    """
+
+    type: str
+    shape: tuple[int, ...]
+
+    method = "gguf"
+
+    @property
+    def label(self) -> str:
+        return f"{self.method} {self.type}"
+
+    @property
+    def row_multiple(self) -> int:  # type: ignore[override]  # follows the fields
+        return rows_together(self._kind, self.shape)
+
+    @property
+    def _kind(self) -> gguf.GGMLQuantizationType:
+        return gguf.GGMLQuantizationType[self.type]
+
+    def layout(self, out_features: int, in_features: int) -> dict[str, TensorLayout]:
+        together = self.row_multiple
+        block, size = gguf.GGML_QUANT_SIZES[self._kind]
+        shape = (out_features // together, in_features * together // block * size)
+        return {"weight": TensorLayout(torch.uint8, shape, together)}
+
+    def weight_shape(self, out_features: int, in_features: int) -> tuple[int, ...]:
+        return self.shape
+
+    def dequantize(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        blocks = tensors["weight"]
+        with np.errstate(all="ignore"):  # what is not finite is told by who reads it
+            numbers = gguf.quants.dequantize(blocks.numpy(), self._kind)
+        return torch.from_numpy(numbers).view(-1, math.prod(self.shape[1:]))
+
+    def flaw(self, tensors: Mapping[str, Tensor]) -> str | None:
+        blocks = tensors["weight"]
+        if self.type == "MXFP4" and bool((blocks.reshape(-1, gguf.GGML_QUANT_SIZES[self._kind][1])[:, 0] == 255).any()):
+            return "weight: found the E8M0 byte 255 (NaN), expected 0 to 254"
+        if bool(self.dequantize(tensors).isfinite().all()):
+            return None
+        return "weight: found scales that are infinite or NaN, expected numbers (in FP16 up to 65504)"
+
+
+@cache
+def is_dequantized(type_name: str) -> bool:
+    """Whether the `gguf` package that is installed turns this type into numbers."""
+    kind = gguf.GGMLQuantizationType[type_name]
+    try:
+        gguf.quants.dequantize(np.zeros((1, gguf.GGML_QUANT_SIZES[kind][1]), dtype=np.uint8), kind)
+    except NotImplementedError:
+        return False
+    return True
