@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 
 from omni_convert.convert.component_weights import model_class, renamed
-from omni_convert.convert.original_names import under_diffusers_names
+from omni_convert.convert.original_names import shapes_of, under_diffusers_names
 from omni_convert.formats.checkpoint import Checkpoint
 from omni_convert.formats.dialects.gguf import gguf_file_of
 from omni_convert.formats.errors import CheckpointError
@@ -80,11 +81,21 @@ def _unused(size: int, extents: list[tuple[int, int, str]]) -> Iterator[Finding]
 
 def _names(quantized: QuantizedCheckpoint, config: Mapping[str, Any]) -> Iterator[Finding]:
     """Whether the tensors make the model, under diffusers' names or its own code's."""
+    import diffusers
+
+    view = dequantized_view(quantized)
     try:
-        under_diffusers_names(dequantized_view(quantized), config, model_class(config))
+        converted = under_diffusers_names(view, config, model_class(config))
     except CheckpointError as error:
         what = str(error).removeprefix(f"{quantized.checkpoint.path}: ")
         yield Finding("error", "unknown-names", "", what, f"{READERS}: refuse it or miss weights", AGAIN)
+        return
+    if converted is not None or not hasattr(diffusers, model_class(config)):
+        return
+    for name, shape in shapes_of(getattr(diffusers, model_class(config)), config).items():
+        if name in view and view[name].elements != math.prod(shape):
+            what = f"found {list(view[name].shape)}, expected {list(shape)} by the config beside it"
+            yield Finding("error", "wrong-shape", name, what, f"{READERS}: refuse it", AGAIN)
 
 
 def compare_gguf(

@@ -17,7 +17,13 @@ from omni_convert.formats.gathered_layers import gathered_layers
 from omni_convert.formats.quantized import QuantizedCheckpoint
 from omni_convert.formats.view import CheckpointView, dequantized_view
 
-__all__ = ["has_original_files", "layers_under_diffusers_names", "missing_config", "under_diffusers_names"]
+__all__ = [
+    "has_original_files",
+    "layers_under_diffusers_names",
+    "missing_config",
+    "shapes_of",
+    "under_diffusers_names",
+]
 
 # What diffusers calls its own files; any other may hold the names of another code.
 DIFFUSERS_FILES = "diffusion_pytorch_model"
@@ -84,7 +90,7 @@ def _trace(checkpoint: Checkpoint, config: Mapping[str, Any], model_class: str) 
     known = SINGLE_FILE_LOADABLE_CLASSES.get(model_class)
     if known is None:
         return None
-    shapes = _shapes_of(getattr(diffusers, model_class), config)
+    shapes = shapes_of(getattr(diffusers, model_class), config)
     if shapes.keys() <= checkpoint.keys():
         return None
     try:
@@ -109,7 +115,7 @@ def _trace(checkpoint: Checkpoint, config: Mapping[str, Any], model_class: str) 
     return _Traced(runs, shapes)
 
 
-def _shapes_of(model: Any, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+def shapes_of(model: Any, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     """Every tensor of the model that a config describes."""
     plain = {key: value for key, value in config.items() if key != "quantization_config"}
     with torch.device("meta"), warnings.catch_warnings():

@@ -251,7 +251,7 @@ def _compared_gguf(
     """As `_compared`; the file may have other names than the reference."""
     with _open_reference(reference, name, config) as original:
         findings = compare_gguf(reading.quantized, original, config, errors)
-    if not errors:
+    if reading.quantized.layers and not errors:
         raise CheckpointError(
             f"{reference.path}: found none of the tensors of {reading.quantized.checkpoint.path}, expected the model "
             "that it was made of"

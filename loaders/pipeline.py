@@ -23,6 +23,7 @@ from omni_convert.loaders.config import (
     resolve_component_quant_config,
 )
 from omni_convert.loaders.diffusers_quantizer import DiffusersConfig
+from omni_convert.loaders.gguf_components import load_gguf_components
 from omni_convert.loaders.kernels.kernel import Activations
 from omni_convert.loaders.quantized_linear import QuantizedLinear
 from omni_convert.loaders.report import kernel_report, require_scaled_gemm
@@ -50,7 +51,7 @@ def load_pipeline(
     """Loads a pipeline: a quantized one as it is, or any other, quantizing it on the way if asked to.
 
     Args:
-        model: a folder or a Hub repository
+        model: a folder or a Hub repository; denoising models of a folder may be in GGUF, which diffusers runs
         device: where to put it; where `from_pretrained` leaves it, if None
         torch_dtype: dtype of everything that is not quantized
         quantization: what `build_quant_config` takes. One method means the denoising model(s); a text encoder is
@@ -68,8 +69,14 @@ def load_pipeline(
     config = build_quant_config(quantization)
     try:
         requested = _requested_configs(str(model), config, kwargs)
+        in_gguf = load_gguf_components(model, torch_dtype)
+        for name in in_gguf.keys() & requested.keys():
+            raise RecipeError(
+                f"quantization: {name} is stored in GGUF, found a request for {requested[name].meaning.method}; leave "
+                "quantization out, or start from the unquantized model"
+            )
         pipeline = DiffusionPipeline.from_pretrained(
-            str(model), dtype=torch_dtype, **_quantization_argument(requested), **kwargs
+            str(model), dtype=torch_dtype, **_quantization_argument(requested), **{**in_gguf, **kwargs}
         )
     except (OSError, SafetensorError) as error:
         reason = str(error).strip().split("\n", 1)[0].rstrip(".")

@@ -1,0 +1,31 @@
+from pathlib import Path
+
+import pytest
+import torch
+
+from omni_convert.convert.conversion import convert_checkpoint
+from omni_convert.convert.recipe import Recipe
+from omni_convert.formats.errors import CheckpointError, RecipeError
+from omni_convert.loaders import load_pipeline
+
+
+def test_a_pipeline_in_gguf_runs_through_diffusers(tiny_pipeline_folder: Path, tmp_path: Path) -> None:
+    convert_checkpoint(tiny_pipeline_folder, tmp_path / "out", Recipe("gguf", device="cpu"))
+    pipeline = load_pipeline(tmp_path / "out", torch_dtype=torch.float32)
+    kinds = {type(module).__name__ for module in pipeline.transformer.modules()}
+    assert "GGUFLinear" in kinds
+    original = load_pipeline(tiny_pipeline_folder, torch_dtype=torch.float32)
+    name = "layers.0.feed_forward.w1.weight"
+    from diffusers.quantizers.gguf.utils import dequantize_gguf_tensor
+
+    found = dequantize_gguf_tensor(pipeline.transformer.get_parameter(name)).float().detach()
+    wanted = original.transformer.get_parameter(name).detach()
+    assert 0 < float((found - wanted).norm() / wanted.norm()) < 0.02
+    with pytest.raises(RecipeError, match="transformer is stored in GGUF"):
+        load_pipeline(tmp_path / "out", quantization="fp8")
+
+
+def test_types_that_diffusers_does_not_know_are_refused(tiny_pipeline_folder: Path, tmp_path: Path) -> None:
+    convert_checkpoint(tiny_pipeline_folder, tmp_path / "out", Recipe("gguf", gguf_type="MXFP4", device="cpu"))
+    with pytest.raises(CheckpointError, match="found MXFP4, which diffusers cannot dequantize"):
+        load_pipeline(tmp_path / "out")
