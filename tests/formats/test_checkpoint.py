@@ -399,11 +399,11 @@ def test_a_folder_that_is_not_what_it_claims(folder: Path, damage: Callable[[Pat
 
 def test_paths_that_are_no_checkpoint(folder: Path, tmp_path: Path) -> None:
     torch.save(TENSORS, tmp_path / "model.pt")
-    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    (tmp_path / "model.onnx").write_bytes(b"ONNX")
     assert "found the pickle 'model.pt', which can run code" in refused(tmp_path / "model.pt")
     assert "save_pretrained(..., safe_serialization=True)" in refused(tmp_path / "model.pt")
-    assert "found a '.gguf' file, expected a component folder or a .safetensors file" in refused(
-        tmp_path / "model.gguf"
+    assert "found a '.onnx' file, expected a component folder, a .safetensors or a .gguf file" in refused(
+        tmp_path / "model.onnx"
     )
     assert "nothing is there" in refused(tmp_path / "none")
     assert "found shard 2 of 3, expected a whole checkpoint; name the folder" in refused(folder / SHARDS[1])
