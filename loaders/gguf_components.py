@@ -25,16 +25,16 @@ def load_gguf_components(model: str | Path, torch_dtype: torch.dtype) -> dict[st
     Raises:
         CheckpointError: a file is damaged, or of a type that diffusers does not dequantize.
     """
-    path = Path(model) / "model_index.json"
-    if not path.is_file():
+    found = [folder for name in DENOISERS if _is_gguf(folder := Path(model) / name)]
+    if not found:
         return {}
-    index = read_json(path)
-    loaded: dict[str, nn.Module] = {}
-    for name in DENOISERS:
-        folder = Path(model) / name
-        if isinstance(index.get(name), list) and any(folder.glob("*.gguf")) and not any(folder.glob("*.safetensors")):
-            loaded[name] = _load(folder, getattr(diffusers, index[name][1]), torch_dtype)
-    return loaded
+    index = read_json(Path(model) / "model_index.json")
+    listed = [folder for folder in found if isinstance(index.get(folder.name), list)]
+    return {folder.name: _load(folder, getattr(diffusers, index[folder.name][1]), torch_dtype) for folder in listed}
+
+
+def _is_gguf(folder: Path) -> bool:
+    return any(folder.glob("*.gguf")) and not any(folder.glob("*.safetensors"))
 
 
 def _load(folder: Path, model_class: type, torch_dtype: torch.dtype) -> nn.Module:
