@@ -9,9 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from omni_convert.formats.errors import CheckpointError, HubError
+from omni_convert.formats.errors import CheckpointError, HubError, quoted
 from omni_convert.formats.json_file import read_json
-from omni_convert.formats.safetensors_header import quoted
 
 if TYPE_CHECKING:
     from huggingface_hub.hf_api import RepoSibling

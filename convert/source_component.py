@@ -17,12 +17,11 @@ from omni_convert.formats.checkpoint import Checkpoint
 from omni_convert.formats.component import DENOISERS
 from omni_convert.formats.dialects.gguf import GGUF
 from omni_convert.formats.dialects.table import DIALECTS
-from omni_convert.formats.errors import CheckpointError, RecipeError
+from omni_convert.formats.errors import CheckpointError, RecipeError, quoted
 from omni_convert.formats.family import Family, find_family
 from omni_convert.formats.json_file import read_json
 from omni_convert.formats.quantized import QuantizedCheckpoint, read_quantized
 from omni_convert.formats.safetensors_file import SafetensorsFile
-from omni_convert.formats.safetensors_header import quoted
 
 __all__ = ["SourceComponent", "component_config", "open_component", "open_components"]
 

@@ -12,10 +12,9 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from omni_convert.formats.errors import CheckpointError
+from omni_convert.formats.errors import CheckpointError, quoted
 from omni_convert.formats.format import WeightRows
 from omni_convert.formats.safetensors_file import SafetensorsFile
-from omni_convert.formats.safetensors_header import quoted
 from omni_convert.formats.tensor_spec import DTYPE_NAMES, TensorSpec
 from omni_convert.formats.weight_files import GGUF_SUFFIX, find_weight_files
 

@@ -23,6 +23,7 @@ __all__ = [
     "OmniConvertError",
     "OutputError",
     "RecipeError",
+    "quoted",
 ]
 
 
@@ -64,3 +65,9 @@ class HubError(OmniConvertError):
     def __init__(self, message: str, *, is_unreachable: bool = False) -> None:
         super().__init__(message)
         self.is_unreachable = is_unreachable
+
+
+def quoted(name: str) -> str:
+    """A name from a file nobody vouches for, fit for a one-line message."""
+    shown = repr(name)
+    return shown if len(shown) <= 100 else f"{shown[:60]}...{shown[-36:]}"

@@ -17,8 +17,8 @@ import gguf
 import numpy as np
 import torch
 
-from omni_convert.formats.errors import CheckpointError
-from omni_convert.formats.safetensors_header import Header, quoted
+from omni_convert.formats.errors import CheckpointError, quoted
+from omni_convert.formats.safetensors_header import Header
 from omni_convert.formats.tensor_spec import TensorSpec
 from omni_convert.formats.tensor_writer import TensorWriter
 

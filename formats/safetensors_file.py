@@ -17,9 +17,9 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from omni_convert.formats.errors import CheckpointError
+from omni_convert.formats.errors import CheckpointError, quoted
 from omni_convert.formats.file_descriptor import FileDescriptor
-from omni_convert.formats.safetensors_header import LENGTH_BYTES, MAX_HEADER_BYTES, parse_header, quoted
+from omni_convert.formats.safetensors_header import LENGTH_BYTES, MAX_HEADER_BYTES, parse_header
 from omni_convert.formats.tensor_spec import TensorSpec
 
 __all__ = ["SafetensorsFile"]

@@ -21,10 +21,10 @@ from itertools import accumulate
 from types import MappingProxyType
 from typing import Any
 
-from omni_convert.formats.errors import CheckpointError
+from omni_convert.formats.errors import CheckpointError, quoted
 from omni_convert.formats.tensor_spec import DTYPE_NAMES, TORCH_DTYPES, TensorSpec
 
-__all__ = ["FORMAT_PT", "LENGTH_BYTES", "MAX_HEADER_BYTES", "Header", "build_header", "parse_header", "quoted"]
+__all__ = ["FORMAT_PT", "LENGTH_BYTES", "MAX_HEADER_BYTES", "Header", "build_header", "parse_header"]
 
 #: What torch's writers put into `__metadata__`; transformers refuses a file without it.
 FORMAT_PT: Mapping[str, str] = MappingProxyType({"format": "pt"})
@@ -56,12 +56,6 @@ class Header:
     offsets: dict[str, int]
     metadata: dict[str, str]
     file_size: int
-
-
-def quoted(name: str) -> str:
-    """A name from a file nobody vouches for, fit for a one-line message."""
-    shown = repr(name)
-    return shown if len(shown) <= 100 else f"{shown[:60]}...{shown[-36:]}"
 
 
 def build_header(specs: Iterable[TensorSpec], metadata: Mapping[str, str] | None) -> tuple[Header, bytes]:

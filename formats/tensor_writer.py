@@ -23,9 +23,9 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from omni_convert.formats.errors import OutputError
+from omni_convert.formats.errors import OutputError, quoted
 from omni_convert.formats.file_descriptor import FileDescriptor
-from omni_convert.formats.safetensors_header import LENGTH_BYTES, Header, quoted
+from omni_convert.formats.safetensors_header import LENGTH_BYTES, Header
 from omni_convert.formats.tensor_spec import TensorSpec
 
 __all__ = ["TensorWriter", "bytes_of"]

@@ -11,9 +11,8 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from omni_convert.formats.errors import CheckpointError
+from omni_convert.formats.errors import CheckpointError, quoted
 from omni_convert.formats.json_file import read_json
-from omni_convert.formats.safetensors_header import quoted
 from omni_convert.formats.sharding import WEIGHTS_NAMES, ShardName, check_shard_names, index_name
 
 __all__ = ["GGUF_SUFFIX", "WeightFiles", "checked_path", "find_weight_files"]

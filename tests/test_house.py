@@ -63,11 +63,12 @@ def test_every_exported_name_exists(layer: str) -> None:
             assert hasattr(module, name), f"{info.name}.{name}"
 
 
-def test_help_does_not_import_torch() -> None:
+@pytest.mark.parametrize(("arguments", "status"), [(["convert", "--help"], 0), (["-m", "nvpf4"], 1)])
+def test_help_and_typing_errors_do_not_wait_for_torch(arguments: list[str], status: int) -> None:
     code = (
         "import sys; from click.testing import CliRunner; from omni_convert.convert.cli import main; "
-        "result = CliRunner().invoke(main, ['convert', '--help']); "
-        "assert result.exit_code == 0, result.output; print('torch' in sys.modules)"
+        f"result = CliRunner().invoke(main, {arguments}); "
+        f"assert result.exit_code == {status}, result.output; print('torch' in sys.modules)"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "False"
