@@ -25,6 +25,7 @@ from omni_convert.formats.mxfp4 import Mxfp4
 from omni_convert.formats.quantization_config import QuantizationConfig
 from omni_convert.formats.table import FORMATS, LOADABLE, FormatOptions, layer_formats
 from omni_convert.formats.tensor_spec import DTYPE_NAMES, TensorSpec
+from omni_convert.loaders.allocator import release_free_memory
 from omni_convert.loaders.fp8_storage import (
     STORED_LAYERS,
     Fp8WeightStorage,
@@ -51,6 +52,7 @@ __all__ = [
 ]
 
 NAMES_SHOWN = 3
+RELEASING_BYTES = 1 << 20
 PLAIN_FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
@@ -270,14 +272,23 @@ def install_quantized(
     linear = model.get_submodule(stem)
     fmt = planned.format
     if isinstance(fmt, Fp8Storage):
-        return store_weight(linear, weight, f"{where}: {stem}.weight")
+        stored = store_weight(linear, weight, f"{where}: {stem}.weight")
+        _release_scratch(weight)
+        return stored
     assert isinstance(linear, nn.Linear), "only linears are selected"
     if not all(math.isfinite(bound) for bound in torch.aminmax(weight)):  # NaN comes through, and nothing is copied
         raise CheckpointError(f"{where}: {stem}.weight holds NaN or Inf, expected finite weights")
     tensors = (fits or GroupFits()).quantize(stem, weight, planned)
     layer = QuantizedLinear(fmt, tensors, linear.bias, in_features=linear.in_features)
     model.set_submodule(stem, layer)
+    _release_scratch(weight)
     return layer
+
+
+def _release_scratch(weight: Tensor) -> None:
+    """After a layer that was large enough to be worth it."""
+    if weight.device.type == "cpu" and weight.nbytes >= RELEASING_BYTES:
+        release_free_memory()
 
 
 def to_disk_state(state_dict: Mapping[str, Tensor], layers: Mapping[str, tuple[Format, int]]) -> dict[str, Tensor]:
