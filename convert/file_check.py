@@ -35,14 +35,16 @@ def check_files(folder: Path, stop: Event) -> list[tuple[str, Finding]]:
     try:
         recorded = read_json(folder / MANIFEST).get("files")
     except CheckpointError as error:
-        return [(MANIFEST, Finding("error", "damaged-file", MANIFEST, _plain(error, folder), "", "convert again"))]
-    files = recorded if isinstance(recorded, dict) else {}
+        return [_damaged(_plain(error, folder))]
+    if not isinstance(recorded, dict) or not all(isinstance(sha256, str) for sha256 in recorded.values()):
+        return [_damaged("found no SHA-256 of every file, expected them under 'files'")]
     return [
-        (name, finding)
-        for name, sha256 in sorted(files.items())
-        if isinstance(sha256, str)
-        for finding in _check(folder, name, sha256, stop)
+        (name, finding) for name, sha256 in sorted(recorded.items()) for finding in _check(folder, name, sha256, stop)
     ]
+
+
+def _damaged(what: str) -> tuple[str, Finding]:
+    return MANIFEST, Finding("error", "damaged-file", MANIFEST, what, "", "convert again")
 
 
 def _check(folder: Path, name: str, expected: str, stop: Event) -> Iterator[Finding]:

@@ -44,6 +44,8 @@ OF_DIFFUSERS = {
     "lumina2": ("all_x_embedder.",),
     "hyvid": ("context_embedder.",),
 }
+# Start of a class's name; of FLUX.2 only klein, which its class does not tell.
+PLUGIN_CLASSES = ("QwenImage", "ZImage", "Flux2")
 PLUGIN = "with vllm-gguf-plugin and its `gguf_model`; it adapts Qwen-Image, Z-Image and FLUX.2-klein"
 
 
@@ -82,7 +84,8 @@ def gguf_verdicts(opened: QuantizedCheckpoint, family: Family | None) -> Iterato
         )
     else:
         yield Verdict("stable-diffusion.cpp", "loads", "by its tensors' names; every type of ggml")
-    yield Verdict(VLLM_OMNI, "loads" if family is None or not family.is_generic else "refuses", PLUGIN)
+    is_adapted = family is not None and any(name.startswith(PLUGIN_CLASSES) for name in family.model_classes)
+    yield Verdict(VLLM_OMNI, "loads" if is_adapted else "refuses", PLUGIN)
 
 
 def _of_comfyui(architecture: str | None, names: Mapping[str, object], slow: list[str]) -> Verdict:

@@ -166,7 +166,7 @@ def checked_path(folder: Path, name: str) -> Path:
     path = folder / name
     try:
         real, real_folder = path.resolve(strict=True), folder.resolve(strict=True)
-    except (OSError, RuntimeError):  # RuntimeError: links in a circle
+    except (OSError, RuntimeError, ValueError):  # RuntimeError: links in a circle; ValueError: no name of a file
         raise CheckpointError(f"{path}: the file is missing, expected a part of the checkpoint; {AGAIN}") from None
     if not real.is_file():
         raise CheckpointError(f"{path}: found a folder or device, expected a file of the checkpoint; {AGAIN}")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 from torch import Tensor
 
@@ -66,6 +67,8 @@ def _attention(kernel: AttentionKernel, rotate: bool) -> Any:
         enable_gqa: bool = False,  # noqa: ARG001  # diffusers passes it on; every kernel takes grouped queries
         _parallel_config: Any = None,
     ) -> Tensor:
+        if not torch.compiler.is_compiling():
+            _refuse_unless_runnable(kernel, query.device)
         _refuse_unless_plain(attn_mask is not None, is_causal, dropout_p, _parallel_config is not None)
         head_dim = query.shape[-1]
         scale = head_dim**-0.5 if scale is None else scale
@@ -74,6 +77,13 @@ def _attention(kernel: AttentionKernel, rotate: bool) -> Any:
         return kernel.run(query, key, value, scale)
 
     return attention
+
+
+def _refuse_unless_runnable(kernel: AttentionKernel, device: torch.device) -> None:
+    """For who names the backend without `enable_fp8_attention`, or moved or unpickled a model since."""
+    reason = kernel.unmet(device)
+    if reason is not None:
+        raise KernelError(f"FP8 attention: found {device} for {kernel.name}, which {reason}; choose another backend")
 
 
 def _refuse_unless_plain(is_masked: bool, is_causal: bool, dropout_p: float, is_parallel: bool) -> None:

@@ -7,6 +7,7 @@ model, so copies, pickles and compiled blocks keep it, and the state dict does n
 from __future__ import annotations
 
 import copy
+import itertools
 import logging
 import re
 import weakref
@@ -20,7 +21,7 @@ from torch import nn
 
 from omni_convert.formats.component import DENOISERS
 from omni_convert.formats.errors import RecipeError
-from omni_convert.loaders.attention_backend import backend_of
+from omni_convert.loaders.attention_backend import backend_of, is_fp8_backend
 from omni_convert.loaders.kernels.attention import select_attention_kernel
 from omni_convert.loaders.selector import Selector, SelectorSpec
 
@@ -90,16 +91,25 @@ def disable_fp8_attention(pipe_or_model: Any) -> None:
         hooks = model._forward_pre_hooks  # noqa: SLF001  # a handle kept on the model would not survive its copies
         for key in [key for key, hook in hooks.items() if isinstance(hook, StepSwitch)]:
             del hooks[key]
-        _use(model, None)
         for processor in _enabled(model):
+            if is_fp8_backend(getattr(processor, CURRENT)):  # else somebody has chosen another one since
+                setattr(processor, CURRENT, getattr(processor, NATIVE))
             delattr(processor, NATIVE)
 
 
 def count_attention_backends(modules: Iterable[nn.Module]) -> dict[str, int]:
     """How many attention layers name which backend of diffusers; what names none runs its active one."""
     active = AttentionBackendName(_AttentionBackendRegistry.get_active_backend()[0])
-    named = (getattr(layer.processor, CURRENT) for module in modules for _, layer in _attention_layers(module))
+    named = (backend for module in modules for backend in _backends(module))
     return dict(Counter(AttentionBackendName(backend or active).value for backend in named))
+
+
+def _backends(model: nn.Module) -> Iterator[AttentionBackendName | str | None]:
+    """What each layer names; of one that is in FP8 at some steps, that."""
+    hooks = model._forward_pre_hooks.values()  # noqa: SLF001  # as in `disable_fp8_attention`
+    at_some_steps = next((hook.fp8 for hook in hooks if isinstance(hook, StepSwitch)), None)
+    for _, layer in _attention_layers(model):
+        yield (at_some_steps if hasattr(layer.processor, NATIVE) else None) or getattr(layer.processor, CURRENT)
 
 
 class StepSwitch:
@@ -111,7 +121,7 @@ class StepSwitch:
 
     def __init__(self, pipeline: Any, fp8: AttentionBackendName, steps: Selector, is_on: bool = True) -> None:
         self._pipeline = None if pipeline is None else weakref.ref(pipeline)
-        self._fp8 = fp8
+        self.fp8 = fp8
         self._steps = steps
         self._is_on = is_on
 
@@ -124,14 +134,14 @@ class StepSwitch:
     def __call__(self, model: nn.Module, _inputs: Any) -> None:
         is_on = _current_step(self.pipeline) not in self._steps
         if is_on != self._is_on:
-            _use(model, self._fp8 if is_on else None)
+            _use(model, self.fp8 if is_on else None)
             self._is_on = is_on
 
     def __deepcopy__(self, memo: dict[int, Any]) -> StepSwitch:
-        return StepSwitch(memo.get(id(self.pipeline), self.pipeline), self._fp8, self._steps, self._is_on)
+        return StepSwitch(memo.get(id(self.pipeline), self.pipeline), self.fp8, self._steps, self._is_on)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return StepSwitch, (None, self._fp8, self._steps, self._is_on)
+        return StepSwitch, (None, self.fp8, self._steps, self._is_on)
 
 
 def _current_step(pipeline: Any) -> int:
@@ -147,7 +157,7 @@ def _current_step(pipeline: Any) -> int:
             f"skip_steps: found {found}, expected a pipeline whose scheduler has a step_index; "
             "call enable_fp8_attention with such a pipeline, or leave skip_steps out"
         )
-    begin = scheduler.begin_index or 0  # after it, a run that starts from an image begins
+    begin = getattr(scheduler, "begin_index", None) or 0  # after it, a run that starts from an image begins
     return 0 if scheduler.step_index is None else int(scheduler.step_index - begin)
 
 
@@ -166,7 +176,8 @@ def _device(pipe_or_model: Any, device: str | torch.device | None) -> torch.devi
     if device is not None:
         return torch.device(device)
     if isinstance(pipe_or_model, nn.Module):
-        return next(pipe_or_model.parameters()).device
+        tensors = itertools.chain(pipe_or_model.parameters(), pipe_or_model.buffers())
+        return next((tensor.device for tensor in tensors), torch.device("cpu"))
     return torch.device(pipe_or_model._execution_device)  # noqa: SLF001  # `device` is where an offloaded one waits
 
 

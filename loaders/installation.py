@@ -108,7 +108,7 @@ def install_empty_layers(
     return {f"{stem}.{suffix}" for stem, suffixes in installed.items() for suffix in suffixes}
 
 
-def _with_optional_tensors(declared: Format, found: Format) -> Format:
+def _with_optional_tensors(declared: QuantizingFormat, found: Format) -> QuantizingFormat:
     """mul_scale of mxfp4 is optional, layer by layer, unless the block demands it."""
     if isinstance(declared, Mxfp4) and isinstance(found, Mxfp4):
         return replace(declared, smooth=declared.smooth or found.smooth)
@@ -116,7 +116,7 @@ def _with_optional_tensors(declared: Format, found: Format) -> Format:
 
 
 def _install_empty(
-    model: nn.Module, stem: str, specs: Mapping[str, TensorSpec], fmt: Format, where: str
+    model: nn.Module, stem: str, specs: Mapping[str, TensorSpec], fmt: QuantizingFormat, where: str
 ) -> tuple[str, ...]:
     linear = _find_module(model, stem)
     is_stored = isinstance(fmt, Fp8Storage)
@@ -128,6 +128,9 @@ def _install_empty(
     if is_stored:
         fmt = Fp8Storage.of(tuple(linear.weight.shape))
     rows, columns = len(linear.weight), math.prod(linear.weight.shape[1:])
+    problem = fmt.unsupported(rows, columns)
+    if problem is not None:
+        raise CheckpointError(f"{where}: {stem}: {problem}; convert the model again")
     for suffix, layout in fmt.layout(rows, columns).items():
         name = f"{stem}.{suffix}"
         if name not in specs:

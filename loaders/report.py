@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from diffusers.quantizers.gguf.utils import GGUFLinear
 from torch import nn
 
 from omni_convert.formats.errors import KernelError
@@ -116,15 +117,17 @@ def kernel_report(model: Any) -> KernelReport:
             _describe(".".join(filter(None, (component, name))), layer)
             for component, module in modules.items()
             for name, layer in module.named_modules()
-            if isinstance(layer, QuantizedLinear | Fp8WeightStorage)
+            if isinstance(layer, QuantizedLinear | Fp8WeightStorage | GGUFLinear)
         ),
         attention=backends if any(map(is_fp8_backend, backends)) else {},
     )
 
 
-def _describe(name: str, layer: QuantizedLinear | Fp8WeightStorage) -> LayerReport:
+def _describe(name: str, layer: QuantizedLinear | Fp8WeightStorage | GGUFLinear) -> LayerReport:
     if isinstance(layer, Fp8WeightStorage):
         return _describe_stored(name, layer)
+    if isinstance(layer, GGUFLinear):
+        return _describe_gguf(name, layer)
     selection = layer.selection
     is_weight_only = isinstance(layer.format, PackedInt4)  # with any kernel: its name asks for bf16 activations
     return LayerReport(
@@ -150,6 +153,21 @@ def _describe_stored(name: str, layer: Fp8WeightStorage) -> LayerReport:
         why=f"stored only, computes in {layer.compute_dtype}".replace("torch.", ""),
         bytes=sum(tensor.nbytes for tensor in layer.state_dict().values()),
         elements=layer.codes.numel(),
+    )
+
+
+def _describe_gguf(name: str, layer: Any) -> LayerReport:
+    """Those in plain numbers are of this class, too."""
+    kind = getattr(layer.weight, "quant_type", None)
+    return LayerReport(
+        name=name,
+        format=f"gguf {kind.name}" if kind is not None else "gguf, not quantized",
+        kernel="diffusers",
+        is_scaled_gemm=False,
+        is_as_asked=kind is None,
+        why="dequantized before each use" if kind is not None else "as it is stored",
+        bytes=sum(tensor.nbytes for tensor in layer.state_dict().values()),
+        elements=layer.out_features * layer.in_features,
     )
 
 

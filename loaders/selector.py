@@ -10,8 +10,8 @@ from omni_convert.formats.errors import RecipeError
 
 __all__ = ["Selector", "SelectorSpec"]
 
-#: `"0-9,20,25-30"`, or a list of numbers and such texts; None selects nothing
-SelectorSpec = str | Iterable[int | str] | None
+#: `"0-9,20,25-30"`, a number, or a list of numbers and such texts; None selects nothing
+SelectorSpec = str | int | Iterable[int | str] | None
 
 PART = re.compile(r"\s*(\d{1,9})\s*(?:-\s*(\d{1,9})\s*)?")
 
@@ -34,7 +34,9 @@ class Selector:
         """
         if spec is None:
             return cls()
-        parts = spec.split(",") if isinstance(spec, str) else [str(part) for part in spec]
+        if isinstance(spec, bytes) or not isinstance(spec, str | int | Iterable):
+            raise RecipeError(f"{where}: found {spec!r:.40}, expected numbers and ranges such as 0-9,20,25-30")
+        parts = str(spec).split(",") if isinstance(spec, str | int) else [str(part) for part in spec]
         return cls(tuple(_range_of(part, where) for part in parts))
 
     def __contains__(self, number: int) -> bool:

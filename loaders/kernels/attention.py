@@ -90,12 +90,12 @@ def _flash_attention_3(
         q, k, v, softmax_scale=scale, q_descale=q_descale, k_descale=k_descale, v_descale=v_descale
     )
     attended: Tensor = out[0] if isinstance(out, tuple) else out  # some releases return the log-sum-exp too
-    return attended
+    return attended.contiguous()
 
 
 @_flash_attention_3.register_fake
 def _(q: Tensor, *_others: Any) -> Tensor:
-    return torch.empty_like(q, dtype=torch.bfloat16)
+    return q.new_empty(q.shape, dtype=torch.bfloat16)  # contiguous, as the kernel's
 
 
 def _run_flash_3(query: Tensor, key: Tensor, value: Tensor, scale: float, hub: bool = False) -> Tensor:
@@ -109,16 +109,19 @@ def _run_flash_3(query: Tensor, key: Tensor, value: Tensor, scale: float, hub: b
 def _sage_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
     """An operator, because the package's own functions break graphs. It picks the GPU's kernel and quantizes itself."""
     out: Tensor = dispatch_attention_fn(query, key, value, scale=scale, backend=AttentionBackendName.SAGE)
-    return out
+    return out.contiguous()
 
 
 @_sage_attention.register_fake
 def _(query: Tensor, *_others: Any) -> Tensor:
-    return torch.empty_like(query)
+    return query.new_empty(query.shape)  # likewise
 
 
 def _hub_function() -> Any:
-    return attention_dispatch._HUB_KERNELS_REGISTRY[FLASH_3_HUB].kernel_fn  # noqa: SLF001  # only what it keeps takes scales
+    kept = attention_dispatch._HUB_KERNELS_REGISTRY[FLASH_3_HUB]  # noqa: SLF001  # only what it keeps takes scales
+    if kept.kernel_fn is None:  # in another process than the one that enabled it
+        _prepare_hub()
+    return kept.kernel_fn
 
 
 def _prepare_hub() -> None:

@@ -28,15 +28,32 @@ _CODES, _RESULTS = Scratch(), Scratch()
 
 def _run(x: Tensor, tensors: Mapping[str, Tensor], _fmt: Format, bias: Tensor | None) -> Tensor:
     weight, weight_scale = tensors["weight"], tensors["weight_scale"].reshape(1, -1)
+    if torch.is_grad_enabled() and x.requires_grad:
+        out: Tensor = _without_derivative(x, weight, weight_scale, bias)
+        return out
+    return _multiply_scaled(x, weight, weight_scale, bias)
+
+
+# Says so in `backward`, where the steps would give the derivative of the scales alone.
+@torch.library.custom_op("omni_convert::int_mm", mutates_args=())
+def _without_derivative(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
+    return _multiply_scaled(x, weight, weight_scale, bias)
+
+
+@_without_derivative.register_fake
+def _(x: Tensor, weight: Tensor, *_: object) -> Tensor:
+    return x.new_empty(x.shape[0], weight.shape[0])
+
+
+def _multiply_scaled(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
     if x.device.type == "cpu" and not torch.compiler.is_compiling():  # a compiler fuses the steps itself
         return _run_in_tiles(x, weight, weight_scale, bias)
     codes, input_scale = fused_activation.int8_per_token(x)
     products = _multiply(codes, weight.t())  # int32 [M, out]
-    out = (products * weight_scale).mul_(input_scale)
-    return (out if bias is None else out.add_(bias)).to(x.dtype)
+    result = (products * weight_scale).mul_(input_scale)
+    return (result if bias is None else result.add_(bias)).to(x.dtype)
 
 
-@torch.no_grad()  # rounding has no derivative
 def _run_in_tiles(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
     out = x.new_empty(len(x), len(weight))
     for rows in _tiles(len(x), CPU_CODES // x.shape[1]):

@@ -25,5 +25,8 @@ class Scratch(threading.local):
             return torch.empty(count, dtype=dtype, device=device)
         if self._memory is None:
             with torch.inference_mode(False):  # else it could not be written to outside of that mode
-                self._memory = torch.empty(MOST_BYTES, dtype=torch.uint8)
+                memory = torch.empty(MOST_BYTES, dtype=torch.uint8)
+            if type(memory) is not Tensor:  # of a tracer, which passes
+                return memory[:size].view(dtype)
+            self._memory = memory
         return self._memory[:size].view(dtype)

@@ -880,11 +880,19 @@ def test_a_manifest_may_not_lead_out_of_the_folder(tmp_path: Path) -> None:
     folder = written(OMNI, "fp8").write(tmp_path / "model")
     (tmp_path / "secret").write_text("")
     names = ["../secret", str(tmp_path / "secret"), "a/../../secret"]
-    (folder / "omni_convert.json").write_text(json.dumps({"files": dict.fromkeys(names, "0"), "recipe": 1}))
+    impossible = ["a\0b", "a\ud800b"]
+    (folder / "omni_convert.json").write_text(
+        json.dumps({"files": dict.fromkeys(names + impossible, "0"), "recipe": 1})
+    )
     findings = findings_of(folder)
-    assert {finding.layer for finding in findings} == set(names)
-    assert all("outside of the folder" in finding.what for finding in findings)
-    (folder / "omni_convert.json").write_text("{")
+    assert {finding.layer for finding in findings} == {*names, *impossible}
+    assert all("outside of the folder" in finding.what for finding in findings if finding.layer in names)
+
+
+@pytest.mark.parametrize("text", ["{", '{"files": []}', '{"files": {"config.json": 5}}', "{}"])
+def test_a_damaged_manifest_is_a_finding(tmp_path: Path, text: str) -> None:
+    folder = written(OMNI, "fp8").write(tmp_path / "model")
+    (folder / "omni_convert.json").write_text(text)
     (found,) = findings_of(folder)
     assert (found.check, found.layer) == ("damaged-file", "omni_convert.json")
 

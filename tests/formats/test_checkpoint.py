@@ -426,7 +426,7 @@ indices = st.one_of(
 
 @settings(
     max_examples=FUZZ_EXAMPLES,
-    deadline=timedelta(minutes=1),
+    deadline=timedelta(seconds=5),
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(content=indices | st.binary(max_size=40))

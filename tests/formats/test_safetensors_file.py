@@ -315,7 +315,7 @@ def open_or_error(path: Path) -> SafetensorsFile | CheckpointError:
 
 @settings(
     max_examples=FUZZ_EXAMPLES,
-    deadline=timedelta(minutes=1),
+    deadline=timedelta(seconds=5),
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 @given(content=good_files() | flawed_files() | mutated_files() | st.binary(max_size=64))

@@ -5,8 +5,8 @@ import torch
 
 from omni_convert.convert.conversion import convert_checkpoint
 from omni_convert.convert.recipe import Recipe
-from omni_convert.formats.errors import CheckpointError, RecipeError
-from omni_convert.loaders import load_pipeline
+from omni_convert.formats.errors import CheckpointError, KernelError, RecipeError
+from omni_convert.loaders import kernel_report, load_pipeline
 
 
 def test_a_pipeline_in_gguf_runs_through_diffusers(tiny_pipeline_folder: Path, tmp_path: Path) -> None:
@@ -21,6 +21,12 @@ def test_a_pipeline_in_gguf_runs_through_diffusers(tiny_pipeline_folder: Path, t
     found = dequantize_gguf_tensor(pipeline.transformer.get_parameter(name)).float().detach()
     wanted = original.transformer.get_parameter(name).detach()
     assert 0 < float((found - wanted).norm() / wanted.norm()) < 0.02
+    report = kernel_report(pipeline)
+    assert {(layer.format, layer.kernel) for layer in report.layers if not layer.is_as_asked} == {
+        ("gguf Q8_0", "diffusers")
+    }
+    with pytest.raises(KernelError, match=r"strict: \d+ of \d+ layers run no scaled GEMM: gguf Q8_0 runs diffusers"):
+        load_pipeline(tmp_path / "out", strict=True)
     with pytest.raises(RecipeError, match="transformer is stored in GGUF"):
         load_pipeline(tmp_path / "out", quantization="fp8")
 

@@ -195,8 +195,9 @@ def test_buffers_of_inference_mode_do_not_leak_into_other_modes(method):
     assert torch.equal(*results)
 
 
-def test_a_gradient_is_refused_not_made_up(linear, x):
-    layer = quantize_linear(linear, "mxfp8")
+@pytest.mark.parametrize("method", ["fp8", "int8", "mxfp8", "nvfp4", "w4a16"])
+def test_a_gradient_is_refused_not_made_up(linear, x, method):
+    layer = quantize_linear(linear, method)
     out = layer(x.requires_grad_())
     with torch.no_grad():
         assert torch.equal(out, layer(x))

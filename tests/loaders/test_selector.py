@@ -27,7 +27,9 @@ def test_it_is_printed_as_it_is_written():
     assert str(Selector.parse(" 0-9,20, 25-30", "skip_layers")) == "0-9,20,25-30"
 
 
-@pytest.mark.parametrize("spec", ["", "a", "1,,2", "5-2", "-1", "1-", [1.5], [-1], [True], "0x1", "9" * 5000])
+@pytest.mark.parametrize(
+    "spec", ["", "a", "1,,2", "5-2", "-1", "1-", [1.5], [-1], [True], b"1", 1.5, "0x1", "9" * 5000]
+)
 def test_anything_else_is_an_error_that_names_the_option(spec):
     with pytest.raises(RecipeError, match=r"^skip_steps: found .*expected numbers and ranges"):
         Selector.parse(spec, "skip_steps")

@@ -145,17 +145,33 @@ def flash_attn_func(q, k, v, softmax_scale, q_descale, k_descale, v_descale):
     return exact(query * softmax_scale * q.shape[-1] ** 0.5, key, value).bfloat16(), None
 
 
-@pytest.mark.parametrize("backend", ["fp8_flash_3", "fp8_flash_3_rotated"])
-def test_flash_attention_3_gets_codes_and_their_scales_compiled_or_not(backend, monkeypatch):
+def test_flash_attention_3_gets_codes_and_their_scales_compiled_or_not(monkeypatch):
     module = types.ModuleType("flash_attn_interface")
     module.flash_attn_func = flash_attn_func
     monkeypatch.setitem(sys.modules, "flash_attn_interface", module)
     qkv = [heads(seed) for seed in range(3)]
-    out = run(backend, *qkv)
+    (kernel,) = (kernel for kernel in ATTENTION_KERNELS if kernel.name == "flash_3")
+    out = kernel.run(*qkv, 64**-0.5)
     assert 0.01 < error(out, exact(*qkv)) < 0.06
     torch.compiler.reset()
-    compiled = torch.compile(lambda *x: run(backend, *x), fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(lambda *x: kernel.run(*x, 64**-0.5), fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(*qkv), out)
+
+
+def test_what_a_graph_is_told_of_the_output_holds_for_queries_that_are_views(monkeypatch):
+    module = types.ModuleType("flash_attn_interface")
+    module.flash_attn_func = flash_attn_func
+    monkeypatch.setitem(sys.modules, "flash_attn_interface", module)
+    codes, scales = zip(*(quantize_per_head(heads(seed), 4) for seed in range(3)), strict=True)
+    views = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in codes]
+    arguments = (*views, *scales, 0.125, False)
+    torch.library.opcheck(torch.ops.omni_convert.fp8_flash_attention_3, arguments, test_utils="test_faketensor")
+
+
+@pytest.mark.parametrize("backend", ["fp8_flash_3", "fp8_flash_3_hub", "fp8_sage"])
+def test_a_backend_that_is_only_named_says_why_it_cannot_run(backend):
+    with pytest.raises(KernelError, match=r"found cpu for \w+, which needs .*; choose another"):
+        run(backend, heads(0), heads(1), heads(2))
 
 
 def test_every_kernel_is_a_backend_of_diffusers():
