@@ -6,7 +6,7 @@ the names are those of the formats here, whatever the file calls them.
     weight            weight_scale                  and                   format
     E4M3, E5M2        one number                                          fp8
     E4M3, E5M2        [out] or [out, 1]                                   fp8 per row
-    E4M3              [out / N, in / K]                                   fp8 in blocks
+    E4M3              [out / N, in / K] or [out / N, 1, in / K, 1]        fp8 in blocks
     E4M3              bytes [out, in / 32]                                mxfp8
     I8                one number, [out] or [out, 1]                       int8
     U8 [out, in / 2]  bytes [out, in / 32]                                mxfp4, packed
@@ -126,10 +126,11 @@ def _bytes_of_floats(
         return Signature(Mxfp8(), shape, _order("weight_scale", swizzled=swizzled))
     if weight.dtype is torch.float8_e4m3fn and scale.elements == 1:
         return Signature(Fp8(static=static), shape)
-    if scale.elements in (1, rows):
-        codecs: dict[str, Codec] = {} if scale.elements == rows else {"weight_scale": OneForAll()}
+    is_per_row = scale.elements == rows and scale.shape[0] == rows  # blocks may be as many: 16384 columns of 128
+    if is_per_row or scale.elements == 1:
+        codecs: dict[str, Codec] = {} if is_per_row else {"weight_scale": OneForAll()}
         return Signature(Scaled("fp8", weight.dtype, static=static), shape, codecs)
-    blocks = tuple(size for size in scale.shape if size != 1) if len(scale.shape) == 4 else scale.shape
+    blocks = scale.shape[::2] if len(scale.shape) == 4 else scale.shape
     if weight.dtype is torch.float8_e4m3fn and len(blocks) == 2:
         return Signature(Fp8Block(block_size_of(shape, blocks)), shape, renamed={"weight_scale_inv": "weight_scale"})
     return None

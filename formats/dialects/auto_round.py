@@ -5,8 +5,9 @@ Integers: GPTQ's packing. NAME.qweight I32 [in * bits / 32, out]; NAME.scales F1
 MX:       NAME.weight_packed U8 [out, in / 2], even element in the low nibble; or NAME.weight F8_E4M3;
           NAME.weight_scale U8 [out, in / 32]. NVFP4 as compressed-tensors has it.
 Block:    {"quant_method": "auto-round", "bits": 4, "group_size": 128, "packing_format": "auto_round:auto_gptq", ...}
-Limits:   AWQ's packing, reordered columns (g_idx), and bits other than 2, 4 and 8 are not read. Of what is made here,
-          only W4A16 is written; a weight is packed as a whole, since its rows are columns on disk.
+Limits:   AWQ's packing, reordered columns (g_idx), bits other than 2, 4 and 8, MXINT4, NVFP4 with E5M3 scales and
+          rotated weights are not read. Of what is made here, only W4A16 is written; a weight is packed as a whole,
+          since its rows are columns on disk.
 """
 
 from __future__ import annotations
@@ -39,6 +40,8 @@ PACKED_NAMES = {
 }
 INTEGER_NAMES = {"weight": "qweight", "weight_scale": "scales", "weight_zero_point": "qzeros"}
 READABLE_BITS = (2, 4, 8)
+# Their tensors have the dtypes and shapes of MXFP4 and MXFP8, and are others.
+UNREAD_TYPES = ("mx_int", "nvfp4_v2")
 #: Of a code that is written.
 WRITTEN_BITS = 4
 # The name of a stack of blocks, before their numbers.
@@ -54,6 +57,7 @@ class AutoRound(Dialect):
         return found.quant_method.replace("_", "-") in METHODS
 
     def stored_layers(self, found: Found) -> Iterator[StoredLayer]:
+        _check_elements(found)
         yield from (_integers(found, stem) for stem in found.stems("qweight"))
         yield from signed_layers(found, PACKED_NAMES, {"weight_scale_2": Reciprocal(), "input_scale": Reciprocal()})
         yield from signed_layers(found)
@@ -100,6 +104,29 @@ def to_block(group_size: int, layers: Collection[str], ignored: Collection[str])
         "block_name_to_quantize": ",".join(stacks),
         "extra_config": {name: {"bits": 16, "data_type": "float"} for name in sorted(ignored)},
     }
+
+
+def _check_elements(found: Found) -> None:
+    """Refuses what has the tensors of a format that is read, and other numbers in them.
+
+    Raises:
+        CheckpointError: integers with E8M0 scales, NVFP4 with E5M3 scales, or rotated weights.
+    """
+    layers = found.block.get("extra_config")
+    blocks = [found.block, *(layers.values() if isinstance(layers, Mapping) else ())]
+    for block in blocks:
+        if not isinstance(block, Mapping):
+            continue
+        if str(block.get("data_type")) in UNREAD_TYPES:
+            raise CheckpointError(
+                f"{found.checkpoint.path}: found data_type {block['data_type']!r} in the config block, expected int, "
+                "mx_fp or nv_fp; export as MXFP4, MXFP8 or NVFP4"
+            )
+        if block.get("rotation_config"):
+            raise CheckpointError(
+                f"{found.checkpoint.path}: found rotation_config in the config block, expected weights that are not "
+                "rotated; export without a rotation"
+            )
 
 
 def _integers(found: Found, stem: str) -> StoredLayer:

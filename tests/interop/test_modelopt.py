@@ -17,6 +17,7 @@ SUFFIXES = ("weight", "weight_scale", "weight_scale_2")
 CONFIGS = {
     "FP8_DEFAULT_CFG": "fp8 static",
     "FP8_PER_CHANNEL_PER_TOKEN_CFG": "fp8 per row",
+    "FP8_2D_BLOCKWISE_WEIGHT_ONLY_CFG": "fp8 128x128",
     "NVFP4_DEFAULT_CFG": "nvfp4",
 }
 
@@ -54,7 +55,12 @@ def run(model) -> None:  # type: ignore[no-untyped-def]  # as above
 def unpacked_by_them(import_peer, parts) -> Tensor:  # type: ignore[no-untyped-def]  # suffix to tensor
     """The weight in float32, by the class that their quantizers dequantize with."""
     packed = import_peer("modelopt.torch.quantization.qtensor")
-    codes, scale, overall = parts["weight"], parts["weight_scale"], parts["weight_scale_2"]
+    codes, scale, overall = parts["weight"], parts["weight_scale"], parts.get("weight_scale_2")
+    if scale.dtype is torch.uint8:
+        return packed.MXFP8QTensor(codes.shape, torch.float32, codes).dequantize(scale=scale)
+    if scale.dim() == 4:
+        tensor = packed.FP8QTensor(codes.shape, torch.float32, codes)
+        return tensor.dequantize(scale=scale[:, 0, :, 0], block_sizes={0: 128, 1: 128})
     if overall is None:
         tensor = packed.FP8QTensor(codes.shape, torch.float32, codes)
         return tensor.dequantize(scale=scale.reshape(-1, 1) if scale.dim() else scale)
@@ -83,3 +89,18 @@ def test_their_export_is_read(import_peer, tmp_path: Path, config: str) -> None:
     convert_checkpoint(tmp_path / "theirs", tmp_path / "float", Recipe(method="dequantize"))
     reloaded = type(model).from_pretrained(tmp_path / "float", torch_dtype=torch.bfloat16)
     assert reloaded.get_submodule(layer).weight.equal(ours.to(torch.bfloat16))
+
+
+@pytest.mark.parametrize("method", ["fp8", "nvfp4", "mxfp8"])
+def test_what_we_write_is_dequantized_by_them(  # type: ignore[no-untyped-def]
+    import_peer, tiny_pipeline_folder: Path, tmp_path: Path, method: str
+) -> None:
+    convert_checkpoint(tiny_pipeline_folder, tmp_path / "ours", Recipe(method=method, dialect="modelopt"))
+    folder = tmp_path / "ours" / "transformer"
+    tensors = load_file(folder / "diffusion_pytorch_model.safetensors")
+    with open_quantized(folder) as opened:
+        assert opened.dialect == "modelopt"
+        assert opened.layers
+        for stem, layer in opened.layers.items():
+            parts = {suffix: tensors[name] for suffix in SUFFIXES if (name := f"{stem}.{suffix}") in tensors}
+            assert layer.dequantize(0, layer.shape[0]).equal(unpacked_by_them(import_peer, parts))

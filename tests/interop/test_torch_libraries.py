@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from omni_convert.convert import Recipe, convert_checkpoint
+from omni_convert.formats.errors import CheckpointError
 from omni_convert.formats.quantized import QuantizedLayer, open_quantized
 from omni_convert.loaders.packed_int4 import PackedInt4
 from omni_convert.loaders.quantized_linear import QuantizedLinear
@@ -55,6 +56,17 @@ def test_fp8_in_blocks_is_read_as_transformers_reads_it(tmp_path: Path, weight: 
     layer = layer_of(tmp_path, {"weight": codes, "weight_scale_inv": scale}, block)
     assert layer.format.label == "fp8 128x128"
     assert layer.dequantize(0, 192).equal(_dequantize_fp8_weight(codes, scale, [128, 128], torch.float32))
+
+
+def test_as_many_blocks_as_rows_are_not_read_as_scales_of_rows(tmp_path: Path) -> None:
+    from transformers.integrations.finegrained_fp8 import _dequantize_fp8_weight
+
+    codes = torch.ones(384, 128 * 128).to(torch.float8_e4m3fn)
+    scale = torch.arange(1.0, 385).view(3, 128)
+    block = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
+    layer = layer_of(tmp_path, {"weight": codes, "weight_scale_inv": scale}, block)
+    assert layer.format.label == "fp8 128x128"
+    assert layer.dequantize(0, 384).equal(_dequantize_fp8_weight(codes, scale, [128, 128], torch.float32))
 
 
 def test_a_text_encoder_of_ours_is_loaded_by_transformers(tiny_pipeline_folder: Path, tmp_path: Path) -> None:
@@ -147,3 +159,16 @@ def test_w4a16_is_read_as_auto_round_packs_it(import_peer, tmp_path: Path, is_sy
     theirs = packed(torch.eye(256)).T.float()  # a forward pass over the identity is the weight
     torch.testing.assert_close(layer.dequantize(0, 64), theirs, rtol=2**-9, atol=0)  # they multiply in float16
     assert layer.dequantize(3, 5).equal(layer.dequantize(0, 64)[3:5])
+
+
+@pytest.mark.parametrize(
+    "said",
+    [{"data_type": "mx_int"}, {"data_type": "mx_fp", "rotation_config": {"hadamard_type": "hadamard"}}],
+    ids=["mxint4", "rotated"],
+)
+def test_auto_rounds_files_that_look_like_mxfp4_are_refused(tmp_path: Path, said: dict[str, object]) -> None:
+    tensors = {"weight_packed": torch.zeros(64, 64).byte(), "weight_scale": torch.full((64, 4), 127).byte()}
+    block: dict[str, object] = {"quant_method": "auto-round", "bits": 4, "data_type": "mx_fp"}
+    assert layer_of(tmp_path, tensors, block).format.label == "mxfp4"
+    with pytest.raises(CheckpointError, match="in the config block, expected"):
+        layer_of(tmp_path, tensors, block | said)
