@@ -44,6 +44,7 @@ class Requirements:
         below_capability: compute capability from which on a CUDA device has other instructions than the kernel needs
         cuda: lowest version of CUDA that torch is built for, asked of CUDA devices only
         block_size: the one `block_size` that the format may have
+        group_multiple: what columns that share a scale, where the format leaves their number open, must be divisible by
         multiple_of: what in_features and out_features must be divisible by, except on a CPU
         module: a package that has the operators
         has_input_scale: whether the layer must store the scale of its inputs, for formats that may do without
@@ -56,6 +57,7 @@ class Requirements:
     below_capability: tuple[int, int] | None = None
     cuda: tuple[int, int] | None = None
     block_size: tuple[int, int] | None = None
+    group_multiple: int = 1
     multiple_of: int = 1
     module: str | None = None
     has_input_scale: bool = False
@@ -72,6 +74,9 @@ class Requirements:
         block_size = getattr(layer.format, "block_size", None)
         if self.block_size not in (None, block_size):
             return f"needs blocks of {self.block_size}, found {block_size}"
+        group = block_size[1] if block_size else getattr(layer.format, "group", 0)
+        if group % self.group_multiple:
+            return f"needs scales of columns in multiples of {self.group_multiple}, found {group}"
         if self.has_input_scale and not getattr(layer.format, "static", False):
             return "needs input_scale, the layer stores none"
         if self.module is not None and find_spec(self.module) is None:

@@ -76,6 +76,36 @@ for capability in TARGETS:
         assert not has_e4m3 or len(instructions) <= 32 * most, where
 """
 
+# Every format on the largest tile, and every other tile on one format.
+DECODING = """
+from omni_convert.loaders.kernels.triton_mm import LONGEST_STEP, TILES, choose_tile, decode_mm_kernel
+
+absent = dict.fromkeys(("scale_ptr", "group_ptr", "zero_ptr", "unit_ptr"))
+formats = {  # the code, the types of what else there is, the group
+    "fp8": ("e4m3", {"unit_ptr": "*fp32"}, (1, 0)),
+    "fp8 block": ("e4m3", {"group_ptr": "*fp32"}, (128, 128)),
+    "int8": ("int8", {"unit_ptr": "*fp32"}, (1, 0)),
+    "mxfp8": ("e4m3", {"scale_ptr": "*u8"}, (1, 0)),
+    "mxfp4": ("e2m1", {"scale_ptr": "*u8"}, (1, 0)),
+    "mxfp4_dualscale": ("e2m1", {"scale_ptr": "*u8", "group_ptr": "*fp32"}, (1, 512)),
+    "nvfp4": ("e2m1", {"scale_ptr": "*u8", "unit_ptr": "*fp32"}, (1, 0)),
+    "w4a16": ("int4", {"group_ptr": "*fp16", "zero_ptr": "*i32"}, (1, 128)),
+}
+weights = {"e2m1": "*u8", "e4m3": "*u8", "int8": "*i8", "int4": "*i32"}
+for capability in TARGETS:
+    for name, rows in [(name, 4096) for name in formats] + [("mxfp4", most) for most, _ in TILES[:-1]]:
+        code, types, group = formats[name]
+        tile = choose_tile(rows, group[1])
+        constants = {pointer: None for pointer in absent if pointer not in types}
+        constants |= {"CODE": code, "BLOCK": 16 if name == "nvfp4" else 32, "GROUP_ROWS": group[0], "GROUP": group[1]}
+        constants |= {"ROWS": tile.rows, "OUTPUTS": tile.outputs, "STEP": tile.step, "MULTIPLE": LONGEST_STEP}
+        constants |= {"IN_CACHE": 8, "IS_INTERPRETED": False, "group_stride": 1}
+        types = {"weight_ptr": weights[code], **types}
+        options = {"num_warps": tile.warps, "num_stages": tile.stages}
+        ptx, _, spilled = build(decode_mm_kernel, capability, types, constants, **options)
+        assert "mma" in ptx and spilled == 0, (name, tile, capability, spilled)
+"""
+
 
 def run(script: str, cache: Path) -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(cache)}
@@ -88,3 +118,8 @@ def run(script: str, cache: Path) -> None:
 @pytest.mark.slow
 def test_activations_compile_into_wide_accesses_and_few_instructions_without_spills(tmp_path):
     run(ACTIVATIONS, tmp_path)
+
+
+@pytest.mark.slow
+def test_weights_of_every_format_decode_into_tensor_core_instructions_without_spills(tmp_path):
+    run(DECODING, tmp_path)
