@@ -34,7 +34,7 @@ from omni_convert.convert.source import Source, resolve_source
 from omni_convert.convert.upload import Repository, open_repository, push_output
 from omni_convert.convert.workers import Workers, available_cores
 from omni_convert.formats.checkpoint import Checkpoint
-from omni_convert.formats.errors import CheckpointError, RecipeError
+from omni_convert.formats.errors import CheckpointError, OutputError, RecipeError
 from omni_convert.formats.safetensors_file import SafetensorsFile
 
 if TYPE_CHECKING:
@@ -136,6 +136,8 @@ def convert_plan(
 ) -> ConversionReport:
     """Carries out a plan; see `convert_checkpoint`."""
     started = time.monotonic()
+    if isinstance(output, Path):
+        _refuse_source(output.resolve(), plan.source.path.resolve())
     recipe = plan.recipe
     statistics_id = recorded.fingerprint() if recorded is not None else None
     if recipe.resume and (finished := _results_of_finished(output, plan, statistics_id)) is not None:
@@ -150,6 +152,11 @@ def convert_plan(
         make = execute_component if isinstance(output, Path) else partial(upload_component, output)
         results, peak = _fill(folder, plan, statistics_id, engine_on(workers, journal), make, progress or _ignore)
     return _report(plan, output, results, started, peak)
+
+
+def _refuse_source(output: Path, source: Path) -> None:
+    if output == source or source in output.parents or output in source.parents:
+        raise OutputError(f"{output}: found the folder of the model that is read ({source}); name another --output")
 
 
 def _results_of_finished(

@@ -134,7 +134,10 @@ class RemoteFolder:
 
 def output_of(output: str | Path) -> Path | RemoteFolder:
     """What the user means by an output: a URL or a path."""
-    return RemoteFolder(output) if isinstance(output, str) and "://" in output else Path(output)
+    if isinstance(output, str) and "://" in output:
+        return RemoteFolder(output)
+    path = Path(output)
+    return path.resolve() if path.name in ("", "..") else path  # the work is done beside it, under its name
 
 
 def check_remote(remote: RemoteFolder, *, overwrite: bool, resume: bool) -> None:

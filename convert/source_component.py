@@ -8,6 +8,8 @@ from functools import cached_property, partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+import torch
+
 from omni_convert.convert.component_weights import as_weights, bake, model_class, renamed, renamed_layers
 from omni_convert.convert.lora import Lora, check_requests
 from omni_convert.convert.original_names import has_original_files, missing_config
@@ -22,8 +24,12 @@ from omni_convert.formats.family import Family, find_family
 from omni_convert.formats.json_file import read_json
 from omni_convert.formats.quantized import QuantizedCheckpoint, read_quantized
 from omni_convert.formats.safetensors_file import SafetensorsFile
+from omni_convert.formats.tensor_spec import DTYPE_NAMES
 
 __all__ = ["SourceComponent", "component_config", "open_component", "open_components"]
+
+
+INTEGER_CODES = (torch.int8, torch.uint8)
 
 
 @dataclass(frozen=True)
@@ -91,8 +97,14 @@ class SourceComponent:
         return f"{len(self.opened.layers)} layers ({', '.join(labels)} as {self.opened.dialect} spells it)"
 
     def refuse_unread(self) -> None:
-        """Raises CheckpointError if the config says that the model is quantized, in a way that nobody here reads."""
-        block = self.config.get("quantization_config")
+        """Raises CheckpointError if it is quantized in a way that nobody here reads, or a layer's scale is gone."""
+        for name, spec in self.weights.items():
+            if name.endswith(".weight") and len(spec.shape) == 2 and spec.dtype in INTEGER_CODES:
+                raise CheckpointError(
+                    f"{self.weights.path}: tensor {quoted(name)}: found {DTYPE_NAMES[spec.dtype]} codes and no scale, "
+                    "expected both; `omni-convert verify` tells what is wrong with the file"
+                )
+        block = self.config.get("quantization_config") if self.has_config else None
         if block and not self.opened.layers:
             kind = block.get("quant_method") if isinstance(block, dict) else type(block).__name__
             raise CheckpointError(

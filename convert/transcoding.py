@@ -28,8 +28,7 @@ def plan_transcoded(component: SourceComponent, recipe: Recipe, encoder: Compone
         CheckpointError: the model is quantized in a way that nobody here reads, or a layer cannot be expressed.
         RecipeError: the runtime cannot run the model, or it is to be kept and is in GGUF.
     """
-    if component.has_config:
-        component.refuse_unread()
+    component.refuse_unread()
     if recipe.method == "keep" and component.opened.dialect == GGUF.name:
         raise RecipeError(
             f"{component.opened.checkpoint.path}: found GGUF with -m keep, which no other dialect holds; copy the file "

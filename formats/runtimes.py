@@ -61,9 +61,7 @@ BY_DIALECT: dict[str, tuple[Verdict, ...]] = {
     "auto-round": (
         Verdict(VLLM_OMNI, "loads", "integers on CUDA and XPU, MX on XPU"),
         Verdict(DIFFUSERS, "loads", "integers, with auto-round installed; MX as dequantized BF16"),
-        Verdict(
-            OURS, "loads", "W4A16 in GPTQ's packing, the same for all layers; else -m keep --dialect vllm-omni first"
-        ),
+        Verdict(OURS, "loads", "W4A16 in GPTQ's packing, the same for all layers"),
         Verdict(COMFYUI, "wrong", UNMARKED),
     ),
     "transformers": (

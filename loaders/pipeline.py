@@ -78,7 +78,7 @@ def load_pipeline(
         pipeline = DiffusionPipeline.from_pretrained(
             str(model), dtype=torch_dtype, **_quantization_argument(requested), **{**in_gguf, **kwargs}
         )
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, ValueError) as error:  # ValueError: of a config that diffusers does not know
         reason = str(error).strip().split("\n", 1)[0].rstrip(".")
         raise CheckpointError(f"{model}: cannot be loaded ({reason}); download or convert it again") from error
     modules = {name: module for name, module in pipeline.components.items() if isinstance(module, nn.Module)}

@@ -1,11 +1,13 @@
 """Activation quantization as one kernel each on a CUDA device with Triton, and as `activation.py` has it elsewhere.
 
 Both give the same codes and scales. To torch.compile the kernels are operators that it does not look into; only the
-static scale, which needs no reduction, it is given to fuse with what comes before.
+static scale, which needs no reduction, it is given to fuse with what comes before. Triton launches on the current
+device, wherever its arguments are: operators make that of their input current.
 """
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from importlib.util import find_spec
 
 import torch
@@ -30,6 +32,7 @@ __all__ = [
     "mxfp8_swizzled_op",
     "nvfp4_swizzled",
     "nvfp4_swizzled_op",
+    "on_device_of",
 ]
 
 HAS_TRITON = find_spec("triton") is not None
@@ -88,6 +91,12 @@ def nvfp4_swizzled(x: Tensor, input_scale: Tensor) -> tuple[Tensor, Tensor]:
     return codes, swizzle_scales(scale).flatten()
 
 
+def on_device_of(x: Tensor) -> AbstractContextManager[None]:
+    """Makes the device of a tensor the current one, on which Triton launches; nothing for a CPU."""
+    current: AbstractContextManager[None] = torch.cuda.device_of(x)  # type: ignore[no-untyped-call]  # of torch
+    return current
+
+
 def _has_kernels(x: Tensor) -> bool:
     return HAS_TRITON and x.device.type == "cuda"
 
@@ -97,7 +106,8 @@ def fp8_static_op(x: Tensor, input_scale: Tensor) -> Tensor:
     """The fused kernel, on a device that Triton has."""
     from omni_convert.loaders.kernels.triton_activation import quantize_fp8_static
 
-    return quantize_fp8_static(x, input_scale)
+    with on_device_of(x):
+        return quantize_fp8_static(x, input_scale)
 
 
 @torch.library.custom_op("omni_convert::fp8_per_token", mutates_args=())
@@ -105,7 +115,8 @@ def fp8_per_token_op(x: Tensor) -> tuple[Tensor, Tensor]:
     """The fused kernel, on a device that Triton has."""
     from omni_convert.loaders.kernels.triton_activation import quantize_fp8
 
-    return quantize_fp8(x)
+    with on_device_of(x):
+        return quantize_fp8(x)
 
 
 @torch.library.custom_op("omni_convert::int8_per_token", mutates_args=())
@@ -113,7 +124,8 @@ def int8_per_token_op(x: Tensor) -> tuple[Tensor, Tensor]:
     """The fused kernel, on a device that Triton has."""
     from omni_convert.loaders.kernels.triton_activation import quantize_int8
 
-    return quantize_int8(x)
+    with on_device_of(x):
+        return quantize_int8(x)
 
 
 @torch.library.custom_op("omni_convert::fp8_per_group", mutates_args=())
@@ -121,7 +133,8 @@ def fp8_per_group_op(x: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
     """The fused kernel, on a device that Triton has; for powers of two of 16 to 512."""
     from omni_convert.loaders.kernels.triton_block_activation import quantize_groups
 
-    return quantize_groups(x, group_size)
+    with on_device_of(x):
+        return quantize_groups(x, group_size)
 
 
 @torch.library.custom_op("omni_convert::mxfp8_swizzled", mutates_args=())
@@ -129,7 +142,8 @@ def mxfp8_swizzled_op(x: Tensor) -> tuple[Tensor, Tensor]:
     """The fused kernel, on a device that Triton has."""
     from omni_convert.loaders.kernels.triton_block_activation import quantize_mxfp8
 
-    return quantize_mxfp8(x)
+    with on_device_of(x):
+        return quantize_mxfp8(x)
 
 
 @torch.library.custom_op("omni_convert::nvfp4_swizzled", mutates_args=())
@@ -137,7 +151,8 @@ def nvfp4_swizzled_op(x: Tensor, input_scale: Tensor) -> tuple[Tensor, Tensor]:
     """The fused kernel, on a device that Triton has."""
     from omni_convert.loaders.kernels.triton_block_activation import quantize_nvfp4
 
-    return quantize_nvfp4(x, input_scale)
+    with on_device_of(x):
+        return quantize_nvfp4(x, input_scale)
 
 
 @fp8_static_op.register_fake

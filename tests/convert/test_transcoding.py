@@ -16,7 +16,7 @@ from omni_convert.convert import Recipe, convert_checkpoint
 from omni_convert.convert.cli import main
 from omni_convert.convert.recipe import DIALECT_NAMES
 from omni_convert.formats.dialects.table import DIALECTS
-from omni_convert.formats.errors import OmniConvertError, RecipeError
+from omni_convert.formats.errors import CheckpointError, OmniConvertError, OutputError, RecipeError
 from omni_convert.formats.int8 import Int8
 from omni_convert.formats.quantized import open_quantized
 from omni_convert.formats.tensor_writer import bytes_of
@@ -333,3 +333,24 @@ def test_numbers_that_fp4_does_not_have_are_refused_not_rounded(quantized, tmp_p
     save_file(tensors, tmp_path / "in" / "transformer" / WEIGHTS)
     with pytest.raises(OmniConvertError, match=rf"layer '{LAYER}': weight: found values that are not of E2M1"):
         convert_checkpoint(tmp_path / "in", tmp_path / "out", Recipe(method="keep", dialect="compressed-tensors"))
+
+
+def test_codes_whose_scale_is_gone_are_refused(tiny_pipeline_folder: Path, tmp_path: Path) -> None:
+    convert_checkpoint(tiny_pipeline_folder, tmp_path / "int8", Recipe("int8"))
+    file = next((tmp_path / "int8" / "transformer").glob("*.safetensors"))
+    tensors = load_file(file)
+    tensors["layers.1.attention.to_q.weight_scle"] = tensors.pop("layers.1.attention.to_q.weight_scale")
+    save_file(tensors, file)
+    for method in ("dequantize", "keep", "fp8"):
+        with pytest.raises(CheckpointError, match=r"'layers.1.attention.to_q.weight': found I8 codes and no scale"):
+            convert_checkpoint(tmp_path / "int8", tmp_path / method, Recipe(method))
+        assert not (tmp_path / method).exists()
+
+
+def test_the_output_is_not_the_source(tiny_pipeline_folder: Path, tmp_path: Path) -> None:
+    convert_checkpoint(tiny_pipeline_folder, tmp_path / "int8", Recipe("int8"))
+    before = {path: path.read_bytes() for path in (tmp_path / "int8").rglob("*") if path.is_file()}
+    for output in (tmp_path / "int8", tmp_path / "int8" / "new"):
+        with pytest.raises(OutputError, match="found the folder of the model that is read"):
+            convert_checkpoint(tmp_path / "int8", output, Recipe("fp8", overwrite=True))
+    assert before == {path: path.read_bytes() for path in (tmp_path / "int8").rglob("*") if path.is_file()}
