@@ -21,6 +21,7 @@ from omni_convert.formats.mxfp4 import Mxfp4
 from omni_convert.formats.mxfp4_dualscale import Mxfp4DualScale
 from omni_convert.formats.mxfp8 import Mxfp8
 from omni_convert.formats.nvfp4 import Nvfp4
+from omni_convert.loaders.kernels.fused_activation import on_device_of
 from omni_convert.loaders.kernels.kernel import Kernel, Requirements
 from omni_convert.loaders.kernels.reference import rounded_input, smoothed_input
 from omni_convert.loaders.packed_int4 import CODES, SCALES, ZERO_POINTS, PackedInt4, weight_shape
@@ -67,7 +68,8 @@ def _triton_decode_mm(
     from omni_convert.loaders.kernels.triton_mm import multiply
 
     group = (group_shape[0], group_shape[1])
-    return multiply(x, weight, block_scale, group_scale, zero_points, unit, bias, group, outputs, dtype)
+    with on_device_of(x):
+        return multiply(x, weight, block_scale, group_scale, zero_points, unit, bias, group, outputs, dtype)
 
 
 @_triton_decode_mm.register_fake
