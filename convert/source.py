@@ -23,6 +23,8 @@ DEMO_PIPELINE = Path(__file__).parent / "demo" / "pipeline"
 DEMO_PROMPTS = Path(__file__).parent / "demo" / "prompts.txt"
 DEMO_EVALUATION_PROMPTS = Path(__file__).parent / "demo" / "evaluation_prompts.txt"
 
+# Of a file, in bytes, on the usual file systems.
+LONGEST_NAME = 255
 REPO_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 # What a diffusers pipeline consists of; repositories also hold single-file duplicates of tens of gigabytes beside it.
 HUB_PATTERNS = [
@@ -70,7 +72,8 @@ class Source:
         path = self.path / "model_index.json"
         listed = {name: value for name, value in read_json(path).items() if _is_component(value)}
         for name in listed:
-            if not name.isprintable() or set(name) & set("/\\") or name in ("", ".", ".."):
+            is_name = name.isprintable() and name not in ("", ".", "..") and len(name.encode()) <= LONGEST_NAME
+            if not is_name or set(name) & set("/\\"):
                 raise CheckpointError(
                     f"{path}: found component {quoted(name)}, expected the name of a folder; do not trust this pipeline"
                 )

@@ -128,9 +128,6 @@ def _install_empty(
     if is_stored:
         fmt = Fp8Storage.of(tuple(linear.weight.shape))
     rows, columns = len(linear.weight), math.prod(linear.weight.shape[1:])
-    problem = fmt.unsupported(rows, columns)
-    if problem is not None:
-        raise CheckpointError(f"{where}: {stem}: {problem}; convert the model again")
     for suffix, layout in fmt.layout(rows, columns).items():
         name = f"{stem}.{suffix}"
         if name not in specs:
