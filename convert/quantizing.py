@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from omni_convert.convert.component_plan import ComponentPlan, plan_files, replace_config
 from omni_convert.convert.recipe import STORAGE_METHODS, Recipe
 from omni_convert.convert.recorded_inputs import RecordedInputs
-from omni_convert.convert.selection import choose_layers, format_for, hardware_notes, recommendation_notes
+from omni_convert.convert.selection import (
+    choose_layers,
+    format_for,
+    hardware_notes,
+    other_linears,
+    recommendation_notes,
+)
 from omni_convert.convert.shared_encoder import unquantized_encoder_layers
 from omni_convert.convert.source_component import SourceComponent
 from omni_convert.convert.steps import KeptLayer, QuantizeStep, matrix_shape, ordered_steps, outputs
@@ -20,7 +26,6 @@ from omni_convert.formats.dialects.table import DIALECTS
 from omni_convert.formats.family import LayerGroup
 from omni_convert.formats.format import Format, QuantizingFormat
 from omni_convert.formats.quantization_config import QuantizationConfig
-from omni_convert.formats.tensor_spec import TensorSpec
 
 __all__ = ["plan_quantized", "requantizing_notes"]
 
@@ -148,14 +153,5 @@ def _block(
 ) -> dict[str, Any] | None:
     """`quantization_config` of config.json, in the words of who reads it."""
     if dialect is not vllm_omni.VLLM_OMNI:
-        return dialect.block(formats, {*quantization.ignored_layers, *_other_linears(component.weights, formats)})
+        return dialect.block(formats, {*quantization.ignored_layers, *other_linears(component.weights, formats)})
     return omni_convert.to_block(quantization) if component.is_transformers else vllm_omni.to_block(quantization)
-
-
-def _other_linears(checkpoint: Mapping[str, TensorSpec], quantized: Collection[str]) -> list[str]:
-    """Matrices that stay as they are, by name."""
-    return [
-        name.removesuffix(".weight")
-        for name, spec in checkpoint.items()
-        if name.endswith(".weight") and len(spec.shape) == 2 and name.removesuffix(".weight") not in quantized
-    ]

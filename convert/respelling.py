@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from omni_convert.convert.recipe import Recipe
+from omni_convert.convert.selection import other_linears
 from omni_convert.formats.dialect import Dialect, Spelling
 from omni_convert.formats.dialects import omni_convert, vllm_omni
 from omni_convert.formats.dialects.table import DIALECTS
@@ -73,7 +74,8 @@ def respell(
     if recipe.dialect == vllm_omni.VLLM_OMNI.name and not (is_ours or is_stored):
         ignored = _scope(quantized, family, recipe, notes)
     else:
-        ignored = [*_other_linears(quantized), *_runtime_names(quantized, family, recipe)]
+        kept = {name: quantized.checkpoint[stored] for name, stored in quantized.kept.items()}
+        ignored = [*other_linears(kept), *_runtime_names(quantized, family, recipe)]
     ignored += also_ignored
     try:
         block = (
@@ -128,15 +130,6 @@ def _runtime_names(quantized: QuantizedCheckpoint, family: Family | None, recipe
         return []
     groups = family.layer_groups(dequantized_view(quantized), recipe.runtime)
     return vllm_omni.ignored_names(group for group in groups if quantized.layers.keys().isdisjoint(group.members))
-
-
-def _other_linears(quantized: QuantizedCheckpoint) -> list[str]:
-    """Matrices that are not quantized, by name."""
-    return [
-        name.removesuffix(".weight")
-        for name, stored in quantized.kept.items()
-        if name.endswith(".weight") and len(quantized.checkpoint[stored].shape) == 2
-    ]
 
 
 def _scope(quantized: QuantizedCheckpoint, family: Family | None, recipe: Recipe, notes: list[str]) -> list[str]:

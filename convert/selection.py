@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from omni_convert.formats.mxfp4_dualscale import Mxfp4DualScale
 from omni_convert.formats.table import FORMATS, FormatOptions
 from omni_convert.formats.tensor_spec import DTYPE_NAMES, TensorSpec
 
-__all__ = ["choose_layers", "format_for", "hardware_notes", "reasons_to_keep", "recommendation_notes"]
+__all__ = ["choose_layers", "format_for", "hardware_notes", "other_linears", "reasons_to_keep", "recommendation_notes"]
 
 # What diffusers calls the main stack of blocks; refiners and single-stream blocks come after it.
 MAIN_STACK = re.compile(r"(?:blocks|layers|transformer_blocks)\.(\d+)\.")
@@ -48,12 +48,7 @@ def choose_layers(
     if recipe.recommended:
         patterns += [recommendation.pattern for recommendation in family.recommended_ignored(method)]
     grouped = {stem for group in groups for stem in group.members}
-    others = [
-        name.removesuffix(".weight")
-        for name, spec in checkpoint.items()
-        if name.endswith(".weight") and len(spec.shape) == 2 and name.removesuffix(".weight") not in grouped
-    ]
-    reasons = reasons_to_keep(patterns, groups, others)
+    reasons = reasons_to_keep(patterns, groups, other_linears(checkpoint, grouped))
     leading = family.bf16_blocks(method) if recipe.bf16_blocks is None else recipe.bf16_blocks
     if recipe.bf16_blocks and all(_block_number(group) >= leading for group in groups):
         raise RecipeError(
@@ -79,6 +74,15 @@ def choose_layers(
             f"{kept[0][1]})"
         )
     return chosen, kept
+
+
+def other_linears(tensors: Mapping[str, TensorSpec], stems: Collection[str] = ()) -> list[str]:
+    """Matrices that are none of these layers, by name."""
+    return [
+        name.removesuffix(".weight")
+        for name, spec in tensors.items()
+        if name.endswith(".weight") and len(spec.shape) == 2 and name.removesuffix(".weight") not in stems
+    ]
 
 
 def _refuse(family: Family, where: Path, config: Mapping[str, Any], method: str, recipe: Recipe) -> None:

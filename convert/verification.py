@@ -14,7 +14,7 @@ from pathlib import Path
 from threading import Event
 from typing import Any
 
-from omni_convert.convert.component_weights import renamed
+from omni_convert.convert.component_weights import as_weights, renamed
 from omni_convert.convert.file_check import check_files
 from omni_convert.convert.gguf_verification import check_gguf, compare_gguf
 from omni_convert.convert.inspection import WEIGHT_PATTERNS, component_names
@@ -34,7 +34,6 @@ from omni_convert.formats.lenient import LenientReading, read_leniently
 from omni_convert.formats.quantized import describe, read_quantized
 from omni_convert.formats.scope_check import check_scope
 from omni_convert.formats.value_check import base_format, check_finite, check_values
-from omni_convert.formats.view import dequantized_view
 
 __all__ = ["VerifiedComponent", "verify_source", "weight_bytes"]
 
@@ -265,6 +264,5 @@ def _open_reference(reference: Source, name: str, config: dict[str, Any]) -> Che
     if reference.is_pipeline and not name:
         component = next((each for each in DENOISERS if each in reference.components()), "")
     path = reference.path / component if reference.is_pipeline else reference.path
-    checkpoint = Checkpoint.open(path)
-    opened = read_quantized(checkpoint, path if path.is_dir() else path.parent)
-    return renamed(dequantized_view(opened) if opened.layers else checkpoint, config, [])
+    opened = read_quantized(Checkpoint.open(path), path if path.is_dir() else path.parent)
+    return renamed(as_weights(opened), config, [])

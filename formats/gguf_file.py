@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
-from collections.abc import Callable
-from pathlib import Path
 
 import gguf
 import torch
 
-from omni_convert.formats.errors import CheckpointError
 from omni_convert.formats.file_descriptor import FileDescriptor
 from omni_convert.formats.gguf_header import GgufEntry, parse_gguf_header
 from omni_convert.formats.safetensors_file import SafetensorsFile
@@ -42,8 +38,13 @@ class GgufReader(SafetensorsFile):
         architecture: `general.architecture`; None if it says none
     """
 
-    def _take_header(self, text: bytes) -> None:
-        header = parse_gguf_header(lambda start, stop: text[start:stop], self.size, self.path)
+    def _load_header(self, descriptor: FileDescriptor) -> None:
+        def read(start: int, stop: int) -> bytes:
+            buffer = bytearray(stop - start)
+            self._read_into(descriptor, memoryview(buffer), start)
+            return bytes(buffer)
+
+        header = parse_gguf_header(read, self.size, self.path)
         self.entries = {entry.name: entry for entry in header.entries}
         architecture = header.values.get("general.architecture")
         self.architecture = architecture if isinstance(architecture, str) else None
@@ -52,33 +53,6 @@ class GgufReader(SafetensorsFile):
         self.header_sha256 = hashlib.sha256(header.text).hexdigest()
         self._offsets = {name: entry.begin for name, entry in self.entries.items()}
         self._unfinished = {name: spec.nbytes for name, spec in self.specs.items()}
-
-    def _read_header(self, descriptor: FileDescriptor) -> bytes:
-        def read(start: int, stop: int) -> bytes:
-            buffer = bytearray(stop - start)
-            self._read_into(descriptor, memoryview(buffer), start)
-            return bytes(buffer)
-
-        return parse_gguf_header(read, self.size, self.path).text
-
-    def __reduce__(self) -> tuple[Callable[[Path, str, int], GgufReader], tuple[Path, str, int]]:
-        """Another process opens the file itself."""
-        return _open_again, (self.path.absolute(), self.header_sha256, self.size)
-
-
-def _open_again(path: Path, header_sha256: str, size: int) -> GgufReader:
-    """The file that another process has open.
-
-    Raises:
-        CheckpointError: it is not there, or another.
-    """
-    file = GgufReader(path)
-    if (file.header_sha256, file.size) != (header_sha256, size):
-        raise CheckpointError(
-            f"{os.fspath(path)}: found another file than the one that the work began with, expected the same on every "
-            "machine; put the model on a file system that all of them share"
-        )
-    return file
 
 
 def rows_together(kind: gguf.GGMLQuantizationType, shape: tuple[int, ...]) -> int:

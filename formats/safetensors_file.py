@@ -47,7 +47,7 @@ class SafetensorsFile:
         self.path = path
         descriptor = _open(path)
         self.size = os.fstat(descriptor.number).st_size
-        self._take_header(self._read_header(descriptor))
+        self._load_header(descriptor)
         self._descriptor: FileDescriptor | None = descriptor
 
     def __enter__(self) -> Self:
@@ -58,9 +58,9 @@ class SafetensorsFile:
     ) -> None:
         self.close()
 
-    def __reduce__(self) -> tuple[Callable[[Path, str, int], SafetensorsFile], tuple[Path, str, int]]:
+    def __reduce__(self) -> tuple[Callable[..., SafetensorsFile], tuple[type[SafetensorsFile], Path, str, int]]:
         """Another process opens the file itself."""
-        return _open_again, (self.path.absolute(), self.header_sha256, self.size)
+        return _open_again, (type(self), self.path.absolute(), self.header_sha256, self.size)
 
     def finished(self, name: str, nbytes: int) -> None:
         """Notes that so many more bytes of a tensor are not needed any more.
@@ -152,6 +152,9 @@ class SafetensorsFile:
                 )
             done += count
 
+    def _load_header(self, descriptor: FileDescriptor) -> None:
+        self._take_header(self._read_header(descriptor))
+
     def _take_header(self, text: bytes) -> None:
         header = parse_header(text, self.size, self.path)
         self.specs: dict[str, TensorSpec] = header.specs
@@ -182,13 +185,13 @@ class SafetensorsFile:
         return bytes(text)
 
 
-def _open_again(path: Path, header_sha256: str, size: int) -> SafetensorsFile:
+def _open_again(kind: type[SafetensorsFile], path: Path, header_sha256: str, size: int) -> SafetensorsFile:
     """The file that another process has open.
 
     Raises:
         CheckpointError: it is not there, or another.
     """
-    file = SafetensorsFile(path)
+    file = kind(path)
     if (file.header_sha256, file.size) != (header_sha256, size):
         raise CheckpointError(
             f"{path}: found another file than the one that the work began with, expected the same on every machine; "

@@ -22,3 +22,25 @@ def larger_pipeline(tiny_pipeline_folder: Path, tmp_path_factory: pytest.TempPat
     )
     model.to(torch.bfloat16).save_pretrained(folder / "transformer")
     return folder
+
+
+@pytest.fixture(scope="session")
+def flux_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Flux transformer as diffusers saves it, in bfloat16."""
+    import torch
+    from diffusers import FluxTransformer2DModel
+
+    torch.manual_seed(0)
+    model = FluxTransformer2DModel(
+        in_channels=16,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=32,
+        num_attention_heads=2,
+        joint_attention_dim=64,
+        pooled_projection_dim=32,
+        axes_dims_rope=(8, 12, 12),
+    )
+    folder = tmp_path_factory.mktemp("models") / "flux"
+    model.to(torch.bfloat16).save_pretrained(folder)
+    return folder

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from diffusers import FluxTransformer2DModel
 
 from omni_convert.convert.cli import main
 from omni_convert.convert.conversion import convert_checkpoint
@@ -20,25 +19,6 @@ from omni_convert.convert.verification import verify_source
 from omni_convert.formats.finding import Finding
 
 LAYER = "transformer_blocks.0.attn.to_q.weight"
-
-
-@pytest.fixture(scope="module")
-def flux(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a model of diffusers."""
-    torch.manual_seed(0)
-    model = FluxTransformer2DModel(
-        in_channels=16,
-        num_layers=1,
-        num_single_layers=1,
-        attention_head_dim=32,
-        num_attention_heads=2,
-        joint_attention_dim=64,
-        pooled_projection_dim=32,
-        axes_dims_rope=(8, 12, 12),
-    )
-    folder = tmp_path_factory.mktemp("models") / "flux"
-    model.to(torch.bfloat16).save_pretrained(folder)
-    return folder
 
 
 @dataclass
@@ -73,12 +53,12 @@ class Model:
         return folder
 
 
-def model_of(flux: Path, kind: str = "Q8_0") -> Model:
+def model_of(flux_folder: Path, kind: str = "Q8_0") -> Model:
     from safetensors.torch import load_file
 
     number = gguf.GGMLQuantizationType[kind]
     tensors: dict[str, Any] = {}
-    for name, weight in load_file(flux / "diffusion_pytorch_model.safetensors").items():
+    for name, weight in load_file(flux_folder / "diffusion_pytorch_model.safetensors").items():
         is_block = weight.dim() == 2 and weight.shape[1] % 32 == 0 and "blocks" in name
         chosen = number if is_block else gguf.GGMLQuantizationType.F32
         tensors[name] = (gguf.quants.quantize(weight.float().numpy(), chosen), chosen)
@@ -174,59 +154,59 @@ def findings_of(folder: Path, reference: Path | None = None) -> tuple[Finding, .
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_what_is_wrong_is_found(name: str, flux: Path, tmp_path: Path) -> None:
+def test_what_is_wrong_is_found(name: str, flux_folder: Path, tmp_path: Path) -> None:
     kind, damage, check, layer = BROKEN[name]
-    model = model_of(flux, kind)
+    model = model_of(flux_folder, kind)
     damage(model)
-    findings = findings_of(model.write(tmp_path / "model", flux))
+    findings = findings_of(model.write(tmp_path / "model", flux_folder))
     assert any(found.check == check and layer in found.layer for found in findings), findings
     assert not any("\n" in found.what for found in findings)
 
 
 @pytest.mark.parametrize("kind", ["Q8_0", "Q5_1", "Q4_0", "MXFP4", "BF16", "TQ1_0"])
-def test_good_files_are_not_flagged(kind: str, flux: Path, tmp_path: Path) -> None:
+def test_good_files_are_not_flagged(kind: str, flux_folder: Path, tmp_path: Path) -> None:
     if kind == "TQ1_0":  # blocks of 256, in no model so small
         rows = np.random.default_rng(0).standard_normal((4, 256), dtype=np.float32)
         number = gguf.GGMLQuantizationType.TQ1_0
         model = Model({"blocks.0.weight": (gguf.quants.quantize(rows, number), number)})
         assert findings_of(model.write(tmp_path / "model", None)) == ()
         return
-    folder = model_of(flux, kind).write(tmp_path / "model", flux)
+    folder = model_of(flux_folder, kind).write(tmp_path / "model", flux_folder)
     assert findings_of(folder) == ()
-    assert findings_of(folder, flux) == ()
+    assert findings_of(folder, flux_folder) == ()
 
 
 @pytest.mark.parametrize("kind", ["Q8_0", "Q4_0"])
-def test_what_we_write_is_right_and_near_what_it_was_made_of(kind: str, flux: Path, tmp_path: Path) -> None:
-    convert_checkpoint(flux, tmp_path / "out", Recipe("gguf", gguf_type=kind, device="cpu"))
-    result = CliRunner().invoke(main, ["verify", str(tmp_path / "out"), "--reference", str(flux)])
+def test_what_we_write_is_right_and_near_what_it_was_made_of(kind: str, flux_folder: Path, tmp_path: Path) -> None:
+    convert_checkpoint(flux_folder, tmp_path / "out", Recipe("gguf", gguf_type=kind, device="cpu"))
+    result = CliRunner().invoke(main, ["verify", str(tmp_path / "out"), "--reference", str(flux_folder)])
     assert result.exit_code == 0, result.output
     assert "0 errors, 0 warnings" in result.output
 
 
-def test_weights_of_another_model_are_told_by_a_reference(flux: Path, tmp_path: Path) -> None:
-    model = model_of(flux)
+def test_weights_of_another_model_are_told_by_a_reference(flux_folder: Path, tmp_path: Path) -> None:
+    model = model_of(flux_folder)
     data, kind = model.tensors[LAYER]
     model.tensors[LAYER] = (data[::-1].copy(), kind)
-    folder = model.write(tmp_path / "model", flux)
+    folder = model.write(tmp_path / "model", flux_folder)
     assert findings_of(folder) == ()
-    (found,) = findings_of(folder, flux)
+    (found,) = findings_of(folder, flux_folder)
     assert (found.check, found.layer) == ("differs-from-reference", LAYER.removesuffix(".weight"))
 
 
-def test_a_file_is_inspected_dequantized_and_quantized_anew(flux: Path, tmp_path: Path) -> None:
+def test_a_file_is_inspected_dequantized_and_quantized_anew(flux_folder: Path, tmp_path: Path) -> None:
     from safetensors.torch import load_file
 
-    folder = model_of(flux, "Q5_1").write(tmp_path / "model", flux)
+    folder = model_of(flux_folder, "Q5_1").write(tmp_path / "model", flux_folder)
     file = str(folder / "model.gguf")
     result = CliRunner().invoke(main, ["inspect", file])
     assert "spelled as gguf does" in result.output
     assert "ComfyUI-GGUF: refuses" in result.output
     convert_checkpoint(file, tmp_path / "plain", Recipe("dequantize", device="cpu"))
     weights = load_file(tmp_path / "plain" / "diffusion_pytorch_model.safetensors")
-    original = load_file(flux / "diffusion_pytorch_model.safetensors")
+    original = load_file(flux_folder / "diffusion_pytorch_model.safetensors")
     assert weights.keys() == original.keys()
-    data, kind = model_of(flux, "Q5_1").tensors[LAYER]
+    data, kind = model_of(flux_folder, "Q5_1").tensors[LAYER]
     assert weights[LAYER].equal(torch.from_numpy(gguf.quants.dequantize(data, kind)).bfloat16())
     report = convert_checkpoint(file, tmp_path / "fp8", Recipe("int8", runtime="diffusers", device="cpu"))
     assert any("dequantized in float32 and quantized again" in note for note in report.notes)
