@@ -35,7 +35,7 @@ from omni_convert.convert.upload import Repository, open_repository, push_output
 from omni_convert.convert.workers import Workers, available_cores
 from omni_convert.formats.checkpoint import Checkpoint
 from omni_convert.formats.errors import CheckpointError, OutputError, RecipeError
-from omni_convert.formats.safetensors_file import SafetensorsFile
+from omni_convert.formats.tensor_file import TensorFile
 
 if TYPE_CHECKING:
     from omni_convert.convert.statistics import Statistics
@@ -252,7 +252,7 @@ def _source_hashes(plan: Plan, workers: Workers) -> dict[Path, str]:
     return dict(zip((file.path for file in files), hashes, strict=True))
 
 
-def _file_hash(file: SafetensorsFile) -> str:
+def _file_hash(file: TensorFile) -> str:
     sha256 = file_sha256(file.on_disk())
     file.release()
     return sha256

@@ -23,7 +23,7 @@ from omni_convert.formats.errors import CheckpointError, RecipeError, quoted
 from omni_convert.formats.family import Family, find_family
 from omni_convert.formats.json_file import read_json
 from omni_convert.formats.quantized import QuantizedCheckpoint, read_quantized
-from omni_convert.formats.safetensors_file import SafetensorsFile
+from omni_convert.formats.tensor_file import TensorFile
 from omni_convert.formats.tensor_spec import DTYPE_NAMES
 
 __all__ = ["SourceComponent", "component_config", "open_component", "open_components"]
@@ -194,7 +194,7 @@ def _lora_note(lora: Lora, name: str) -> str:
     return f"{lora.request.path.name}: baked into {len(lora.added)} tensors of {name}{left_out}"
 
 
-def _streamed_files(source: Source, name: str) -> dict[str, Callable[[], SafetensorsFile]]:
+def _streamed_files(source: Source, name: str) -> dict[str, Callable[[], TensorFile]]:
     """The weights of a component that are still on the Hub."""
     if source.hub_files is None:
         return {}

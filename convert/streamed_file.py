@@ -7,14 +7,16 @@ from pathlib import Path
 
 from omni_convert.convert.hub_files import HubFiles
 from omni_convert.formats.errors import CheckpointError
-from omni_convert.formats.file_descriptor import FileDescriptor
+from omni_convert.formats.open_file import OpenFile
 from omni_convert.formats.safetensors_file import SafetensorsFile
+from omni_convert.formats.safetensors_header import parse_header
+from omni_convert.formats.tensor_file import TensorFile
 
 __all__ = ["StreamedFile"]
 
 
-class StreamedFile(SafetensorsFile):
-    """See `SafetensorsFile`; `path` is only a name here."""
+class StreamedFile(TensorFile):
+    """See `TensorFile`; `path` is only a name here."""
 
     def __init__(self, hub_files: HubFiles, name: str) -> None:
         """Fetches the header and checks it.
@@ -23,10 +25,8 @@ class StreamedFile(SafetensorsFile):
             CheckpointError: it is damaged.
             HubError: the Hub does not deliver it.
         """
-        self.path = Path(hub_files.where(name))
-        self.size = hub_files.known[name].size
-        self._take_header(hub_files.header(name))
-        self._descriptor = None
+        path, text = Path(hub_files.where(name)), hub_files.header(name)
+        super().__init__(path, parse_header(text, hub_files.known[name].size, path), text, None)
         self._hub_files = hub_files
         self._name = name
         self._lock = threading.Lock()
@@ -41,25 +41,25 @@ class StreamedFile(SafetensorsFile):
     def release(self) -> None:
         """Removes the file; a read fetches it again."""
         with self._lock:
-            self._descriptor = None
+            self._opened = None
             self._hub_files.release(self._name)
 
     def on_disk(self) -> Path:
         """The whole file."""
         return self._hub_files.path(self._name)
 
-    def _open_descriptor(self) -> FileDescriptor:
-        descriptor = self._descriptor
-        if descriptor is None:
+    def _file(self) -> OpenFile:
+        opened = self._opened
+        if opened is None:
             path = self.on_disk()
             with self._lock:
-                if self._descriptor is None:
-                    self._descriptor = self._checked(path)
-                descriptor = self._descriptor
-        return descriptor
+                if self._opened is None:
+                    self._opened = self._checked(path)
+                opened = self._opened
+        return opened
 
-    def _checked(self, path: Path) -> FileDescriptor:
+    def _checked(self, path: Path) -> OpenFile:
         file = SafetensorsFile(path)
         if (file.header_sha256, file.size) != (self.header_sha256, self.size):
             raise CheckpointError(f"{self.path}: found another header in the file than before it came; start again")
-        return file._open_descriptor()  # noqa: SLF001 - of the same class
+        return file._file()  # noqa: SLF001 - of the same base

@@ -15,6 +15,7 @@ from torch import Tensor
 from omni_convert.formats.errors import CheckpointError, quoted
 from omni_convert.formats.format import WeightRows
 from omni_convert.formats.safetensors_file import SafetensorsFile
+from omni_convert.formats.tensor_file import TensorFile
 from omni_convert.formats.tensor_spec import DTYPE_NAMES, TensorSpec
 from omni_convert.formats.weight_files import GGUF_SUFFIX, find_weight_files
 
@@ -29,7 +30,7 @@ SAMPLE_BYTES = 256
 class CheckpointRows:
     """A matrix of a checkpoint, as `WeightRows`."""
 
-    file: SafetensorsFile
+    file: TensorFile
     name: str
 
     @property
@@ -41,7 +42,7 @@ class CheckpointRows:
         return self.file.read_rows(self.name, start, stop)
 
 
-def _open_file(path: Path) -> SafetensorsFile:
+def _open_file(path: Path) -> TensorFile:
     if path.suffix != GGUF_SUFFIX:
         return SafetensorsFile(path)
     from omni_convert.formats.gguf_file import GgufReader  # the gguf package is slow to import
@@ -58,7 +59,7 @@ class Checkpoint(Mapping[str, TensorSpec]):
         weight_map: tensor name to file name
     """
 
-    def __init__(self, path: Path, files: Mapping[str, SafetensorsFile]) -> None:
+    def __init__(self, path: Path, files: Mapping[str, TensorFile]) -> None:
         """Combines files into one checkpoint.
 
         Raises:
@@ -80,7 +81,7 @@ class Checkpoint(Mapping[str, TensorSpec]):
             raise CheckpointError(f"{path}: found no tensors, expected the weights of a model")
 
     @classmethod
-    def open(cls, path: Path, elsewhere: Mapping[str, Callable[[], SafetensorsFile]] | None = None) -> Self:
+    def open(cls, path: Path, elsewhere: Mapping[str, Callable[[], TensorFile]] | None = None) -> Self:
         """Opens a component folder or a single .safetensors or .gguf file; only headers are read.
 
         Args:
@@ -186,7 +187,7 @@ class Checkpoint(Mapping[str, TensorSpec]):
         starts = [last * sample // (SAMPLES - 1) for sample in range(SAMPLES)]
         return b"".join(file.read_bytes(spec.name, start, start + SAMPLE_BYTES) for start in starts)
 
-    def _file_of(self, name: str) -> SafetensorsFile:
+    def _file_of(self, name: str) -> TensorFile:
         return self.files[self.weight_map[name]]
 
     def _check_index(self, claimed: Mapping[str, str]) -> None:

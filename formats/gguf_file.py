@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
+from pathlib import Path
 
 import gguf
 import torch
 
-from omni_convert.formats.file_descriptor import FileDescriptor
-from omni_convert.formats.gguf_header import GgufEntry, parse_gguf_header
-from omni_convert.formats.safetensors_file import SafetensorsFile
+from omni_convert.formats.file_header import FileHeader
+from omni_convert.formats.gguf_header import GgufEntry, GgufHeader, parse_gguf_header
+from omni_convert.formats.open_file import OpenFile
+from omni_convert.formats.tensor_file import TensorFile
 from omni_convert.formats.tensor_spec import TensorSpec
 
 __all__ = ["PLAIN_DTYPES", "GgufReader", "rows_together"]
@@ -28,7 +29,7 @@ PLAIN_DTYPES = {
 }
 
 
-class GgufReader(SafetensorsFile):
+class GgufReader(TensorFile):
     """An open GGUF file; reads may come from several threads.
 
     `specs` has a tensor of blocks as U8 [rows / `rows_together`, bytes]; the rows are those of its first dimension.
@@ -38,21 +39,27 @@ class GgufReader(SafetensorsFile):
         architecture: `general.architecture`; None if it says none
     """
 
-    def _load_header(self, descriptor: FileDescriptor) -> None:
-        def read(start: int, stop: int) -> bytes:
-            buffer = bytearray(stop - start)
-            self._read_into(descriptor, memoryview(buffer), start)
-            return bytes(buffer)
+    def __init__(self, path: Path) -> None:
+        """Opens a file and checks its header; no tensor is read.
 
-        header = parse_gguf_header(read, self.size, self.path)
+        Raises:
+            CheckpointError: the file cannot be read, or is damaged in any way that the header shows.
+        """
+        opened = OpenFile(path)
+        header = parse_gguf_header(opened.read, opened.size, path)
         self.entries = {entry.name: entry for entry in header.entries}
         architecture = header.values.get("general.architecture")
         self.architecture = architecture if isinstance(architecture, str) else None
-        self.specs = {name: _spec(entry) for name, entry in self.entries.items()}
-        self.metadata = {key: str(value) for key, value in header.values.items() if isinstance(value, str)}
-        self.header_sha256 = hashlib.sha256(header.text).hexdigest()
-        self._offsets = {name: entry.begin for name, entry in self.entries.items()}
-        self._unfinished = {name: spec.nbytes for name, spec in self.specs.items()}
+        super().__init__(path, _file_header(header, opened.size), header.text, opened)
+
+
+def _file_header(header: GgufHeader, file_size: int) -> FileHeader:
+    return FileHeader(
+        {entry.name: _spec(entry) for entry in header.entries},
+        {entry.name: entry.begin for entry in header.entries},
+        {key: value for key, value in header.values.items() if isinstance(value, str)},
+        file_size,
+    )
 
 
 def rows_together(kind: gguf.GGMLQuantizationType, shape: tuple[int, ...]) -> int:

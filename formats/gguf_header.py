@@ -25,7 +25,7 @@ from dataclasses import dataclass, field
 import gguf
 
 from omni_convert.formats.errors import CheckpointError, quoted
-from omni_convert.formats.safetensors_header import MAX_HEADER_BYTES
+from omni_convert.formats.file_header import MAX_HEADER_BYTES
 
 __all__ = ["MAGIC", "GgufEntry", "GgufHeader", "parse_gguf_header"]
 

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from omni_convert.formats.errors import CheckpointError, quoted
-from omni_convert.formats.safetensors_header import Header
+from omni_convert.formats.file_header import FileHeader
 from omni_convert.formats.tensor_spec import TensorSpec
 from omni_convert.formats.tensor_writer import TensorWriter
 
@@ -95,7 +95,7 @@ class GgufWriter(TensorWriter):
         super().__init__(path, header, text[:FIRST_BYTES], text[FIRST_BYTES:], resume=resume, join=join)
 
 
-def _build_header(specs: list[TensorSpec], content: GgufFile) -> tuple[Header, bytes]:
+def _build_header(specs: list[TensorSpec], content: GgufFile) -> tuple[FileHeader, bytes]:
     """Where everything is, and all bytes before the first tensor."""
     writer = gguf.GGUFWriter(None, content.architecture)
     writer.add_quantization_version(QUANTIZATION_VERSION)
@@ -114,7 +114,7 @@ def _build_header(specs: list[TensorSpec], content: GgufFile) -> tuple[Header, b
     for spec in specs:
         offsets[spec.name] = position
         position += spec.nbytes + -spec.nbytes % ALIGNMENT
-    return Header({spec.name: spec for spec in specs}, offsets, {}, position), text
+    return FileHeader({spec.name: spec for spec in specs}, offsets, {}, position), text
 
 
 def _file_type(type_name: str) -> str:

@@ -22,14 +22,14 @@ from types import MappingProxyType
 from typing import Any
 
 from omni_convert.formats.errors import CheckpointError, quoted
+from omni_convert.formats.file_header import FileHeader
 from omni_convert.formats.tensor_spec import DTYPE_NAMES, TORCH_DTYPES, TensorSpec
 
-__all__ = ["FORMAT_PT", "LENGTH_BYTES", "MAX_HEADER_BYTES", "Header", "build_header", "parse_header"]
+__all__ = ["FORMAT_PT", "LENGTH_BYTES", "build_header", "parse_header"]
 
 #: What torch's writers put into `__metadata__`; transformers refuses a file without it.
 FORMAT_PT: Mapping[str, str] = MappingProxyType({"format": "pt"})
 LENGTH_BYTES = 8
-MAX_HEADER_BYTES = 100_000_000
 
 METADATA = "__metadata__"
 ALIGNMENT = 8
@@ -41,24 +41,7 @@ UNREADABLE_DTYPES = ("F4", "F6_E2M3", "F6_E3M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ")
 DAMAGED = "the file is damaged, download or write it again"
 
 
-@dataclass(frozen=True)
-class Header:
-    """What a header says.
-
-    Attributes:
-        specs: tensors by name, in the order of their bytes
-        offsets: first byte of each tensor, counted from the start of the file
-        metadata: free text that travels with the tensors
-        file_size: bytes of the whole file
-    """
-
-    specs: dict[str, TensorSpec]
-    offsets: dict[str, int]
-    metadata: dict[str, str]
-    file_size: int
-
-
-def build_header(specs: Iterable[TensorSpec], metadata: Mapping[str, str] | None) -> tuple[Header, bytes]:
+def build_header(specs: Iterable[TensorSpec], metadata: Mapping[str, str] | None) -> tuple[FileHeader, bytes]:
     """The header of a file with these tensors, and its JSON, padded.
 
     Raises:
@@ -82,7 +65,7 @@ def build_header(specs: Iterable[TensorSpec], metadata: Mapping[str, str] | None
     text += b" " * (-len(text) % ALIGNMENT)
     data = LENGTH_BYTES + len(text)
     offsets = {name: data + begin for name, begin in begins.items()}
-    return Header({spec.name: spec for spec in ordered}, offsets, dict(metadata or {}), data + position), text
+    return FileHeader({spec.name: spec for spec in ordered}, offsets, dict(metadata or {}), data + position), text
 
 
 def _aligned(specs: list[TensorSpec]) -> list[TensorSpec]:
@@ -93,7 +76,7 @@ def _aligned(specs: list[TensorSpec]) -> list[TensorSpec]:
     return sorted(specs, key=lambda spec: -spec.dtype.itemsize)
 
 
-def parse_header(text: bytes, file_size: int, where: object) -> Header:
+def parse_header(text: bytes, file_size: int, where: object) -> FileHeader:
     """Reads the JSON of a header and checks every claim it makes against the size of the file.
 
     Args:
@@ -119,7 +102,7 @@ def parse_header(text: bytes, file_size: int, where: object) -> Header:
     extents = sorted(tensors.values(), key=lambda extent: (extent.begin, extent.end))
     data = LENGTH_BYTES + len(text)
     _check_data(extents, file_size - data, where)
-    return Header(
+    return FileHeader(
         {extent.spec.name: extent.spec for extent in extents},
         {extent.spec.name: data + extent.begin for extent in extents},
         metadata or {},

@@ -6,7 +6,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from omni_convert.formats.errors import OutputError
-from omni_convert.formats.safetensors_header import FORMAT_PT, LENGTH_BYTES, MAX_HEADER_BYTES, build_header
+from omni_convert.formats.file_header import MAX_HEADER_BYTES
+from omni_convert.formats.safetensors_header import FORMAT_PT, LENGTH_BYTES, build_header
 from omni_convert.formats.tensor_spec import TensorSpec
 from omni_convert.formats.tensor_writer import TensorWriter
 

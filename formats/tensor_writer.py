@@ -25,7 +25,7 @@ from torch import Tensor
 
 from omni_convert.formats.errors import OutputError, quoted
 from omni_convert.formats.file_descriptor import FileDescriptor
-from omni_convert.formats.safetensors_header import LENGTH_BYTES, Header
+from omni_convert.formats.file_header import FileHeader
 from omni_convert.formats.tensor_spec import TensorSpec
 
 __all__ = ["TensorWriter", "bytes_of"]
@@ -84,7 +84,7 @@ class TensorWriter:
     """
 
     def __init__(
-        self, path: Path, header: Header, first: bytes, text: bytes, *, resume: bool = False, join: bool = False
+        self, path: Path, header: FileHeader, first: bytes, text: bytes, *, resume: bool = False, join: bool = False
     ) -> None:
         """Creates the file at its full size and writes the header.
 
@@ -123,7 +123,7 @@ class TensorWriter:
             self._descriptor = self._reopen(text)
         if self._descriptor is None:
             self._descriptor = self._create()
-            self._write_at(self._descriptor, memoryview(text), LENGTH_BYTES)
+            self._write_at(self._descriptor, memoryview(text), len(self._first))
 
     def __enter__(self) -> Self:
         return self
@@ -251,8 +251,8 @@ class TensorWriter:
         try:
             descriptor = FileDescriptor(os.open(self.path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW))
             size = os.fstat(descriptor.number).st_size
-            if size == self._header.file_size and os.pread(descriptor.number, len(text), LENGTH_BYTES) == text:
-                self._write_at(descriptor, memoryview(bytes(LENGTH_BYTES)), 0)
+            if size == self._header.file_size and os.pread(descriptor.number, len(text), len(self._first)) == text:
+                self._write_at(descriptor, memoryview(bytes(len(self._first))), 0)
                 return descriptor
             self.path.unlink()
         except FileNotFoundError:
@@ -264,7 +264,7 @@ class TensorWriter:
     def _join(self, text: bytes) -> FileDescriptor:
         try:
             descriptor = FileDescriptor(os.open(self.path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW))
-            if os.pread(descriptor.number, len(text), LENGTH_BYTES) == text:
+            if os.pread(descriptor.number, len(text), len(self._first)) == text:
                 return descriptor
         except FileNotFoundError:
             pass
@@ -407,7 +407,7 @@ class TensorWriter:
                 )
 
 
-def _jumps(header: Header) -> dict[int, int]:
+def _jumps(header: FileHeader) -> dict[int, int]:
     """Where a tensor ends and padding follows: → where the next one begins."""
     ends = [header.offsets[name] + spec.nbytes for name, spec in header.specs.items()]
     begins = [*list(header.offsets.values())[1:], header.file_size]

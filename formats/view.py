@@ -20,7 +20,7 @@ from omni_convert.formats.dialect import Spelling
 from omni_convert.formats.errors import CheckpointError
 from omni_convert.formats.format import TensorLayout, WeightRows
 from omni_convert.formats.quantized import QuantizedCheckpoint, QuantizedLayer
-from omni_convert.formats.safetensors_file import SafetensorsFile
+from omni_convert.formats.tensor_file import TensorFile
 from omni_convert.formats.tensor_spec import TensorSpec
 
 __all__ = ["CheckpointView", "KeptTensor", "ViewedTensor", "dequantized_view", "respelled_view"]
@@ -160,7 +160,7 @@ class CheckpointView(Checkpoint):
         self, source: Checkpoint, tensors: Sequence[ViewedTensor], storage: Mapping[str, torch.dtype] | None = None
     ) -> None:
         self.path = source.path
-        self.files: dict[str, SafetensorsFile] = source.files
+        self.files: dict[str, TensorFile] = source.files
         self.storage = dict(storage or {})
         self._source = source
         self._tensors = {tensor.spec.name: tensor for tensor in tensors}
