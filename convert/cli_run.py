@@ -155,10 +155,15 @@ def compare_command(
     device: str,
     **options: Any,
 ) -> None:
-    """Run the same prompts through two pipelines and measure how far apart the images are."""
+    """Measure how far apart two pipelines' images are.
+
+    The same prompts, seeds and settings run through both. The report goes into --output-json, its main figures to the
+    terminal; null stands for the infinite PSNR of equal images.
+    """
     from omni_convert.convert.comparison import compare, settings_of
     from omni_convert.convert.device import resolve_device
     from omni_convert.convert.manifest import write_json
+    from omni_convert.convert.metrics import summary_of
     from omni_convert.convert.prompts import Prompt, read_prompts
 
     silence_libraries()
@@ -178,15 +183,13 @@ def compare_command(
     )
     report = comparison.report
     write_json(output_json, report)
-    first = report["output_metrics"]["image0_metrics"]
     summary = {
         "output_json": str(output_json),
         "reference_avg_generation_time_s": report["reference_generation"]["avg_generation_time_s"],
         "candidate_avg_generation_time_s": report["candidate_generation"]["avg_generation_time_s"],
-        "image0_psnr_db": first["psnr_db"],
-        "image0_mae": first["mae"],
+        **summary_of(report["output_metrics"]),
     }
-    click.echo(json.dumps(summary, indent=2, sort_keys=True))
+    click.echo(json.dumps(summary, indent=2, sort_keys=True, allow_nan=False))
 
 
 def _variant(label: str, options: dict[str, Any]) -> Variant:

@@ -15,12 +15,14 @@ from numpy.typing import NDArray
 
 from omni_convert.formats.errors import RecipeError
 
-__all__ = ["METRIC_GUIDANCE", "Image", "image_metrics", "rmse", "sequence_metrics"]
+__all__ = ["METRIC_GUIDANCE", "Image", "image_metrics", "rmse", "sequence_metrics", "summary_of"]
 
 #: uint8 [height, width, 3]
 Image = NDArray[np.uint8]
 
 PEAK = 255.0
+#: Metrics that are worth a line on a terminal.
+SHOWN = ("psnr_db", "mae")
 
 METRIC_GUIDANCE: dict[str, Any] = {
     "scope": "final images or frames, uint8 RGB, same prompt, seed and settings through both pipelines",
@@ -92,7 +94,7 @@ def _cosine(product: float, first_norm: float, second_norm: float) -> float:
 def sequence_metrics(reference: Sequence[Image], candidate: Sequence[Image]) -> dict[str, Any]:
     """Metrics of the first and the middle frame and of all together, under the names for frames and for images.
 
-    They are for JSON, which has no infinity: None stands for it.
+    Each image's are in a list of their own. They are for JSON, which has no infinity: None stands for it.
 
     Raises:
         RecipeError: nothing to compare, or differing numbers or sizes of images.
@@ -102,10 +104,10 @@ def sequence_metrics(reference: Sequence[Image], candidate: Sequence[Image]) -> 
     if not reference:
         raise RecipeError("compare: found no images to compare")
     middle = len(reference) // 2
-    first = _for_json(image_metrics(reference[0], candidate[0]))
-    mid = _for_json(image_metrics(reference[middle], candidate[middle]))
+    each = [_for_json(image_metrics(*pair)) for pair in zip(reference, candidate, strict=True)]
+    first, mid = each[0], each[middle]
     everything = _for_json(image_metrics(np.stack(reference), np.stack(candidate)))
-    return {
+    return {"per_image_metrics": each} | {
         f"{key}{plural}{rest}": value
         for noun in ("frame", "image")
         for key, plural, rest, value in (
@@ -116,6 +118,24 @@ def sequence_metrics(reference: Sequence[Image], candidate: Sequence[Image]) -> 
             ("all_", noun + "s", "_metrics", everything),
         )
     }
+
+
+def summary_of(metrics: dict[str, Any]) -> dict[str, Any]:
+    """What a terminal shows of `sequence_metrics`: every image, all together, and the worst of several.
+
+    The PSNR of all together is that of their pooled error, so that equal images, whose own is null, count as well.
+    """
+    each = metrics["per_image_metrics"]
+    summary = {f"image0_{name}": each[0][name] for name in SHOWN}
+    if len(each) > 1:
+        worst = max(range(len(each)), key=lambda index: float(each[index]["mse"]))
+        summary["num_images"] = len(each)
+        summary["worst_image_index"] = worst
+        for name in SHOWN:
+            summary[f"all_images_{name}"] = metrics["all_images_metrics"][name]
+            summary[f"per_image_{name}"] = [image[name] for image in each]
+            summary[f"worst_image_{name}"] = each[worst][name]
+    return summary
 
 
 def _for_json(metrics: dict[str, float]) -> dict[str, float | None]:

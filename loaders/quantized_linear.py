@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
-from typing import Any, Self
+from dataclasses import fields
+from typing import Any, Self, get_args
 
 import torch
 from torch import Tensor, nn
 
-from omni_convert.formats.errors import KernelError, RecipeError
+from omni_convert.formats.errors import CheckpointError, KernelError, RecipeError
 from omni_convert.formats.format import Format, InputStatistics, QuantizingFormat
 from omni_convert.formats.fp8_storage import Fp8Storage
 from omni_convert.formats.table import FORMATS, LOADABLE, FormatOptions
@@ -192,8 +194,15 @@ def quantize_linear(
         options: of `FormatOptions`, as `weight_block_size=(128, 128)`
 
     Raises:
-        RecipeError: an unknown method, or one that needs calibration or cannot hold this shape.
+        RecipeError: no linear layer of floats; an unknown method or option, or one that needs calibration; or a shape
+            that the format cannot hold.
+        CheckpointError: the weight holds NaN or Inf.
     """
+    _check_linear(linear)
+    if activations not in get_args(Activations):
+        raise RecipeError(
+            f"quantize_linear: found activations {activations!r}, expected {' or '.join(get_args(Activations))}"
+        )
     fmt = method if isinstance(method, QuantizingFormat) else _format(method, options)
     return QuantizedLinear.from_linear(linear, fmt, activations=activations)
 
@@ -203,4 +212,27 @@ def _format(method: str, options: Mapping[str, Any]) -> QuantizingFormat:
         raise RecipeError(f"quantize_linear: found method '{method}', expected one of {', '.join(LOADABLE)}")
     if options.get("static"):
         raise RecipeError("quantize_linear: static activations need calibration, convert the model instead")
+    known = [option.name for option in fields(FormatOptions)]
+    if unknown := sorted(options.keys() - {*known}):
+        raise RecipeError(f"quantize_linear: found option '{unknown[0]}', expected one of {', '.join(known)}")
+    size = options.get("weight_block_size")
+    if size is not None and not _is_block_size(size):
+        raise RecipeError(f"quantize_linear: found weight_block_size {size!r:.40}, expected two sizes as (128, 128)")
     return FORMATS[method].build(FormatOptions(**options))
+
+
+def _is_block_size(size: object) -> bool:
+    return isinstance(size, tuple) and len(size) == 2 and all(type(each) is int and each > 0 for each in size)
+
+
+def _check_linear(linear: object) -> None:
+    if not isinstance(linear, nn.Linear):
+        raise RecipeError(f"quantize_linear: found {type(linear).__name__}, expected torch.nn.Linear")
+    weight = linear.weight
+    if weight.dtype not in INPUT_DTYPES or not weight.numel():
+        raise RecipeError(
+            f"quantize_linear: found a weight of {weight.dtype} {list(weight.shape)}, expected bfloat16, float16 or "
+            "float32, and at least one row and column"
+        )
+    if not weight.is_meta and not all(math.isfinite(bound) for bound in torch.aminmax(weight.detach())):
+        raise CheckpointError("quantize_linear: found NaN or Inf in the weight, expected finite numbers")

@@ -10,7 +10,7 @@ from typing import Any
 from diffusers.quantizers.gguf.utils import GGUFLinear
 from torch import nn
 
-from omni_convert.formats.errors import KernelError
+from omni_convert.formats.errors import KernelError, RecipeError
 from omni_convert.loaders.attention_backend import is_fp8_backend
 from omni_convert.loaders.fp8_attention import count_attention_backends
 from omni_convert.loaders.fp8_storage import Fp8WeightStorage
@@ -108,8 +108,14 @@ def _row(name: str, fmt: str, kernel: str, why: str, group: list[LayerReport]) -
 
 
 def kernel_report(model: Any) -> KernelReport:
-    """Looks at every quantized or stored layer of a pipeline (anything with `components`) or of a module."""
-    components: Mapping[str, Any] = {"": model} if isinstance(model, nn.Module) else model.components
+    """Looks at every quantized or stored layer of a pipeline (anything with `components`) or of a module.
+
+    Raises:
+        RecipeError: it is neither.
+    """
+    components = {"": model} if isinstance(model, nn.Module) else getattr(model, "components", None)
+    if not isinstance(components, Mapping):
+        raise RecipeError(f"kernel_report: found {type(model).__name__}, expected a pipeline or a torch module")
     modules = {component: module for component, module in components.items() if isinstance(module, nn.Module)}
     backends = count_attention_backends(modules.values())
     return KernelReport(

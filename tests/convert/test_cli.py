@@ -166,7 +166,9 @@ def test_compare_reports_the_keys_of_serving_engines(tiny_pipeline_folder: Path,
         *("--save-output-dir", tmp_path / "images", "--steps", "2", "--width", "32", "--height", "32"),
     )
     assert result.exit_code == 0, result.output
-    assert {"output_json", "image0_psnr_db", "image0_mae"} < json.loads(result.stdout).keys()
+    summary = json.loads(result.stdout)
+    assert {"output_json", "image0_psnr_db", "image0_mae"} < summary.keys()
+    assert len(summary["per_image_mae"]) == 2
     report: dict[str, Any] = json.loads(report_file.read_text())
     assert {
         "model",

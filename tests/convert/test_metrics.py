@@ -1,11 +1,12 @@
 from __future__ import annotations
 
+import json
 import math
 
 import numpy as np
 import pytest
 
-from omni_convert.convert.metrics import image_metrics, rmse, sequence_metrics
+from omni_convert.convert.metrics import image_metrics, rmse, sequence_metrics, summary_of
 from omni_convert.formats.errors import RecipeError
 
 
@@ -55,3 +56,17 @@ def test_rmse_is_pooled_over_all_pixels() -> None:
 def test_what_cannot_be_compared_is_an_error(candidate: list[np.ndarray]) -> None:
     with pytest.raises(RecipeError, match="compare: found"):
         sequence_metrics([image(0), image(0)] if candidate else [], candidate)
+
+
+def test_the_summary_tells_of_every_image_and_of_the_worst() -> None:
+    summary = summary_of(sequence_metrics([image(0), image(10), image(20)], [image(0), image(14), image(21)]))
+    assert (summary["num_images"], summary["worst_image_index"]) == (3, 1)
+    assert summary["per_image_mae"] == [0, 4, 1]
+    assert summary["per_image_psnr_db"][0] is None
+    assert summary["worst_image_psnr_db"] == pytest.approx(20 * math.log10(255 / 4))
+    assert summary["all_images_mae"] == pytest.approx(5 / 3)
+    json.dumps(summary, allow_nan=False)
+
+
+def test_the_summary_of_one_image_says_it_once() -> None:
+    assert summary_of(sequence_metrics([image(0)], [image(0)])) == {"image0_psnr_db": None, "image0_mae": 0}

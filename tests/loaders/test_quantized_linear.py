@@ -11,11 +11,13 @@ from accelerate import cpu_offload
 from diffusers.hooks import apply_layerwise_casting
 from torch import nn
 
-from omni_convert.formats.errors import KernelError, RecipeError
+from omni_convert.formats.errors import CheckpointError, KernelError, RecipeError
 from omni_convert.formats.fp8 import Fp8, Fp8Block
 from omni_convert.formats.int8 import Int8
+from omni_convert.formats.table import LOADABLE
 from omni_convert.loaders.kernels.reference import rounded_input
 from omni_convert.loaders.quantized_linear import QuantizedLinear, quantize_linear
+from omni_convert.loaders.report import kernel_report
 
 METHODS = {
     "fp8": {},
@@ -237,3 +239,53 @@ def test_quantize_linear_refuses_what_it_cannot_do(linear):
         quantize_linear(linear, "fp8", static=True)
     with pytest.raises(RecipeError, match="65535"):
         quantize_linear(nn.Linear(4, 65536, device="meta"), Int8())
+
+
+@pytest.mark.parametrize("method", [method for method in LOADABLE if method != "fp8_storage"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_quantize_linear_refuses_weights_that_are_not_finite(method, value):
+    linear = nn.Linear(512, 64, bias=False)
+    linear.weight.data[3, 5] = value
+    with pytest.raises(CheckpointError, match="quantize_linear: found NaN or Inf in the weight"):
+        quantize_linear(linear, method)
+
+
+@pytest.mark.parametrize(
+    ("layer", "found"),
+    [
+        (nn.Conv2d(16, 16, 3), "Conv2d"),
+        (3, "int"),
+        (nn.Linear(64, 64).to(torch.float8_e4m3fn), "float8_e4m3fn"),
+        (nn.Linear(64, 64).double(), "float64"),
+    ],
+    ids=["convolution", "number", "codes", "double"],
+)
+def test_quantize_linear_refuses_what_is_no_linear_layer_of_floats(layer, found):
+    with pytest.raises(RecipeError, match=rf"quantize_linear: found .*{found}.*, expected"):
+        quantize_linear(layer, "int8")
+
+
+@pytest.mark.parametrize(
+    ("options", "found"),
+    [
+        ({"group": 3}, "option 'group', expected one of static"),
+        ({"weight_block_size": (0, 128)}, "weight_block_size"),
+        ({"weight_block_size": "128,128"}, "weight_block_size"),
+        ({"activations": "fp4"}, "activations 'fp4', expected quantized or bf16"),
+    ],
+)
+def test_quantize_linear_names_an_option_that_it_does_not_know(linear, options, found):
+    with pytest.raises(RecipeError, match=found):
+        quantize_linear(linear, "fp8", **options)
+
+
+@pytest.mark.parametrize(("method", "width"), [("mxfp4_dualscale", 70), ("nvfp4", 70), ("w4a16", 70)])
+def test_quantize_linear_names_a_width_that_does_not_divide(method, width):
+    with pytest.raises(RecipeError, match=f"found {width}"):
+        quantize_linear(nn.Linear(width, 64), method)
+
+
+@pytest.mark.parametrize("model", [3, None, "out"])
+def test_a_report_about_no_model_is_refused(model):
+    with pytest.raises(RecipeError, match=r"kernel_report: found .*, expected a pipeline"):
+        kernel_report(model)
