@@ -148,10 +148,15 @@ def _packed(
         return Signature(Nvfp4(static="input_scale" in parts), shape, codecs)
     if scale.dtype not in BYTES or len(scale.shape) != 2:
         return None
-    if scale.shape[1] == _scale_columns(rows, width, swizzled=swizzled):  # codes of MXFP8, called bytes
-        return Signature(Mxfp8(), (rows, width), codecs | {"weight": Plain(torch.uint8)})
-    if scale.shape[1] != _scale_columns(rows, 2 * width, swizzled=swizzled):
+    # Codes of MXFP8 may be called bytes, too. A narrow weight may be either, as its scales are padded.
+    is_packed = scale.shape[1] == _scale_columns(rows, 2 * width, swizzled=swizzled)
+    is_mxfp8 = scale.shape[1] == _scale_columns(rows, width, swizzled=swizzled)
+    if is_packed and width % MX_BLOCK:
+        is_mxfp8 = False
+    if is_packed == is_mxfp8:
         return None
+    if is_mxfp8:
+        return Signature(Mxfp8(), (rows, width), codecs | {"weight": Plain(torch.uint8)})
     packed = PackedValues(even)
     if "weight_dual_scale" in parts:
         return Signature(Mxfp4DualScale(), shape, codecs | {"weight": packed})

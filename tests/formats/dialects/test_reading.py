@@ -247,3 +247,17 @@ def test_a_prefix_that_all_tensors_have_goes(tmp_path: Path, weight: Tensor, mar
     found = opened(tmp_path, tensors, metadata=metadata)
     assert_reads(found, "comfyui", Fp8(), Fp8().dequantize(Fp8().quantize(weight)))
     assert found.kept == {f"{STEM}.bias": f"model.diffusion_model.{STEM}.bias"}
+
+
+def test_bytes_of_a_narrow_weight_are_not_taken_for_another_format(tmp_path: Path) -> None:
+    block: dict[str, object] = {"quant_method": "modelopt", "quant_algo": "mxfp4", "producer": {"name": "modelopt"}}
+    values = encode_e2m1(torch.randn(256, 128, generator=torch.Generator().manual_seed(0)))
+    tensors = {"weight": pack_nibbles(values[:, :32]), "weight_scale": torch.full((256, 1), 127).byte()}
+    layer = opened(tmp_path, layer_tensors(tensors), block).layers[STEM]
+    assert layer.format.label == "mxfp4"
+    assert layer.shape == (256, 32)
+    scale = torch.full((256, 4), 127).byte().view(torch.float8_e8m0fnu)
+    tensors = {"weight": pack_nibbles(values), "weight_scale": scale}
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(CheckpointError, match="which is no format that is read here"):  # or 64 columns of MXFP8
+        opened(tmp_path, layer_tensors(tensors))
