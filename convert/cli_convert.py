@@ -92,7 +92,11 @@ __all__ = ["convert_command", "dequantize_command", "push_command"]
 def convert_command(
     model: str | None, output: str | None, dry_run: bool, quiet: bool, as_json: bool, **options: Any
 ) -> None:
-    """Convert MODEL: a diffusers folder, a Hub repo id, a component folder, a .safetensors or .gguf file."""
+    """Convert MODEL to one in fewer bits.
+
+    MODEL is a diffusers folder, a Hub repo id, a component folder, or a .safetensors or .gguf file; left out, it is the
+    bundled demo pipeline.
+    """
     _convert(model, output, recipe_of(model, options), dry_run=dry_run, quiet=quiet, as_json=as_json)
 
 
@@ -115,7 +119,10 @@ def convert_command(
 def dequantize_command(
     model: str, output: str | None, dry_run: bool, quiet: bool, as_json: bool, **options: Any
 ) -> None:
-    """Give the quantized model at PATH back in BF16, whatever tool made it."""
+    """Give the quantized model at PATH back in BF16.
+
+    Whatever tool made it: `inspect` tells what is read.
+    """
     recipe = recipe_of(model, {"method": "dequantize", "ignored_layers": (), "calib": None, **options})
     _convert(model, output, recipe, dry_run=dry_run, quiet=quiet, as_json=as_json)
 
@@ -127,7 +134,7 @@ def dequantize_command(
 @click.option("--revision", help="Branch to upload to; default: main.")
 @click.option("--quiet", is_flag=True, help="No progress.")
 def push_command(path: Path, repo_id: str, private: bool, revision: str | None, quiet: bool) -> None:
-    """Upload PATH, a finished conversion, to REPO_ID on the Hub.
+    """Upload PATH, a finished conversion, to the Hub.
 
     The repository is created if it is not there, and shows the model when all of it has arrived. After an interruption
     the same command sends what is missing.

@@ -14,7 +14,10 @@ __all__ = ["inspect_command", "verify_command"]
 @click.option("--revision", help="Branch, tag or commit on the Hub.")
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 def inspect_command(model: str, revision: str | None, as_json: bool) -> None:
-    """Show what is inside the model at PATH, and what runtimes would do with it; no weight is read."""
+    """Show what is inside the model at PATH.
+
+    Every quantized layer, and what runtimes would do with the model; no weight is read.
+    """
     quieten_hub(hide_bars=True)
     from omni_convert.convert.inspection import inspect_source, inspection_report
     from omni_convert.convert.source import resolve_source
@@ -30,9 +33,9 @@ def inspect_command(model: str, revision: str | None, as_json: bool) -> None:
 @click.option("--quiet", is_flag=True, help="Only the exit status.")
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 def verify_command(model: str, reference: str | None, revision: str | None, quiet: bool, as_json: bool) -> None:
-    """Check every value and name of the quantized model at PATH, whatever tool made it.
+    """Check every value and name of the model at PATH.
 
-    Exit status 1 if a runtime would fail with it or compute something else, 0 else.
+    Whatever tool quantized it. Exit status 1 if a runtime would fail with it or compute something else, 0 else.
     """
     quieten_hub(hide_bars=quiet or as_json)
     from omni_convert.convert.source import resolve_source

@@ -46,7 +46,10 @@ DEFAULT_PROMPT = "a cup of coffee on the table"
 @click.option("--revision", help="Branch, tag or commit on the Hub.")
 @click.option("--overwrite", is_flag=True, help="Replace an earlier file.")
 def calibrate_command(model: str | None, output: Path, moments: Path | None, **options: Any) -> None:
-    """Run MODEL over prompts and record the statistics of every linear layer's input."""
+    """Record the inputs of every linear layer of MODEL.
+
+    It runs over the prompts; the statistics that are written serve any later conversion.
+    """
     recipe = recipe_of(model, {"ignored_layers": (), **options})
     from omni_convert.convert.calibration import record_source
     from omni_convert.convert.source import DEMO_PROMPTS, resolve_source
@@ -92,7 +95,10 @@ def generate_command(
     device: str,
     **options: Any,
 ) -> None:
-    """Load MODEL, make an image of a prompt, and tell which kernels ran."""
+    """Make an image with MODEL.
+
+    Its kernels, and why they are not faster ones, are printed.
+    """
     announce_demo(model, "running", quiet=False)
     _check_picture_path(output)
     from omni_convert.convert.device import resolve_device
@@ -155,7 +161,7 @@ def compare_command(
     device: str,
     **options: Any,
 ) -> None:
-    """Measure how far apart two pipelines' images are.
+    """Measure how far apart two models' images are.
 
     The same prompts, seeds and settings run through both. The report goes into --output-json, its main figures to the
     terminal; null stands for the infinite PSNR of equal images.

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from omni_convert.convert.report import size_text
 from omni_convert.convert.respelling import vllm_omni_refusal
 from omni_convert.convert.source import Source
 from omni_convert.convert.source_component import open_component
+from omni_convert.convert.terminal import MAX_WIDTH, terminal_width, wrapped
 from omni_convert.formats.dialects.gguf import GGUF
 from omni_convert.formats.errors import CheckpointError
 from omni_convert.formats.family import Family, find_family
@@ -162,20 +163,46 @@ def inspection_report(source: Source, components: list[InspectedComponent], *, a
 def _component_lines(component: InspectedComponent, path: Path) -> Iterator[str]:
     spelled = f"spelled as {component.dialect} does" if component.dialect else PLAIN
     yield f"{component.name or path.name}: {size_text(component.nbytes)}, {spelled}"
-    rows: dict[tuple[str, ...], list[InspectedLayer]] = {}
-    for layer in component.layers:
-        stored = ", ".join(
-            f"{name.removeprefix(layer.name).lstrip('.')} {what}" for name, what in layer.tensors.items()
-        )
-        rows.setdefault((NUMBER.sub("*", layer.name), layer.format, NUMBER.sub("*", stored)), []).append(layer)
-    width = max((len(pattern) for pattern, *_ in rows), default=0)
-    for (pattern, label, stored), layers in rows.items():
-        total = size_text(sum(layer.nbytes for layer in layers))
-        shape = "x".join(map(str, layers[0].shape))
-        yield f"  {pattern:<{width}}  {len(layers):>4} x {shape:<12} {label:<12} {total:>9}  {stored}"
+    yield from _table(component.layers)
     kept = ", ".join(f"{count} {dtype} ({size_text(nbytes)})" for dtype, (count, nbytes) in component.kept.items())
     if kept:
-        yield f"  other tensors: {kept}"
+        yield from _indented(f"other tensors: {kept}")
     for verdict in component.runtimes:
         word = {"loads": "loads", "wrong": "LOADS WRONG", "refuses": "refuses"}[verdict.outcome]
-        yield f"  {verdict.runtime}: {word}: {verdict.why}"
+        yield from _indented(f"{verdict.runtime}: {word}: {verdict.why}")
+
+
+def _table(layers: Sequence[InspectedLayer]) -> list[str]:
+    """A line for all layers that differ in a block's number alone; what they are stored as, below if it is too long."""
+    alike: dict[tuple[str, ...], list[InspectedLayer]] = {}
+    for layer in layers:
+        stored = NUMBER.sub("*", ", ".join(f"{name} {what}" for name, what in _by_suffix(layer).items()))
+        alike.setdefault((NUMBER.sub("*", layer.name), layer.format, stored), []).append(layer)
+    cells = [_cells(pattern, label, same) for (pattern, label, _), same in alike.items()]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in cells]
+    wide = [f"  {line}  {stored}" for line, (_, _, stored) in zip(lines, alike, strict=True)]
+    width = terminal_width(max(map(len, wide), default=0))
+    if all(len(line) <= width for line in wide):
+        return wide
+    kinds = {(same[0].format, _dtypes(same[0])): None for same in alike.values()}
+    legend = [line for label, stored in kinds for line in _indented(f"{label} is stored as {stored} (shapes: --json)")]
+    return [*(f"  {line}".rstrip() for line in lines), *legend]
+
+
+def _cells(pattern: str, label: str, layers: Sequence[InspectedLayer]) -> tuple[str, ...]:
+    shape = "x".join(map(str, layers[0].shape))
+    return pattern, f"{len(layers):>3} x {shape}", label, f"{size_text(sum(layer.nbytes for layer in layers)):>8}"
+
+
+def _by_suffix(layer: InspectedLayer) -> dict[str, str]:
+    return {name.removeprefix(layer.name).lstrip("."): what for name, what in layer.tensors.items()}
+
+
+def _dtypes(layer: InspectedLayer) -> str:
+    parts = (f"{NUMBER.sub('*', name)} {what.partition(' ')[0]}" for name, what in _by_suffix(layer).items())
+    return ", ".join(parts)
+
+
+def _indented(text: str) -> list[str]:
+    return wrapped(text, "  ", "    ", MAX_WIDTH)

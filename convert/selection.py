@@ -8,14 +8,14 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from omni_convert.convert.recipe import Recipe, suggestion
+from omni_convert.convert.recipe import Recipe
 from omni_convert.formats.checkpoint import Checkpoint
 from omni_convert.formats.dialects.table import DIALECTS
 from omni_convert.formats.errors import RecipeError
 from omni_convert.formats.family import Family, LayerGroup
 from omni_convert.formats.format import QuantizingFormat
 from omni_convert.formats.fp8_storage import Fp8Storage
-from omni_convert.formats.layer_pattern import matches
+from omni_convert.formats.layer_pattern import matches, suggestion_for
 from omni_convert.formats.mx import COARSE_BLOCK
 from omni_convert.formats.mxfp4_dualscale import Mxfp4DualScale
 from omni_convert.formats.table import FORMATS, FormatOptions
@@ -193,8 +193,5 @@ def reasons_to_keep(
             if any(matches(pattern, name) for name in names):
                 reasons.setdefault(runtime_name, f"ignored by '{pattern}'")
         if not any(matches(pattern, name) for name in every_name):
-            parts = {part for name in every_name for part in name.split(".") if not part.isdigit()}
-            raise RecipeError(
-                f"--ignored-layers: '{pattern}' matches no layer{suggestion(pattern, sorted(every_name | parts))}"
-            )
+            raise RecipeError(f"--ignored-layers: '{pattern}' matches no layer{suggestion_for(pattern, every_name)}")
     return reasons

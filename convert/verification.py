@@ -150,8 +150,8 @@ def _unchecked(reading: LenientReading) -> Iterator[str]:
 
 
 def _unopened(name: str, path: Path, error: CheckpointError) -> VerifiedComponent:
-    what = str(error).removeprefix(f"{path}: ").removeprefix(f"{path}/")
-    found = Finding("error", "damaged-file", "", what, "every runtime", "")  # the error says what to do
+    what = str(error).removeprefix(f"{path}: ")
+    found = Finding("error", "damaged-file", "", what, "every runtime", "")  # the error says which file, and what to do
     return VerifiedComponent(name, None, 0, (found,), is_unreadable=True)
 
 

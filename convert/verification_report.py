@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import math
 import re
-import shutil
 import statistics
-import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from omni_convert.convert.terminal import wrapped
 from omni_convert.convert.verification import VerifiedComponent
 from omni_convert.formats.finding import Finding
 
@@ -19,8 +18,6 @@ __all__ = ["count_of", "verification_report"]
 
 # What differs between layers of which the same is wrong.
 PARTICULAR = re.compile(r"'[^']*'|[-+.\de]*\d")
-# Narrower, lines break inside names.
-MIN_WIDTH, MAX_WIDTH = 80, 140
 
 
 def count_of(components: Sequence[VerifiedComponent], severity: str) -> int:
@@ -79,17 +76,5 @@ def _finding_lines(findings: Sequence[Finding]) -> Iterator[str]:
     yield f"  {first.severity:<7} {first.check}{where}"
     for label, text in (("", first.what), ("hurts:  ", first.hurts), ("remedy: ", first.remedy)):
         if text:
-            yield from _wrapped(label, text)
-
-
-def _wrapped(label: str, text: str) -> list[str]:
-    width = min(MAX_WIDTH, max(MIN_WIDTH, shutil.get_terminal_size().columns))
-    indent = " " * (10 + len(label))
-    return textwrap.wrap(
-        text,
-        width,
-        initial_indent=f"{label:>{len(indent)}}",
-        subsequent_indent=indent,
-        break_long_words=False,
-        break_on_hyphens=False,
-    )
+            indent = " " * (10 + len(label))
+            yield from wrapped(text, f"{label:>{len(indent)}}", indent)

@@ -20,7 +20,7 @@ from omni_convert.formats.family import LayerGroup, find_family
 from omni_convert.formats.format import Format, QuantizingFormat
 from omni_convert.formats.fp8_storage import Fp8Storage
 from omni_convert.formats.int8 import Int8
-from omni_convert.formats.layer_pattern import matches
+from omni_convert.formats.layer_pattern import matches, suggestion_for
 from omni_convert.formats.mxfp4 import Mxfp4
 from omni_convert.formats.quantization_config import QuantizationConfig
 from omni_convert.formats.table import FORMATS, LOADABLE, FormatOptions, layer_formats
@@ -247,7 +247,10 @@ def _ignored_groups(
     for pattern in patterns:
         matched = [g for g in groups if any(matches(pattern, name) for name in (g.runtime_name, *g.members))]
         if not matched and not any(matches(pattern, stem) for stem in stems):
-            raise RecipeError(f"ignored_layers: '{pattern}' matches no layer of the model")
+            named = {name for group in groups for name in (group.runtime_name, *group.members)}
+            raise RecipeError(
+                f"ignored_layers: '{pattern}' matches no layer of the model{suggestion_for(pattern, named)}"
+            )
         ignored += [group for group in matched if group not in ignored]
     return ignored
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -106,6 +107,35 @@ def test_an_empty_prompts_file(tiny_pipeline_folder: Path, tmp_path: Path) -> No
 def test_wrong_usage_is_status_2() -> None:
     assert run("convert", "--no-such-option").exit_code == 2
     assert run("compare").exit_code == 2
+
+
+JSON_COMMANDS = [
+    name for name, command in main.commands.items() if any(each.name == "as_json" for each in command.params)
+]
+
+
+@pytest.mark.parametrize("command", JSON_COMMANDS)
+def test_a_json_command_that_fails_prints_one_line_on_standard_error_alone(command: str, tmp_path: Path) -> None:
+    result = run(command, tmp_path / "nothing", "--json")
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert "nothing is there" in error_line(result)
+
+
+@pytest.mark.parametrize("command", [name for name in JSON_COMMANDS if name != "verify"])  # which is for such files
+def test_a_damaged_model_leaves_no_half_of_a_document(command: str, tiny_pipeline_folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_pipeline_folder, tmp_path / "model")
+    file = next((tmp_path / "model" / "transformer").glob("*.safetensors"))
+    file.write_bytes(file.read_bytes()[:-100])
+    options = () if command == "inspect" else ("-o", tmp_path / "out")
+    result = run(command, tmp_path / "model", "--json", *options)
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert str(file) in error_line(result)
+
+
+def test_every_command_has_a_summary_that_fits_its_line() -> None:
+    result = CliRunner(env={"COLUMNS": "80"}).invoke(main, ["--help"])
+    assert all(name in result.stdout for name in main.commands)
+    assert "..." not in result.stdout.partition("Commands:")[2]
 
 
 def test_calibrate_then_convert_static(tiny_pipeline_folder: Path, tmp_path: Path) -> None:

@@ -106,6 +106,13 @@ def test_the_table_counts_equal_layers_of_blocks_together(tiny_pipeline_folder: 
     assert "weight_scale U8 [192, 6]" in line
 
 
+def test_on_a_narrow_terminal_no_line_is_cut(tiny_pipeline_folder: Path, tmp_path: Path) -> None:
+    convert_checkpoint(tiny_pipeline_folder, tmp_path / "out", Recipe(method="nvfp4"))
+    lines = CliRunner(env={"COLUMNS": "80"}).invoke(main, ["inspect", str(tmp_path / "out")]).output.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert "nvfp4 is stored as weight U8, weight_scale F8_E4M3, weight_scale_2 F32" in "\n".join(lines)
+
+
 def test_a_single_file_is_inspected_without_a_config(tiny_pipeline_folder: Path, tmp_path: Path) -> None:
     convert_checkpoint(tiny_pipeline_folder, tmp_path / "out", Recipe(method="fp8", dialect="comfyui"))
     (tmp_path / "alone.safetensors").write_bytes((tmp_path / "out" / "transformer" / WEIGHTS).read_bytes())

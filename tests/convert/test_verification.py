@@ -826,6 +826,7 @@ def test_damaged_files_are_findings(tmp_path: Path) -> None:
     assert found.check == "damaged-file"
     report = CliRunner().invoke(main, ["verify", str(folder)]).output
     assert report.startswith("model: cannot be read\n")
+    assert f"{folder / WEIGHTS}: found" in " ".join(report.split())
     assert report.count("again") == 1  # one remedy
     (folder / WEIGHTS).write_bytes(whole)
     (folder / "config.json").write_text("{")
