@@ -1,26 +1,23 @@
 """Quantized weights to bfloat16, fast enough that a GEMM on the result is not held up.
 
-E2M1 codes and integers of 4 bits are looked up, two at a time. E4M3 codes are shifted: as a bfloat16 with the same
-sign, exponent and mantissa fields a code is too small by a power of two, and one multiplication, which has to bring in
-the scale anyway, puts that right. So that scales below 2^33 do not overflow on the way, such weights come out times
-2^-32, which `weight_unit` undoes. Codes times a power of two or an E4M3 scale are exact; float32 scales of blocks are
-rounded to bfloat16 first (an error of 2^-8 at most, where that of E4M3 codes is 2^-4). W4A16 weights are exact
-products, rounded once.
+E4M3 and E2M1 codes are shifted: as a bfloat16 with the same sign, exponent and mantissa fields a code is too small by a
+power of two, and one multiplication, which has to bring in the scale anyway, puts that right. So that large scales do
+not overflow on the way, such weights come out times a power of two, which `weight_unit` undoes. Integers of 4 bits are
+the last bits of 128 + code, from which 128 is subtracted with the zero point. Nothing is looked up in a table, which
+would be of one device, and of the mode that it was first used in. Codes times a power of two or an E4M3 scale are
+exact; float32 scales of blocks are rounded to bfloat16 first (an error of 2^-8 at most, where that of E4M3 codes is
+2^-4). W4A16 weights are exact products, rounded once.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import lru_cache
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from omni_convert.formats.e2m1 import decode_e2m1
 from omni_convert.formats.format import Format
 from omni_convert.formats.fp8 import Fp8, Fp8Block
-from omni_convert.formats.int4 import ZERO_POINT
 from omni_convert.formats.int8 import Int8
 from omni_convert.formats.mx import COARSE_BLOCK, MX_BLOCK
 from omni_convert.formats.mxfp4 import Mxfp4
@@ -32,10 +29,14 @@ from omni_convert.loaders.packed_int4 import CODES, CODES_PER_WORD, SCALES, ZERO
 
 __all__ = ["DECODABLE", "decode_rows", "padded_columns", "weight_unit"]
 
-# Bias of bfloat16 less that of E4M3: what the shifted bits lack in the exponent.
-E4M3_REBIAS = 127 - 7
-HEADROOM = 32
+# Bias of bfloat16 less that of E4M3 and E2M1: what the shifted bits lack in the exponent.
+E4M3_REBIAS, E2M1_REBIAS = 127 - 7, 127 - 1
+# With E8M0 scales below 2^33, or float32 ones; with E4M3 scales, of which the largest is 448.
+HEADROOM, NVFP4_HEADROOM = 32, 8
 E4M3_FIELDS = 0x87F0 - 0x10000  # of an int16: the sign, and 4 + 3 bits below four zeros
+# Of an int32 with two bfloat16, the even element in the low half: signs, and 2 + 1 bits below six zeros.
+E2M1_SIGNS, E2M1_MAGNITUDES = 0x80008000 - 0x100000000, 0x01C001C0
+NIBBLES, OFFSETS, OFFSET = 0x000F000F, 0x43004300, 128  # integers of 4 bits, and bfloat16 numbers whose last bit is one
 
 _SCRATCH = Scratch()
 
@@ -48,10 +49,11 @@ def padded_columns(fmt: Format, columns: int) -> int:
 
 def weight_unit(fmt: Format, tensors: Mapping[str, Tensor]) -> Tensor | float:
     """What the decoded weights are still to be multiplied with; a number or float32 [] or [1]."""
-    scalar = {Fp8: "weight_scale", Nvfp4: "weight_scale_2"}.get(type(fmt))
-    if scalar is not None:
-        return tensors[scalar].float().reshape(())
-    return 2.0**HEADROOM if isinstance(fmt, Fp8Block | Mxfp8) else 1.0
+    if isinstance(fmt, Fp8):
+        return tensors["weight_scale"].float().reshape(())
+    if isinstance(fmt, Nvfp4):
+        return tensors["weight_scale_2"].float().reshape(()) * 2.0**NVFP4_HEADROOM
+    return 1.0 if isinstance(fmt, Int8 | PackedInt4) else 2.0**HEADROOM
 
 
 def decode_rows(fmt: Format, tensors: Mapping[str, Tensor], start: int, columns: int, out: Tensor) -> None:
@@ -91,7 +93,7 @@ def _decode_mxfp8(_fmt: Mxfp8, tensors: Mapping[str, Tensor], rows: slice, _colu
 
 def _decode_mxfp4(_fmt: Mxfp4, tensors: Mapping[str, Tensor], rows: slice, _columns: int, out: Tensor) -> None:
     _e2m1(tensors["weight"][rows], out)
-    _scale_(out, _powers_of_two(tensors["weight_scale"][rows]), MX_BLOCK)
+    _scale_(out, _powers_of_two(tensors["weight_scale"][rows], E2M1_REBIAS - HEADROOM), MX_BLOCK)
 
 
 def _decode_mxfp4_dualscale(
@@ -100,7 +102,7 @@ def _decode_mxfp4_dualscale(
     coarse = tensors["weight_dual_scale"][rows].flatten(1).bfloat16()
     coarse = coarse.repeat_interleave(COARSE_BLOCK // MX_BLOCK, dim=1)[:, : columns // MX_BLOCK]
     _e2m1(tensors["weight"][rows], out)
-    _scale_(out, _powers_of_two(tensors["weight_scale"][rows]) * coarse, MX_BLOCK)
+    _scale_(out, _powers_of_two(tensors["weight_scale"][rows], E2M1_REBIAS - HEADROOM) * coarse, MX_BLOCK)
 
 
 def _decode_nvfp4(_fmt: Nvfp4, tensors: Mapping[str, Tensor], rows: slice, _columns: int, out: Tensor) -> None:
@@ -108,20 +110,16 @@ def _decode_nvfp4(_fmt: Nvfp4, tensors: Mapping[str, Tensor], rows: slice, _colu
     scale = torch.empty(codes.shape, dtype=torch.bfloat16, device=codes.device)
     _e4m3_bits(codes, scale)
     _e2m1(tensors["weight"][rows], out)
-    _scale_(out, scale.mul_(2.0**E4M3_REBIAS), NVFP4_BLOCK)
+    _scale_(out, scale.mul_(2.0**E4M3_REBIAS).mul_(2.0 ** (E2M1_REBIAS - NVFP4_HEADROOM)), NVFP4_BLOCK)
 
 
 def _decode_packed_int4(
     fmt: PackedInt4, tensors: Mapping[str, Tensor], rows: slice, _columns: int, out: Tensor
 ) -> None:
-    words = tensors[CODES][:, rows].t().contiguous()
-    zero_points = _zero_points(tensors[ZERO_POINTS], rows)
-    # An accelerator would have to wait for the answer.
-    is_symmetric = out.device.type == "cpu" and bool((zero_points == ZERO_POINT).all())
-    _look_up(words.view(torch.uint8), _code_pairs(out.device, ZERO_POINT if is_symmetric else 0), out)
+    words = _words(tensors[CODES][:, rows].t().contiguous().view(torch.uint8), out)
+    words.mul_(1 | 1 << 12).bitwise_and_(NIBBLES).bitwise_or_(OFFSETS)
     groups = out.view(len(out), -1, fmt.group)
-    if not is_symmetric:
-        groups.sub_(zero_points[..., None])
+    groups.sub_(_zero_points(tensors[ZERO_POINTS], rows).add_(OFFSET)[..., None])
     torch.mul(groups, tensors[SCALES][:, rows].t().float().contiguous()[..., None], out=groups)
 
 
@@ -144,35 +142,20 @@ def _e4m3_bits(codes: Tensor, out: Tensor) -> None:
 
 
 def _e2m1(packed: Tensor, out: Tensor) -> None:
-    """E2M1 values: uint8 [rows, K / 2], even elements in low nibbles, to the left of bfloat16 [rows, padded]."""
-    missing = out.shape[1] // 2 - packed.shape[1]
-    _look_up(F.pad(packed, (0, missing)) if missing else packed, _e2m1_pairs(out.device), out)
+    """E2M1 values times 2^-126: uint8 [rows, K / 2], even ones in low nibbles, to bfloat16 [rows, padded]."""
+    words = _words(packed, out)
+    magnitudes = _SCRATCH.take(words.numel(), torch.int32, out.device).view(words.shape)
+    # A product is a sum of shifted codes; those that would overlap are apart.
+    torch.mul(words, 1 << 6 | 1 << 18, out=magnitudes).bitwise_and_(E2M1_MAGNITUDES)
+    words.mul_(1 << 12 | 1 << 24).bitwise_and_(E2M1_SIGNS).bitwise_or_(magnitudes)
 
 
-def _look_up(packed: Tensor, pairs: Tensor, out: Tensor) -> None:
-    """Bytes, uint8 [rows, K / 2], to the two bfloat16 that each stands for, to bfloat16 [rows, K]."""
-    index = _SCRATCH.take(packed.numel(), torch.int32, out.device).copy_(packed.reshape(-1))
-    torch.index_select(pairs, 0, index, out=out.view(-1).view(torch.int32))
-
-
-@lru_cache
-def _e2m1_pairs(device: torch.device) -> Tensor:
-    """The two E2M1 values in each byte, bfloat16, as int32 [256]."""
-    with torch.inference_mode(False):
-        return decode_e2m1(_nibbles(device)).bfloat16().view(torch.int32).view(-1)
-
-
-@lru_cache
-def _code_pairs(device: torch.device, zero_point: int) -> Tensor:
-    """The two numbers in each byte less the zero point, bfloat16, as int32 [256]."""
-    with torch.inference_mode(False):
-        return (_nibbles(device) - zero_point).bfloat16().view(torch.int32).view(-1)
-
-
-def _nibbles(device: torch.device) -> Tensor:
-    """int32 [256, 2], the low one first."""
-    codes = torch.arange(256, dtype=torch.int32, device=device)
-    return torch.stack((codes & 0xF, codes >> 4), dim=1)
+def _words(packed: Tensor, out: Tensor) -> Tensor:
+    """Bytes, uint8 [rows, K / 2], as int32 to the left of bfloat16 [rows, padded], whose bits are returned."""
+    words = out.view(torch.int32)
+    words[:, packed.shape[1] :] = 0
+    words[:, : packed.shape[1]] = packed
+    return words
 
 
 def _powers_of_two(codes: Tensor, exponent: int = 0) -> Tensor:
