@@ -1,16 +1,25 @@
-"""A tiny Z-Image pipeline made of the real classes, and checkpoints quantized from it."""
+"""Tiny models made of the real classes: a Z-Image pipeline, checkpoints quantized from it, and denoisers alone."""
 
 import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, ZImagePipeline, ZImageTransformer2DModel
+from diffusers import (
+    AutoencoderKL,
+    FlowMatchEulerDiscreteScheduler,
+    FluxTransformer2DModel,
+    QwenImageTransformer2DModel,
+    WanTransformer3DModel,
+    ZImagePipeline,
+    ZImageTransformer2DModel,
+)
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import nn
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from omni_convert.formats.format import Format
@@ -18,6 +27,7 @@ from omni_convert.formats.format import Format
 BLOCKS = ("layers.", "noise_refiner.", "context_refiner.")
 CHAT_TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 Quantize = Callable[..., Path]
+Inputs = dict[str, Any]
 
 
 def make_transformer() -> ZImageTransformer2DModel:
@@ -132,3 +142,135 @@ def make_image() -> Callable[..., torch.Tensor]:
         return torch.from_numpy(images)
 
     return run
+
+
+def _noise(*shape: int, seed: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).bfloat16()
+
+
+@pytest.fixture(scope="session")
+def noise() -> Callable[..., torch.Tensor]:
+    """Normal numbers of a shape and a seed, in bfloat16."""
+    return _noise
+
+
+def _flux() -> tuple[nn.Module, Callable[[int], Inputs]]:
+    model = FluxTransformer2DModel(
+        in_channels=16,
+        num_layers=2,
+        num_single_layers=3,
+        attention_head_dim=32,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        pooled_projection_dim=32,
+        axes_dims_rope=(8, 12, 12),
+    )
+
+    def inputs(step: int) -> Inputs:
+        return {
+            "hidden_states": _noise(1, 16, 16, seed=step),
+            "encoder_hidden_states": _noise(1, 8, 32, seed=1),
+            "pooled_projections": _noise(1, 32, seed=2),
+            "timestep": torch.tensor([1 - step / 4]).bfloat16(),
+            "img_ids": torch.zeros(16, 3),
+            "txt_ids": torch.zeros(8, 3),
+        }
+
+    return model, inputs
+
+
+def _wan() -> tuple[nn.Module, Callable[[int], Inputs]]:
+    model = WanTransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=32,
+        in_channels=4,
+        out_channels=4,
+        text_dim=32,
+        freq_dim=32,
+        ffn_dim=128,
+        num_layers=3,
+        rope_max_seq_len=32,
+    )
+
+    def inputs(step: int) -> Inputs:
+        return {
+            "hidden_states": _noise(1, 4, 1, 8, 8, seed=step),
+            "timestep": torch.tensor([1000 - 200 * step]),
+            "encoder_hidden_states": _noise(1, 8, 32, seed=1),
+        }
+
+    return model, inputs
+
+
+def _qwen() -> tuple[nn.Module, Callable[[int], Inputs]]:
+    model = QwenImageTransformer2DModel(
+        in_channels=16,
+        out_channels=4,
+        num_layers=2,
+        attention_head_dim=32,
+        num_attention_heads=2,
+        joint_attention_dim=32,
+        axes_dims_rope=(8, 12, 12),
+    )
+
+    def inputs(step: int) -> Inputs:
+        return {
+            "hidden_states": _noise(1, 16, 16, seed=step),
+            "encoder_hidden_states": _noise(1, 8, 32, seed=1),
+            "timestep": torch.tensor([1 - step / 4]).bfloat16(),
+            "img_shapes": [[(1, 4, 4)]],
+        }
+
+    return model, inputs
+
+
+def _z_image() -> tuple[nn.Module, Callable[[int], Inputs]]:
+    model = ZImageTransformer2DModel(
+        in_channels=4,
+        dim=128,
+        n_layers=2,
+        n_refiner_layers=1,
+        n_heads=4,
+        n_kv_heads=4,
+        cap_feat_dim=32,
+        axes_dims=[8, 12, 12],
+        axes_lens=[640, 32, 32],
+    )
+
+    def inputs(step: int) -> Inputs:
+        return {
+            "x": [_noise(4, 1, 8, 8, seed=step)],
+            "t": torch.tensor([step / 4]).bfloat16(),
+            "cap_feats": [_noise(8, 32, seed=1)],
+        }
+
+    return model, inputs
+
+
+class Denoiser(NamedTuple):
+    """A tiny model, what runs it or a copy at a denoising step, and its inputs there."""
+
+    model: Any
+    run: Callable[..., torch.Tensor]
+    inputs: Callable[[int], Inputs]
+
+
+@pytest.fixture(scope="session")
+def make_denoiser() -> Callable[[str], Denoiser]:
+    """Builds `flux`, `wan`, `qwen` or `z_image` with random weights, in bfloat16."""
+    builders = {"flux": _flux, "wan": _wan, "qwen": _qwen, "z_image": _z_image}
+
+    def make(name: str) -> Denoiser:
+        torch.manual_seed(0)
+        model, inputs = builders[name]()
+        for parameter in model.parameters():  # some start as zeros, and then nothing that happens in a block shows
+            nn.init.normal_(parameter, std=0.1)
+
+        def run(model: nn.Module, step: int = 0) -> torch.Tensor:
+            with torch.no_grad():
+                out = model(**inputs(step), return_dict=False)[0]
+            return out[0] if isinstance(out, list) else out
+
+        return Denoiser(nn.Module.to(model, torch.bfloat16).eval().requires_grad_(False), run, inputs)
+
+    return make

@@ -4,7 +4,6 @@ import pytest
 import torch
 from diffusers import FirstBlockCacheConfig, FluxTransformer2DModel, TensorParallelConfig
 from diffusers.hooks import MagCacheConfig, TaylorSeerCacheConfig, apply_group_offloading
-from torch import nn
 
 from omni_convert.loaders import build_quant_config, load_pipeline
 from omni_convert.loaders.diffusers_quantizer import DiffusersConfig
@@ -16,22 +15,9 @@ METHODS = ("fp8", "int8", "mxfp4")
 
 
 @pytest.fixture(scope="module")
-def flux_folder(tmp_path_factory):
-    torch.manual_seed(0)
-    model = FluxTransformer2DModel(
-        in_channels=16,
-        num_layers=2,
-        num_single_layers=2,
-        attention_head_dim=32,
-        num_attention_heads=2,
-        joint_attention_dim=32,
-        pooled_projection_dim=32,
-        axes_dims_rope=(8, 12, 12),
-    )
-    for parameter in model.parameters():
-        nn.init.normal_(parameter, std=0.1)
+def flux_folder(make_denoiser, tmp_path_factory):
     folder = tmp_path_factory.mktemp("flux")
-    model.save_pretrained(folder)
+    make_denoiser("flux").model.save_pretrained(folder)
     return folder
 
 

@@ -12,14 +12,10 @@ from diffusers import (
     AutoencoderKLWan,
     DDIMScheduler,
     FlowMatchEulerDiscreteScheduler,
-    FluxTransformer2DModel,
-    QwenImageTransformer2DModel,
     UNet2DConditionModel,
     UniPCMultistepScheduler,
     WanPipeline,
-    WanTransformer3DModel,
     ZImagePipeline,
-    ZImageTransformer2DModel,
 )
 from torch import nn
 
@@ -28,111 +24,7 @@ from omni_convert.loaders import disable_fp8_attention, enable_fp8_attention, ke
 from omni_convert.loaders.fp8_attention import count_attention_backends
 
 ON = "fp8_reference"
-Inputs = dict[str, Any]
-
-
-def noise(*shape: int, seed: int) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).bfloat16()
-
-
-def flux() -> tuple[nn.Module, Inputs]:
-    model = FluxTransformer2DModel(
-        in_channels=16,
-        num_layers=2,
-        num_single_layers=3,
-        attention_head_dim=32,
-        num_attention_heads=2,
-        joint_attention_dim=32,
-        pooled_projection_dim=32,
-        axes_dims_rope=(8, 12, 12),
-    )
-    return model, {
-        "hidden_states": noise(1, 16, 16, seed=0),
-        "encoder_hidden_states": noise(1, 8, 32, seed=1),
-        "pooled_projections": noise(1, 32, seed=2),
-        "timestep": torch.tensor([0.5]).bfloat16(),
-        "img_ids": torch.zeros(16, 3),
-        "txt_ids": torch.zeros(8, 3),
-    }
-
-
-def wan() -> tuple[WanTransformer3DModel, Inputs]:
-    model = WanTransformer3DModel(
-        num_attention_heads=2,
-        attention_head_dim=32,
-        in_channels=4,
-        out_channels=4,
-        text_dim=32,
-        freq_dim=32,
-        ffn_dim=64,
-        num_layers=3,
-        rope_max_seq_len=32,
-    )
-    return model, {
-        "hidden_states": noise(1, 4, 1, 8, 8, seed=0),
-        "timestep": torch.tensor([500]),
-        "encoder_hidden_states": noise(1, 8, 32, seed=1),
-    }
-
-
-def qwen() -> tuple[nn.Module, Inputs]:
-    model = QwenImageTransformer2DModel(
-        in_channels=16,
-        out_channels=4,
-        num_layers=2,
-        attention_head_dim=32,
-        num_attention_heads=2,
-        joint_attention_dim=32,
-        axes_dims_rope=(8, 12, 12),
-    )
-    return model, {
-        "hidden_states": noise(1, 16, 16, seed=0),
-        "encoder_hidden_states": noise(1, 8, 32, seed=1),
-        "timestep": torch.tensor([0.5]).bfloat16(),
-        "img_shapes": [[(1, 4, 4)]],
-    }
-
-
-def z_image() -> tuple[nn.Module, Inputs]:
-    model = ZImageTransformer2DModel(
-        in_channels=4,
-        dim=64,
-        n_layers=2,
-        n_refiner_layers=1,
-        n_heads=2,
-        n_kv_heads=2,
-        cap_feat_dim=32,
-        axes_dims=[8, 12, 12],
-        axes_lens=[640, 32, 32],
-    )
-    inputs = {
-        "x": [noise(4, 1, 8, 8, seed=0)],
-        "t": torch.tensor([0.5]).bfloat16(),
-        "cap_feats": [noise(8, 32, seed=1)],
-    }
-    return model, inputs
-
-
-MODELS = {"flux": flux, "wan": wan, "qwen": qwen, "z_image": z_image}
-
-
-def prepare(model: nn.Module) -> nn.Module:
-    torch.manual_seed(0)
-    for parameter in model.parameters():  # some start as zeros, and then nothing that happens in a block shows
-        nn.init.normal_(parameter, std=0.1)
-    return nn.Module.to(model, torch.bfloat16).eval().requires_grad_(False)
-
-
-def build(name: str) -> tuple[nn.Module, Callable[[nn.Module], torch.Tensor]]:
-    """A tiny model, and what runs it or a copy."""
-    model, inputs = MODELS[name]()
-
-    def run(model: nn.Module) -> torch.Tensor:
-        with torch.no_grad():
-            out = model(**inputs, return_dict=False)[0]
-        return out[0] if isinstance(out, list) else out
-
-    return prepare(model), run
+DENOISERS = ("flux", "wan", "qwen", "z_image")
 
 
 def enable(model: Any, **options: Any) -> None:
@@ -148,10 +40,10 @@ def enabled(model: nn.Module) -> list[str]:
     ]
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", DENOISERS)
 @pytest.mark.parametrize("rotate", [False, True])
-def test_a_model_computes_nearly_the_same_and_then_exactly(name, rotate):
-    model, run = build(name)
+def test_a_model_computes_nearly_the_same_and_then_exactly(name, rotate, make_denoiser):
+    model, run, _ = make_denoiser(name)
     before, state = run(model), set(model.state_dict())
     enable(model, rotate=rotate)
     assert set(model.state_dict()) == state
@@ -162,9 +54,9 @@ def test_a_model_computes_nearly_the_same_and_then_exactly(name, rotate):
     assert not model._forward_pre_hooks
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_blocks_compile_as_one_graph_and_the_whole_can_be_copied_and_pickled(name):
-    model, run = build(name)
+@pytest.mark.parametrize("name", DENOISERS)
+def test_blocks_compile_as_one_graph_and_the_whole_can_be_copied_and_pickled(name, make_denoiser):
+    model, run, _ = make_denoiser(name)
     enable(model, skip_layers=[1])
     expected = run(model)
     assert torch.equal(run(copy.deepcopy(model)), expected)
@@ -186,8 +78,8 @@ def test_blocks_compile_as_one_graph_and_the_whole_can_be_copied_and_pickled(nam
         ("z_image", "0", ["layers.1.attention"]),
     ],
 )
-def test_skipped_layers_stay_as_they_are(name, skip_layers, expected):
-    model, _ = build(name)
+def test_skipped_layers_stay_as_they_are(name, skip_layers, expected, make_denoiser):
+    model = make_denoiser(name).model
     enable(model, skip_layers=skip_layers)
     assert enabled(model) == expected
 
@@ -201,16 +93,16 @@ def test_skipped_layers_stay_as_they_are(name, skip_layers, expected):
         ({"skip_steps": "0"}, "^skip_steps: found WanTransformer3DModel, expected a pipeline"),
     ],
 )
-def test_a_request_that_does_not_fit_changes_nothing(options, message):
-    model, _ = build("wan")
+def test_a_request_that_does_not_fit_changes_nothing(options, message, make_denoiser):
+    model = make_denoiser("wan").model
     enable(model, skip_layers="0")
     with pytest.raises(RecipeError, match=message):
         enable(model, **options)
     assert enabled(model) == ["blocks.1.attn1", "blocks.2.attn1"], "as asked for before"
 
 
-def test_without_a_kernel_nothing_is_enabled():
-    model, _ = build("wan")
+def test_without_a_kernel_nothing_is_enabled(make_denoiser):
+    model = make_denoiser("wan").model
     with pytest.raises(KernelError, match="found cpu without a kernel"):
         enable_fp8_attention(model)
     assert not enabled(model)
@@ -230,8 +122,8 @@ def test_models_without_the_dispatch_are_refused():
         enable(object())
 
 
-def test_one_processor_of_many_layers_is_set_apart():
-    model, run = build("wan")
+def test_one_processor_of_many_layers_is_set_apart(make_denoiser):
+    model, run, _ = make_denoiser("wan")
     before = run(model)
     model.set_attn_processor(model.blocks[0].attn1.processor)
     enable(model, skip_layers="0")
@@ -240,8 +132,8 @@ def test_one_processor_of_many_layers_is_set_apart():
     assert torch.equal(run(model), before)
 
 
-def test_the_backend_from_before_comes_back():
-    model, _ = build("flux")
+def test_the_backend_from_before_comes_back(make_denoiser):
+    model = make_denoiser("flux").model
     for block in model.transformer_blocks:
         block.attn.processor._attention_backend = "_native_math"
     enable(model)
@@ -253,20 +145,20 @@ def test_the_backend_from_before_comes_back():
     assert count_attention_backends([model]) == {"_native_math": 2, "native": 3}
 
 
-def test_the_report_says_which_attention_runs_in_fp8():
-    model, _ = build("wan")
+def test_the_report_says_which_attention_runs_in_fp8(make_denoiser):
+    model = make_denoiser("wan").model
     assert str(kernel_report(model)) == "no quantized layers"
     enable(model)
     assert str(kernel_report(model)) == f"no quantized layers\nattention: 3 {ON}, 3 native"
 
 
 @pytest.fixture(scope="module")
-def wan_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def wan_folder(make_denoiser: Callable[[str], Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A pipeline of two experts, one for the noisy steps and one for the others."""
     folder = tmp_path_factory.mktemp("wan")
     vae = AutoencoderKLWan(base_dim=4, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1)
     scheduler = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
-    experts = {"transformer": prepare(wan()[0]), "transformer_2": prepare(wan()[0])}
+    experts = {name: make_denoiser("wan").model for name in ("transformer", "transformer_2")}
     WanPipeline(
         tokenizer=None, text_encoder=None, vae=vae, scheduler=scheduler, boundary_ratio=0.7, **experts
     ).save_pretrained(folder)
@@ -294,20 +186,24 @@ def calls(pipe: Any, run: Callable[[Any], Any]) -> list[tuple[str, bool]]:
     return seen
 
 
-def run_wan(pipe: Any) -> torch.Tensor:
-    return pipe(
-        prompt_embeds=noise(1, 8, 32, seed=0),
-        negative_prompt_embeds=noise(1, 8, 32, seed=1),
-        height=32,
-        width=32,
-        num_frames=1,
-        num_inference_steps=5,
-        generator=torch.Generator().manual_seed(0),
-        output_type="latent",
-    ).frames
+@pytest.fixture
+def run_wan(noise) -> Callable[[Any], torch.Tensor]:
+    def run(pipe: Any) -> torch.Tensor:
+        return pipe(
+            prompt_embeds=noise(1, 8, 32, seed=0),
+            negative_prompt_embeds=noise(1, 8, 32, seed=1),
+            height=32,
+            width=32,
+            num_frames=1,
+            num_inference_steps=5,
+            generator=torch.Generator().manual_seed(0),
+            output_type="latent",
+        ).frames
+
+    return run
 
 
-def test_two_experts_with_guidance_share_one_count_of_steps(wan_pipe):
+def test_two_experts_with_guidance_share_one_count_of_steps(wan_pipe, run_wan):
     before = run_wan(wan_pipe)
     enable(wan_pipe, skip_steps="0,3-9")
     seen = calls(wan_pipe, run_wan)
@@ -318,7 +214,7 @@ def test_two_experts_with_guidance_share_one_count_of_steps(wan_pipe):
     assert torch.equal(run_wan(wan_pipe), before)
 
 
-def test_all_steps_skipped_are_as_if_it_were_off(wan_pipe):
+def test_all_steps_skipped_are_as_if_it_were_off(wan_pipe, run_wan):
     before = run_wan(wan_pipe)
     enable(wan_pipe, skip_steps="0-99")
     assert torch.equal(run_wan(wan_pipe), before)
@@ -326,24 +222,24 @@ def test_all_steps_skipped_are_as_if_it_were_off(wan_pipe):
     assert not torch.equal(run_wan(wan_pipe), before)
 
 
-def test_a_copied_pipeline_counts_its_own_steps(wan_pipe):
+def test_a_copied_pipeline_counts_its_own_steps(wan_pipe, run_wan):
     enable(wan_pipe, skip_steps="1-9")
     copied = copy.deepcopy(wan_pipe)
     wan_pipe.scheduler = None
     assert [is_on for _, is_on in calls(copied, run_wan)] == [True] * 2 + [False] * 8
 
 
-def test_a_scheduler_that_is_exchanged_is_asked_from_then_on(wan_pipe):
+def test_a_scheduler_that_is_exchanged_is_asked_from_then_on(wan_pipe, run_wan):
     enable(wan_pipe, skip_steps="0")
     wan_pipe.scheduler = FlowMatchEulerDiscreteScheduler()
     assert [is_on for _, is_on in calls(wan_pipe, run_wan)] == [False] * 2 + [True] * 8
 
 
-def test_a_model_without_its_pipeline_says_so_instead_of_guessing_the_step(wan_pipe):
+def test_a_model_without_its_pipeline_says_so_instead_of_guessing_the_step(wan_pipe, make_denoiser):
     enable(wan_pipe, skip_steps="0")
     alone = pickle.loads(pickle.dumps(wan_pipe.transformer))
     with pytest.raises(RecipeError, match=r"^skip_steps: found no pipeline, expected"):
-        alone(**wan()[1])
+        make_denoiser("wan").run(alone)
 
 
 def test_a_scheduler_that_counts_no_steps_is_refused(wan_pipe):
@@ -352,7 +248,7 @@ def test_a_scheduler_that_counts_no_steps_is_refused(wan_pipe):
         enable(wan_pipe, skip_steps="0")
 
 
-def test_steps_change_in_compiled_blocks_without_compiling_more_than_both_ways(wan_pipe):
+def test_steps_change_in_compiled_blocks_without_compiling_more_than_both_ways(wan_pipe, run_wan):
     enable(wan_pipe, skip_steps="1,3")
     expected = run_wan(wan_pipe)
     torch.compiler.reset()
