@@ -181,6 +181,8 @@ def _convert(
         click.echo(f"Note: {note}", err=True)
     with progress_bar(plan.bytes_to_do, "converting", hidden=quiet) as advance:
         report = convert_plan(plan, target, recorded, advance)
+    for warning in report.warnings:
+        click.echo(f"Warning: {warning}", err=True)
     if as_json or not quiet:
         print_lines(conversion_report(report, as_json=as_json))
     if repository is not None and isinstance(target, Path):

@@ -10,7 +10,8 @@ import hashlib
 import importlib
 import json
 import re
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,8 @@ ALPHA = ".alpha"
 BIASES = (".lora_B.bias", ".diff_b")
 DIFFERENCE = ".diff"
 PREFIXES = ("base_model.model.", "diffusion_model.", "transformer.", "unet.")
+# kohya's trainers write these and the layer's name with underscores for dots.
+UNDERSCORED = ("lora_unet_", "lora_transformer_")
 # PEFT's description of an adapter: beside the file, or in its header as diffusers writes it.
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_METADATA = "lora_adapter_metadata"
@@ -166,23 +169,25 @@ def _matched(
     """What is added to which tensor, and the names that found none."""
     added: dict[str, list[LowRank | Update]] = {}
     used: set[str] = set()
+    dotted = _dotted(checkpoint)
     for name, tensor in tensors.items():
         stem, leaf = _split(name)
+        layer = dotted.get(_bare(stem), _bare(stem))
         if leaf in DOWN:
             partner = stem + UP[DOWN.index(leaf)]
             up, alpha = tensors.get(partner), tensors.get(stem + ALPHA)
-            target = _target(stem, "weight", checkpoint)
+            target = _target((stem, layer), "weight", checkpoint)
             if up is None or target is None or not _fits(tensor, up, checkpoint[target]):
                 continue
-            scale = request.scale * _strength(_bare(stem), tensor.shape[0], alpha, adapter)
+            scale = request.scale * _strength(layer, tensor.shape[0], alpha, adapter)
             added.setdefault(target, []).append(LowRank(tensor.flatten(1), up.flatten(1), scale))
             used |= {name, partner, stem + ALPHA}
         elif leaf in BIASES or leaf == DIFFERENCE:
-            target = _target(stem, "weight" if leaf == DIFFERENCE else "bias", checkpoint)
+            target = _target((stem, layer), "weight" if leaf == DIFFERENCE else "bias", checkpoint)
             if target is not None and checkpoint[target].shape == tuple(tensor.shape):
                 # PEFT scales the bias of `up` with all that the pair adds.
                 rank = next((tensors[stem + down].shape[0] for down in DOWN if stem + down in tensors), None)
-                strength = _strength(_bare(stem), rank, tensors.get(stem + ALPHA), adapter) if rank else 1.0
+                strength = _strength(layer, rank, tensors.get(stem + ALPHA), adapter) if rank else 1.0
                 scale = request.scale * (strength if leaf == ".lora_B.bias" else 1.0)
                 added.setdefault(target, []).append(Update(tensor, scale))
                 used.add(name)
@@ -202,8 +207,17 @@ def _bare(stem: str) -> str:
     return stem
 
 
-def _target(stem: str, leaf: str, checkpoint: Mapping[str, TensorSpec]) -> str | None:
-    return next((name for name in (f"{stem}.{leaf}", f"{_bare(stem)}.{leaf}") if name in checkpoint), None)
+def _dotted(checkpoint: Mapping[str, TensorSpec]) -> dict[str, str]:
+    """Layers by their names as kohya's trainers write them, without those that two layers would have."""
+    stems = dict.fromkeys(name.rpartition(".")[0] for name in checkpoint)
+    written = Counter(stem.replace(".", "_") for stem in stems)
+    return {
+        prefix + name: stem for stem in stems if written[name := stem.replace(".", "_")] == 1 for prefix in UNDERSCORED
+    }
+
+
+def _target(stems: Iterable[str], leaf: str, checkpoint: Mapping[str, TensorSpec]) -> str | None:
+    return next((name for stem in stems if (name := f"{stem}.{leaf}") in checkpoint), None)
 
 
 def _fits(down: Tensor, up: Tensor, weight: TensorSpec) -> bool:

@@ -19,6 +19,9 @@ from omni_convert.formats.tensor_spec import DTYPE_NAMES
 
 __all__ = ["ConversionReport", "conversion_report", "plan_report", "size_text"]
 
+#: Above this relative error a layer keeps next to nothing of its weight: no format here comes near it with weights that
+#: it can hold (four bits lose some 12 %).
+LARGEST_ERROR = 0.5
 UNITS = {"GB": 1e9, "MB": 1e6, "kB": 1e3}
 
 
@@ -51,9 +54,23 @@ class ConversionReport:
     def worst(self) -> LayerResult:
         return max(self.layers, key=lambda layer: layer.relative_error)
 
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What went through and cannot have been meant."""
+        lost = [layer for layer in self.layers if not layer.relative_error <= LARGEST_ERROR]
+        if not lost:
+            return ()
+        worst = self.worst
+        others = f", and {len(lost) - 1} more above {LARGEST_ERROR}" if len(lost) > 1 else ""
+        return (
+            f"{worst.name}: found a relative error of {worst.relative_error:.3g}{others}, expected what {worst.method} "
+            "can give: the weights lie outside of its range, or far from others that share their scale (a LoRA's "
+            "SCALE?); --ignored-layers leaves layers as they are",
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """For `--json`."""
-        return {**asdict(self), "output": str(self.output)}
+        return {**asdict(self), "output": str(self.output), "warnings": self.warnings}
 
 
 def conversion_report(report: ConversionReport, *, as_json: bool) -> Iterator[str]:

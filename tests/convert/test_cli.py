@@ -43,6 +43,7 @@ def test_json_output_is_one_document(tiny_pipeline_folder: Path, tmp_path: Path)
     report = json.loads(result.stdout)
     assert report["bytes_after"] < report["bytes_before"]
     assert all(0 < layer["relative_error"] < 0.1 for layer in report["layers"])
+    assert report["warnings"] == []
 
 
 def test_quiet_prints_nothing(tiny_pipeline_folder: Path, tmp_path: Path) -> None:

@@ -264,3 +264,30 @@ def test_the_option_names_file_scale_and_component(text: str, request_: LoraRequ
 def test_calibration_would_run_without_the_lora(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="bake it first"):
         Recipe(lora=(LoraRequest(tmp_path / "a.safetensors"),), calib=tmp_path / "prompts.txt")
+
+
+def test_a_layer_that_a_lora_drowns_is_a_warning_in_one_line(
+    tiny_pipeline_folder: Path, tmp_path: Path, pairs: dict[str, tuple[Tensor, Tensor]]
+) -> None:
+    request = write(tmp_path / "lora.safetensors", spelled({STEMS[0]: pairs[STEMS[0]]}, "diffusers"))
+    arguments = [str(tiny_pipeline_folder), "-o", str(tmp_path / "out"), "--lora", f"{request.path}:1e9", "--json"]
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 0, result.output
+    (line,) = [line for line in result.stderr.splitlines() if line.startswith("Warning: ")]
+    assert line.startswith("Warning: transformer.layers.0.attention.to_")  # k and v share the scale of q
+    assert "found a relative error of 1, and 1 more above 0.5" in line
+    assert json.loads(result.stdout)["warnings"] == [line.removeprefix("Warning: ")]
+
+
+def test_names_with_underscores_for_dots_are_those_of_the_model(flux_folder: Path, tmp_path: Path) -> None:
+    """diffusers' own conversion refuses them for Flux and Wan."""
+    stem = "single_transformer_blocks.0.attn.to_k"
+    down, up = torch.randn(4, 64) * 0.1, torch.randn(64, 4) * 0.1
+    written = f"lora_unet_{stem.replace('.', '_')}"
+    tensors = {f"{written}.lora_down.weight": down, f"{written}.lora_up.weight": up}
+    request = write(tmp_path / "lora.safetensors", tensors | {f"{written}.alpha": torch.tensor(2.0)})
+    convert_checkpoint(flux_folder, tmp_path / "out", Recipe(method="keep", lora=(request,)))
+    before, after = (load_file(folder / WEIGHTS) for folder in (flux_folder, tmp_path / "out"))
+    assert {name for name in before if not after[name].equal(before[name])} == {f"{stem}.weight"}
+    sum_of = before[f"{stem}.weight"].double() + up.double() @ down.double() * 0.5
+    torch.testing.assert_close(after[f"{stem}.weight"], sum_of.float().to(torch.bfloat16))
