@@ -12,7 +12,7 @@ from omni_convert.convert.recipe import Recipe
 from omni_convert.convert.selection import format_for
 from omni_convert.convert.source_component import SourceComponent
 from omni_convert.convert.steps import KeptLayer, QuantizeStep, ordered_steps, outputs
-from omni_convert.formats.dialect import Spelling
+from omni_convert.formats.dialect import WrittenSpelling
 from omni_convert.formats.errors import RecipeError
 from omni_convert.formats.gguf import Gguf
 from omni_convert.formats.gguf_runtimes import architecture_of
@@ -42,7 +42,7 @@ def plan_gguf(component: SourceComponent, recipe: Recipe) -> ComponentPlan:
     for group in groups:
         fmt = format_for(Gguf.method, recipe, group, weights, calibrated=False)
         (stem,) = group.members
-        steps[stem] = QuantizeStep(group, fmt, None, (weights[f"{stem}.weight"],), (Spelling(),))
+        steps[stem] = QuantizeStep(group, fmt, None, (weights[f"{stem}.weight"],), (WrittenSpelling(),))
     ordered = tuple(ordered_steps(weights, steps, replace(recipe, dtype="float32")))
     kind = next(iter(steps.values())).format
     assert isinstance(kind, Gguf)

@@ -20,7 +20,7 @@ from omni_convert.convert.source_component import SourceComponent
 from omni_convert.convert.steps import KeptLayer, QuantizeStep, matrix_shape, ordered_steps, outputs
 from omni_convert.convert.storage import choose_stored
 from omni_convert.formats.checkpoint import Checkpoint
-from omni_convert.formats.dialect import Dialect, Spelling
+from omni_convert.formats.dialect import Dialect, WrittenSpelling
 from omni_convert.formats.dialects import omni_convert, vllm_omni
 from omni_convert.formats.dialects.table import DIALECTS
 from omni_convert.formats.family import LayerGroup
@@ -128,12 +128,12 @@ def _quantize_step(
     )
 
 
-def _spellings(dialect: Dialect, fmt: Format, group: LayerGroup, checkpoint: Checkpoint) -> tuple[Spelling, ...]:
+def _spellings(dialect: Dialect, fmt: Format, group: LayerGroup, checkpoint: Checkpoint) -> tuple[WrittenSpelling, ...]:
     """How each member of a group is written: `choose_layers` has left out what cannot be."""
     spellings = []
     for stem in group.members:
         spelling = dialect.spelling(fmt, matrix_shape(checkpoint[f"{stem}.weight"]))
-        assert isinstance(spelling, Spelling), spelling
+        assert isinstance(spelling, WrittenSpelling), spelling
         spellings.append(spelling)
     return tuple(spellings)
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from omni_convert.convert.recipe import Recipe
 from omni_convert.convert.selection import other_linears
-from omni_convert.formats.dialect import Dialect, Spelling
+from omni_convert.formats.dialect import Dialect, WrittenSpelling
 from omni_convert.formats.dialects import omni_convert, vllm_omni
 from omni_convert.formats.dialects.table import DIALECTS
 from omni_convert.formats.errors import CheckpointError, OmniConvertError, RecipeError
@@ -89,7 +89,7 @@ def respell(
     return Respelling(view, block, dialect.metadata(formats), notes)
 
 
-def _spelling(layer: QuantizedLayer, dialect: Dialect, recipe: Recipe) -> Spelling:
+def _spelling(layer: QuantizedLayer, dialect: Dialect, recipe: Recipe) -> WrittenSpelling:
     where = f"{layer.checkpoint.path}: layer '{layer.stem}'"
     if isinstance(layer.format, Fp8Storage) and (dialect is not vllm_omni.VLLM_OMNI or recipe.runtime != "diffusers"):
         raise CheckpointError(

@@ -10,7 +10,7 @@ import torch
 
 from omni_convert.convert.recipe import Recipe
 from omni_convert.formats.checkpoint import Checkpoint
-from omni_convert.formats.dialect import Spelling
+from omni_convert.formats.dialect import WrittenSpelling
 from omni_convert.formats.family import LayerGroup
 from omni_convert.formats.format import InputStatistics, QuantizingFormat, TensorLayout
 from omni_convert.formats.tensor_spec import TensorSpec
@@ -32,9 +32,9 @@ class QuantizeStep:
     format: QuantizingFormat
     inputs: InputStatistics | None
     weights: tuple[TensorSpec, ...]
-    spellings: tuple[Spelling, ...]
+    spellings: tuple[WrittenSpelling, ...]
 
-    def spelling(self, weight: TensorSpec) -> Spelling:
+    def spelling(self, weight: TensorSpec) -> WrittenSpelling:
         """How a weight of the group is written."""
         return self.spellings[self.weights.index(weight)]
 

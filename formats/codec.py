@@ -26,9 +26,6 @@ __all__ = [
     "PLAIN",
     "Codec",
     "OneForAll",
-    "Ones",
-    "PackedColumns",
-    "PackedRows",
     "PackedValues",
     "Plain",
     "Reciprocal",
@@ -36,6 +33,7 @@ __all__ = [
     "SwappedNibbles",
     "Swizzled",
     "Transposed",
+    "WritableCodec",
 ]
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float8_e8m0fnu)
@@ -43,12 +41,10 @@ BYTES = (torch.uint8, torch.float8_e8m0fnu)
 
 
 class Codec(ABC):
-    """A layout on disk."""
+    """A layout on disk that is read."""
 
-    #: Rows of the stored tensor can be made from canonical rows only in multiples of this.
+    #: Rows of the stored tensor and canonical rows are made from each other only in multiples of this.
     row_multiple: int = 1
-    #: Rows of the stored tensor are no rows of the canonical one: it is made as a whole.
-    is_turned: bool = False
 
     @abstractmethod
     def stored(self, layout: TensorLayout) -> TensorLayout:
@@ -62,16 +58,8 @@ class Codec(ABC):
         return f"{expected.dtype} {list(expected.shape)}".removeprefix("torch.")
 
     @abstractmethod
-    def encode(self, tensor: Tensor) -> Tensor:
-        """Canonical rows (all, of a tensor that belongs to the whole weight) to stored ones."""
-
-    @abstractmethod
     def decode(self, stored: Tensor, layout: TensorLayout) -> Tensor:
         """Stored rows to canonical ones; of `layout` only dtype and columns count."""
-
-    def loss(self, tensor: Tensor) -> str | None:
-        """Why these canonical numbers do not come back as they were, or None."""
-        return None
 
     def read(self, checkpoint: Checkpoint, name: str, layout: TensorLayout, start: int, stop: int) -> Tensor:
         """Canonical rows `start` to `stop` of a stored tensor; all of one that belongs to the whole weight."""
@@ -82,8 +70,23 @@ class Codec(ABC):
         return self.decode(checkpoint.read_rows(name, first, last), layout)[start - first : stop - first]
 
 
+class WritableCodec(Codec):
+    """A layout on disk that is read and written."""
+
+    #: Rows of the stored tensor are no rows of the canonical one: it is made as a whole.
+    is_turned: bool = False
+
+    @abstractmethod
+    def encode(self, tensor: Tensor) -> Tensor:
+        """Canonical rows (all, of a tensor that belongs to the whole weight) to stored ones."""
+
+    def loss(self, tensor: Tensor) -> str | None:
+        """Why these canonical numbers do not come back as they were, or None."""
+        return None
+
+
 @dataclass(frozen=True)
-class Plain(Codec):
+class Plain(WritableCodec):
     """As it is, but for the number of dimensions and the container.
 
     Reading takes a tensor of as many elements in any shape, floats in any float dtype that float32 holds exactly, and
@@ -135,7 +138,7 @@ PLAIN = Plain()
 
 
 @dataclass(frozen=True)
-class SwappedNibbles(Codec):
+class SwappedNibbles(WritableCodec):
     """Two codes a byte with the even element in the high nibble; canonical is the low one."""
 
     def stored(self, layout: TensorLayout) -> TensorLayout:
@@ -149,7 +152,7 @@ class SwappedNibbles(Codec):
 
 
 @dataclass(frozen=True)
-class PackedValues(Codec):
+class PackedValues(WritableCodec):
     """Two E2M1 codes a byte; canonical are their values in an E4M3 container."""
 
     even: NibbleOrder = "low"
@@ -171,7 +174,7 @@ def _in_order(packed: Tensor, even: NibbleOrder) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Swizzled(Codec):
+class Swizzled(WritableCodec):
     """Block scales in the order of cuBLAS, padded to whole tiles; canonical is linear.
 
     Attributes:
@@ -201,7 +204,7 @@ class Swizzled(Codec):
 
 
 @dataclass(frozen=True)
-class Reciprocal(Codec):
+class Reciprocal(WritableCodec):
     """One over the number, as one element."""
 
     def stored(self, layout: TensorLayout) -> TensorLayout:
@@ -230,7 +233,7 @@ def _inverse(number: Tensor) -> float:
 
 
 @dataclass(frozen=True)
-class Repeated(Codec):
+class Repeated(WritableCodec):
     """A scalar written once for each row.
 
     Attributes:
@@ -259,9 +262,6 @@ class OneForAll(Codec):
     def mismatch(self, spec: TensorSpec, layout: TensorLayout) -> str | None:
         return None if spec.dtype in FLOATS and spec.elements == 1 else super().mismatch(spec, layout)
 
-    def encode(self, tensor: Tensor) -> Tensor:
-        raise NotImplementedError
-
     def decode(self, stored: Tensor, layout: TensorLayout) -> Tensor:
         return stored.flatten()[0].to(layout.dtype)
 
@@ -270,75 +270,7 @@ class OneForAll(Codec):
 
 
 @dataclass(frozen=True)
-class PackedColumns(Codec):
-    """GPTQ's packing: int32 words of consecutive codes, lowest bits first; rows of the weight are columns.
-
-    Attributes:
-        bits: of a code
-        along_rows: a word holds codes of consecutive rows of the weight (`qzeros`), not of consecutive columns
-            (`qweight`)
-        offset: what is added to a code
-        row_multiple: all rows of the weight, to write them
-    """
-
-    bits: int
-    along_rows: bool = False
-    offset: int = 0
-    row_multiple: int = 1
-
-    is_turned = True
-
-    def stored(self, layout: TensorLayout) -> TensorLayout:
-        rows, columns = layout.shape
-        per_word = 32 // self.bits
-        shape = (columns, -(-rows // per_word)) if self.along_rows else (-(-columns // per_word), rows)
-        return TensorLayout(torch.int32, shape)
-
-    def encode(self, tensor: Tensor) -> Tensor:
-        per_word = 32 // self.bits
-        codes = (tensor.to(torch.int32) - self.offset) & ((1 << self.bits) - 1)
-        words = codes if self.along_rows else codes.T  # packed along the first dimension
-        words = torch.nn.functional.pad(words, (0, 0, 0, -len(words) % per_word))
-        words = words.reshape(-1, per_word, words.shape[1])
-        packed = torch.zeros_like(words[:, 0])
-        for place in range(per_word):
-            packed |= words[:, place] << (place * self.bits)
-        return packed.T.contiguous() if self.along_rows else packed.contiguous()
-
-    def decode(self, stored: Tensor, layout: TensorLayout) -> Tensor:
-        shifts = torch.arange(0, 32, self.bits, dtype=torch.int32, device=stored.device)
-        if self.along_rows:
-            codes = (stored[:, :, None] >> shifts).flatten(1).T  # [rows, columns]
-        else:
-            codes = (stored.T[:, :, None] >> shifts).flatten(1)[:, : layout.shape[1]]
-        return ((codes & ((1 << self.bits) - 1)) + self.offset).to(layout.dtype).contiguous()
-
-    def read(self, checkpoint: Checkpoint, name: str, layout: TensorLayout, start: int, stop: int) -> Tensor:
-        per_word = 32 // self.bits if self.along_rows else 1
-        first = start // per_word
-        words = checkpoint.read_columns(name, first, -(-stop // per_word))
-        return self.decode(words, layout)[start - first * per_word : stop - first * per_word]
-
-
-@dataclass(frozen=True)
-class Ones(Codec):
-    """Nothing: the numbers would all be 1; only read."""
-
-    def stored(self, layout: TensorLayout) -> TensorLayout:
-        return layout
-
-    def encode(self, tensor: Tensor) -> Tensor:
-        raise NotImplementedError
-
-    def decode(self, stored: Tensor, layout: TensorLayout) -> Tensor:
-        raise NotImplementedError
-
-    def read(self, checkpoint: Checkpoint, name: str, layout: TensorLayout, start: int, stop: int) -> Tensor:
-        return torch.ones(layout.shape, dtype=layout.dtype)
-
-
-@dataclass(frozen=True)
-class Transposed(Codec):
+class Transposed(WritableCodec):
     """The rows of the weight are columns on disk.
 
     Attributes:
@@ -366,26 +298,3 @@ class Transposed(Codec):
 
     def read(self, checkpoint: Checkpoint, name: str, layout: TensorLayout, start: int, stop: int) -> Tensor:
         return self.decode(checkpoint.read_columns(name, start, stop), layout)
-
-
-@dataclass(frozen=True)
-class PackedRows(Codec):
-    """int32 words of consecutive codes of a row, lowest bits first, each offset to be positive; only read.
-
-    Attributes:
-        bits: of a code, a power of two
-    """
-
-    bits: int
-
-    def stored(self, layout: TensorLayout) -> TensorLayout:
-        rows, columns = layout.shape
-        return TensorLayout(torch.int32, (rows, -(-columns * self.bits // 32)))
-
-    def encode(self, tensor: Tensor) -> Tensor:
-        raise NotImplementedError
-
-    def decode(self, stored: Tensor, layout: TensorLayout) -> Tensor:
-        shifts = torch.arange(0, 32, self.bits, dtype=torch.int32)
-        codes = (stored[:, :, None] >> shifts).flatten(1)[:, : layout.shape[1]] & ((1 << self.bits) - 1)
-        return (codes - (1 << (self.bits - 1))).to(layout.dtype)

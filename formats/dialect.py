@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from omni_convert.formats.checkpoint import Checkpoint
-from omni_convert.formats.codec import PLAIN, Codec
+from omni_convert.formats.codec import PLAIN, Codec, WritableCodec
 from omni_convert.formats.format import Format, TensorLayout
 from omni_convert.formats.tensor_spec import TensorSpec
 
-__all__ = ["Dialect", "Found", "Spelling", "StoredLayer"]
+__all__ = ["Dialect", "Found", "Spelling", "StoredLayer", "WrittenSpelling"]
 
 
 @dataclass(frozen=True)
@@ -58,15 +58,10 @@ class Spelling:
     Attributes:
         names: canonical suffix to the suffix on disk, where they differ
         codecs: canonical suffix to codec, where it is not `PLAIN`
-        extras: suffix on disk to the bytes of a tensor that only marks the layer
-        zeros: suffix on disk to the canonical suffix of a tensor like which zeros are written, to say that there is
-            no offset
     """
 
     names: Mapping[str, str] = field(default_factory=dict)
     codecs: Mapping[str, Codec] = field(default_factory=dict)
-    extras: Mapping[str, bytes] = field(default_factory=dict)
-    zeros: Mapping[str, str] = field(default_factory=dict)
 
     def name(self, suffix: str) -> str:
         """The suffix on disk of a canonical one."""
@@ -79,6 +74,24 @@ class Spelling:
     def row_multiple(self) -> int:
         """Rows of the weight that are encoded together."""
         return max((codec.row_multiple for codec in self.codecs.values()), default=1)
+
+
+@dataclass(frozen=True)
+class WrittenSpelling(Spelling):
+    """How the tensors of a format are written.
+
+    Attributes:
+        extras: suffix on disk to the bytes of a tensor that only marks the layer
+        zeros: suffix on disk to the canonical suffix of a tensor like which zeros are written, to say that there is
+            no offset
+    """
+
+    codecs: Mapping[str, WritableCodec] = field(default_factory=dict)
+    extras: Mapping[str, bytes] = field(default_factory=dict)
+    zeros: Mapping[str, str] = field(default_factory=dict)
+
+    def codec(self, suffix: str) -> WritableCodec:
+        return self.codecs.get(suffix, PLAIN)
 
     def layout(self, layouts: Mapping[str, TensorLayout]) -> dict[str, TensorLayout]:
         """Suffix on disk to what is stored there."""
@@ -109,6 +122,7 @@ class StoredLayer:
         place: prefix of its tensors in the file, where it is not `stem`
         places: canonical suffix to whole tensor name, for those that lie elsewhere
         unused: names of tensors that say nothing more (markers, zero offsets)
+        ones: canonical suffixes of tensors that are left out because all of their numbers would be 1
     """
 
     stem: str
@@ -118,6 +132,7 @@ class StoredLayer:
     place: str | None = None
     places: Mapping[str, str] = field(default_factory=dict)
     unused: tuple[str, ...] = ()
+    ones: tuple[str, ...] = ()
 
     def name_of(self, suffix: str) -> str:
         """Name in the file of a canonical tensor."""
@@ -155,7 +170,7 @@ class Dialect(ABC):
         """
         return {name: name for name in stored}
 
-    def spelling(self, fmt: Format, shape: tuple[int, int]) -> Spelling | str:
+    def spelling(self, fmt: Format, shape: tuple[int, int]) -> WrittenSpelling | str:
         """How a layer of this format and shape is written, or why it cannot be."""
         return f"{self.name} is only read"
 

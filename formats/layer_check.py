@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import torch
 
-from omni_convert.formats.codec import Ones, Plain, Swizzled, Transposed
+from omni_convert.formats.codec import Plain, Swizzled, Transposed
 from omni_convert.formats.finding import Finding
 from omni_convert.formats.format import QuantizingFormat
 from omni_convert.formats.quantized import QuantizedLayer
@@ -30,8 +30,7 @@ def check_layer(layer: QuantizedLayer, dialect: str) -> Iterator[Finding]:
     if reason is not None:
         yield Finding("error", "indivisible-width", layer.stem, reason, consumer, "leave the layer unquantized")
     for suffix, layout in layer.tensors.items():
-        codec = layer.stored.spelling.codec(suffix)
-        if isinstance(codec, Ones):
+        if suffix in layer.stored.ones:
             continue
         name = layer.stored.name_of(suffix)
         spec = layer.checkpoint.get(name)
@@ -41,7 +40,7 @@ def check_layer(layer: QuantizedLayer, dialect: str) -> Iterator[Finding]:
                 f"{consumer}: fails to load, or multiplies with whatever the parameter was filled with", AGAIN,
             )  # fmt: skip
             continue
-        if codec.mismatch(spec, layout) is not None:
+        if layer.stored.spelling.codec(suffix).mismatch(spec, layout) is not None:
             is_cast = spec.dtype is torch.float8_e8m0fnu and dialect in BY_VALUE
             yield _cast_by_value(spec) if is_cast else _mismatch(layer, suffix, spec, consumer)
             continue

@@ -17,10 +17,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+import torch
 from torch import Tensor
 
 from omni_convert.formats.checkpoint import Checkpoint
-from omni_convert.formats.codec import Ones
 from omni_convert.formats.dialect import Dialect, Found, StoredLayer
 from omni_convert.formats.dialects.table import DIALECTS
 from omni_convert.formats.errors import CheckpointError
@@ -76,7 +76,7 @@ class QuantizedLayer:
 
     def source_of(self, suffix: str) -> str | None:
         """Name in the file of a canonical tensor; None if the dialect leaves it out."""
-        return None if isinstance(self.stored.spelling.codec(suffix), Ones) else self.stored.name_of(suffix)
+        return None if suffix in self.stored.ones else self.stored.name_of(suffix)
 
     @property
     def nbytes(self) -> int:
@@ -85,8 +85,11 @@ class QuantizedLayer:
 
     def read_tensor(self, suffix: str, start: int, stop: int) -> Tensor:
         """Rows `start` to `stop` of a canonical tensor, its own rows; all of one that belongs to the whole weight."""
+        layout = self.tensors[suffix]
+        if suffix in self.stored.ones:
+            return torch.ones(layout.shape, dtype=layout.dtype)
         codec = self.stored.spelling.codec(suffix)
-        return codec.read(self.checkpoint, self.stored.name_of(suffix), self.tensors[suffix], start, stop)
+        return codec.read(self.checkpoint, self.stored.name_of(suffix), layout, start, stop)
 
     def read(self, start: int, stop: int) -> dict[str, Tensor]:
         """Every canonical tensor of rows `start` to `stop` of the weight.
@@ -187,7 +190,7 @@ def _checked(checkpoint: Checkpoint, stored: StoredLayer, dialect: Dialect) -> Q
     layouts = stored.format.layout(*stored.shape)
     for suffix, layout in layouts.items():
         name = stored.name_of(suffix)
-        if isinstance(stored.spelling.codec(suffix), Ones):
+        if suffix in stored.ones:
             continue
         if name not in checkpoint:
             raise CheckpointError(

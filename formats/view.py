@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from omni_convert.formats.checkpoint import Checkpoint
-from omni_convert.formats.dialect import Spelling
+from omni_convert.formats.dialect import WrittenSpelling
 from omni_convert.formats.errors import CheckpointError
 from omni_convert.formats.format import TensorLayout, WeightRows
 from omni_convert.formats.quantized import QuantizedCheckpoint, QuantizedLayer
@@ -90,7 +90,7 @@ class _Respelled(ViewedTensor):
     sources: tuple[str, ...]
     layer: QuantizedLayer
     suffix: str
-    spelling: Spelling
+    spelling: WrittenSpelling
 
     def read(self, start: int, stop: int) -> Tensor:
         codec, layout = self.spelling.codec(self.suffix), self.layer.tensors[self.suffix]
@@ -217,7 +217,7 @@ def dequantized_view(quantized: QuantizedCheckpoint) -> CheckpointView:
     return _view(quantized, {stem: weight_of(layer) for stem, layer in quantized.layers.items()}, storage)
 
 
-def respelled_view(quantized: QuantizedCheckpoint, spellings: Mapping[str, Spelling]) -> CheckpointView:
+def respelled_view(quantized: QuantizedCheckpoint, spellings: Mapping[str, WrittenSpelling]) -> CheckpointView:
     """Every layer in the tensors of another spelling, everything else as it is.
 
     Args:
@@ -227,7 +227,7 @@ def respelled_view(quantized: QuantizedCheckpoint, spellings: Mapping[str, Spell
     return _view(quantized, layers)
 
 
-def _respelled(layer: QuantizedLayer, spelling: Spelling) -> list[ViewedTensor]:
+def _respelled(layer: QuantizedLayer, spelling: WrittenSpelling) -> list[ViewedTensor]:
     def spec(suffix: str, stored: TensorLayout) -> TensorSpec:
         return TensorSpec(f"{layer.stem}.{suffix}", stored.dtype, stored.shape)
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from omni_convert.formats.dialect import Spelling
+from omni_convert.formats.dialect import WrittenSpelling
 from omni_convert.formats.dialects.auto_round import AUTO_ROUND
 from omni_convert.formats.format import Format, QuantizingFormat, TensorLayout, TensorRows, iterate_rows
 from omni_convert.formats.int4 import PACKED_ROWS, Int4
@@ -70,9 +70,9 @@ class PackedInt4(Int4):
         codes, zero_points = canonical["weight"].float(), canonical["weight_zero_point"]
         return (codes - zero_points.repeat_interleave(self.group, dim=1)) * self.element_scale(canonical)
 
-    def _spelling(self, rows: int, columns: int) -> Spelling:
+    def _spelling(self, rows: int, columns: int) -> WrittenSpelling:
         spelling = AUTO_ROUND.spelling(self, (rows, columns))
-        assert isinstance(spelling, Spelling), "AutoRound has this format"
+        assert isinstance(spelling, WrittenSpelling), "AutoRound has this format"
         return spelling
 
 

@@ -18,12 +18,13 @@ from typing import Any
 
 import torch
 
-from omni_convert.formats.codec import PackedColumns, Reciprocal, Transposed
-from omni_convert.formats.dialect import Dialect, Found, Spelling, StoredLayer
+from omni_convert.formats.codec import Reciprocal, Transposed
+from omni_convert.formats.dialect import Dialect, Found, Spelling, StoredLayer, WrittenSpelling
 from omni_convert.formats.dialects.bare import signed_layers
 from omni_convert.formats.errors import CheckpointError, RecipeError
 from omni_convert.formats.format import Format
 from omni_convert.formats.int4 import Int4
+from omni_convert.formats.packed_words import PackedColumns
 from omni_convert.formats.read_formats import Scaled
 
 __all__ = ["AUTO_ROUND", "AUTO_ROUND_METHODS", "PACKING", "WRITTEN_BITS", "to_block"]
@@ -62,7 +63,7 @@ class AutoRound(Dialect):
         yield from signed_layers(found, PACKED_NAMES, {"weight_scale_2": Reciprocal(), "input_scale": Reciprocal()})
         yield from signed_layers(found)
 
-    def spelling(self, fmt: Format, shape: tuple[int, int]) -> Spelling | str:
+    def spelling(self, fmt: Format, shape: tuple[int, int]) -> WrittenSpelling | str:
         if not isinstance(fmt, Int4):
             return f"AutoRound's files are written for w4a16 alone, found {fmt.label}"
         rows = shape[0]
@@ -71,7 +72,7 @@ class AutoRound(Dialect):
             "weight_scale": Transposed(torch.float16, row_multiple=rows),
             "weight_zero_point": PackedColumns(WRITTEN_BITS, along_rows=True, offset=1, row_multiple=rows),
         }
-        return Spelling(INTEGER_NAMES, codecs)
+        return WrittenSpelling(INTEGER_NAMES, codecs)
 
     def block(self, layers: Mapping[str, Format], ignored: Collection[str]) -> dict[str, Any]:
         """As auto-round exports it, and vLLM-Omni and diffusers read it.

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from omni_convert.formats.codec import SwappedNibbles, Swizzled
-from omni_convert.formats.dialect import Dialect, Found, Spelling, StoredLayer
+from omni_convert.formats.dialect import Dialect, Found, StoredLayer, WrittenSpelling
 from omni_convert.formats.dialects.bare import parts_of, stored_layer, unknown_format
 from omni_convert.formats.errors import CheckpointError
 from omni_convert.formats.format import Format
@@ -84,7 +84,7 @@ class ComfyUi(Dialect):
         mark, prefix = _legacy_mark(found), _prefix(found)
         return {name.removeprefix(prefix): name for name in stored if name != mark}
 
-    def spelling(self, fmt: Format, shape: tuple[int, int]) -> Spelling | str:
+    def spelling(self, fmt: Format, shape: tuple[int, int]) -> WrittenSpelling | str:
         name = FORMAT_NAMES.get(type(fmt))
         if name is None:
             return f"ComfyUI has no format for {fmt.label}"
@@ -93,9 +93,9 @@ class ComfyUi(Dialect):
             return f"ComfyUI pads {name} to multiples of {padding}, which {shape[0]} x {shape[1]} is not"
         extras = {MARK: json.dumps({"format": name}).encode()}
         if name not in SWIZZLED:
-            return Spelling(extras=extras)
+            return WrittenSpelling(extras=extras)
         nibbles = {"weight": SwappedNibbles()} if name == "nvfp4" else {}
-        return Spelling(codecs={"weight_scale": Swizzled(), **nibbles}, extras=extras)
+        return WrittenSpelling(codecs={"weight_scale": Swizzled(), **nibbles}, extras=extras)
 
     def metadata(self, layers: Mapping[str, Format]) -> dict[str, str]:
         marks = {stem: {"format": FORMAT_NAMES[type(layers[stem])]} for stem in sorted(layers)}

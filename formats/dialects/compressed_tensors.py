@@ -21,8 +21,8 @@ from typing import Any
 
 import torch
 
-from omni_convert.formats.codec import PackedRows, PackedValues, Plain, Reciprocal
-from omni_convert.formats.dialect import Dialect, Found, Spelling, StoredLayer
+from omni_convert.formats.codec import PackedValues, Plain, Reciprocal
+from omni_convert.formats.dialect import Dialect, Found, StoredLayer, WrittenSpelling
 from omni_convert.formats.dialects.bare import parts_of, signed_layers, stored_layer
 from omni_convert.formats.errors import CheckpointError
 from omni_convert.formats.format import Format
@@ -32,6 +32,7 @@ from omni_convert.formats.mx import MX_BLOCK
 from omni_convert.formats.mxfp4 import Mxfp4
 from omni_convert.formats.mxfp8 import Mxfp8
 from omni_convert.formats.nvfp4 import NVFP4_BLOCK, Nvfp4
+from omni_convert.formats.packed_words import PackedRows
 from omni_convert.formats.read_formats import Scaled
 from omni_convert.formats.signature import Signature
 
@@ -61,17 +62,17 @@ class CompressedTensors(Dialect):
         for stem in integers:
             yield _packed_integers(found, stem)
 
-    def spelling(self, fmt: Format, shape: tuple[int, int]) -> Spelling | str:
+    def spelling(self, fmt: Format, shape: tuple[int, int]) -> WrittenSpelling | str:
         if isinstance(fmt, Nvfp4):
-            return Spelling(PACKED_NAMES, RECIPROCALS)
+            return WrittenSpelling(PACKED_NAMES, RECIPROCALS)
         if isinstance(fmt, Mxfp4) and not fmt.smooth and shape[1] % 2 == 0:
-            return Spelling({"weight": PACKED}, {"weight": PackedValues("low")})
+            return WrittenSpelling({"weight": PACKED}, {"weight": PackedValues("low")})
         if isinstance(fmt, Fp8):
-            return Spelling(codecs={"weight_scale": ONE, "input_scale": ONE})
+            return WrittenSpelling(codecs={"weight_scale": ONE, "input_scale": ONE})
         if isinstance(fmt, Fp8Block):
-            return Spelling({"weight_scale_inv": "weight_scale"})
+            return WrittenSpelling({"weight_scale_inv": "weight_scale"})
         if isinstance(fmt, (Int8, Mxfp8)) or _is_fp8_per_row(fmt):
-            return Spelling()
+            return WrittenSpelling()
         return f"compressed-tensors has no word for {fmt.label}" + (" with mul_scale" if isinstance(fmt, Mxfp4) else "")
 
     def block(self, layers: Mapping[str, Format], ignored: Collection[str]) -> dict[str, Any]:

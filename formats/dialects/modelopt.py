@@ -18,7 +18,7 @@ from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from omni_convert.formats.codec import Plain, Repeated
-from omni_convert.formats.dialect import Dialect, Found, Spelling, StoredLayer
+from omni_convert.formats.dialect import Dialect, Found, StoredLayer, WrittenSpelling
 from omni_convert.formats.dialects.bare import signed_layers
 from omni_convert.formats.dialects.vllm_omni import MODELOPT, as_whole_name
 from omni_convert.formats.errors import CheckpointError
@@ -54,13 +54,13 @@ class ModelOpt(Dialect):
             )
         return signed_layers(found, NAMES)
 
-    def spelling(self, fmt: Format, shape: tuple[int, int]) -> Spelling | str:
+    def spelling(self, fmt: Format, shape: tuple[int, int]) -> WrittenSpelling | str:
         if isinstance(fmt, Fp8) and not fmt.static:
-            return Spelling(codecs={"weight_scale": Repeated((shape[0],))})
+            return WrittenSpelling(codecs={"weight_scale": Repeated((shape[0],))})
         if isinstance(fmt, Scaled) and fmt.label == "fp8 per row" and not fmt.static:
-            return Spelling(codecs={"weight_scale": Plain(shape=(-1,))})
+            return WrittenSpelling(codecs={"weight_scale": Plain(shape=(-1,))})
         if isinstance(fmt, (Fp8, Nvfp4, Mxfp8)):
-            return Spelling()
+            return WrittenSpelling()
         if isinstance(fmt, Fp8Block):
             return "ModelOpt's FP8 in blocks is weight-only, which these weights were not made for"
         return f"ModelOpt has no reader for {fmt.label}"

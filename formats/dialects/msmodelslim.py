@@ -15,9 +15,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterator, Mapping
+from dataclasses import replace
 
-from omni_convert.formats.codec import Ones, PackedValues
-from omni_convert.formats.dialect import Dialect, Found, Spelling, StoredLayer
+from omni_convert.formats.codec import PackedValues
+from omni_convert.formats.dialect import Dialect, Found, StoredLayer, WrittenSpelling
 from omni_convert.formats.dialects.bare import parts_of, stored_layer, unknown_format
 from omni_convert.formats.errors import CheckpointError
 from omni_convert.formats.format import Format
@@ -55,12 +56,12 @@ class MsModelSlim(Dialect):
     def kept_names(self, found: Found, stored: Collection[str]) -> dict[str, str]:
         return {_renamed(found, _unwrapped(found, name)): name for name in stored}
 
-    def spelling(self, fmt: Format, shape: tuple[int, int]) -> Spelling | str:
+    def spelling(self, fmt: Format, shape: tuple[int, int]) -> WrittenSpelling | str:
         if type(fmt) not in WRITTEN or (isinstance(fmt, Mxfp4) and fmt.smooth):
             return f"msModelSlim's files are written for int8, mxfp8 and mxfp4 without mul_scale, found {fmt.label}"
         if isinstance(fmt, Int8):
-            return Spelling(zeros={"weight_offset": "weight_scale"})
-        return Spelling(codecs={"weight": PackedValues("low")} if isinstance(fmt, Mxfp4) else {})
+            return WrittenSpelling(zeros={"weight_offset": "weight_scale"})
+        return WrittenSpelling(codecs={"weight": PackedValues("low")} if isinstance(fmt, Mxfp4) else {})
 
     def sidecars(self, layers: Mapping[str, Format], names: Collection[str]) -> dict[str, dict[str, str]]:
         labels = dict.fromkeys(names, FLOAT)
@@ -101,10 +102,9 @@ def _layer(found: Found, place: str, label: str) -> StoredLayer:
     signature = read_signature(parts)
     if signature is None:
         raise unknown_format(found, place, parts)
-    codecs = {} if "mul_scale" in parts else {"mul_scale": Ones()}
+    ones = () if "mul_scale" in parts else ("mul_scale",)
     name = _renamed(found, f"{stem}.weight").removesuffix(".weight")
-    layer = stored_layer(name, signature, parts, codecs)
-    return StoredLayer(layer.stem, layer.format, layer.shape, layer.spelling, place, layer.places, unused)
+    return replace(stored_layer(name, signature, parts), place=place, unused=unused, ones=ones)
 
 
 MSMODELSLIM = MsModelSlim()

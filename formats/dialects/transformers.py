@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
-from omni_convert.formats.dialect import Dialect, Found, Spelling, StoredLayer
+from omni_convert.formats.dialect import Dialect, Found, StoredLayer, WrittenSpelling
 from omni_convert.formats.dialects.bare import signed_layers
 from omni_convert.formats.errors import RecipeError
 from omni_convert.formats.format import Format
@@ -37,8 +37,10 @@ class Transformers(Dialect):
             return signed_layers(found)  # vLLM's, who leave the flag out
         return signed_layers(found, NAMES)
 
-    def spelling(self, fmt: Format, shape: tuple[int, int]) -> Spelling | str:
-        return Spelling() if isinstance(fmt, Fp8Block) else "transformers' fp8 is FP8 in blocks: --weight-block-size"
+    def spelling(self, fmt: Format, shape: tuple[int, int]) -> WrittenSpelling | str:
+        if isinstance(fmt, Fp8Block):
+            return WrittenSpelling()
+        return "transformers' fp8 is FP8 in blocks: --weight-block-size"
 
     def block(self, layers: Mapping[str, Format], ignored: Collection[str]) -> dict[str, Any]:
         """As `FineGrainedFP8Config` reads it.

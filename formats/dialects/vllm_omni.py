@@ -24,7 +24,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from omni_convert.formats.dialect import Dialect, Found, Spelling, StoredLayer
+from omni_convert.formats.dialect import Dialect, Found, StoredLayer, WrittenSpelling
 from omni_convert.formats.errors import CheckpointError, RecipeError
 from omni_convert.formats.family import LayerGroup
 from omni_convert.formats.format import Format, QuantizingFormat
@@ -299,12 +299,12 @@ class VllmOmni(Dialect):
             width = math.prod(others)
             yield StoredLayer(stem, fmt, (rows, 2 * width if fmt.method == "nvfp4" else width))
 
-    def spelling(self, fmt: Format, shape: tuple[int, int]) -> Spelling | str:
+    def spelling(self, fmt: Format, shape: tuple[int, int]) -> WrittenSpelling | str:
         if isinstance(fmt, Int4):
             return "vLLM-Omni reads W4A16 as AutoRound spells it: --dialect auto-round"
         if not isinstance(fmt, QuantizingFormat):
             return f"vLLM-Omni has no method that loads {fmt.label}"
-        return fmt.unsupported(*shape) or Spelling()
+        return fmt.unsupported(*shape) or WrittenSpelling()
 
     def block(self, layers: Mapping[str, Format], ignored: Collection[str]) -> dict[str, Any]:
         """As of the contract.
