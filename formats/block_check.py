@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from omni_convert.formats.dialect import Found
-from omni_convert.formats.dialects import omni_convert, vllm_omni
+from omni_convert.formats.dialects import omni_convert, transformers, vllm_omni
 from omni_convert.formats.dialects.vllm_omni import SPELLINGS
 from omni_convert.formats.errors import OmniConvertError
 from omni_convert.formats.finding import Finding
@@ -18,6 +18,7 @@ from omni_convert.formats.format import Format
 from omni_convert.formats.fp8 import Fp8, Fp8Block
 from omni_convert.formats.lenient import LenientReading
 from omni_convert.formats.mxfp4 import Mxfp4
+from omni_convert.formats.mxfp8 import Mxfp8
 from omni_convert.formats.nvfp4 import Nvfp4
 from omni_convert.formats.quantization_config import QuantizationConfig
 from omni_convert.formats.quantized import QuantizedLayer
@@ -52,7 +53,7 @@ KNOWN_KEYS = {
     ),
     "transformers": (
         "quant_method", "activation_scheme", "weight_block_size", "modules_to_not_convert", "ignored_layers",
-        "dequantize", "fmt", "scale_fmt",
+        "modules_to_convert", "dequantize", "fmt", "scale_fmt", "expert_dtype",
     ),
 }  # fmt: skip
 
@@ -229,11 +230,19 @@ def _auto_round(reading: LenientReading) -> Iterator[Finding]:
 
 
 def _transformers(reading: LenientReading) -> Iterator[Finding]:
-    said = reading.found.block.get("weight_block_size")
+    said, scale_format = (reading.found.block.get(key) for key in ("weight_block_size", "scale_fmt"))
     for stem, layer in reading.quantized.layers.items():
-        blocks = layer.format.block_size if isinstance(layer.format, Fp8Block) else None
+        blocks = transformers.block_size(layer.format)
         if blocks is not None and isinstance(said, list) and tuple(said) != blocks:
             yield _mismatch(stem, f"found blocks of {list(blocks)}, but the config says {said}", "transformers")
+        if isinstance(layer.format, Mxfp8) and scale_format != transformers.BYTE_SCALES:
+            what = f"found scales that are powers of two, but the config says scale_fmt {str(scale_format)[:40]}"
+            yield _mismatch(stem, what, "transformers, on a GPU")
+        if (reason := transformers.cut_short(layer.format, layer.shape)) is not None:
+            yield Finding(
+                "warning", "indivisible-width", stem, reason, "transformers without a GPU for FP8: wrong or refused",
+                "leave the layer unquantized, or use a GPU",
+            )  # fmt: skip
 
 
 def _msmodelslim(reading: LenientReading) -> Iterator[Finding]:

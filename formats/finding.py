@@ -30,7 +30,7 @@ CHECKS = {
     "e8m0-nan": "the E8M0 byte 255",
     "off-grid": "numbers that FP4 does not have",
     "unused-range": "blocks whose largest element is far below the top of the grid",
-    "indivisible-width": "an input width that the format's blocks do not divide",
+    "indivisible-width": "a width that the format's blocks do not divide, where a runtime needs it",
     "inexact-smoothing": "a mul_scale that bfloat16, in which it is applied, changes",
     "fused-members-differ": "members of a merged layer that do not share what the runtime merges",
     "half-quantized-group": "members of a merged layer that are not all quantized, or not all in one format",

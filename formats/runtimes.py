@@ -69,7 +69,7 @@ BY_DIALECT: dict[str, tuple[Verdict, ...]] = {
             VLLM_OMNI, "refuses", "unknown keys, or without its flag quantized online; -m keep --dialect vllm-omni"
         ),
         Verdict(DIFFUSERS, "refuses", UNKNOWN_HERE),
-        Verdict("transformers", "loads", "on a GPU with FP8; elsewhere with dequantize=True"),
+        Verdict("transformers", "loads", "on a GPU with FP8; elsewhere as dequantized BF16"),
         Verdict(OURS, "refuses", SPELL_FIRST),
         Verdict(COMFYUI, "wrong", UNMARKED),
     ),

@@ -1,11 +1,15 @@
-"""How transformers and DeepSeek spell FP8 in blocks; text encoders come so.
+"""How transformers and DeepSeek spell FP8 in blocks, and transformers MXFP8; text encoders come so.
 
 Tensors:  NAME.weight            F8_E4M3 [out, in]
           NAME.weight_scale_inv  F32 or F8_E8M0 [ceil(out / N), ceil(in / K)], or one number; it multiplies
           NAME.activation_scale  F32 [], if activations are static
+          MXFP8                  the same with F8_E8M0 or U8 [out, in / 32]
 Block:    {"quant_method": "fp8", "activation_scheme": ..., "weight_block_size": [128, 128],
-          "modules_to_not_convert": [...]}, without vLLM-Omni's flag
-Limits:   of what is made here, only FP8 in blocks with dynamic activations is written
+          "modules_to_not_convert": [...]}, without vLLM-Omni's flag; MXFP8 has "weight_block_size": [1, 32],
+          "scale_fmt": "ue8m0", and may say "mxfp8"
+Limits:   of what is made here, FP8 in blocks and MXFP8 with dynamic activations are written. Without a GPU for FP8,
+          transformers 5.23 takes the sizes of blocks from the number of scales (`Fp8Dequantize`), so a last block that
+          is cut short gives other weights there: such layers are not written.
 """
 
 from __future__ import annotations
@@ -13,15 +17,40 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
+import torch
+
+from omni_convert.formats.codec import Plain
 from omni_convert.formats.dialect import Dialect, Found, StoredLayer, WrittenSpelling
 from omni_convert.formats.dialects.bare import signed_layers
 from omni_convert.formats.errors import RecipeError
 from omni_convert.formats.format import Format
 from omni_convert.formats.fp8 import Fp8Block
+from omni_convert.formats.mx import MX_BLOCK
+from omni_convert.formats.mxfp8 import Mxfp8
 
-__all__ = ["TRANSFORMERS"]
+__all__ = ["BYTE_SCALES", "TRANSFORMERS", "block_size", "cut_short"]
 
+#: `scale_fmt` of scales that are powers of two.
+BYTE_SCALES = "ue8m0"
 NAMES = {"weight_scale": "weight_scale_inv", "input_scale": "activation_scale"}
+
+
+def block_size(fmt: Format) -> tuple[int, int] | None:
+    """Rows and columns that share a scale, as the block says it; None for formats that have no such blocks."""
+    if isinstance(fmt, Mxfp8):
+        return (1, MX_BLOCK)
+    return fmt.block_size if isinstance(fmt, Fp8Block) else None
+
+
+def cut_short(fmt: Format, shape: tuple[int, int]) -> str | None:
+    """Why transformers takes another size of blocks than the block says for a weight, or None."""
+    sizes = block_size(fmt)
+    if sizes is None or all(length <= size or length % size == 0 for length, size in zip(shape, sizes, strict=True)):
+        return None
+    return (
+        f"found a weight of {list(shape)} in blocks of {list(sizes)}, the last cut short; without a GPU for FP8, "
+        "transformers takes as many blocks of equal size"
+    )
 
 
 class Transformers(Dialect):
@@ -30,17 +59,22 @@ class Transformers(Dialect):
     name = "transformers"
 
     def recognises(self, found: Found) -> bool:
+        if found.quant_method == "mxfp8":
+            return _has_inverse_scales(found)
         return found.quant_method == "fp8" and "is_checkpoint_fp8_serialized" not in found.block
 
     def stored_layers(self, found: Found) -> Iterator[StoredLayer]:
-        if next(iter(found.stems("weight_scale_inv")), None) is None:
-            return signed_layers(found)  # vLLM's, who leave the flag out
-        return signed_layers(found, NAMES)
+        # Without them these are vLLM's, who leave the flag out.
+        return signed_layers(found, NAMES if _has_inverse_scales(found) else None)
 
     def spelling(self, fmt: Format, shape: tuple[int, int]) -> WrittenSpelling | str:
-        if isinstance(fmt, Fp8Block):
-            return WrittenSpelling()
-        return "transformers' fp8 is FP8 in blocks: --weight-block-size"
+        if block_size(fmt) is None:
+            return "transformers' fp8 is FP8 in blocks, --weight-block-size, or MXFP8"
+        if (reason := cut_short(fmt, shape)) is not None:
+            return reason
+        if isinstance(fmt, Mxfp8):
+            return WrittenSpelling(NAMES, {"weight_scale": Plain(torch.float8_e8m0fnu)})
+        return WrittenSpelling()
 
     def block(self, layers: Mapping[str, Format], ignored: Collection[str]) -> dict[str, Any]:
         """As `FineGrainedFP8Config` reads it.
@@ -48,15 +82,22 @@ class Transformers(Dialect):
         Raises:
             RecipeError: the layers have blocks of several sizes, which one block cannot say.
         """
-        sizes = {fmt.block_size for fmt in layers.values() if isinstance(fmt, Fp8Block)}
+        sizes = {sizes for fmt in layers.values() if (sizes := block_size(fmt)) is not None}
         if len(sizes) > 1:
             raise RecipeError(f"found blocks of {sorted(sizes)}, expected one size; transformers knows one for all")
-        return {
+        block: dict[str, Any] = {
             "quant_method": "fp8",
             "activation_scheme": "dynamic",
             "weight_block_size": list(sizes.pop()),
             "modules_to_not_convert": sorted(ignored),
         }
+        if any(isinstance(fmt, Mxfp8) for fmt in layers.values()):
+            block["scale_fmt"] = BYTE_SCALES
+        return block
+
+
+def _has_inverse_scales(found: Found) -> bool:
+    return next(iter(found.stems("weight_scale_inv")), None) is not None
 
 
 TRANSFORMERS = Transformers()

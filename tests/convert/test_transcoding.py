@@ -29,7 +29,7 @@ HELD = {
     "modelopt": ("fp8", "mxfp8", "nvfp4"),
     "comfyui": ("fp8", "int8", "mxfp8", "nvfp4"),
     "compressed-tensors": ("fp8", "fp8 blocks", "int8", "mxfp8", "mxfp4", "nvfp4"),
-    "transformers": ("fp8 blocks",),
+    "transformers": ("fp8 blocks", "mxfp8"),
     "msmodelslim": ("int8", "mxfp8", "mxfp4"),
 }
 CASES = [(dialect, method) for dialect, methods in HELD.items() for method in methods]

@@ -242,8 +242,8 @@ def gptq(weight: Tensor, group: int) -> dict[str, Tensor]:
     return {"qweight": words, "scales": scale.T.to(torch.float16), "qzeros": zeros}
 
 
-def transformers(scale_dtype: torch.dtype = torch.float32) -> Model:
-    model = renamed("fp8 blocks", {}, weight_scale_inv=lambda scale: scale.to(scale_dtype))
+def transformers(scale_dtype: torch.dtype = torch.float32, hidden: int = 256) -> Model:
+    model = renamed("fp8 blocks", {}, hidden, weight_scale_inv=lambda scale: scale.to(scale_dtype))
     block = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [64, 64]}
     model.config = {"architectures": ["Qwen3ForCausalLM"], "quantization_config": block}
     return model
@@ -301,6 +301,7 @@ WRITTEN = [
     *(("vllm-omni", method) for method in FORMATS if method[:5] not in ("nvfp4", "w4a16")),
     ("auto-round", "w4a16"),
     ("transformers", "fp8 blocks"),
+    ("transformers", "mxfp8"),
     *(("modelopt", method) for method in ("fp8", "fp8 static", "mxfp8", "nvfp4", "nvfp4 static")),
     *(("comfyui", method) for method in ("fp8", "fp8 static", "int8", "mxfp8", "nvfp4", "nvfp4 static")),
     *(
@@ -537,6 +538,7 @@ BROKEN: dict[str, Case] = {
     "bf16 scale": (on(OMNI, "fp8"), everywhere("weight_scale", Tensor.bfloat16), "low-precision-scale", W2),
     "bf16 row scales": (on("comfyui", "int8"), everywhere("weight_scale", Tensor.bfloat16), "low-precision-scale", Q),
     "fp16 scales": (lambda: bfl("fp8 rows"), everywhere("weight_scale", Tensor.half), "low-precision-scale", Q),
+    "last block of transformers cut short": (lambda: transformers(hidden=96), say(), "indivisible-width", Q),
     "width that blocks do not divide": (on(OMNI, "mxfp4"), lambda model: _odd_dual(model), "indivisible-width", Q),
     # order
     "mxfp8 swizzled": (on(OMNI, "mxfp8"), everywhere("weight_scale", swizzle_scales), "scale-order", Q),
@@ -662,6 +664,9 @@ BROKEN: dict[str, Case] = {
     ),
     "other block size": (on(OMNI, "fp8 blocks"), say(weight_block_size=[32, 32]), "block-mismatch", Q),
     "other block size of transformers": (transformers, say(weight_block_size=[128, 128]), "block-mismatch", Q),
+    "scales of transformers called floats": (
+        on("transformers", "mxfp8"), say(scale_fmt="float"), "block-mismatch", Q,
+    ),
     "scheme of int8": (on(OMNI, "int8"), say(activation_scheme="static"), "bad-block", ""),
     "other algorithm": (on("modelopt", "mxfp8"), say(quant_algo="NVFP4", config_groups={}), "bad-block", ""),
     "nvfp4 called mxfp8": (on("modelopt", "nvfp4"), say(quant_algo="MXFP8"), "block-mismatch", Q),

@@ -1,4 +1,4 @@
-"""Spellings of dependencies: diffusers for Black Forest Labs' files, and transformers; and AutoRound's."""
+"""Spellings of other projects: Black Forest Labs' files by diffusers, and AutoRound's W4A16."""
 
 from __future__ import annotations
 
@@ -44,55 +44,6 @@ def test_files_of_black_forest_labs_are_read_as_diffusers_reads_them(tmp_path: P
     codes, scale, overall = quantize_nvfp4(weight)
     tensors = {"weight": codes, "weight_scale": scale, "weight_scale_2": overall, "input_scale": torch.tensor(0.5)}
     assert layer_of(tmp_path, tensors).dequantize(0, 192).equal(dequantize_nvfp4(codes, scale, overall))
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float8_e8m0fnu], ids=str)
-def test_fp8_in_blocks_is_read_as_transformers_reads_it(tmp_path: Path, weight: Tensor, dtype: torch.dtype) -> None:
-    from transformers.integrations.finegrained_fp8 import _dequantize_fp8_weight
-
-    scale = torch.full((2, 3), 2.0**-9).to(dtype)
-    codes = (weight * 2**9).clamp(-448, 448).to(torch.float8_e4m3fn)
-    block = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
-    layer = layer_of(tmp_path, {"weight": codes, "weight_scale_inv": scale}, block)
-    assert layer.format.label == "fp8 128x128"
-    assert layer.dequantize(0, 192).equal(_dequantize_fp8_weight(codes, scale, [128, 128], torch.float32))
-
-
-def test_as_many_blocks_as_rows_are_not_read_as_scales_of_rows(tmp_path: Path) -> None:
-    from transformers.integrations.finegrained_fp8 import _dequantize_fp8_weight
-
-    codes = torch.ones(384, 128 * 128).to(torch.float8_e4m3fn)
-    scale = torch.arange(1.0, 385).view(3, 128)
-    block = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128]}
-    layer = layer_of(tmp_path, {"weight": codes, "weight_scale_inv": scale}, block)
-    assert layer.format.label == "fp8 128x128"
-    assert layer.dequantize(0, 384).equal(_dequantize_fp8_weight(codes, scale, [128, 128], torch.float32))
-
-
-def test_a_text_encoder_of_ours_is_loaded_by_transformers(tiny_pipeline_folder: Path, tmp_path: Path) -> None:
-    from transformers import FineGrainedFP8Config, Qwen3ForCausalLM
-
-    recipe = Recipe(
-        method="fp8",
-        component={"text_encoder": "fp8"},
-        weight_block_size=(32, 32),
-        dialect="transformers",
-        runtime="diffusers",
-    )
-    convert_checkpoint(tiny_pipeline_folder, tmp_path / "out", recipe)
-    folder = tmp_path / "out" / "text_encoder"
-    with open_quantized(folder) as opened:
-        ours = {stem: layer.dequantize(0, layer.shape[0]) for stem, layer in opened.layers.items()}
-    assert opened.dialect == "transformers"
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # theirs: no GPU here
-        model = Qwen3ForCausalLM.from_pretrained(
-            folder, quantization_config=FineGrainedFP8Config(dequantize=True), dtype=torch.bfloat16
-        )
-    theirs = model.state_dict()
-    assert len(ours) > 10
-    for stem, weight in ours.items():
-        torch.testing.assert_close(theirs[f"{stem}.weight"], weight.to(torch.bfloat16), rtol=2**-7, atol=0)
 
 
 @pytest.mark.parametrize("group", [32, 64])
