@@ -6,14 +6,14 @@ import hashlib
 import importlib.metadata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from torch import nn
-from tqdm import tqdm
 
 from omni_convert.convert.generation import GenerationSettings, has_step_callback, run_pipeline
 from omni_convert.convert.input_observer import InputObserver
 from omni_convert.convert.moments import Moments
+from omni_convert.convert.progress_bar import progress_bar
 from omni_convert.convert.prompts import Prompt, read_prompts
 from omni_convert.convert.statistics import CalibrationRun, Identity, Statistics
 from omni_convert.formats.component import DENOISERS
@@ -31,7 +31,6 @@ __all__ = [
     "SourceRecorder",
     "calibrate",
     "calibrate_source",
-    "progress_bar",
     "record",
     "record_source",
 ]
@@ -39,8 +38,6 @@ __all__ = [
 Recorded = TypeVar("Recorded")
 
 VERSIONED_PACKAGES = ("omni-convert", "torch", "diffusers", "transformers")
-#: Seconds before a progress bar shows.
-PROGRESS_DELAY = 2.0
 
 
 @dataclass(frozen=True)
@@ -170,11 +167,11 @@ def record(
     tells_steps = has_step_callback(pipe)
     observer = InputObserver(_modules(pipe, components), counts_timesteps=not tells_steps, with_moments=with_moments)
     total = len(prompts) * settings.steps if settings.steps and tells_steps else None
-    with observer, progress_bar(total, hidden=not progress) as bar:
+    with observer, progress_bar("calibrating", total, "step", hidden=not progress, stays=False) as advance:
 
         def after_step(step: int) -> None:
             observer.step = step + 1
-            bar.update()
+            advance(1)
 
         for prompt in prompts:
             observer.start(prompt)
@@ -191,18 +188,6 @@ def _modules(pipe: DiffusionPipeline, components: Sequence[str] | None) -> dict[
         if name not in present:
             raise CalibrationError(f"{type(pipe).__name__}: found no '{name}', expected one of {', '.join(present)}")
     return {name: present[name] for name in wanted}
-
-
-def progress_bar(total: int | None, *, hidden: bool, unit: str = "step") -> tqdm[Any]:
-    """A bar on standard error, if that is a terminal and the work takes a while."""
-    return tqdm(
-        total=total,
-        desc="calibrating",
-        unit=unit,
-        delay=PROGRESS_DELAY,
-        disable=True if hidden else None,  # None: only on a terminal
-        leave=False,
-    )
 
 
 def _noise_seed(seed: int, prompt: Prompt) -> int:

@@ -8,7 +8,8 @@ from typing import Any
 import click
 
 from omni_convert.convert.cli_options import Pair, calibration_options, engine_option, recipe_of
-from omni_convert.convert.cli_output import announce_demo, print_lines, progress_bar, quieten_hub, silence_libraries
+from omni_convert.convert.cli_output import announce_demo, print_lines, quieten_hub, silence_libraries
+from omni_convert.convert.progress_bar import progress_bar
 from omni_convert.convert.readahead import start_reading
 from omni_convert.convert.recipe import (
     ACTIVATION_SCHEMES,
@@ -179,7 +180,7 @@ def _convert(
     plan = plan_conversion(source, recipe, recorded)
     for note in () if quiet or as_json else plan.notes:
         click.echo(f"Note: {note}", err=True)
-    with progress_bar(plan.bytes_to_do, "converting", hidden=quiet) as advance:
+    with progress_bar("converting", plan.bytes_to_do, hidden=quiet) as advance:
         report = convert_plan(plan, target, recorded, advance)
     for warning in report.warnings:
         click.echo(f"Warning: {warning}", err=True)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import click
 
-from omni_convert.convert.cli_output import print_lines, progress_bar, quieten_hub
+from omni_convert.convert.cli_output import print_lines, quieten_hub
+from omni_convert.convert.progress_bar import progress_bar
 
 __all__ = ["inspect_command", "verify_command"]
 
@@ -44,7 +45,7 @@ def verify_command(model: str, reference: str | None, revision: str | None, quie
 
     source = resolve_source(model, revision)
     original = resolve_source(reference) if reference is not None else None
-    with progress_bar(weight_bytes(source), "verifying", hidden=quiet) as advance:
+    with progress_bar("verifying", weight_bytes(source), hidden=quiet) as advance:
         components = verify_source(source, original, advance)
     if as_json or not quiet:
         print_lines(verification_report(source.path, components, as_json=as_json))

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable
 
 import click
 
-__all__ = ["announce_demo", "print_lines", "progress_bar", "quieten_hub", "silence_libraries"]
-
-# A bar appears when the work has taken this many seconds.
-PROGRESS_DELAY = 2.0
+__all__ = ["announce_demo", "print_lines", "quieten_hub", "silence_libraries"]
 
 
 def announce_demo(model: str | None, what: str, *, quiet: bool) -> None:
@@ -23,22 +19,6 @@ def announce_demo(model: str | None, what: str, *, quiet: bool) -> None:
 def print_lines(lines: Iterable[str]) -> None:
     for line in lines:
         click.echo(line)
-
-
-@contextlib.contextmanager
-def progress_bar(total: int, what: str, *, hidden: bool) -> Iterator[Callable[[int], None]]:
-    """A bar on standard error, if that is a terminal and the work is not done in two seconds."""
-    from tqdm import tqdm
-
-    with tqdm(
-        total=total,
-        desc=what,
-        unit="B",
-        unit_scale=True,
-        delay=PROGRESS_DELAY,
-        disable=hidden or not sys.stderr.isatty(),
-    ) as bar:
-        yield bar.update
 
 
 def quieten_hub(*, hide_bars: bool) -> None:

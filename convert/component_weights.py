@@ -5,8 +5,8 @@ quantized ─► dequantized ─► under diffusers' names ─► with LoRA file
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 from omni_convert.convert.lora import Lora, read_lora
 from omni_convert.convert.original_names import has_original_files, layers_under_diffusers_names, under_diffusers_names
@@ -17,6 +17,8 @@ from omni_convert.formats.quantized import QuantizedCheckpoint
 from omni_convert.formats.view import dequantized_view
 
 __all__ = ["as_weights", "bake", "model_class", "renamed", "renamed_layers"]
+
+Named = TypeVar("Named", Checkpoint, QuantizedCheckpoint)
 
 
 def as_weights(opened: QuantizedCheckpoint) -> Checkpoint:
@@ -30,14 +32,7 @@ def renamed(checkpoint: Checkpoint, config: Mapping[str, Any], notes: list[str])
     Raises:
         CheckpointError: it is not the model that the config describes.
     """
-    converted = (
-        under_diffusers_names(checkpoint, config, model_class(config)) if has_original_files(checkpoint) else None
-    )
-    if converted is None:
-        return checkpoint
-    view, unused = converted
-    notes.append(_renaming(checkpoint, config, unused))
-    return view
+    return _renamed(checkpoint, checkpoint, under_diffusers_names, config, notes)
 
 
 def renamed_layers(opened: QuantizedCheckpoint, config: Mapping[str, Any], notes: list[str]) -> QuantizedCheckpoint:
@@ -46,20 +41,23 @@ def renamed_layers(opened: QuantizedCheckpoint, config: Mapping[str, Any], notes
     Raises:
         CheckpointError: it is not the model that the config describes, or a layer would have to change.
     """
-    checkpoint = opened.checkpoint
-    converted = (
-        layers_under_diffusers_names(opened, config, model_class(config)) if has_original_files(checkpoint) else None
-    )
+    return _renamed(opened, opened.checkpoint, layers_under_diffusers_names, config, notes)
+
+
+def _renamed(
+    given: Named,
+    checkpoint: Checkpoint,
+    convert: Callable[[Named, Mapping[str, Any], str], tuple[Named, list[str]] | None],
+    config: Mapping[str, Any],
+    notes: list[str],
+) -> Named:
+    converted = convert(given, config, model_class(config)) if has_original_files(checkpoint) else None
     if converted is None:
-        return opened
-    layers, unused = converted
-    notes.append(_renaming(checkpoint, config, unused))
-    return layers
-
-
-def _renaming(checkpoint: Checkpoint, config: Mapping[str, Any], unused: Sequence[str]) -> str:
+        return given
+    changed, unused = converted
     left_out = f"; left out {len(unused)} tensors that the model has no use for, as '{unused[0]}'" if unused else ""
-    return f"{checkpoint.path.name}: renamed by diffusers' own conversion for {model_class(config)}{left_out}"
+    notes.append(f"{checkpoint.path.name}: renamed by diffusers' own conversion for {model_class(config)}{left_out}")
+    return changed
 
 
 def bake(

@@ -13,9 +13,10 @@ from dataclasses import replace
 
 import torch
 
-from omni_convert.convert.calibration import Recording, SourceRecorder, progress_bar
+from omni_convert.convert.calibration import Recording, SourceRecorder
 from omni_convert.convert.cluster import check_versions, connect, versions
 from omni_convert.convert.moments import Moments
+from omni_convert.convert.progress_bar import progress_bar
 from omni_convert.convert.prompts import Prompt
 from omni_convert.convert.recipe import Recipe
 from omni_convert.convert.source import Source
@@ -63,7 +64,8 @@ def record_on_cluster(
         replace(prompt, image=prompt.image.absolute()) if prompt.image is not None else prompt for prompt in prompts
     ]
     size = sum(file.stat().st_size for file in source.path.rglob("*.safetensors"))
-    with connect(recipe.engine) as cluster, progress_bar(len(prompts), hidden=not progress, unit="prompt") as bar:
+    bar = progress_bar("calibrating", len(prompts), "prompt", hidden=not progress, stays=False)
+    with connect(recipe.engine) as cluster, bar as advance:
         device = cluster.device(recipe.device)
         recipe = replace(recipe, device=str(device))
         slots = cluster.slots(recipe.workers, needs_gpu=device.type == "cuda")
@@ -74,7 +76,7 @@ def record_on_cluster(
         with closing(cluster.on_actors(_Pipeline, arguments, calls, slots, size)) as results:
             for count, recording in results:
                 merged = recording if merged is None else _merge(merged, recording)
-                bar.update(count)
+                advance(count)
     assert merged is not None, "there are prompts"
     return merged
 
