@@ -12,17 +12,17 @@ from omni_convert.formats.dialects.auto_round import AUTO_ROUND_METHODS, PACKING
 from omni_convert.formats.int4 import Int4
 from omni_convert.formats.quantization_config import QuantizationConfig
 
-__all__ = ["is_packed_int4", "read_auto_round"]
+__all__ = ["read_auto_round"]
 
 UNQUANTIZED_BITS = 16
 
 
-def is_packed_int4(block: Any) -> bool:
-    """Whether a block describes W4A16 layers as we read them, all alike."""
+def read_auto_round(block: Any) -> QuantizationConfig | None:
+    """What a block means that describes W4A16 layers as we read them, all alike; None of any other."""
     if not isinstance(block, Mapping) or block.get("quant_method") not in AUTO_ROUND_METHODS:
-        return False
+        return None
     group, exceptions = block.get("group_size"), block.get("extra_config") or {}
-    return (
+    is_ours = (
         block.get("bits") == WRITTEN_BITS
         and block.get("data_type", "int") == "int"
         and block.get("packing_format", PACKING) == PACKING
@@ -31,14 +31,11 @@ def is_packed_int4(block: Any) -> bool:
         and isinstance(exceptions, Mapping)
         and all(_is_unquantized(each) for each in exceptions.values())
     )
+    if not is_ours:
+        return None
+    return QuantizationConfig(Int4.method, "none", ignored_layers=tuple(map(str, exceptions)), group_size=group)
 
 
 def _is_unquantized(exception: Any) -> bool:
     bits = exception.get("bits") if isinstance(exception, Mapping) else None
     return isinstance(bits, int) and bits >= UNQUANTIZED_BITS
-
-
-def read_auto_round(block: Mapping[str, Any]) -> QuantizationConfig:
-    """What a block that `is_packed_int4` means."""
-    ignored = tuple(map(str, block.get("extra_config") or ()))
-    return QuantizationConfig(Int4.method, "none", ignored_layers=ignored, group_size=block["group_size"])

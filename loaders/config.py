@@ -10,7 +10,7 @@ from typing import Any
 from omni_convert.formats.errors import CheckpointError, RecipeError
 from omni_convert.formats.quantization_config import ACTIVATION_SCHEMES, QuantizationConfig
 from omni_convert.formats.table import LOADABLE
-from omni_convert.loaders.auto_round_block import is_packed_int4, read_auto_round
+from omni_convert.loaders.auto_round_block import read_auto_round
 from omni_convert.loaders.modelopt_block import is_modelopt, read_modelopt
 
 __all__ = [
@@ -125,8 +125,8 @@ def _build_component(component: str, value: Any) -> QuantizationConfig | None:
 def _build_from_options(spec: Mapping[str, Any], kwargs: Mapping[str, Any]) -> QuantizationConfig:
     if is_modelopt(spec):
         return _read_modelopt(spec)
-    if is_packed_int4(spec):
-        return read_auto_round(spec)
+    if (packed := read_auto_round(spec)) is not None:
+        return packed
     options = dict(spec)
     name = options.pop("method", None)
     if name is None:  # a `quant_method` beside a `method` is an option, and unknown

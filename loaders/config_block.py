@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Mapping
 from enum import StrEnum
 from typing import Any, Self
@@ -10,10 +11,10 @@ from typing import Any, Self
 from omni_convert.formats.dialects import auto_round, omni_convert, vllm_omni
 from omni_convert.formats.int4 import DEFAULT_GROUP, Int4
 from omni_convert.formats.quantization_config import QuantizationConfig
-from omni_convert.loaders.auto_round_block import is_packed_int4, read_auto_round
+from omni_convert.loaders.auto_round_block import read_auto_round
 from omni_convert.loaders.modelopt_block import modelopt_algorithm, read_modelopt
 
-__all__ = ["ConfigBlock", "QuantMethod", "is_ours", "read_block"]
+__all__ = ["ConfigBlock", "QuantMethod", "read_block", "read_claimed"]
 
 CONFIG_FILE = "quantization_config"
 
@@ -31,9 +32,13 @@ def is_modelopt_export(block: Any) -> bool:
     return bool(modelopt_algorithm(block))
 
 
-def is_ours(block: Any) -> bool:
-    """Whether we read a block under a name that the library has given to another quantizer."""
-    return is_modelopt_export(block) or is_packed_int4(block)
+def read_claimed(block: Any, where: str = CONFIG_FILE) -> QuantizationConfig | None:
+    """What a block means that we read under a name that the library has given to another quantizer; None of any other.
+
+    Raises:
+        CheckpointError: as of `read_modelopt`.
+    """
+    return read_modelopt(block, where) if is_modelopt_export(block) else read_auto_round(block)
 
 
 def read_block(block: Any, where: str = CONFIG_FILE) -> QuantizationConfig:
@@ -42,16 +47,14 @@ def read_block(block: Any, where: str = CONFIG_FILE) -> QuantizationConfig:
     Raises:
         CheckpointError: not an object, an unknown method or key.
     """
-    if is_modelopt_export(block):
-        return read_modelopt(block, where)
-    if is_packed_int4(block):
-        return read_auto_round(block)
+    if (claimed := read_claimed(block, where)) is not None:
+        return claimed
     if isinstance(block, Mapping) and block.get("quant_method") == omni_convert.QUANT_METHOD:
         return omni_convert.from_block(block, where)
     return vllm_omni.from_block(block, where)
 
 
-class ConfigBlock:
+class ConfigBlock(ABC):
     """A block as an object, for the config classes of diffusers and transformers; saved again exactly as it was read.
 
     Mixed into their `QuantizationConfigMixin`, whose constructors take each key as an argument and lose unknown ones.
@@ -59,8 +62,14 @@ class ConfigBlock:
 
     quant_method = QuantMethod.OMNI_CONVERT
 
-    def __init__(self, block: Mapping[str, Any]) -> None:
+    def __init__(self, block: Mapping[str, Any], meaning: QuantizationConfig | None = None) -> None:
+        """A block as it was read.
+
+        Args:
+            meaning: what it means, where that is known already
+        """
         self.block = copy.deepcopy(dict(block))
+        self._meaning = meaning
 
     @classmethod
     def from_dict(cls, config_dict: Mapping[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
@@ -75,6 +84,7 @@ class ConfigBlock:
     def say(self, config: QuantizationConfig, layers: Collection[str]) -> None:
         """Says this from now on, of these layers."""
         self.block = self._spelled(config, layers)
+        self._meaning = None
 
     @classmethod
     def _spelled(cls, config: QuantizationConfig, layers: Collection[str]) -> dict[str, Any]:
@@ -83,13 +93,15 @@ class ConfigBlock:
         return auto_round.to_block(config.group_size or DEFAULT_GROUP, layers, config.ignored_layers)
 
     @staticmethod
+    @abstractmethod
     def spell(config: QuantizationConfig) -> dict[str, Any]:
         """The block in the spelling of the library, but for W4A16, which has one for both."""
-        raise NotImplementedError
 
     @property
     def meaning(self) -> QuantizationConfig:
-        return read_block(self.block)
+        if self._meaning is None:
+            self._meaning = read_block(self.block)
+        return self._meaning
 
     def to_dict(self) -> dict[str, Any]:
         return copy.deepcopy(self.block)

@@ -26,7 +26,7 @@ from omni_convert.formats.format import Format
 from omni_convert.formats.table import LOADABLE
 from omni_convert.formats.tensor_spec import TensorSpec
 from omni_convert.loaders.checkpoint_headers import read_headers
-from omni_convert.loaders.config_block import ConfigBlock, is_ours
+from omni_convert.loaders.config_block import ConfigBlock, read_claimed
 from omni_convert.loaders.group_fit import GroupFits, PlannedLayer
 from omni_convert.loaders.installation import (
     install_empty_layers,
@@ -180,7 +180,8 @@ def _claim_blocks() -> None:
         return
 
     def from_dict(_cls: type, block: dict[str, Any]) -> Any:
-        return DiffusersConfig(block) if is_ours(block) else read_theirs(block)
+        meaning = read_claimed(block)
+        return read_theirs(block) if meaning is None else DiffusersConfig(block, meaning)
 
     def merge(_cls: type, block: Any, asked_for: Any) -> Any:
         is_theirs = isinstance(asked_for, AutoRoundConfig) and isinstance(block, dict)

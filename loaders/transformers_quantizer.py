@@ -22,7 +22,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from omni_convert.formats.dialects import omni_convert
 from omni_convert.formats.tensor_spec import TensorSpec
-from omni_convert.loaders.auto_round_block import is_packed_int4
+from omni_convert.loaders.auto_round_block import read_auto_round
 from omni_convert.loaders.checkpoint_headers import read_headers
 from omni_convert.loaders.config_block import ConfigBlock
 from omni_convert.loaders.group_fit import GroupFits, PlannedLayer
@@ -193,6 +193,7 @@ def _claim_blocks() -> None:
     read_theirs = auto.AutoQuantizationConfig.from_dict
 
     def from_dict(_cls: type, block: dict[str, Any]) -> Any:
-        return TransformersConfig(block) if is_packed_int4(block) else read_theirs(block)
+        meaning = read_auto_round(block)
+        return read_theirs(block) if meaning is None else TransformersConfig(block, meaning)
 
     auto.AutoQuantizationConfig.from_dict = classmethod(from_dict)

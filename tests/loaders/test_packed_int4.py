@@ -22,7 +22,7 @@ from omni_convert.formats.format import TILE_ELEMENTS
 from omni_convert.formats.int4 import Int4
 from omni_convert.formats.quantized import open_quantized
 from omni_convert.loaders import QuantizedLinear, kernel_report, load_pipeline, quantize_linear
-from omni_convert.loaders.auto_round_block import is_packed_int4
+from omni_convert.loaders.auto_round_block import read_auto_round
 from omni_convert.loaders.config_block import ConfigBlock
 from omni_convert.loaders.packed_int4 import PackedInt4
 
@@ -133,8 +133,8 @@ def test_a_model_quantized_while_loading_is_saved_as_auto_round_spells_it(
 
 @pytest.mark.parametrize("change", OTHERS.values(), ids=OTHERS)
 def test_blocks_of_what_we_do_not_run_are_left_to_auto_round(change: dict[str, Any]) -> None:
-    assert is_packed_int4(BLOCK)
-    assert not is_packed_int4(BLOCK | change)
+    assert read_auto_round(BLOCK) is not None
+    assert read_auto_round(BLOCK | change) is None
 
 
 @pytest.mark.parametrize(
