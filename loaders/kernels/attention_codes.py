@@ -58,8 +58,8 @@ def rotated_scale(scale: float, head_dim: int) -> float:
 def _rotation(head_dim: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     with torch.inference_mode(False):  # it is kept, and calls outside of that mode use it too
         generator = torch.Generator().manual_seed(HADAMARD_SEED)
-        signs = torch.randint(2, (head_dim, 1), generator=generator) * 2 - 1
-        matrix = torch.ones(1, 1)
+        signs = torch.randint(2, (head_dim, 1), generator=generator, device="cpu") * 2 - 1
+        matrix = torch.ones(1, 1, device="cpu")
         while len(matrix) < head_dim:
             matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
         return (signs * matrix * 0.5 ** (head_dim.bit_length() // 2)).to(device, dtype)

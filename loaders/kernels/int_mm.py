@@ -69,7 +69,7 @@ def _run_in_tiles(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor 
 
 
 def _quantize_in_tiles(x: Tensor) -> tuple[Tensor, Tensor]:
-    codes, scale = _CODES.take(x.numel(), torch.int8).view(x.shape), torch.empty(len(x), 1)
+    codes, scale = _CODES.take(x.numel(), torch.int8).view(x.shape), x.new_empty(len(x), 1, dtype=torch.float32)
     for rows in _tiles(len(x), CPU_QUANTIZED // x.shape[1]):
         values = _RESULTS.take(x[rows].numel(), torch.float32).view(x[rows].shape)
         scale[rows] = int8_per_token(x[rows], values, codes[rows])[1]

@@ -25,7 +25,7 @@ class Scratch(threading.local):
             return torch.empty(count, dtype=dtype, device=device)
         if self._memory is None:
             with torch.inference_mode(False):  # else it could not be written to outside of that mode
-                memory = torch.empty(MOST_BYTES, dtype=torch.uint8)
+                memory = torch.empty(MOST_BYTES, dtype=torch.uint8, device="cpu")
             if type(memory) is not Tensor:  # of a tracer, which passes
                 return memory[:size].view(dtype)
             self._memory = memory

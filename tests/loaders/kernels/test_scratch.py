@@ -43,3 +43,10 @@ def test_memory_serves_inference_and_training_alike(layer: QuantizedLinear):
 
 def test_no_rows_give_no_rows(layer: QuantizedLinear):
     assert layer(torch.empty(2, 0, 64, dtype=torch.bfloat16)).shape == (2, 0, 48)
+
+
+def test_a_default_device_does_not_choose_where_memory_is():
+    scratch = Scratch()
+    with torch.device("meta"):
+        assert scratch.take(4, torch.uint8).device.type == "cpu"
+    assert scratch.take(4, torch.uint8).zero_().tolist() == [0, 0, 0, 0]
