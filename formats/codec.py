@@ -18,6 +18,7 @@ from torch import Tensor
 from omni_convert.formats.checkpoint import Checkpoint
 from omni_convert.formats.e2m1 import NibbleOrder
 from omni_convert.formats.e2m1_container import pack_container, unpack_container
+from omni_convert.formats.errors import CheckpointError
 from omni_convert.formats.format import TensorLayout
 from omni_convert.formats.swizzle import padded_scale_shape, swizzle_scales, unswizzle_scales
 from omni_convert.formats.tensor_spec import TensorSpec
@@ -60,6 +61,11 @@ class Codec(ABC):
     @abstractmethod
     def decode(self, stored: Tensor, layout: TensorLayout) -> Tensor:
         """Stored rows to canonical ones; of `layout` only dtype and columns count."""
+
+    @property
+    def on_disk(self) -> Codec:
+        """What says where each number lies, without what only writing asks for."""
+        return self
 
     def read(self, checkpoint: Checkpoint, name: str, layout: TensorLayout, start: int, stop: int) -> Tensor:
         """Canonical rows `start` to `stop` of a stored tensor; all of one that belongs to the whole weight."""
@@ -283,6 +289,10 @@ class Transposed(WritableCodec):
 
     is_turned = True
 
+    @property
+    def on_disk(self) -> Codec:
+        return replace(self, dtype=None, row_multiple=1)
+
     def stored(self, layout: TensorLayout) -> TensorLayout:
         return replace(layout, dtype=self.dtype or layout.dtype, shape=layout.shape[::-1])
 
@@ -291,7 +301,11 @@ class Transposed(WritableCodec):
         return None if fits else super().mismatch(spec, layout)
 
     def encode(self, tensor: Tensor) -> Tensor:
-        return tensor.T.to(self.dtype or tensor.dtype).contiguous()
+        turned = tensor.T.to(self.dtype or tensor.dtype).contiguous()
+        if turned.dtype is not tensor.dtype and not turned.T.to(tensor.dtype).equal(tensor):
+            found = str(turned.dtype).removeprefix("torch.")
+            raise CheckpointError(f"found scales that {found} rounds, expected numbers that it holds")
+        return turned
 
     def decode(self, stored: Tensor, layout: TensorLayout) -> Tensor:
         return stored.T.to(layout.dtype).contiguous()

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from omni_convert.formats.checkpoint import Checkpoint
 from omni_convert.formats.codec import Codec, WritableCodec
+from omni_convert.formats.errors import CheckpointError
 from omni_convert.formats.format import TensorLayout
 
 __all__ = ["PackedColumns", "PackedRows"]
@@ -33,6 +34,10 @@ class PackedColumns(WritableCodec):
 
     is_turned = True
 
+    @property
+    def on_disk(self) -> Codec:
+        return replace(self, row_multiple=1)
+
     def stored(self, layout: TensorLayout) -> TensorLayout:
         rows, columns = layout.shape
         per_word = 32 // self.bits
@@ -41,7 +46,11 @@ class PackedColumns(WritableCodec):
 
     def encode(self, tensor: Tensor) -> Tensor:
         per_word = 32 // self.bits
-        codes = (tensor.to(torch.int32) - self.offset) & ((1 << self.bits) - 1)
+        codes = tensor.to(torch.int32) - self.offset
+        if self.along_rows and not _are_codes(codes, self.bits):
+            low, high = self.offset, self.offset + (1 << self.bits) - 1
+            found = f"{int(codes.min()) + low} to {int(codes.max()) + low}"
+            raise CheckpointError(f"found zero points of {found}, expected {low} to {high}, which GPTQ's packing holds")
         words = codes if self.along_rows else codes.T  # packed along the first dimension
         words = torch.nn.functional.pad(words, (0, 0, 0, -len(words) % per_word))
         words = words.reshape(-1, per_word, words.shape[1])
@@ -63,6 +72,10 @@ class PackedColumns(WritableCodec):
         first = start // per_word
         words = checkpoint.read_columns(name, first, -(-stop // per_word))
         return self.decode(words, layout)[start - first * per_word : stop - first * per_word]
+
+
+def _are_codes(codes: Tensor, bits: int) -> bool:
+    return not codes.numel() or (int(codes.min()) >= 0 and int(codes.max()) < 1 << bits)
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,7 @@ class Scaled(Format):
         dtype: of the elements
         group: columns that share a scale; None for the whole row
         has_zero_point: there is one for each scale
+        symmetric: these are the middle code everywhere, as the file says
         static: NAME.input_scale is there, F32 []
     """
 
@@ -40,6 +41,7 @@ class Scaled(Format):
     group: int | None = None
     has_zero_point: bool = False
     static: bool = False
+    symmetric: bool = False
 
     @property
     def label(self) -> str:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from omni_convert.formats.checkpoint import Checkpoint
+from omni_convert.formats.codec import WritableCodec
 from omni_convert.formats.dialect import WrittenSpelling
 from omni_convert.formats.errors import CheckpointError
 from omni_convert.formats.format import TensorLayout, WeightRows
@@ -231,19 +232,28 @@ def _respelled(layer: QuantizedLayer, spelling: WrittenSpelling) -> list[ViewedT
     def spec(suffix: str, stored: TensorLayout) -> TensorSpec:
         return TensorSpec(f"{layer.stem}.{suffix}", stored.dtype, stored.shape)
 
-    tensors: list[ViewedTensor] = [
-        _Respelled(
-            spec(spelling.name(suffix), spelling.codec(suffix).stored(layout)),
-            (*filter(None, [layer.source_of(suffix)]), *(layer.stored.unused if suffix == "weight" else ())),
-            layer,
-            suffix,
-            spelling,
-        )
-        for suffix, layout in layer.tensors.items()
-    ]
+    def tensor(suffix: str, layout: TensorLayout) -> ViewedTensor:
+        new = spec(spelling.name(suffix), spelling.codec(suffix).stored(layout))
+        if _is_spelled_so(layer, suffix, spelling.codec(suffix), new):
+            return KeptTensor(new, layer.checkpoint, layer.stored.name_of(suffix))
+        sources = (*filter(None, [layer.source_of(suffix)]), *(layer.stored.unused if suffix == "weight" else ()))
+        return _Respelled(new, sources, layer, suffix, spelling)
+
+    tensors = [tensor(suffix, layout) for suffix, layout in layer.tensors.items()]
     tensors += [_Zeros(spec(name, layer.tensors[like])) for name, like in spelling.zeros.items()]
     marks = spelling.layout({})
     return tensors + [_Mark(spec(name, marks[name]), text) for name, text in spelling.extras.items()]
+
+
+def _is_spelled_so(layer: QuantizedLayer, suffix: str, codec: WritableCodec, new: TensorSpec) -> bool:
+    """Whether a tensor that is made as a whole lies on the disk as it should already, so that its bytes serve."""
+    stored = layer.checkpoint.get(layer.stored.name_of(suffix))
+    return (
+        codec.is_turned
+        and codec.on_disk == layer.stored.spelling.codec(suffix).on_disk
+        and stored is not None
+        and (stored.dtype, stored.shape) == (new.dtype, new.shape)
+    )
 
 
 def _view(

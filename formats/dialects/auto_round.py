@@ -6,8 +6,8 @@ MX:       NAME.weight_packed U8 [out, in / 2], even element in the low nibble; o
           NAME.weight_scale U8 [out, in / 32]. NVFP4 as compressed-tensors has it.
 Block:    {"quant_method": "auto-round", "bits": 4, "group_size": 128, "packing_format": "auto_round:auto_gptq", ...}
 Limits:   AWQ's packing, reordered columns (g_idx), bits other than 2, 4 and 8, MXINT4, NVFP4 with E5M3 scales and
-          rotated weights are not read. Of what is made here, only W4A16 is written; a weight is packed as a whole,
-          since its rows are columns on disk.
+          rotated weights are not read. Of what is made here, only W4A16 is written, and integers that were read are
+          spelled anew; a weight is packed as a whole, since its rows are columns on disk.
 """
 
 from __future__ import annotations
@@ -43,8 +43,10 @@ INTEGER_NAMES = {"weight": "qweight", "weight_scale": "scales", "weight_zero_poi
 READABLE_BITS = (2, 4, 8)
 # Their tensors have the dtypes and shapes of MXFP4 and MXFP8, and are others.
 UNREAD_TYPES = ("mx_int", "nvfp4_v2")
-#: Of a code that is written.
+#: Of a code that is made here.
 WRITTEN_BITS = 4
+# The size of a group, where one scale serves the whole row.
+WHOLE_ROW = -1
 # The name of a stack of blocks, before their numbers.
 STACK = re.compile(r"(.+?)\.\d+\.")
 
@@ -64,13 +66,14 @@ class AutoRound(Dialect):
         yield from signed_layers(found)
 
     def spelling(self, fmt: Format, shape: tuple[int, int]) -> WrittenSpelling | str:
-        if not isinstance(fmt, Int4):
-            return f"AutoRound's files are written for w4a16 alone, found {fmt.label}"
+        bits = _bits_of(fmt)
+        if bits is None:
+            return f"AutoRound's files are written for w4a16 and other integers with zero points, found {fmt.label}"
         rows = shape[0]
         codecs = {
-            "weight": PackedColumns(WRITTEN_BITS, row_multiple=rows),
+            "weight": PackedColumns(bits, row_multiple=rows),
             "weight_scale": Transposed(torch.float16, row_multiple=rows),
-            "weight_zero_point": PackedColumns(WRITTEN_BITS, along_rows=True, offset=1, row_multiple=rows),
+            "weight_zero_point": PackedColumns(bits, along_rows=True, offset=1, row_multiple=rows),
         }
         return WrittenSpelling(INTEGER_NAMES, codecs)
 
@@ -78,12 +81,34 @@ class AutoRound(Dialect):
         """As auto-round exports it, and vLLM-Omni and diffusers read it.
 
         Raises:
-            RecipeError: the layers have groups of several sizes, which one block cannot say.
+            RecipeError: the layers have groups or codes of several sizes, which one block cannot say.
         """
-        sizes = {fmt.group for fmt in layers.values() if isinstance(fmt, Int4)}
-        if len(sizes) != 1:
-            raise RecipeError(f"found groups of {sorted(sizes)} columns, expected one size")
-        return to_block(sizes.pop(), layers, ignored)
+        kinds = {(_bits_of(fmt), _group_of(fmt), _is_symmetric(fmt)) for fmt in layers.values()}
+        if len(kinds) != 1:
+            found = ", ".join(sorted({fmt.label for fmt in layers.values()}))
+            raise RecipeError(f"found layers of {found}, expected one number of bits and one size of groups")
+        ((bits, group, is_symmetric),) = kinds
+        assert bits is not None, "such layers have no spelling"
+        return to_block(group, layers, ignored) | {"bits": bits, "sym": is_symmetric}
+
+
+def _bits_of(fmt: Format) -> int | None:
+    """Of a code, if it is an integer with a zero point."""
+    if isinstance(fmt, Int4):
+        return WRITTEN_BITS
+    if isinstance(fmt, Scaled) and fmt.dtype is torch.uint8 and fmt.has_zero_point and not fmt.static:
+        return next((bits for bits in READABLE_BITS if fmt.method == f"int{bits}"), None)
+    return None
+
+
+def _group_of(fmt: Format) -> int:
+    """Columns that share a scale, as the block says it."""
+    group = fmt.group if isinstance(fmt, (Int4, Scaled)) else None
+    return WHOLE_ROW if group is None else group
+
+
+def _is_symmetric(fmt: Format) -> bool:
+    return fmt.symmetric if isinstance(fmt, Scaled) else True
 
 
 def to_block(group_size: int, layers: Collection[str], ignored: Collection[str]) -> dict[str, Any]:
@@ -151,7 +176,8 @@ def _integers(found: Found, stem: str) -> StoredLayer:
         "weight_scale": Transposed(),
         "weight_zero_point": PackedColumns(bits, along_rows=True, offset=offset),
     }
-    fmt = Scaled(f"int{bits}", torch.uint8, group, has_zero_point=True)
+    is_symmetric = found.block.get("sym") is True
+    fmt = Scaled(f"int{bits}", torch.uint8, group, has_zero_point=True, symmetric=is_symmetric)
     return StoredLayer(stem, fmt, (rows, columns), Spelling(INTEGER_NAMES, codecs))
 
 

@@ -24,6 +24,8 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from omni_convert.formats.dialect import Dialect, Found, StoredLayer, WrittenSpelling
 from omni_convert.formats.errors import CheckpointError, RecipeError
 from omni_convert.formats.family import LayerGroup
@@ -34,6 +36,7 @@ from omni_convert.formats.int4 import Int4
 from omni_convert.formats.mxfp4 import Mxfp4
 from omni_convert.formats.nvfp4 import Nvfp4
 from omni_convert.formats.quantization_config import ACTIVATION_SCHEMES, QuantizationConfig
+from omni_convert.formats.read_formats import Scaled
 from omni_convert.formats.table import layer_formats
 
 __all__ = ["MODELOPT", "VLLM_OMNI", "as_whole_name", "config_of", "from_block", "ignored_names", "to_block"]
@@ -300,8 +303,8 @@ class VllmOmni(Dialect):
             yield StoredLayer(stem, fmt, (rows, 2 * width if fmt.method == "nvfp4" else width))
 
     def spelling(self, fmt: Format, shape: tuple[int, int]) -> WrittenSpelling | str:
-        if isinstance(fmt, Int4):
-            return "vLLM-Omni reads W4A16 as AutoRound spells it: --dialect auto-round"
+        if isinstance(fmt, Int4) or (isinstance(fmt, Scaled) and fmt.dtype is torch.uint8):
+            return "vLLM-Omni reads integers with zero points as AutoRound spells them: --dialect auto-round"
         if not isinstance(fmt, QuantizingFormat):
             return f"vLLM-Omni has no method that loads {fmt.label}"
         return fmt.unsupported(*shape) or WrittenSpelling()

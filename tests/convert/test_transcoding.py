@@ -226,6 +226,63 @@ def test_w4a16_is_spelled_as_auto_round_does_whatever_the_tiles(tiny_pipeline_fo
         Recipe(method="fp8", group_size=64)
 
 
+def rewritten(folder: Path, tensors: dict[str, torch.Tensor], **block: object) -> Path:
+    """The model with these tensors of the transformer changed, and these keys of its block."""
+    path = folder / "transformer" / "config.json"
+    config = json.loads(path.read_text())
+    config["quantization_config"] |= block
+    path.write_text(json.dumps(config))
+    save_file(weights_of(folder) | tensors, folder / "transformer" / WEIGHTS, metadata={"format": "pt"})
+    return folder
+
+
+@pytest.fixture
+def w4a16(tiny_pipeline_folder: Path, tmp_path: Path) -> Path:
+    convert_checkpoint(tiny_pipeline_folder, tmp_path / "w4a16", Recipe(method="w4a16", group_size=64, search=False))
+    return tmp_path / "w4a16"
+
+
+def dequantized(folder: Path) -> dict[str, torch.Tensor]:
+    with open_quantized(folder / "transformer") as opened:
+        return {stem: layer.dequantize(0, layer.shape[0]) for stem, layer in opened.layers.items()}
+
+
+def test_w4a16_spelled_anew_is_the_same_file(w4a16: Path, tmp_path: Path) -> None:
+    convert_checkpoint(w4a16, tmp_path / "out", Recipe(method="keep", dialect="auto-round"))
+    for name in (WEIGHTS, "config.json"):
+        assert (tmp_path / "out" / "transformer" / name).read_bytes() == (w4a16 / "transformer" / name).read_bytes()
+    assert "--dialect auto-round" in refused(w4a16, tmp_path / "no", Recipe(method="keep"))
+
+
+def test_zero_points_of_either_convention_are_spelled_for_gptq(w4a16: Path, tmp_path: Path) -> None:
+    zeros = {name: tensor for name, tensor in weights_of(w4a16).items() if name.endswith(".qzeros")}
+    eights = {name: torch.full_like(tensor, -0x77777778) for name, tensor in zeros.items()}  # 0x88888888
+    source = rewritten(w4a16, eights, packing_format="auto_round", sym=False)
+    convert_checkpoint(source, tmp_path / "out", Recipe(method="keep", dialect="auto-round"))
+    block = json.loads((tmp_path / "out" / "transformer" / "config.json").read_text())["quantization_config"]
+    assert (block["packing_format"], block["sym"]) == ("auto_round:auto_gptq", False)
+    assert weights_of(tmp_path / "out")[f"{LAYER}.qzeros"].equal(zeros[f"{LAYER}.qzeros"])
+    after = dequantized(tmp_path / "out")
+    assert all(weight.equal(after[stem]) for stem, weight in dequantized(source).items())
+
+
+@pytest.mark.parametrize(
+    ("suffix", "block", "found"),
+    [
+        ("qzeros", {"packing_format": "auto_round"}, "found zero points of 0 to 0, expected 1 to 16"),
+        ("scales", {}, "found scales that float16 rounds"),
+    ],
+)
+def test_what_gptqs_packing_cannot_hold_is_refused_by_the_layers_name(
+    w4a16: Path, tmp_path: Path, suffix: str, block: dict[str, str], found: str
+) -> None:
+    stored = weights_of(w4a16)[f"{LAYER}.{suffix}"]
+    changed = torch.zeros_like(stored) if suffix == "qzeros" else stored.float() * 1.0001
+    source = rewritten(w4a16, {f"{LAYER}.{suffix}": changed}, **block)
+    message = refused(source, tmp_path / "out", Recipe(method="keep", dialect="auto-round"))
+    assert f"layer '{LAYER}': {found}" in message
+
+
 def test_keep_of_an_unquantized_model_is_refused(tiny_pipeline_folder: Path, tmp_path: Path) -> None:
     assert "nothing quantized" in refused(tiny_pipeline_folder, tmp_path / "out", Recipe(method="keep"))
 
