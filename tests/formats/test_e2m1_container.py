@@ -27,3 +27,9 @@ def test_only_values_of_e2m1_are_packed():
             refused.append(stored.float().item())
     assert len(refused) == 256 - 16
     assert not set(refused) & set(E2M1_VALUES)
+
+
+@pytest.mark.parametrize("shape", [(0, 4), (4, 0)])
+def test_nothing_is_packed_to_nothing(shape):
+    packed = pack_container(torch.zeros(shape).to(torch.float8_e4m3fn))
+    assert (packed.dtype, tuple(packed.shape)) == (torch.uint8, (shape[0], shape[1] // 2))
