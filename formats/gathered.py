@@ -17,7 +17,7 @@ from torch import Tensor
 
 from omni_convert.formats.checkpoint import Checkpoint
 from omni_convert.formats.errors import CheckpointError
-from omni_convert.formats.tensor_spec import TensorSpec
+from omni_convert.formats.tensor_spec import DTYPE_NAMES, TensorSpec
 from omni_convert.formats.view import CheckpointView, ViewedTensor
 
 __all__ = ["Run", "gathered_view", "trace_rows"]
@@ -129,11 +129,16 @@ def gathered_view(
         rows = sum(run.count for run in runs[name])
         columns = {math.prod(spec.shape[1:]) for spec in specs}
         dtypes = {spec.dtype for spec in specs}
-        if rows != (shape[0] if shape else 1) or columns != {math.prod(shape[1:])} or len(dtypes) > 1:
+        if rows != (shape[0] if shape else 1) or columns != {math.prod(shape[1:])}:
             sizes = ", ".join(f"{list(spec.shape)} of '{spec.name}'" for spec in specs[:2])
             raise CheckpointError(
                 f"{checkpoint.path}: tensor '{name}': found {rows} rows from {sizes}, expected {list(shape)} by the "
                 "config.json beside it; is it that of this model?"
+            )
+        if len(dtypes) > 1:
+            found = ", ".join(f"{DTYPE_NAMES[spec.dtype]} of '{spec.name}'" for spec in specs)
+            raise CheckpointError(
+                f"{checkpoint.path}: tensor '{name}': found rows in {found}, expected one dtype; cast the model to one"
             )
         tensors.append(_Gathered(TensorSpec(name, dtypes.pop(), shape), checkpoint, tuple(runs[name])))
         if specs[0].name in earlier:

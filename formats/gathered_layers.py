@@ -76,26 +76,44 @@ def gathered_layers(
     Raises:
         CheckpointError: a tensor has another size, or what it consists of cannot be one layer.
     """
+    parts = {name: _parts(quantized, name, runs[name], shape) for name, shape in shapes.items()}
     plain = dequantized_view(quantized)
     gathered = gathered_view(plain, runs, shapes)
     tensors: list[ViewedTensor] = []
     layers: dict[str, StoredLayer] = {}
     kept: list[str] = []
     for name, spec in gathered.items():
-        parts = [_part(quantized, run) for run in runs[name]]
-        if not any(parts):
+        if not parts[name]:
             tensors.append(gathered.tensor(name))
             kept.append(name)
             continue
-        whole = [part for part in parts if part is not None]
-        if len(whole) < len(parts) or not name.endswith(WEIGHT) or len(spec.shape) != 2:
-            raise _refusal(quantized, name, "it would consist of quantized rows and others")
         stem = name.removesuffix(WEIGHT)
-        layers[stem] = StoredLayer(stem, whole[0].layer.format, (spec.shape[0], spec.shape[1]))
-        tensors += _tensors_of(quantized, layers[stem], whole)
+        layers[stem] = StoredLayer(stem, parts[name][0].layer.format, (spec.shape[0], spec.shape[1]))
+        tensors += _tensors_of(quantized, layers[stem], parts[name])
     view = CheckpointView(plain, tensors)
     stored = {stem: QuantizedLayer(view, layer, layer.format.layout(*layer.shape)) for stem, layer in layers.items()}
     return replace(quantized, checkpoint=view, layers=stored, kept={name: name for name in kept})
+
+
+def _parts(quantized: QuantizedCheckpoint, name: str, runs: Sequence[Run], shape: tuple[int, ...]) -> Sequence[_Part]:
+    """What a tensor consists of, if that is quantized; nothing else.
+
+    Raises:
+        CheckpointError: only some of it is, or it is no weight of a linear.
+    """
+    found = [(run.source, _part(quantized, run)) for run in runs]
+    parts = [part for _, part in found if part is not None]
+    if not parts:
+        return ()
+    rows = f"rows of '{parts[0].layer.stem}', which is quantized"
+    if len(parts) < len(found):
+        other = next(source for source, part in found if part is None)
+        raise _refusal(quantized, name, f"it would join {rows}, and of '{other}', which is not")
+    if not name.endswith(WEIGHT):
+        raise _refusal(quantized, name, f"it would consist of {rows}, and is not called NAME{WEIGHT}")
+    if len(shape) != 2:
+        raise _refusal(quantized, name, f"it would consist of {rows}, and is no matrix but {list(shape)}")
+    return parts
 
 
 def _part(quantized: QuantizedCheckpoint, run: Run) -> _Part | None:

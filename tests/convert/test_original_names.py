@@ -191,6 +191,31 @@ def test_layers_are_joined_only_if_they_share_what_is_of_the_whole_weight(tmp_pa
             assert both.dequantize(30, 66).equal(torch.cat([a, b, a[8:16]])[30:66])
 
 
+@pytest.mark.parametrize(
+    ("name", "runs", "shape", "why"),
+    [
+        (
+            "c.weight",
+            [Run("a.weight", 0, 32), Run("b.weight", 0, 8)],
+            (40, 64),
+            "'a', which is quantized, and of 'b.we",
+        ),
+        ("c.bias", [Run("a.weight", 0, 32)], (32, 64), r"'a', which is quantized, and is not called NAME\.weight"),
+        ("c.weight", [Run("a.weight", 0, 32)], (32, 64, 1), r"'a', .* and is no matrix but \[32, 64, 1\]"),
+        ("c.weight", [Run("b.weight", 0, 8), Run("d.weight", 0, 8)], (16, 64), "rows in BF16 of 'b.weight', F16 of 'd"),
+    ],
+    ids=["partly quantized", "no weight", "no matrix", "two dtypes"],
+)
+def test_what_cannot_be_one_layer_is_refused_by_its_cause(
+    name: str, runs: list[Run], shape: tuple[int, ...], why: str, tmp_path: Path
+) -> None:
+    tensors = {f"a.{suffix}": tensor for suffix, tensor in Fp8().quantize(torch.randn(32, 64)).items()}
+    plain = {"b.weight": torch.ones(8, 64).bfloat16(), "d.weight": torch.ones(8, 64).half()}
+    save_file(tensors | plain, tmp_path / WEIGHTS)
+    with open_quantized(tmp_path) as opened, pytest.raises(CheckpointError, match=rf"tensor '{name}': .*{why}"):
+        gathered_layers(opened, {name: runs}, {name: shape})
+
+
 def test_a_file_of_another_model_is_refused_by_tensor(tiny_pipeline_folder: Path, tmp_path: Path) -> None:
     tensors = original(load_file(tiny_pipeline_folder / "transformer" / WEIGHTS))
     del tensors["model.diffusion_model.layers.1.feed_forward.w2.weight"]
