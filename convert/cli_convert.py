@@ -15,6 +15,7 @@ from omni_convert.convert.recipe import (
     ACTIVATION_SCHEMES,
     DIALECT_NAMES,
     DTYPES,
+    GGUF_NAMES,
     GGUF_TYPES,
     METHODS,
     ROUNDINGS,
@@ -61,6 +62,11 @@ __all__ = ["convert_command", "dequantize_command", "push_command"]
 @click.option("--scale-rule", metavar="NAME", help="MX exponent rule: floor, ceil, rceil, even, uos, mse, msmodelslim.")
 @click.option("--group-size", type=int, metavar="N", help="Columns that share a scale with w4a16: 32, 64 or 128.")
 @click.option("--gguf-type", type=click.Choice(GGUF_TYPES), help="Of quantized tensors with gguf. Default: Q8_0.")
+@click.option(
+    "--gguf-names",
+    type=click.Choice(GGUF_NAMES),
+    help="Of tensors with gguf. Default: original, which ComfyUI needs, where diffusers reads them too.",
+)
 @click.option("--no-search", "search", flag_value=False, default=True, help="Take scales by rule, do not search them.")
 @click.option("--moments", type=click.Path(path_type=Path), multiple=True, help="Second moments for --rounding.")
 @click.option("--rounding", type=click.Choice(ROUNDINGS), help="Of weights. Default: auto with moments, else nearest.")

@@ -6,7 +6,8 @@ from dataclasses import replace
 
 from omni_convert.convert.component_plan import ComponentPlan, replace_config
 from omni_convert.convert.component_weights import model_class
-from omni_convert.convert.gguf_layers import choose_gguf, original_names
+from omni_convert.convert.gguf_layers import choose_gguf
+from omni_convert.convert.gguf_names import choose_names
 from omni_convert.convert.quantizing import requantizing_notes
 from omni_convert.convert.recipe import Recipe
 from omni_convert.convert.selection import format_for
@@ -20,13 +21,19 @@ from omni_convert.formats.sharding import Shards
 
 __all__ = ["plan_gguf"]
 
+HOW_TO_LOAD = (
+    "load it with from_single_file(FILE, config=FOLDER OF ITS config.json, "
+    "quantization_config=GGUFQuantizationConfig(...))"
+)
+
 
 def plan_gguf(component: SourceComponent, recipe: Recipe) -> ComponentPlan:
     """Decides what every tensor becomes: linears in blocks the type asked for, the rest float32, which all read.
 
     Raises:
         CheckpointError: the model is quantized in a way that nobody here reads.
-        RecipeError: transformers loads the component; or nothing is left to quantize.
+        RecipeError: transformers loads the component; nothing is left to quantize; or it cannot have the names asked
+            for.
     """
     from omni_convert.formats.gguf_writer import GgufFile
 
@@ -35,9 +42,10 @@ def plan_gguf(component: SourceComponent, recipe: Recipe) -> ComponentPlan:
         raise RecipeError(
             f"--component {component.name}={Gguf.method}: found a model of transformers, expected one of diffusers"
         )
-    weights, kind_of_model = component.weights, model_class(component.config)
-    architecture = architecture_of(kind_of_model)
-    groups, kept = choose_gguf(weights, component.config_path, architecture, recipe)
+    architecture = architecture_of(model_class(component.config))
+    names = choose_names(component.weights, component.config, recipe)
+    weights = names.checkpoint
+    groups, kept = choose_gguf(component.weights, names, component.config_path, architecture, recipe)
     steps: dict[str, QuantizeStep] = {}
     for group in groups:
         fmt = format_for(Gguf.method, recipe, group, weights, calibrated=False)
@@ -46,17 +54,11 @@ def plan_gguf(component: SourceComponent, recipe: Recipe) -> ComponentPlan:
     ordered = tuple(ordered_steps(weights, steps, replace(recipe, dtype="float32")))
     kind = next(iter(steps.values())).format
     assert isinstance(kind, Gguf)
-    content = GgufFile(
-        architecture,
-        kind.type,
-        {weight.name: weight.shape for step in steps.values() for weight in step.weights},
-        original_names(kind_of_model, weights.keys()),
-    )
-    spelled = "its original" if content.names else "diffusers'"
-    note = (
-        f"{component.label}: the GGUF file has {spelled} names; load it with from_single_file(FILE, "
-        "config=FOLDER OF ITS config.json, quantization_config=GGUFQuantizationConfig(...))"
-    )
+    shapes = {weight.name: weight.shape for step in steps.values() for weight in step.weights}
+    content = GgufFile(architecture, kind.type, shapes)
+    note = f"{component.label}: the GGUF file has {names.note}"
+    if names.is_for_diffusers:
+        note += f"; {HOW_TO_LOAD}"
     return ComponentPlan(
         component.name,
         Gguf.method,

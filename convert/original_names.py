@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from omni_convert.formats.checkpoint import Checkpoint
 from omni_convert.formats.errors import CheckpointError
 from omni_convert.formats.gathered import Run, gathered_view, trace_rows
 from omni_convert.formats.gathered_layers import gathered_layers
 from omni_convert.formats.quantized import QuantizedCheckpoint
+from omni_convert.formats.tensor_spec import TensorSpec
 from omni_convert.formats.view import CheckpointView, dequantized_view
 
 __all__ = [
@@ -22,6 +24,7 @@ __all__ = [
     "layers_under_diffusers_names",
     "missing_config",
     "shapes_of",
+    "trace_conversion",
     "under_diffusers_names",
 ]
 
@@ -83,29 +86,57 @@ class _Traced:
         return sorted(self.runs.keys() - self.shapes.keys())
 
 
-def _trace(checkpoint: Checkpoint, config: Mapping[str, Any], model_class: str) -> _Traced | None:
-    import diffusers
+def trace_conversion(
+    specs: Mapping[str, TensorSpec],
+    config: Mapping[str, Any],
+    model_class: str,
+    prepare: Callable[[dict[str, Tensor]], dict[str, Tensor]] = lambda tensors: tensors,
+) -> dict[str, list[Run]] | None:
+    """Diffusers' name → the rows that its conversion of single files makes the tensor of; None if it has none.
+
+    Args:
+        prepare: makes what the conversion is given of the tensors
+
+    Raises:
+        CheckpointError: the conversion fails, or computes a tensor.
+    """
     from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
 
     known = SINGLE_FILE_LOADABLE_CLASSES.get(model_class)
     if known is None:
         return None
-    shapes = shapes_of(getattr(diffusers, model_class), config)
-    if shapes.keys() <= checkpoint.keys():
-        return None
-    try:
-        runs = trace_rows(
-            checkpoint, lambda tensors: known["checkpoint_mapping_fn"](config=dict(config), checkpoint=tensors)
+
+    def convert(tensors: dict[str, Tensor]) -> Mapping[str, Tensor]:
+        converted: Mapping[str, Tensor] = known["checkpoint_mapping_fn"](
+            config=dict(config), checkpoint=prepare(tensors)
         )
-    except CheckpointError as error:
-        raise CheckpointError(f"{checkpoint.path}: {error}") from None
+        return converted
+
+    try:
+        return trace_rows(specs, convert)
     # Conversions fail in whatever way a file that they do not know makes them.
     except (ValueError, KeyError, IndexError, RuntimeError, AttributeError, TypeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise CheckpointError(
-            f"{checkpoint.path}: found names that diffusers cannot convert to those of {model_class} "
+            f"found names that diffusers cannot convert to those of {model_class} "
             f"({type(error).__name__}: {reason}); expected that model, in its original names or diffusers'"
         ) from None
+
+
+def _trace(checkpoint: Checkpoint, config: Mapping[str, Any], model_class: str) -> _Traced | None:
+    import diffusers
+    from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
+
+    if model_class not in SINGLE_FILE_LOADABLE_CLASSES:
+        return None
+    shapes = shapes_of(getattr(diffusers, model_class), config)
+    if shapes.keys() <= checkpoint.keys():
+        return None
+    try:
+        runs = trace_conversion(checkpoint, config, model_class)
+    except CheckpointError as error:
+        raise CheckpointError(f"{checkpoint.path}: {error}") from None
+    assert runs is not None, "the class is known"
     missing = [name for name in shapes if name not in runs]
     if missing:
         raise CheckpointError(

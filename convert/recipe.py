@@ -14,6 +14,7 @@ from omni_convert.formats.errors import RecipeError
 
 __all__ = [
     "DIALECT_NAMES",
+    "GGUF_NAMES",
     "GGUF_TYPES",
     "METHODS",
     "STORAGE_METHODS",
@@ -27,6 +28,8 @@ __all__ = [
 METHODS = ("fp8", "int8", "mxfp8", "mxfp4", "mxfp4_dualscale", "nvfp4", "w4a16", "gguf")
 # As METHODS: a test holds them equal to the types of `formats/gguf.py`.
 GGUF_TYPES = ("Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0", "MXFP4", "BF16", "F16")
+#: Whose names the tensors of a GGUF file have.
+GGUF_NAMES = ("original", "diffusers")
 # What only components beside the transformers may be: not run quantized, but stored so.
 STORAGE_METHODS = ("fp8_storage",)
 # What may be done with a quantized model without quantizing it again.
@@ -43,6 +46,7 @@ METHODS_OF_OPTION = {
     "int8_fused_scales": ("int8",),
     "group_size": ("w4a16",),
     "gguf_type": ("gguf",),
+    "gguf_names": ("gguf",),
 }
 LORA_COMPONENT = re.compile(r"([A-Za-z]\w*)=")
 ENGINE = re.compile(r"local|ray|(ray://)?[\w.-]+:\d+|ray://[\w.-]+")
@@ -116,6 +120,7 @@ class Recipe:
     scale_rule: str | None = None
     group_size: int | None = None
     gguf_type: str | None = None
+    gguf_names: str | None = None
     search: bool = True
     rounding: str | None = None
     bf16_blocks: int | None = None
@@ -151,6 +156,7 @@ class Recipe:
             object.__setattr__(self, "dialect", "auto-round")  # whose spelling of it vLLM-Omni reads
         _check_choice("activation-scheme", self.activation_scheme, ACTIVATION_SCHEMES)
         _check_choice("gguf-type", self.gguf_type, GGUF_TYPES)
+        _check_choice("gguf-names", self.gguf_names, GGUF_NAMES)
         _check_choice("runtime", self.runtime, RUNTIMES)
         _check_choice("int8-fused-scales", self.int8_fused_scales, ("shared", "per-row"))
         _check_choice("rounding", self.rounding, ROUNDINGS)
@@ -281,6 +287,7 @@ class Recipe:
             "scale_rule": self.scale_rule,
             "group_size": self.group_size,
             "gguf_type": self.gguf_type,
+            "gguf_names": self.gguf_names,
             "search": self.search,
             "rounding": None if self.effective_rounding == "nearest" else self.effective_rounding,
             "bf16_blocks": self.bf16_blocks,

@@ -22,6 +22,9 @@ from omni_convert.formats.view import CheckpointView, ViewedTensor
 
 __all__ = ["Run", "gathered_view", "trace_rows"]
 
+# What float32 holds without a change.
+WIDENED = {torch.float32, torch.bfloat16, torch.float16}
+
 
 @dataclass(frozen=True)
 class Run:
@@ -60,8 +63,9 @@ class _Gathered(ViewedTensor):
                 offset = run.start - first
                 parts.append(self.checkpoint.read_rows(run.source, low + offset, high + offset))
             first += run.count
-        rows = parts[0] if len(parts) == 1 else torch.cat([part.flatten(1 if part.dim() > 1 else 0) for part in parts])
-        return rows.reshape(stop - start, *self.spec.shape[1:])
+        if len(parts) > 1:
+            parts = [torch.cat([part.flatten(1 if part.dim() > 1 else 0).to(self.spec.dtype) for part in parts])]
+        return parts[0].to(self.spec.dtype).reshape(stop - start, *self.spec.shape[1:])
 
 
 def trace_rows(
@@ -110,13 +114,18 @@ def trace_rows(
 
 
 def gathered_view(
-    checkpoint: Checkpoint, runs: Mapping[str, Sequence[Run]], shapes: Mapping[str, tuple[int, ...]]
+    checkpoint: Checkpoint,
+    runs: Mapping[str, Sequence[Run]],
+    shapes: Mapping[str, tuple[int, ...]],
+    *,
+    widens: bool = False,
 ) -> CheckpointView:
     """The checkpoint with these tensors.
 
     Args:
         runs: of each tensor, from `trace_rows`
         shapes: what each should be; columns may have other dimensions in the file, not another number
+        widens: floats of several dtypes become float32 together
 
     Raises:
         CheckpointError: a tensor has another size, or several dtypes.
@@ -128,19 +137,26 @@ def gathered_view(
         specs = [checkpoint[run.source] for run in runs[name]]
         rows = sum(run.count for run in runs[name])
         columns = {math.prod(spec.shape[1:]) for spec in specs}
-        dtypes = {spec.dtype for spec in specs}
+        dtype = _dtype_of({spec.dtype for spec in specs}, widens=widens)
         if rows != (shape[0] if shape else 1) or columns != {math.prod(shape[1:])}:
             sizes = ", ".join(f"{list(spec.shape)} of '{spec.name}'" for spec in specs[:2])
             raise CheckpointError(
                 f"{checkpoint.path}: tensor '{name}': found {rows} rows from {sizes}, expected {list(shape)} by the "
                 "config.json beside it; is it that of this model?"
             )
-        if len(dtypes) > 1:
+        if dtype is None:
             found = ", ".join(f"{DTYPE_NAMES[spec.dtype]} of '{spec.name}'" for spec in specs)
             raise CheckpointError(
                 f"{checkpoint.path}: tensor '{name}': found rows in {found}, expected one dtype; cast the model to one"
             )
-        tensors.append(_Gathered(TensorSpec(name, dtypes.pop(), shape), checkpoint, tuple(runs[name])))
+        tensors.append(_Gathered(TensorSpec(name, dtype, shape), checkpoint, tuple(runs[name])))
         if specs[0].name in earlier:
             storage[name] = earlier[specs[0].name]
     return CheckpointView(checkpoint, tensors, storage)
+
+
+def _dtype_of(dtypes: set[torch.dtype], *, widens: bool) -> torch.dtype | None:
+    """The one dtype, or what holds the numbers of all without a change."""
+    if len(dtypes) == 1:
+        return next(iter(dtypes))
+    return torch.float32 if widens and dtypes <= WIDENED else None

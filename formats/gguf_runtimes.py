@@ -41,7 +41,7 @@ ARCHITECTURES = (
 OF_DIFFUSERS = {
     "flux": ("transformer_blocks.", "single_transformer_blocks."),
     "wan": ("condition_embedder.",),
-    "lumina2": ("all_x_embedder.",),
+    "lumina2": ("all_x_embedder.", "time_caption_embed."),
     "hyvid": ("context_embedder.",),
 }
 # Start of a class's name; of FLUX.2 only klein, which its class does not tell.
@@ -84,8 +84,15 @@ def gguf_verdicts(opened: QuantizedCheckpoint, family: Family | None) -> Iterato
         )
     else:
         yield Verdict("stable-diffusion.cpp", "loads", "by its tensors' names; every type of ggml")
-    is_adapted = family is not None and any(name.startswith(PLUGIN_CLASSES) for name in family.model_classes)
-    yield Verdict(VLLM_OMNI, "loads" if is_adapted else "refuses", PLUGIN)
+    yield _of_vllm_omni(file.architecture, file.entries, family)
+
+
+def _of_vllm_omni(architecture: str | None, names: Mapping[str, object], family: Family | None) -> Verdict:
+    if family is None or not any(name.startswith(PLUGIN_CLASSES) for name in family.model_classes):
+        return Verdict(VLLM_OMNI, "refuses", PLUGIN)
+    if has_diffusers_names(architecture, names):
+        return Verdict(VLLM_OMNI, "wrong", "its plugin renames from the model's own code, and spoils diffusers' names")
+    return Verdict(VLLM_OMNI, "loads", PLUGIN)
 
 
 def _of_comfyui(architecture: str | None, names: Mapping[str, object], slow: list[str]) -> Verdict:

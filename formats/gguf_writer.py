@@ -47,13 +47,11 @@ class GgufFile:
         architecture: `general.architecture`
         type: of the quantized tensors
         shapes: quantized tensor → its shape; the others have theirs and the type of their dtype
-        names: tensor → its name in the file, where that is another
     """
 
     architecture: str
     type: str
     shapes: Mapping[str, tuple[int, ...]]
-    names: Mapping[str, str]
 
     def entry(self, spec: TensorSpec) -> tuple[str, tuple[int, ...], gguf.GGMLQuantizationType]:
         """Name, shape and type in the file.
@@ -61,7 +59,7 @@ class GgufFile:
         Raises:
             CheckpointError: GGUF has no such type.
         """
-        name = self.names.get(spec.name, spec.name)
+        name = spec.name
         if spec.name in self.shapes:
             return name, self.shapes[spec.name], gguf.GGMLQuantizationType[self.type]
         if spec.dtype not in TYPE_NAMES:

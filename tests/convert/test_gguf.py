@@ -11,7 +11,6 @@ from diffusers.quantizers.gguf.utils import GGUFParameter, dequantize_gguf_tenso
 from safetensors.torch import load_file
 
 from omni_convert.convert.conversion import convert_checkpoint
-from omni_convert.convert.gguf_layers import original_names
 from omni_convert.convert.recipe import GGUF_TYPES, Recipe
 from omni_convert.formats import gguf as gguf_format
 from omni_convert.formats.errors import RecipeError
@@ -169,16 +168,6 @@ def test_ignored_layers_stay_in_float32(flux_folder: Path, tmp_path: Path) -> No
 
 def test_types_that_the_command_line_offers_are_those_there_are() -> None:
     assert sorted(GGUF_TYPES) == sorted(gguf_format.GGUF_TYPES)
-
-
-def test_wan_keeps_the_names_of_diffusers_where_its_conversion_would_lose_a_tensor() -> None:
-    lost = "condition_embedder.image_embedder.pos_embed"
-    names = ["blocks.0.attn1.to_q.weight", "scale_shift_table"]
-    assert original_names("WanTransformer3DModel", names) == {
-        "blocks.0.attn1.to_q.weight": "blocks.0.self_attn.q.weight",
-        "scale_shift_table": "head.modulation",
-    }
-    assert original_names("WanTransformer3DModel", [*names, lost]) == {}
 
 
 def test_architectures_are_called_as_comfyui_gguf_does() -> None:
