@@ -19,7 +19,7 @@ from omni_convert.formats.quantized import QuantizedCheckpoint, QuantizedLayer, 
 from omni_convert.formats.runtimes import CONSUMERS
 from omni_convert.formats.tensor_spec import DTYPE_NAMES, TensorSpec
 
-__all__ = ["COMPANIONS", "LOW_BIT", "LenientReading", "read_leniently"]
+__all__ = ["CODES", "COMPANIONS", "LOW_BIT", "LenientReading", "read_leniently"]
 
 #: Leaves of names that only make sense beside codes.
 COMPANIONS = (
@@ -43,6 +43,7 @@ COMPANIONS = (
     "g_idx",
     "comfy_quant",
 )
+#: Leaves of names of codes.
 CODES = ("weight", "weight_packed", "qweight")
 LOW_BIT = (torch.float8_e4m3fn, torch.float8_e5m2, torch.int8, torch.uint8, torch.int32)
 # What a whole file is marked with; every part of it needs it to be read.
@@ -213,6 +214,12 @@ def _has_codes(found: Found, stem: str, layers: Collection[str]) -> bool:
 def _without_scale(found: Found, stem: str, spec: TensorSpec, consumer: str) -> Finding:
     beside = [leaf for leaf in COMPANIONS if f"{stem}.{leaf}" in found.checkpoint]
     have = f"{' and '.join(beside)}, which do not make a format with them" if beside else "no scale"
+    if not consumer and beside and not found.block:
+        return Finding(
+            "error", "no-block", stem, f"found {DTYPE_NAMES[spec.dtype]} codes with {' and '.join(beside)}, but no "
+            "quantization_config that says what they are", "every runtime: takes codes for weights, or misses tensors",
+            "restore config.json, or convert again",
+        )  # fmt: skip
     if not consumer:  # weights cast to FP8 and nothing else are common, and run
         return Finding(
             "warning", "missing-companion", stem, f"found {DTYPE_NAMES[spec.dtype]} codes with {have}",

@@ -28,6 +28,7 @@ from omni_convert.loaders.kernels.kernel import Activations
 from omni_convert.loaders.quantized_linear import QuantizedLinear
 from omni_convert.loaders.report import kernel_report, require_scaled_gemm
 from omni_convert.loaders.transformers_quantizer import TransformersConfig
+from omni_convert.loaders.undeclared import refuse_undeclared
 
 __all__ = ["load_pipeline"]
 
@@ -69,6 +70,7 @@ def load_pipeline(
     config = build_quant_config(quantization)
     try:
         requested = _requested_configs(str(model), config, kwargs)
+        refuse_undeclared(model, kwargs.keys())
         in_gguf = load_gguf_components(model, torch_dtype)
         for name in in_gguf.keys() & requested.keys():
             raise RecipeError(
