@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -109,25 +109,23 @@ def _swapped(layer: QuantizedLayer, codes: Tensor) -> Tensor | None:
     return pairs.flip(-1).flatten(1).view(codes.dtype)
 
 
-def check_kept(
-    checkpoint: Checkpoint,
-    kept: Mapping[str, str],
-    reference: Checkpoint,
-    progress: Callable[[int], None] = lambda _: None,
-) -> Iterator[Finding]:
-    """Whether what is not quantized is what the reference has."""
-    for name, stored in kept.items():
-        spec, other = checkpoint[stored], reference.get(name)
-        if other is None or not spec.shape:
-            continue
-        if other.shape != spec.shape:
-            what = f"found {list(spec.shape)}, the reference has {list(other.shape)}"
-            yield Finding("error", "differs-from-reference", name, what, "every runtime", "convert the model again")
-            continue
-        if not all(
-            torch.equal(checkpoint.read_rows(stored, *rows), reference.read_rows(name, *rows).to(spec.dtype))
-            for rows in tile_ranges(spec.shape)
-        ):
-            what = "found other values than in the reference, but it is not quantized"
-            yield Finding("error", "differs-from-reference", name, what, "every runtime", "convert the model again")
-        progress(spec.nbytes)
+def check_kept(checkpoint: Checkpoint, stored: str, reference: Checkpoint, name: str) -> Iterator[Finding]:
+    """Whether a tensor that is not quantized is what the reference has.
+
+    Args:
+        stored: its name in the checkpoint
+        name: that in the reference
+    """
+    spec, other = checkpoint[stored], reference.get(name)
+    if other is None or not spec.shape:
+        return
+    what = ""
+    if other.shape != spec.shape:
+        what = f"found {list(spec.shape)}, the reference has {list(other.shape)}"
+    elif not all(
+        torch.equal(checkpoint.read_rows(stored, *rows), reference.read_rows(name, *rows).to(spec.dtype))
+        for rows in tile_ranges(spec.shape)
+    ):
+        what = "found other values than in the reference, but it is not quantized"
+    if what:
+        yield Finding("error", "differs-from-reference", name, what, "every runtime", "convert the model again")

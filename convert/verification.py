@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from threading import Event
@@ -122,12 +123,18 @@ def _verify(source: Source, name: str, reference: Source | None, progress: Calla
         is_gguf = reading.quantized.dialect == GGUF.name
         findings = [*reading.findings, *(check_gguf(reading, config) if is_gguf else check_block(reading, config))]
         findings += _scope(source, reading, config)
-        findings += _values(reading, progress)
-        errors: dict[str, float] = {}
-        if reference is not None:
-            compare = _compared_gguf if is_gguf else _compared
-            findings += compare(reading, reference, name, config, errors)
         quantized = reading.quantized
+        errors: dict[str, float] = {}
+        compared = reference if quantized.layers or is_gguf else None
+        with _open_reference(compared, name, config) if compared is not None else nullcontext() as original:
+            findings += _values(reading, progress, None if is_gguf else original, errors)
+            if is_gguf and original is not None:
+                findings += compare_gguf(quantized, original, config, errors)
+        if compared is not None and quantized.layers and not errors:
+            raise CheckpointError(
+                f"{compared.path}: found none of the {len(quantized.layers)} quantized layers of {checkpoint.path}, "
+                "expected the model that it was made of"
+            )
         return VerifiedComponent(
             name,
             quantized.dialect if reading.shapes or reading.findings or is_gguf else None,
@@ -195,10 +202,17 @@ def _encoder_layers(source: Source, family: Family) -> tuple[str, ...]:
         return ()
 
 
-def _values(reading: LenientReading, progress: Callable[[int], None]) -> list[Finding]:
+def _values(
+    reading: LenientReading, progress: Callable[[int], None], original: Checkpoint | None, errors: dict[str, float]
+) -> list[Finding]:
+    """What is wrong with values, and then what differs from the original, which fills `errors`.
+
+    Each tensor is compared when it has just been looked at, and the system has its bytes in memory.
+    """
     quantized, checkpoint = reading.quantized, reading.quantized.checkpoint
     findings: list[Finding] = []
-    for layer in quantized.layers.values():
+    differences: list[Finding] = []
+    for stem, layer in quantized.layers.items():
         assert quantized.dialect is not None
         try:
             findings += check_values(layer, quantized.dialect, progress)
@@ -206,56 +220,25 @@ def _values(reading: LenientReading, progress: Callable[[int], None]) -> list[Fi
             findings.append(
                 Finding("error", "damaged-file", layer.stem, str(error), "every runtime", "download it again")
             )
-    for stored in quantized.kept.values():
-        spec = checkpoint[stored]
-        if spec.dtype.is_floating_point and spec.dtype.itemsize > 1:
-            ranges = tile_ranges(spec.shape) if spec.shape else ()
-            tiles = (
-                (checkpoint.read_rows(stored, *rows) for rows in ranges)
-                if spec.shape
-                else iter([checkpoint.read(stored)])
-            )
-            findings += check_finite(stored, tiles)
-        progress(spec.nbytes)
-    return findings
+        if original is not None:
+            error_of_layer, flaws = check_against(layer, original, quantized.dialect)
+            differences += flaws
+            errors |= {} if error_of_layer is None else {stem: error_of_layer}
+    for name, stored in quantized.kept.items():
+        findings += _kept_values(checkpoint, stored)
+        progress(checkpoint[stored].nbytes)
+        if original is not None:
+            differences += check_kept(checkpoint, stored, original, name)
+    return findings + differences
 
 
-def _compared(
-    reading: LenientReading, reference: Source, name: str, config: dict[str, Any], errors: dict[str, float]
-) -> list[Finding]:
-    """Findings against the reference; fills `errors`."""
-    quantized = reading.quantized
-    if not quantized.layers:
+def _kept_values(checkpoint: Checkpoint, name: str) -> list[Finding]:
+    spec = checkpoint[name]
+    if not spec.dtype.is_floating_point or spec.dtype.itemsize == 1:
         return []
-    findings: list[Finding] = []
-    with _open_reference(reference, name, config) as original:
-        for stem, layer in quantized.layers.items():
-            assert quantized.dialect is not None
-            error, flaws = check_against(layer, original, quantized.dialect)
-            findings += flaws
-            if error is not None:
-                errors[stem] = error
-        findings += check_kept(quantized.checkpoint, quantized.kept, original)
-    if not errors:
-        raise CheckpointError(
-            f"{reference.path}: found none of the {len(quantized.layers)} quantized layers of "
-            f"{quantized.checkpoint.path}, expected the model that it was made of"
-        )
-    return findings
-
-
-def _compared_gguf(
-    reading: LenientReading, reference: Source, name: str, config: dict[str, Any], errors: dict[str, float]
-) -> list[Finding]:
-    """As `_compared`; the file may have other names than the reference."""
-    with _open_reference(reference, name, config) as original:
-        findings = compare_gguf(reading.quantized, original, config, errors)
-    if reading.quantized.layers and not errors:
-        raise CheckpointError(
-            f"{reference.path}: found none of the tensors of {reading.quantized.checkpoint.path}, expected the model "
-            "that it was made of"
-        )
-    return findings
+    if not spec.shape:
+        return check_finite(name, iter([checkpoint.read(name)]))
+    return check_finite(name, (checkpoint.read_rows(name, *rows) for rows in tile_ranges(spec.shape)))
 
 
 def _open_reference(reference: Source, name: str, config: dict[str, Any]) -> Checkpoint:
