@@ -6,6 +6,7 @@ nibble orders, or each *value* (not code) lies in an E4M3 container, which holds
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal
 
 import torch
@@ -20,6 +21,7 @@ __all__ = [
     "decode_e2m1",
     "decode_packed",
     "encode_e2m1",
+    "grid_flaw",
     "holds_e2m1",
     "is_e2m1",
     "pack_nibbles",
@@ -86,6 +88,13 @@ def is_e2m1(values: Tensor) -> Tensor:
     """Which elements of any float tensor are E2M1 values; bool, same shape. NaN is not."""
     numbers = values.float()
     return round_to_e2m1(numbers) == numbers
+
+
+def grid_flaw(tensors: Mapping[str, Tensor]) -> str | None:
+    """Why the weight among tensors is none of E2M1 values in an E4M3 container, or None."""
+    if "weight" not in tensors or holds_e2m1(tensors["weight"]):
+        return None
+    return "weight: found E4M3 bytes off the E2M1 grid, expected 0, ±0.5, 1, 1.5, 2, 3, 4 or 6"
 
 
 def holds_e2m1(container: Tensor) -> bool:

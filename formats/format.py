@@ -207,22 +207,22 @@ class QuantizingFormat(Format):
     #: What `fit` makes is so large, or takes so much memory to make, that only one may exist at a time.
     fits_alone: bool = False
 
-    @abstractmethod
     def unsupported(self, out_features: int, in_features: int) -> str | None:
         """Why a weight of this shape cannot be stored in this format, or None."""
+        return None
 
-    @abstractmethod
     def fit(self, weights: Sequence[WeightRows], inputs: InputStatistics | None) -> Any:
-        """Decides what a fused group shares.
+        """Decides what a fused group shares: nothing, unless the format says so.
 
         Args:
             weights: members of the group, each [out_i, in]
             inputs: statistics of their common input, if calibrated
         """
+        return None
 
-    @abstractmethod
     def constants(self, fitted: Any) -> dict[str, Tensor]:
         """Tensors with `rows_per_entry == 0`, equal for every member of the group."""
+        return {}
 
     @abstractmethod
     def quantize_rows(self, rows: Tensor, fitted: Any) -> dict[str, Tensor]:

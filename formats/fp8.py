@@ -21,6 +21,7 @@ from torch import Tensor
 
 from omni_convert.formats.float8 import E4M3_MAX, round_to_e4m3
 from omni_convert.formats.format import ElementFormat, InputStatistics, TensorLayout, WeightRows, weight_amax
+from omni_convert.formats.scalar_scale import SCALAR, scalars, static_scale
 from omni_convert.formats.tiling import quantize_in_tiles
 
 __all__ = ["E4M3_MAX", "Fp8", "Fp8Block", "round_to_e4m3"]
@@ -45,30 +46,19 @@ class Fp8(ElementFormat):
     def label(self) -> str:
         return "fp8 static" if self.static else "fp8"
 
-    def unsupported(self, out_features: int, in_features: int) -> str | None:
-        return None
-
     def layout(self, out_features: int, in_features: int) -> dict[str, TensorLayout]:
         layout = {
             "weight": TensorLayout(torch.float8_e4m3fn, (out_features, in_features)),
-            "weight_scale": TensorLayout(torch.float32, (), rows_per_entry=0),
+            "weight_scale": SCALAR,
         }
-        if self.static:
-            layout["input_scale"] = TensorLayout(torch.float32, (), rows_per_entry=0)
-        return layout
+        return layout | ({"input_scale": SCALAR} if self.static else {})
 
     def fit(self, weights: Sequence[WeightRows], inputs: InputStatistics | None) -> _Fitted:
-        input_scale = None
-        if self.static:
-            assert inputs is not None, "planning demands statistics for static activations"
-            input_scale = inputs.clip(self.input_scale_rule, E4M3_MAX) / E4M3_MAX or 1.0
+        input_scale = static_scale(inputs, self.input_scale_rule, E4M3_MAX) if self.static else None
         return _Fitted(weight_amax(weights) / E4M3_MAX or 1.0, input_scale)
 
     def constants(self, fitted: _Fitted) -> dict[str, Tensor]:
-        constants = {"weight_scale": torch.tensor(fitted.weight_scale, dtype=torch.float32)}
-        if fitted.input_scale is not None:
-            constants["input_scale"] = torch.tensor(fitted.input_scale, dtype=torch.float32)
-        return constants
+        return scalars(weight_scale=fitted.weight_scale, input_scale=fitted.input_scale)
 
     def quantize_rows(self, rows: Tensor, fitted: _Fitted) -> dict[str, Tensor]:
         scale = torch.tensor(fitted.weight_scale, dtype=torch.float32, device=rows.device)
@@ -103,9 +93,6 @@ class Fp8Block(ElementFormat):
     def label(self) -> str:
         return "fp8 {}x{}".format(*self.block_size)
 
-    def unsupported(self, out_features: int, in_features: int) -> str | None:
-        return None
-
     def layout(self, out_features: int, in_features: int) -> dict[str, TensorLayout]:
         rows, columns = self.block_size
         blocks = (-(-out_features // rows), -(-in_features // columns))
@@ -113,12 +100,6 @@ class Fp8Block(ElementFormat):
             "weight": TensorLayout(torch.float8_e4m3fn, (out_features, in_features)),
             "weight_scale_inv": TensorLayout(torch.float32, blocks, rows_per_entry=rows),
         }
-
-    def fit(self, weights: Sequence[WeightRows], inputs: InputStatistics | None) -> None:
-        return None
-
-    def constants(self, fitted: None) -> dict[str, Tensor]:
-        return {}
 
     def quantize_rows(self, rows: Tensor, fitted: None) -> dict[str, Tensor]:
         blocks = self._blocks(rows.float())  # [row blocks, N, column blocks, K]

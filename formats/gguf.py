@@ -8,14 +8,14 @@ Limits:     in a multiple of 32, but for BF16 and F16; scales are FP16 and end a
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from omni_convert.formats.errors import RecipeError
-from omni_convert.formats.format import InputStatistics, QuantizingFormat, TensorLayout, WeightRows
+from omni_convert.formats.format import QuantizingFormat, TensorLayout
 from omni_convert.formats.gguf_blocks import BLOCK, BLOCK_TYPES
 
 __all__ = ["DEFAULT_TYPE", "GGUF_TYPES", "PLAIN_TYPES", "Gguf"]
@@ -58,12 +58,6 @@ class Gguf(QuantizingFormat):
             return {"weight": TensorLayout(PLAIN_TYPES[self.type], (out_features, in_features))}
         columns = in_features // BLOCK * BLOCK_TYPES[self.type].size
         return {"weight": TensorLayout(torch.uint8, (out_features, columns))}
-
-    def fit(self, weights: Sequence[WeightRows], inputs: InputStatistics | None) -> None:
-        """Nothing: every block stands for itself."""
-
-    def constants(self, fitted: None) -> dict[str, Tensor]:
-        return {}
 
     def quantize_rows(self, rows: Tensor, fitted: None) -> dict[str, Tensor]:
         if self.type in PLAIN_TYPES:

@@ -12,13 +12,13 @@ Scales:     the best of a few around amax / 7.5 by squared error; the largest nu
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from omni_convert.formats.format import ElementFormat, InputStatistics, TensorLayout, WeightRows
+from omni_convert.formats.format import ElementFormat, TensorLayout
 from omni_convert.formats.tiling import quantize_in_tiles
 
 __all__ = ["DEFAULT_GROUP", "PACKED_ROWS", "ZERO_POINT", "Int4"]
@@ -65,12 +65,6 @@ class Int4(ElementFormat):
             "weight_scale": scales,
             "weight_zero_point": scales,
         }
-
-    def fit(self, weights: Sequence[WeightRows], inputs: InputStatistics | None) -> None:
-        return None
-
-    def constants(self, fitted: None) -> dict[str, Tensor]:
-        return {}
 
     def quantize_rows(self, rows: Tensor, fitted: None) -> dict[str, Tensor]:
         return quantize_in_tiles(rows, self._quantize_tile)

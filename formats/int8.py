@@ -56,9 +56,6 @@ class Int8(ElementFormat):
     def fit(self, weights: Sequence[WeightRows], inputs: InputStatistics | None) -> _Fitted:
         return _Fitted(weight_amax(weights) if self.shared_in_group else None)
 
-    def constants(self, fitted: _Fitted) -> dict[str, Tensor]:
-        return {}
-
     def quantize_rows(self, rows: Tensor, fitted: _Fitted) -> dict[str, Tensor]:
         return quantize_in_tiles(rows, lambda tile: self._quantize_tile(tile, fitted))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from omni_convert.formats.e8m0 import exponent_rules, is_msmodelslim, power_of_two, shared_exponent
+from omni_convert.formats.e8m0 import decode_e8m0, exponent_rules, is_msmodelslim, power_of_two, shared_exponent
 from omni_convert.formats.element import ElementType
 from omni_convert.formats.errors import RecipeError
 
@@ -15,6 +15,8 @@ __all__ = [
     "block_amax",
     "block_error",
     "check_scale_rule",
+    "dequantize_mx",
+    "element_scale_mx",
     "join_blocks",
     "scale_blocks_",
     "search_exponent",
@@ -58,6 +60,16 @@ def split_blocks(values: Tensor, block: int) -> Tensor:
 def join_blocks(blocks: Tensor, columns: int) -> Tensor:
     """Inverse of `split_blocks`: [..., blocks, block] to [..., columns], without the filling."""
     return blocks.flatten(-2)[..., :columns].contiguous()
+
+
+def dequantize_mx(weight: Tensor, scale: Tensor) -> Tensor:
+    """The numbers that elements [rows, K] and E8M0 bytes [rows, ceil(K / 32)] stand for, float32 [rows, K]."""
+    return join_blocks(split_blocks(weight, MX_BLOCK).mul_(decode_e8m0(scale)[..., None]), weight.shape[1])
+
+
+def element_scale_mx(scale: Tensor, columns: int) -> Tensor:
+    """The scale of each element of rows with so many columns, float32 [rows, K]."""
+    return decode_e8m0(scale).repeat_interleave(MX_BLOCK, dim=1)[:, :columns]
 
 
 def block_amax(blocks: Tensor, scratch: Tensor | None = None) -> Tensor:

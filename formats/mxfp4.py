@@ -18,10 +18,18 @@ import torch
 from torch import Tensor
 
 from omni_convert.formats.activation import quantize_mxfp4_input
-from omni_convert.formats.e2m1 import E2M1, holds_e2m1, round_to_e2m1
-from omni_convert.formats.e8m0 import decode_e8m0, encode_e8m0, is_msmodelslim
+from omni_convert.formats.e2m1 import E2M1, grid_flaw, round_to_e2m1
+from omni_convert.formats.e8m0 import encode_e8m0, is_msmodelslim
 from omni_convert.formats.format import ElementFormat, InputStatistics, TensorLayout, WeightRows
-from omni_convert.formats.mx import MX_BLOCK, check_scale_rule, join_blocks, scale_blocks_, split_blocks
+from omni_convert.formats.mx import (
+    MX_BLOCK,
+    check_scale_rule,
+    dequantize_mx,
+    element_scale_mx,
+    join_blocks,
+    scale_blocks_,
+    split_blocks,
+)
 from omni_convert.formats.smoothing import Quantizers, search_mul_scale
 from omni_convert.formats.tiling import quantize_in_tiles
 
@@ -51,9 +59,6 @@ class Mxfp4(ElementFormat):
     def __post_init__(self) -> None:
         check_scale_rule(self.scale_rule, E2M1, self.method)
 
-    def unsupported(self, out_features: int, in_features: int) -> str | None:
-        return None
-
     def layout(self, out_features: int, in_features: int) -> dict[str, TensorLayout]:
         layout = {
             "weight": TensorLayout(torch.float8_e4m3fn, (out_features, in_features)),
@@ -79,13 +84,11 @@ class Mxfp4(ElementFormat):
         return quantize_in_tiles(rows, lambda tile: self._quantize_tile(tile, mul_scale))
 
     def dequantize(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        weight = tensors["weight"]
-        scale = decode_e8m0(tensors["weight_scale"])
-        values = join_blocks(split_blocks(weight, MX_BLOCK).mul_(scale[..., None]), weight.shape[1])
+        values = dequantize_mx(tensors["weight"], tensors["weight_scale"])
         return values * tensors["mul_scale"].float() if "mul_scale" in tensors else values
 
     def element_scale(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        return decode_e8m0(tensors["weight_scale"]).repeat_interleave(MX_BLOCK, dim=1)[:, : tensors["weight"].shape[1]]
+        return element_scale_mx(tensors["weight_scale"], tensors["weight"].shape[1])
 
     def round_elements(self, values: Tensor) -> Tensor:
         return round_to_e2m1(values, is_msmodelslim(self.scale_rule or ""))
@@ -94,9 +97,7 @@ class Mxfp4(ElementFormat):
         return elements.to(torch.float8_e4m3fn)
 
     def flaw(self, tensors: Mapping[str, Tensor]) -> str | None:
-        if "weight" in tensors and not holds_e2m1(tensors["weight"]):
-            return "weight: found E4M3 bytes off the E2M1 grid, expected 0, ±0.5, 1, 1.5, 2, 3, 4 or 6"
-        return super().flaw(tensors)
+        return grid_flaw(tensors) or super().flaw(tensors)
 
     def _quantize_tile(self, tile: Tensor, mul_scale: Tensor | None) -> dict[str, Tensor]:
         blocks = split_blocks(tile if mul_scale is None else tile.float() / mul_scale, MX_BLOCK)

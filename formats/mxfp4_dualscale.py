@@ -21,14 +21,16 @@ from torch import Tensor
 
 from omni_convert.formats.activation import quantize_mxfp4_dualscale_input
 from omni_convert.formats.dualscale_search import search_coarse_scale
-from omni_convert.formats.e2m1 import E2M1, holds_e2m1, round_to_e2m1
-from omni_convert.formats.e8m0 import decode_e8m0, encode_e8m0, is_msmodelslim
+from omni_convert.formats.e2m1 import E2M1, grid_flaw, round_to_e2m1
+from omni_convert.formats.e8m0 import encode_e8m0, is_msmodelslim
 from omni_convert.formats.format import ElementFormat, InputStatistics, TensorLayout, WeightRows
 from omni_convert.formats.mx import (
     COARSE_BLOCK,
     MX_BLOCK,
     block_amax,
     check_scale_rule,
+    dequantize_mx,
+    element_scale_mx,
     join_blocks,
     scale_blocks_,
     split_blocks,
@@ -94,13 +96,13 @@ class Mxfp4DualScale(ElementFormat):
     def dequantize(self, tensors: Mapping[str, Tensor]) -> Tensor:
         weight = tensors["weight"]
         columns = weight.shape[1]
-        fine = split_blocks(weight, MX_BLOCK).mul_(decode_e8m0(tensors["weight_scale"])[..., None])
-        coarse = split_blocks(join_blocks(fine, columns), COARSE_BLOCK).mul_(tensors["weight_dual_scale"].float())
+        fine = dequantize_mx(weight, tensors["weight_scale"])
+        coarse = split_blocks(fine, COARSE_BLOCK).mul_(tensors["weight_dual_scale"].float())
         return join_blocks(coarse, columns) * tensors["mul_scale"].float()
 
     def element_scale(self, tensors: Mapping[str, Tensor]) -> Tensor:
         columns = tensors["weight"].shape[1]
-        fine = decode_e8m0(tensors["weight_scale"]).repeat_interleave(MX_BLOCK, dim=1)
+        fine = element_scale_mx(tensors["weight_scale"], columns)
         coarse = tensors["weight_dual_scale"].float().squeeze(-1).repeat_interleave(COARSE_BLOCK, dim=1)
         return fine * coarse[:, :columns]
 
@@ -111,9 +113,7 @@ class Mxfp4DualScale(ElementFormat):
         return elements.to(torch.float8_e4m3fn)
 
     def flaw(self, tensors: Mapping[str, Tensor]) -> str | None:
-        if "weight" in tensors and not holds_e2m1(tensors["weight"]):
-            return "weight: found E4M3 bytes off the E2M1 grid, expected 0, ±0.5, 1, 1.5, 2, 3, 4 or 6"
-        return super().flaw(tensors)
+        return grid_flaw(tensors) or super().flaw(tensors)
 
     def _quantize_tile(self, tile: Tensor) -> dict[str, Tensor]:
         groups = split_blocks(tile, COARSE_BLOCK)  # [rows, groups, 512]

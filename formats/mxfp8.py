@@ -9,16 +9,24 @@ Limits:     none; the runtime cannot shard row-parallel layers of this format ov
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from omni_convert.formats.e8m0 import decode_e8m0, encode_e8m0, is_msmodelslim
+from omni_convert.formats.e8m0 import encode_e8m0, is_msmodelslim
 from omni_convert.formats.float8 import E4M3, round_to_e4m3
-from omni_convert.formats.format import ElementFormat, InputStatistics, TensorLayout, WeightRows
-from omni_convert.formats.mx import MX_BLOCK, check_scale_rule, join_blocks, scale_blocks_, split_blocks
+from omni_convert.formats.format import ElementFormat, TensorLayout
+from omni_convert.formats.mx import (
+    MX_BLOCK,
+    check_scale_rule,
+    dequantize_mx,
+    element_scale_mx,
+    join_blocks,
+    scale_blocks_,
+    split_blocks,
+)
 from omni_convert.formats.tiling import quantize_in_tiles
 
 __all__ = ["Mxfp8"]
@@ -45,31 +53,20 @@ class Mxfp8(ElementFormat):
     def __post_init__(self) -> None:
         check_scale_rule(self.scale_rule, E4M3, self.method)
 
-    def unsupported(self, out_features: int, in_features: int) -> str | None:
-        return None
-
     def layout(self, out_features: int, in_features: int) -> dict[str, TensorLayout]:
         return {
             "weight": TensorLayout(torch.float8_e4m3fn, (out_features, in_features)),
             "weight_scale": TensorLayout(torch.uint8, (out_features, -(-in_features // MX_BLOCK))),
         }
 
-    def fit(self, weights: Sequence[WeightRows], inputs: InputStatistics | None) -> None:
-        return None
-
-    def constants(self, fitted: None) -> dict[str, Tensor]:
-        return {}
-
     def quantize_rows(self, rows: Tensor, fitted: None) -> dict[str, Tensor]:
         return quantize_in_tiles(rows, self._quantize_tile)
 
     def dequantize(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        weight = tensors["weight"]
-        scale = decode_e8m0(tensors["weight_scale"])
-        return join_blocks(split_blocks(weight, MX_BLOCK).mul_(scale[..., None]), weight.shape[1])
+        return dequantize_mx(tensors["weight"], tensors["weight_scale"])
 
     def element_scale(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        return decode_e8m0(tensors["weight_scale"]).repeat_interleave(MX_BLOCK, dim=1)[:, : tensors["weight"].shape[1]]
+        return element_scale_mx(tensors["weight_scale"], tensors["weight"].shape[1])
 
     def round_elements(self, values: Tensor) -> Tensor:
         return round_to_e4m3(values, is_msmodelslim(self.scale_rule or "")).float()

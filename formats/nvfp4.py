@@ -30,6 +30,7 @@ from omni_convert.formats.format import (
     weight_amax,
 )
 from omni_convert.formats.mx import block_amax, block_error, join_blocks, split_blocks
+from omni_convert.formats.scalar_scale import SCALAR, scalars, static_scale
 from omni_convert.formats.tiling import quantize_in_tiles
 
 __all__ = ["NVFP4_BLOCK", "NVFP4_LARGEST", "Nvfp4", "nvfp4_block_scale"]
@@ -88,17 +89,12 @@ class Nvfp4(ElementFormat):
         layout = {
             "weight": TensorLayout(torch.uint8, (out_features, in_features // 2)),
             "weight_scale": TensorLayout(torch.float8_e4m3fn, (out_features, in_features // NVFP4_BLOCK)),
-            "weight_scale_2": TensorLayout(torch.float32, (), rows_per_entry=0),
+            "weight_scale_2": SCALAR,
         }
-        if self.static:
-            layout["input_scale"] = TensorLayout(torch.float32, (), rows_per_entry=0)
-        return layout
+        return layout | ({"input_scale": SCALAR} if self.static else {})
 
     def fit(self, weights: Sequence[WeightRows], inputs: InputStatistics | None) -> _Fitted:
-        input_scale = None
-        if self.static:
-            assert inputs is not None, "planning demands statistics for static activations"
-            input_scale = inputs.clip(self.input_scale_rule, NVFP4_LARGEST) / NVFP4_LARGEST or 1.0
+        input_scale = static_scale(inputs, self.input_scale_rule, NVFP4_LARGEST) if self.static else None
         amax = weight_amax(weights)
         global_scale = max(amax / NVFP4_LARGEST, SMALLEST_GLOBAL_SCALE) if amax else 1.0
         if self.search:
@@ -106,10 +102,7 @@ class Nvfp4(ElementFormat):
         return _Fitted(global_scale, input_scale)
 
     def constants(self, fitted: _Fitted) -> dict[str, Tensor]:
-        constants = {"weight_scale_2": torch.tensor(fitted.weight_scale_2, dtype=torch.float32)}
-        if fitted.input_scale is not None:
-            constants["input_scale"] = torch.tensor(fitted.input_scale, dtype=torch.float32)
-        return constants
+        return scalars(weight_scale_2=fitted.weight_scale_2, input_scale=fitted.input_scale)
 
     def quantize_rows(self, rows: Tensor, fitted: _Fitted) -> dict[str, Tensor]:
         global_scale = torch.tensor(fitted.weight_scale_2, dtype=torch.float32, device=rows.device)
