@@ -9,13 +9,10 @@ left, by who knows which bytes are good.
 from __future__ import annotations
 
 import errno
-import hashlib
 import os
 import platform
 import threading
-import zlib
 from bisect import bisect_left
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -27,12 +24,12 @@ from omni_convert.formats.errors import OutputError, quoted
 from omni_convert.formats.file_descriptor import FileDescriptor
 from omni_convert.formats.file_header import FileHeader
 from omni_convert.formats.tensor_spec import TensorSpec
+from omni_convert.formats.written_hash import Piece, WrittenHash, cannot_be_written
 
 __all__ = ["TensorWriter", "bytes_of"]
 
 # So many new bytes are worth a write to the disk; with less to do at the end, `fsync` is quick.
 WRITEBACK_BYTES = 64 << 20
-READ_BLOCK = 1 << 20
 NO_PREALLOCATION = (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)
 
 
@@ -55,26 +52,6 @@ class _Coverage:
         joined = (before[0] if joins_before else start, after[1] if joins_after else stop)
         ranges[at - joins_before : at + joins_after] = [joined]
         return True
-
-
-@dataclass(frozen=True)
-class _Piece:
-    """Bytes of a tensor that were written, or adopted, at once."""
-
-    name: str
-    start: int
-    stop: int
-
-
-class _Hashing:
-    """How far a file has been hashed: up to a byte, from where on pieces may be missing."""
-
-    def __init__(self, first: bytes) -> None:
-        self.lock = threading.Lock()
-        self.digest = hashlib.sha256(first)  # which are known before they are there
-        self.position = len(first)
-        self.header_checksum: int | None = None
-        self.block: memoryview | None = None  # only while the file is being hashed: there may be hundreds of files
 
 
 class TensorWriter:
@@ -104,18 +81,12 @@ class TensorWriter:
         self.path = path
         self._header = header
         self._first = first
-        self._data = len(first) + len(text)
-        self._text_checksum = zlib.crc32(text)
-        self._jumps = _jumps(header)
         self._coverage = {name: _Coverage() for name in self._header.specs}
-        self._pieces: dict[int, _Piece] = {}  # those that are there and not hashed, by their first byte in the file
-        self._checksums: dict[_Piece, int] = {}
-        self._hashing = _Hashing(first)
+        self._hash = WrittenHash(path, header, first, text)
         self._lock = threading.Lock()
         self._written_twice: str | None = None
         self._missing = sum(spec.nbytes for spec in self._header.specs.values())
         self._not_yet_on_disk = 0
-        self._is_abandoned = False
         self._descriptor: FileDescriptor | None = None
         if join:
             self._descriptor = self._join(text)
@@ -131,9 +102,10 @@ class TensorWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._is_abandoned = kind is not None
-        if not self._is_abandoned:
+        if kind is None:
             self.close()
+        else:
+            self._hash.abandon()
         self._descriptor = None
 
     def write(self, name: str, tensor: Tensor) -> None:
@@ -173,7 +145,7 @@ class TensorWriter:
         start, stop = self._extent(name, first_row, stop_row)
         if stop > start:
             self._claim(name, start, stop)
-            self._count(_Piece(name, start, stop))
+            self._count(Piece(name, start, stop))
 
     def read_back(self, name: str, first_row: int, stop_row: int) -> bytes:
         """The bytes of rows of a tensor as they are in the file, whoever wrote them.
@@ -185,7 +157,7 @@ class TensorWriter:
         try:
             return os.pread(self._open_descriptor(name).number, stop - start, self._header.offsets[name] + start)
         except OSError as error:
-            raise self._output_error(error) from None
+            raise cannot_be_written(self.path, self._header, error) from None
 
     def hash_written(self) -> None:
         """Hashes what is there without a gap behind what was hashed before, unless another thread is at it.
@@ -195,11 +167,7 @@ class TensorWriter:
         Raises:
             OutputError: the disk fails, or the header is not what was written.
         """
-        if self._hashing.lock.acquire(blocking=False):
-            try:
-                self._hash_written()
-            finally:
-                self._hashing.lock.release()
+        self._hash.go_on()
 
     def sha256(self) -> str:
         """Of the file as it will be once closed, which may go on meanwhile; every tensor must be written.
@@ -208,18 +176,12 @@ class TensorWriter:
             OutputError: the disk fails, or the header is not what was written.
         """
         self._check_complete()
-        with self._hashing.lock:
-            self._hash_written()
-            if self._pieces:  # an earlier call failed in the middle of one
-                raise self._changed("bytes that could not be read back", "every byte")
-            self._hash_up_to(self._header.file_size)
-            self._hashing.block = None
-        return self._hashing.digest.hexdigest()
+        return self._hash.finish()
 
     def checksum(self, name: str, first_row: int, stop_row: int) -> int:
         """CRC-32 of rows that were written at once, or adopted, as they were found in the file when it was hashed."""
         start, stop = self._extent(name, first_row, stop_row)
-        return self._checksums[_Piece(name, start, stop)] if stop > start else 0
+        return self._hash.checksum(Piece(name, start, stop)) if stop > start else 0
 
     def detach(self) -> None:
         """Puts what was written on the disk and lets go of the file, unfinished.
@@ -258,7 +220,7 @@ class TensorWriter:
         except FileNotFoundError:
             pass
         except OSError as error:
-            raise self._output_error(error) from None
+            raise cannot_be_written(self.path, self._header, error) from None
         return None
 
     def _join(self, text: bytes) -> FileDescriptor:
@@ -269,7 +231,7 @@ class TensorWriter:
         except FileNotFoundError:
             pass
         except OSError as error:
-            raise self._output_error(error) from None
+            raise cannot_be_written(self.path, self._header, error) from None
         raise OutputError(
             f"{self.path}: found no such file on {platform.node()}, where a part of the work runs, expected what "
             "another machine began; put the output on a file system that all machines share"
@@ -287,7 +249,7 @@ class TensorWriter:
         try:
             _preallocate(number, self._header.file_size)
         except OSError as error:
-            raise self._output_error(error) from None
+            raise cannot_be_written(self.path, self._header, error) from None
         return descriptor
 
     def _write(self, name: str, start: int, tensor: Tensor) -> None:
@@ -295,7 +257,7 @@ class TensorWriter:
         data = bytes_of(tensor)
         if not len(data):
             return
-        piece = _Piece(name, start, start + len(data))
+        piece = Piece(name, start, start + len(data))
         self._claim(name, piece.start, piece.stop)
         self._write_at(descriptor, data, self._header.offsets[name] + start)
         if self._count(piece):
@@ -312,11 +274,11 @@ class TensorWriter:
             raise ValueError(f"{self.path}: tensor {quoted(name)} used after close")
         return self._descriptor
 
-    def _count(self, piece: _Piece) -> bool:
+    def _count(self, piece: Piece) -> bool:
         """Notes that bytes were written; whether enough of them wait for the disk."""
         size = piece.stop - piece.start
         with self._lock:
-            self._pieces[self._header.offsets[piece.name] + piece.start] = piece
+            self._hash.add(piece)
             self._coverage[piece.name].written += size
             self._missing -= size
             self._not_yet_on_disk += size
@@ -338,63 +300,13 @@ class TensorWriter:
             try:
                 done += os.pwrite(descriptor.number, data[done:], offset + done)
             except OSError as error:
-                raise self._output_error(error) from None
+                raise cannot_be_written(self.path, self._header, error) from None
 
     def _sync(self, descriptor: FileDescriptor) -> None:
         try:
             os.fsync(descriptor.number)
         except OSError as error:
-            raise self._output_error(error) from None
-
-    def _output_error(self, error: OSError) -> OutputError:
-        return OutputError(
-            f"{self.path}: cannot be written ({error.strerror}), expected room for {self._header.file_size} bytes; "
-            "free some space or name another --output"
-        )
-
-    def _hash_written(self) -> None:
-        hashing = self._hashing
-        if hashing.position < self._data:
-            hashing.header_checksum = self._hash_up_to(self._data)
-        if hashing.header_checksum != self._text_checksum:
-            raise self._changed("another header", "the one that was written")
-        while (piece := self._pieces.get(start := self._next_byte())) is not None:
-            self._hash_up_to(start)
-            self._checksums[piece] = self._hash_up_to(self._header.offsets[piece.name] + piece.stop)
-            del self._pieces[start]
-
-    def _next_byte(self) -> int:
-        """Of a tensor, from where the file has been hashed on."""
-        return self._jumps.get(self._hashing.position, self._hashing.position)
-
-    def _hash_up_to(self, stop: int) -> int:
-        """Hashes the file up to a byte; the CRC-32 of what came since the byte before."""
-        hashing, checksum = self._hashing, 0
-        if hashing.position >= stop:
-            return checksum
-        if hashing.block is None:
-            hashing.block = memoryview(bytearray(READ_BLOCK))
-        try:
-            # Opened anew each time: on a file system that machines share, this is what shows what others wrote.
-            descriptor = FileDescriptor(os.open(self.path, os.O_RDONLY | os.O_CLOEXEC))
-            while hashing.position < stop:
-                if self._is_abandoned:
-                    raise ValueError(f"{self.path}: hashed after an exception")
-                block = hashing.block[: stop - hashing.position]
-                count = os.preadv(descriptor.number, [block], hashing.position)
-                if not count:
-                    raise self._changed(f"its end at byte {hashing.position}", f"{self._header.file_size} bytes")
-                hashing.digest.update(block[:count])
-                checksum = zlib.crc32(block[:count], checksum)
-                hashing.position += count
-        except OSError as error:
-            raise self._output_error(error) from None
-        return checksum
-
-    def _changed(self, found: str, expected: str) -> OutputError:
-        return OutputError(
-            f"{self.path}: found {found}, expected {expected}; check the disk and the memory, then go on with --resume"
-        )
+            raise cannot_be_written(self.path, self._header, error) from None
 
     def _check_complete(self) -> None:
         if self._written_twice is not None:
@@ -405,13 +317,6 @@ class TensorWriter:
                 raise RuntimeError(
                     f"{self.path}: tensor {quoted(name)}: {missing} of {spec.nbytes} bytes were never written"
                 )
-
-
-def _jumps(header: FileHeader) -> dict[int, int]:
-    """Where a tensor ends and padding follows: → where the next one begins."""
-    ends = [header.offsets[name] + spec.nbytes for name, spec in header.specs.items()]
-    begins = [*list(header.offsets.values())[1:], header.file_size]
-    return {end: begin for end, begin in zip(ends, begins, strict=False) if begin > end}
 
 
 def _preallocate(number: int, size: int) -> None:
