@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from omni_convert.convert.component_plan import ComponentPlan
-from omni_convert.convert.copy import copy_file, file_sha256, take_files
+from omni_convert.convert.copy import copy_file, take_files
 from omni_convert.convert.device import resolve_device
 from omni_convert.convert.execute import ComponentResult, Engine, LayerResult, Progress, execute_component
+from omni_convert.convert.file_hash import SourceHashes
 from omni_convert.convert.journal import JOURNAL, Journal
 from omni_convert.convert.manifest import describe_job, read_results, write_json, write_manifest
 from omni_convert.convert.model_card import model_card
@@ -35,7 +36,6 @@ from omni_convert.convert.upload import Repository, open_repository, push_output
 from omni_convert.convert.workers import Workers, available_cores
 from omni_convert.formats.checkpoint import Checkpoint
 from omni_convert.formats.errors import CheckpointError, OutputError, RecipeError
-from omni_convert.formats.tensor_file import TensorFile
 
 if TYPE_CHECKING:
     from omni_convert.convert.statistics import Statistics
@@ -225,6 +225,7 @@ def _fill(
     results: dict[str, list[LayerResult]] = {}
     known: dict[str, str] = {}
     peak = 0
+    source_hashes = SourceHashes(plan.source_files, engine.workers) if plan.recipe.verify_source else None
     for component in plan.components:
         place = folder / component.name
         place.mkdir(exist_ok=True)
@@ -235,7 +236,7 @@ def _fill(
         _write_config(component, place)
         if make is execute_component:
             _verify(component, place)
-    sources = _source_hashes(plan, engine.workers) if plan.recipe.verify_source else {}
+    sources = source_hashes.results() if source_hashes is not None else {}
     known |= {name: copy.result() for name, copy in copies.items()}
     known |= moves.result() if moves is not None else {}
     if hub_files is not None:
@@ -243,19 +244,6 @@ def _fill(
     write_text(folder / "README.md", model_card(plan, dict(results)))
     write_manifest(folder, plan, results, statistics_id, known, sources)
     return results, peak
-
-
-def _source_hashes(plan: Plan, workers: Workers) -> dict[Path, str]:
-    """SHA-256 of every file of weights of the source."""
-    files = [file for component in plan.components for file in component.checkpoint.files.values()]
-    hashes = workers.in_order((partial(_file_hash, file) for file in files), ahead=0)
-    return dict(zip((file.path for file in files), hashes, strict=True))
-
-
-def _file_hash(file: TensorFile) -> str:
-    sha256 = file_sha256(file.on_disk())
-    file.release()
-    return sha256
 
 
 def _report(

@@ -8,11 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from omni_convert.convert.execute import Engine
+from omni_convert.convert.file_hash import file_sha256
 from omni_convert.convert.hub_files import HubFiles
 from omni_convert.convert.journal import Record
 from omni_convert.formats.errors import CheckpointError, OutputError
 
-__all__ = ["copy_file", "file_sha256", "take_files"]
+__all__ = ["copy_file", "take_files"]
 
 BLOCK = 1 << 20
 
@@ -95,9 +96,3 @@ def _take(engine: Engine, hub_files: HubFiles, name: str, target: Path) -> str:
     sha256 = _copy_anew(engine, name, hub_files.path(name), target)
     hub_files.release(name)
     return sha256
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file, in hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

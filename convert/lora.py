@@ -6,7 +6,6 @@ file ─► pairs named as PEFT does ─► matched by name and shape with the c
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import json
 import re
@@ -19,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from omni_convert.convert.file_hash import file_sha256
 from omni_convert.convert.recipe import LoraRequest
 from omni_convert.formats.baked import LowRank, Update
 from omni_convert.formats.checkpoint import Checkpoint
@@ -105,11 +105,7 @@ def read_lora(
             f"{request.path}: found {shown}{more}, which match no weight of {model_class} by name and shape, expected "
             f"a LoRA of this model{remedy}"
         )
-    digest = hashlib.sha256()
-    with request.path.open("rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return Lora(request, added, tuple(sorted(unmatched)), digest.hexdigest())
+    return Lora(request, added, tuple(sorted(unmatched)), file_sha256(request.path))
 
 
 def _finite(path: Path, name: str, tensor: Tensor) -> Tensor:

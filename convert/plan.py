@@ -31,6 +31,7 @@ from omni_convert.formats.weight_files import checked_path
 
 if TYPE_CHECKING:
     from omni_convert.convert.statistics import Statistics
+    from omni_convert.formats.tensor_file import TensorFile
 
 __all__ = ["Plan", "component_methods", "plan_conversion"]
 
@@ -57,6 +58,11 @@ class Plan:
     notes: tuple[str, ...] = ()
     moments: str | None = None
     loras: Mapping[str, list[dict[str, Any]]] = field(default_factory=dict)
+
+    @property
+    def source_files(self) -> list[TensorFile]:
+        """Those of the weights."""
+        return [file for component in self.components for file in component.checkpoint.files.values()]
 
     @property
     def bytes_before(self) -> int:

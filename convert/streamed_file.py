@@ -30,11 +30,9 @@ class StreamedFile(TensorFile):
         self._hub_files = hub_files
         self._name = name
         self._lock = threading.Lock()
-        self._bytes_left = sum(spec.nbytes for spec in self.specs.values())
 
-    def finished(self, _name: str, nbytes: int) -> None:
+    def _forget(self, _name: str) -> None:
         """Removes the file when all of its bytes were dealt with."""
-        self._bytes_left -= nbytes
         if self._bytes_left == 0:
             self.release()
 

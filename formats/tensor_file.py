@@ -51,6 +51,8 @@ class TensorFile:
         self.header_sha256 = hashlib.sha256(text).hexdigest()
         self._offsets = header.offsets
         self._unfinished = {name: spec.nbytes for name, spec in header.specs.items()}
+        self._bytes_left = sum(self._unfinished.values())
+        self._at_end: Callable[[TensorFile], None] | None = None
         self._opened = opened
 
     def __enter__(self) -> Self:
@@ -65,6 +67,10 @@ class TensorFile:
         """Another process opens the file itself."""
         return _open_again, (type(self), self.path.absolute(), self.header_sha256, self.size)
 
+    def at_end(self, act: Callable[[TensorFile], None]) -> None:
+        """Has something done with the whole file once all tensors are finished; it stays where it is until then."""
+        self._at_end = act
+
     def finished(self, name: str, nbytes: int) -> None:
         """Notes that so many more bytes of a tensor are not needed any more.
 
@@ -72,8 +78,17 @@ class TensorFile:
         to others, and new memory costs more than memory that has just become free.
         """
         self._unfinished[name] -= nbytes
-        if nbytes and not self._unfinished[name] and self._opened is not None:
-            self._opened.descriptor.wont_need(self._offsets[name], self.specs[name].nbytes)
+        self._bytes_left -= nbytes
+        if self._at_end is None:
+            self._forget(name)
+        elif nbytes and not self._bytes_left:
+            self._at_end(self)
+
+    def _forget(self, name: str) -> None:
+        """Lets go of what the system has in memory of a tensor, if nobody needs it any more."""
+        size = self.specs[name].nbytes
+        if size and not self._unfinished[name] and self._opened is not None:
+            self._opened.descriptor.wont_need(self._offsets[name], size)
 
     def on_disk(self) -> Path:
         """The whole file."""

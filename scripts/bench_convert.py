@@ -64,7 +64,6 @@ TRANSCODINGS = (
     "mxfp4:dequantize",
 )
 DEQUANTIZE = "dequantize"
-PEER_MEMORY_GB = 4.0
 
 # Each peer as a program that converts `source` (a folder or file) to FP8 in `output`; argv: source, output.
 MODELOPT = """

@@ -679,6 +679,8 @@ def test_several_components_are_streamed_and_their_hashes_verified(
     ]
     assert components[0] == components[1]
     assert not (tmp_path / "out" / ".downloads").exists()
+    downloads = [request for request in hub.requests if re.fullmatch(r"GET /storage/\w+ whole", request)]
+    assert len(downloads) == len(set(downloads)), "each is hashed before it goes"
 
 
 def test_a_source_may_be_kept_and_is_then_not_fetched_again(
