@@ -1,6 +1,7 @@
 """`verify`: every value and name of a model against its format, its dialect and the runtimes; read once, tile by tile.
 
-headers ─► names, dtypes, shapes ─► config block and marks ─► layers against the family ─► values ─► the reference
+headers ─► names, dtypes, shapes ─► config block and marks ─► layers against the family ─► tensors against the class
+        ─► values ─► the reference
 
 Beside it, a thread hashes the files and holds them against the manifest, if there is one.
 """
@@ -19,6 +20,7 @@ from omni_convert.convert.component_weights import as_weights, renamed
 from omni_convert.convert.file_check import check_files
 from omni_convert.convert.gguf_verification import check_gguf, compare_gguf
 from omni_convert.convert.inspection import WEIGHT_PATTERNS, component_names
+from omni_convert.convert.name_check import check_names
 from omni_convert.convert.output import MANIFEST
 from omni_convert.convert.reference_check import FOUR_BITS, check_against, check_kept
 from omni_convert.convert.source import Source
@@ -123,6 +125,8 @@ def _verify(source: Source, name: str, reference: Source | None, progress: Calla
         is_gguf = reading.quantized.dialect == GGUF.name
         findings = [*reading.findings, *(check_gguf(reading, config) if is_gguf else check_block(reading, config))]
         findings += _scope(source, reading, config)
+        if not is_gguf and not _is_recorded(source, name, checkpoint):
+            findings += check_names(reading, config)
         quantized = reading.quantized
         errors: dict[str, float] = {}
         compared = reference if quantized.layers or is_gguf else None
@@ -180,14 +184,23 @@ def _scope(source: Source, reading: LenientReading, config: dict[str, Any]) -> l
 
 def _is_for_our_loader(source: Source) -> bool:
     """Whether the manifest says that the layers were chosen for diffusers."""
-    path = source.path / MANIFEST
-    if not path.is_file():
-        return False
-    try:
-        recipe = read_json(path).get("recipe")
-    except CheckpointError:  # the check of the files reports it
-        return False
+    recipe = _manifest(source).get("recipe")
     return isinstance(recipe, dict) and recipe.get("runtime") == "diffusers"
+
+
+def _manifest(source: Source) -> dict[str, Any]:
+    """{} if there is none."""
+    path = source.path / MANIFEST
+    try:
+        return read_json(path) if path.is_file() else {}
+    except CheckpointError:  # the check of the files reports it
+        return {}
+
+
+def _is_recorded(source: Source, name: str, checkpoint: Checkpoint) -> bool:
+    """Whether the manifest has a SHA-256 of every file of the component, which says more than names do."""
+    files = _manifest(source).get("files")
+    return isinstance(files, dict) and all((Path(name) / file).as_posix() in files for file in checkpoint.files)
 
 
 def _encoder_layers(source: Source, family: Family) -> tuple[str, ...]:

@@ -15,6 +15,7 @@ CHECKS = {
     "damaged-file": "files that cannot be read, or contradict their index",
     "changed-file": "files that are missing, or not the bytes that omni_convert.json says were written",
     "unreadable-layer": "tensors that make up no known format",
+    "missing-tensor": "a tensor that the model as its config describes it has, and no file holds",
     "missing-companion": "codes without the scale (or other tensor) that gives them their meaning",
     "extra-companion": "scales that belong to no quantized weight, or that the format does not use",
     "wrong-dtype": "a tensor in another dtype than its dialect stores it in",
