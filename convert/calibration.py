@@ -15,7 +15,8 @@ from omni_convert.convert.input_observer import InputObserver
 from omni_convert.convert.moments import Moments
 from omni_convert.convert.progress_bar import progress_bar
 from omni_convert.convert.prompts import Prompt, read_prompts
-from omni_convert.convert.statistics import CalibrationRun, Identity, Statistics
+from omni_convert.convert.recording_header import CalibrationRun, Identity
+from omni_convert.convert.statistics import Statistics
 from omni_convert.formats.component import DENOISERS
 from omni_convert.formats.errors import CalibrationError
 from omni_convert.formats.tensor_spec import TensorSpec

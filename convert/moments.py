@@ -20,19 +20,17 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from omni_convert.convert.layer_statistics import SAMPLE_ROWS, InputRecorder, Observation
+from omni_convert.convert.recording_header import Identity, RecordingHeader, RecordingKind, read_header
 from omni_convert.convert.row_sample import hash_words, pack_rows, smallest_hashes
-from omni_convert.convert.statistics import Identity
 from omni_convert.formats.errors import CalibrationError, CheckpointError, OutputError
 from omni_convert.formats.safetensors_file import SafetensorsFile
 from omni_convert.formats.safetensors_writer import SafetensorsWriter
@@ -41,7 +39,7 @@ from omni_convert.formats.tensor_spec import TensorSpec
 __all__ = ["InputMoments", "Moments", "MomentsRecorder"]
 
 METADATA_KEY = "omni_convert_moments"
-FILE_VERSION = 1
+KIND = RecordingKind(METADATA_KEY, "moments", "`omni-convert calibrate --moments FILE`")
 #: Up to this width all of X^T X is kept (64 MiB), beyond only blocks on its diagonal.
 MAX_FULL_WIDTH = 4096
 BLOCK = 512
@@ -206,8 +204,7 @@ class Moments:
         """
         path = Path(path)
         partial_path = path.with_name(f"{path.name}.partial")
-        header = {"version": FILE_VERSION, **self.identity.to_json(), "layers": dict(self.owners)}
-        metadata = {METADATA_KEY: json.dumps(header, sort_keys=True, separators=(",", ":"))}
+        metadata = {METADATA_KEY: RecordingHeader(self.identity, self.owners).to_text(KIND)}
         layers = {owner: self.readers[owner]().tensors() for owner in sorted(self.readers)}
         specs = [
             TensorSpec(f"{owner}.{suffix}", tensor.dtype, tuple(tensor.shape))
@@ -239,16 +236,12 @@ class Moments:
             file = SafetensorsFile(path)
         except CheckpointError as error:
             raise CalibrationError(f"{error}; make one with `omni-convert calibrate --moments FILE`") from None
-        header = _parse_header(path, file.metadata)
-        try:
-            identity = Identity.from_json(header)
-            owners = {str(layer): str(owner) for layer, owner in header["layers"].items()}
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise CalibrationError(f"{path}: the header is damaged ({error!r}); calibrate again") from None
+        header = read_header(path, file.metadata, KIND)
+        owners = header.owners
         for owner in sorted(set(owners.values())):
             _check_layer(file, owner)
         readers = {owner: partial(_read_layer, file, owner) for owner in owners.values()}
-        return cls(identity, dict(sorted(owners.items())), readers, (_file_fingerprint(file, owners.values()),))
+        return cls(header.identity, dict(sorted(owners.items())), readers, (_file_fingerprint(file, owners.values()),))
 
 
 def _same(moments: InputMoments) -> InputMoments:
@@ -257,22 +250,6 @@ def _same(moments: InputMoments) -> InputMoments:
 
 def _merge_read(readers: Sequence[Reader]) -> InputMoments:
     return InputMoments.merged([read() for read in readers])
-
-
-def _parse_header(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
-    text = metadata.get(METADATA_KEY)
-    if text is None:
-        raise CalibrationError(
-            f"{path}: found a safetensors file without moments; make one with `omni-convert calibrate --moments FILE`"
-        )
-    try:
-        header = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise CalibrationError(f"{path}: the header is damaged ({error}); calibrate again") from None
-    version = header.get("version") if isinstance(header, dict) else None
-    if version != FILE_VERSION:
-        raise CalibrationError(f"{path}: found moments of version {version!r:.20}, expected {FILE_VERSION}")
-    return dict(header)
 
 
 def _check_layer(file: SafetensorsFile, owner: str) -> None:

@@ -49,14 +49,12 @@ class Source:
         path: pipeline folder (it has a model_index.json), component folder (config.json and weights) or weights file
         name: repo id, or the folder's name
         revision: commit of the Hub repository, if it came from there
-        is_demo: the bundled pipeline, because no model was named
         hub_files: those of the Hub repository, if its weights are still there
     """
 
     path: Path
     name: str
     revision: str | None = None
-    is_demo: bool = False
     hub_files: HubFiles | None = None
 
     @property
@@ -114,7 +112,7 @@ def resolve_source(model: str | Path | None, revision: str | None = None, *, str
         HubError: the Hub does not deliver it.
     """
     if model is None:
-        return Source(DEMO_PIPELINE, "omni-convert-demo", is_demo=True)
+        return Source(DEMO_PIPELINE, "omni-convert-demo")
     path = Path(model).expanduser()
     if path.suffix in (".bin", ".pt", ".pth", ".ckpt"):
         raise CheckpointError(

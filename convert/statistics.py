@@ -17,13 +17,11 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -32,85 +30,17 @@ from torch import Tensor
 
 from omni_convert.convert.histogram import BINS
 from omni_convert.convert.layer_statistics import SAMPLE_ROWS, LayerStatistics
+from omni_convert.convert.recording_header import Identity, RecordingHeader, RecordingKind, read_header
 from omni_convert.formats.errors import CalibrationError, OutputError
 
-__all__ = ["CalibrationRun", "Identity", "LayerStatistics", "RiskyLayer", "Statistics"]
+__all__ = ["LayerStatistics", "RiskyLayer", "Statistics"]
 
 METADATA_KEY = "omni_convert_statistics"
-FILE_VERSION = 1
+KIND = RecordingKind(METADATA_KEY, "statistics", "`omni-convert calibrate`")
 
 RISK_PERCENTILE = 99.99
 RISK_OUTLIER_RATIO = 4.0
 RISK_STEP_RATIO = 8.0
-
-Setting = int | float | str | None
-
-
-@dataclass(frozen=True)
-class CalibrationRun:
-    """How a pipeline was run, and over which prompts.
-
-    Attributes:
-        settings: steps, size, seed, versions, ... by name, sorted
-        prompts: SHA-256 of each, sorted; a prompt that was run twice is there twice
-    """
-
-    settings: tuple[tuple[str, Setting], ...]
-    prompts: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Identity:
-    """Where statistics come from.
-
-    Attributes:
-        fingerprints: component to the fingerprint of its weights (`Checkpoint.fingerprint`)
-        runs: what was run, in an order that does not depend on the order of merging
-    """
-
-    fingerprints: Mapping[str, str]
-    runs: tuple[CalibrationRun, ...]
-
-    def merge(self, others: Iterable[Identity]) -> Identity:
-        """The identity of statistics that were merged.
-
-        Raises:
-            CalibrationError: they belong to different models.
-        """
-        fingerprints = dict(self.fingerprints)
-        prompts: dict[tuple[tuple[str, Setting], ...], list[str]] = {}
-        for identity in (self, *others):
-            for component, fingerprint in identity.fingerprints.items():
-                if fingerprints.setdefault(component, fingerprint) != fingerprint:
-                    raise CalibrationError(
-                        f"{component}: found statistics of different models ({fingerprints[component][:12]} and "
-                        f"{fingerprint[:12]}), expected those of one; calibrate again"
-                    )
-            for run in identity.runs:
-                prompts.setdefault(run.settings, []).extend(run.prompts)
-        runs = (CalibrationRun(settings, tuple(sorted(texts))) for settings, texts in prompts.items())
-        return Identity(dict(sorted(fingerprints.items())), tuple(sorted(runs, key=repr)))
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "fingerprints": dict(self.fingerprints),
-            "runs": [{"settings": dict(run.settings), "prompts": list(run.prompts)} for run in self.runs],
-        }
-
-    @classmethod
-    def from_json(cls, content: Mapping[str, Any]) -> Identity:
-        """The inverse of `to_json`; KeyError, TypeError, ValueError or AttributeError for anything else."""
-        runs = []
-        for run in content["runs"]:
-            settings = tuple(sorted((str(name), _setting(value)) for name, value in run["settings"].items()))
-            runs.append(CalibrationRun(settings, tuple(sorted(map(str, run["prompts"])))))
-        return cls({str(name): str(value) for name, value in content["fingerprints"].items()}, tuple(runs))
-
-
-def _setting(value: object) -> Setting:
-    if value is None or isinstance(value, int | float | str):
-        return value
-    raise TypeError(f"a setting of type {type(value).__name__}")
 
 
 @dataclass(frozen=True)
@@ -237,17 +167,12 @@ class Statistics:
             raise CalibrationError(f"{path}: file missing, expected statistics made by `omni-convert calibrate`")
         try:
             with safe_open(path, framework="pt") as file:
-                header = _parse_header(path, file.metadata())
+                header = read_header(path, file.metadata() or {}, KIND)
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # it is no mapping
         except (OSError, SafetensorError) as error:
             raise CalibrationError(f"{path}: cannot be read ({error}), expected a statistics file") from None
-        try:
-            identity = Identity.from_json(header)
-            owners = {str(layer): str(owner) for layer, owner in header["layers"].items()}
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise CalibrationError(f"{path}: the header is damaged ({error!r}); calibrate again") from None
-        stored = {owner: _layer(path, owner, tensors) for owner in sorted(set(owners.values()))}
-        return cls(identity, {layer: stored[owner] for layer, owner in sorted(owners.items())})
+        stored = {owner: _layer(path, owner, tensors) for owner in sorted(set(header.owners.values()))}
+        return cls(header.identity, {layer: stored[owner] for layer, owner in sorted(header.owners.items())})
 
     @cached_property
     def _owners(self) -> dict[str, str]:
@@ -264,8 +189,7 @@ class Statistics:
 
     @cached_property
     def _header(self) -> str:
-        content = {"version": FILE_VERSION, **self.identity.to_json(), "layers": self._owners}
-        return json.dumps(content, sort_keys=True, separators=(",", ":"))
+        return RecordingHeader(self.identity, self._owners).to_text(KIND)
 
     def _stored_tensors(self) -> dict[str, Tensor]:
         return {
@@ -286,20 +210,6 @@ def _risk(name: str, layer: LayerStatistics) -> RiskyLayer:
     step_ratio = float(steps.max() / steps.min()) if steps.numel() else 1.0
     outlier_ratio = amax / typical if typical else math.inf if amax else 1.0
     return RiskyLayer(component, stem, amax, typical, outlier_ratio, step_ratio)
-
-
-def _parse_header(path: Path, metadata: Mapping[str, str] | None) -> dict[str, Any]:
-    text = (metadata or {}).get(METADATA_KEY)
-    if text is None:
-        raise CalibrationError(f"{path}: found a safetensors file without statistics; make one with `calibrate`")
-    try:
-        header = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise CalibrationError(f"{path}: the header is damaged ({error}); calibrate again") from None
-    version = header.get("version") if isinstance(header, dict) else None
-    if version != FILE_VERSION:
-        raise CalibrationError(f"{path}: found statistics of version {version!r:.20}, expected {FILE_VERSION}")
-    return dict(header)
 
 
 def _layer(path: Path, name: str, tensors: Mapping[str, Tensor]) -> LayerStatistics:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from omni_convert.convert import moments as moments_module
 from omni_convert.convert.layer_statistics import observe
 from omni_convert.convert.moments import METADATA_KEY, InputMoments, Moments, MomentsRecorder
-from omni_convert.convert.statistics import CalibrationRun, Identity
+from omni_convert.convert.recording_header import CalibrationRun, Identity
 from omni_convert.formats.errors import CalibrationError, OutputError
 
 Q, K, UP = "transformer.layers.0.to_q", "transformer.layers.0.to_k", "transformer.layers.0.up"

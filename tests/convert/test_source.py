@@ -58,7 +58,6 @@ def test_a_repo_that_cannot_be_reached_is_one_line(tmp_path: Path) -> None:
 
 def test_without_a_model_the_demo_is_meant() -> None:
     source = resolve_source(None)
-    assert source.is_demo
     assert source.path == DEMO_PIPELINE
 
 

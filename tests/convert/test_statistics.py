@@ -12,7 +12,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from omni_convert.convert.layer_statistics import InputRecorder, LayerStatistics, observe
-from omni_convert.convert.statistics import METADATA_KEY, CalibrationRun, Identity, Statistics
+from omni_convert.convert.recording_header import CalibrationRun, Identity
+from omni_convert.convert.statistics import METADATA_KEY, Statistics
 from omni_convert.formats.errors import CalibrationError, OutputError
 
 Q, K, UP = "transformer.layers.0.to_q", "transformer.layers.0.to_k", "transformer.layers.0.up"

@@ -1,0 +1,139 @@
+"""Where recorded inputs come from, and how the files of them say so: in JSON, in the metadata of safetensors."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omni_convert.formats.errors import CalibrationError
+
+__all__ = ["CalibrationRun", "Identity", "RecordingHeader", "RecordingKind", "read_header"]
+
+Setting = int | float | str | None
+
+
+@dataclass(frozen=True)
+class CalibrationRun:
+    """How a pipeline was run, and over which prompts.
+
+    Attributes:
+        settings: steps, size, seed, versions, ... by name, sorted
+        prompts: SHA-256 of each, sorted; a prompt that was run twice is there twice
+    """
+
+    settings: tuple[tuple[str, Setting], ...]
+    prompts: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Where statistics come from.
+
+    Attributes:
+        fingerprints: component to the fingerprint of its weights (`Checkpoint.fingerprint`)
+        runs: what was run, in an order that does not depend on the order of merging
+    """
+
+    fingerprints: Mapping[str, str]
+    runs: tuple[CalibrationRun, ...]
+
+    def merge(self, others: Iterable[Identity]) -> Identity:
+        """The identity of statistics that were merged.
+
+        Raises:
+            CalibrationError: they belong to different models.
+        """
+        fingerprints = dict(self.fingerprints)
+        prompts: dict[tuple[tuple[str, Setting], ...], list[str]] = {}
+        for identity in (self, *others):
+            for component, fingerprint in identity.fingerprints.items():
+                if fingerprints.setdefault(component, fingerprint) != fingerprint:
+                    raise CalibrationError(
+                        f"{component}: found statistics of different models ({fingerprints[component][:12]} and "
+                        f"{fingerprint[:12]}), expected those of one; calibrate again"
+                    )
+            for run in identity.runs:
+                prompts.setdefault(run.settings, []).extend(run.prompts)
+        runs = (CalibrationRun(settings, tuple(sorted(texts))) for settings, texts in prompts.items())
+        return Identity(dict(sorted(fingerprints.items())), tuple(sorted(runs, key=repr)))
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "fingerprints": dict(self.fingerprints),
+            "runs": [{"settings": dict(run.settings), "prompts": list(run.prompts)} for run in self.runs],
+        }
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> Identity:
+        """The inverse of `to_json`; KeyError, TypeError, ValueError or AttributeError for anything else."""
+        runs = []
+        for run in content["runs"]:
+            settings = tuple(sorted((str(name), _setting(value)) for name, value in run["settings"].items()))
+            runs.append(CalibrationRun(settings, tuple(sorted(map(str, run["prompts"])))))
+        return cls({str(name): str(value) for name, value in content["fingerprints"].items()}, tuple(runs))
+
+
+def _setting(value: object) -> Setting:
+    if value is None or isinstance(value, int | float | str):
+        return value
+    raise TypeError(f"a setting of type {type(value).__name__}")
+
+
+@dataclass(frozen=True)
+class RecordingKind:
+    """What a file holds.
+
+    Attributes:
+        key: under which the metadata has the header
+        name: as messages call it
+        maker: the command that makes one
+        version: of its form
+    """
+
+    key: str
+    name: str
+    maker: str
+    version: int = 1
+
+
+@dataclass(frozen=True)
+class RecordingHeader:
+    """The header of a file.
+
+    Attributes:
+        owners: layer to the name under which its tensors are stored; layers that read the same input share one
+    """
+
+    identity: Identity
+    owners: Mapping[str, str]
+
+    def to_text(self, kind: RecordingKind) -> str:
+        """As it is stored."""
+        content = {"version": kind.version, **self.identity.to_json(), "layers": dict(self.owners)}
+        return json.dumps(content, sort_keys=True, separators=(",", ":"))
+
+
+def read_header(path: Path, metadata: Mapping[str, str], kind: RecordingKind) -> RecordingHeader:
+    """The header among the metadata of a file.
+
+    Raises:
+        CalibrationError: there is none, it is damaged, or of another version.
+    """
+    text = metadata.get(kind.key)
+    if text is None:
+        raise CalibrationError(f"{path}: found a safetensors file without {kind.name}; make one with {kind.maker}")
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise CalibrationError(f"{path}: the header is damaged ({error}); calibrate again") from None
+    version = content.get("version") if isinstance(content, dict) else None
+    if version != kind.version:
+        raise CalibrationError(f"{path}: found {kind.name} of version {version!r:.20}, expected {kind.version}")
+    try:
+        owners = {str(layer): str(owner) for layer, owner in content["layers"].items()}
+        return RecordingHeader(Identity.from_json(content), owners)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CalibrationError(f"{path}: the header is damaged ({error!r}); calibrate again") from None
