@@ -24,6 +24,7 @@ from huggingface_hub.utils import (  # type: ignore[attr-defined]  # documented 
 
 from omni_convert.convert.hub import ask_hub
 from omni_convert.formats.errors import CheckpointError, HubError
+from omni_convert.formats.file_header import MAX_HEADER_BYTES
 
 __all__ = ["HubFile", "HubFiles"]
 
@@ -31,7 +32,6 @@ POLL_SECONDS = 0.2
 # Every header of the Hub's popular models but a few fits into this.
 FIRST_BYTES = 128 << 10
 LENGTH_BYTES = 8
-MAX_HEADER_BYTES = 100_000_000
 
 log = logging.getLogger(__name__)
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from omni_convert.formats.tensor_spec import TensorSpec
+if TYPE_CHECKING:
+    from omni_convert.formats.tensor_spec import TensorSpec
 
 __all__ = ["MAX_HEADER_BYTES", "FileHeader"]
 
