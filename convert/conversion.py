@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from omni_convert.convert.component_plan import ComponentPlan
+from omni_convert.convert.component_result import ComponentResult, LayerResult
 from omni_convert.convert.copy import copy_file, take_files
 from omni_convert.convert.device import resolve_device
-from omni_convert.convert.execute import ComponentResult, Engine, LayerResult, Progress, execute_component
+from omni_convert.convert.execute import Engine, Progress, execute_component
 from omni_convert.convert.file_hash import SourceHashes
 from omni_convert.convert.journal import JOURNAL, Journal
 from omni_convert.convert.manifest import describe_job, read_results, write_json, write_manifest

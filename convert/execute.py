@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from omni_convert.convert.component_plan import ComponentPlan
+from omni_convert.convert.component_result import ComponentResult, layer_results
 from omni_convert.convert.journal import EarlierRecords, Record, Records
 from omni_convert.convert.memory import anonymous_memory
 from omni_convert.convert.steps import CopyStep, QuantizeStep, Step, matrix_shape
@@ -32,15 +33,12 @@ from omni_convert.formats.shard_writer import open_shard
 from omni_convert.formats.tensor_writer import TensorWriter, bytes_of
 
 __all__ = [
-    "ComponentResult",
     "Engine",
     "Finished",
-    "LayerResult",
     "Progress",
     "Work",
     "check_written",
     "execute_component",
-    "layer_results",
     "name_of",
 ]
 
@@ -52,35 +50,6 @@ Progress = Callable[[int], None]
 # The disk reads this much of each weight of the steps that are being prepared.
 PREFETCH_BYTES = 64 << 20
 MEMORY_SECONDS = 0.1
-
-
-@dataclass(frozen=True)
-class LayerResult:
-    """How close a quantized layer came: `relative_error` is ‖W - Ŵ‖ / ‖W‖ (Frobenius).
-
-    It is taken over all rows of a weight of a million elements or less, and over one row in 32 of a larger one.
-    """
-
-    name: str
-    method: str
-    bytes_before: int
-    bytes_after: int
-    relative_error: float
-
-
-@dataclass(frozen=True)
-class ComponentResult:
-    """What became of a component.
-
-    Attributes:
-        layers: its quantized layers
-        sha256: of each file of weights
-        peak_memory: largest `RssAnon` seen, bytes
-    """
-
-    layers: list[LayerResult]
-    sha256: dict[str, str]
-    peak_memory: int
 
 
 @dataclass(frozen=True)
@@ -357,17 +326,3 @@ def check_written(finished: Finished, outputs: Mapping[str, TensorWriter]) -> No
             f"{tile.start} to {tile.stop - 1}, expected the same; check the disk and the memory, then go on with "
             "--resume"
         )
-
-
-def layer_results(component: ComponentPlan, records: Mapping[str, list[Record]]) -> list[LayerResult]:
-    """What became of each layer, from the records of each weight's tiles."""
-    results = []
-    for step in component.quantize_steps:
-        for stem, weight in zip(step.group.members, step.weights, strict=True):
-            error = math.fsum(record.squared_error for record in records[weight.name])
-            norm = math.fsum(record.squared_norm for record in records[weight.name])
-            layouts = step.layout(weight).values()
-            written = sum(math.prod(layout.shape) * layout.dtype.itemsize for layout in layouts)
-            relative = math.sqrt(error / norm) if norm else 0.0
-            results.append(LayerResult(stem, component.method, weight.nbytes, written, relative))
-    return results

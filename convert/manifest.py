@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from omni_convert.convert.component_plan import ComponentPlan
-from omni_convert.convert.execute import LayerResult
+from omni_convert.convert.component_result import LayerResult
 from omni_convert.convert.file_hash import file_sha256
 from omni_convert.convert.journal import JOURNAL
 from omni_convert.convert.output import MANIFEST, write_text

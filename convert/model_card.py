@@ -9,7 +9,7 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from omni_convert.convert.execute import LayerResult
+from omni_convert.convert.component_result import LayerResult
 from omni_convert.convert.plan import Plan
 
 __all__ = ["model_card"]

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from omni_convert.convert.component_plan import ComponentPlan
-from omni_convert.convert.execute import LayerResult
+from omni_convert.convert.component_result import LayerResult
 from omni_convert.convert.plan import Plan
 from omni_convert.convert.remote_folder import RemoteFolder
 from omni_convert.convert.steps import KeptLayer, QuantizeStep

@@ -12,7 +12,8 @@ from functools import partial
 from pathlib import Path
 
 from omni_convert.convert.component_plan import ComponentPlan
-from omni_convert.convert.execute import ComponentResult, Engine, Progress, Work, check_written, layer_results, name_of
+from omni_convert.convert.component_result import ComponentResult, layer_results
+from omni_convert.convert.execute import Engine, Progress, Work, check_written, name_of
 from omni_convert.convert.journal import Record
 from omni_convert.convert.remote_folder import RemoteFolder
 from omni_convert.convert.tile import Tile, tiles_of
