@@ -1,14 +1,16 @@
-"""FP8: 8-bit floats (E4M3), one scale per weight or per block of the weight.
+"""FP8: 8-bit floats (E4M3), one scale per weight, per row or per block of the weight.
 
 Tensors:    NAME.weight            F8_E4M3 [out, in]
             NAME.weight_scale      F32 []                                 per tensor: amax / 448
+            NAME.weight_scale      F32 [out]                              per channel: amax of the row / 448
             NAME.weight_scale_inv  F32 [ceil(out / N), ceil(in / K)]      per N x K block: amax / 448
             NAME.input_scale       F32 []                                 static activations: clip / 448
 Arithmetic: W ≈ E4M3(code) * weight_scale; for blocks * weight_scale_inv, which multiplies despite its name.
             Codes are rounded half to even and saturate at ±448.
 Consumers:  vLLM and vLLM-Omni `fp8`. Fused linears are requantized to the largest scale of their members, hence one
-            scale for the group; static fused linears use the largest `input_scale`.
-Limits:     per tensor none. Blocks: activations are dynamic always (vLLM refuses static).
+            scale for the group; static fused linears use the largest `input_scale`. Per channel: ModelOpt's
+            FP8_PER_CHANNEL_PER_TOKEN, which vLLM and vLLM-Omni read as `modelopt`.
+Limits:     per tensor none. Channels and blocks: activations are dynamic always (vLLM refuses static).
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from omni_convert.formats.format import ElementFormat, InputStatistics, TensorLa
 from omni_convert.formats.scalar_scale import SCALAR, scalars, static_scale
 from omni_convert.formats.tiling import quantize_in_tiles
 
-__all__ = ["E4M3_MAX", "Fp8", "Fp8Block", "round_to_e4m3"]
+__all__ = ["E4M3_MAX", "Fp8", "Fp8Block", "Fp8Channel", "round_to_e4m3"]
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,54 @@ class Fp8(ElementFormat):
 
     def encode_elements(self, elements: Tensor) -> Tensor:
         return elements.to(torch.float8_e4m3fn)
+
+
+@dataclass(frozen=True)
+class Fp8Channel(ElementFormat):
+    """FP8 with one scale per row, and activations per token; nothing is shared in a fused group."""
+
+    method = "fp8"
+
+    @property
+    def label(self) -> str:
+        return "fp8 per row"
+
+    def unsupported(self, out_features: int, in_features: int) -> str | None:
+        return None
+
+    def layout(self, out_features: int, in_features: int) -> dict[str, TensorLayout]:
+        return {
+            "weight": TensorLayout(torch.float8_e4m3fn, (out_features, in_features)),
+            "weight_scale": TensorLayout(torch.float32, (out_features,)),
+        }
+
+    def fit(self, weights: Sequence[WeightRows], inputs: InputStatistics | None) -> None:
+        return None
+
+    def constants(self, fitted: None) -> dict[str, Tensor]:
+        return {}
+
+    def quantize_rows(self, rows: Tensor, fitted: None) -> dict[str, Tensor]:
+        return quantize_in_tiles(rows, self._quantize_tile)
+
+    def dequantize(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        return tensors["weight"].float() * self.element_scale(tensors)
+
+    def element_scale(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        return tensors["weight_scale"].float()[:, None]
+
+    def round_elements(self, values: Tensor) -> Tensor:
+        return round_to_e4m3(values).float()
+
+    def encode_elements(self, elements: Tensor) -> Tensor:
+        return elements.to(torch.float8_e4m3fn)
+
+    @staticmethod
+    def _quantize_tile(tile: Tensor) -> dict[str, Tensor]:
+        values = tile.float()
+        scale = values.abs().amax(dim=1) / E4M3_MAX
+        scale = torch.where(scale == 0, 1.0, scale)
+        return {"weight": round_to_e4m3(values / scale[:, None]), "weight_scale": scale}
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from omni_convert.formats.errors import RecipeError
 
-__all__ = ["ACTIVATION_SCHEMES", "QuantizationConfig"]
+__all__ = ["ACTIVATION_SCHEMES", "MIXED", "QuantizationConfig"]
 
 #: Method to the ways in which its activations may be quantized, the default first. `static` means that each layer
 #: stores an `input_scale`; `none`, that activations stay as they are.
@@ -23,17 +23,23 @@ ACTIVATION_SCHEMES: dict[str, tuple[str, ...]] = {
 }
 
 
+#: In place of a method, where layers have several.
+MIXED = "mixed"
+
+
 @dataclass(frozen=True)
 class QuantizationConfig:
     """How the quantized layers of a component are stored, and which ones are not.
 
     Attributes:
-        method: one of `ACTIVATION_SCHEMES`
+        method: one of `ACTIVATION_SCHEMES`, or `mixed`
         activation_scheme: one of the method's
         weight_block_size: rows and columns that share a scale (fp8 only, activations dynamic)
         ignored_layers: names of layers that stay as they are, as the runtime and as the checkpoint call them
         require_smooth_scale: every layer stores a `mul_scale` (mxfp4 only)
         group_size: columns that share a scale (w4a16 only); None for the default
+        per_channel: every row of a weight has its own scale (fp8 only, activations dynamic)
+        layers: name of each quantized layer, and what is said of it alone (mixed only)
 
     Raises:
         RecipeError: the fields contradict each other.
@@ -45,8 +51,14 @@ class QuantizationConfig:
     ignored_layers: tuple[str, ...] = ()
     require_smooth_scale: bool = False
     group_size: int | None = None
+    per_channel: bool = False
+    layers: tuple[tuple[str, QuantizationConfig], ...] = ()
 
     def __post_init__(self) -> None:
+        if (self.method == MIXED) != bool(self.layers):
+            raise RecipeError(f"layers: found {len(self.layers)} with {self.method}, expected some with {MIXED} alone")
+        if self.method == MIXED:
+            return
         schemes = ACTIVATION_SCHEMES.get(self.method)
         if schemes is None:
             raise RecipeError(f"method: found {self.method!r}, expected one of {', '.join(ACTIVATION_SCHEMES)}")
@@ -62,6 +74,12 @@ class QuantizationConfig:
             raise RecipeError(f"group_size: found {found}, expected 32, 64 or 128 with w4a16")
         if self.weight_block_size is not None:
             self._check_blocks(self.weight_block_size)
+        is_per_row = self.method == "fp8" and self.activation_scheme == "dynamic" and self.weight_block_size is None
+        if self.per_channel and not is_per_row:
+            raise RecipeError(
+                f"per_channel: found with {self.method} and {self.activation_scheme} activations, expected fp8 without "
+                "blocks and dynamic ones"
+            )
 
     def _check_blocks(self, block_size: tuple[int, int]) -> None:
         if self.method != "fp8" or self.activation_scheme != "dynamic":
@@ -76,3 +94,7 @@ class QuantizationConfig:
     def is_static(self) -> bool:
         """Whether each layer stores an `input_scale`."""
         return self.activation_scheme == "static"
+
+    def of_layer(self, name: str) -> QuantizationConfig | None:
+        """What is said of one layer; None if layers are listed and it is not."""
+        return dict(self.layers).get(name) if self.layers else self

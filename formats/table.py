@@ -9,7 +9,7 @@ from enum import Enum
 import torch
 
 from omni_convert.formats.format import Format, QuantizingFormat
-from omni_convert.formats.fp8 import Fp8, Fp8Block
+from omni_convert.formats.fp8 import Fp8, Fp8Block, Fp8Channel
 from omni_convert.formats.fp8_storage import Fp8Storage
 from omni_convert.formats.gguf import DEFAULT_TYPE, Gguf
 from omni_convert.formats.int4 import DEFAULT_GROUP, Int4
@@ -31,6 +31,7 @@ class FormatOptions:
     smooth: bool = False
     input_scale_rule: str = "max"
     weight_block_size: tuple[int, int] | None = None
+    per_channel: bool = False
     shared_in_group: bool = False
     scale_rule: str | None = None
     search: bool = True
@@ -64,6 +65,8 @@ class Method:
 def _build_fp8(options: FormatOptions) -> QuantizingFormat:
     if options.weight_block_size is not None:
         return Fp8Block(options.weight_block_size)
+    if options.per_channel:
+        return Fp8Channel()
     return Fp8(options.static, options.input_scale_rule)
 
 

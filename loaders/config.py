@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from omni_convert.formats.dialects.auto_round import AUTO_ROUND_METHODS
+from omni_convert.formats.dialects.vllm_omni import SPELLINGS
 from omni_convert.formats.errors import CheckpointError, RecipeError
 from omni_convert.formats.quantization_config import ACTIVATION_SCHEMES, QuantizationConfig
 from omni_convert.formats.table import LOADABLE
@@ -24,10 +26,12 @@ __all__ = [
 
 METHOD_KEYS = ("method", "quant_method")
 DEFAULT_COMPONENT = "default"
-# Says that a checkpoint is quantized already, which the checkpoint itself shows; blocks copied from one have it.
-SERIALIZED_FLAG_SUFFIX = "_serialized"
 # transformers' word for `ignored_layers`, which counts where that is empty.
 IGNORED_ALIAS = "modules_to_not_convert"
+# Normalised names under which vLLM-Omni has one builder.
+AUTO_ROUND_ALIASES = ("inc", *(method.replace("-", "_") for method in AUTO_ROUND_METHODS))
+# Of mxfp4_dualscale, quantized while loading.
+LEADING_BLOCKS = "num_bf16_fallback_layers"
 
 
 class QuantConfigValueError(RecipeError, ValueError):
@@ -125,19 +129,15 @@ def _build_component(component: str, value: Any) -> QuantizationConfig | None:
 def _build_from_options(spec: Mapping[str, Any], kwargs: Mapping[str, Any]) -> QuantizationConfig:
     if is_modelopt(spec):
         return _read_modelopt(spec)
-    if (packed := read_auto_round(spec)) is not None:
-        return packed
     options = dict(spec)
     name = options.pop("method", None)
     if name is None:  # a `quant_method` beside a `method` is an option, and unknown
         name = options.pop("quant_method", None)
     if name is None:
         raise QuantConfigValueError(f"quantization: found no 'method' in {sorted(map(str, spec))}, expected one")
-    if not isinstance(name, str):
-        raise QuantConfigTypeError(f"quantization: found a method of {type(name).__name__}, expected a string")
     merged = {**options, **kwargs}
     named = {"quant_method": name, **merged}
-    return _read_modelopt(named) if is_modelopt(named) else _build_single(name, merged)
+    return _read_modelopt(named) if is_modelopt(named) else _build_single(str(name), merged)
 
 
 def _read_modelopt(spec: Mapping[str, Any]) -> QuantizationConfig:
@@ -149,24 +149,71 @@ def _read_modelopt(spec: Mapping[str, Any]) -> QuantizationConfig:
 
 def _build_single(name: str, options: Mapping[str, Any]) -> QuantizationConfig:
     method = name.lower().replace("-", "_")
+    if method in AUTO_ROUND_ALIASES:
+        return _build_auto_round(name, options)
     if method not in LOADABLE:
-        raise QuantConfigValueError(f"quantization: found method '{name}', expected one of {', '.join(LOADABLE)}")
-    options = {key: value for key, value in options.items() if not key.endswith(SERIALIZED_FLAG_SUFFIX)}
-    alias = options.pop(IGNORED_ALIAS, None)
-    if alias and not options.get("ignored_layers"):
-        options["ignored_layers"] = alias
-    options = {"activation_scheme": _uncalibrated_scheme(method)} | options
+        expected = (
+            f"expected one of {', '.join((*LOADABLE, *AUTO_ROUND_ALIASES))}, or what ModelOpt or vLLM-Omni writes"
+        )
+        raise QuantConfigValueError(f"quantization: found method '{name[:64]}', {expected} into config.json")
+    meant = {"activation_scheme": _uncalibrated_scheme(method)} | _meant_options(method, options)
     signature = inspect.signature(QuantizationConfig)
-    unknown = sorted(set(options) - set(signature.parameters))
-    if unknown or "method" in options:
+    unknown = sorted(set(meant) - (set(signature.parameters) - {"method", "layers"}))
+    if unknown:
         raise QuantConfigTypeError(f"quantization: '{method}' has no option {', '.join(unknown)}, expected {signature}")
-    return QuantizationConfig(method, **{key: _frozen(value) for key, value in options.items()})
+    try:
+        return QuantizationConfig(method, **meant)
+    except RecipeError as error:
+        raise QuantConfigValueError(f"quantization: {error}") from None
+    except TypeError:
+        raise QuantConfigTypeError(
+            f"quantization: found {dict(options)!r:.80} of wrong types, expected {signature}"
+        ) from None
+
+
+def _build_auto_round(name: str, options: Mapping[str, Any]) -> QuantizationConfig:
+    """As vLLM-Omni, which takes the options that it knows and drops others."""
+    block = {"bits": options.get("weight_bits"), **options, "quant_method": AUTO_ROUND_METHODS[0]}
+    if block["bits"] is None or "group_size" not in block:
+        raise QuantConfigTypeError(f"quantization: found '{name}' without bits and group_size, expected both")
+    config = read_auto_round(block)
+    if config is None:
+        raise QuantConfigValueError(
+            f"quantization: found '{name}' of another kind than W4A16 in GPTQ's packing, expected bits 4 and the "
+            "exceptions in 16; for others pass diffusers' AutoRoundConfig"
+        )
+    return config
+
+
+def _meant_options(method: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Without those that the runtime's own constructors take and that mean nothing here.
+
+    Raises:
+        QuantConfigValueError: one of these asks for something that we do not have.
+        QuantConfigTypeError: names of layers are no list.
+    """
+    meant = dict(options)
+    spelling = SPELLINGS.get(method)
+    if spelling is not None:
+        is_stored = meant.pop(spelling.flag, False) is True  # which a checkpoint shows; blocks copied from one say it
+        for key, is_idle in spelling.idle.items():
+            value = meant.pop(key, None)
+            if value is not None and not (is_idle(value) and (is_stored or key != LEADING_BLOCKS or value == 0)):
+                remedy = "name the blocks in ignored_layers" if key == LEADING_BLOCKS else "leave it out"
+                raise QuantConfigValueError(
+                    f"quantization: found {key} {value!r:.40}, which the runtime has and this loader has not; {remedy}"
+                )
+    ignored = meant.pop("ignored_layers", None) or meant.pop(IGNORED_ALIAS, None) or ()
+    meant.pop(IGNORED_ALIAS, None)
+    if not isinstance(ignored, list | tuple) or not all(isinstance(pattern, str) for pattern in ignored):
+        raise QuantConfigTypeError(f"quantization: found ignored_layers {ignored!r:.40}, expected a list of names")
+    blocks = meant.get("weight_block_size")
+    return meant | {
+        "ignored_layers": tuple(ignored),
+        **({"weight_block_size": tuple(blocks)} if isinstance(blocks, list) else {}),
+    }
 
 
 def _uncalibrated_scheme(method: str) -> str:
     """The default without calibration, which no request to quantize while loading has."""
     return next(scheme for scheme in ACTIVATION_SCHEMES[method] if scheme != "static")
-
-
-def _frozen(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value

@@ -18,11 +18,13 @@ from omni_convert.formats.dialects.vllm_omni import ignored_names
 from omni_convert.formats.errors import CheckpointError, RecipeError
 from omni_convert.formats.family import LayerGroup, find_family
 from omni_convert.formats.format import Format, QuantizingFormat
+from omni_convert.formats.fp8 import Fp8, Fp8Channel
 from omni_convert.formats.fp8_storage import Fp8Storage
+from omni_convert.formats.int4 import Int4
 from omni_convert.formats.int8 import Int8
 from omni_convert.formats.layer_pattern import matches, suggestion_for
 from omni_convert.formats.mxfp4 import Mxfp4
-from omni_convert.formats.quantization_config import QuantizationConfig
+from omni_convert.formats.quantization_config import MIXED, QuantizationConfig
 from omni_convert.formats.table import FORMATS, LOADABLE, FormatOptions, layer_formats
 from omni_convert.formats.tensor_spec import DTYPE_NAMES, TensorSpec
 from omni_convert.loaders.allocator import release_free_memory
@@ -35,7 +37,8 @@ from omni_convert.loaders.fp8_storage import (
     store_weight,
 )
 from omni_convert.loaders.group_fit import GroupFits, PlannedLayer
-from omni_convert.loaders.packed_int4 import PackedInt4, as_loaded, packed_layers
+from omni_convert.loaders.mixed import requested_configs
+from omni_convert.loaders.packed_int4 import as_loaded, packed_layers
 from omni_convert.loaders.quantized_linear import QuantizedLinear
 from omni_convert.loaders.resident import disk_tensors
 
@@ -70,6 +73,7 @@ def declared_format(config: QuantizationConfig) -> QuantizingFormat:
                 static=config.is_static,
                 smooth=config.require_smooth_scale,
                 weight_block_size=config.weight_block_size,
+                per_channel=config.per_channel,
                 group_size=config.group_size,
             )
         )
@@ -93,15 +97,18 @@ def install_empty_layers(
     Raises:
         CheckpointError: the block contradicts the tensors, a layer is incomplete, or the model has no such layer.
     """
-    declared = declared_format(config)
-    found = packed_layers(specs) if isinstance(declared, PackedInt4) else layer_formats(specs, config.method)
+    found = packed_layers(specs) if config.method == Int4.method else layer_formats(specs, config.method)
     if not found:
         raise CheckpointError(f"{where}: config says {config.method}, found no quantized layer, expected some")
     installed: dict[str, tuple[str, ...]] = {}
     for stem, fmt in found.items():
         if stem in config.ignored_layers:
             raise CheckpointError(f"{where}: {stem} is in ignored_layers, found {fmt.method} tensors for it")
-        if type(fmt) is not type(declared):
+        said = config.of_layer(stem)
+        if said is None:
+            raise CheckpointError(f"{where}: {stem} holds {fmt}, found no such layer in quantized_layers, expected it")
+        declared = declared_format(said)
+        if type(fmt) is not type(declared) and not (isinstance(fmt, Fp8) and isinstance(declared, Fp8Channel)):
             raise CheckpointError(f"{where}: {stem} holds {fmt}, expected {declared} as its config says")
         installed[stem] = _install_empty(model, stem, specs, _with_optional_tensors(declared, fmt), where)
     _refuse_bare_codes(model, specs, where)
@@ -199,22 +206,33 @@ def select_layers(model: nn.Module, config: QuantizationConfig) -> tuple[dict[st
     Raises:
         RecipeError: static activations, an unknown method, or a pattern that matches nothing.
     """
-    if config.is_static:
-        raise RecipeError("quantization: static activations need calibration; convert the model, or use 'dynamic'")
-    fmt = declared_format(config)
-    if isinstance(fmt, Fp8Storage):
+    if config.method == Fp8Storage.method:
         return _select_stored(model, config)
     specs = {name: TensorSpec(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in model.state_dict().items()}
     groups = find_family(type(model).__name__).layer_groups(specs, "diffusers")
     ignored = _ignored_groups(config.ignored_layers, groups, specs)
-    ignored += [group for group in groups if group not in ignored and _must_stay(fmt, group, specs)]
-    layers = {
-        stem: PlannedLayer(_shared(fmt, group), group)
-        for group in groups
-        if group not in ignored
-        for stem in group.members
-    }
-    return layers, replace(config, ignored_layers=tuple(ignored_names(ignored)))
+    asked_for = requested_configs(config, groups)
+    layers: dict[str, PlannedLayer] = {}
+    chosen: list[tuple[str, QuantizationConfig]] = []
+    for group, said in zip(groups, asked_for, strict=True):
+        fmt = None if said is None or group in ignored else _quantizing_format(said)
+        if said is None or fmt is None or _must_stay(fmt, group, specs):
+            ignored += [group] if group not in ignored else []
+            continue
+        layers |= {stem: PlannedLayer(_shared(fmt, group), group) for stem in group.members}
+        chosen += [(name, said) for name in ignored_names([group])]
+    spelled = replace(config, ignored_layers=tuple(ignored_names(ignored)))
+    return layers, replace(spelled, layers=tuple(chosen)) if config.method == MIXED else spelled
+
+
+def _quantizing_format(config: QuantizationConfig) -> QuantizingFormat:
+    """The format to quantize to while loading."""
+    if config.is_static:
+        raise RecipeError(
+            f"quantization: static activations need calibration, found them of {config.method}; convert the model, or "
+            "use 'dynamic', which is FP8_PER_CHANNEL_PER_TOKEN in ModelOpt's words"
+        )
+    return declared_format(config)
 
 
 def _shared(fmt: QuantizingFormat, group: LayerGroup) -> QuantizingFormat:

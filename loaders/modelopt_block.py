@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from omni_convert.formats.dialects import vllm_omni
+from omni_convert.formats.dialects.modelopt_config import from_modelopt
 from omni_convert.formats.errors import CheckpointError
 from omni_convert.formats.quantization_config import QuantizationConfig
 
@@ -17,25 +17,26 @@ __all__ = ["is_modelopt", "modelopt_algorithm", "read_modelopt"]
 
 METHODS = ("modelopt", "modelopt_fp4", "modelopt_mixed")
 DETECTED = ("FP8", "FP8_PER_CHANNEL_PER_TOKEN", "NVFP4", "MIXED_PRECISION")
-REMEDY = "expected FP8 or NVFP4; `omni-convert MODEL -m fp8` makes a checkpoint that is loaded"
+REMEDY = f"expected one of {', '.join(DETECTED)}; `omni-convert MODEL -m fp8` makes a checkpoint that is loaded"
 
 
 def is_modelopt(spec: Mapping[str, Any]) -> bool:
     """Whether vLLM-Omni takes a mapping for ModelOpt's: by its method or producer, unless the algorithm is unknown."""
-    method = spec.get("quant_method")
+    method = spec.get("method", spec.get("quant_method"))
     producer = spec.get("producer")
     name = producer.get("name") if isinstance(producer, Mapping) else None
     is_named = isinstance(method, str) and method.lower().replace("-", "_") in METHODS
     if not is_named and not (isinstance(name, str) and name.lower() == METHODS[0]):
         return False
     algorithm = modelopt_algorithm(spec)
-    return not algorithm or algorithm in DETECTED
+    return algorithm in DETECTED if algorithm else is_named
 
 
-def modelopt_algorithm(spec: Mapping[str, Any]) -> Any:
-    """`quant_algo`, of the nested mapping where there is one."""
+def modelopt_algorithm(spec: Mapping[str, Any]) -> str:
+    """`quant_algo` in capitals, of the nested mapping where there is one; nothing where it is not said."""
     nested = spec.get("quantization")
-    return (nested if isinstance(nested, Mapping) else spec).get("quant_algo")
+    algorithm = (nested if isinstance(nested, Mapping) else spec).get("quant_algo")
+    return str(algorithm).upper() if algorithm else ""
 
 
 def read_modelopt(spec: Mapping[str, Any], where: str) -> QuantizationConfig:
@@ -47,14 +48,12 @@ def read_modelopt(spec: Mapping[str, Any], where: str) -> QuantizationConfig:
     algorithm = modelopt_algorithm(spec)
     if not algorithm:
         raise CheckpointError(f"{where}: found ModelOpt's block with a missing quant_algo, {REMEDY}")
-    if algorithm not in ("FP8", "NVFP4"):
-        raise CheckpointError(f"{where}: found quant_algo {str(algorithm)[:64]!r}, {REMEDY}")
+    if algorithm not in DETECTED:
+        raise CheckpointError(f"{where}: found quant_algo {algorithm[:64]!r}, {REMEDY}")
     nested = spec.get("quantization")
-    if algorithm == "NVFP4" and not isinstance(nested, Mapping):
-        return vllm_omni.from_block({**_without_method(spec), "quant_method": vllm_omni.MODELOPT}, where)
-    # The names are patterns; which layers are quantized, the tensors decide.
-    return QuantizationConfig("nvfp4" if algorithm == "NVFP4" else "fp8", activation_scheme="static")
-
-
-def _without_method(spec: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in spec.items() if key != "method"}
+    if algorithm == "FP8" or (algorithm == "NVFP4" and isinstance(nested, Mapping)):
+        # The names are patterns; which layers are quantized, the tensors decide.
+        return QuantizationConfig("nvfp4" if algorithm == "NVFP4" else "fp8", activation_scheme="static")
+    if isinstance(nested, Mapping):
+        spec = {"ignore": nested.get("exclude_modules"), "quantized_layers": nested.get("quantized_layers")}
+    return from_modelopt({**spec, "quant_algo": algorithm}, where)

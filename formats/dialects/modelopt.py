@@ -20,20 +20,17 @@ from typing import Any
 from omni_convert.formats.codec import Plain, Repeated
 from omni_convert.formats.dialect import Dialect, Found, StoredLayer, WrittenSpelling
 from omni_convert.formats.dialects.bare import signed_layers
-from omni_convert.formats.dialects.vllm_omni import MODELOPT, as_whole_name
+from omni_convert.formats.dialects.modelopt_config import MODELOPT, spell_algorithms
 from omni_convert.formats.errors import CheckpointError
 from omni_convert.formats.format import Format
 from omni_convert.formats.fp8 import Fp8, Fp8Block
 from omni_convert.formats.mxfp8 import Mxfp8
-from omni_convert.formats.nvfp4 import NVFP4_BLOCK, Nvfp4
+from omni_convert.formats.nvfp4 import Nvfp4
 from omni_convert.formats.read_formats import Scaled
 
 __all__ = ["MODELOPT_DIALECT"]
 
-# vLLM-Omni does not know the longer name, and takes NVFP4 without input activations for what it says.
-WEIGHT_ONLY = "W4A16_"
 NAMES = {"mul_scale": "pre_quant_scale"}
-FP8_GROUP = {"dynamic": False, "num_bits": 8, "type": "float"}
 
 
 class ModelOpt(Dialect):
@@ -67,49 +64,15 @@ class ModelOpt(Dialect):
 
     def block(self, layers: Mapping[str, Format], ignored: Collection[str]) -> dict[str, Any]:
         algorithms = {stem: _algorithm(fmt) for stem, fmt in layers.items()}
-        kinds = sorted(set(algorithms.values()))
-        is_mixed = len(kinds) > 1
-        groups = {
-            f"group_{number}": _group(kind, [stem for stem in sorted(layers) if algorithms[stem] == kind], is_mixed)
-            for number, kind in enumerate(kinds)
-        }
-        block: dict[str, Any] = {
-            "quant_method": MODELOPT,
-            "quant_algo": "MIXED_PRECISION" if is_mixed else kinds[0].removeprefix(WEIGHT_ONLY),
-            "config_groups": groups,
-            "ignore": [as_whole_name(name) for name in sorted(ignored)],
-            "producer": {"name": "omni-convert"},
-        }
-        if is_mixed:
-            block["quantized_layers"] = {stem: _described(kind) for stem, kind in sorted(algorithms.items())}
-        return block
+        return spell_algorithms(algorithms, ignored, is_mixed=len(set(algorithms.values())) > 1)
 
 
 def _algorithm(fmt: Format) -> str:
     if isinstance(fmt, Nvfp4):
-        return "NVFP4" if fmt.static else f"{WEIGHT_ONLY}NVFP4"
+        return "NVFP4" if fmt.static else "W4A16_NVFP4"
     if isinstance(fmt, Mxfp8):
         return "MXFP8"
     return "FP8" if isinstance(fmt, Fp8) and fmt.static else "FP8_PER_CHANNEL_PER_TOKEN"
-
-
-def _described(algorithm: str) -> dict[str, Any]:
-    described: dict[str, Any] = {"quant_algo": algorithm}
-    return described | {"group_size": NVFP4_BLOCK} if "NVFP4" in algorithm else described
-
-
-def _group(algorithm: str, stems: list[str], is_mixed: bool) -> dict[str, Any]:
-    targets = stems if is_mixed else ["Linear"]
-    weights: dict[str, Any] = dict(FP8_GROUP)
-    inputs: dict[str, Any] | None = dict(FP8_GROUP)
-    if "NVFP4" in algorithm:
-        weights = {"dynamic": False, "num_bits": 4, "type": "float", "group_size": NVFP4_BLOCK}
-        inputs = dict(weights) if algorithm == "NVFP4" else None
-    elif algorithm == "MXFP8":
-        weights, inputs = weights | {"group_size": 32}, weights | {"group_size": 32, "dynamic": True}
-    elif algorithm == "FP8_PER_CHANNEL_PER_TOKEN":
-        inputs = dict(FP8_GROUP) | {"dynamic": True}
-    return {"input_activations": inputs, "weights": weights, "targets": targets}
 
 
 MODELOPT_DIALECT = ModelOpt()

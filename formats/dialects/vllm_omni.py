@@ -7,7 +7,7 @@ mxfp8            {"quant_method": "mxfp8", "is_checkpoint_mxfp8_serialized": tru
 mxfp4            {"quant_method": "mxfp4", "is_checkpoint_mxfp4_serialized": true, "require_smooth_scale": false, ...}
 mxfp4_dualscale  {"quant_method": "mxfp4_dualscale", "is_checkpoint_serialized": true, ...}   no "mxfp4" in this flag
 fp8_storage      {"quant_method": "fp8_storage", "is_checkpoint_fp8_storage_serialized": true, ...}   our loader's alone
-nvfp4            ModelOpt's block: {"quant_method": "modelopt", "quant_algo": "NVFP4", "ignore": [...], ...};
+nvfp4            ModelOpt's block, see `modelopt_config.py`; so fp8 per channel, and layers of several formats;
                  ModelOpt's "FP8", which is `fp8` with static activations, is read as well
 
 All but ModelOpt's are keyword arguments of a constructor (0.30.0): one unknown key is a TypeError, and a flag that is
@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import difflib
 import math
-import reprlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,6 +26,13 @@ from typing import Any
 import torch
 
 from omni_convert.formats.dialect import Dialect, Found, StoredLayer, WrittenSpelling
+from omni_convert.formats.dialects.modelopt_config import (
+    MODELOPT,
+    from_modelopt,
+    read_names,
+    shown,
+    to_modelopt,
+)
 from omni_convert.formats.errors import CheckpointError, RecipeError
 from omni_convert.formats.family import LayerGroup
 from omni_convert.formats.format import Format, QuantizingFormat
@@ -35,14 +41,11 @@ from omni_convert.formats.fp8_storage import Fp8Storage
 from omni_convert.formats.int4 import Int4
 from omni_convert.formats.mxfp4 import Mxfp4
 from omni_convert.formats.nvfp4 import Nvfp4
-from omni_convert.formats.quantization_config import ACTIVATION_SCHEMES, QuantizationConfig
+from omni_convert.formats.quantization_config import ACTIVATION_SCHEMES, MIXED, QuantizationConfig
 from omni_convert.formats.read_formats import Scaled
 from omni_convert.formats.table import layer_formats
 
-__all__ = ["MODELOPT", "VLLM_OMNI", "as_whole_name", "config_of", "from_block", "ignored_names", "to_block"]
-
-MODELOPT = "modelopt"
-NVFP4_GROUP_SIZE = 16
+__all__ = ["MODELOPT", "VLLM_OMNI", "config_of", "from_block", "ignored_names", "to_block"]
 
 
 @dataclass(frozen=True)
@@ -107,8 +110,8 @@ def ignored_names(groups: Iterable[LayerGroup]) -> list[str]:
 
 def to_block(config: QuantizationConfig) -> dict[str, Any]:
     """The block for `config.json`: exactly the keys that the runtime knows, and always the serialized flag."""
-    if config.method == "nvfp4":
-        return _to_modelopt(config)
+    if config.method in ("nvfp4", MIXED) or config.per_channel:
+        return to_modelopt(config)
     spelling = SPELLINGS[config.method]
     values = {
         "activation_scheme": config.activation_scheme,
@@ -131,21 +134,14 @@ def from_block(block: Mapping[str, Any], where: str) -> QuantizationConfig:
         CheckpointError: the runtime would refuse the block or take it for something else than stored weights.
     """
     if not isinstance(block, Mapping):
-        raise CheckpointError(f"{where}: found quantization_config {_shown(block)}, expected an object")
+        raise CheckpointError(f"{where}: found quantization_config {shown(block)}, expected an object")
     method = _method_of(block, where)
     try:
         if method == MODELOPT:
-            return _from_modelopt(block, where)
+            return from_modelopt(block, where)
         return _from_keywords(method, block, where)
     except RecipeError as error:
         raise CheckpointError(f"{where}: {error}") from None
-
-
-def _shown(value: Any) -> str:
-    """A value of unknown size and kind, on one short line."""
-    short = reprlib.Repr()
-    short.maxstring, short.maxlevel = 64, 2
-    return short.repr(value)
 
 
 def _method_of(block: Mapping[str, Any], where: str) -> str:
@@ -158,7 +154,7 @@ def _method_of(block: Mapping[str, Any], where: str) -> str:
     if not isinstance(method, str) or method not in known:
         near = difflib.get_close_matches(str(method)[:64], known, n=1)
         hint = f"; did you mean '{near[0]}'?" if near else ""
-        raise CheckpointError(f"{where}: found quant_method {_shown(method)}, expected one of {', '.join(known)}{hint}")
+        raise CheckpointError(f"{where}: found quant_method {shown(method)}, expected one of {', '.join(known)}{hint}")
     return method
 
 
@@ -166,19 +162,19 @@ def _from_keywords(method: str, block: Mapping[str, Any], where: str) -> Quantiz
     spelling = SPELLINGS[method]
     _check_keys(method, spelling, block, where)
     if block.get(spelling.flag) is not True:
-        found = f"{spelling.flag} {_shown(block[spelling.flag])}" if spelling.flag in block else f"no {spelling.flag}"
+        found = f"{spelling.flag} {shown(block[spelling.flag])}" if spelling.flag in block else f"no {spelling.flag}"
         raise CheckpointError(
             f"{where}: found {found}, expected true; without it the runtime quantizes online, that is, it takes the "
             f"stored codes for weights and quantizes them again"
         )
     smooth = block.get("require_smooth_scale", False)
     if not isinstance(smooth, bool):
-        raise CheckpointError(f"{where}: found require_smooth_scale {_shown(smooth)}, expected true or false")
+        raise CheckpointError(f"{where}: found require_smooth_scale {shown(smooth)}, expected true or false")
     return QuantizationConfig(
         method,
         _text(block.get("activation_scheme", ACTIVATION_SCHEMES[method][0]), "activation_scheme", where),
         _block_size(block.get("weight_block_size"), where),
-        _names(block.get("ignored_layers"), "ignored_layers", where),
+        read_names(block.get("ignored_layers"), "ignored_layers", where),
         smooth,
     )
 
@@ -190,20 +186,20 @@ def _check_keys(method: str, spelling: _Spelling, block: Mapping[str, Any], wher
             near = difflib.get_close_matches(str(key)[:64], [spelling.flag, *spelling.keys], n=1)
             hint = f"; did you mean '{near[0]}'?" if near else ""
             raise CheckpointError(
-                f"{where}: found unknown key {_shown(key)} for {method}, expected only "
+                f"{where}: found unknown key {shown(key)} for {method}, expected only "
                 f"{', '.join((spelling.flag, *spelling.keys))}: the runtime refuses any other{hint}"
             )
     for key, is_idle in spelling.idle.items():
         if key in block and not is_idle(block[key]):
             raise CheckpointError(
-                f"{where}: found {key} {_shown(block[key])}, a policy of the runtime that cannot be honoured here; "
+                f"{where}: found {key} {shown(block[key])}, a policy of the runtime that cannot be honoured here; "
                 f"remove it from the checkpoint"
             )
 
 
 def _text(value: Any, key: str, where: str) -> str:
     if not isinstance(value, str):
-        raise CheckpointError(f"{where}: found {key} {_shown(value)}, expected a string")
+        raise CheckpointError(f"{where}: found {key} {shown(value)}, expected a string")
     return value[:64]
 
 
@@ -212,78 +208,7 @@ def _block_size(value: Any, where: str) -> tuple[int, int] | None:
         return None
     if isinstance(value, list) and len(value) == 2 and all(type(size) is int for size in value):
         return (value[0], value[1])
-    raise CheckpointError(f"{where}: found weight_block_size {_shown(value)}, expected two sizes as [128, 128]")
-
-
-def _names(value: Any, key: str, where: str) -> tuple[str, ...]:
-    if value is None:
-        return ()
-    if not isinstance(value, list):
-        raise CheckpointError(f"{where}: found {key} {_shown(value)}, expected a list of layer names")
-    for name in value:
-        if not isinstance(name, str) or not name:
-            raise CheckpointError(f"{where}: found {_shown(name)} in {key}, expected layer names")
-    return tuple(value)
-
-
-def _to_modelopt(config: QuantizationConfig) -> dict[str, Any]:
-    encoding = {"dynamic": False, "num_bits": 4, "type": "float", "group_size": NVFP4_GROUP_SIZE}
-    group = {
-        "input_activations": dict(encoding) if config.is_static else None,
-        "weights": encoding,
-        "targets": ["Linear"],
-    }
-    return {
-        "quant_method": MODELOPT,
-        "quant_algo": "NVFP4",
-        "config_groups": {"group_0": group},
-        "ignore": [as_whole_name(name) for name in sorted(set(config.ignored_layers))],
-        "producer": {"name": "omni-convert"},
-    }
-
-
-def as_whole_name(name: str) -> str:
-    """A pattern that means this name alone; a name that is a pattern already stays one.
-
-    ModelOpt's reader takes a plain entry for a part of a name as well, so that `transformer_blocks.1.attn.to_q` would
-    also exclude `single_transformer_blocks.1.attn.to_qkv_mlp_proj`. A pattern is matched as a whole.
-    """
-    return name if any(character in name for character in "*?[") else f"{name[:-1]}[{name[-1]}]"
-
-
-def _as_plain_name(pattern: str) -> str:
-    """The inverse of `as_whole_name`; other patterns stay as they are."""
-    plain = pattern[:-3] + pattern[-2:-1]
-    return plain if plain and as_whole_name(plain) == pattern else pattern
-
-
-def _from_modelopt(block: Mapping[str, Any], where: str) -> QuantizationConfig:
-    """FP8 and NVFP4. ModelOpt's reader is tolerant: keys that it does not know are nobody's harm."""
-    ignored = tuple(_as_plain_name(name) for name in _names(block.get("ignore"), "ignore", where))
-    algorithm = block.get("quant_algo")
-    if algorithm == "FP8":
-        return QuantizationConfig("fp8", "static", ignored_layers=ignored)
-    if algorithm != "NVFP4":
-        raise CheckpointError(f"{where}: found quant_algo {_shown(algorithm)}, expected 'FP8' or 'NVFP4'")
-    groups = block.get("config_groups")
-    if not isinstance(groups, Mapping) or not groups or not all(isinstance(each, Mapping) for each in groups.values()):
-        raise CheckpointError(f"{where}: found config_groups {_shown(groups)}, expected an object of objects")
-    for group in groups.values():
-        _check_nvfp4_weights(group.get("weights"), where)
-    # The runtime runs weight-only GEMMs if no group has input activations.
-    is_weight_only = all(group.get("input_activations") is None for group in groups.values())
-    return QuantizationConfig("nvfp4", "none" if is_weight_only else "static", ignored_layers=ignored)
-
-
-def _check_nvfp4_weights(weights: Any, where: str) -> None:
-    expected = {"num_bits": 4, "type": "float", "group_size": NVFP4_GROUP_SIZE}
-    if not isinstance(weights, Mapping):
-        raise CheckpointError(f"{where}: found weights {_shown(weights)} in config_groups, expected an object")
-    for key, value in expected.items():
-        if weights.get(key, value) != value:
-            raise CheckpointError(
-                f"{where}: found {key} {_shown(weights[key])} in config_groups, expected {value!r} for NVFP4"
-            )
+    raise CheckpointError(f"{where}: found weight_block_size {shown(value)}, expected two sizes as [128, 128]")
 
 
 class VllmOmni(Dialect):

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from omni_convert.formats.format import Format
-from omni_convert.formats.fp8 import Fp8, Fp8Block
+from omni_convert.formats.fp8 import Fp8, Fp8Block, Fp8Channel
 from omni_convert.formats.mxfp4 import Mxfp4
 from omni_convert.formats.mxfp4_dualscale import Mxfp4DualScale
 from omni_convert.formats.mxfp8 import Mxfp8
@@ -93,6 +93,8 @@ def _decode_mm_op(
     by_suffix = dict(zip(suffixes.split(), tensors, strict=True))
     options = FormatOptions(
         static="input_scale" in by_suffix,
+        per_channel="weight_scale" in by_suffix
+        and by_suffix["weight_scale"].numel() > 1,  # of fp8, the others have no choice
         weight_block_size=(blocks[0], blocks[1]) if len(blocks) > 1 else None,
         group_size=blocks[0] if len(blocks) == 1 else None,
     )
@@ -116,7 +118,7 @@ def _run(x: Tensor, tensors: Mapping[str, Tensor], fmt: Format, bias: Tensor | N
     return out
 
 
-ROUNDABLE = (Fp8, Fp8Block, Mxfp8, Mxfp4, Mxfp4DualScale, Nvfp4, PackedInt4)
+ROUNDABLE = (Fp8, Fp8Channel, Fp8Block, Mxfp8, Mxfp4, Mxfp4DualScale, Nvfp4, PackedInt4)
 CPU_DECODE_MM = Kernel(
     "cpu_decode_mm",
     is_scaled_gemm=False,

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from omni_convert.formats.format import Format
-from omni_convert.formats.fp8 import Fp8, Fp8Block
+from omni_convert.formats.fp8 import Fp8, Fp8Block, Fp8Channel
 from omni_convert.formats.int8 import Int8
 from omni_convert.formats.mx import COARSE_BLOCK, MX_BLOCK
 from omni_convert.formats.mxfp4 import Mxfp4
@@ -72,6 +72,13 @@ def decode_rows(fmt: Format, tensors: Mapping[str, Tensor], start: int, columns:
 def _decode_fp8(_fmt: Fp8, tensors: Mapping[str, Tensor], rows: slice, _columns: int, out: Tensor) -> None:
     _e4m3_bits(tensors["weight"][rows], out)
     out.mul_(2.0**E4M3_REBIAS)
+
+
+def _decode_fp8_channel(
+    _fmt: Fp8Channel, tensors: Mapping[str, Tensor], rows: slice, _columns: int, out: Tensor
+) -> None:
+    _e4m3_bits(tensors["weight"][rows], out)
+    torch.mul(out, tensors["weight_scale"][rows, None].float() * 2.0 ** (E4M3_REBIAS - HEADROOM), out=out)
 
 
 def _decode_fp8_block(fmt: Fp8Block, tensors: Mapping[str, Tensor], rows: slice, _columns: int, out: Tensor) -> None:
@@ -173,6 +180,7 @@ def _scale_(values: Tensor, scale: Tensor, block: int) -> None:
 
 _BLOCK: dict[type[Format], Callable[..., int]] = {
     Fp8: lambda _fmt: 1,
+    Fp8Channel: lambda _fmt: 1,
     Fp8Block: lambda fmt: int(fmt.block_size[1]),
     Int8: lambda _fmt: 1,
     Mxfp8: lambda _fmt: MX_BLOCK,
@@ -184,6 +192,7 @@ _BLOCK: dict[type[Format], Callable[..., int]] = {
 
 _DECODERS: dict[type[Format], Callable[..., None]] = {
     Fp8: _decode_fp8,
+    Fp8Channel: _decode_fp8_channel,
     Fp8Block: _decode_fp8_block,
     Int8: _decode_int8,
     Mxfp8: _decode_mxfp8,

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from omni_convert.formats.format import Format
-from omni_convert.formats.fp8 import Fp8, Fp8Block
+from omni_convert.formats.fp8 import Fp8, Fp8Block, Fp8Channel
 from omni_convert.formats.int8 import Int8
 from omni_convert.formats.mx import COARSE_BLOCK
 from omni_convert.formats.mxfp4 import Mxfp4
@@ -42,6 +42,7 @@ class _Operands:
 
 _OPERANDS: dict[type[Format], _Operands] = {
     Fp8: _Operands(unit="weight_scale"),
+    Fp8Channel: _Operands(unit="weight_scale"),
     Fp8Block: _Operands(group_scale="weight_scale_inv"),
     Int8: _Operands(unit="weight_scale"),
     Mxfp8: _Operands(block_scale="weight_scale"),

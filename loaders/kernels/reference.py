@@ -21,7 +21,7 @@ from omni_convert.formats.activation import (
 )
 from omni_convert.formats.float8 import E4M3
 from omni_convert.formats.format import Format
-from omni_convert.formats.fp8 import Fp8, Fp8Block
+from omni_convert.formats.fp8 import Fp8, Fp8Block, Fp8Channel
 from omni_convert.formats.int8 import Int8
 from omni_convert.formats.mxfp4 import Mxfp4
 from omni_convert.formats.mxfp4_dualscale import Mxfp4DualScale
@@ -46,6 +46,11 @@ def _round_e4m3_(values: Tensor) -> Tensor:
 def _round_fp8(x: Tensor, tensors: Mapping[str, Tensor], fmt: Fp8) -> Tensor:
     if fmt.static:
         return fp8_static(x, tensors["input_scale"], _round_e4m3_).mul_(tensors["input_scale"])
+    values, scale = fp8_per_token(x, _round_e4m3_)
+    return values.mul_(scale)
+
+
+def _round_fp8_channel(x: Tensor, _tensors: Mapping[str, Tensor], _fmt: Fp8Channel) -> Tensor:
     values, scale = fp8_per_token(x, _round_e4m3_)
     return values.mul_(scale)
 
@@ -78,6 +83,7 @@ def _round_nvfp4(x: Tensor, tensors: Mapping[str, Tensor], fmt: Nvfp4) -> Tensor
 
 _ROUND_INPUT: dict[type[Format], Callable[..., Tensor]] = {
     Fp8: _round_fp8,
+    Fp8Channel: _round_fp8_channel,
     Fp8Block: _round_fp8_block,
     Int8: _round_int8,
     Mxfp8: _round_mxfp8,

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from torch.nn.functional import ScalingType
 
 from omni_convert.formats.format import Format
-from omni_convert.formats.fp8 import Fp8
+from omni_convert.formats.fp8 import Fp8, Fp8Channel
 from omni_convert.loaders.kernels.fused_activation import fp8_per_token, fp8_static
 from omni_convert.loaders.kernels.kernel import Kernel, Requirements
 
@@ -18,9 +18,8 @@ __all__ = ["SCALED_MM"]
 
 
 def _run(x: Tensor, tensors: Mapping[str, Tensor], fmt: Format, bias: Tensor | None) -> Tensor:
-    assert isinstance(fmt, Fp8), "the dispatch table asked for another format"
-    weight_scale = tensors["weight_scale"].reshape(1, 1)
-    if fmt.static:
+    weight_scale = tensors["weight_scale"].reshape(1, -1)  # one, or one for each row
+    if isinstance(fmt, Fp8) and fmt.static:
         recipe = ScalingType.TensorWise
         input_scale = tensors["input_scale"].reshape(1, 1)
         codes = fp8_static(x, tensors["input_scale"])
@@ -46,6 +45,6 @@ def _run(x: Tensor, tensors: Mapping[str, Tensor], fmt: Format, bias: Tensor | N
 SCALED_MM = Kernel(
     "scaled_mm",
     is_scaled_gemm=True,
-    requirements=Requirements((Fp8,), devices=("cuda", "cpu"), capability=(8, 9), multiple_of=16),
+    requirements=Requirements((Fp8, Fp8Channel), devices=("cuda", "cpu"), capability=(8, 9), multiple_of=16),
     run=_run,
 )

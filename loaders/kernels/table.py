@@ -96,7 +96,7 @@ def _forced(name: str, layer: LayerTraits, kernels: tuple[Kernel, ...]) -> Selec
 
 def _describe(layer: LayerTraits) -> str:
     shape = f"{layer.out_features} x {layer.in_features}"
-    return f"{layer.format.method} {shape} on {layer.device} with {layer.activations} activations"
+    return f"{layer.format.label} {shape} on {layer.device} with {layer.activations} activations"
 
 
 def _declined(layer: LayerTraits, reasons: Mapping[Kernel, str | None]) -> tuple[str, ...]:

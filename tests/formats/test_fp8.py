@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from omni_convert.formats.format import TensorRows
-from omni_convert.formats.fp8 import E4M3_MAX, Fp8, Fp8Block, round_to_e4m3
+from omni_convert.formats.fp8 import E4M3_MAX, Fp8, Fp8Block, Fp8Channel, round_to_e4m3
 
 
 def test_rounding_saturates_instead_of_overflowing() -> None:
@@ -18,8 +18,8 @@ def test_a_fused_group_shares_the_scale_of_its_largest_member() -> None:
     assert Fp8().constants(fitted)["weight_scale"].item() == pytest.approx(7.0 / E4M3_MAX)
 
 
-@pytest.mark.parametrize("fmt", [Fp8(), Fp8Block((128, 128)), Fp8Block((16, 64))])
-def test_a_zero_weight_keeps_finite_positive_scales(fmt: Fp8 | Fp8Block) -> None:
+@pytest.mark.parametrize("fmt", [Fp8(), Fp8Channel(), Fp8Block((128, 128)), Fp8Block((16, 64))])
+def test_a_zero_weight_keeps_finite_positive_scales(fmt: Fp8 | Fp8Channel | Fp8Block) -> None:
     tensors = fmt.quantize(torch.zeros(40, 200))
     scale = tensors.get("weight_scale", tensors.get("weight_scale_inv"))
     assert scale is not None
@@ -45,3 +45,13 @@ def test_blocks_that_do_not_divide_the_weight(shape: tuple[int, int]) -> None:
         suffix: layout.shape for suffix, layout in fmt.layout(*shape).items()
     }
     torch.testing.assert_close(fmt.dequantize(tensors), weight, rtol=2**-4, atol=1e-2)
+
+
+def test_an_outlier_spoils_only_its_own_row() -> None:
+    weight = torch.randn(64, 96, generator=torch.Generator().manual_seed(0)) * 0.01
+    weight[0, 0] = 1e5
+    tensors = Fp8Channel().quantize(weight)
+    assert torch.equal(tensors["weight_scale"], weight.abs().amax(1) / E4M3_MAX)
+    assert tensors["weight"].float().abs().amax(1).tolist() == [E4M3_MAX] * 64
+    error = (Fp8Channel().dequantize(tensors) - weight)[1:]
+    assert error.norm() / weight[1:].norm() < 0.03

@@ -9,6 +9,11 @@ from omni_convert.loaders.config_block import read_block
 
 FP8 = QuantizationConfig("fp8")
 INT8 = QuantizationConfig("int8")
+W4A16 = QuantizationConfig("w4a16", "none", group_size=128)
+PER_CHANNEL = QuantizationConfig("fp8", per_channel=True)
+TABLE = {"a.to_q": {"quant_algo": "FP8_PER_CHANNEL_PER_TOKEN"}, "b": {"quant_algo": "NVFP4", "group_size": 16}}
+NESTED = {"quantized_layers": TABLE, "exclude_modules": ["lm_head"]}
+MIXED = QuantizationConfig("mixed", layers=(("a.to_q", PER_CHANNEL), ("b", QuantizationConfig("nvfp4", "static"))))
 
 
 @pytest.mark.parametrize(
@@ -32,7 +37,35 @@ INT8 = QuantizationConfig("int8")
             QuantizationConfig("fp8", "static"),
         ),
         ({"method": "ModelOpt-FP4", "quantization": {"quant_algo": "NVFP4"}}, QuantizationConfig("nvfp4", "static")),
+        ({"method": "modelopt", "quant_algo": "fp8"}, QuantizationConfig("fp8", "static")),
+        ({"quant_method": "modelopt", "quant_algo": "FP8_PER_CHANNEL_PER_TOKEN"}, PER_CHANNEL),
+        (
+            {"producer": {"name": "modelopt"}, "quant_algo": "FP8_PER_CHANNEL_PER_TOKEN", "ignore": ["*embed*"]},
+            QuantizationConfig("fp8", ignored_layers=("*embed*",), per_channel=True),
+        ),
+        (
+            {"producer": {"name": "modelopt"}, "quantization": {"quant_algo": "FP8_PER_CHANNEL_PER_TOKEN"}},
+            PER_CHANNEL,
+        ),
+        ({"method": "modelopt_mixed", "quant_algo": "MIXED_PRECISION", "quantized_layers": TABLE}, MIXED),
+        ({"quant_method": "modelopt", "quant_algo": "MIXED_PRECISION", "quantized_layers": TABLE}, MIXED),
+        (
+            {"producer": {"name": "modelopt"}, "quantization": {"quant_algo": "MIXED_PRECISION"} | NESTED},
+            QuantizationConfig("mixed", ignored_layers=("lm_head",), layers=MIXED.layers),
+        ),
         ({"method": None, "quant_method": "int8"}, INT8),
+        ({"method": "fp8", "ignored_layers": None, "store_dtype": None}, FP8),
+        ({"method": "int8", "is_checkpoint_int8_serialized": False}, INT8),
+        ({"method": "mxfp4", "mxfp4_scale_alg": 0, "w4a8_fallback_steps": []}, QuantizationConfig("mxfp4")),
+        (
+            {"method": "mxfp4_dualscale", "is_checkpoint_serialized": True, "num_bf16_fallback_layers": 5},
+            QuantizationConfig("mxfp4_dualscale"),
+        ),
+        ({"method": "mxfp4_dualscale", "num_bf16_fallback_layers": 0}, QuantizationConfig("mxfp4_dualscale")),
+        ({"method": "fp8", "activation_scheme": "static"}, QuantizationConfig("fp8", "static")),
+        ({"method": "inc", "weight_bits": 4, "group_size": 128, "unknown": 1}, W4A16),
+        ({"quant_method": "auto_round", "bits": 4, "group_size": 128}, W4A16),
+        ({"quant_method": "intel/auto-round", "bits": 4, "group_size": 128}, W4A16),
         ({"method": "fp8", "modules_to_not_convert": ["a"]}, QuantizationConfig("fp8", ignored_layers=("a",))),
         (
             {"method": "fp8", "modules_to_not_convert": ["a"], "ignored_layers": ["b"]},
@@ -54,9 +87,17 @@ def test_one_method(spec, expected):
 
 
 def test_keyword_arguments_count_for_modelopt_where_the_runtime_merges_them():
-    assert build_quant_config({"method": "modelopt"}, quant_algo="FP8") == QuantizationConfig("fp8", "static")
-    with pytest.raises(ValueError, match="missing quant_algo"):
-        build_quant_config({"quant_method": "modelopt"}, quant_algo="FP8")
+    static = QuantizationConfig("fp8", "static")
+    assert build_quant_config({"method": None, "quant_method": "modelopt"}, quant_algo="FP8") == static
+    for key in ("method", "quant_method"):
+        with pytest.raises(ValueError, match="missing quant_algo"):
+            build_quant_config({key: "modelopt"}, quant_algo="FP8")
+
+
+@pytest.mark.parametrize("name", ["inc", "INC", "auto-round", "auto_round"])
+def test_names_that_the_runtime_builds_alike_take_options_as_keyword_arguments(name):
+    assert build_quant_config(name, bits=4, group_size=128) == W4A16
+    assert build_quant_config({"method": name, "bits": 8}, weight_bits=4, bits=4, group_size=128) == W4A16
 
 
 def test_a_config_object_is_returned_as_it_is():
@@ -105,16 +146,42 @@ def test_components_resolve_by_longest_prefix_and_none_is_final():
         ({"transformer": "none", "vae": None}, ValueError, "found method 'none'"),
         ({"method": "fp8", "bits": 8}, TypeError, r"no option bits, expected \(.*activation_scheme"),
         (8, TypeError, "found int"),
-        ({"method": 8}, TypeError, "found a method of int"),
+        ({"method": 8}, ValueError, "found method '8'"),
+        (
+            {"method": "fp8", "is_checkpoint_int8_serialized": True},
+            TypeError,
+            "no option is_checkpoint_int8_serialized",
+        ),
+        ({"method": "fp8", "layers": []}, TypeError, "no option layers"),
+        ({"method": "fp8", "ignored_layers": "img_mlp"}, TypeError, "found ignored_layers 'img_mlp', expected a list"),
+        ({"method": "fp8", "weight_block_size": ["a", 1]}, TypeError, "of wrong types"),
+        ({"method": "fp8", "store_dtype": "mxfp4"}, ValueError, "found store_dtype 'mxfp4', which the runtime has"),
+        ({"method": "mxfp4", "w4a8_fallback_steps": [1]}, ValueError, "leave it out"),
+        ({"method": "mxfp4_dualscale", "num_bf16_fallback_layers": 5}, ValueError, "name the blocks in ignored_layers"),
+        ("auto-round", TypeError, "without bits and group_size"),
+        ({"method": "inc", "bits": 8, "group_size": 128}, ValueError, "expected bits 4"),
+        (
+            {"quant_method": "auto-round", "bits": 4, "group_size": 32, "data_type": "mx_fp"},
+            ValueError,
+            "AutoRoundConfig",
+        ),
+        ({"method": "torchao"}, ValueError, "found method 'torchao'"),
+        ({"method": "gguf"}, ValueError, "found method 'gguf'"),
         ({"method": "fp8", "quant_method": "fp8"}, TypeError, "no option quant_method"),
         ({"quant_algo": "FP8"}, ValueError, "no 'method'"),
         ("modelopt", ValueError, "found method 'modelopt'"),
         ({"method": "modelopt"}, ValueError, "missing quant_algo"),
         ({"quant_method": "modelopt", "quant_algo": ""}, ValueError, "missing quant_algo"),
-        ({"method": "modelopt", "quant_algo": "FP8_PER_CHANNEL_PER_TOKEN"}, ValueError, "expected FP8 or NVFP4"),
-        ({"method": "modelopt_mixed", "quant_algo": "MIXED_PRECISION"}, ValueError, "expected FP8 or NVFP4"),
+        ({"method": "modelopt", "quant_algo": "MXFP8"}, ValueError, "found method 'modelopt', expected .* ModelOpt"),
+        ({"producer": {"name": "modelopt"}}, ValueError, "no 'method'"),
+        ({"method": "modelopt_mixed", "quant_algo": "MIXED_PRECISION"}, ValueError, "found quantized_layers None"),
+        (
+            {"method": "modelopt", "quant_algo": "MIXED_PRECISION", "quantized_layers": {"a": {"quant_algo": "INT8"}}},
+            ValueError,
+            "found quant_algo 'INT8' of 'a' in quantized_layers, expected one of FP8, ",
+        ),
         ({"method": "modelopt", "quant_algo": "W4A8_AWQ"}, ValueError, "found method 'modelopt'"),
-        ({"method": "int8", "activation_scheme": "static"}, RecipeError, "activation_scheme"),
+        ({"method": "int8", "activation_scheme": "static"}, ValueError, "activation_scheme"),
     ],
     ids=str,
 )

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from omni_convert.formats.dialects import auto_round
 from omni_convert.formats.errors import CheckpointError, RecipeError
-from omni_convert.formats.fp8 import Fp8, Fp8Block
+from omni_convert.formats.fp8 import Fp8, Fp8Block, Fp8Channel
 from omni_convert.formats.int8 import Int8
 from omni_convert.formats.mxfp4 import Mxfp4
 from omni_convert.formats.mxfp4_dualscale import Mxfp4DualScale
@@ -50,6 +50,7 @@ CHECKPOINTS = {
     "fp8 block": (Fp8Block((32, 32)), FP8 | {"weight_block_size": [32, 32]}),
     "int8": (Int8(), INT8),
     "modelopt fp8": (Fp8(static=True), MODELOPT),
+    "modelopt fp8 per channel": (Fp8Channel(), MODELOPT | {"quant_algo": "FP8_PER_CHANNEL_PER_TOKEN"}),
     "mxfp8": (Mxfp8(), MXFP8),
     "mxfp4": (Mxfp4(), MXFP4),
     "mxfp4 smooth": (Mxfp4(smooth=True), MXFP4 | {"require_smooth_scale": True}),
@@ -135,7 +136,7 @@ def test_plain_diffusers_and_load_pipeline_give_the_same_pipeline(folder, make_i
     assert torch.equal(image, make_image(ours))
 
 
-@pytest.mark.parametrize("name", ["fp8", "fp8 block", "int8"])
+@pytest.mark.parametrize("name", ["fp8", "fp8 block", "modelopt fp8 per channel", "int8"])
 def test_the_picture_is_close_to_that_of_the_unquantized_pipeline(name, quantize, pipeline_folder, make_image):
     image = make_image(load_pipeline(quantize(*CHECKPOINTS[name])))
     reference = make_image(load_pipeline(pipeline_folder))

@@ -20,12 +20,14 @@ from omni_convert.loaders.quantized_linear import QuantizedLinear, quantize_line
 
 METHODS: dict[str, dict[str, Any]] = {
     "fp8": {},
+    "fp8 channel": {"per_channel": True},
     "fp8 block": {"weight_block_size": (32, 32)},
     "int8": {},
     "mxfp8": {},
     "mxfp4": {},
     "mxfp4_dualscale": {},
     "nvfp4": {},
+    "w4a16": {"group_size": 32},
 }
 CPU = torch.device("cpu")
 DENOISERS = ("flux", "wan", "qwen", "z_image")

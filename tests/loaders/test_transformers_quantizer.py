@@ -11,7 +11,7 @@ from transformers import AutoModel, Qwen3ForCausalLM, Qwen3Model
 
 from omni_convert.formats.dialects import auto_round
 from omni_convert.formats.errors import CheckpointError
-from omni_convert.formats.fp8 import Fp8, Fp8Block
+from omni_convert.formats.fp8 import Fp8, Fp8Block, Fp8Channel
 from omni_convert.formats.int8 import Int8
 from omni_convert.formats.mxfp4 import Mxfp4
 from omni_convert.formats.mxfp4_dualscale import Mxfp4DualScale
@@ -29,6 +29,7 @@ CHECKPOINTS = {
     "fp8": (Fp8(), FP8),
     "fp8 static": (Fp8(static=True), FP8 | {"activation_scheme": "static"}),
     "fp8 block": (Fp8Block((16, 16)), FP8 | {"weight_block_size": [16, 16]}),
+    "fp8 per channel": (Fp8Channel(), MX | {"method": "modelopt", "quant_algo": "FP8_PER_CHANNEL_PER_TOKEN"}),
     "int8": (Int8(), INT8 | {"ignored_layers": ["lm_head"]}),
     "mxfp8": (Mxfp8(), MX | {"method": "mxfp8", "is_checkpoint_mxfp8_serialized": True}),
     "mxfp4": (Mxfp4(), MX | {"method": "mxfp4", "is_checkpoint_mxfp4_serialized": True}),

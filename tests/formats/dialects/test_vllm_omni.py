@@ -115,6 +115,10 @@ DUAL = CASES["mxfp4_dualscale"][1]
 MODELOPT = CASES["nvfp4"][1]
 
 
+def mixed(layers: object) -> dict[str, Any]:
+    return {"quant_method": "modelopt", "quant_algo": "MIXED_PRECISION", "quantized_layers": layers}
+
+
 def without(block: dict[str, Any], key: str) -> dict[str, Any]:
     return {name: value for name, value in block.items() if name != key}
 
@@ -151,7 +155,20 @@ def without(block: dict[str, Any], key: str) -> dict[str, Any]:
         ({**MXFP4, "require_smooth_scale": "yes"}, r"require_smooth_scale 'yes', expected true or false"),
         ({**MXFP4, "mxfp4_scale_alg": 2}, r"found mxfp4_scale_alg 2, a policy of the runtime"),
         ({**DUAL, "w4a8_fallback_steps": [1]}, r"found w4a8_fallback_steps \[1\]"),
-        ({**MODELOPT, "quant_algo": "MIXED_PRECISION"}, r"quant_algo 'MIXED_PRECISION', expected 'FP8' or 'NVFP4'"),
+        (
+            {**MODELOPT, "quant_algo": "FP8_PB_WO"},
+            r"quant_algo 'FP8_PB_WO', expected 'FP8', 'FP8_PER_CHANNEL_PER_TOKEN'",
+        ),
+        ({**MODELOPT, "quant_algo": "MIXED_PRECISION"}, r"found quantized_layers None, expected an object of layers"),
+        (mixed({}), r"found quantized_layers \{\}, expected an object of layers"),
+        (
+            mixed({"a": "FP8"}),
+            r"found quant_algo None of 'a' in quantized_layers, expected one of FP8, FP8_PER_CHANNEL",
+        ),
+        (mixed({"a": {"quant_algo": "FP8_PB_WO"}}), r"found quant_algo 'FP8_PB_WO' of 'a'"),
+        (mixed({"a": {"quant_algo": ["FP8"]}}), r"found quant_algo \['FP8'\] of 'a'"),
+        (mixed({"": {"quant_algo": "FP8"}}), r"found '' in quantized_layers, expected layer names"),
+        (mixed({"a": {"quant_algo": "NVFP4", "group_size": 32}}), r"found group_size 32 of 'a'"),
         (without(MODELOPT, "quant_algo"), r"found quant_algo None"),
         ({**MODELOPT, "config_groups": []}, r"found config_groups \[\], expected an object of objects"),
         ({**MODELOPT, "config_groups": {"group_0": None}}, r"expected an object of objects"),

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from omni_convert.formats.format import Format
-from omni_convert.formats.fp8 import Fp8, Fp8Block
+from omni_convert.formats.fp8 import Fp8, Fp8Block, Fp8Channel
 from omni_convert.formats.int8 import Int8
 from omni_convert.formats.mxfp4 import Mxfp4
 from omni_convert.formats.mxfp4_dualscale import Mxfp4DualScale
@@ -14,7 +14,7 @@ from omni_convert.loaders.kernels.decoding import DECODABLE, decode_rows, padded
 from omni_convert.loaders.packed_int4 import PackedInt4, weight_shape
 from omni_convert.loaders.resident import disk_tensors, resident_tensors
 
-FORMATS = (Fp8(), Fp8Block((16, 48)), Int8(), Mxfp8(), Mxfp4(), Mxfp4DualScale(), Nvfp4(), PackedInt4(32))
+FORMATS = (Fp8(), Fp8Channel(), Fp8Block((16, 48)), Int8(), Mxfp8(), Mxfp4(), Mxfp4DualScale(), Nvfp4(), PackedInt4(32))
 WIDTHS = [1, 16, 33, 640]
 CASES = [(fmt, width) for fmt in FORMATS for width in WIDTHS if fmt.unsupported(24, width) is None]
 
