@@ -36,7 +36,7 @@ class ComponentPlan:
     config: dict[str, Any]
     shards: Shards
     transcoded: Mapping[str, str] = field(default_factory=dict)
-    sidecars: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    sidecars: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
     @property

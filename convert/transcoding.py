@@ -38,7 +38,7 @@ def plan_transcoded(component: SourceComponent, recipe: Recipe, encoder: Compone
     view: Checkpoint = component.weights
     block: dict[str, Any] | None = None
     metadata: dict[str, str] = {}
-    sidecars: dict[str, dict[str, str]] = {}
+    sidecars: dict[str, dict[str, Any]] = {}
     notes: list[str] = []
     is_respelled = recipe.method == "keep" and bool(quantized)
     if is_respelled:

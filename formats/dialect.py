@@ -183,7 +183,7 @@ class Dialect(ABC):
         """
         return None
 
-    def sidecars(self, layers: Mapping[str, Format], names: Collection[str]) -> dict[str, dict[str, str]]:
+    def sidecars(self, layers: Mapping[str, Format], names: Collection[str]) -> dict[str, dict[str, Any]]:
         """JSON files that stand beside the weights: name to content.
 
         Args:

@@ -1,6 +1,7 @@
 """How Ascend's msModelSlim writes a model: a file of labels beside the weights, and the model's original names.
 
-Labels:   quant_model_description*.json: {TENSOR: "FLOAT" or a type, ...}
+Labels:   quant_model_description*.json: {TENSOR: "FLOAT" or a type, ..., "model_quant_type": the type with the fewest
+          bits, "group_size": 32 with MX, else 0, "version": "1.0.0", "metadata": {}, "optional": {}}
 Types:    W8A8_DYNAMIC          I8; weight_scale F32 [out, 1]; weight_offset of zeros
           WFP8AFP8_DYNAMIC      E4M3; the same scales
           W8A8_MXFP8            E4M3; weight_scale U8 [out, in / 32]
@@ -16,6 +17,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
+from typing import Any
 
 from omni_convert.formats.codec import PackedValues
 from omni_convert.formats.dialect import Dialect, Found, StoredLayer, WrittenSpelling
@@ -23,6 +25,7 @@ from omni_convert.formats.dialects.bare import parts_of, stored_layer, unknown_f
 from omni_convert.formats.errors import CheckpointError
 from omni_convert.formats.format import Format
 from omni_convert.formats.int8 import Int8
+from omni_convert.formats.mx import MX_BLOCK
 from omni_convert.formats.mxfp4 import Mxfp4
 from omni_convert.formats.mxfp8 import Mxfp8
 from omni_convert.formats.signature import read_signature
@@ -34,7 +37,10 @@ FLOAT = "FLOAT"
 READABLE = ("W8A8_DYNAMIC", "WFP8AFP8_DYNAMIC", "W8A8_MXFP8", "W4A4_MXFP4", "W4A4_MXFP4_DUALSCALE")
 LABEL = re.compile(r"W\d+A\d+\w*|WFP8\w*")
 DESCRIPTION = "quant_model_description.json"
+# The type of a model of several is the last of these.
 WRITTEN: dict[type[Format], str] = {Int8: "W8A8_DYNAMIC", Mxfp8: "W8A8_MXFP8", Mxfp4: "W4A4_MXFP4"}
+# What their wrappers of rotated inputs leave, whose weights are rotated, too.
+ROTATIONS = ("heads_rotation", "kronecker_rotation_m", "kronecker_rotation_n")
 LINEAR, DIVISION = ".linear", ".div.mul_scale"
 
 
@@ -48,6 +54,12 @@ class MsModelSlim(Dialect):
         return any(name in found.checkpoint and LABEL.fullmatch(label) for name, label in found.labels.items())
 
     def stored_layers(self, found: Found) -> Iterator[StoredLayer]:
+        for leaf in ROTATIONS:
+            for stem in found.stems(leaf):
+                raise CheckpointError(
+                    f"{found.checkpoint.path}: tensor '{stem}.{leaf}': found inputs that are rotated at run time, "
+                    "expected a plain linear; export without it"
+                )
         for place in found.stems():
             label = found.labels.get(f"{place}.weight", FLOAT)
             if label != FLOAT:
@@ -63,12 +75,20 @@ class MsModelSlim(Dialect):
             return WrittenSpelling(zeros={"weight_offset": "weight_scale"})
         return WrittenSpelling(codecs={"weight": PackedValues("low")} if isinstance(fmt, Mxfp4) else {})
 
-    def sidecars(self, layers: Mapping[str, Format], names: Collection[str]) -> dict[str, dict[str, str]]:
+    def sidecars(self, layers: Mapping[str, Format], names: Collection[str]) -> dict[str, dict[str, Any]]:
         labels = dict.fromkeys(names, FLOAT)
         for stem, fmt in layers.items():
             suffixes = ("weight", "weight_scale", "weight_offset")
             labels |= {f"{stem}.{suffix}": WRITTEN[type(fmt)] for suffix in suffixes if f"{stem}.{suffix}" in labels}
-        return {DESCRIPTION: dict(sorted(labels.items()))}
+        types = {WRITTEN[type(fmt)] for fmt in layers.values()}
+        model = {
+            "group_size": MX_BLOCK if types & {WRITTEN[Mxfp8], WRITTEN[Mxfp4]} else 0,
+            "metadata": {},
+            "model_quant_type": next((each for each in reversed(WRITTEN.values()) if each in types), FLOAT),
+            "optional": {},
+            "version": "1.0.0",
+        }
+        return {DESCRIPTION: dict(sorted(labels.items())) | model}
 
 
 def _unwrapped(found: Found, name: str) -> str:

@@ -261,3 +261,11 @@ def test_bytes_of_a_narrow_weight_are_not_taken_for_another_format(tmp_path: Pat
     (tmp_path / "config.json").unlink()
     with pytest.raises(CheckpointError, match="which is no format that is read here"):  # or 64 columns of MXFP8
         opened(tmp_path, layer_tensors(tensors))
+
+
+def test_weights_of_rotated_inputs_are_refused(tmp_path: Path) -> None:
+    tensors = layer_tensors({"weight": torch.zeros(64, 64).char(), "weight_scale": torch.ones(64, 1)})
+    labels = dict.fromkeys(tensors, "W8A8_DYNAMIC")
+    assert opened(tmp_path, tensors, labels=labels).layers.keys() == {STEM}
+    with pytest.raises(CheckpointError, match=r"heads_rotation'.*export without it"):
+        opened(tmp_path, tensors | {f"{STEM}.heads_rotation": torch.eye(8)}, labels=labels)
