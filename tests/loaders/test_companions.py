@@ -11,7 +11,18 @@ from omni_convert.loaders.quantized_linear import QuantizedLinear
 
 CPU = torch.device("cpu")
 STEPS = 6
-METHODS = ("fp8", "int8", "mxfp4")
+ROWS = {"quant_method": "modelopt", "quant_algo": "FP8_PER_CHANNEL_PER_TOKEN"}
+METHODS = {
+    "fp8": "fp8",
+    "fp8 row": ROWS,
+    "fp8 block": {"method": "fp8", "weight_block_size": [32, 32]},
+    "int8": "int8",
+    "mxfp8": "mxfp8",
+    "mxfp4": "mxfp4",
+    "mxfp4_dualscale": "mxfp4_dualscale",
+    "nvfp4": "nvfp4",
+    "w4a16": {"method": "w4a16", "group_size": 32},
+}
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +34,7 @@ def flux_folder(make_denoiser, tmp_path_factory):
 
 @pytest.fixture(params=METHODS)
 def flux(request, flux_folder):
-    config = DiffusersConfig.of(build_quant_config(request.param))
+    config = DiffusersConfig.of(build_quant_config(METHODS[request.param]))
     return FluxTransformer2DModel.from_pretrained(flux_folder, dtype=torch.bfloat16, quantization_config=config)
 
 
@@ -91,7 +102,7 @@ def test_a_first_block_cache_that_never_hits_changes_nothing(flux):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_offloaded_pipelines_make_the_same_picture(pipeline_folder, method, make_image):
-    pipe = load_pipeline(pipeline_folder, quantization=method)
+    pipe = load_pipeline(pipeline_folder, quantization=METHODS[method])
     exact = make_image(pipe)
     pipe.enable_model_cpu_offload(device="cpu")
     assert torch.equal(make_image(pipe), exact)

@@ -138,9 +138,20 @@ def test_every_kernel_compiles_exports_and_can_be_pickled(fmt, activations, kern
     assert layer.selection.kernel.name == kernel
 
 
-@pytest.fixture(
-    params=[("flux", "fp8"), ("wan", "mxfp8"), ("qwen", "nvfp4"), ("z_image", "mxfp4"), ("wan", "int8")], ids="-".join
-)
+STEPS = [
+    ("flux", "fp8"),
+    ("flux", "w4a16"),
+    ("qwen", "fp8 block"),
+    ("qwen", "nvfp4"),
+    ("wan", "int8"),
+    ("wan", "mxfp4_dualscale"),
+    ("wan", "mxfp8"),
+    ("z_image", "fp8 channel"),
+    ("z_image", "mxfp4"),
+]
+
+
+@pytest.fixture(params=STEPS, ids="-".join)
 def steps(request, build) -> tuple[nn.Module, Run, list[torch.Tensor]]:
     """A model, what runs it, and what comes out at each step."""
     model, run, _ = build(*request.param)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from omni_convert.formats.fp8 import Fp8, Fp8Block
+from omni_convert.formats.fp8 import Fp8, Fp8Block, Fp8Channel
 from omni_convert.formats.int8 import Int8
 from omni_convert.formats.mxfp4 import Mxfp4
 from omni_convert.formats.mxfp4_dualscale import Mxfp4DualScale
@@ -20,7 +20,18 @@ from omni_convert.loaders.resident import disk_tensors, resident_tensors
 pytest.importorskip("triton", reason="triton is not installed: its kernels cannot run")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-FORMATS = (Fp8(), Fp8Block(), Fp8Block((16, 48)), Int8(), Mxfp8(), Mxfp4(), Mxfp4DualScale(), Nvfp4(), PackedInt4(32))
+FORMATS = (
+    Fp8(),
+    Fp8Channel(),
+    Fp8Block(),
+    Fp8Block((16, 48)),
+    Int8(),
+    Mxfp8(),
+    Mxfp4(),
+    Mxfp4DualScale(),
+    Nvfp4(),
+    PackedInt4(32),
+)
 # (M, N, K): one row, neither a multiple of a tile, every size of tile, several tiles each way, several groups of 512
 SHAPES = [(1, 24, 64), (3, 17, 33), (5, 33, 96), (16, 70, 192), (40, 72, 160), (150, 136, 320), (2, 24, 1088)]
 CASES = [(fmt, shape) for fmt in FORMATS for shape in SHAPES if fmt.unsupported(*shape[1:]) is None]

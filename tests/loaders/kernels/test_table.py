@@ -11,7 +11,7 @@ from torch import nn
 from omni_convert.formats.activation import quantize_mxfp4_dualscale_input
 from omni_convert.formats.errors import KernelError
 from omni_convert.formats.format import Format
-from omni_convert.formats.fp8 import Fp8, Fp8Block
+from omni_convert.formats.fp8 import Fp8, Fp8Block, Fp8Channel
 from omni_convert.formats.int8 import Int8
 from omni_convert.formats.mxfp4 import Mxfp4
 from omni_convert.formats.mxfp4_dualscale import Mxfp4DualScale
@@ -33,6 +33,7 @@ DEVICES = [CPU, torch.device("cuda")] if torch.cuda.is_available() else [CPU]
 FORMATS = {
     "fp8": Fp8(),
     "fp8 static": Fp8(static=True),
+    "fp8 row": Fp8Channel(),
     "fp8 block": Fp8Block((32, 48)),
     "int8": Int8(),
     "mxfp8": Mxfp8(),
@@ -176,10 +177,27 @@ def test_a_selection_tells_why_no_scaled_gemm_runs():
     assert select_kernel(LayerTraits(Fp8(), 64, 128, CPU)).reason == "scaled_mm is slower here"
     weights_alone = select_kernel(LayerTraits(Fp8(), 64, 128, CPU, "bf16"))
     assert weights_alone.reason == "scaled_mm runs quantized activations, not bf16"
+    assert select_kernel(LayerTraits(Fp8Channel(), 64, 128, CPU)).reason == "scaled_mm is slower here"
     assert select_kernel(LayerTraits(Fp8Block(), 64, 128, CPU)).reason == "block_scaled_mm runs on cuda, not on cpu"
     assert select_kernel(LayerTraits(Fp8(), 64, 128, CPU), (DECODE_MM,)).reason == "no scaled GEMM for this format"
     reason = select_kernel(LayerTraits(Mxfp8(), 64, 128, CPU)).reason
     assert reason == "mxfp8_scaled_mm runs on cuda, not on cpu; npu_mxfp8 runs on npu, not on cpu"
+
+
+@pytest.mark.parametrize("fmt", [Fp8(), Fp8Channel()], ids=lambda fmt: fmt.label)
+def test_a_gpu_without_float8_is_told_what_it_lacks(fmt: Format, monkeypatch: pytest.MonkeyPatch):
+    layer = LayerTraits(fmt, 64, 128, torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 6))
+    selection = select_kernel(layer)
+    assert not selection.kernel.is_scaled_gemm
+    assert selection.reason == "scaled_mm needs compute capability 8.9, found 8.6"
+    monkeypatch.setenv(OVERRIDE, "scaled_mm")
+    with pytest.raises(KernelError, match=rf"scaled_mm cannot run {fmt.label} 64 x 128 on cuda .*8.9, found 8.6"):
+        select_kernel(layer)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 9))
+    assert select_kernel(layer).kernel.name == "scaled_mm"
+    with pytest.raises(KernelError, match="needs features divisible by 16, found 40 x 128"):
+        select_kernel(replace(layer, out_features=40))
 
 
 def test_weights_without_input_scale_have_no_scaled_gemm_on_any_device():
