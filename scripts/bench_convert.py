@@ -15,11 +15,12 @@ Runs and floors begin alike: the source is not in memory, and what was freed bef
 to another spelling, METHOD:dequantize gives BF16 back, METHOD-PART leaves the layers of that name in BF16, so that most
 bytes are copied.
 
-MX, dual-scale and nvfp4 run with `--no-search`; NAME+search is the default search. Peers (ModelOpt, convert_to_quant)
-run for fp8 where they are installed.
+MX, dual-scale and nvfp4 run with `--no-search`; NAME+search is the default search; gguf-TYPE is `--gguf-type TYPE`.
+Peers (ModelOpt, convert_to_quant) run beside fp8 where they are installed.
 
     python scripts/bench_convert.py --size 5 12
     python scripts/bench_convert.py --size 5 --methods mxfp4 mxfp4_dualscale+search --workers 1 2
+    python scripts/bench_convert.py --size 2 8 --methods gguf-Q8_0 gguf-Q4_0
     python scripts/bench_convert.py --size 5 --transcode
     python scripts/bench_convert.py --size 5 --transcode fp8:modelopt mxfp4:dequantize
 """
@@ -168,7 +169,10 @@ def measure(command: list[str], source: Path) -> Run:
 
 def convert_command(source: Path, output: Path, method: str, workers: int) -> list[str]:
     name, _, search = method.partition("+")
-    arguments = ["-m", "fp8", "--weight-block-size", "128,128"] if name == "fp8-block" else ["-m", name]
+    name, _, variant = name.partition("-")
+    arguments = ["-m", name]
+    if variant:
+        arguments += ["--gguf-type", variant] if name == "gguf" else ["--weight-block-size", "128,128"]
     arguments += [] if search else ["--no-search"]
     program = [sys.executable, "-m", "omni_convert.convert.cli"]
     return [*program, str(source), "-o", str(output), "--quiet", "--workers", str(workers), *arguments]
@@ -191,7 +195,8 @@ def peer_commands(source: Path, output: Path) -> Iterable[tuple[str, list[str]]]
 
 
 def weight_bytes(folder: Path) -> int:
-    return sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
+    files = [file for pattern in ("*.safetensors", "*.gguf") for file in folder.rglob(pattern)]
+    return sum(file.stat().st_size for file in files)
 
 
 def best_of(repeat: int, command: list[str], source: Path, output: Path) -> tuple[Run, float]:
@@ -222,7 +227,7 @@ def benchmark(folder: Path, arguments: argparse.Namespace) -> None:
         for workers in arguments.workers:
             run, floor = best_of(arguments.repeat, convert_command(source, output, method, workers), source, output)
             report(method, workers, total, run, floor)
-    for label, command in peer_commands(source, output):
+    for label, command in peer_commands(source, output) if "fp8" in arguments.methods else ():
         run, floor = best_of(1, command, source, output)
         report(label, available_cores(), total, run, floor)
 

@@ -173,6 +173,19 @@ def test_several_shards(engine: str, larger_pipeline: Path, tmp_path: Path) -> N
     assert digests(tmp_path / "ray") == digests(tmp_path / "local")
 
 
+def test_gguf_is_written_and_read_by_all_machines(engine: str, larger_pipeline: Path, tmp_path: Path) -> None:
+    recipe = Recipe("gguf")
+    convert_checkpoint(larger_pipeline, tmp_path / "local", recipe)
+    convert_checkpoint(larger_pipeline, tmp_path / "ray", replace(recipe, engine=engine))
+    names = digests(tmp_path / "local")
+    assert digests(tmp_path / "ray") == names
+    assert sum(name.endswith(".gguf") for name in names) == 1
+    recipe = Recipe("int8")
+    convert_checkpoint(tmp_path / "ray", tmp_path / "local-int8", recipe)
+    convert_checkpoint(tmp_path / "ray", tmp_path / "ray-int8", replace(recipe, engine=engine))
+    assert digests(tmp_path / "ray-int8") == digests(tmp_path / "local-int8")
+
+
 def test_shards_go_to_a_url_from_where_they_are_made(
     engine: str, larger_pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

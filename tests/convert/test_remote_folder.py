@@ -65,6 +65,18 @@ def test_the_bytes_are_those_of_a_folder(
     assert not list(elsewhere.iterdir())
 
 
+def test_a_gguf_file_is_sent_as_a_whole(tiny_pipeline_folder: Path, url: str, elsewhere: Path, tmp_path: Path) -> None:
+    recipe = Recipe("gguf", gguf_type="Q5_1")
+    convert_checkpoint(tiny_pipeline_folder, tmp_path / "local" / "out", recipe)
+    convert_checkpoint(tiny_pipeline_folder, url, recipe)
+    paths = [path for path in (tmp_path / "local" / "out").rglob("*") if path.is_file()]
+    assert contents(url) == {
+        path.relative_to(tmp_path / "local" / "out").as_posix(): path.read_bytes() for path in paths
+    }
+    assert sum(path.suffix == ".gguf" for path in paths) == 1
+    assert not list(elsewhere.iterdir())
+
+
 @pytest.fixture
 def failing(url: str, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Has the file system fail at the third shard; the names that were sent, in order."""
