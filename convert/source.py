@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import fnmatch
 import glob
-import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from omni_convert.convert.hub_selection import REPO_FILE, REPO_ID, cached_patterns, needed_files
 from omni_convert.formats.errors import CheckpointError, HubError, quoted
 from omni_convert.formats.json_file import read_json
 
 if TYPE_CHECKING:
-    from huggingface_hub.hf_api import RepoSibling
+    from huggingface_hub.hf_api import ModelInfo, RepoSibling
 
     from omni_convert.convert.hub_files import HubFile, HubFiles
 
@@ -25,20 +25,6 @@ DEMO_EVALUATION_PROMPTS = Path(__file__).parent / "demo" / "evaluation_prompts.t
 
 # Of a file, in bytes, on the usual file systems.
 LONGEST_NAME = 255
-REPO_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
-# What a diffusers pipeline consists of; repositories also hold single-file duplicates of tens of gigabytes beside it.
-HUB_PATTERNS = [
-    "*.json",
-    "LICENSE*",
-    "NOTICE*",
-    "README.md",
-    "*/*.json",
-    "*/*.safetensors",
-    "transformer*/*.gguf",
-    "*/*.txt",
-    "*/*.model",
-    "*/*.jinja",
-]
 
 
 @dataclass(frozen=True)
@@ -124,31 +110,49 @@ def resolve_source(model: str | Path | None, revision: str | None = None, *, str
         return Source(path, path.stem)
     if REPO_ID.fullmatch(str(model)):
         return _stream(str(model), revision) if stream else _download(str(model), revision)
+    in_repository = REPO_FILE.fullmatch(str(model))
+    if in_repository is not None:
+        return _download(in_repository[1], revision, in_repository[2])
     raise CheckpointError(
         f"{model}: nothing is there; expected a folder, a .safetensors or .gguf file, or a repo id like Qwen/Qwen-Image"
+        " (with a file's name behind it, if one file is meant)"
     )
 
 
 def _stream(repo_id: str, revision: str | None) -> Source:
     """The repository at the commit that the revision is now: its configs on the disk, its weights where they are."""
-    from huggingface_hub import HfApi, snapshot_download
-
-    from omni_convert.convert.hub import ask_hub
     from omni_convert.convert.hub_files import HubFiles
 
     try:
-        info = ask_hub(repo_id, lambda: HfApi().model_info(repo_id, revision=revision, files_metadata=True))
+        info = _ask_for_files(repo_id, revision)
     except HubError as error:
         if error.is_unreachable:
             return _cached(repo_id, revision, error)
         raise
     known = {file.rfilename: _described(repo_id, file) for file in info.siblings or ()}
-    wanted = {name for name in known if any(fnmatch.fnmatch(name, pattern) for pattern in HUB_PATTERNS)}
-    weights = frozenset(name for name in wanted if name.endswith(".safetensors"))
+    needed = needed_files(repo_id, known)
+    weights = frozenset(name for name in needed if name.endswith(".safetensors"))
     commit = str(info.sha)
-    others = [glob.escape(name) for name in sorted(wanted - weights)]
-    folder = ask_hub(repo_id, lambda: snapshot_download(repo_id, revision=commit, allow_patterns=others))
-    return Source(Path(folder), repo_id, commit, hub_files=HubFiles(repo_id, commit, known, weights))
+    folder = _fetch(repo_id, commit, needed - weights)
+    return Source(folder, repo_id, commit, hub_files=HubFiles(repo_id, commit, known, weights))
+
+
+def _ask_for_files(repo_id: str, revision: str | None) -> ModelInfo:
+    from huggingface_hub import HfApi
+
+    from omni_convert.convert.hub import ask_hub
+
+    return ask_hub(repo_id, lambda: HfApi().model_info(repo_id, revision=revision, files_metadata=True))
+
+
+def _fetch(repo_id: str, commit: str, names: Iterable[str]) -> Path:
+    """The folder of a repository with these files of it."""
+    from huggingface_hub import snapshot_download
+
+    from omni_convert.convert.hub import ask_hub
+
+    exactly = [glob.escape(name) for name in sorted(names)]
+    return Path(ask_hub(repo_id, lambda: snapshot_download(repo_id, revision=commit, allow_patterns=exactly)))
 
 
 def _described(repo_id: str, file: RepoSibling) -> HubFile:
@@ -161,30 +165,32 @@ def _described(repo_id: str, file: RepoSibling) -> HubFile:
     return HubFile(file.size, file.lfs.sha256 if file.lfs is not None else str(file.blob_id))
 
 
-def _download(repo_id: str, revision: str | None) -> Source:
-    from huggingface_hub import snapshot_download
-
-    from omni_convert.convert.hub import ask_hub
-
+def _download(repo_id: str, revision: str | None, file: str | None = None) -> Source:
+    """The repository, or one of its files with the config beside it."""
     try:
-        folder = ask_hub(
-            repo_id, lambda: Path(snapshot_download(repo_id, revision=revision, allow_patterns=HUB_PATTERNS))
-        )
+        info = _ask_for_files(repo_id, revision)
+        names = [sibling.rfilename for sibling in info.siblings or ()]
+        folder = _fetch(repo_id, str(info.sha), needed_files(repo_id, names, file))
     except HubError as error:
         if error.is_unreachable:
-            return _cached(repo_id, revision, error)
+            return _cached(repo_id, revision, error, file)
         raise
-    return Source(folder, repo_id, revision=folder.name)
+    return Source(folder / file if file is not None else folder, repo_id, revision=folder.name)
 
 
-def _cached(repo_id: str, revision: str | None, error: HubError) -> Source:
+def _cached(repo_id: str, revision: str | None, error: HubError, file: str | None = None) -> Source:
     """What the cache has of a repository, since the Hub does not answer."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
-        found = snapshot_download(repo_id, revision=revision, allow_patterns=HUB_PATTERNS, local_files_only=True)
+        found = Path(
+            snapshot_download(repo_id, revision=revision, allow_patterns=cached_patterns(file), local_files_only=True)
+        )
     except LocalEntryNotFoundError:
+        found = None
+    path = found / file if found is not None and file is not None else found
+    if found is None or path is None or not path.exists():
         reason = str(error).partition(": ")[2]
-        raise HubError(f"{repo_id}: no local path of that name, and {reason}") from None
-    return Source(Path(found), repo_id, revision=Path(found).name)
+        raise HubError(f"{repo_id}: no local path of that name, and {reason}")
+    return Source(path, repo_id, revision=found.name)

@@ -12,12 +12,13 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from omni_convert.formats.component import GGUF_SUFFIX
 from omni_convert.formats.errors import CheckpointError, quoted
 from omni_convert.formats.format import WeightRows
 from omni_convert.formats.safetensors_file import SafetensorsFile
 from omni_convert.formats.tensor_file import TensorFile
 from omni_convert.formats.tensor_spec import DTYPE_NAMES, TensorSpec
-from omni_convert.formats.weight_files import GGUF_SUFFIX, find_weight_files
+from omni_convert.formats.weight_files import find_weight_files
 
 __all__ = ["Checkpoint", "CheckpointRows"]
 

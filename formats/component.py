@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-__all__ = ["DENOISERS"]
+__all__ = ["DENOISERS", "GGUF_SUFFIX"]
 
 #: Components that run at every denoising step; a request that names no component means these.
 DENOISERS = ("transformer", "transformer_2", "transformer_3", "unet")
+#: Of the one file of a component in GGUF.
+GGUF_SUFFIX = ".gguf"

@@ -11,13 +11,13 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from omni_convert.formats.component import GGUF_SUFFIX
 from omni_convert.formats.errors import CheckpointError, quoted
 from omni_convert.formats.json_file import read_json
 from omni_convert.formats.sharding import WEIGHTS_NAMES, ShardName, check_shard_names, index_name
 
-__all__ = ["GGUF_SUFFIX", "WeightFiles", "checked_path", "find_weight_files"]
+__all__ = ["WeightFiles", "checked_path", "find_weight_files"]
 
-GGUF_SUFFIX = ".gguf"
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 AGAIN = "download it again"
 BLOBS, SNAPSHOTS = "blobs", "snapshots"

@@ -12,9 +12,9 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, cast
 
 from omni_convert.formats.checkpoint import Checkpoint
+from omni_convert.formats.component import GGUF_SUFFIX
 from omni_convert.formats.dialect import Dialect, Found, StoredLayer
 from omni_convert.formats.errors import CheckpointError
-from omni_convert.formats.weight_files import GGUF_SUFFIX
 
 if TYPE_CHECKING:  # the gguf package is slow to import, and few need it
     from omni_convert.formats.gguf_file import GgufReader

@@ -757,3 +757,65 @@ def test_an_interruption_does_not_wait_for_a_download(hub: HubServer, source: Pa
     assert errors.decode().splitlines()[-1] == "Error: interrupted"
     assert (tmp_path / "out.partial").exists()
     assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture(scope="module")
+def in_gguf(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The source with its transformer in GGUF, in two types."""
+    from omni_convert.convert import Recipe, convert_checkpoint
+
+    folder = tmp_path_factory.mktemp("in-gguf")
+    convert_checkpoint(source, folder / "tiny", Recipe("gguf"))
+    convert_checkpoint(source, folder / "other", Recipe("gguf", gguf_type="Q4_0"))
+    shutil.copy(folder / "other" / "transformer" / "tiny-Q4_0.gguf", folder / "tiny" / "transformer")
+    return folder / "tiny"
+
+
+def test_of_several_gguf_files_on_the_hub_the_one_that_is_named_comes(
+    hub: HubServer, run: Run, in_gguf: Path, tmp_path: Path
+) -> None:
+    from omni_convert.convert import Recipe, convert_checkpoint
+
+    hub.add("someone/tiny", in_gguf)
+    line = error_line(run("someone/tiny", "-m", "int8", "-o", "out"))
+    assert "found 2 .gguf files" in line
+    assert "name the file that is meant, as someone/tiny/transformer/tiny-Q4_0.gguf" in line
+    line = error_line(run("dequantize", "someone/tiny/transformer/tiny-Q5_0.gguf", "-o", "out"))
+    assert "found no file 'transformer/tiny-Q5_0.gguf'" in line
+    assert not list((tmp_path / "home").rglob("*.gguf"))
+    result = run("dequantize", "someone/tiny/transformer/tiny-Q8_0.gguf", "-o", "out")
+    assert result.returncode == 0, result.stderr
+    assert [path.name for path in (tmp_path / "home").rglob("*.gguf")] == ["tiny-Q8_0.gguf"]
+    assert not list((tmp_path / "home").rglob("*.safetensors"))
+    convert_checkpoint(in_gguf / "transformer" / "tiny-Q8_0.gguf", tmp_path / "wanted", Recipe("dequantize"))
+    assert weights_of(contents(tmp_path / "out")) == weights_of(contents(tmp_path / "wanted"))
+
+
+def test_gguf_beside_safetensors_stays_on_the_hub(
+    hub: HubServer, run: Run, in_gguf: Path, source: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(source, tmp_path / "both")
+    shutil.copy(in_gguf / "transformer" / "tiny-Q4_0.gguf", tmp_path / "both" / "transformer")
+    hub.add("someone/both", tmp_path / "both")
+    result = run("someone/both", "-m", "gguf", "-o", "out", "--keep-source")
+    assert result.returncode == 0, result.stderr
+    assert not list((tmp_path / "home").rglob("*.gguf"))
+    (file,) = (tmp_path / "out" / "transformer").glob("*.gguf")
+    assert file.read_bytes() == (in_gguf / "transformer" / "tiny-Q8_0.gguf").read_bytes()
+
+
+def test_gguf_is_made_of_shards_that_stay_on_the_hub(
+    hub: HubServer, run: Run, in_gguf: Path, source: Path, tmp_path: Path
+) -> None:
+    hub.add("someone/tiny", source)
+    result = run("-v", "someone/tiny", "-m", "gguf", "-o", "out", "--workers", "1")
+    assert result.returncode == 0, result.stderr
+    (file,) = (tmp_path / "out" / "transformer").glob("*.gguf")
+    assert file.read_bytes() == (in_gguf / "transformer" / "tiny-Q8_0.gguf").read_bytes()
+    assert not list((tmp_path / "home").rglob("*.safetensors"))
+    said = re.search(r"at most (\d+) of (\d+) bytes of weights", result.stderr)
+    assert said is not None
+    assert int(said[1]) < int(said[2]) * 0.7
+    shards = [name for name in contents(source) if name.endswith(".safetensors") and name.startswith("transformer/")]
+    downloads = [request for request in hub.requests if re.fullmatch(r"GET /storage/\w+ whole", request)]
+    assert len(downloads) == len(set(downloads)) > len(shards)
