@@ -36,7 +36,7 @@ from omni_convert.formats.dialects.modelopt_config import (
 from omni_convert.formats.errors import CheckpointError, RecipeError
 from omni_convert.formats.family import LayerGroup
 from omni_convert.formats.format import Format, QuantizingFormat
-from omni_convert.formats.fp8 import Fp8, Fp8Block
+from omni_convert.formats.fp8 import Fp8, Fp8Block, Fp8Channel
 from omni_convert.formats.fp8_storage import Fp8Storage
 from omni_convert.formats.int4 import Int4
 from omni_convert.formats.mxfp4 import Mxfp4
@@ -225,6 +225,9 @@ class VllmOmni(Dialect):
         for stem, fmt in layer_formats(found.checkpoint, method).items():
             rows, *others = found.checkpoint[f"{stem}.weight"].shape
             width = math.prod(others)
+            if method == MODELOPT and isinstance(fmt, Fp8):  # of an encoder, whose block wraps ModelOpt's
+                is_per_row = found.checkpoint[f"{stem}.weight_scale"].shape == (rows,)
+                fmt = Fp8Channel() if is_per_row else fmt
             yield StoredLayer(stem, fmt, (rows, 2 * width if fmt.method == "nvfp4" else width))
 
     def spelling(self, fmt: Format, shape: tuple[int, int]) -> WrittenSpelling | str:

@@ -6,7 +6,11 @@ import pytest
 import torch
 from diffusers import ZImageTransformer2DModel
 from safetensors.torch import load_file, save_file
+from transformers import Qwen3ForCausalLM
 
+from omni_convert.convert import Recipe, convert_checkpoint
+from omni_convert.convert.source import Source
+from omni_convert.convert.verification import verify_source
 from omni_convert.formats.errors import CheckpointError, RecipeError
 from omni_convert.formats.fp8 import Fp8, Fp8Channel
 from omni_convert.formats.mxfp8 import Mxfp8
@@ -125,3 +129,29 @@ def test_a_checkpoint_of_several_formats_is_loaded(write):
 def test_a_table_that_contradicts_the_tensors_is_refused(write, table, message):
     with pytest.raises(CheckpointError, match=message):
         ZImageTransformer2DModel.from_pretrained(write(table), dtype=torch.bfloat16)
+
+
+def test_an_encoder_is_quantized_saved_loaded_and_found_sound(tiny_pipeline_folder, tmp_path):
+    spec = {"text_encoder": mixed({"mlp": ROWS, "self_attn": MX})}
+    encoder = load_pipeline(tiny_pipeline_folder, quantization=spec).text_encoder
+    encoder.save_pretrained(tmp_path)
+    again = Qwen3ForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert formats_of(again) == formats_of(encoder)
+    assert set(formats_of(again).values()) == {"fp8 per row", "mxfp8"}
+    with open_quantized(tmp_path) as read:
+        for stem, layer in read.layers.items():
+            assert layer.format.label == formats_of(again)[stem]
+            assert torch.equal(layer.dequantize(0, layer.shape[0]), again.get_submodule(stem).dequantize())
+    (component,) = verify_source(Source(tmp_path, "encoder"))
+    assert not [finding for finding in component.findings if finding.severity == "error"]
+
+
+def test_what_a_conversion_writes_in_modelopts_spelling_is_loaded(tiny_pipeline_folder, tmp_path):
+    """Dynamic FP8 is FP8_PER_CHANNEL_PER_TOKEN there, every row with the scale of its weight."""
+    for dialect in ("modelopt", "vllm-omni"):
+        convert_checkpoint(tiny_pipeline_folder, tmp_path / dialect, Recipe(method="fp8", dialect=dialect))
+    rows, whole = (load_pipeline(tmp_path / dialect).transformer for dialect in ("modelopt", "vllm-omni"))
+    assert set(formats_of(rows).values()) == {"fp8 per row"}
+    assert formats_of(rows).keys() == formats_of(whole).keys()
+    for name in formats_of(rows):
+        assert torch.equal(rows.get_submodule(name).dequantize(), whole.get_submodule(name).dequantize())
