@@ -1,6 +1,7 @@
 """vLLM-Omni's own code on our files, without a GPU: its configs, model classes, linear methods and weight loader.
 
-What runs on a device only is left out: the kernels, and what the linear methods do with loaded weights for them. Run by
+What runs on a device only is left out: the kernels, and what the linear methods do with loaded weights for them. Where
+none of their kernels is for this machine, another of theirs takes the place, and is not run either. Run by
 scripts/nightly, in an environment of its own.
 """
 
@@ -18,8 +19,11 @@ import torch
 from torch import Tensor, nn
 
 from omni_convert.convert import Recipe, convert_checkpoint
+from omni_convert.convert.calibration import calibrate_source
+from omni_convert.convert.source import resolve_source
 from omni_convert.formats.family import find_family
 from omni_convert.formats.quantized import open_quantized
+from omni_convert.formats.view import dequantized_view
 
 pytestmark = [pytest.mark.peers, pytest.mark.filterwarnings("ignore")]  # warnings are their own affair
 
@@ -62,6 +66,15 @@ TINY: dict[str, dict[str, Any]] = {
 }
 # The device that each method is for: their configs choose the linear method by it.
 DEVICES = {"fp8": "CUDA", "int8": "NPU", "mxfp8": "NPU", "mxfp4": "NPU", "mxfp4_dualscale": "NPU"}
+# What they have on CUDA beside, as conversions of Z-Image.
+ON_CUDA: dict[str, dict[str, Any]] = {
+    "static fp8": {"method": "fp8", "activation_scheme": "static"},
+    "fp8 blocks": {"method": "fp8", "weight_block_size": (32, 32)},
+    "nvfp4": {"method": "nvfp4", "activation_scheme": "static"},
+    "weight-only nvfp4": {"method": "nvfp4"},
+    "ModelOpt's static fp8": {"method": "fp8", "activation_scheme": "static", "dialect": "modelopt"},
+    "ModelOpt's dynamic fp8": {"method": "fp8", "dialect": "modelopt"},
+}
 
 
 @pytest.fixture(scope="session")
@@ -164,6 +177,38 @@ def load(import_peer_once, device):  # type: ignore[no-untyped-def]  # a functio
 
 
 @pytest.fixture
+def kernels(import_peer_once, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
+    """A kernel of theirs for every linear method, as there is one on the device."""
+    linear = import_peer_once("vllm.model_executor.kernels.linear")
+    cpu = import_peer_once("vllm.platforms.interface").PlatformEnum.CPU
+    blocks = import_peer_once("vllm.model_executor.kernels.linear.scaled_mm.cpu").CPUFp8BlockScaledMMKernel
+
+    class AnyCpu(blocks):  # type: ignore[misc, valid-type]
+        """Without AMX, and for blocks of any size."""
+
+        @classmethod
+        def is_supported(cls, compute_capability: int | None = None) -> tuple[bool, None]:
+            return True, None
+
+        @classmethod
+        def can_implement(cls, config: Any) -> tuple[bool, None]:
+            return True, None
+
+    monkeypatch.setitem(linear._POSSIBLE_FP8_BLOCK_KERNELS, cpu, [AnyCpu])
+    monkeypatch.setitem(linear._POSSIBLE_NVFP4_KERNELS, cpu, [linear.EmulationNvFp4LinearKernel])
+    monkeypatch.setattr(linear, "MarlinNvFp4LinearKernel", linear.EmulationNvFp4LinearKernel)
+
+
+@pytest.fixture(scope="session")
+def statistics_file(tiny_pipeline_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("statistics")
+    (folder / "prompts.txt").write_text("a red circle\n")
+    recipe = Recipe(calib=folder / "prompts.txt", calib_steps=2, calib_size=(32, 32))
+    calibrate_source(resolve_source(tiny_pipeline_folder), recipe).save(folder / "stats.safetensors")
+    return folder / "stats.safetensors"
+
+
+@pytest.fixture
 def tiny_folder(tiny_pipeline_folder: Path, tmp_path: Path) -> Callable[[str], Path]:
     def folder(model: str) -> Path:
         import diffusers
@@ -192,8 +237,25 @@ def weight_of(method: str, layer: nn.Module, rows: list[int]) -> Tensor:
     width = weight.shape[1]
     if method == "int8":
         return weight * parts["weight_scale"]
+    if method == "nvfp4":
+        from vllm.model_executor.layers.quantization.utils.nvfp4_emulation_utils import dequantize_to_dtype
+
+        return torch.cat(
+            [
+                dequantize_to_dtype(codes, scale, overall, torch.float32, swizzle=False)
+                for codes, scale, overall in zip(
+                    parts["weight"].split(rows), parts["weight_scale"].split(rows), parts["weight_scale_2"], strict=True
+                )
+            ]
+        )
+    if "weight_scale_inv" in parts:
+        height, size = layer.weight_block_size
+        scale = parts["weight_scale_inv"].repeat_interleave(height, dim=0)[: len(weight)]
+        return weight * spread(scale, width, size)
     if method == "fp8":
         slots = parts["weight_scale"]
+        if len(slots) == len(weight):
+            return weight * slots.view(-1, 1)
         return weight * torch.cat([slots[slot].expand(count, 1) for slot, count in enumerate(rows)])
     exponents = parts["weight_scale"]
     assert exponents.dtype is torch.uint8
@@ -220,6 +282,9 @@ def assert_they_hold_what_we_wrote(model: nn.Module, folder: Path, method: str) 
             widths = getattr(module, "logical_widths", None) or [layer.shape[0] for layer in layers]
             theirs = weight_of(method, module, list(widths))
             torch.testing.assert_close(theirs, ours, rtol=2**-20, atol=0, msg=lambda text, g=group: f"{g}: {text}")
+            if "input_scale" in layers[0].tensors:
+                scales = torch.stack([layer.read_tensor("input_scale", 0, 0) for layer in layers])
+                assert module.get_parameter("input_scale").unique().equal(scales.unique()), group
 
 
 @pytest.mark.parametrize("method", DEVICES)
@@ -228,6 +293,36 @@ def test_a_method_of_ours_is_loaded_by_them(load, tiny_folder, tmp_path: Path, m
     convert_checkpoint(tiny_folder(model), tmp_path / "out", Recipe(method=method))
     theirs = load(tmp_path / "out", model, DEVICES[method])
     assert_they_hold_what_we_wrote(theirs, tmp_path / "out" / "transformer", method)
+
+
+@pytest.mark.parametrize("case", ON_CUDA)
+def test_what_has_no_kernel_here_is_loaded_by_them(  # type: ignore[no-untyped-def]
+    load, kernels, tiny_folder, statistics_file: Path, tmp_path: Path, case: str
+) -> None:
+    model, options = "ZImageTransformer2DModel", ON_CUDA[case]
+    calibration = (statistics_file,) if options.get("activation_scheme") == "static" else ()
+    convert_checkpoint(tiny_folder(model), tmp_path / "out", Recipe(**options, calibration=calibration))
+    theirs = load(tmp_path / "out", model, "CUDA")
+    scales = [scale for name, scale in theirs.named_parameters() if name.endswith(".input_scale")]
+    assert any(not scale.isnan().any() for scale in scales) == bool(calibration)  # NaN is what nobody reads
+    assert_they_hold_what_we_wrote(theirs, tmp_path / "out" / "transformer", options["method"])
+
+
+def test_w4a16_of_ours_is_loaded_by_them(load, tiny_folder, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    model = "ZImageTransformer2DModel"
+    convert_checkpoint(tiny_folder(model), tmp_path / "out", Recipe(method="w4a16", group_size=32))
+    modules = dict(load(tmp_path / "out", model, "CUDA").named_modules())
+    folder = tmp_path / "out" / "transformer"
+    family = find_family("ZImageTransformer2DModel")
+    with open_quantized(folder) as opened:
+        groups = family.layer_groups(dequantized_view(opened), "vllm-omni")
+        groups = [group for group in groups if group.members[0] in opened.layers]
+        assert sum(len(group.members) for group in groups) == len(opened.layers) > 0
+        for group in groups:
+            for leaf in ("qweight", "qzeros", "scales"):
+                ours = torch.cat([opened.checkpoint.read(f"{stem}.{leaf}") for stem in group.members], dim=1)
+                theirs = modules[group.runtime_name].get_parameter(leaf)
+                assert theirs.equal(ours.to(theirs.dtype)), f"{group}: {leaf}"  # scales become bfloat16
 
 
 @pytest.mark.parametrize("method", ["fp8", "mxfp8"])
@@ -245,22 +340,3 @@ def test_layers_that_stay_are_ignored_by_them(load, tiny_folder, tmp_path: Path)
     assert theirs.get_parameter("layers.0.attention.to_qkv.weight").dtype is torch.bfloat16
     assert not hasattr(theirs.get_submodule("layers.0.attention.to_qkv"), "weight_scale")
     assert_they_hold_what_we_wrote(theirs, tmp_path / "out" / "transformer", "mxfp4")
-
-
-@pytest.mark.parametrize(
-    ("options", "name"),
-    [
-        ({"method": "nvfp4"}, "modelopt_fp4"),
-        ({"method": "w4a16", "group_size": 32}, "inc"),
-        ({"method": "fp8", "weight_block_size": (32, 32)}, "fp8"),  # their kernels for it need a GPU or AMX
-    ],
-    ids=["nvfp4", "w4a16", "fp8 blocks"],
-)
-def test_a_block_of_ours_is_understood_by_them(  # type: ignore[no-untyped-def]
-    import_peer_once, device, tiny_folder, tmp_path: Path, options: dict[str, Any], name: str
-) -> None:
-    convert_checkpoint(tiny_folder("ZImageTransformer2DModel"), tmp_path / "out", Recipe(**options))
-    block = json.loads((tmp_path / "out" / "transformer" / "config.json").read_text())["quantization_config"]
-    theirs = import_peer_once("vllm_omni.quantization").build_quant_config(block)
-    assert theirs.get_name() == name
-    assert getattr(theirs, "weight_block_size", None) == block.get("weight_block_size")
