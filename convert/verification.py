@@ -35,6 +35,7 @@ from omni_convert.formats.format import tile_ranges
 from omni_convert.formats.json_file import read_json
 from omni_convert.formats.lenient import LenientReading, read_leniently
 from omni_convert.formats.quantized import describe, read_quantized
+from omni_convert.formats.scale_exchange import ScaleTrace, exchanged_scales, trace_of
 from omni_convert.formats.scope_check import check_scope
 from omni_convert.formats.value_check import base_format, check_finite, check_values
 
@@ -131,7 +132,8 @@ def _verify(source: Source, name: str, reference: Source | None, progress: Calla
         errors: dict[str, float] = {}
         compared = reference if quantized.layers or is_gguf else None
         with _open_reference(compared, name, config) if compared is not None else nullcontext() as original:
-            findings += _values(reading, progress, None if is_gguf else original, errors)
+            values, untraced = _values(reading, progress, None if is_gguf else original, errors)
+            findings += values
             if is_gguf and original is not None:
                 findings += compare_gguf(quantized, original, config, errors)
         if compared is not None and quantized.layers and not errors:
@@ -145,12 +147,19 @@ def _verify(source: Source, name: str, reference: Source | None, progress: Calla
             len(quantized.layers),
             tuple(dict.fromkeys(findings)),
             errors,
-            () if reference is not None else tuple(_unchecked(reading)),
+            () if reference is not None else tuple(_unchecked(reading, untraced)),
         )
 
 
-def _unchecked(reading: LenientReading) -> Iterator[str]:
-    """Swapped nibbles leave all statistics of blocks as they are; a common factor looks like another model."""
+def _unchecked(reading: LenientReading, untraced: int) -> Iterator[str]:
+    """Swapped nibbles leave all statistics of blocks as they are; a common factor looks like another model.
+
+    So does a scale of another layer, where a weight has one, or a few that are alike: codes are as large as they can be
+    with any scale.
+
+    Args:
+        untraced: number of such layers
+    """
     layers = reading.quantized.layers.values()
     if any(base_format(layer.format).method in FOUR_BITS for layer in layers):
         yield "the order of nibbles"
@@ -158,6 +167,8 @@ def _unchecked(reading: LenientReading) -> Iterator[str]:
         yield "whether mul_scale or one over it is stored"
     if layers:
         yield "a factor that all scales have in common"
+    if untraced > 1:
+        yield "scales exchanged between layers that have one each"
 
 
 def _unopened(name: str, path: Path, error: CheckpointError) -> VerifiedComponent:
@@ -217,32 +228,42 @@ def _encoder_layers(source: Source, family: Family) -> tuple[str, ...]:
 
 def _values(
     reading: LenientReading, progress: Callable[[int], None], original: Checkpoint | None, errors: dict[str, float]
-) -> list[Finding]:
+) -> tuple[list[Finding], int]:
     """What is wrong with values, and then what differs from the original, which fills `errors`.
 
     Each tensor is compared when it has just been looked at, and the system has its bytes in memory.
+
+    Returns:
+        also the number of layers whose scales show no pattern, so that they could be another's
     """
     quantized, checkpoint = reading.quantized, reading.quantized.checkpoint
     findings: list[Finding] = []
     differences: list[Finding] = []
+    traces: list[ScaleTrace] = []
+    untraced = 0
     for stem, layer in quantized.layers.items():
         assert quantized.dialect is not None
         try:
-            findings += check_values(layer, quantized.dialect, progress)
+            flaws = check_values(layer, quantized.dialect, progress)
+            findings += flaws
+            trace = trace_of(layer) if not flaws else None
+            traces += [] if trace is None else [trace]
+            untraced += trace is None and not flaws
         except CheckpointError as error:
             findings.append(
                 Finding("error", "damaged-file", layer.stem, str(error), "every runtime", "download it again")
             )
         if original is not None:
-            error_of_layer, flaws = check_against(layer, original, quantized.dialect)
-            differences += flaws
+            error_of_layer, found = check_against(layer, original, quantized.dialect)
+            differences += found
             errors |= {} if error_of_layer is None else {stem: error_of_layer}
+    findings += exchanged_scales(traces, quantized.dialect) if quantized.dialect is not None else ()
     for name, stored in quantized.kept.items():
         findings += _kept_values(checkpoint, stored)
         progress(checkpoint[stored].nbytes)
         if original is not None:
             differences += check_kept(checkpoint, stored, original, name)
-    return findings + differences
+    return findings + differences, untraced
 
 
 def _kept_values(checkpoint: Checkpoint, name: str) -> list[Finding]:

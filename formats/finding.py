@@ -23,6 +23,7 @@ CHECKS = {
     "silent-cast": "a dtype that a runtime converts by value, without a word",
     "low-precision-scale": "scales stored in bf16 or fp16",
     "scale-order": "swizzled block scales where linear ones are due, or the other way round; or in no order at all",
+    "exchanged-scales": "layers that have each other's scales, where a weight has so many that they show a pattern",
     "nibble-order": "packed codes with the even element in the wrong nibble (needs a reference)",
     "reciprocal-scale": "one over a scale instead of the scale",
     "implausible-scale": "weights or inputs of a size that no model has",

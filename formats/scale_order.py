@@ -16,17 +16,17 @@ from torch import Tensor
 
 from omni_convert.formats.swizzle import padded_scale_shape, swizzle_scales, unswizzle_scales
 
-__all__ = ["MIN_BLOCKS", "other_order", "roughness", "scales_are_scrambled", "smoother_order"]
+__all__ = ["LEAST_SPREAD", "MIN_BLOCKS", "WIDEST", "other_order", "roughness", "scales_are_scrambled", "smoother_order"]
 
 #: With fewer blocks than this, chance could decide.
 MIN_BLOCKS = 256
 # The other order must be smoother by this, and by so many standard errors.
 MARGIN = 0.08
 DEVIATIONS = 5.0
-# Standard deviation of log2 of scales that tell something: of weights that were drawn evenly from an interval, as those
-# of untrained models, it is 0.1, and their order hardly shows; of normal ones it is 0.34.
+#: Standard deviation of log2 of scales that tell something: of weights that were drawn evenly from an interval, as
+#: those of untrained models, it is 0.1, and their order hardly shows; of normal ones it is 0.34.
 LEAST_SPREAD = 0.15
-# Binades to either side of the median that count.
+#: Binades to either side of the median that count.
 WIDEST = 8.0
 
 

@@ -23,7 +23,7 @@ from omni_convert.formats.read_formats import Rotated, Scaled, Smoothed
 from omni_convert.formats.runtimes import CONSUMERS
 from omni_convert.formats.scale_order import other_order, scales_are_scrambled, smoother_order
 
-__all__ = ["base_format", "check_finite", "check_values", "elements_of", "other_scale"]
+__all__ = ["base_format", "block_of", "check_finite", "check_values", "elements_of", "other_scale"]
 
 E8M0_NAN = 255
 E8M0_ONE = 127

@@ -772,6 +772,16 @@ def _exchanged(model: Model) -> None:
         model.tensors[first], model.tensors[second] = model.tensors[second], model.tensors[first]
 
 
+def _shifted_scales(model: Model) -> None:
+    """Three layers in a circle have each other's scales."""
+    scales = [model.tensors[f"{stem}.scales"] for stem in (Q, K, OUT)]
+    model.tensors |= {f"{stem}.scales": scale for stem, scale in zip((Q, K, OUT), scales[1:] + scales[:1], strict=True)}
+
+
+BROKEN["w4a16 with scales of other layers"] = (
+    on("auto-round", "w4a16"), _shifted_scales, "exchanged-scales", f"{Q}.scales",
+)  # fmt: skip
+
 #: What no file tells of itself.
 BROKEN_BY_REFERENCE: dict[str, Case] = {
     "nibbles of modelopt": (on("modelopt", "nvfp4"), everywhere("weight", swapped), "nibble-order", f"{Q}.weight"),
