@@ -31,10 +31,11 @@ __all__ = [
 MODELOPT = "modelopt"
 MIXED_PRECISION = "MIXED_PRECISION"
 NVFP4_GROUP_SIZE = 16
-MX_GROUP_SIZE = 32
+GROUP_SIZES = {"NVFP4": NVFP4_GROUP_SIZE, "W4A16_NVFP4": NVFP4_GROUP_SIZE, "MXFP8": 32}
+# Its exporter describes layers of these alone also where all layers are alike.
+WITH_GROUPS = ("FP8", "NVFP4", "W4A16_NVFP4")
 # vLLM-Omni does not know the longer name but in a mixture, and takes NVFP4 without input activations for what it says.
 WEIGHT_ONLY = "W4A16_"
-FP8_GROUP = {"dynamic": False, "num_bits": 8, "type": "float"}
 
 #: What ModelOpt calls it, and what it is.
 ALGORITHMS = {
@@ -120,7 +121,7 @@ def spell_algorithms(algorithms: Mapping[str, str], ignored: Collection[str], *,
     block: dict[str, Any] = {
         "quant_method": MODELOPT,
         "quant_algo": MIXED_PRECISION if is_mixed else kinds[0].removeprefix(WEIGHT_ONLY),
-        "config_groups": groups,
+        **({"config_groups": groups} if is_mixed or kinds[0] in WITH_GROUPS else {}),
         "ignore": [as_whole_name(name) for name in sorted(set(ignored))],
         "producer": {"name": "omni-convert"},
     }
@@ -131,22 +132,17 @@ def spell_algorithms(algorithms: Mapping[str, str], ignored: Collection[str], *,
 
 def _described(algorithm: str) -> dict[str, Any]:
     described: dict[str, Any] = {"quant_algo": algorithm}
-    return described | {"group_size": NVFP4_GROUP_SIZE} if "NVFP4" in algorithm else described
+    return described | {"group_size": GROUP_SIZES[algorithm]} if algorithm in GROUP_SIZES else described
 
 
 def _group(algorithm: str, targets: list[str]) -> dict[str, Any]:
-    weights: dict[str, Any] = dict(FP8_GROUP)
-    inputs: dict[str, Any] | None = dict(FP8_GROUP)
-    if "NVFP4" in algorithm:
-        weights = {"dynamic": False, "num_bits": 4, "type": "float", "group_size": NVFP4_GROUP_SIZE}
-        inputs = dict(weights) if algorithm == "NVFP4" else None
-    elif algorithm == "MXFP8":
-        weights, inputs = (
-            weights | {"group_size": MX_GROUP_SIZE},
-            weights | {"group_size": MX_GROUP_SIZE, "dynamic": True},
-        )
-    elif algorithm == "FP8_PER_CHANNEL_PER_TOKEN":
-        inputs = dict(FP8_GROUP) | {"dynamic": True}
+    """As its exporter says it, that is, without a word about what is dynamic."""
+    weights: dict[str, Any] = {"dynamic": False, "num_bits": 4 if "NVFP4" in algorithm else 8, "type": "float"}
+    if algorithm in GROUP_SIZES:
+        weights["group_size"] = GROUP_SIZES[algorithm]
+    inputs = None if algorithm.startswith(WEIGHT_ONLY) else dict(weights)
+    if algorithm == "FP8_PER_CHANNEL_PER_TOKEN":
+        weights["strategy"] = "channel"
     return {"input_activations": inputs, "weights": weights, "targets": targets}
 
 
@@ -199,10 +195,11 @@ def _of_entry(name: str, entry: Any, where: str) -> QuantizationConfig:
             f"{where}: found quant_algo {shown(algorithm)} of {shown(name)} in quantized_layers, expected one of "
             f"{', '.join(ALGORITHMS)}"
         )
-    size = entry.get("group_size", NVFP4_GROUP_SIZE)
-    if "NVFP4" in algorithm and size != NVFP4_GROUP_SIZE:
+    expected = GROUP_SIZES.get(algorithm)
+    if expected is not None and entry.get("group_size", expected) != expected:
+        found = shown(entry["group_size"])
         raise CheckpointError(
-            f"{where}: found group_size {shown(size)} of {shown(name)} in quantized_layers, expected {NVFP4_GROUP_SIZE}"
+            f"{where}: found group_size {found} of {shown(name)} in quantized_layers, expected {expected}"
         )
     return ALGORITHMS[algorithm]
 

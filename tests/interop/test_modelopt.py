@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from omni_convert.convert import Recipe, convert_checkpoint
+from omni_convert.formats.dialects.table import DIALECTS
 from omni_convert.formats.errors import CheckpointError
+from omni_convert.formats.format import Format
+from omni_convert.formats.fp8 import Fp8
+from omni_convert.formats.mxfp8 import Mxfp8
+from omni_convert.formats.nvfp4 import Nvfp4
 from omni_convert.formats.quantized import open_quantized
 
 SUFFIXES = ("weight", "weight_scale", "weight_scale_2", "pre_quant_scale")
@@ -157,3 +163,42 @@ def test_what_we_write_is_dequantized_by_them(  # type: ignore[no-untyped-def]
         for stem, layer in opened.layers.items():
             theirs = unpacked_by_them(import_peer, parts_of(tensors, stem))
             assert layer.dequantize(0, layer.shape[0]).equal(theirs)
+
+
+FORMATS: dict[str, Format] = {
+    "FP8": Fp8(static=True),
+    "FP8_PER_CHANNEL_PER_TOKEN": Fp8(),
+    "MXFP8": Mxfp8(),
+    "NVFP4": Nvfp4(static=True),
+    "W4A16_NVFP4": Nvfp4(),
+}
+GROUP_SIZES = {"MXFP8": 32, "NVFP4": 16, "W4A16_NVFP4": 16}
+
+
+def without_nothing(value: Any) -> Any:
+    """Without keys that say null, and in any order of groups."""
+    if not isinstance(value, dict):
+        return value
+    if "config_groups" in value:
+        value = value | {"config_groups": {str(group["targets"]): group for group in value["config_groups"].values()}}
+    return {key: without_nothing(inner) for key, inner in value.items() if inner is not None}
+
+
+@pytest.mark.parametrize("algorithm", [*FORMATS, "MIXED_PRECISION"])
+def test_our_block_is_that_of_their_exporter(import_peer, algorithm: str) -> None:  # type: ignore[no-untyped-def]
+    convert = import_peer("modelopt.torch.export.convert_hf_config").convert_hf_quant_config_format
+    is_mixed = algorithm == "MIXED_PRECISION"
+    layers = {f"blocks.{name}": name for name in FORMATS} if is_mixed else {"blocks.0": algorithm}
+    described = {
+        stem: {"quant_algo": name, **({"group_size": GROUP_SIZES[name]} if name in GROUP_SIZES else {})}
+        for stem, name in layers.items()
+    }
+    quantization = {"quantized_layers": described} if is_mixed else {"group_size": GROUP_SIZES.get(algorithm, 0)}
+    theirs = convert({"quantization": {"quant_algo": algorithm, "exclude_modules": [], **quantization}})
+    ours = DIALECTS["modelopt"].block({stem: FORMATS[name] for stem, name in layers.items()}, [])
+    assert ours is not None
+    assert ours.pop("producer") == {"name": "omni-convert"}
+    if algorithm == "W4A16_NVFP4":  # vLLM-Omni takes the shorter name for it where inputs are null
+        assert ours["config_groups"]["group_0"]["input_activations"] is None
+        theirs["quant_algo"] = "NVFP4"
+    assert without_nothing(ours) == without_nothing(theirs)
