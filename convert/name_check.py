@@ -66,8 +66,9 @@ def check_names(reading: LenientReading, config: Mapping[str, Any]) -> Iterator[
         if name not in found and not optional.search(name) and not _is_of(name, damaged)
     ]
     unknown = [name for name in kept if name not in expected.names and not optional.search(name)]
-    if not _may_be_translated(unknown, expected):
-        yield from (_missing(name, model_class(config)) for name in missing)
+    if missing and _may_be_translated(unknown, expected):
+        return
+    yield from (_missing(name, model_class(config)) for name in missing)
     yield from (_unknown(name, model_class(config)) for name in unknown if not _is_of(name, damaged))
 
 

@@ -125,3 +125,11 @@ def test_text_encoders_are_known_by_their_class(model: PreTrainedModel, tmp_path
     change(file, lost)
     (found,) = findings_of(tmp_path / "model")
     assert (found.check, found.layer) == ("missing-tensor", lost)
+
+
+def test_names_that_transformers_may_translate_are_left_to_it(tmp_path: Path) -> None:
+    config = T5Config(d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, vocab_size=50)
+    T5EncoderModel(config).save_pretrained(tmp_path / "model")
+    file = next((tmp_path / "model").glob("*.safetensors"))
+    change(file, "shared.weight", **{"embed.weight": load_file(file)["shared.weight"]})
+    assert findings_of(tmp_path / "model") == ()
