@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import glob
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import diffusers
+import huggingface_hub.errors as client
 import torch
+from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 from torch import nn
 
-from omni_convert.formats.component import DENOISERS
-from omni_convert.formats.errors import CheckpointError
+from omni_convert.formats.component import DENOISERS, GGUF_SUFFIX
+from omni_convert.formats.errors import CheckpointError, quoted
 from omni_convert.formats.gguf_runtimes import DIFFUSERS_TYPES
 from omni_convert.formats.json_file import read_json
 
@@ -17,20 +22,59 @@ __all__ = ["load_gguf_components"]
 
 # What diffusers takes as numbers, whatever the layer.
 PLAIN = ("F32", "F16", "BF16")
+# httpx's or httpx2's, whichever the client is built on.
+REQUEST_ERRORS: type[Exception] = client.HTTPError  # type: ignore[attr-defined]  # imported there, not exported
 
 
-def load_gguf_components(model: str | Path, torch_dtype: torch.dtype) -> dict[str, nn.Module]:
-    """Component to model, of those whose folder holds a GGUF file and no safetensors; {} for what is no folder.
+def load_gguf_components(
+    model: str | Path, torch_dtype: torch.dtype, hub_options: Mapping[str, Any] | None = None
+) -> dict[str, nn.Module]:
+    """Component to model, of those whose folder holds a GGUF file and no safetensors.
+
+    Args:
+        model: a folder, or a repository on the Hub, of which only these components are fetched
+        torch_dtype: that of what they compute
+        hub_options: `revision`, `token`, `cache_dir`, `local_files_only` of `from_pretrained`
 
     Raises:
-        CheckpointError: a file is damaged, or of a type that diffusers does not dequantize.
+        CheckpointError: a file is damaged, of a type that diffusers does not dequantize, or one of several.
     """
-    found = [folder for name in DENOISERS if _is_gguf(folder := Path(model) / name)]
-    if not found:
+    folder = Path(model) if Path(model).is_dir() else _fetched(str(model), hub_options or {})
+    found = [path for name in DENOISERS if _is_gguf(path := folder / name)] if folder is not None else []
+    if folder is None or not found:
         return {}
-    index = read_json(Path(model) / "model_index.json")
-    listed = [folder for folder in found if isinstance(index.get(folder.name), list)]
-    return {folder.name: _load(folder, getattr(diffusers, index[folder.name][1]), torch_dtype) for folder in listed}
+    index = read_json(folder / "model_index.json")
+    listed = [path for path in found if isinstance(index.get(path.name), list)]
+    return {path.name: _load(path, getattr(diffusers, index[path.name][1]), torch_dtype) for path in listed}
+
+
+def _fetched(repo_id: str, options: Mapping[str, Any]) -> Path | None:
+    """A folder with what a repository has in GGUF; None if that is nothing, or if diffusers will say what is wrong."""
+    try:
+        if options.get("local_files_only"):
+            return Path(hf_hub_download(repo_id, "model_index.json", **options)).parent
+        names = HfApi(token=options.get("token")).list_repo_files(repo_id, revision=options.get("revision"))
+        in_gguf = {name: file for name in DENOISERS if (file := _only_gguf(repo_id, name, names)) is not None}
+        if not in_gguf:
+            return None
+        files = ["model_index.json", *(f"{name}/config.json" for name in in_gguf), *in_gguf.values()]
+        return Path(snapshot_download(repo_id, allow_patterns=[glob.escape(file) for file in files], **options))
+    except (REQUEST_ERRORS, OSError, ValueError):
+        return None
+
+
+def _only_gguf(repo_id: str, component: str, names: Iterable[str]) -> str | None:
+    """The GGUF file of a component; None if it has none, or is in safetensors, too."""
+    files = [name for name in names if name.rpartition("/")[0] == component]
+    found = sorted(name for name in files if name.endswith(GGUF_SUFFIX))
+    if not found or any(name.endswith(".safetensors") for name in files):
+        return None
+    if len(found) > 1:
+        raise CheckpointError(
+            f"{repo_id}: found {len(found)} .gguf files (as {quoted(found[0])}, {quoted(found[1])}), expected one; "
+            "download the repository with the one that is meant, and name the folder"
+        )
+    return found[0]
 
 
 def _is_gguf(folder: Path) -> bool:

@@ -52,7 +52,7 @@ def load_pipeline(
     """Loads a pipeline: a quantized one as it is, or any other, quantizing it on the way if asked to.
 
     Args:
-        model: a folder or a Hub repository; denoising models of a folder may be in GGUF, which diffusers runs
+        model: a folder or a Hub repository; its denoising models may be in GGUF, which diffusers runs
         device: where to put it; where `from_pretrained` leaves it, if None
         torch_dtype: dtype of everything that is not quantized
         quantization: what `build_quant_config` takes. One method means the denoising model(s); a text encoder is
@@ -71,7 +71,7 @@ def load_pipeline(
     try:
         requested = _requested_configs(str(model), config, kwargs)
         refuse_undeclared(model, kwargs.keys())
-        in_gguf = load_gguf_components(model, torch_dtype)
+        in_gguf = load_gguf_components(model, torch_dtype, _hub_options(kwargs))
         for name in in_gguf.keys() & requested.keys():
             raise RecipeError(
                 f"quantization: {name} is stored in GGUF, found a request for {requested[name].meaning.method}; leave "
@@ -103,8 +103,7 @@ def _requested_configs(
     """Component to the configuration in the wrapping that its library wants."""
     if config is None:
         return {}
-    hub_options = {key: kwargs[key] for key in ("revision", "cache_dir", "token", "local_files_only") if key in kwargs}
-    index = DiffusionPipeline.load_config(model, **hub_options)
+    index = DiffusionPipeline.load_config(model, **_hub_options(kwargs))
     libraries = {name: entry[0] for name, entry in index.items() if isinstance(entry, list) and entry[0] is not None}
     _refuse_unknown_components(config, libraries)
     requested = {}
@@ -117,6 +116,10 @@ def _requested_configs(
             raise RecipeError(f"quantization: {name} cannot be quantized to {meaning.method}, use None or fp8_storage")
         requested[name] = CONFIG_CLASSES[library].of(meaning)
     return requested
+
+
+def _hub_options(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: kwargs[key] for key in ("revision", "cache_dir", "token", "local_files_only") if key in kwargs}
 
 
 def _config_for(config: QuantizationConfig | ComponentQuantizationConfig, name: str) -> QuantizationConfig | None:

@@ -791,6 +791,7 @@ def test_of_several_gguf_files_on_the_hub_the_one_that_is_named_comes(
     assert weights_of(contents(tmp_path / "out")) == weights_of(contents(tmp_path / "wanted"))
 
 
+@pytest.mark.slow
 def test_gguf_beside_safetensors_stays_on_the_hub(
     hub: HubServer, run: Run, in_gguf: Path, source: Path, tmp_path: Path
 ) -> None:
@@ -804,6 +805,7 @@ def test_gguf_beside_safetensors_stays_on_the_hub(
     assert file.read_bytes() == (in_gguf / "transformer" / "tiny-Q8_0.gguf").read_bytes()
 
 
+@pytest.mark.slow
 def test_gguf_is_made_of_shards_that_stay_on_the_hub(
     hub: HubServer, run: Run, in_gguf: Path, source: Path, tmp_path: Path
 ) -> None:
@@ -819,3 +821,31 @@ def test_gguf_is_made_of_shards_that_stay_on_the_hub(
     shards = [name for name in contents(source) if name.endswith(".safetensors") and name.startswith("transformer/")]
     downloads = [request for request in hub.requests if re.fullmatch(r"GET /storage/\w+ whole", request)]
     assert len(downloads) == len(set(downloads)) > len(shards)
+
+
+@pytest.mark.slow
+def test_a_pipeline_in_gguf_is_loaded_from_the_hub(hub: HubServer, in_gguf: Path, tmp_path: Path) -> None:
+    shutil.copytree(in_gguf, tmp_path / "one", ignore=shutil.ignore_patterns("*-Q4_0.gguf"))
+    hub.add("someone/one", tmp_path / "one")
+    hub.add("someone/two", in_gguf)
+    code = """
+from omni_convert.formats.errors import CheckpointError
+from omni_convert.loaders import kernel_report, load_pipeline
+print({layer.format for layer in kernel_report(load_pipeline("someone/one")).layers if "Q" in layer.format})
+print({layer.format for layer in kernel_report(load_pipeline("someone/one", local_files_only=True)).layers})
+try:
+    load_pipeline("someone/two")
+except CheckpointError as error:
+    print(error)
+"""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
+    environment |= {"HF_ENDPOINT": hub.address, "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1"}
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=120
+    )
+    assert result.returncode == 0, result.stderr
+    first, cached, refused = result.stdout.splitlines()
+    assert first == "{'gguf Q8_0'}"
+    assert "gguf Q8_0" in cached
+    assert "someone/two: found 2 .gguf files" in refused
+    assert [path.name for path in (tmp_path / "home").rglob("*.gguf")] == ["tiny-Q8_0.gguf"]
