@@ -43,6 +43,8 @@ OF_DIFFUSERS = {
     "wan": ("condition_embedder.",),
     "lumina2": ("all_x_embedder.", "time_caption_embed."),
     "hyvid": ("context_embedder.",),
+    "ltxv": ("time_embed.", "proj_in."),
+    "sd3": ("transformer_blocks.",),
 }
 # Start of a class's name; of FLUX.2 only klein, which its class does not tell.
 PLUGIN_CLASSES = ("QwenImage", "ZImage", "Flux2")

@@ -141,11 +141,21 @@ _Z_IMAGE = (
     ),
 )
 
+_LTX = (
+    *_renamed({"patchify_proj": "proj_in", "adaln_single": "time_embed"}),
+    *(
+        name
+        for attention in ("transformer_blocks.{}.attn1.", "transformer_blocks.{}.attn2.")
+        for name in _renamed({"q_norm": "norm_q", "k_norm": "norm_k"}, attention, attention)
+    ),
+)
+
 # Class in diffusers → what has another name there.
 _TABLES = {
     "FluxTransformer2DModel": _FLUX_1,
     "Flux2Transformer2DModel": _FLUX_2,
     "ZImageTransformer2DModel": _Z_IMAGE,
+    "LTXVideoTransformer3DModel": _LTX,
 }
 
 

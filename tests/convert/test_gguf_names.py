@@ -16,6 +16,7 @@ from diffusers import (
     Flux2Transformer2DModel,
     FluxTransformer2DModel,
     GGUFQuantizationConfig,
+    LTXVideoTransformer3DModel,
     WanTransformer3DModel,
     ZImageTransformer2DModel,
 )
@@ -30,6 +31,7 @@ from omni_convert.convert.original_names import shapes_of
 from omni_convert.convert.recipe import Recipe
 from omni_convert.formats.checkpoint import Checkpoint
 from omni_convert.formats.errors import RecipeError
+from omni_convert.formats.gguf_runtimes import architecture_of
 from omni_convert.formats.tensor_writer import bytes_of
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -37,6 +39,12 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 DETECTED_BY = {
     "flux": ("double_blocks.0.img_attn.proj.weight",),
     "lumina2": ("cap_embedder.1.weight", "context_refiner.0.attention.qkv.weight"),
+    "wan": ("blocks.0.self_attn.norm_q.weight", "text_embedding.2.weight", "head.modulation"),
+    "ltxv": (
+        "adaln_single.emb.timestep_embedder.linear_2.weight",
+        "transformer_blocks.27.scale_shift_table",
+        "caption_projection.linear_2.weight",
+    ),
 }
 BANNED = ("transformer_blocks.0.attn.norm_added_k.weight", "transformer_blocks.0.attn.add_q_proj.weight")
 # Models as they are published.
@@ -45,6 +53,7 @@ PUBLISHED = {
     "FLUX.1-schnell": (FluxTransformer2DModel, {}, "double_blocks.18.txt_attn.qkv.weight", (9216, 3072)),
     "FLUX.2-dev": (Flux2Transformer2DModel, {}, "double_blocks.7.img_attn.qkv.weight", (18432, 6144)),
     "Z-Image": (ZImageTransformer2DModel, {}, "layers.29.attention.qkv.weight", (11520, 3840)),
+    "LTX-Video": (LTXVideoTransformer3DModel, {}, "adaln_single.emb.timestep_embedder.linear_2.weight", (2048, 2048)),
     "Wan2.1-14B": (WanTransformer3DModel, {}, "blocks.39.cross_attn.k.weight", (5120, 5120)),
 }
 
@@ -163,6 +172,8 @@ def test_published_models_have_original_names_that_diffusers_reads_back(name: st
         names = choose_names(checkpoint, {"_class_name": model_class.__name__, **config}, Recipe("gguf"))
         assert names.note.startswith("its original names")
         assert names.checkpoint[joined].shape == shape
+        assert names.checkpoint.keys() >= {*DETECTED_BY[architecture_of(model_class.__name__)]}
+        assert names.checkpoint.keys().isdisjoint(BANNED)
         assert sum(spec.nbytes for spec in names.checkpoint.values()) == sum(
             spec.nbytes for spec in checkpoint.values()
         )
