@@ -83,6 +83,8 @@ def respell(
         )
     except RecipeError as error:
         raise CheckpointError(f"{quantized.checkpoint.path}: {error}") from None
+    if block is not None and "quantized_layers" in block:
+        _list_merged_layers(block["quantized_layers"], quantized, family, recipe)
     kinds = Counter(fmt.label for fmt in formats.values())
     counted = ", ".join(f"{count} {label}" for label, count in kinds.items())
     notes.insert(0, f"{quantized.dialect} → {recipe.dialect}: {counted}; every value is kept")
@@ -130,6 +132,18 @@ def _runtime_names(quantized: QuantizedCheckpoint, family: Family | None, recipe
         return []
     groups = family.layer_groups(dequantized_view(quantized), recipe.runtime)
     return vllm_omni.ignored_names(group for group in groups if quantized.layers.keys().isdisjoint(group.members))
+
+
+def _list_merged_layers(
+    listed: dict[str, Any], quantized: QuantizedCheckpoint, family: Family | None, recipe: Recipe
+) -> None:
+    """Adds the names of merged layers to ModelOpt's list of a mixture: vLLM-Omni 0.30.0 does not look up members."""
+    if family is None or family.unsupported(recipe.runtime) is not None:
+        return
+    for group in family.layer_groups(dequantized_view(quantized), recipe.runtime):
+        described = [listed.get(stem) for stem in group.members]
+        if group.is_fused and described[0] is not None and all(each == described[0] for each in described):
+            listed[group.runtime_name] = described[0]
 
 
 def _scope(quantized: QuantizedCheckpoint, family: Family | None, recipe: Recipe, notes: list[str]) -> list[str]:

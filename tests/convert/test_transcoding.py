@@ -381,6 +381,7 @@ def test_layers_in_several_formats_are_kept_where_the_dialect_can_say_so(quantiz
     block = json.loads((tmp_path / "modelopt" / "transformer" / "config.json").read_text())["quantization_config"]
     assert block["quant_algo"] == "MIXED_PRECISION"
     assert block["quantized_layers"][mixed[0]]["quant_algo"] == "MXFP8"
+    assert block["quantized_layers"]["layers.1.feed_forward.w13"]["quant_algo"] == "MXFP8"  # as vLLM-Omni merges them
     message = refused(source, tmp_path / "out", Recipe(method="keep"))
     assert "--dialect modelopt" in message
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from omni_convert.convert import Recipe, convert_checkpoint
@@ -27,6 +28,7 @@ from omni_convert.formats.view import dequantized_view
 
 pytestmark = [pytest.mark.peers, pytest.mark.filterwarnings("ignore")]  # warnings are their own affair
 
+WEIGHTS = "diffusion_pytorch_model.safetensors"
 MODELS = {
     "ZImageTransformer2DModel": ("ZImagePipeline", "z_image.z_image_transformer"),
     "QwenImageTransformer2DModel": ("QwenImagePipeline", "qwen_image.qwen_image_transformer"),
@@ -265,7 +267,7 @@ def weight_of(method: str, layer: nn.Module, rows: list[int]) -> Tensor:
     return weight * parts["mul_scale"].float() if "mul_scale" in parts else weight
 
 
-def assert_they_hold_what_we_wrote(model: nn.Module, folder: Path, method: str) -> None:
+def assert_they_hold_what_we_wrote(model: nn.Module, folder: Path) -> None:
     family = find_family(json.loads((folder / "config.json").read_text())["_class_name"])
     with open_quantized(folder) as opened:
         specs = {name: opened.checkpoint[name] for name in opened.checkpoint}
@@ -280,7 +282,7 @@ def assert_they_hold_what_we_wrote(model: nn.Module, folder: Path, method: str) 
             names = dict(model.named_modules())
             module = names[group.runtime_name if group.runtime_name in names else group.runtime_name[:-2]]
             widths = getattr(module, "logical_widths", None) or [layer.shape[0] for layer in layers]
-            theirs = weight_of(method, module, list(widths))
+            theirs = weight_of(layers[0].format.method, module, list(widths))
             torch.testing.assert_close(theirs, ours, rtol=2**-20, atol=0, msg=lambda text, g=group: f"{g}: {text}")
             if "input_scale" in layers[0].tensors:
                 scales = torch.stack([layer.read_tensor("input_scale", 0, 0) for layer in layers])
@@ -292,7 +294,7 @@ def test_a_method_of_ours_is_loaded_by_them(load, tiny_folder, tmp_path: Path, m
     model = "ZImageTransformer2DModel"
     convert_checkpoint(tiny_folder(model), tmp_path / "out", Recipe(method=method))
     theirs = load(tmp_path / "out", model, DEVICES[method])
-    assert_they_hold_what_we_wrote(theirs, tmp_path / "out" / "transformer", method)
+    assert_they_hold_what_we_wrote(theirs, tmp_path / "out" / "transformer")
 
 
 @pytest.mark.parametrize("case", ON_CUDA)
@@ -305,7 +307,26 @@ def test_what_has_no_kernel_here_is_loaded_by_them(  # type: ignore[no-untyped-d
     theirs = load(tmp_path / "out", model, "CUDA")
     scales = [scale for name, scale in theirs.named_parameters() if name.endswith(".input_scale")]
     assert any(not scale.isnan().any() for scale in scales) == bool(calibration)  # NaN is what nobody reads
-    assert_they_hold_what_we_wrote(theirs, tmp_path / "out" / "transformer", options["method"])
+    assert_they_hold_what_we_wrote(theirs, tmp_path / "out" / "transformer")
+
+
+def test_a_mixture_of_ours_is_loaded_by_them(  # type: ignore[no-untyped-def]
+    load, kernels, tiny_folder, statistics_file: Path, tmp_path: Path
+) -> None:
+    model = "ZImageTransformer2DModel"
+    parts = {}
+    for method in ("fp8", "nvfp4"):
+        recipe = Recipe(method=method, activation_scheme="static", calibration=(statistics_file,), dialect="modelopt")
+        convert_checkpoint(tiny_folder(model), tmp_path / method, recipe)
+        parts[method] = load_file(tmp_path / method / "transformer" / WEIGHTS)
+    tensors = {name: tensor for name, tensor in parts["fp8"].items() if ".feed_forward." not in name}
+    tensors |= {name: tensor for name, tensor in parts["nvfp4"].items() if ".feed_forward." in name}
+    save_file(tensors, tmp_path / "fp8" / "transformer" / WEIGHTS, metadata={"format": "pt"})
+    convert_checkpoint(tmp_path / "fp8", tmp_path / "out", Recipe(method="keep", dialect="modelopt", force=True))
+    folder = tmp_path / "out" / "transformer"
+    block = json.loads((folder / "config.json").read_text())["quantization_config"]
+    assert block["quant_algo"] == "MIXED_PRECISION"
+    assert_they_hold_what_we_wrote(load(tmp_path / "out", model, "CUDA"), folder)
 
 
 def test_w4a16_of_ours_is_loaded_by_them(load, tiny_folder, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
@@ -330,7 +351,7 @@ def test_w4a16_of_ours_is_loaded_by_them(load, tiny_folder, tmp_path: Path) -> N
 def test_a_family_of_ours_is_loaded_by_them(load, tiny_folder, tmp_path: Path, model: str, method: str) -> None:  # type: ignore[no-untyped-def]
     convert_checkpoint(tiny_folder(model), tmp_path / "out", Recipe(method=method))
     theirs = load(tmp_path / "out", model, DEVICES[method])
-    assert_they_hold_what_we_wrote(theirs, tmp_path / "out" / "transformer", method)
+    assert_they_hold_what_we_wrote(theirs, tmp_path / "out" / "transformer")
 
 
 def test_layers_that_stay_are_ignored_by_them(load, tiny_folder, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
@@ -339,4 +360,4 @@ def test_layers_that_stay_are_ignored_by_them(load, tiny_folder, tmp_path: Path)
     theirs = load(tmp_path / "out", model, "NPU")  # a scale that is missing would be an error
     assert theirs.get_parameter("layers.0.attention.to_qkv.weight").dtype is torch.bfloat16
     assert not hasattr(theirs.get_submodule("layers.0.attention.to_qkv"), "weight_scale")
-    assert_they_hold_what_we_wrote(theirs, tmp_path / "out" / "transformer", "mxfp4")
+    assert_they_hold_what_we_wrote(theirs, tmp_path / "out" / "transformer")
