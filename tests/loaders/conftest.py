@@ -224,6 +224,16 @@ def _qwen() -> tuple[nn.Module, Callable[[int], Inputs]]:
     return model, inputs
 
 
+def _qwen_masked() -> tuple[nn.Module, Callable[[int], Inputs]]:
+    """With a prompt shorter than its tokens, as of several prompts in one batch."""
+    model, inputs = _qwen()
+
+    def masked(step: int) -> Inputs:
+        return {**inputs(step), "encoder_hidden_states_mask": torch.arange(8).unsqueeze(0) < 6}
+
+    return model, masked
+
+
 def _z_image() -> tuple[nn.Module, Callable[[int], Inputs]]:
     model = ZImageTransformer2DModel(
         in_channels=4,
@@ -257,8 +267,8 @@ class Denoiser(NamedTuple):
 
 @pytest.fixture(scope="session")
 def make_denoiser() -> Callable[[str], Denoiser]:
-    """Builds `flux`, `wan`, `qwen` or `z_image` with random weights, in bfloat16."""
-    builders = {"flux": _flux, "wan": _wan, "qwen": _qwen, "z_image": _z_image}
+    """Builds `flux`, `wan`, `qwen`, `qwen_masked` or `z_image` with random weights, in bfloat16."""
+    builders = {"flux": _flux, "wan": _wan, "qwen": _qwen, "qwen_masked": _qwen_masked, "z_image": _z_image}
 
     def make(name: str) -> Denoiser:
         torch.manual_seed(0)

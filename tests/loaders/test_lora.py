@@ -7,14 +7,27 @@ import torch
 
 from omni_convert.formats.errors import RecipeError
 from omni_convert.formats.fp8 import Fp8Block
+from omni_convert.formats.table import LOADABLE
 from omni_convert.loaders import kernel_report, load_pipeline
+from omni_convert.loaders.fp8_storage import Fp8WeightStorage
 from omni_convert.loaders.quantized_linear import QuantizedLinear
 
 peft = pytest.importorskip("peft")
 
+QUANTIZED = (QuantizedLinear, Fp8WeightStorage)
 LAYERS = ("attention.to_q", "attention.to_out.0", "feed_forward.w1")
 W4A16 = {"method": "w4a16", "group_size": 16}
-METHODS = ["fp8", "int8", "mxfp4", "nvfp4", {"method": "fp8", "weight_block_size": [16, 16]}, W4A16]
+MIXED = {
+    "quant_method": "modelopt",
+    "quant_algo": "MIXED_PRECISION",
+    "quantized_layers": {
+        "attention": {"quant_algo": "MXFP8"},
+        "feed_forward": {"quant_algo": "FP8_PER_CHANNEL_PER_TOKEN"},
+    },
+}
+STORED = {"transformer": {"method": "fp8_storage"}}
+VARIANTS = [{"method": "fp8", "weight_block_size": [16, 16]}, {"method": "fp8", "per_channel": True}, MIXED]
+METHODS = [W4A16 if name == "w4a16" else STORED if name == "fp8_storage" else name for name in LOADABLE] + VARIANTS
 
 
 def lora_of(transformer, rank=2, seed=0):
@@ -37,10 +50,11 @@ def pipe(pipeline_folder):
 
 
 @pytest.mark.parametrize("method", METHODS, ids=str)
-def test_a_loaded_lora_adds_its_product_scales_and_unloads(pipeline_folder, method, make_image):
-    pipe = load_pipeline(pipeline_folder, quantization=method)
+def test_a_loaded_lora_adds_its_product_scales_and_unloads(tiny_pipeline_folder, method, make_image):
+    pipe = load_pipeline(tiny_pipeline_folder, quantization=method)
     plain = make_image(pipe)
     layer = pipe.transformer.get_submodule("layers.0.attention.to_q")
+    assert all(isinstance(pipe.transformer.get_submodule(f"layers.1.{name}"), QUANTIZED) for name in LAYERS)
     tensors = lora_of(pipe.transformer)
     state = {name: tensor.clone() for name, tensor in pipe.transformer.state_dict().items()}
 
@@ -55,7 +69,7 @@ def test_a_loaded_lora_adds_its_product_scales_and_unloads(pipeline_folder, meth
         assert (wrapped(x).float() - expected).norm() < 2**-6 * expected.norm()
     styled = make_image(pipe)
     assert not torch.equal(styled, plain)
-    assert len(kernel_report(pipe)) == sum(isinstance(module, QuantizedLinear) for module in pipe.transformer.modules())
+    assert len(kernel_report(pipe)) == sum(isinstance(module, QUANTIZED) for module in pipe.transformer.modules())
 
     pipe.disable_lora()
     assert torch.equal(make_image(pipe), plain)
@@ -91,10 +105,12 @@ def lora_of_base(pipe, seed):
     return lora_of(Bases, seed=seed)
 
 
-def test_fusing_is_refused_and_leaves_the_pipeline_as_it_was(pipe, make_image):
+@pytest.mark.parametrize(("method", "name"), [("int8", "QuantizedLinear"), (STORED, "Fp8StorageLinear")], ids=str)
+def test_fusing_is_refused_and_leaves_the_pipeline_as_it_was(pipeline_folder, method, name, make_image):
+    pipe = load_pipeline(pipeline_folder, quantization=method)
     pipe.load_lora_weights(lora_of(pipe.transformer))
     styled = make_image(pipe)
-    with pytest.raises(RecipeError, match="fuse_lora: found QuantizedLinear"):
+    with pytest.raises(RecipeError, match=f"fuse_lora: found {name}"):
         pipe.fuse_lora()
     assert torch.equal(make_image(pipe), styled)
 
@@ -106,8 +122,13 @@ def test_add_adapter_takes_quantized_layers_and_only_the_adapter_learns(pipe):
     assert all("lora_" in name for name in learning)
 
 
-@pytest.mark.parametrize("options", [{"use_dora": True}, {"init_lora_weights": "pissa"}], ids=str)
-def test_what_needs_the_weight_itself_is_refused(pipe, options):
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [("int8", {"use_dora": True}), ("int8", {"init_lora_weights": "pissa"}), (STORED, {"init_lora_weights": "pissa"})],
+    ids=str,
+)
+def test_what_needs_the_weight_itself_is_refused(pipeline_folder, method, options):
+    pipe = load_pipeline(pipeline_folder, quantization=method)
     with pytest.raises(RecipeError, match="expected plain LoRA on a quantized model"):
         pipe.transformer.add_adapter(peft.LoraConfig(r=2, target_modules=["to_q"], **options))
 

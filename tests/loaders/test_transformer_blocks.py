@@ -77,7 +77,7 @@ def reordered(method: str) -> float:
     return 0.1 if "4" in method else 0.025
 
 
-QUICK = [("wan", "fp8"), ("wan", "int8")]
+QUICK = [("wan", "fp8"), ("wan", "int8"), ("qwen_masked", "fp8")]
 OTHERS = [(name, method) for name in DENOISERS for method in METHODS if (name, method) not in QUICK]
 CASES = [*QUICK, *(pytest.param(*case, marks=pytest.mark.slow) for case in OTHERS)]
 
@@ -106,6 +106,19 @@ def test_a_model_can_be_exported(name, method, build):
     exported, expected = run(program.module(), 1).float(), run(model, 1).float()
     # Z-Image rounds otherwise once it is exported, by 0.006 even without a quantized layer.
     assert (exported - expected).norm() <= (reordered(method) if name == "z_image" else 0) * expected.norm()
+
+
+def test_a_text_mask_counts_where_it_hides_something(build):
+    model, run, inputs = build("qwen_masked", "fp8")
+    hiding = inputs(0)
+    showing = hiding | {"encoder_hidden_states_mask": torch.ones(1, 8, dtype=torch.bool)}
+    without = hiding | {"encoder_hidden_states_mask": None}
+    with torch.no_grad():
+        hidden, shown, plain = (model(**each, return_dict=False)[0].float() for each in (hiding, showing, without))
+    # Another attention kernel takes masks, and rounds otherwise.
+    assert (shown - plain).norm() < reordered("fp8") * plain.norm()
+    assert (hidden - plain).norm() > reordered("fp8") * plain.norm()
+    assert torch.equal(run(model, 0).float(), hidden)
 
 
 def formats() -> dict[str, Format]:
@@ -143,6 +156,7 @@ STEPS = [
     ("flux", "w4a16"),
     ("qwen", "fp8 block"),
     ("qwen", "nvfp4"),
+    ("qwen_masked", "int8"),
     ("wan", "int8"),
     ("wan", "mxfp4_dualscale"),
     ("wan", "mxfp8"),
