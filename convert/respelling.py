@@ -18,6 +18,7 @@ from omni_convert.formats.dialects import omni_convert, vllm_omni
 from omni_convert.formats.dialects.table import DIALECTS
 from omni_convert.formats.errors import CheckpointError, OmniConvertError, RecipeError
 from omni_convert.formats.family import Family, LayerGroup
+from omni_convert.formats.format import Format
 from omni_convert.formats.fp8 import Fp8
 from omni_convert.formats.fp8_storage import Fp8Storage
 from omni_convert.formats.quantized import QuantizedCheckpoint, QuantizedLayer
@@ -77,14 +78,15 @@ def respell(
         kept = {name: quantized.checkpoint[stored] for name, stored in quantized.kept.items()}
         ignored = [*other_linears(kept), *_runtime_names(quantized, family, recipe)]
     ignored += also_ignored
+    merged = _merged_names(quantized, family, recipe) if dialect.lists_runtime_names else {}
     try:
         block = (
-            omni_convert.to_block(vllm_omni.config_of(formats, ignored)) if is_ours else dialect.block(formats, ignored)
+            omni_convert.to_block(vllm_omni.config_of(formats, ignored))
+            if is_ours
+            else dialect.block(formats | merged, ignored)
         )
     except RecipeError as error:
         raise CheckpointError(f"{quantized.checkpoint.path}: {error}") from None
-    if block is not None and "quantized_layers" in block:
-        _list_merged_layers(block["quantized_layers"], quantized, family, recipe)
     kinds = Counter(fmt.label for fmt in formats.values())
     counted = ", ".join(f"{count} {label}" for label, count in kinds.items())
     notes.insert(0, f"{quantized.dialect} → {recipe.dialect}: {counted}; every value is kept")
@@ -128,22 +130,25 @@ def vllm_omni_refusal(quantized: QuantizedCheckpoint, family: Family | None, rec
 
 def _runtime_names(quantized: QuantizedCheckpoint, family: Family | None, recipe: Recipe) -> list[str]:
     """What vLLM-Omni, which reads other dialects too, calls layers that are not quantized."""
-    if family is None or family.unsupported(recipe.runtime) is not None:
-        return []
-    groups = family.layer_groups(dequantized_view(quantized), recipe.runtime)
+    groups = _groups(quantized, family, recipe)
     return vllm_omni.ignored_names(group for group in groups if quantized.layers.keys().isdisjoint(group.members))
 
 
-def _list_merged_layers(
-    listed: dict[str, Any], quantized: QuantizedCheckpoint, family: Family | None, recipe: Recipe
-) -> None:
-    """Adds the names of merged layers to ModelOpt's list of a mixture: vLLM-Omni 0.30.0 does not look up members."""
+def _merged_names(quantized: QuantizedCheckpoint, family: Family | None, recipe: Recipe) -> dict[str, Format]:
+    """Format of each merged layer whose parts agree, by every name that a runtime has for it."""
+    named: dict[str, Format] = {}
+    for group in _groups(quantized, family, recipe):
+        parts = [quantized.layers[stem].format for stem in group.members if stem in quantized.layers]
+        if len(parts) == len(group.members) and all(fmt == parts[0] for fmt in parts):
+            named |= dict.fromkeys(group.names, parts[0])
+    return named
+
+
+def _groups(quantized: QuantizedCheckpoint, family: Family | None, recipe: Recipe) -> list[LayerGroup]:
+    """Layers that the recipe's runtime builds quantized; none where nobody knows them."""
     if family is None or family.unsupported(recipe.runtime) is not None:
-        return
-    for group in family.layer_groups(dequantized_view(quantized), recipe.runtime):
-        described = [listed.get(stem) for stem in group.members]
-        if group.is_fused and described[0] is not None and all(each == described[0] for each in described):
-            listed[group.runtime_name] = described[0]
+        return []
+    return family.layer_groups(dequantized_view(quantized), recipe.runtime)
 
 
 def _scope(quantized: QuantizedCheckpoint, family: Family | None, recipe: Recipe, notes: list[str]) -> list[str]:

@@ -142,6 +142,7 @@ def format_for(
             smooth=calibrated,
             input_scale_rule=recipe.input_scale,
             weight_block_size=recipe.weight_block_size,
+            per_channel=not calibrated and DIALECTS[recipe.dialect].is_dynamic_fp8_per_row,
             shared_in_group=group.is_fused and recipe.int8_fused_scales == "shared",
             scale_rule=recipe.scale_rule,
             search=recipe.search,

@@ -149,6 +149,10 @@ class Dialect(ABC):
     is_single_file: bool = False
     #: Whether its readers expect diffusers' names, not those of the model's own code.
     has_diffusers_names: bool = True
+    #: Whether its block tells the format of each layer, and readers look it up by what a runtime calls merged layers.
+    lists_runtime_names: bool = False
+    #: Whether FP8 with dynamic activations has a scale for each row.
+    is_dynamic_fp8_per_row: bool = False
 
     @abstractmethod
     def recognises(self, found: Found) -> bool:
@@ -178,7 +182,7 @@ class Dialect(ABC):
         """The value of `quantization_config` in config.json, or None if the dialect has none.
 
         Args:
-            layers: stem to format
+            layers: stem to format, and `LayerGroup.names` of what runtimes merge where the dialect lists them
             ignored: names of linears that stay as they are
         """
         return None

@@ -66,6 +66,16 @@ class LayerGroup:
     is_fused: bool
     keep_reason: str | None = None
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Every name by which a runtime may look the layer up: its own, and those of the parts.
+
+        A runtime that knows how its layers are merged asks for the parts, one that does not asks for the merged layer.
+        Where a checkpoint says `to_out.0`, the plain `to_out` is one too: Qwen-Image uses both.
+        """
+        names = dict.fromkeys((self.runtime_name, *self.members))
+        return (*names, *(name.removesuffix(".0") for name in names if name.endswith(".to_out.0")))
+
 
 @dataclass(frozen=True)
 class Family:

@@ -220,7 +220,7 @@ def select_layers(model: nn.Module, config: QuantizationConfig) -> tuple[dict[st
             ignored += [group] if group not in ignored else []
             continue
         layers |= {stem: PlannedLayer(_shared(fmt, group), group) for stem in group.members}
-        chosen += [(name, said) for name in ignored_names([group])]
+        chosen += [(name, said) for name in group.names]
     spelled = replace(config, ignored_layers=tuple(ignored_names(ignored)))
     return layers, replace(spelled, layers=tuple(chosen)) if config.method == MIXED else spelled
 

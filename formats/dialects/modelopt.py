@@ -3,13 +3,14 @@
 Tensors:  NAME.weight, NAME.weight_scale, NAME.weight_scale_2, NAME.input_scale, as the formats define them;
           NAME.pre_quant_scale [in] where inputs are smoothed
           FP8                        E4M3, one scale, input_scale
-          FP8_PER_CHANNEL_PER_TOKEN  E4M3, F32 [out]; also how one scale without input_scale is written
+          FP8_PER_CHANNEL_PER_TOKEN  E4M3, F32 [out]; also how one scale without input_scale is kept
           FP8_PB_WO                  E4M3, F32 [out / 128, 1, in / 128, 1], weight only
           MXFP8                      E4M3, U8 [out, in / 32]
           NVFP4, W4A16_NVFP4         low nibble first, linear scales; without input_scale weight only
 Block:    {"quant_method": "modelopt", "quant_algo": ..., "config_groups": ..., "ignore": [...], "producer": ...} in
           config.json; in the older shape {"quantization": {"quant_algo": ..., "exclude_modules": [...]}} of a sidecar.
-          MIXED_PRECISION has `quantized_layers`: {NAME: {"quant_algo": ...}}.
+          MIXED_PRECISION has `quantized_layers`: {NAME: {"quant_algo": ...}}. Readers leave unquantized what is not
+          listed; vLLM-Omni (0.30.0) looks merged layers up by its own names, `to_qkv`.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from omni_convert.formats.dialects.bare import signed_layers
 from omni_convert.formats.dialects.modelopt_config import MODELOPT, spell_algorithms
 from omni_convert.formats.errors import CheckpointError
 from omni_convert.formats.format import Format
-from omni_convert.formats.fp8 import Fp8, Fp8Block
+from omni_convert.formats.fp8 import Fp8, Fp8Block, Fp8Channel
 from omni_convert.formats.mxfp8 import Mxfp8
 from omni_convert.formats.nvfp4 import Nvfp4
 from omni_convert.formats.read_formats import Scaled
@@ -37,6 +38,8 @@ class ModelOpt(Dialect):
     """See the module."""
 
     name = "modelopt"
+    lists_runtime_names = True
+    is_dynamic_fp8_per_row = True
 
     def recognises(self, found: Found) -> bool:
         producer = found.block.get("producer")
@@ -56,7 +59,7 @@ class ModelOpt(Dialect):
             return WrittenSpelling(codecs={"weight_scale": Repeated((shape[0],))})
         if isinstance(fmt, Scaled) and fmt.label == "fp8 per row" and not fmt.static:
             return WrittenSpelling(codecs={"weight_scale": Plain(shape=(-1,))})
-        if isinstance(fmt, (Fp8, Nvfp4, Mxfp8)):
+        if isinstance(fmt, (Fp8, Fp8Channel, Nvfp4, Mxfp8)):
             return WrittenSpelling()
         if isinstance(fmt, Fp8Block):
             return "ModelOpt's FP8 in blocks is weight-only, which these weights were not made for"

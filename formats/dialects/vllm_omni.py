@@ -99,13 +99,8 @@ assert {*SPELLINGS, "nvfp4", "w4a16", "gguf"} == {*ACTIVATION_SCHEMES}
 
 
 def ignored_names(groups: Iterable[LayerGroup]) -> list[str]:
-    """Every name by which a runtime may look up these layers, sorted: fused names and those of the parts.
-
-    A runtime that knows how its layers are merged asks for the parts, one that does not asks for the merged layer.
-    Where a checkpoint says `to_out.0`, the plain `to_out` is listed too: Qwen-Image uses both.
-    """
-    names = {name for group in groups for name in (group.runtime_name, *group.members)}
-    return sorted(names | {name.removesuffix(".0") for name in names if name.endswith(".to_out.0")})
+    """Every name by which a runtime may look up these layers, sorted."""
+    return sorted({name for group in groups for name in group.names})
 
 
 def to_block(config: QuantizationConfig) -> dict[str, Any]:

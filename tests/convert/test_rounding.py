@@ -10,7 +10,7 @@ from omni_convert.convert.layer_statistics import LayerStatistics, observe
 from omni_convert.convert.moments import InputMoments, MomentsRecorder
 from omni_convert.convert.rounding import CompensatedFormat
 from omni_convert.formats.format import Format, TensorRows
-from omni_convert.formats.fp8 import Fp8, Fp8Block
+from omni_convert.formats.fp8 import Fp8, Fp8Block, Fp8Channel
 from omni_convert.formats.int8 import Int8
 from omni_convert.formats.mxfp4 import Mxfp4
 from omni_convert.formats.mxfp4_dualscale import Mxfp4DualScale
@@ -23,6 +23,7 @@ COLUMNS = 128
 FORMATS = [
     Fp8(),
     Fp8(static=True),
+    Fp8Channel(),
     Fp8Block((32, 32)),
     Int8(),
     Mxfp8(),

@@ -147,11 +147,18 @@ def test_an_encoder_is_quantized_saved_loaded_and_found_sound(tiny_pipeline_fold
 
 
 def test_what_a_conversion_writes_in_modelopts_spelling_is_loaded(tiny_pipeline_folder, tmp_path):
-    """Dynamic FP8 is FP8_PER_CHANNEL_PER_TOKEN there, every row with the scale of its weight."""
+    """Dynamic FP8 is FP8_PER_CHANNEL_PER_TOKEN there, and every row has a scale of its own."""
     for dialect in ("modelopt", "vllm-omni"):
         convert_checkpoint(tiny_pipeline_folder, tmp_path / dialect, Recipe(method="fp8", dialect=dialect))
     rows, whole = (load_pipeline(tmp_path / dialect).transformer for dialect in ("modelopt", "vllm-omni"))
     assert set(formats_of(rows).values()) == {"fp8 per row"}
     assert formats_of(rows).keys() == formats_of(whole).keys()
+    plain = load_pipeline(tiny_pipeline_folder).transformer
     for name in formats_of(rows):
-        assert torch.equal(rows.get_submodule(name).dequantize(), whole.get_submodule(name).dequantize())
+        weight = plain.get_submodule(name).weight
+        expected = Fp8Channel().quantize(weight)
+        layer = rows.get_submodule(name)
+        assert layer.weight_scale.equal(expected["weight_scale"])
+        assert layer.weight_scale.unique().numel() > 1
+        off, coarse = ((model.get_submodule(name).dequantize() - weight).norm() for model in (rows, whole))
+        assert off < coarse
