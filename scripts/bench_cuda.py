@@ -2,9 +2,9 @@
 
     python scripts/bench_cuda.py
     python scripts/bench_cuda.py --parts linear,blocks --runs 50
-    PYTHONPATH=peers python scripts/bench_cuda.py       also torchao's dynamic float8, if it is there
-        (`pip install --no-deps --target peers torchao`)
     python scripts/bench_cuda.py --device cpu --tiny    whether it runs at all; its figures mean nothing
+
+torchao's dynamic float8 takes part where it is installed (extra `interop`) and the GPU has FP8.
 
 Times are medians between CUDA events, after warming up, with the second-level cache emptied before each; candidates
 take turns, so that a GPU that grows hot slows them alike. Errors are relative RMS: of linear layers against the
@@ -38,7 +38,7 @@ from omni_convert.loaders.quantized_linear import QuantizedLinear, quantize_line
 
 Call = Callable[[], object]
 BASELINE = "bf16"
-TORCHAO = "torchao float8 dynamic"
+TORCHAO, TORCHAO_CAPABILITY = "torchao float8 dynamic", (8, 9)
 PARTS = ("activations", "linear", "blocks")
 WARM_UP = 3
 ASKED_BANDWIDTH = 0.8  # of that of a copy
@@ -141,7 +141,7 @@ def make_layers(linear: nn.Linear, x: Tensor) -> dict[str, nn.Module]:
                 print(f"{method}: not measured in Triton: {problem}")
                 continue
             layers[f"{method}: {layer.selection.kernel.name}"] = layer
-    if find_spec("torchao") is not None:
+    if can_run_torchao(x.device):
         layers[TORCHAO] = quantize_torchao(nn.Sequential(linear))
     return layers
 
@@ -178,7 +178,7 @@ def bench_blocks(options: argparse.Namespace) -> None:
         blocks["fp8"] = replace_linears(block, lambda linear, _: quantize_linear(linear, "fp8"))
         blocks["fp8 static"] = replace_linears(block, partial(quantize_recorded, amax))
         blocks["int8"] = replace_linears(block, lambda linear, _: quantize_linear(linear, "int8"))
-        if find_spec("torchao") is not None:
+        if can_run_torchao(options.device):
             blocks[TORCHAO] = quantize_torchao(block)
         for is_compiled in compilations:
             bench_block(title, blocks, inputs, is_compiled, options)
@@ -253,6 +253,11 @@ def replace_linears(block: nn.Module, quantize: Callable[[nn.Linear, str], nn.Mo
     for name, linear in quantized_linears(quantized).items():
         quantized.set_submodule(name, quantize(linear, name))
     return quantized
+
+
+def can_run_torchao(device: torch.device) -> bool:
+    has_fp8 = device.type == "cuda" and torch.cuda.get_device_capability(device) >= TORCHAO_CAPABILITY
+    return has_fp8 and find_spec("torchao") is not None
 
 
 def quantize_torchao(model: nn.Module) -> nn.Module:

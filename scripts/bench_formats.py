@@ -2,8 +2,7 @@
 
     python scripts/bench_formats.py                        every format, without and with search
     python scripts/bench_formats.py --rows 1024 --threads 1
-    PYTHONPATH=peers python scripts/bench_formats.py --peers       also what is installed of
-        comfy-kitchen, torchao (`pip install --no-deps --target peers comfy-kitchen torchao`) and gguf
+    python scripts/bench_formats.py --peers     also what is installed of comfy-kitchen, torchao (extra `interop`), gguf
 
 Each figure is the best of several runs over a standard normal matrix, scans of the weight (`fit`) included; errors are
 relative RMS on standard normal / Student-t(4) values.

@@ -2,9 +2,8 @@
 
     python scripts/bench_linear.py
     python scripts/bench_linear.py --methods int8,fp8 --rows 16,1024 --shapes 3072x3072 --threads 2
-    PYTHONPATH=peers python scripts/bench_linear.py     also torchao's dynamic INT8, if it is there
-        (`pip install --no-deps --target peers torchao`)
 
+torchao's dynamic INT8 takes part where it is installed (extra `interop`).
 Candidates take turns, so that a busy machine slows them alike; each figure is the best of several runs. Shapes are in x
 out. Errors are relative RMS against the unquantized layer in float32, on standard normal values.
 """

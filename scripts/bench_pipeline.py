@@ -6,9 +6,8 @@
 
     python scripts/bench_pipeline.py
     python scripts/bench_pipeline.py --models flux,wan --tokens 4096 --device cuda --compile
-    PYTHONPATH=peers python scripts/bench_pipeline.py     also torchao, if it is there
-        (`pip install --no-deps --target peers torchao`): dynamic INT8, on a GPU dynamic FP8, on the same layers
 
+torchao takes part where it is installed (extra `interop`): dynamic INT8, on a GPU dynamic FP8, on the same layers.
 Candidates take turns, so that a busy machine slows them alike; each figure is the best of several runs. Errors are
 relative RMS against the unquantized model in float32; of the demo, of its pictures. Blocks have random weights.
 """
