@@ -1,12 +1,13 @@
 """Quantized weights to bfloat16, fast enough that a GEMM on the result is not held up.
 
-E4M3 and E2M1 codes are shifted: as a bfloat16 with the same sign, exponent and mantissa fields a code is too small by a
-power of two, and one multiplication, which has to bring in the scale anyway, puts that right. So that large scales do
-not overflow on the way, such weights come out times a power of two, which `weight_unit` undoes. Integers of 4 bits are
-the last bits of 128 + code, from which 128 is subtracted with the zero point. Nothing is looked up in a table, which
-would be of one device, and of the mode that it was first used in. Codes times a power of two or an E4M3 scale are
-exact; float32 scales of blocks are rounded to bfloat16 first (an error of 2^-8 at most, where that of E4M3 codes is
-2^-4). W4A16 weights are exact products, rounded once.
+E4M3 codes are shifted: as a bfloat16 with the same sign, exponent and mantissa fields a code is too small by a power of
+two, and one multiplication, which has to bring in the scale anyway, puts that right. So that scales below 2^33 do not
+overflow on the way, such weights come out times 2^-32, which `weight_unit` undoes. E2M1 codes are shifted likewise and
+given the exponent that they lack; a subnormal bfloat16 for 0.5 would cost time, and flushed to zero be wrong. Integers
+of 4 bits are the last bits of 128 + code, from which 128 is subtracted with the zero point. Nothing is looked up in a
+table, which would be of one device, and of the mode that it was first used in. Codes times a power of two or an E4M3
+scale are exact; float32 scales of blocks are rounded to bfloat16 first (an error of 2^-8 at most, where that of E4M3
+codes is 2^-4). W4A16 weights are exact products, rounded once.
 """
 
 from __future__ import annotations
@@ -29,13 +30,14 @@ from omni_convert.loaders.packed_int4 import CODES, CODES_PER_WORD, SCALES, ZERO
 
 __all__ = ["DECODABLE", "decode_rows", "padded_columns", "weight_unit"]
 
-# Bias of bfloat16 less that of E4M3 and E2M1: what the shifted bits lack in the exponent.
-E4M3_REBIAS, E2M1_REBIAS = 127 - 7, 127 - 1
-# With E8M0 scales below 2^33, or float32 ones; with E4M3 scales, of which the largest is 448.
-HEADROOM, NVFP4_HEADROOM = 32, 8
+# Bias of bfloat16 less that of E4M3: what the shifted bits lack in the exponent.
+E4M3_REBIAS = 127 - 7
+HEADROOM = 32
 E4M3_FIELDS = 0x87F0 - 0x10000  # of an int16: the sign, and 4 + 3 bits below four zeros
 # Of an int32 with two bfloat16, the even element in the low half: signs, and 2 + 1 bits below six zeros.
 E2M1_SIGNS, E2M1_MAGNITUDES = 0x80008000 - 0x100000000, 0x01C001C0
+# Of one bfloat16: the magnitude of code 1, and the bits of 0.5, which it stands for.
+E2M1_FIRST, HALF = 1 << 6, 126 << 7
 NIBBLES, OFFSETS, OFFSET = 0x000F000F, 0x43004300, 128  # integers of 4 bits, and bfloat16 numbers whose last bit is one
 
 _SCRATCH = Scratch()
@@ -52,8 +54,8 @@ def weight_unit(fmt: Format, tensors: Mapping[str, Tensor]) -> Tensor | float:
     if isinstance(fmt, Fp8):
         return tensors["weight_scale"].float().reshape(())
     if isinstance(fmt, Nvfp4):
-        return tensors["weight_scale_2"].float().reshape(()) * 2.0**NVFP4_HEADROOM
-    return 1.0 if isinstance(fmt, Int8 | PackedInt4) else 2.0**HEADROOM
+        return tensors["weight_scale_2"].float().reshape(())
+    return 2.0**HEADROOM if isinstance(fmt, Fp8Block | Fp8Channel | Mxfp8) else 1.0
 
 
 def decode_rows(fmt: Format, tensors: Mapping[str, Tensor], start: int, columns: int, out: Tensor) -> None:
@@ -100,7 +102,7 @@ def _decode_mxfp8(_fmt: Mxfp8, tensors: Mapping[str, Tensor], rows: slice, _colu
 
 def _decode_mxfp4(_fmt: Mxfp4, tensors: Mapping[str, Tensor], rows: slice, _columns: int, out: Tensor) -> None:
     _e2m1(tensors["weight"][rows], out)
-    _scale_(out, _powers_of_two(tensors["weight_scale"][rows], E2M1_REBIAS - HEADROOM), MX_BLOCK)
+    _scale_(out, _powers_of_two(tensors["weight_scale"][rows]), MX_BLOCK)
 
 
 def _decode_mxfp4_dualscale(
@@ -109,7 +111,7 @@ def _decode_mxfp4_dualscale(
     coarse = tensors["weight_dual_scale"][rows].flatten(1).bfloat16()
     coarse = coarse.repeat_interleave(COARSE_BLOCK // MX_BLOCK, dim=1)[:, : columns // MX_BLOCK]
     _e2m1(tensors["weight"][rows], out)
-    _scale_(out, _powers_of_two(tensors["weight_scale"][rows], E2M1_REBIAS - HEADROOM) * coarse, MX_BLOCK)
+    _scale_(out, _powers_of_two(tensors["weight_scale"][rows]) * coarse, MX_BLOCK)
 
 
 def _decode_nvfp4(_fmt: Nvfp4, tensors: Mapping[str, Tensor], rows: slice, _columns: int, out: Tensor) -> None:
@@ -117,7 +119,7 @@ def _decode_nvfp4(_fmt: Nvfp4, tensors: Mapping[str, Tensor], rows: slice, _colu
     scale = torch.empty(codes.shape, dtype=torch.bfloat16, device=codes.device)
     _e4m3_bits(codes, scale)
     _e2m1(tensors["weight"][rows], out)
-    _scale_(out, scale.mul_(2.0**E4M3_REBIAS).mul_(2.0 ** (E2M1_REBIAS - NVFP4_HEADROOM)), NVFP4_BLOCK)
+    _scale_(out, scale.mul_(2.0**E4M3_REBIAS), NVFP4_BLOCK)
 
 
 def _decode_packed_int4(
@@ -149,12 +151,17 @@ def _e4m3_bits(codes: Tensor, out: Tensor) -> None:
 
 
 def _e2m1(packed: Tensor, out: Tensor) -> None:
-    """E2M1 values times 2^-126: uint8 [rows, K / 2], even ones in low nibbles, to bfloat16 [rows, padded]."""
+    """E2M1 values: uint8 [rows, K / 2], even elements in low nibbles, to the left of bfloat16 [rows, padded]."""
     words = _words(packed, out)
-    magnitudes = _SCRATCH.take(words.numel(), torch.int32, out.device).view(words.shape)
+    memory = _SCRATCH.take(2 * words.numel(), torch.int32, out.device).view(2, *words.shape)
     # A product is a sum of shifted codes; those that would overlap are apart.
-    torch.mul(words, 1 << 6 | 1 << 18, out=magnitudes).bitwise_and_(E2M1_MAGNITUDES)
-    words.mul_(1 << 12 | 1 << 24).bitwise_and_(E2M1_SIGNS).bitwise_or_(magnitudes)
+    torch.mul(words, 1 << 6 | 1 << 18, out=memory[0]).bitwise_and_(E2M1_MAGNITUDES)
+    words.mul_(1 << 12 | 1 << 24).bitwise_and_(E2M1_SIGNS)
+    magnitudes, is_not_zero = memory.view(torch.int16)
+    torch.add(magnitudes, 512 - E2M1_FIRST, out=is_not_zero).bitwise_right_shift_(9)
+    # 0.5 and 1, 1.5, 2 and so on are as far apart as codes, but for code 1, which has no mantissa.
+    torch.threshold_(magnitudes, E2M1_FIRST, 0).add_(HALF).mul_(is_not_zero)
+    words.bitwise_or_(memory[0])
 
 
 def _words(packed: Tensor, out: Tensor) -> Tensor:

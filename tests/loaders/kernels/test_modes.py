@@ -46,3 +46,17 @@ def test_a_rotation_that_was_traced_or_inferred_first_serves_every_call():
         expected = rotate_heads(x).clone()
     assert torch.equal(rotate_heads(x), expected)
     assert torch.allclose(expected.norm(), x.norm() / 2**0.5)
+
+
+@pytest.mark.parametrize("method", ["mxfp4", "mxfp4_dualscale", "nvfp4", "w4a16"])
+def test_codes_of_four_bits_survive_where_subnormal_numbers_are_flushed(method):
+    torch.manual_seed(0)
+    layer = quantize_linear(torch.nn.Linear(1024, 48).bfloat16(), method)
+    x = torch.randn(4, 1024).bfloat16()
+    expected = layer(x)
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this CPU cannot flush subnormal numbers")
+    try:
+        assert torch.equal(layer(x), expected)
+    finally:
+        torch.set_flush_denormal(False)
