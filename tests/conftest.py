@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
+import warnings
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -16,6 +20,22 @@ if not Path("/dev/nvidiactl").exists():
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Puts modelopt's tests first: once msmodelslim is imported, pydantic refuses modelopt's own presets."""
     items.sort(key=lambda item: item.path.name != "test_modelopt.py")
+
+
+@pytest.fixture(scope="session")
+def import_peer() -> Callable[[str], ModuleType]:
+    """A function of a name: a module of another project. Without it the test is skipped, or fails in scripts/check."""
+    give_up = pytest.fail if os.environ.get("OMNI_CONVERT_REQUIRE_PEERS") else pytest.skip
+
+    def load(name: str) -> ModuleType:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # they are its own affair
+            try:
+                return importlib.import_module(name)
+            except ImportError as error:
+                give_up(f"{name} is not installed ({error}); scripts/install interop")
+
+    return load
 
 
 @pytest.fixture(scope="session")

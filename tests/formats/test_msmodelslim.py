@@ -1,12 +1,13 @@
 """`scale_rule="msmodelslim"` gives that tool's bytes, proven by running it.
 
-`pip install --no-deps msmodelslim pygtrie` is enough for that; without it these tests are skipped.
+`scripts/install` brings what of it is needed; without it these tests are skipped.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from types import ModuleType
 
 import pytest
 import torch
@@ -24,13 +25,11 @@ RunTool = Callable[[str, str, Tensor], dict[str, Tensor]]
 
 
 @pytest.fixture(scope="module")
-def run_tool() -> RunTool:
+def run_tool(import_peer: Callable[[str], ModuleType]) -> RunTool:
     """Runs the tool: scheme, method and weight to its tensors by suffix."""
-    pytest.importorskip("msmodelslim", reason="msmodelslim is not installed: nothing to compare with")
-    pytest.importorskip("pygtrie", reason="msmodelslim needs pygtrie to import")
+    import_peer("msmodelslim.core.quantizer.impl")  # registers the quantizers
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the tool and what it imports
-        import msmodelslim.core.quantizer.impl  # noqa: F401  # registers the quantizers
         import msmodelslim.ir as representation
         from msmodelslim.core.quantizer.base import AutoWeightQuantizer, QConfig
         from msmodelslim.ir.qal import QDType, QStorage

@@ -9,7 +9,7 @@ import json
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -35,14 +35,12 @@ BY_MINDIE = ("int8", "mxfp8", "mxfp4")
 
 
 @pytest.fixture(scope="module")
-def tool() -> SimpleNamespace:
+def tool(import_peer: Callable[[str], ModuleType]) -> SimpleNamespace:
     """Those of its modules that are needed."""
-    pytest.importorskip("msmodelslim", reason="msmodelslim is not installed: nothing to compare with")
-    for name in ("pygtrie", "wcmatch"):
-        pytest.importorskip(name, reason=f"msmodelslim needs {name} to import")
+    import_peer("msmodelslim.core.quantizer.impl")  # registers the quantizers
+    import_peer("msmodelslim.core.quant_service.modelslim_v1.save")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the tool and what it imports
-        import msmodelslim.core.quantizer.impl  # noqa: F401  # registers the quantizers
         from msmodelslim import ir
         from msmodelslim.core.base.protocol import BatchProcessRequest
         from msmodelslim.core.quant_service.modelslim_v1.save import ascendv1, mindie_format
