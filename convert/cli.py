@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import logging
+from pathlib import Path
 from typing import Any
 
 import click
@@ -18,6 +20,13 @@ __all__ = ["main"]
 
 class _Group(DefaultGroup):  # type: ignore[misc]  # click-default-group has no types
     """Turns the user's errors into one line and exit status 1, an interruption into 130."""
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
+        name = args[0]
+        if name not in self.commands and not name.startswith("-") and not Path(name).exists():
+            for meant in difflib.get_close_matches(name, self.commands, n=1, cutoff=0.75):
+                ctx.fail(f"No such command or model '{name}'. Did you mean '{meant}'?")
+        return super().resolve_command(ctx, args)
 
     def invoke(self, ctx: click.Context) -> Any:
         try:

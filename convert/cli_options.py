@@ -16,6 +16,8 @@ __all__ = ["Pair", "calibration_options", "engine_option", "generation_options",
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
+#: Of the README: runs without a model and without the file.
+EXAMPLE_PROMPTS = "prompts.txt"
 SETTINGS = ("steps", "width", "height", "frames", "guidance_scale", "negative_prompt")
 
 
@@ -122,12 +124,12 @@ def _patterns(text: str) -> list[str]:
 
 
 def _prompts_file(model: str | None, calib: Path | None) -> Path | None:
-    """The prompts to use; the bundled ones when neither a model nor an existing file is named."""
+    """The prompts to use; the bundled ones where the README's example runs as it stands."""
     from omni_convert.convert.source import DEMO_PROMPTS
 
     if calib is None or calib.exists():
         return calib
-    if model is None:
+    if model is None and calib == Path(EXAMPLE_PROMPTS):
         click.echo(f"{calib} does not exist: using the demo's own calibration prompts", err=True)
         return DEMO_PROMPTS
     raise CalibrationError(f"{calib}: file missing, expected prompts, one a line or JSON Lines")

@@ -97,6 +97,19 @@ def test_a_model_that_is_not_there(tmp_path: Path) -> None:
     assert "nothing is there" in error_line(result)
 
 
+@pytest.mark.parametrize(("typed", "meant"), [("convrt", "convert"), ("verfy", "verify")])
+def test_a_mistyped_command_is_no_model(typed: str, meant: str) -> None:
+    result = run(typed, "model")
+    assert result.exit_code == 2
+    assert f"No such command or model '{typed}'. Did you mean '{meant}'?" in result.output
+
+
+def test_only_the_prompts_of_the_example_need_not_be_there(tmp_path: Path) -> None:
+    result = run("--calib", tmp_path / "other.txt", "-o", tmp_path / "out")
+    assert result.exit_code == 1
+    assert "other.txt: file missing" in error_line(result)
+
+
 def test_an_empty_prompts_file(tiny_pipeline_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("# only a comment\n\n")
     result = run(tiny_pipeline_folder, "--calib", tmp_path / "prompts.txt", "-o", tmp_path / "out")

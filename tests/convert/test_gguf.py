@@ -183,6 +183,8 @@ def test_architectures_are_called_as_comfyui_gguf_does() -> None:
         ({"method": "gguf", "gguf_type": "Q4_K"}, "--gguf-type: found 'Q4_K', expected one of"),
         ({"method": "gguf", "dialect": "comfyui"}, "--dialect comfyui: found with method 'gguf'"),
         ({"method": "gguf", "moments": (Path("moments"),)}, "--moments: found with method 'gguf'"),
+        ({"method": "gguf", "calib": Path("prompts.txt")}, "--calibration: found with method 'gguf'"),
+        ({"method": "gguf", "calibration": (Path("stats"),)}, "--calibration: found with method 'gguf'"),
     ],
 )
 def test_options_that_contradict_gguf_are_refused(options: dict[str, object], message: str) -> None:
