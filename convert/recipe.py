@@ -213,9 +213,7 @@ class Recipe:
         if self.moments:
             raise RecipeError("--moments: found with method 'gguf', whose rounding is fixed, expected none")
         if self.method == "gguf" and (self.calib is not None or self.calibration):
-            raise RecipeError(
-                "--calib, --calibration: found with method 'gguf', which nothing is calibrated for"
-            )
+            raise RecipeError("--calib, --calibration: found with method 'gguf', which nothing is calibrated for")
 
     def _check_options_of_methods(self) -> None:
         if self.group_size is not None and self.group_size not in GROUP_SIZES:
