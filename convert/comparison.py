@@ -41,6 +41,11 @@ class Variant:
     quantization: str | Mapping[str, Any] | None = None
     dtype: torch.dtype = torch.bfloat16
 
+    @property
+    def model_name(self) -> str:
+        """What a report calls the model."""
+        return self.model if self.model is not None else resolve_source(None).name
+
 
 @dataclass(frozen=True)
 class Run:
@@ -147,7 +152,7 @@ def compare(
     ]
     texts = [prompt.text for prompt in prompts]
     report: dict[str, Any] = {
-        "model": candidate.model,
+        "model": candidate.model_name,
         "prompt": texts[0] if len(texts) == 1 else texts,
         "negative_prompt": settings.negative_prompt,
         "seed": seed,
@@ -182,7 +187,7 @@ def _describe(variant: Variant) -> dict[str, Any]:
     quantization = variant.quantization
     return {
         "label": variant.label,
-        "model": variant.model,
+        "model": variant.model_name,
         "quantization": quantization if isinstance(quantization, str) else None,
         "quantization_config": dict(quantization) if isinstance(quantization, Mapping) else None,
         "diffusion_load_format": "default",

@@ -22,7 +22,7 @@ Image = NDArray[np.uint8]
 
 PEAK = 255.0
 #: Metrics that are worth a line on a terminal.
-SHOWN = ("psnr_db", "mae")
+SHOWN = ("psnr_db", "mae", "cosine_similarity", "relative_l2")
 
 METRIC_GUIDANCE: dict[str, Any] = {
     "scope": "final images or frames, uint8 RGB, same prompt, seed and settings through both pipelines",

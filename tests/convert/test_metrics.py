@@ -65,8 +65,15 @@ def test_the_summary_tells_of_every_image_and_of_the_worst() -> None:
     assert summary["per_image_psnr_db"][0] is None
     assert summary["worst_image_psnr_db"] == pytest.approx(20 * math.log10(255 / 4))
     assert summary["all_images_mae"] == pytest.approx(5 / 3)
+    assert summary["per_image_relative_l2"] == pytest.approx([0, 0.4, 0.05])
+    assert summary["worst_image_cosine_similarity"] == pytest.approx(1)
     json.dumps(summary, allow_nan=False)
 
 
 def test_the_summary_of_one_image_says_it_once() -> None:
-    assert summary_of(sequence_metrics([image(0)], [image(0)])) == {"image0_psnr_db": None, "image0_mae": 0}
+    assert summary_of(sequence_metrics([image(0)], [image(0)])) == {
+        "image0_psnr_db": None,
+        "image0_mae": 0,
+        "image0_cosine_similarity": 1,
+        "image0_relative_l2": 0,
+    }
