@@ -182,12 +182,12 @@ def _convert(
     if recipe.calib is not None:
         silence_libraries()
     repository = prepare_push(source, recipe)
-    recorded = load_statistics(source, recipe)
+    recorded, seconds = load_statistics(source, recipe)
     plan = plan_conversion(source, recipe, recorded)
     for note in () if quiet or as_json else plan.notes:
         click.echo(f"Note: {note}", err=True)
     with progress_bar("converting", plan.bytes_to_do, hidden=quiet) as advance:
-        report = convert_plan(plan, target, recorded, advance)
+        report = convert_plan(plan, target, recorded, advance, seconds)
     for warning in report.warnings:
         click.echo(f"Warning: {warning}", err=True)
     if as_json or not quiet:

@@ -73,8 +73,8 @@ def convert_checkpoint(
     check_target(target, recipe)
     source = resolve_source(model, recipe.revision, stream=recipe.streams_source)
     repository = prepare_push(source, recipe)
-    recorded = load_statistics(source, recipe)
-    report = convert_plan(plan_conversion(source, recipe, recorded), target, recorded, progress)
+    recorded, seconds = load_statistics(source, recipe)
+    report = convert_plan(plan_conversion(source, recipe, recorded), target, recorded, progress, seconds)
     if repository is not None and isinstance(target, Path):
         push_output(target, repository)
     return report
@@ -106,43 +106,55 @@ def prepare_push(source: Source, recipe: Recipe) -> Repository | None:
     return open_repository(recipe.push_to_hub, private=recipe.private)
 
 
-def load_statistics(source: Source, recipe: Recipe) -> Statistics | None:
+def load_statistics(source: Source, recipe: Recipe) -> tuple[Statistics | None, float | None]:
     """The statistics that the recipe asks for: read from files, recorded now from prompts, or none.
 
     The plan is tried without statistics first: a mistake in the recipe must show before the pipeline runs for hours.
+
+    Returns:
+        the statistics, and the seconds that it took to record them; None if they were not
     """
     if recipe.calibration:
         from omni_convert.convert.statistics import Statistics
 
         first, *others = [Statistics.load(path) for path in recipe.calibration]
-        return first.merge(others)
+        return first.merge(others), None
     if recipe.calib is None:
-        return None
+        return None, None
     from omni_convert.convert.calibration import calibrate_source  # runs a pipeline: seconds of imports
 
     plan_conversion(source, replace(recipe, activation_scheme=None))
-    return calibrate_source(source, recipe)
+    started = time.monotonic()
+    return calibrate_source(source, recipe), time.monotonic() - started
 
 
 def planned_without_running(source: Source, recipe: Recipe) -> Plan:
     """The plan for `--dry-run`: statistics that are on disk are used, a pipeline is not run to record them."""
     if recipe.calib is None:
-        return plan_conversion(source, recipe, load_statistics(source, recipe))
+        return plan_conversion(source, recipe, load_statistics(source, recipe)[0])
     plan = plan_conversion(source, replace(recipe, activation_scheme=None))
     return replace(plan, notes=(*plan.notes, "a real run calibrates first; activations are then static where possible"))
 
 
 def convert_plan(
-    plan: Plan, output: Path | RemoteFolder, recorded: Statistics | None = None, progress: Progress | None = None
+    plan: Plan,
+    output: Path | RemoteFolder,
+    recorded: Statistics | None = None,
+    progress: Progress | None = None,
+    calibration_seconds: float | None = None,
 ) -> ConversionReport:
-    """Carries out a plan; see `convert_checkpoint`."""
+    """Carries out a plan; see `convert_checkpoint`.
+
+    Args:
+        recorded, calibration_seconds: see `load_statistics`
+    """
     started = time.monotonic()
     if isinstance(output, Path):
         _refuse_source(output.resolve(), plan.source.path.resolve())
     recipe = plan.recipe
     statistics_id = recorded.fingerprint() if recorded is not None else None
     if recipe.resume and (finished := _results_of_finished(output, plan, statistics_id)) is not None:
-        return _report(plan, output, finished, started, 0)
+        return _report(plan, output, finished, time.monotonic() - started, calibration_seconds, 0)
     with (
         _opened_engine(recipe) as engine_on,
         _folder_of(output, recipe) as folder,
@@ -152,7 +164,7 @@ def convert_plan(
     ):
         make = execute_component if isinstance(output, Path) else partial(upload_component, output)
         results, peak = _fill(folder, plan, statistics_id, engine_on(workers, journal), make, progress or _ignore)
-    return _report(plan, output, results, started, peak)
+    return _report(plan, output, results, time.monotonic() - started, calibration_seconds, peak)
 
 
 def _refuse_source(output: Path, source: Path) -> None:
@@ -248,7 +260,12 @@ def _fill(
 
 
 def _report(
-    plan: Plan, output: Path | RemoteFolder, results: dict[str, list[LayerResult]], started: float, peak: int
+    plan: Plan,
+    output: Path | RemoteFolder,
+    results: dict[str, list[LayerResult]],
+    seconds: float,
+    calibration_seconds: float | None,
+    peak: int,
 ) -> ConversionReport:
     return ConversionReport(
         output,
@@ -257,7 +274,8 @@ def _report(
         plan.notes,
         plan.bytes_before,
         plan.bytes_after,
-        time.monotonic() - started,
+        seconds,
+        calibration_seconds,
         peak,
     )
 

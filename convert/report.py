@@ -34,6 +34,8 @@ class ConversionReport:
         kept: layers that the runtime could run quantized but that stay, with the reason
         notes: how the recipe was read, and what to watch
         bytes_before, bytes_after: of the weights of the quantized components
+        seconds: of the conversion, without calibration
+        calibration_seconds: None if no prompts were run
         peak_memory: largest `RssAnon` seen, bytes
     """
 
@@ -44,6 +46,7 @@ class ConversionReport:
     bytes_before: int
     bytes_after: int
     seconds: float
+    calibration_seconds: float | None
     peak_memory: int
 
     @property
@@ -85,12 +88,13 @@ def conversion_report(report: ConversionReport, *, as_json: bool) -> Iterator[st
         "weights": f"{size_text(report.bytes_before)} → {size_text(report.bytes_after)} "
         f"({report.bytes_after / report.bytes_before:.0%})",
         "layer error": _errors(report),
+        "time to calibrate": "" if report.calibration_seconds is None else f"{report.calibration_seconds:.1f} s",
         "time to convert": f"{report.seconds:.1f} s, {size_text(report.bytes_before / max(report.seconds, 1e-9))}/s",
         "peak memory": f"{report.peak_memory / 2**20:.0f} MiB anonymous",
         "output": str(report.output),
     }
     for name, value in rows.items():
-        if report.layers or not name.startswith("layer"):
+        if value and (report.layers or not name.startswith("layer")):
             yield f"{name:<17} {value}"
 
 

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from omni_convert.convert import Recipe, convert_checkpoint
 from omni_convert.convert.plan import plan_conversion
+from omni_convert.convert.report import conversion_report
 from omni_convert.convert.source import resolve_source
 from omni_convert.formats.errors import CalibrationError, CheckpointError, OmniConvertError, OutputError, RecipeError
 from omni_convert.formats.table import layer_formats
@@ -151,6 +152,20 @@ def test_calibrating_gives_the_same_bytes_as_its_statistics_file(
     convert_checkpoint(tiny_pipeline_folder, tmp_path / "live" / "out", live)
     convert_checkpoint(tiny_pipeline_folder, tmp_path / "file" / "out", Recipe(calibration=(statistics_file,)))
     assert digests(tmp_path / "live" / "out") == digests(tmp_path / "file" / "out")
+
+
+def test_the_report_tells_what_calibration_took_apart(
+    tiny_pipeline_folder: Path, statistics_file: Path, tmp_path: Path
+) -> None:
+    live = Recipe(calib=statistics_file.with_name("prompts.txt"), calib_steps=2, calib_size=(32, 32))
+    report = convert_checkpoint(tiny_pipeline_folder, tmp_path / "live", live)
+    assert report.calibration_seconds
+    assert f"time to calibrate {report.calibration_seconds:.1f} s" in conversion_report(report, as_json=False)
+    (document,) = conversion_report(report, as_json=True)
+    assert json.loads(document)["calibration_seconds"] == report.calibration_seconds
+    report = convert_checkpoint(tiny_pipeline_folder, tmp_path / "file", Recipe(calibration=(statistics_file,)))
+    assert report.calibration_seconds is None
+    assert not any("calibrate" in line for line in conversion_report(report, as_json=False))
 
 
 def test_shards_and_index_are_those_of_diffusers(tiny_pipeline_folder: Path, tmp_path: Path) -> None:
