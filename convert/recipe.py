@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from omni_convert.formats.errors import RecipeError
+from omni_convert.formats.quantization_config import check_group_size
 
 __all__ = [
     "DIALECT_NAMES",
@@ -50,7 +51,6 @@ METHODS_OF_OPTION = {
 }
 LORA_COMPONENT = re.compile(r"([A-Za-z]\w*)=")
 ENGINE = re.compile(r"local|ray|(ray://)?[\w.-]+:\d+|ray://[\w.-]+")
-GROUP_SIZES = (32, 64, 128)
 DTYPES = ("bfloat16", "float16", "float32")
 
 
@@ -216,8 +216,7 @@ class Recipe:
             raise RecipeError("--calib, --calibration: found with method 'gguf', which nothing is calibrated for")
 
     def _check_options_of_methods(self) -> None:
-        if self.group_size is not None and self.group_size not in GROUP_SIZES:
-            raise RecipeError(f"--group-size: found {self.group_size}, expected one of 32, 64, 128")
+        check_group_size(self.group_size, "--group-size")
         methods = {self.method, *self.component.values()}
         for name, honouring in METHODS_OF_OPTION.items():
             if getattr(self, name) != Recipe.__dataclass_fields__[name].default and methods.isdisjoint(honouring):

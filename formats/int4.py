@@ -53,7 +53,9 @@ class Int4(ElementFormat):
 
     def unsupported(self, out_features: int, in_features: int) -> str | None:
         if in_features % self.group:
-            return f"w4a16 needs in_features in groups of {self.group}, found {in_features}; --group-size takes others"
+            return (
+                f"w4a16 needs in_features in groups of {self.group}, found {in_features}; a smaller group size may fit"
+            )
         if out_features % PACKED_ROWS:
             return f"w4a16 needs out_features % {PACKED_ROWS} == 0, found {out_features}"
         return None

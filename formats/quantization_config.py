@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 from omni_convert.formats.errors import RecipeError
 
-__all__ = ["ACTIVATION_SCHEMES", "MIXED", "QuantizationConfig"]
+__all__ = ["ACTIVATION_SCHEMES", "MIXED", "QuantizationConfig", "check_group_size"]
 
 #: Method to the ways in which its activations may be quantized, the default first. `static` means that each layer
 #: stores an `input_scale`; `none`, that activations stay as they are.
@@ -25,6 +27,23 @@ ACTIVATION_SCHEMES: dict[str, tuple[str, ...]] = {
 
 #: In place of a method, where layers have several.
 MIXED = "mixed"
+
+#: Columns that share a scale of w4a16, as a user may choose: those of Marlin's kernels. Others' files may have any.
+GROUP_SIZES = (32, 64, 128)
+
+
+def check_group_size(size: object, where: str) -> None:
+    """Accepts what a user may ask for.
+
+    Args:
+        size: None for the default
+        where: the name under which the user gave it
+
+    Raises:
+        RecipeError: it is none of `GROUP_SIZES`.
+    """
+    if size is not None and (type(size) is not int or size not in GROUP_SIZES):
+        raise RecipeError(f"{where}: found {size!r:.40}, expected one of {', '.join(map(str, GROUP_SIZES))}")
 
 
 @dataclass(frozen=True)
@@ -67,19 +86,15 @@ class QuantizationConfig:
             raise RecipeError(
                 f"activation_scheme: found {self.activation_scheme!r} with {self.method}, expected {expected}"
             )
+        self._check_flags()
         if self.require_smooth_scale and self.method != "mxfp4":
             raise RecipeError(f"require_smooth_scale: found with {self.method}, expected mxfp4")
         if self.group_size is not None and (self.method != "w4a16" or self.group_size < 1):
-            found = f"{self.group_size!r:.20} with {self.method}"
-            raise RecipeError(f"group_size: found {found}, expected 32, 64 or 128 with w4a16")
+            raise RecipeError(f"group_size: found {self.group_size!r:.20} with {self.method}, expected w4a16 alone")
         if self.weight_block_size is not None:
             self._check_blocks(self.weight_block_size)
-        is_per_row = self.method == "fp8" and self.activation_scheme == "dynamic" and self.weight_block_size is None
-        if self.per_channel and not is_per_row:
-            raise RecipeError(
-                f"per_channel: found with {self.method} and {self.activation_scheme} activations, expected fp8 without "
-                "blocks and dynamic ones"
-            )
+        if self.per_channel:
+            self._check_rows()
 
     def _check_blocks(self, block_size: tuple[int, int]) -> None:
         if self.method != "fp8" or self.activation_scheme != "dynamic":
@@ -90,6 +105,19 @@ class QuantizationConfig:
         if len(block_size) != 2 or min(block_size) < 1:
             raise RecipeError(f"weight_block_size: found {list(block_size)!r:.40}, expected two positive sizes")
 
+    def _check_flags(self) -> None:
+        for flag in ("require_smooth_scale", "per_channel"):
+            if not isinstance(getattr(self, flag), bool):
+                raise RecipeError(f"{flag}: found {getattr(self, flag)!r:.40}, expected True or False")
+
+    def _check_rows(self) -> None:
+        if self.weight_block_size is not None:
+            found = f"weight_block_size {list(self.weight_block_size)}"
+            raise RecipeError(f"per_channel: found with {found}, expected one of the two")
+        if self.method != "fp8" or self.activation_scheme != "dynamic":
+            found = f"{self.method} and {self.activation_scheme} activations"
+            raise RecipeError(f"per_channel: found with {found}, expected fp8 and dynamic ones")
+
     @property
     def is_static(self) -> bool:
         """Whether each layer stores an `input_scale`."""
@@ -97,4 +125,8 @@ class QuantizationConfig:
 
     def of_layer(self, name: str) -> QuantizationConfig | None:
         """What is said of one layer; None if layers are listed and it is not."""
-        return dict(self.layers).get(name) if self.layers else self
+        return self._by_layer.get(name) if self.layers else self
+
+    @cached_property
+    def _by_layer(self) -> Mapping[str, QuantizationConfig]:
+        return dict(self.layers)

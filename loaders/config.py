@@ -10,7 +10,7 @@ from typing import Any
 from omni_convert.formats.dialects.auto_round import AUTO_ROUND_METHODS
 from omni_convert.formats.dialects.vllm_omni import SPELLINGS
 from omni_convert.formats.errors import CheckpointError, RecipeError
-from omni_convert.formats.quantization_config import ACTIVATION_SCHEMES, QuantizationConfig
+from omni_convert.formats.quantization_config import ACTIVATION_SCHEMES, QuantizationConfig, check_group_size
 from omni_convert.formats.table import LOADABLE
 from omni_convert.loaders.auto_round_block import read_auto_round
 from omni_convert.loaders.modelopt_block import is_modelopt, read_modelopt
@@ -89,6 +89,7 @@ def build_quant_config(
         return None if spec.lower() == "none" else _build_single(spec, kwargs)
     if not isinstance(spec, Mapping):
         raise QuantConfigTypeError(f"quantization: found {type(spec).__name__}, expected a string, a dict or None")
+    _check_keys(spec)
     if _is_by_component(spec):
         return _build_components(spec)
     return _build_from_options(spec, kwargs)
@@ -99,6 +100,14 @@ def resolve_component_quant_config(
 ) -> QuantizationConfig | None:
     """What a configuration means for one component; one that is not by component means the same for all."""
     return config.resolve(name) if isinstance(config, ComponentQuantizationConfig) else config
+
+
+def _check_keys(spec: Mapping[Any, Any]) -> None:
+    for key, value in spec.items():
+        if not isinstance(key, str):
+            raise QuantConfigTypeError(f"quantization: found the key {key!r:.40}, expected names of options")
+        if isinstance(value, Mapping):
+            _check_keys(value)
 
 
 def _is_by_component(spec: Mapping[str, Any]) -> bool:
@@ -162,6 +171,7 @@ def _build_single(name: str, options: Mapping[str, Any]) -> QuantizationConfig:
     if unknown:
         raise QuantConfigTypeError(f"quantization: '{method}' has no option {', '.join(unknown)}, expected {signature}")
     try:
+        check_group_size(meant.get("group_size"), "group_size")
         return QuantizationConfig(method, **meant)
     except RecipeError as error:
         raise QuantConfigValueError(f"quantization: {error}") from None
@@ -176,6 +186,10 @@ def _build_auto_round(name: str, options: Mapping[str, Any]) -> QuantizationConf
     block = {"bits": options.get("weight_bits"), **options, "quant_method": AUTO_ROUND_METHODS[0]}
     if block["bits"] is None or "group_size" not in block:
         raise QuantConfigTypeError(f"quantization: found '{name}' without bits and group_size, expected both")
+    try:
+        check_group_size(block["group_size"], "group_size")
+    except RecipeError as error:
+        raise QuantConfigValueError(f"quantization: {error}") from None
     config = read_auto_round(block)
     if config is None:
         raise QuantConfigValueError(

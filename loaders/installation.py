@@ -221,8 +221,29 @@ def select_layers(model: nn.Module, config: QuantizationConfig) -> tuple[dict[st
             continue
         layers |= {stem: PlannedLayer(_shared(fmt, group), group) for stem in group.members}
         chosen += [(name, said) for name in group.names]
+    if not layers:
+        raise RecipeError(_nothing_selected(model, config, groups, asked_for, specs))
     spelled = replace(config, ignored_layers=tuple(ignored_names(ignored)))
     return layers, replace(spelled, layers=tuple(chosen)) if config.method == MIXED else spelled
+
+
+def _nothing_selected(
+    model: nn.Module,
+    config: QuantizationConfig,
+    groups: Collection[LayerGroup],
+    asked_for: Collection[QuantizationConfig | None],
+    specs: Mapping[str, TensorSpec],
+) -> str:
+    """Why, of the first layer whose shape does not fit, if there is one."""
+    shapes = (
+        declared_format(said).unsupported(rows, columns)
+        for group, said in zip(groups, asked_for, strict=True)
+        if said is not None and group.keep_reason is None
+        for rows, columns in (specs[f"{stem}.weight"].shape for stem in group.members)
+    )
+    reason = next(filter(None, shapes), None)
+    where = f"quantization: found no layer of {type(model).__name__} to quantize to {config.method}"
+    return where + (f" ({reason})" if reason else "") + ", expected some"
 
 
 def _quantizing_format(config: QuantizationConfig) -> QuantizingFormat:

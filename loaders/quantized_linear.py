@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from omni_convert.formats.errors import CheckpointError, KernelError, RecipeError
 from omni_convert.formats.format import Format, InputStatistics, QuantizingFormat
 from omni_convert.formats.fp8_storage import Fp8Storage
+from omni_convert.formats.quantization_config import check_group_size
 from omni_convert.formats.table import FORMATS, LOADABLE, FormatOptions
 from omni_convert.loaders.kernels.kernel import Activations, LayerTraits
 from omni_convert.loaders.kernels.table import Selection, select_kernel
@@ -22,6 +23,7 @@ from omni_convert.loaders.resident import disk_tensors, resident_tensors
 
 __all__ = ["QuantizedLinear", "quantize_linear"]
 
+FLAGS = tuple(option.name for option in fields(FormatOptions) if isinstance(option.default, bool))
 INPUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -196,7 +198,7 @@ def quantize_linear(
     Raises:
         RecipeError: no linear layer of floats; an unknown method or option, or one that needs calibration; or a shape
             that the format cannot hold.
-        CheckpointError: the weight holds NaN or Inf.
+        CheckpointError: the weight or the bias holds NaN or Inf.
     """
     _check_linear(linear)
     if activations not in get_args(Activations):
@@ -210,15 +212,25 @@ def quantize_linear(
 def _format(method: str, options: Mapping[str, Any]) -> QuantizingFormat:
     if method not in LOADABLE or method == Fp8Storage.method:  # which is no linear that is run quantized
         raise RecipeError(f"quantize_linear: found method '{method}', expected one of {', '.join(LOADABLE)}")
+    _check_options(options)
     if options.get("static"):
         raise RecipeError("quantize_linear: static activations need calibration, convert the model instead")
+    return FORMATS[method].build(FormatOptions(**options))
+
+
+def _check_options(options: Mapping[str, Any]) -> None:
     known = [option.name for option in fields(FormatOptions)]
     if unknown := sorted(options.keys() - {*known}):
         raise RecipeError(f"quantize_linear: found option '{unknown[0]}', expected one of {', '.join(known)}")
+    for name in FLAGS:
+        if not isinstance(options.get(name, False), bool):
+            raise RecipeError(f"quantize_linear: found {name} {options[name]!r:.40}, expected True or False")
     size = options.get("weight_block_size")
     if size is not None and not _is_block_size(size):
         raise RecipeError(f"quantize_linear: found weight_block_size {size!r:.40}, expected two sizes as (128, 128)")
-    return FORMATS[method].build(FormatOptions(**options))
+    if size is not None and options.get("per_channel"):
+        raise RecipeError(f"quantize_linear: found per_channel with weight_block_size {size}, expected one of the two")
+    check_group_size(options.get("group_size"), "quantize_linear: group_size")
 
 
 def _is_block_size(size: object) -> bool:
@@ -234,5 +246,6 @@ def _check_linear(linear: object) -> None:
             f"quantize_linear: found a weight of {weight.dtype} {list(weight.shape)}, expected bfloat16, float16 or "
             "float32, and at least one row and column"
         )
-    if not weight.is_meta and not all(math.isfinite(bound) for bound in torch.aminmax(weight.detach())):
-        raise CheckpointError("quantize_linear: found NaN or Inf in the weight, expected finite numbers")
+    for name, tensor in linear.named_parameters(recurse=False):
+        if not tensor.is_meta and not all(math.isfinite(bound) for bound in torch.aminmax(tensor.detach())):
+            raise CheckpointError(f"quantize_linear: found NaN or Inf in the {name}, expected finite numbers")

@@ -181,8 +181,13 @@ def require_scaled_gemm(report: KernelReport) -> None:
     """Refuses fallbacks.
 
     Raises:
-        KernelError: a layer decodes its weight; lists them with reasons.
+        KernelError: a layer decodes its weight; lists them with reasons. Or there is no quantized layer.
     """
+    if not report.layers:
+        raise KernelError(
+            "strict: found no quantized layer, expected some; load a quantized checkpoint, ask for quantization, or "
+            "leave strict out"
+        )
     if not report.fallbacks:
         return
     alike: dict[str, list[str]] = {}

@@ -93,6 +93,24 @@ def test_strict_refuses_layers_that_decode_their_weight(quantize):
     assert kernel_report(pipeline).kernels == ("decode_weight_mm",)
 
 
+@pytest.mark.parametrize(
+    "spec",
+    [
+        {"method": "w4a16", "ignored_layers": ["feed_forward"]},  # the others have 48 columns
+        {"method": "int8", "ignored_layers": ["*"]},
+    ],
+    ids=["shapes", "ignored"],
+)
+def test_a_request_that_selects_no_layer_is_refused(pipeline_folder, spec):
+    with pytest.raises(RecipeError, match=r"found no layer of ZImageTransformer2DModel to quantize to \w+.*, expected"):
+        load_pipeline(pipeline_folder, quantization=spec)
+
+
+def test_strict_refuses_a_pipeline_without_quantized_layers(pipeline_folder):
+    with pytest.raises(KernelError, match="strict: found no quantized layer, expected some"):
+        load_pipeline(pipeline_folder, strict=True)
+
+
 def test_strict_accepts_scaled_gemms(quantize):
     report = kernel_report(load_pipeline(quantize(Int8(), INT8), strict=True, device="cpu"))
     assert all(layer.is_scaled_gemm for layer in report)

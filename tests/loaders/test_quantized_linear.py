@@ -289,3 +289,29 @@ def test_quantize_linear_names_a_width_that_does_not_divide(method, width):
 def test_a_report_about_no_model_is_refused(model):
     with pytest.raises(RecipeError, match=r"kernel_report: found .*, expected a pipeline"):
         kernel_report(model)
+
+
+def test_quantize_linear_refuses_a_bias_that_is_not_finite(linear):
+    broken = copy.deepcopy(linear)
+    torch.nn.init.constant_(broken.bias, torch.nan)
+    with pytest.raises(CheckpointError, match="quantize_linear: found NaN or Inf in the bias"):
+        quantize_linear(broken, "fp8")
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "found"),
+    [
+        ("w4a16", {"group_size": 7}, "group_size: found 7, expected one of 32, 64, 128"),
+        ("w4a16", {"group_size": "a"}, "group_size: found 'a'"),
+        ("w4a16", {"group_size": -1}, "group_size: found -1"),
+        ("w4a16", {"group_size": 0}, "group_size: found 0"),
+        ("w4a16", {"group_size": True}, "group_size: found True"),
+        ("fp8", {"per_channel": "no"}, "found per_channel 'no', expected True or False"),
+        ("mxfp8", {"search": 3}, "found search 3, expected True or False"),
+        ("fp8", {"per_channel": True, "weight_block_size": (128, 128)}, "found per_channel with weight_block_size"),
+    ],
+    ids=str,
+)
+def test_quantize_linear_refuses_options_that_mean_nothing(linear, method, options, found):
+    with pytest.raises(RecipeError, match=f"^quantize_linear: .*{found}"):
+        quantize_linear(linear, method, **options)
