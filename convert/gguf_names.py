@@ -62,7 +62,7 @@ def choose_names(checkpoint: Checkpoint, config: Mapping[str, Any], recipe: Reci
         return GgufNames(checkpoint, of_diffusers, f"diffusers' names{same}")
     runs = original_runs(kind, checkpoint)
     if runs is None:
-        reason = f"the original ones of {kind} are not known here"
+        reason = f"the original ones of {kind} are not all known here"
         if wanted == ORIGINAL:
             raise RecipeError(f"--gguf-names original: found that {reason}, expected --gguf-names diffusers")
         return GgufNames(checkpoint, of_diffusers, f"diffusers' names, since {reason}")

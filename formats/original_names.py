@@ -43,6 +43,11 @@ def _renamed(names: Mapping[str, str], original: str = "", diffusers: str = "") 
     return tuple(_Renamed(original + theirs, (diffusers + ours,)) for theirs, ours in names.items())
 
 
+def _same(*names: str) -> tuple[_Renamed, ...]:
+    """Names that do not differ."""
+    return tuple(_Renamed(name, (name,)) for name in names)
+
+
 def _joined(original: str, parent: str, *parts: str) -> _Renamed:
     return _Renamed(original, tuple(f"{parent}.{part}" for part in parts))
 
@@ -129,11 +134,17 @@ _FLUX_2 = (
 def _z_image_block(block: str) -> tuple[_Renamed, ...]:
     names = {"out": "to_out.0", "q_norm": "norm_q", "k_norm": "norm_k"}
     attention = f"{block}.{{}}.attention"
-    return (_joined(f"{attention}.qkv", attention, *_QKV), *_renamed(names, f"{attention}.", f"{attention}."))
+    rest = ("feed_forward", "attention_norm1", "attention_norm2", "ffn_norm1", "ffn_norm2", "adaLN_modulation")
+    return (
+        _joined(f"{attention}.qkv", attention, *_QKV),
+        *_renamed(names, f"{attention}.", f"{attention}."),
+        *_same(*(f"{block}.{{}}.{part}" for part in rest)),
+    )
 
 
 _Z_IMAGE = (
     *_renamed({"x_embedder": "all_x_embedder.2-1", "final_layer": "all_final_layer.2-1"}),
+    *_same("t_embedder", "cap_embedder", "siglip_embedder", "x_pad_token", "cap_pad_token", "siglip_pad_token"),
     *(
         name
         for block in ("layers", "noise_refiner", "context_refiner", "siglip_refiner")
@@ -143,14 +154,19 @@ _Z_IMAGE = (
 
 _LTX = (
     *_renamed({"patchify_proj": "proj_in", "adaln_single": "time_embed"}),
+    *_same("caption_projection", "proj_out", "scale_shift_table"),
+    *_same("transformer_blocks.{}.ff", "transformer_blocks.{}.scale_shift_table"),
     *(
         name
         for attention in ("transformer_blocks.{}.attn1.", "transformer_blocks.{}.attn2.")
-        for name in _renamed({"q_norm": "norm_q", "k_norm": "norm_k"}, attention, attention)
+        for name in (
+            *_renamed({"q_norm": "norm_q", "k_norm": "norm_k"}, attention, attention),
+            *_same(*(attention + part for part in (*_QKV, "to_out"))),
+        )
     ),
 )
 
-# Class in diffusers → what has another name there.
+# Class in diffusers → what each tensor is called there.
 _TABLES = {
     "FluxTransformer2DModel": _FLUX_1,
     "Flux2Transformer2DModel": _FLUX_2,
@@ -176,7 +192,10 @@ def original_runs(model_class: str, specs: Mapping[str, TensorSpec]) -> dict[str
         return None
     runs: dict[str, list[Run]] = {}
     for name in specs:
-        original, parts, is_turned = _found(name, _TABLES[model_class])
+        found = _found(name, _TABLES[model_class])
+        if found is None:
+            return None
+        original, parts, is_turned = found
         if original in runs:
             continue
         if any(part not in specs for part in parts):
@@ -185,8 +204,11 @@ def original_runs(model_class: str, specs: Mapping[str, TensorSpec]) -> dict[str
     return runs
 
 
-def _found(name: str, table: Sequence[_Renamed]) -> tuple[str, tuple[str, ...], bool]:
-    """The tensor of the model's own code that a tensor of diffusers belongs to, its parts, and whether it is turned."""
+def _found(name: str, table: Sequence[_Renamed]) -> tuple[str, tuple[str, ...], bool] | None:
+    """The tensor of the model's own code that a tensor of diffusers belongs to, its parts, and whether it is turned.
+
+    None if that is not known.
+    """
     for renamed in table:
         for part in renamed.parts:
             found = _pattern(part).fullmatch(name)
@@ -194,7 +216,7 @@ def _found(name: str, table: Sequence[_Renamed]) -> tuple[str, tuple[str, ...], 
                 *block, rest = found.groups()
                 parts = tuple(other.format(*block) + rest for other in renamed.parts)
                 return renamed.original.format(*block) + rest, parts, renamed.is_turned
-    return name, (name,), False
+    return None
 
 
 @cache

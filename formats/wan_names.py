@@ -43,6 +43,8 @@ IN_BLOCK = {
     "cross_attn.norm_k_img": "attn2.norm_added_k",
     "cross_attn": "attn2",
 }
+# The same in both.
+UNCHANGED = "patch_embedding."
 # What diffusers' conversion of single files would drop: names in neither table, and one that it lacks.
 LOST_BY_DIFFUSERS = ("condition_embedder.", "img_emb.emb_pos")
 BLOCK = re.compile(r"(\w*blocks\.\d+)\.(.+)")
@@ -59,10 +61,11 @@ def diffusers_name(name: str) -> str:
 
 
 def original_name(name: str) -> str | None:
-    """What Wan's own code calls a tensor; None for one whose original name diffusers' conversion does not know."""
+    """What Wan's own code calls a tensor; None where that is not known, or not to diffusers' conversion."""
     original = _translated(name, *({theirs: ours for ours, theirs in table.items()} for table in (OUTSIDE, IN_BLOCK)))
-    is_known = not original.startswith(LOST_BY_DIFFUSERS) and diffusers_name(original) == name
-    return original if is_known else None
+    is_known = original != name or name.startswith(UNCHANGED)
+    is_read_back = not original.startswith(LOST_BY_DIFFUSERS) and diffusers_name(original) == name
+    return original if is_known and is_read_back else None
 
 
 def _translated(name: str, outside: Mapping[str, str], in_block: Mapping[str, str]) -> str:

@@ -32,6 +32,8 @@ from omni_convert.convert.recipe import Recipe
 from omni_convert.formats.checkpoint import Checkpoint
 from omni_convert.formats.errors import RecipeError
 from omni_convert.formats.gguf_runtimes import architecture_of
+from omni_convert.formats.original_names import original_runs
+from omni_convert.formats.tensor_spec import TensorSpec
 from omni_convert.formats.tensor_writer import bytes_of
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -296,9 +298,31 @@ def test_models_whose_original_names_nobody_knows_keep_those_of_diffusers(tmp_pa
     save_file({"transformer_blocks.0.ff.weight": torch.zeros(4, 64)}, tmp_path / WEIGHTS)
     config = {"_class_name": "GlmImageTransformer2DModel"}
     with Checkpoint.open(tmp_path / WEIGHTS) as checkpoint:
-        assert "are not known here" in choose_names(checkpoint, config, Recipe("gguf")).note
+        assert "are not all known here" in choose_names(checkpoint, config, Recipe("gguf")).note
         with pytest.raises(RecipeError, match="expected --gguf-names diffusers"):
             choose_names(checkpoint, config, Recipe("gguf", gguf_names="original"))
+
+
+@pytest.mark.parametrize(
+    ("model_class", "config"),
+    [
+        (ZImageTransformer2DModel, {"all_patch_size": (2, 1), "all_f_patch_size": (1, 1)}),
+        (LTXVideoTransformer3DModel, {"norm_elementwise_affine": True}),
+    ],
+)
+def test_a_model_with_a_tensor_whose_original_name_nobody_knows_keeps_those_of_diffusers(
+    model_class: Any, config: dict[str, Any], tmp_path: Path
+) -> None:
+    with Checkpoint.open(hollow_checkpoint(model_class, config, tmp_path)) as checkpoint:
+        names = choose_names(checkpoint, {"_class_name": model_class.__name__, **config}, Recipe("gguf"))
+        assert names.note.startswith("diffusers' names, since")
+        assert names.checkpoint.keys() == checkpoint.keys()
+
+
+@pytest.mark.parametrize("kind", ["FluxTransformer2DModel", "ZImageTransformer2DModel", "WanTransformer3DModel"])
+def test_no_class_has_an_original_name_for_what_it_does_not_know(kind: str) -> None:
+    stray = TensorSpec("nobody.knows.weight", torch.bfloat16, (4, 4))
+    assert original_runs(kind, {stray.name: stray}) is None
 
 
 def test_wan_keeps_diffusers_names_where_its_conversion_would_lose_a_tensor(tmp_path: Path) -> None:
