@@ -11,7 +11,6 @@ import torch
 
 from omni_convert.formats.dialect import Found
 from omni_convert.formats.dialects import omni_convert, transformers, vllm_omni
-from omni_convert.formats.dialects.vllm_omni import SPELLINGS
 from omni_convert.formats.errors import OmniConvertError
 from omni_convert.formats.finding import Finding
 from omni_convert.formats.format import Format
@@ -68,7 +67,7 @@ def check_block(reading: LenientReading, config: Mapping[str, Any]) -> Iterator[
     method = str(block.get("quant_method", ""))
     if dialect == "vllm-omni":
         yield from _vllm_omni(reading)
-    elif method in SPELLINGS and not (dialect == "transformers" and _has_inverse_scales(reading.found)):
+    elif vllm_omni.serialized_flag(method) and not (dialect == "transformers" and _has_inverse_scales(reading.found)):
         yield _no_flag(method)
     elif block and dialect in (None, "bfl", "lightx2v"):
         yield Finding(
@@ -106,7 +105,7 @@ def _has_inverse_scales(found: Found) -> bool:
 
 def _no_flag(method: str) -> Finding:
     return Finding(
-        "error", "no-serialized-flag", "", f"found {method} without {SPELLINGS[method].flag}: true",
+        "error", "no-serialized-flag", "", f"found {method} without {vllm_omni.serialized_flag(method)}: true",
         f"{VLLM_OMNI}: quantizes online, that is, takes the codes for weights and quantizes them again", FIX_BLOCK,
     )  # fmt: skip
 
@@ -127,15 +126,15 @@ def _vllm_omni(reading: LenientReading) -> Iterator[Finding]:
     if block.get("quant_method") == OUR_METHOD:
         block["quant_method"] = block.pop("method", None)
     method = block.get("quant_method")
-    if not isinstance(method, str) or method not in SPELLINGS:
+    flag = vllm_omni.serialized_flag(method) if isinstance(method, str) else None
+    if not isinstance(method, str) or flag is None:
         if method == vllm_omni.MODELOPT:
             return
         yield Finding("error", "bad-block", "", f"found method {str(method)[:40]!r}", VLLM_OMNI, FIX_BLOCK)
         return
-    spelling = SPELLINGS[method]
-    known = ("quant_method", spelling.flag, *spelling.keys, *spelling.idle)
+    known = vllm_omni.known_keys(method)
     yield from _unknown_keys(block, known, "error", VLLM_OMNI)
-    if block.get(spelling.flag) is not True:
+    if block.get(flag) is not True:
         yield _no_flag(method)
         return
     try:

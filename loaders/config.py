@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from omni_convert.formats.dialects.auto_round import AUTO_ROUND_METHODS
-from omni_convert.formats.dialects.vllm_omni import SPELLINGS
+from omni_convert.formats.dialects.vllm_omni import meant_options
 from omni_convert.formats.errors import CheckpointError, RecipeError
 from omni_convert.formats.quantization_config import ACTIVATION_SCHEMES, QuantizationConfig, check_group_size
 from omni_convert.formats.table import LOADABLE
@@ -30,8 +30,6 @@ DEFAULT_COMPONENT = "default"
 IGNORED_ALIAS = "modules_to_not_convert"
 # Normalised names under which vLLM-Omni has one builder.
 AUTO_ROUND_ALIASES = ("inc", *(method.replace("-", "_") for method in AUTO_ROUND_METHODS))
-# Of mxfp4_dualscale, quantized while loading.
-LEADING_BLOCKS = "num_bf16_fallback_layers"
 
 
 class QuantConfigValueError(RecipeError, ValueError):
@@ -206,17 +204,10 @@ def _meant_options(method: str, options: Mapping[str, Any]) -> dict[str, Any]:
         QuantConfigValueError: one of these asks for something that we do not have.
         QuantConfigTypeError: names of layers are no list.
     """
-    meant = dict(options)
-    spelling = SPELLINGS.get(method)
-    if spelling is not None:
-        is_stored = meant.pop(spelling.flag, False) is True  # which a checkpoint shows; blocks copied from one say it
-        for key, is_idle in spelling.idle.items():
-            value = meant.pop(key, None)
-            if value is not None and not (is_idle(value) and (is_stored or key != LEADING_BLOCKS or value == 0)):
-                remedy = "name the blocks in ignored_layers" if key == LEADING_BLOCKS else "leave it out"
-                raise QuantConfigValueError(
-                    f"quantization: found {key} {value!r:.40}, which the runtime has and this loader has not; {remedy}"
-                )
+    try:
+        meant = meant_options(method, options)
+    except RecipeError as error:
+        raise QuantConfigValueError(f"quantization: {error}") from None
     ignored = meant.pop("ignored_layers", None) or meant.pop(IGNORED_ALIAS, None) or ()
     meant.pop(IGNORED_ALIAS, None)
     if not isinstance(ignored, list | tuple) or not all(isinstance(pattern, str) for pattern in ignored):

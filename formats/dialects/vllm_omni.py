@@ -45,7 +45,17 @@ from omni_convert.formats.quantization_config import ACTIVATION_SCHEMES, MIXED, 
 from omni_convert.formats.read_formats import Scaled
 from omni_convert.formats.table import layer_formats
 
-__all__ = ["MODELOPT", "VLLM_OMNI", "config_of", "from_block", "ignored_names", "to_block"]
+__all__ = [
+    "MODELOPT",
+    "VLLM_OMNI",
+    "config_of",
+    "from_block",
+    "ignored_names",
+    "known_keys",
+    "meant_options",
+    "serialized_flag",
+    "to_block",
+]
 
 
 @dataclass(frozen=True)
@@ -56,18 +66,21 @@ class _Spelling:
         flag: the key that says that the weights are stored quantized
         keys: the other keys that carry meaning
         idle: keys of the constructor that we never write, and the values with which they mean nothing to a loader
+        online: those of `idle` that quantization while loading looks at, where 0 alone means nothing, and what to say
+            instead
     """
 
     flag: str
     keys: tuple[str, ...] = ("ignored_layers",)
     idle: Mapping[str, Callable[[Any], bool]] = field(default_factory=dict)
+    online: Mapping[str, str] = field(default_factory=dict)
 
 
 def _is_empty(value: Any) -> bool:
     return value is None or value == []
 
 
-SPELLINGS = {
+_SPELLINGS = {
     "fp8": _Spelling(
         "is_checkpoint_fp8_serialized",
         ("activation_scheme", "weight_block_size", "ignored_layers"),
@@ -87,15 +100,47 @@ SPELLINGS = {
     "mxfp4_dualscale": _Spelling(
         "is_checkpoint_serialized",
         idle={
-            "num_bf16_fallback_layers": lambda value: type(value) is int,  # only online quantization looks at it
+            "num_bf16_fallback_layers": lambda value: type(value) is int,
             "w4a8_fallback_steps": _is_empty,
             "w4a8_fallback_layers": _is_empty,
         },
+        online={"num_bf16_fallback_layers": "name the blocks in ignored_layers"},
     ),
     "fp8_storage": _Spelling("is_checkpoint_fp8_storage_serialized"),
 }
 # vLLM-Omni reads W4A16 as AutoRound spells it.
-assert {*SPELLINGS, "nvfp4", "w4a16", "gguf"} == {*ACTIVATION_SCHEMES}
+assert {*_SPELLINGS, "nvfp4", "w4a16", "gguf"} == {*ACTIVATION_SCHEMES}
+
+
+def serialized_flag(method: str) -> str | None:
+    """The key that says that weights are stored quantized; None for a method that is spelled in another way."""
+    return _SPELLINGS[method].flag if method in _SPELLINGS else None
+
+
+def known_keys(method: str) -> tuple[str, ...]:
+    """Every key that the runtime takes in the block of a method that has a `serialized_flag`."""
+    spelling = _SPELLINGS[method]
+    return ("quant_method", spelling.flag, *spelling.keys, *spelling.idle)
+
+
+def meant_options(method: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options for quantizing while loading, without those that the runtime takes and that mean nothing here.
+
+    Raises:
+        RecipeError: one of these asks for something that our loader does not have.
+    """
+    meant = dict(options)
+    spelling = _SPELLINGS.get(method)
+    if spelling is None:
+        return meant
+    is_stored = meant.pop(spelling.flag, False) is True  # which a checkpoint shows; blocks copied from one say it
+    for key, is_idle in spelling.idle.items():
+        value = meant.pop(key, None)
+        counts = key in spelling.online and not is_stored
+        if value is not None and not (is_idle(value) and (not counts or value == 0)):
+            remedy = spelling.online.get(key, "leave it out")
+            raise RecipeError(f"found {key} {value!r:.40}, which the runtime has and this loader has not; {remedy}")
+    return meant
 
 
 def ignored_names(groups: Iterable[LayerGroup]) -> list[str]:
@@ -107,7 +152,7 @@ def to_block(config: QuantizationConfig) -> dict[str, Any]:
     """The block for `config.json`: exactly the keys that the runtime knows, and always the serialized flag."""
     if config.method in ("nvfp4", MIXED) or config.per_channel:
         return to_modelopt(config)
-    spelling = SPELLINGS[config.method]
+    spelling = _SPELLINGS[config.method]
     values = {
         "activation_scheme": config.activation_scheme,
         "require_smooth_scale": config.require_smooth_scale,
@@ -145,7 +190,7 @@ def _method_of(block: Mapping[str, Any], where: str) -> str:
         found = "both quant_method and method" if named else "no quant_method"
         raise CheckpointError(f"{where}: found {found} in quantization_config, expected quant_method alone")
     method = named[0]
-    known = [*SPELLINGS, MODELOPT]
+    known = [*_SPELLINGS, MODELOPT]
     if not isinstance(method, str) or method not in known:
         near = difflib.get_close_matches(str(method)[:64], known, n=1)
         hint = f"; did you mean '{near[0]}'?" if near else ""
@@ -154,7 +199,7 @@ def _method_of(block: Mapping[str, Any], where: str) -> str:
 
 
 def _from_keywords(method: str, block: Mapping[str, Any], where: str) -> QuantizationConfig:
-    spelling = SPELLINGS[method]
+    spelling = _SPELLINGS[method]
     _check_keys(method, spelling, block, where)
     if block.get(spelling.flag) is not True:
         found = f"{spelling.flag} {shown(block[spelling.flag])}" if spelling.flag in block else f"no {spelling.flag}"
@@ -175,7 +220,7 @@ def _from_keywords(method: str, block: Mapping[str, Any], where: str) -> Quantiz
 
 
 def _check_keys(method: str, spelling: _Spelling, block: Mapping[str, Any], where: str) -> None:
-    known = {"quant_method", "method", spelling.flag, *spelling.keys, *spelling.idle}
+    known = {"method", *known_keys(method)}
     for key in block:
         if key not in known:
             near = difflib.get_close_matches(str(key)[:64], [spelling.flag, *spelling.keys], n=1)
@@ -213,7 +258,7 @@ class VllmOmni(Dialect):
 
     def recognises(self, found: Found) -> bool:
         method = found.quant_method
-        return method == "omni_convert" or (method in SPELLINGS and SPELLINGS[method].flag in found.block)
+        return method == "omni_convert" or (method in _SPELLINGS and _SPELLINGS[method].flag in found.block)
 
     def stored_layers(self, found: Found) -> Iterator[StoredLayer]:
         method = str(found.block.get("method", found.quant_method))
