@@ -12,6 +12,7 @@ from omni_convert.formats.errors import RecipeError
 from omni_convert.formats.family import LayerGroup, find_family
 from omni_convert.formats.gguf import DEFAULT_TYPE, Gguf
 from omni_convert.formats.layer_pattern import matches
+from omni_convert.formats.leaf import WEIGHT
 from omni_convert.formats.tensor_spec import TensorSpec
 
 __all__ = ["choose_gguf"]
@@ -19,7 +20,6 @@ __all__ = ["choose_gguf"]
 GENERIC = find_family("")  # linears in blocks: what ComfyUI-GGUF keeps of any family is outside of them
 # Architecture → layers in blocks that ComfyUI-GGUF's quantizer keeps, too.
 KEPT = {"lumina2": ("noise_refiner", "context_refiner"), "hidream": ("gate",), "wan": ("condition_embedder",)}
-LEAF = ".weight"
 STORABLE_BYTES = 2  # what is narrower is no plain float
 # ComfyUI-GGUF reads these in float32, whatever the type of the rest.
 SMALL_ELEMENTS = 1024
@@ -49,13 +49,13 @@ def choose_gguf(
     chosen: list[LayerGroup] = []
     kept: list[tuple[LayerGroup, str]] = []
     for stem, parts in layers.items():
-        if not all(part in quantizable and _is_plain(checkpoint[f"{part}.weight"]) for part in parts):
+        if not all(part in quantizable and _is_plain(checkpoint[f"{part}{WEIGHT}"]) for part in parts):
             continue
         group = LayerGroup(stem, (stem,), is_fused=False)
         pattern = next((p for p in recipe.ignored_layers if any(matches(p, name) for name in (stem, *parts))), None)
         reason = f"ignored by '{pattern}'" if pattern is not None else None
         for part in parts:
-            reason = reason or _reason_to_keep(checkpoint[f"{part}.weight"], fmt, architecture)
+            reason = reason or _reason_to_keep(checkpoint[f"{part}{WEIGHT}"], fmt, architecture)
         if reason is None:
             chosen.append(group)
         else:
@@ -68,9 +68,9 @@ def choose_gguf(
 def _layers(names: GgufNames) -> dict[str, list[str]]:
     """Every layer of the file, and those of diffusers that it consists of."""
     return {
-        name.removesuffix(LEAF): list(dict.fromkeys(run.source.removesuffix(LEAF) for run in runs))
+        name.removesuffix(WEIGHT): list(dict.fromkeys(run.source.removesuffix(WEIGHT) for run in runs))
         for name, runs in names.runs.items()
-        if name.endswith(LEAF)
+        if name.endswith(WEIGHT)
     }
 
 
@@ -82,6 +82,6 @@ def _reason_to_keep(spec: TensorSpec, fmt: Gguf, architecture: str) -> str | Non
     reason = fmt.unsupported(*spec.shape)
     if reason is not None:
         return reason
-    if any(matches(part, spec.name.removesuffix(LEAF)) for part in KEPT.get(architecture, ())):
+    if any(matches(part, spec.name.removesuffix(WEIGHT)) for part in KEPT.get(architecture, ())):
         return f"kept by ComfyUI-GGUF's quantizer for {architecture}"
     return f"has {SMALL_ELEMENTS} elements or less" if spec.elements <= SMALL_ELEMENTS else None

@@ -18,7 +18,8 @@ import torch
 
 from omni_convert.convert.component_weights import model_class
 from omni_convert.formats.finding import Finding
-from omni_convert.formats.lenient import COMPANIONS, LenientReading
+from omni_convert.formats.leaf import COMPANIONS
+from omni_convert.formats.lenient import LenientReading
 
 __all__ = ["check_names"]
 

@@ -16,13 +16,12 @@ from omni_convert.formats.dialect import StoredLayer
 from omni_convert.formats.errors import CheckpointError
 from omni_convert.formats.format import TensorLayout
 from omni_convert.formats.gathered import Run, gathered_view
+from omni_convert.formats.leaf import WEIGHT
 from omni_convert.formats.quantized import QuantizedCheckpoint, QuantizedLayer
 from omni_convert.formats.tensor_spec import TensorSpec
 from omni_convert.formats.view import CheckpointView, ViewedTensor, dequantized_view
 
 __all__ = ["gathered_layers"]
-
-WEIGHT = ".weight"
 
 
 @dataclass(frozen=True)

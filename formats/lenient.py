@@ -15,37 +15,13 @@ from omni_convert.formats.dialects.gguf import GGUF
 from omni_convert.formats.errors import CheckpointError
 from omni_convert.formats.finding import Finding
 from omni_convert.formats.layer_check import check_layer
+from omni_convert.formats.leaf import CODES, COMPANIONS, LOW_BIT
 from omni_convert.formats.quantized import QuantizedCheckpoint, QuantizedLayer, find_dialect
 from omni_convert.formats.runtimes import CONSUMERS
 from omni_convert.formats.tensor_spec import DTYPE_NAMES, TensorSpec
 
-__all__ = ["CODES", "COMPANIONS", "LOW_BIT", "LenientReading", "read_leniently"]
+__all__ = ["LenientReading", "read_leniently"]
 
-#: Leaves of names that only make sense beside codes.
-COMPANIONS = (
-    "weight_scale",
-    "weight_scale_inv",
-    "weight_scale_2",
-    "weight_dual_scale",
-    "weight_global_scale",
-    "weight_zero_point",
-    "weight_offset",
-    "weight_shape",
-    "mul_scale",
-    "pre_quant_scale",
-    "input_scale",
-    "input_global_scale",
-    "activation_scale",
-    "scale_weight",
-    "scale_input",
-    "scales",
-    "qzeros",
-    "g_idx",
-    "comfy_quant",
-)
-#: Leaves of names of codes.
-CODES = ("weight", "weight_packed", "qweight")
-LOW_BIT = (torch.float8_e4m3fn, torch.float8_e5m2, torch.int8, torch.uint8, torch.int32)
 # What a whole file is marked with; every part of it needs it to be read.
 GLOBAL_LEAF = "scaled_fp8"
 HEADER_MARKS = "_quantization_metadata"

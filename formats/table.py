@@ -14,6 +14,7 @@ from omni_convert.formats.fp8_storage import Fp8Storage
 from omni_convert.formats.gguf import DEFAULT_TYPE, Gguf
 from omni_convert.formats.int4 import DEFAULT_GROUP, Int4
 from omni_convert.formats.int8 import Int8
+from omni_convert.formats.leaf import CANONICAL_COMPANIONS
 from omni_convert.formats.mxfp4 import Mxfp4
 from omni_convert.formats.mxfp4_dualscale import Mxfp4DualScale
 from omni_convert.formats.mxfp8 import Mxfp8
@@ -39,8 +40,6 @@ class FormatOptions:
     gguf_type: str | None = None
 
 
-#: Tensors that stand beside a quantized `weight`.
-COMPANIONS = ("weight_scale", "weight_scale_inv", "weight_scale_2", "weight_dual_scale", "mul_scale", "input_scale")
 # Rows or columns of a block of FP8, the likely ones first.
 BLOCK_SIZES = (128, 64, 32, 16, 256, 512, 1024)
 
@@ -130,7 +129,9 @@ def layer_formats(specs: Mapping[str, TensorSpec], method: str | None = None) ->
     for name, spec in specs.items():
         stem, _, leaf = name.rpartition(".")
         if leaf == "weight" and (len(spec.shape) == 2 or (method == Fp8Storage.method and len(spec.shape) > 2)):
-            suffixes = {suffix: specs[f"{stem}.{suffix}"] for suffix in COMPANIONS if f"{stem}.{suffix}" in specs}
+            suffixes = {
+                suffix: specs[f"{stem}.{suffix}"] for suffix in CANONICAL_COMPANIONS if f"{stem}.{suffix}" in specs
+            }
             found = _layer_format(spec, suffixes, method)
             if found is not None:
                 formats[stem] = found

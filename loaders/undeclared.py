@@ -7,7 +7,7 @@ from pathlib import Path
 
 from omni_convert.formats.errors import CheckpointError
 from omni_convert.formats.json_file import read_json
-from omni_convert.formats.lenient import CODES, COMPANIONS, LOW_BIT
+from omni_convert.formats.leaf import CODES, COMPANIONS, LOW_BIT
 from omni_convert.formats.tensor_spec import DTYPE_NAMES, TensorSpec
 from omni_convert.loaders.checkpoint_headers import read_headers
 

@@ -15,14 +15,13 @@ from omni_convert.formats.checkpoint import Checkpoint
 from omni_convert.formats.component import GGUF_SUFFIX
 from omni_convert.formats.dialect import Dialect, Found, StoredLayer
 from omni_convert.formats.errors import CheckpointError
+from omni_convert.formats.leaf import WEIGHT
 
 if TYPE_CHECKING:  # the gguf package is slow to import, and few need it
     from omni_convert.formats.gguf_file import GgufReader
     from omni_convert.formats.gguf_header import GgufEntry
 
 __all__ = ["GGUF", "gguf_file_of"]
-
-LEAF = ".weight"
 
 
 class Gguf(Dialect):
@@ -54,13 +53,13 @@ def _stored_layer(entry: GgufEntry, found: Found) -> StoredLayer:
             f"{where}: found type {entry.type.name}, expected one that the gguf package dequantizes; convert the "
             "original again"
         )
-    if not entry.name.endswith(LEAF):
+    if not entry.name.endswith(WEIGHT):
         raise CheckpointError(
-            f"{where}: found {entry.type.name}, expected blocks in a tensor called NAME{LEAF} only; convert the "
+            f"{where}: found {entry.type.name}, expected blocks in a tensor called NAME{WEIGHT} only; convert the "
             "original again"
         )
     shape = (entry.shape[0], math.prod(entry.shape[1:]))
-    return StoredLayer(entry.name.removesuffix(LEAF), StoredGguf(entry.type.name, entry.shape), shape)
+    return StoredLayer(entry.name.removesuffix(WEIGHT), StoredGguf(entry.type.name, entry.shape), shape)
 
 
 def gguf_file_of(checkpoint: Checkpoint) -> GgufReader | None:
