@@ -15,13 +15,13 @@ from omni_convert.formats.layer_pattern import matches
 from omni_convert.formats.leaf import WEIGHT
 from omni_convert.formats.tensor_spec import TensorSpec
 
-__all__ = ["choose_gguf"]
+__all__ = ["SMALL_ELEMENTS", "choose_gguf"]
 
 GENERIC = find_family("")  # linears in blocks: what ComfyUI-GGUF keeps of any family is outside of them
 # Architecture → layers in blocks that ComfyUI-GGUF's quantizer keeps, too.
 KEPT = {"lumina2": ("noise_refiner", "context_refiner"), "hidream": ("gate",), "wan": ("condition_embedder",)}
 STORABLE_BYTES = 2  # what is narrower is no plain float
-# ComfyUI-GGUF reads these in float32, whatever the type of the rest.
+#: ComfyUI-GGUF wants tensors of so many elements or fewer in float32, whatever the type of the rest.
 SMALL_ELEMENTS = 1024
 
 

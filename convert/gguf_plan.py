@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
+
+import torch
 
 from omni_convert.convert.component_plan import ComponentPlan, replace_config
 from omni_convert.convert.component_weights import model_class
-from omni_convert.convert.gguf_layers import choose_gguf
+from omni_convert.convert.gguf_layers import SMALL_ELEMENTS, choose_gguf
 from omni_convert.convert.gguf_names import choose_names
 from omni_convert.convert.quantizing import requantizing_notes
 from omni_convert.convert.recipe import Recipe
 from omni_convert.convert.selection import format_for
 from omni_convert.convert.source_component import SourceComponent
 from omni_convert.convert.steps import KeptLayer, QuantizeStep, ordered_steps, outputs
+from omni_convert.formats.checkpoint import Checkpoint
 from omni_convert.formats.dialect import WrittenSpelling
 from omni_convert.formats.errors import RecipeError
+from omni_convert.formats.family import LayerGroup
 from omni_convert.formats.gguf import Gguf
 from omni_convert.formats.gguf_runtimes import architecture_of
 from omni_convert.formats.sharding import Shards
@@ -29,6 +34,9 @@ HOW_TO_LOAD = (
 
 def plan_gguf(component: SourceComponent, recipe: Recipe) -> ComponentPlan:
     """Decides what every tensor becomes: linears in blocks the type asked for, the rest float32, which all read.
+
+    Linears in blocks that are kept for ComfyUI-GGUF stay BF16 or FP16, as its own quantizer leaves them: they may be a
+    good part of the model. Other weights may not: diffusers reads BF16 of linear layers alone.
 
     Raises:
         CheckpointError: the model is quantized in a way that nobody here reads.
@@ -51,7 +59,8 @@ def plan_gguf(component: SourceComponent, recipe: Recipe) -> ComponentPlan:
         fmt = format_for(Gguf.method, recipe, group, weights, calibrated=False)
         (stem,) = group.members
         steps[stem] = QuantizeStep(group, fmt, None, (weights[f"{stem}.weight"],), (WrittenSpelling(),))
-    ordered = tuple(ordered_steps(weights, steps, replace(recipe, dtype="float32")))
+    halves = [name for group, _ in kept for name in _halves(weights, group)]
+    ordered = tuple(ordered_steps(weights, steps, replace(recipe, dtype="float32"), halves))
     kind = next(iter(steps.values())).format
     assert isinstance(kind, Gguf)
     shapes = {weight.name: weight.shape for step in steps.values() for weight in step.weights}
@@ -69,3 +78,11 @@ def plan_gguf(component: SourceComponent, recipe: Recipe) -> ComponentPlan:
         Shards({f"{component.source.short_name}-{kind.type}.gguf": outputs(ordered)}, None, "", {}, content),
         notes=(*requantizing_notes(component, Gguf.method), note),
     )
+
+
+def _halves(weights: Checkpoint, group: LayerGroup) -> Iterator[str]:
+    """Weights of a layer that GGUF need not widen."""
+    for stem in group.members:
+        spec = weights[f"{stem}.weight"]
+        if spec.dtype in (torch.bfloat16, torch.float16) and spec.elements > SMALL_ELEMENTS:
+            yield spec.name

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -82,11 +82,14 @@ def outputs(steps: Sequence[Step]) -> list[TensorSpec]:
     return [spec for step in steps for spec in step.outputs()]
 
 
-def ordered_steps(checkpoint: Checkpoint, steps: Mapping[str, QuantizeStep], recipe: Recipe) -> Iterator[Step]:
+def ordered_steps(
+    checkpoint: Checkpoint, steps: Mapping[str, QuantizeStep], recipe: Recipe, as_they_are: Collection[str] = ()
+) -> Iterator[Step]:
     """Steps in the order in which the source holds the tensors, a group where its first member is.
 
     Args:
         steps: by the first member of their group; all other tensors are copied
+        as_they_are: tensors whose dtype stays, whatever the recipe says of others
     """
     quantized = {weight.name for step in steps.values() for weight in step.weights}
     for name, spec in checkpoint.items():
@@ -95,7 +98,7 @@ def ordered_steps(checkpoint: Checkpoint, steps: Mapping[str, QuantizeStep], rec
             if step is not None:
                 yield step
         else:
-            yield CopyStep(spec, dtype_of_copy(spec, checkpoint, recipe))
+            yield CopyStep(spec, spec.dtype if name in as_they_are else dtype_of_copy(spec, checkpoint, recipe))
 
 
 def dtype_of_copy(spec: TensorSpec, checkpoint: Checkpoint, recipe: Recipe) -> torch.dtype:

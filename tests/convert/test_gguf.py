@@ -130,7 +130,9 @@ def test_a_pipeline_keeps_all_but_the_weights_of_its_transformer(tiny_pipeline_f
     ]
     assert configs[0] == configs[1]
     kinds = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(file).tensors}
-    assert {kind for tensor, kind in kinds.items() if "refiner" in tensor} == {"F32"}
+    refiners = {name: kind for name, kind in kinds.items() if "refiner" in name}
+    assert {kind for name, kind in refiners.items() if "feed_forward" in name} == {"BF16"}  # as in the source
+    assert {kind for name, kind in refiners.items() if "norm" in name} == {"F32"}
     assert kinds["layers.0.feed_forward.w1.weight"] == "Q8_0"
     assert [path.name for path in (tmp_path / "out/transformer").iterdir() if path.suffix == ".safetensors"] == []
     assert (tmp_path / "out/model_index.json").read_bytes() == (tiny_pipeline_folder / "model_index.json").read_bytes()
@@ -157,12 +159,13 @@ def test_an_interrupted_conversion_goes_on_and_gives_the_same_file(flux_folder: 
     assert (tmp_path / "out" / whole.name).read_bytes() == whole.read_bytes()
 
 
-def test_ignored_layers_stay_in_float32(flux_folder: Path, tmp_path: Path) -> None:
+def test_ignored_layers_stay_as_they_are(flux_folder: Path, tmp_path: Path) -> None:
     recipe = Recipe(method="gguf", ignored_layers=("single_transformer_blocks",), device="cpu")
     convert_checkpoint(str(flux_folder), tmp_path / "out", recipe)
     (file,) = (tmp_path / "out").glob("*.gguf")
     kinds = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(file).tensors}
-    assert kinds["single_transformer_blocks.0.proj_mlp.weight"] == "F32"
+    assert kinds["single_transformer_blocks.0.proj_mlp.weight"] == "BF16"
+    assert kinds["single_transformer_blocks.0.proj_mlp.bias"] == kinds["x_embedder.weight"] == "F32"
     assert kinds["transformer_blocks.0.attn.to_q.weight"] == "Q8_0"
 
 

@@ -213,7 +213,7 @@ def test_rows_of_a_joined_weight_are_those_of_its_parts_bit_for_bit(z_image_fold
     assert joined.tensor_type.name == "Q5_0"
     assert joined.data.tobytes() == gguf.quants.quantize(parts.float().numpy(), joined.tensor_type).tobytes()
     assert found["x_pad_token"].tensor_type.name == "F32"
-    assert found["noise_refiner.0.attention.qkv.weight"].tensor_type.name == "F32"
+    assert found["noise_refiner.0.attention.qkv.weight"].tensor_type.name == "BF16"
     assert found["final_layer.linear.weight"].data.tobytes() == (
         original["all_final_layer.2-1.linear.weight"].float().numpy().tobytes()
     )
@@ -256,7 +256,7 @@ def test_a_layer_stays_as_it_is_with_those_that_it_is_joined_with(z_image_folder
     assert kept["layers.1.attention.qkv"] == "ignored by 'layers.1.attention.qkv'"
     (file,) = (tmp_path / "out").glob("*.gguf")
     kinds = {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(file).tensors}
-    assert kinds["layers.0.attention.qkv.weight"] == kinds["layers.1.attention.qkv.weight"] == "F32"
+    assert kinds["layers.0.attention.qkv.weight"] == kinds["layers.1.attention.qkv.weight"] == "BF16"
     assert kinds["layers.0.attention.out.weight"] == "Q8_0"
     with pytest.raises(RecipeError, match="'no_such_layer' matches no layer"):
         convert_checkpoint(z_image_folder, tmp_path / "none", Recipe("gguf", ignored_layers=("no_such_layer",)))
