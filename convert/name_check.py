@@ -9,14 +9,16 @@ from __future__ import annotations
 import inspect
 import re
 import warnings
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch.nn.modules.module import register_module_module_registration_hook
 
 from omni_convert.convert.component_weights import model_class
+from omni_convert.convert.original_names import has_original_files
 from omni_convert.formats.finding import Finding
 from omni_convert.formats.leaf import COMPANIONS
 from omni_convert.formats.lenient import LenientReading
@@ -25,6 +27,10 @@ __all__ = ["check_names"]
 
 # Of layers and blocks: a config with more was not made by anybody who has such a model.
 LARGEST_COUNT = 1000
+# Ten times those of the largest model; so many are built within seconds, whatever a config asks for.
+MOST_MODULES = 50_000
+# Findings of each kind; the last tells how many more there are.
+MOST_FINDINGS = 20
 COUNT = re.compile(r"layers|blocks|depth|num_.*layer")
 #: Names that libraries translate while they load: of attention in old VAEs of diffusers.
 TRANSLATED = re.compile(r"\.(query|key|value|proj_attn)\.(weight|bias)$")
@@ -39,11 +45,13 @@ class _Expected:
     Attributes:
         parameters: that its files hold, each once
         names: of everything in its state
+        ties: names of one tensor each, of which a file need have only one
         optional: patterns of names that may be missing or left over
     """
 
     parameters: Collection[str]
     names: Collection[str]
+    ties: tuple[frozenset[str], ...]
     optional: tuple[str, ...]
     is_of_diffusers: bool
 
@@ -54,32 +62,44 @@ def check_names(reading: LenientReading, config: Mapping[str, Any]) -> Iterator[
     Args:
         config: of the component; {} if there is none
     """
+    if reading.found.block and reading.quantized.dialect is None:
+        return  # its tool may have any names
     kept = [name for name in reading.quantized.kept if name.rpartition(".")[2] not in COMPANIONS]
     found = {*kept, *(f"{stem}.weight" for stem in reading.shapes)}
     expected = _expected(config)
     if expected is None or 2 * len(found & {*expected.names}) < len(found):
         return
     optional = re.compile("|".join(f"(?:{pattern})" for pattern in expected.optional) or r"(?!)")
+    tied = {name for group in expected.ties if group & found for name in group}
     damaged = {finding.layer for finding in reading.findings}
     missing = [
         name
         for name in expected.parameters
-        if name not in found and not optional.search(name) and not _is_of(name, damaged)
+        if name not in found and name not in tied and not optional.search(name) and not _is_of(name, damaged)
     ]
-    unknown = [name for name in kept if name not in expected.names and not optional.search(name)]
-    if missing and _may_be_translated(unknown, expected):
-        return
-    yield from (_missing(name, model_class(config)) for name in missing)
-    yield from (_unknown(name, model_class(config)) for name in unknown if not _is_of(name, damaged))
+    strange = [name for name in found if name not in expected.names and not optional.search(name)]
+    if missing and strange and (has_original_files(reading.found.checkpoint) or _is_translated(strange, expected)):
+        return  # what is missing may be there under a name that the library translates
+    unknown = [name for name in kept if name in {*strange} and not _is_of(name, damaged)]
+    yield from _first(missing, _missing, model_class(config))
+    yield from _first(unknown, _unknown, model_class(config))
+
+
+def _first(names: Sequence[str], finding: Callable[[str, str], Finding], class_name: str) -> Iterator[Finding]:
+    """A finding for each of the first names, the last of which tells of the others."""
+    found = [finding(name, class_name) for name in names[:MOST_FINDINGS]]
+    if len(names) > MOST_FINDINGS:
+        found[-1] = replace(found[-1], what=f"{found[-1].what}; so {len(names) - MOST_FINDINGS} more")
+    yield from found
 
 
 def _is_of(name: str, layers: Collection[str]) -> bool:
     return name in layers or name.rpartition(".")[0] in layers
 
 
-def _may_be_translated(unknown: Collection[str], expected: _Expected) -> bool:
-    """Whether what is missing may be there under a name that the library translates; transformers has many such."""
-    return bool(unknown) and (not expected.is_of_diffusers or any(map(TRANSLATED.search, unknown)))
+def _is_translated(strange: Iterable[str], expected: _Expected) -> bool:
+    """Whether the library may know these names; transformers translates many."""
+    return not expected.is_of_diffusers or any(map(TRANSLATED.search, strange))
 
 
 def _missing(name: str, class_name: str) -> Finding:
@@ -99,11 +119,12 @@ def _unknown(name: str, class_name: str) -> Finding:
 def _expected(config: Mapping[str, Any]) -> _Expected | None:
     """What the class of a config has; None if that cannot be told."""
     plain = {key: value for key, value in config.items() if key != "quantization_config"}
-    if not _is_plausible(plain):
+    is_of_diffusers = "_class_name" in plain
+    if not (is_of_diffusers or "model_type" in plain) or not _is_plausible(plain):
         return None
     try:
-        with _quietly(), torch.device("meta"):
-            model = _of_diffusers(plain) if "_class_name" in plain else _of_transformers(plain)
+        with _quietly(is_of_diffusers), _bounded(), torch.device("meta"):
+            model = _of_diffusers(plain) if is_of_diffusers else _of_transformers(plain)
     except FAILURES:
         return None
     if model is None:
@@ -113,17 +134,48 @@ def _expected(config: Mapping[str, Any]) -> _Expected | None:
     return _Expected(
         [name for name, _ in model.named_parameters()],
         model.state_dict().keys(),
+        tuple(_ties(model)),
         (*(pattern for group in patterns for pattern in group), *tied),
-        "_class_name" in plain,
+        is_of_diffusers,
     )
 
 
-def _is_plausible(settings: Any) -> bool:
-    """Whether a model of these settings is built in no time."""
-    if not isinstance(settings, Mapping):
-        return True
-    counts = (value for key, value in settings.items() if COUNT.search(str(key)) and isinstance(value, int))
-    return all(count <= LARGEST_COUNT for count in counts) and all(map(_is_plausible, settings.values()))
+def _ties(model: torch.nn.Module) -> Iterator[frozenset[str]]:
+    """Names of one parameter, whether it is shared already or the library shares it when it has loaded."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    yield from (frozenset(group) for group in names.values() if len(group) > 1)
+    later = getattr(model, "all_tied_weights_keys", None)
+    if isinstance(later, Mapping):
+        yield from (frozenset(pair) for pair in later.items())
+
+
+def _is_plausible(settings: Any, key: str = "") -> bool:
+    """Whether no count of layers is one that no model has."""
+    if isinstance(settings, Mapping):
+        return all(_is_plausible(value, str(inner)) for inner, value in settings.items())
+    if isinstance(settings, list):
+        return all(_is_plausible(value, key) for value in settings)
+    return not (isinstance(settings, int) and settings > LARGEST_COUNT and COUNT.search(key))
+
+
+@contextmanager
+def _bounded() -> Iterator[None]:
+    """Fails where more modules are built than any model has: counts that are plausible alone may multiply."""
+    built = 0
+
+    def count(*_: object) -> None:
+        nonlocal built
+        built += 1
+        if built > MOST_MODULES:
+            raise RuntimeError(f"found more than {MOST_MODULES} modules, expected a model")
+
+    hook = register_module_module_registration_hook(count)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def _of_diffusers(config: Mapping[str, Any]) -> torch.nn.Module | None:
@@ -150,18 +202,17 @@ def _of_transformers(config: Mapping[str, Any]) -> torch.nn.Module | None:
 
 
 @contextmanager
-def _quietly() -> Iterator[None]:
-    """Without what the libraries say about configs of other versions."""
-    from diffusers.utils import logging as of_diffusers
-    from transformers.utils import logging as of_transformers
-
-    levels = of_diffusers.get_verbosity(), of_transformers.get_verbosity()
-    of_diffusers.set_verbosity_error()
-    of_transformers.set_verbosity_error()
+def _quietly(is_of_diffusers: bool) -> Iterator[None]:
+    """Without what a library says about configs of other versions; the other is not imported, which takes seconds."""
+    if is_of_diffusers:
+        from diffusers.utils import logging
+    else:
+        from transformers.utils import logging
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of initialisations that do nothing on this device
             yield
     finally:
-        of_diffusers.set_verbosity(levels[0])
-        of_transformers.set_verbosity(levels[1])
+        logging.set_verbosity(level)

@@ -22,6 +22,7 @@ from omni_convert.formats.dialects.table import DIALECTS
 from omni_convert.formats.errors import CheckpointError, RecipeError, quoted
 from omni_convert.formats.family import Family, find_family
 from omni_convert.formats.json_file import read_json
+from omni_convert.formats.leaf import COMPANIONS
 from omni_convert.formats.quantized import QuantizedCheckpoint, read_quantized
 from omni_convert.formats.tensor_file import TensorFile
 from omni_convert.formats.tensor_spec import DTYPE_NAMES
@@ -100,9 +101,12 @@ class SourceComponent:
         """Raises CheckpointError if it is quantized in a way that nobody here reads, or a layer's scale is gone."""
         for name, spec in self.weights.items():
             if name.endswith(".weight") and len(spec.shape) == 2 and spec.dtype in INTEGER_CODES:
+                scales = [leaf for leaf in COMPANIONS if f"{name.removesuffix('weight')}{leaf}" in self.weights]
+                found = f"with {', '.join(scales)} and nothing that says what they are" if scales else "and no scale"
                 raise CheckpointError(
-                    f"{self.weights.path}: tensor {quoted(name)}: found {DTYPE_NAMES[spec.dtype]} codes and no scale, "
-                    "expected both; `omni-convert verify` tells what is wrong with the file"
+                    f"{self.weights.path}: tensor {quoted(name)}: found {DTYPE_NAMES[spec.dtype]} codes {found}, "
+                    f"expected {'a format' if scales else 'both'}; `omni-convert verify` tells what is wrong with the "
+                    "file"
                 )
         block = self.config.get("quantization_config") if self.has_config else None
         if block and not self.opened.layers:

@@ -11,6 +11,7 @@ with open_quantized("out/transformer") as quantized:
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -226,7 +227,9 @@ def _labels(folder: Path) -> dict[str, str]:
     descriptions = sorted(folder.glob(DESCRIPTIONS))
     if len(descriptions) != 1:
         return {}
-    return {name: label for name, label in _json(descriptions[0]).items() if isinstance(label, str)}
+    labels = _json(descriptions[0])
+    # One that is no text makes its tensor unreadable, and its reader says so.
+    return {name: label if isinstance(label, str) else reprlib.repr(label) for name, label in labels.items()}
 
 
 def _metadata(checkpoint: Checkpoint) -> dict[str, str]:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from omni_convert.formats.finding import Finding
 from omni_convert.formats.format import Format
+from omni_convert.formats.fp8 import Fp8Channel
 from omni_convert.formats.int4 import Int4
 from omni_convert.formats.int8 import Int8
 from omni_convert.formats.quantized import QuantizedLayer
@@ -82,7 +83,7 @@ def _width(fmt: Format, columns: int) -> int | None:
     """Columns that share a scale; None where a scale serves more than a row."""
     if isinstance(fmt, (Int4, Scaled)):
         return fmt.group or columns
-    return columns if isinstance(fmt, Int8) else block_of(fmt)
+    return columns if isinstance(fmt, (Int8, Fp8Channel)) else block_of(fmt)
 
 
 def _magnitudes(values: Tensor, width: int) -> Tensor:
@@ -105,7 +106,7 @@ def exchanged_scales(traces: Sequence[ScaleTrace], dialect: str) -> Iterator[Fin
         alike = [trace for trace in traces if trace.shape == shape]
         for own, other in _better_fits(alike):
             yield Finding(
-                "error", "exchanged-scales", own.layer.stored.name_of("weight_scale"),
+                "warning", "exchanged-scales", own.layer.stored.name_of("weight_scale"),
                 f"found scales that fit these codes worse than those of '{other.layer.stem}' do, which fit no better "
                 "where they are", f"{CONSUMERS[dialect]}: noise", "exchange them, or convert the model again",
             )  # fmt: skip

@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from omni_convert.formats.dialects.vllm_omni import from_block, ignored_names
+from omni_convert.formats.dialects.vllm_omni import MODELOPT, from_block, ignored_names
 from omni_convert.formats.errors import OmniConvertError
 from omni_convert.formats.family import Family, LayerGroup
 from omni_convert.formats.finding import Finding
@@ -51,7 +51,7 @@ def check_scope(reading: LenientReading, family: Family, encoder_layers: Sequenc
         return
     ignored = _ignored(reading)
     built = {stem for group in groups for stem in group.members}
-    dequantizes = quantized.dialect == "modelopt" and methods == {"fp8"}
+    dequantizes = quantized.dialect == MODELOPT and methods == {"fp8"}
     for stem in reading.shapes:
         if stem not in built and not dequantizes:
             yield Finding(
@@ -73,21 +73,26 @@ def _weights(reading: LenientReading) -> dict[str, TensorSpec]:
 
 
 def _ignored(reading: LenientReading) -> tuple[str, ...]:
-    """What the block lists; () where it cannot be read, which another check reports."""
+    """What the block lists, in its own words; () where it cannot be read, which another check reports.
+
+    ModelOpt's entries are patterns or parts of names, and mean less or more when they are made plain.
+    """
     block = reading.found.block
-    try:
-        return from_block(block, "config.json").ignored_layers
-    except OmniConvertError:
-        nested = block.get("quantization")
-        older = nested.get("exclude_modules") if isinstance(nested, dict) else None
-        listed = block.get("ignored_layers", block.get("ignore", older))
-        return tuple(name for name in listed if isinstance(name, str)) if isinstance(listed, list) else ()
+    if reading.quantized.dialect != MODELOPT:
+        try:
+            return from_block(block, "config.json").ignored_layers
+        except OmniConvertError:
+            pass
+    nested = block.get("quantization")
+    older = nested.get("exclude_modules") if isinstance(nested, dict) else None
+    listed = block.get("ignored_layers", block.get("ignore", older))
+    return tuple(name for name in listed if isinstance(name, str)) if isinstance(listed, list) else ()
 
 
 def _is_listed(name: str, ignored: Collection[str], dialect: str | None) -> bool:
     if name in ignored:
         return True
-    return dialect == "modelopt" and any(entry in name or fnmatch.fnmatchcase(name, entry) for entry in ignored)
+    return dialect == MODELOPT and any(entry in name or fnmatch.fnmatchcase(name, entry) for entry in ignored)
 
 
 def _group(reading: LenientReading, group: LayerGroup, ignored: Collection[str]) -> Iterator[Finding]:
@@ -116,7 +121,7 @@ def _group(reading: LenientReading, group: LayerGroup, ignored: Collection[str])
 
 
 def _unquantized(group: LayerGroup, listed: Collection[str], dialect: str | None) -> Iterator[Finding]:
-    if group.runtime_name in listed and (len(listed) in (1, 1 + len(group.members)) or dialect == "modelopt"):
+    if group.runtime_name in listed and (len(listed) in (1, 1 + len(group.members)) or dialect == MODELOPT):
         return
     if not listed:
         yield Finding(
@@ -215,7 +220,7 @@ def _names(
 def _is_known(entry: str, known: Collection[str], dialect: str | None) -> bool:
     if entry in known:
         return True
-    return dialect == "modelopt" and any(entry in name or fnmatch.fnmatchcase(name, entry) for name in known)
+    return dialect == MODELOPT and any(entry in name or fnmatch.fnmatchcase(name, entry) for name in known)
 
 
 def _is_of_encoder(entry: str, family: Family) -> bool:

@@ -411,6 +411,25 @@ def test_codes_whose_scale_is_gone_are_refused(tiny_pipeline_folder: Path, tmp_p
         assert not (tmp_path / method).exists()
 
 
+@pytest.mark.parametrize(
+    ("label", "expected"),
+    [
+        ({}, r"layer 'layers.1.attention.to_q': found type '{}'"),
+        ("FLOAT", "codes with weight_scale, weight_offset and nothing that"),
+    ],
+    ids=["unreadable", "wrong"],
+)
+def test_codes_whose_label_is_no_type_are_refused_for_the_label(
+    label: object, expected: str, tiny_pipeline_folder: Path, tmp_path: Path
+) -> None:
+    convert_checkpoint(tiny_pipeline_folder, tmp_path / "int8", Recipe("int8", dialect="msmodelslim"))
+    file = tmp_path / "int8" / "transformer" / "quant_model_description.json"
+    labels = json.loads(file.read_text())
+    file.write_text(json.dumps(labels | {"layers.1.attention.to_q.weight": label}))
+    with pytest.raises(CheckpointError, match=expected):
+        convert_checkpoint(tmp_path / "int8", tmp_path / "out", Recipe("fp8"))
+
+
 def test_the_output_is_not_the_source(tiny_pipeline_folder: Path, tmp_path: Path) -> None:
     convert_checkpoint(tiny_pipeline_folder, tmp_path / "int8", Recipe("int8"))
     before = {path: path.read_bytes() for path in (tmp_path / "int8").rglob("*") if path.is_file()}
