@@ -25,6 +25,7 @@ from omni_convert.loaders.config import (
 from omni_convert.loaders.diffusers_quantizer import DiffusersConfig
 from omni_convert.loaders.gguf_components import load_gguf_components
 from omni_convert.loaders.kernels.kernel import Activations
+from omni_convert.loaders.pipeline_source import require_pipeline
 from omni_convert.loaders.quantized_linear import QuantizedLinear
 from omni_convert.loaders.report import kernel_report, require_scaled_gemm
 from omni_convert.loaders.transformers_quantizer import TransformersConfig
@@ -69,16 +70,18 @@ def load_pipeline(
     """
     config = build_quant_config(quantization)
     try:
+        require_pipeline(model, _hub_options(kwargs))
         requested = _requested_configs(str(model), config, kwargs)
-        refuse_undeclared(model, kwargs.keys())
         in_gguf = load_gguf_components(model, torch_dtype, _hub_options(kwargs))
         for name in in_gguf.keys() & requested.keys():
             raise RecipeError(
                 f"quantization: {name} is stored in GGUF, found a request for {requested[name].meaning.method}; leave "
                 "quantization out, or start from the unquantized model"
             )
+        kwargs = {**in_gguf, **kwargs}
+        _check_files(model, kwargs)
         pipeline = DiffusionPipeline.from_pretrained(
-            str(model), dtype=torch_dtype, **_quantization_argument(requested), **{**in_gguf, **kwargs}
+            str(model), dtype=torch_dtype, **_quantization_argument(requested), **kwargs
         )
     except (OSError, SafetensorError, ValueError) as error:  # ValueError: of a config that diffusers does not know
         reason = str(error).strip().split("\n", 1)[0].rstrip(".")
@@ -95,6 +98,16 @@ def load_pipeline(
             layer.prefers_scaled_gemm = True
         require_scaled_gemm(kernel_report(pipeline))
     return pipeline
+
+
+def _check_files(model: str | Path, kwargs: dict[str, Any]) -> None:
+    """Looks at the files on the disk before they are loaded; what is on the Hub, diffusers fetches for that."""
+    folder = Path(model)
+    if not folder.is_dir():
+        folder = Path(DiffusionPipeline.download(str(model), **kwargs))
+        kwargs.pop("force_download", None)  # once is enough
+    if kwargs.get("use_safetensors") is not False:
+        refuse_undeclared(folder, kwargs.keys(), kwargs.get("variant"))
 
 
 def _requested_configs(

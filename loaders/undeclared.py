@@ -9,32 +9,33 @@ from omni_convert.formats.errors import CheckpointError
 from omni_convert.formats.json_file import read_json
 from omni_convert.formats.leaf import CODES, COMPANIONS, LOW_BIT
 from omni_convert.formats.tensor_spec import DTYPE_NAMES, TensorSpec
-from omni_convert.loaders.checkpoint_headers import read_headers
+from omni_convert.loaders.checkpoint_headers import loaded_files, read_headers
 
 __all__ = ["refuse_undeclared"]
 
-CONFIG, BLOCK = "config.json", "quantization_config"
+INDEX, CONFIG, BLOCK = "model_index.json", "config.json", "quantization_config"
 
 
-def refuse_undeclared(model: str | Path, given: Collection[str] = ()) -> None:
-    """Looks at the headers of a pipeline's components; of what is no folder, at nothing.
+def refuse_undeclared(folder: Path, given: Collection[str] = (), variant: str | None = None) -> None:
+    """Looks at the headers of the files that are loaded for a pipeline's components.
 
     Weights that are cast to FP8 and have no scales are numbers, and pass.
 
     Args:
+        folder: that of the pipeline
         given: components that are not loaded from the folder
+        variant: as `from_pretrained` takes it
 
     Raises:
         CheckpointError: a component has quantized layers and no block; or one of its files is damaged.
     """
-    index = Path(model) / "model_index.json"
-    if not index.is_file():
-        return
-    listed = [name for name, entry in read_json(index).items() if isinstance(entry, list) and name not in given]
-    for folder in (Path(model) / name for name in listed):
-        files = sorted(folder.glob("*.safetensors"))
-        if files and (folder / CONFIG).is_file() and not read_json(folder / CONFIG).get(BLOCK):
-            _refuse_codes(read_headers(files), folder)
+    index = read_json(folder / INDEX)
+    listed = {name: entry for name, entry in index.items() if isinstance(entry, list) and entry and name not in given}
+    for component, (library, *_) in listed.items():
+        config = folder / component / CONFIG
+        files = loaded_files(folder / component, str(library), variant)
+        if files and config.is_file() and not read_json(config).get(BLOCK):
+            _refuse_codes(read_headers(files), folder / component)
 
 
 def _refuse_codes(specs: Mapping[str, TensorSpec], folder: Path) -> None:
