@@ -17,6 +17,9 @@ from omni_convert.formats.errors import OmniConvertError
 
 __all__ = ["main"]
 
+# diffusers imports torchao where it is installed; these say what it cannot do here, which nobody asked for.
+NEEDLESS_WARNINGS = ("torchao", "torch.utils._pytree", "diffusers.quantizers.torchao")
+
 
 class _Group(DefaultGroup):  # type: ignore[misc]  # click-default-group has no types
     """Turns the user's errors into one line and exit status 1, an interruption into 130."""
@@ -51,6 +54,8 @@ def main(verbose: bool) -> None:
     pipeline is converted.
     """
     logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(levelname)s: %(message)s")
+    for name in () if verbose else NEEDLESS_WARNINGS:
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 for command in (

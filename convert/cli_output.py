@@ -34,9 +34,7 @@ def quieten_hub(*, hide_bars: bool) -> None:
 
 
 def silence_libraries() -> None:
-    """No bars of other libraries while a pipeline loads, nor what they cannot do and nobody asked for."""
-    for name in ("torchao", "torch.utils._pytree", "diffusers.quantizers.torchao"):  # all say what torchao lacks
-        logging.getLogger(name).setLevel(logging.ERROR)
+    """No bars of other libraries while a pipeline loads: ours tell what there is to tell."""
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
