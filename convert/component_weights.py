@@ -13,6 +13,7 @@ from omni_convert.convert.original_names import has_original_files, layers_under
 from omni_convert.convert.recipe import LoraRequest
 from omni_convert.formats.baked import LowRank, Update, baked_view
 from omni_convert.formats.checkpoint import Checkpoint
+from omni_convert.formats.errors import counted
 from omni_convert.formats.quantized import QuantizedCheckpoint
 from omni_convert.formats.view import dequantized_view
 
@@ -55,7 +56,9 @@ def _renamed(
     if converted is None:
         return given
     changed, unused = converted
-    left_out = f"; left out {len(unused)} tensors that the model has no use for, as '{unused[0]}'" if unused else ""
+    left_out = (
+        f"; left out {counted(len(unused), 'tensor')} that the model has no use for, as '{unused[0]}'" if unused else ""
+    )
     notes.append(f"{checkpoint.path.name}: renamed by diffusers' own conversion for {model_class(config)}{left_out}")
     return changed
 

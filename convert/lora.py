@@ -11,7 +11,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,8 @@ UNDERSCORED = ("lora_unet_", "lora_transformer_")
 # PEFT's description of an adapter: beside the file, or in its header as diffusers writes it.
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_METADATA = "lora_adapter_metadata"
+# In a folder, what diffusers' save_lora_weights and PEFT's save_pretrained write.
+FILES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
 NAMES_SHOWN = 3
 
 
@@ -76,6 +78,7 @@ def read_lora(
     """Matches a file with the tensors of a component.
 
     Args:
+        request: of a file, or of a folder with one
         checkpoint: the component's tensors, as diffusers names them
         model_class: the component's class in diffusers, whose conversion of names may be needed
         force: leave out what matches nothing
@@ -83,8 +86,7 @@ def read_lora(
     Raises:
         CheckpointError: the file is damaged, is no LoRA, or tensors of it match nothing.
     """
-    if not request.path.is_file():
-        raise CheckpointError(f"{request.path}: file missing, expected a LoRA in a .safetensors file")
+    request = replace(request, path=_file_at(request.path))
     with Checkpoint.open(request.path) as file:
         tensors = {name: _finite(request.path, name, file.read(name)) for name in file}
         (reader,) = file.files.values()
@@ -100,12 +102,30 @@ def read_lora(
     if (unmatched and not force) or not added:
         shown = ", ".join(f"'{name}'" for name in sorted(unmatched)[:NAMES_SHOWN])
         more = f" and {len(unmatched) - NAMES_SHOWN} more" if len(unmatched) > NAMES_SHOWN else ""
-        remedy = "; --force leaves them out" if added else ""
+        match = "matches" if len(unmatched) == 1 else "match"
+        remedy = f"; --force leaves {'it' if len(unmatched) == 1 else 'them'} out" if added else ""
         raise CheckpointError(
-            f"{request.path}: found {shown}{more}, which match no weight of {model_class} by name and shape, expected "
-            f"a LoRA of this model{remedy}"
+            f"{request.path}: found {shown}{more}, which {match} no weight of {model_class} by name and shape, "
+            f"expected a LoRA of this model{remedy}"
         )
     return Lora(request, added, tuple(sorted(unmatched)), file_sha256(request.path))
+
+
+def _file_at(path: Path) -> Path:
+    """The file itself; of a folder, the one LoRA in it."""
+    if path.is_file():
+        return path
+    if not path.is_dir():
+        raise CheckpointError(f"{path}: file missing, expected a LoRA in a .safetensors file, or a folder with one")
+    inside = sorted(path.glob("*.safetensors"))
+    found = [file for file in inside if file.name in FILES] or inside
+    if len(found) != 1:
+        shown = ", ".join(file.name for file in found[:NAMES_SHOWN]) or "no .safetensors file"
+        more = f" and {len(found) - NAMES_SHOWN} more" if len(found) > NAMES_SHOWN else ""
+        raise CheckpointError(
+            f"{path}: found {shown}{more} in this folder, expected one LoRA, as {' or '.join(FILES)}; name the file"
+        )
+    return found[0]
 
 
 def _finite(path: Path, name: str, tensor: Tensor) -> Tensor:

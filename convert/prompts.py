@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import json
 from dataclasses import dataclass
@@ -13,6 +14,13 @@ __all__ = ["Prompt", "read_prompts"]
 
 MAX_BYTES = 64 << 20
 KEYS = ("prompt", "image")
+# The mark of UTF-32 begins with that of UTF-16.
+MARKS = (
+    (codecs.BOM_UTF32_LE, "UTF-32"),
+    (codecs.BOM_UTF32_BE, "UTF-32"),
+    (codecs.BOM_UTF16_LE, "UTF-16"),
+    (codecs.BOM_UTF16_BE, "UTF-16"),
+)
 
 
 @dataclass(frozen=True)
@@ -35,8 +43,8 @@ def read_prompts(path: str | Path) -> list[Prompt]:
     beside the file.
 
     Raises:
-        CalibrationError: the file is missing, unreadable or without prompts; a line is no valid JSON object; an image
-            is missing or none.
+        CalibrationError: the file is missing, unreadable, not in UTF-8 or without prompts; a line is no valid JSON
+            object; an image is missing or none.
     """
     path = Path(path)
     lines = [
@@ -55,16 +63,34 @@ def _read(path: Path) -> str:
     try:
         if path.stat().st_size > MAX_BYTES:
             raise CalibrationError(f"{path}: found {path.stat().st_size} bytes, expected a file of prompts")
-        return path.read_text(encoding="utf-8-sig")
+        data = path.read_bytes()
     except FileNotFoundError:
         raise CalibrationError(f"{path}: file missing, expected prompts, one a line or JSON Lines") from None
-    except UnicodeDecodeError as error:
-        raise CalibrationError(
-            f"{path}: found bytes that are no UTF-8 ({error.reason} at byte {error.start}), expected "
-            "text in UTF-8; convert it, as with `iconv -f latin1 -t utf-8`"
-        ) from None
     except OSError as error:
         raise CalibrationError(f"{path}: cannot be read ({error.strerror}), expected prompts, one a line") from None
+    return _decoded(path, data)
+
+
+def _decoded(path: Path, data: bytes) -> str:
+    marked = next((encoding for mark, encoding in MARKS if data.startswith(mark)), None)
+    if marked is not None:
+        raise CalibrationError(
+            f"{path}: found the byte order mark of {marked}, which is no UTF-8, expected text in UTF-8; convert it: "
+            f"`iconv -f {marked.lower()} -t utf-8`"
+        )
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise CalibrationError(
+            f"{path}: found bytes that are no UTF-8 ({error.reason} at byte {error.start}), expected text in UTF-8; "
+            "convert it from the encoding that it is in, as with `iconv -f latin1 -t utf-8`"
+        ) from None
+    if "\0" in text:
+        raise CalibrationError(
+            f"{path}: found a NUL character in line {text[: text.index(chr(0))].count(chr(10)) + 1}, expected text in "
+            "UTF-8; if it is UTF-16, `iconv -f utf-16le -t utf-8` converts it"
+        )
+    return text
 
 
 def _parse(where: str, line: str, folder: Path) -> Prompt:
@@ -82,6 +108,8 @@ def _parse(where: str, line: str, folder: Path) -> Prompt:
     text, image = entry.get("prompt"), entry.get("image")
     if not isinstance(text, str) or not text.strip():
         raise CalibrationError(f"{where}: found no text under 'prompt', expected a non-empty string")
+    if "\0" in text:
+        raise CalibrationError(f"{where}: found a NUL character under 'prompt', expected text")
     if image is not None and not isinstance(image, str):
         raise CalibrationError(f"{where}: found a JSON {type(image).__name__} under 'image', expected a path")
     return Prompt(text, None if image is None else _checked_image(where, folder / image))

@@ -19,7 +19,7 @@ from omni_convert.formats.checkpoint import Checkpoint
 from omni_convert.formats.component import DENOISERS
 from omni_convert.formats.dialects.gguf import GGUF
 from omni_convert.formats.dialects.table import DIALECTS
-from omni_convert.formats.errors import CheckpointError, RecipeError, quoted
+from omni_convert.formats.errors import CheckpointError, RecipeError, counted, quoted
 from omni_convert.formats.family import Family, find_family
 from omni_convert.formats.json_file import read_json
 from omni_convert.formats.leaf import COMPANIONS
@@ -194,8 +194,9 @@ def _baked(component: SourceComponent, requests: Iterable[LoraRequest], recipe: 
 
 
 def _lora_note(lora: Lora, name: str) -> str:
-    left_out = f"; {len(lora.left_out)} tensors that match nothing were left out" if lora.left_out else ""
-    return f"{lora.request.path.name}: baked into {len(lora.added)} tensors of {name}{left_out}"
+    count = counted(len(lora.left_out), "tensor")
+    left_out = f"; left out {count} for which there is no match" if lora.left_out else ""
+    return f"{lora.request.path.name}: baked into {counted(len(lora.added), 'tensor')} of {name}{left_out}"
 
 
 def _streamed_files(source: Source, name: str) -> dict[str, Callable[[], TensorFile]]:

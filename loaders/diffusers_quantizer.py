@@ -21,7 +21,7 @@ from diffusers.quantizers.quantization_config import AutoRoundConfig, Quantizati
 from torch import Tensor, nn
 
 from omni_convert.formats.dialects import omni_convert, vllm_omni
-from omni_convert.formats.errors import CheckpointError, RecipeError
+from omni_convert.formats.errors import CheckpointError, RecipeError, counted
 from omni_convert.formats.format import Format
 from omni_convert.formats.table import LOADABLE
 from omni_convert.formats.tensor_spec import TensorSpec
@@ -98,8 +98,8 @@ class DiffusersOmniQuantizer(DiffusersQuantizer):  # type: ignore[misc]  # diffu
         if missing_keys:
             missing = ", ".join(sorted(missing_keys)[:3])
             raise CheckpointError(
-                f"{self.where}: found {len(missing_keys)} tensors of {type(model).__name__} missing ({missing}), "
-                "expected all; the checkpoint is incomplete or belongs to another model"
+                f"{self.where}: found {counted(len(missing_keys), 'tensor')} of {type(model).__name__} missing "
+                f"({missing}), expected all; the checkpoint is incomplete or belongs to another model"
             )
         return missing_keys
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from omni_convert.formats.dialects.vllm_omni import ignored_names
-from omni_convert.formats.errors import CheckpointError, RecipeError
+from omni_convert.formats.errors import CheckpointError, RecipeError, counted
 from omni_convert.formats.family import LayerGroup, find_family
 from omni_convert.formats.format import Format, QuantizingFormat
 from omni_convert.formats.fp8 import Fp8, Fp8Channel
@@ -189,7 +189,7 @@ def refuse_homeless(model: nn.Module, names: Collection[str], where: str) -> Non
     if homeless:
         shown = ", ".join(homeless[:NAMES_SHOWN]) + (", ..." if len(homeless) > NAMES_SHOWN else "")
         raise CheckpointError(
-            f"{where}: found {len(homeless)} tensors without a home in {type(model).__name__} ({shown}), "
+            f"{where}: found {counted(len(homeless), 'tensor')} without a home in {type(model).__name__} ({shown}), "
             "expected none; the checkpoint belongs to another model or version"
         )
 

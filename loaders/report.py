@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,7 +19,7 @@ from omni_convert.loaders.quantized_linear import QuantizedLinear
 __all__ = ["KernelReport", "LayerReport", "kernel_report", "require_scaled_gemm"]
 
 NAMES_SHOWN = 3
-COLUMNS = ("layer", "layers", "format", "kernel", "bytes", "a weight", "why")
+COLUMNS = ("layers", "format", "kernel", "bytes", "a weight", "such as", "why")
 
 
 @dataclass(frozen=True)
@@ -51,7 +50,8 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class KernelReport:
-    """All quantized layers of a pipeline. Printed, layers that differ in their number alone share a line.
+    """All quantized layers of a pipeline. Printed, those of a format that run the same kernel for the same reason share
+    a line; one by one they are in `layers`.
 
     Attributes:
         attention: attention layers by the backend of diffusers that they name, if one of them runs in FP8
@@ -94,17 +94,17 @@ class KernelReport:
         return [*lines, f"{len(self.layers)} layers, {scaled} in scaled GEMMs, {total:,} bytes"]
 
     def _rows(self) -> list[tuple[str, ...]]:
-        alike: dict[tuple[str, str, str, str], list[LayerReport]] = {}
+        alike: dict[tuple[str, str, str], list[LayerReport]] = {}
         for layer in self.layers:
-            key = (re.sub(r"\.\d+(?=\.)", ".*", layer.name), layer.format, layer.kernel, layer.why)
-            alike.setdefault(key, []).append(layer)
-        return [_row(name, fmt, kernel, why, group) for (name, fmt, kernel, why), group in alike.items()]
+            alike.setdefault((layer.format, layer.kernel, layer.why), []).append(layer)
+        return [_row(group) for group in alike.values()]
 
 
-def _row(name: str, fmt: str, kernel: str, why: str, group: list[LayerReport]) -> tuple[str, ...]:
-    total = sum(layer.bytes for layer in group)
-    per_weight = total / sum(layer.elements for layer in group)
-    return name, str(len(group)), fmt, kernel, f"{total:,}", f"{per_weight:.3f}", why
+def _row(alike: list[LayerReport]) -> tuple[str, ...]:
+    first = alike[0]
+    total = sum(layer.bytes for layer in alike)
+    per_weight = total / sum(layer.elements for layer in alike)
+    return str(len(alike)), first.format, first.kernel, f"{total:,}", f"{per_weight:.3f}", first.name, first.why
 
 
 def kernel_report(model: Any) -> KernelReport:

@@ -15,7 +15,7 @@ from torch import Tensor
 from omni_convert.convert import Recipe, convert_checkpoint
 from omni_convert.convert.cli import main
 from omni_convert.convert.recipe import LoraRequest
-from omni_convert.formats.errors import OmniConvertError, RecipeError
+from omni_convert.formats.errors import CheckpointError, OmniConvertError, RecipeError
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 STEMS = ("layers.0.attention.to_q", "layers.1.feed_forward.w1", "context_refiner.0.attention.to_out.0")
@@ -291,3 +291,29 @@ def test_names_with_underscores_for_dots_are_those_of_the_model(flux_folder: Pat
     assert {name for name in before if not after[name].equal(before[name])} == {f"{stem}.weight"}
     sum_of = before[f"{stem}.weight"].double() + up.double() @ down.double() * 0.5
     torch.testing.assert_close(after[f"{stem}.weight"], sum_of.float().to(torch.bfloat16))
+
+
+@pytest.mark.parametrize("name", ["pytorch_lora_weights.safetensors", "adapter_model.safetensors"])
+def test_a_folder_stands_for_the_one_lora_in_it(
+    tiny_pipeline_folder: Path, tmp_path: Path, pairs: dict[str, tuple[Tensor, Tensor]], name: str
+) -> None:
+    (tmp_path / "lora").mkdir()
+    file = write(tmp_path / "lora" / name, spelled(pairs, "diffusers"))
+    alone = load_file(baked(tiny_pipeline_folder, tmp_path / "a", file))
+    whole = load_file(baked(tiny_pipeline_folder, tmp_path / "b", LoraRequest(tmp_path / "lora")))
+    assert all(tensor.equal(alone[key]) for key, tensor in whole.items())
+    manifest = json.loads((tmp_path / "b" / "omni_convert.json").read_text())
+    assert manifest["loras"]["transformer"][0]["name"] == name
+
+
+@pytest.mark.parametrize(
+    ("names", "found"), [((), "found no .safetensors file"), (("a", "b"), r"found a\.safetensors, b\.safetensors")]
+)
+def test_a_folder_with_no_lora_or_several_is_refused(
+    tiny_pipeline_folder: Path, tmp_path: Path, names: tuple[str, ...], found: str
+) -> None:
+    (tmp_path / "lora").mkdir()
+    for name in names:
+        write(tmp_path / "lora" / f"{name}.safetensors", {"x": torch.ones(1)})
+    with pytest.raises(CheckpointError, match=f"{found} in this folder, expected one LoRA, as pytorch_lora_weights"):
+        baked(tiny_pipeline_folder, tmp_path / "out", LoraRequest(tmp_path / "lora"))

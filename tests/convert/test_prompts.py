@@ -52,6 +52,8 @@ def test_json_lines_with_images_beside_the_file(tmp_path: Path, picture: Path) -
         ('{"prompt": ""}', r":1: found no text under 'prompt'"),
         ('{"image": "red.png"}', r":1: found no text under 'prompt'"),
         ('{"prompt": 3}', r":1: found no text under 'prompt'"),
+        ('{"prompt": "a\\u0000b"}', r":1: found a NUL character under 'prompt'"),
+        ("a red circle\na\0b", r"found a NUL character in line 2"),
         ('{"prompt": "a", "img": "red.png"}', r":1: found key 'img', expected prompt and image"),
         ('{"prompt": "a", "image": 7}', r":1: found a JSON int under 'image'"),
         ('{"prompt": "a", "image": "absent.png"}', r":1: image .*absent\.png missing"),
@@ -88,3 +90,16 @@ def test_a_fingerprint_is_of_the_content(tmp_path: Path, picture: Path) -> None:
     Image.new("RGB", (8, 8), "blue").save(copy)
     different = {Prompt("a"), Prompt("b"), Prompt("a", picture), Prompt("a", copy)}
     assert len({prompt.fingerprint() for prompt in different}) == 4
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-32"])
+def test_the_encoding_that_a_byte_order_mark_tells_is_in_the_remedy(tmp_path: Path, encoding: str) -> None:
+    (tmp_path / "prompts.txt").write_bytes("a red circle\n".encode(encoding))
+    with pytest.raises(CalibrationError, match=f"byte order mark of .*`iconv -f {encoding} -t utf-8`"):
+        read_prompts(tmp_path / "prompts.txt")
+
+
+def test_utf_16_without_a_mark_is_no_prompt(tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_bytes("a red circle\n".encode("utf-16-le"))
+    with pytest.raises(CalibrationError, match=r"found a NUL character in line 1.*`iconv -f utf-16le"):
+        read_prompts(tmp_path / "prompts.txt")
