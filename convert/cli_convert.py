@@ -169,6 +169,7 @@ def _convert(
         planned_without_running,
         prepare_push,
     )
+    from omni_convert.convert.output import partial_path
     from omni_convert.convert.plan import plan_conversion
     from omni_convert.convert.remote_folder import output_of
     from omni_convert.convert.report import conversion_report, plan_report
@@ -186,8 +187,13 @@ def _convert(
     plan = plan_conversion(source, recipe, recorded)
     for note in () if quiet or as_json else plan.notes:
         click.echo(f"Note: {note}", err=True)
-    with progress_bar("converting", plan.bytes_to_do, hidden=quiet) as advance:
-        report = convert_plan(plan, target, recorded, advance, seconds)
+    try:
+        with progress_bar("converting", plan.bytes_to_do, hidden=quiet) as advance:
+            report = convert_plan(plan, target, recorded, advance, seconds)
+    except KeyboardInterrupt:
+        if isinstance(target, Path) and partial_path(target).exists():
+            click.echo(f"{partial_path(target)} holds what is done; --resume goes on from there", err=True)
+        raise
     for warning in report.warnings:
         click.echo(f"Warning: {warning}", err=True)
     if as_json or not quiet:

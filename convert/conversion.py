@@ -154,7 +154,7 @@ def convert_plan(
     recipe = plan.recipe
     statistics_id = recorded.fingerprint() if recorded is not None else None
     if recipe.resume and (finished := _results_of_finished(output, plan, statistics_id)) is not None:
-        return _report(plan, output, finished, time.monotonic() - started, calibration_seconds, 0)
+        return _report(plan, output, finished, time.monotonic() - started, calibration_seconds, None)
     with (
         _opened_engine(recipe) as engine_on,
         _folder_of(output, recipe) as folder,
@@ -265,7 +265,7 @@ def _report(
     results: dict[str, list[LayerResult]],
     seconds: float,
     calibration_seconds: float | None,
-    peak: int,
+    peak: int | None,
 ) -> ConversionReport:
     return ConversionReport(
         output,

@@ -181,11 +181,11 @@ def _read_entries(content: bytes) -> tuple[list[dict[str, Any]], int]:
 
 def _check_same_job(path: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Refuses to go on with other work than was begun."""
-    for name in sorted(now.keys() - {"source"}):
+    for name in sorted(now.keys() - {"source"}, key=lambda name: (name != "recipe", name)):  # what the user chose first
         if before.get(name) != now[name]:
             raise RecipeError(
-                f"{path.parent}: found work of another conversion ({name} was {_shown(before.get(name))}, is "
-                f"{_shown(now[name])}); repeat that one with --resume, or use --overwrite to start afresh"
+                f"{path.parent}: found work of another conversion ({_difference(name, before.get(name), now[name])}); "
+                "repeat that one with --resume, or use --overwrite to start afresh"
             )
     old, new = before.get("source", {}), now["source"]
     for file in sorted(old.keys() | new.keys()):
@@ -196,10 +196,12 @@ def _check_same_job(path: Path, before: Mapping[str, Any], now: Mapping[str, Any
             )
 
 
-def _shown(value: Any) -> str:
-    if isinstance(value, dict):
-        return " ".join(f"{name}={setting}" for name, setting in value.items())
-    return str(value)
+def _difference(name: str, before: Any, now: Any) -> str:
+    """Of two tables, the entries that differ."""
+    if not (isinstance(before, dict) and isinstance(now, dict)):
+        return f"{name} was {before}, is {now}"
+    differing = [key for key in {**before, **now} if before.get(key) != now.get(key)]
+    return ", ".join(f"{key} was {before.get(key)}, is {now.get(key)}" for key in differing)
 
 
 def _cannot_write(path: Path, error: OSError) -> OutputError:

@@ -24,6 +24,7 @@ __all__ = [
     "is_finished",
     "locked_folder",
     "partial_folder",
+    "partial_path",
     "sync_folder",
     "tidy",
     "write_text",
@@ -68,6 +69,7 @@ def _check_ours(folder: Path, mark: str) -> None:
 
 
 def partial_path(output: Path) -> Path:
+    """OUT.partial."""
     return output.with_name(output.name + ".partial")
 
 

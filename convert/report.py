@@ -36,7 +36,7 @@ class ConversionReport:
         bytes_before, bytes_after: of the weights of the quantized components
         seconds: of the conversion, without calibration
         calibration_seconds: None if no prompts were run
-        peak_memory: largest `RssAnon` seen, bytes
+        peak_memory: largest `RssAnon` seen, bytes; None if the output was finished before, and nothing was done
     """
 
     output: Path | RemoteFolder
@@ -47,7 +47,7 @@ class ConversionReport:
     bytes_after: int
     seconds: float
     calibration_seconds: float | None
-    peak_memory: int
+    peak_memory: int | None
 
     @property
     def median_error(self) -> float:
@@ -89,13 +89,19 @@ def conversion_report(report: ConversionReport, *, as_json: bool) -> Iterator[st
         f"({report.bytes_after / report.bytes_before:.0%})",
         "layer error": _errors(report),
         "time to calibrate": "" if report.calibration_seconds is None else f"{report.calibration_seconds:.1f} s",
-        "time to convert": f"{report.seconds:.1f} s, {size_text(report.bytes_before / max(report.seconds, 1e-9))}/s",
-        "peak memory": f"{report.peak_memory / 2**20:.0f} MiB anonymous",
+        "time to convert": _time(report),
+        "peak memory": "" if report.peak_memory is None else f"{report.peak_memory / 2**20:.0f} MiB anonymous",
         "output": str(report.output),
     }
     for name, value in rows.items():
         if value and (report.layers or not name.startswith("layer")):
             yield f"{name:<17} {value}"
+
+
+def _time(report: ConversionReport) -> str:
+    if report.peak_memory is None:
+        return "none: it was finished before"
+    return f"{report.seconds:.1f} s, {size_text(report.bytes_before / max(report.seconds, 1e-9))}/s"
 
 
 def _errors(report: ConversionReport) -> str:

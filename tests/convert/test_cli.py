@@ -263,7 +263,9 @@ def test_an_interruption_leaves_the_work_but_no_output(larger_pipeline: Path, tm
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130, errors
-    assert errors.decode().splitlines()[-1] == "Error: interrupted"
+    told, last = errors.decode().splitlines()[-2:]
+    assert last == "Error: interrupted"
+    assert told == f"{tmp_path / 'out.partial'} holds what is done; --resume goes on from there"
     assert not (tmp_path / "out").exists()
     assert (tmp_path / "out.partial").exists()
 

@@ -23,6 +23,7 @@ from omni_convert.convert import Recipe, convert_checkpoint
 from omni_convert.convert.cli import main
 from omni_convert.convert.journal import JOURNAL, Journal, Record
 from omni_convert.convert.plan import plan_conversion
+from omni_convert.convert.report import conversion_report
 from omni_convert.convert.source import resolve_source
 from omni_convert.convert.tile import tiles_of
 from omni_convert.formats import nvfp4
@@ -295,7 +296,7 @@ def test_a_journal_of_another_kind_is_refused(interrupted: Path) -> None:
 
 
 def test_another_recipe_is_refused(interrupted: Path) -> None:
-    with pytest.raises(RecipeError, match=r"recipe was method=fp8, is method=int8.*--overwrite") as caught:
+    with pytest.raises(RecipeError, match=r"conversion \(method was fp8, is int8\); .*--overwrite") as caught:
         resume(interrupted, Recipe(method="int8", resume=True))
     assert "\n" not in str(caught.value)
 
@@ -342,6 +343,7 @@ def test_a_finished_output_has_nothing_to_resume(tiny_pipeline_folder: Path, tmp
     first = convert_checkpoint(tiny_pipeline_folder, tmp_path / "out")
     times = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}
     again = convert_checkpoint(tiny_pipeline_folder, tmp_path / "out", Recipe(resume=True))
+    assert "time to convert   none: it was finished before" in list(conversion_report(again, as_json=False))
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")} == times
     assert [layer.name for layer in again.layers] == [layer.name for layer in first.layers]
     assert again.worst.relative_error == pytest.approx(first.worst.relative_error, rel=1e-3)
