@@ -307,3 +307,21 @@ def test_a_folder_that_cannot_be_written(tiny_pipeline_folder: Path, tmp_path: P
     locked = tmp_path / "locked"
     locked.mkdir(mode=0o500)
     assert "cannot be created" in error_line(run(tiny_pipeline_folder, "-o", locked / "out"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("component", ["vae", "text_encoder", "transformer"])
+def test_other_libraries_add_nothing_to_what_verify_says(component: str, tiny_pipeline_folder: Path) -> None:
+    command = [sys.executable, "-m", "omni_convert.convert.cli", "verify", str(tiny_pipeline_folder / component)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.slow
+def test_a_text_encoder_is_verified_without_diffusers(tiny_pipeline_folder: Path) -> None:
+    script = (
+        "import sys; from omni_convert.convert.cli import main; "
+        f"main(['verify', {str(tiny_pipeline_folder / 'text_encoder')!r}], standalone_mode=False); "
+        "sys.exit('diffusers' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", script]).returncode == 0
