@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import Enum
@@ -154,7 +155,7 @@ def _layer_format(weight: TensorSpec, companions: Mapping[str, TensorSpec], meth
     if scale.dtype is not torch.uint8 and method == Fp8Storage.method:
         return Fp8Storage.of(weight.shape)
     if scale.dtype is not torch.uint8:
-        return Fp8(static=static)
+        return Fp8Channel() if 1 < weight.shape[0] == math.prod(scale.shape) else Fp8(static=static)
     smooth = "mul_scale" in companions
     if "weight_dual_scale" in companions:
         return Mxfp4DualScale(smooth=smooth)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import inspect
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,6 +31,8 @@ DEFAULT_COMPONENT = "default"
 IGNORED_ALIAS = "modules_to_not_convert"
 # Normalised names under which vLLM-Omni has one builder.
 AUTO_ROUND_ALIASES = ("inc", *(method.replace("-", "_") for method in AUTO_ROUND_METHODS))
+# Of ModelOpt's blocks; no components.
+MODELOPT_KEYS = ("producer", "quantization", "quant_algo")
 
 
 class QuantConfigValueError(RecipeError, ValueError):
@@ -129,7 +132,7 @@ def _build_component(component: str, value: Any) -> QuantizationConfig | None:
     if isinstance(value, str):
         return _build_single(value, {})
     if not any(value.get(key) for key in METHOD_KEYS):
-        raise QuantConfigValueError(f"quantization: component '{component}' has no 'method', found {sorted(value)}")
+        raise QuantConfigValueError(_lacks_method(component, value))
     return _build_from_options(value, {})
 
 
@@ -141,10 +144,37 @@ def _build_from_options(spec: Mapping[str, Any], kwargs: Mapping[str, Any]) -> Q
     if name is None:  # a `quant_method` beside a `method` is an option, and unknown
         name = options.pop("quant_method", None)
     if name is None:
-        raise QuantConfigValueError(f"quantization: found no 'method' in {sorted(map(str, spec))}, expected one")
+        raise QuantConfigValueError(_found_no_method(spec))
     merged = {**options, **kwargs}
     named = {"quant_method": name, **merged}
     return _read_modelopt(named) if is_modelopt(named) else _build_single(str(name), merged)
+
+
+def _found_no_method(spec: Mapping[str, Any]) -> str:
+    """Also of what was meant to be by component, and is not for vLLM-Omni: a method's name alone, a mistyped key."""
+    suggested = _suggested(spec, METHOD_KEYS)
+    is_one = bool(suggested) or not spec.keys().isdisjoint(MODELOPT_KEYS)
+    for component, value in () if is_one else spec.items():
+        if isinstance(value, str) and _normalised(value) in (*LOADABLE, *AUTO_ROUND_ALIASES):
+            found = f"'{value}' of '{component}'"
+            return f"quantization: found {found}, expected {{'{component}': {{'method': '{value}'}}}}"
+        if isinstance(value, Mapping):
+            return _lacks_method(component, value)
+    return f"quantization: found no 'method' in {sorted(spec)!r:.80}, expected one{suggested}"
+
+
+def _lacks_method(component: str, value: Mapping[str, Any]) -> str:
+    found = f"found {sorted(value)!r:.80}{_suggested(value, METHOD_KEYS)}"
+    return f"quantization: component '{component}' has no 'method', {found}"
+
+
+def _suggested(names: Iterable[str], known: Collection[str]) -> str:
+    near = [match for name in names for match in difflib.get_close_matches(name[:64], known, n=1)]
+    return f"; did you mean '{near[0]}'?" if near else ""
+
+
+def _normalised(method: str) -> str:
+    return method.lower().replace("-", "_")
 
 
 def _read_modelopt(spec: Mapping[str, Any]) -> QuantizationConfig:
@@ -155,7 +185,7 @@ def _read_modelopt(spec: Mapping[str, Any]) -> QuantizationConfig:
 
 
 def _build_single(name: str, options: Mapping[str, Any]) -> QuantizationConfig:
-    method = name.lower().replace("-", "_")
+    method = _normalised(name)
     if method in AUTO_ROUND_ALIASES:
         return _build_auto_round(name, options)
     if method not in LOADABLE:
@@ -165,9 +195,13 @@ def _build_single(name: str, options: Mapping[str, Any]) -> QuantizationConfig:
         raise QuantConfigValueError(f"quantization: found method '{name[:64]}', {expected} into config.json")
     meant = {"activation_scheme": _uncalibrated_scheme(method)} | _meant_options(method, options)
     signature = inspect.signature(QuantizationConfig)
-    unknown = sorted(set(meant) - (set(signature.parameters) - {"method", "layers"}))
+    known = sorted(set(signature.parameters) - {"method", "layers"})
+    unknown = sorted(set(meant) - {*known})
     if unknown:
-        raise QuantConfigTypeError(f"quantization: '{method}' has no option {', '.join(unknown)}, expected {signature}")
+        raise QuantConfigTypeError(
+            f"quantization: '{method}' has no option {', '.join(unknown)}, expected {signature}"
+            f"{_suggested(unknown, known)}"
+        )
     try:
         check_group_size(meant.get("group_size"), "group_size")
         return QuantizationConfig(method, **meant)

@@ -106,13 +106,20 @@ def install_empty_layers(
             raise CheckpointError(f"{where}: {stem} is in ignored_layers, found {fmt.method} tensors for it")
         said = config.of_layer(stem)
         if said is None:
-            raise CheckpointError(f"{where}: {stem} holds {fmt}, found no such layer in quantized_layers, expected it")
+            raise CheckpointError(
+                f"{where}: {stem} holds {fmt.label}, found no such layer in quantized_layers, expected it"
+            )
         declared = declared_format(said)
-        if type(fmt) is not type(declared) and not (isinstance(fmt, Fp8) and isinstance(declared, Fp8Channel)):
-            raise CheckpointError(f"{where}: {stem} holds {fmt}, expected {declared} as its config says")
+        if type(fmt) is not type(declared) and not _is_one_row(fmt, declared, stem, specs):
+            raise CheckpointError(f"{where}: {stem} holds {fmt.label}, expected {declared.label} as its config says")
         installed[stem] = _install_empty(model, stem, specs, _with_optional_tensors(declared, fmt), where)
     _refuse_bare_codes(model, specs, where)
     return {f"{stem}.{suffix}" for stem, suffixes in installed.items() for suffix in suffixes}
+
+
+def _is_one_row(found: Format, declared: Format, stem: str, specs: Mapping[str, TensorSpec]) -> bool:
+    """Whether the layer is a row of FP8, whose one scale is that of the weight and of the row."""
+    return isinstance(found, Fp8) and isinstance(declared, Fp8Channel) and specs[f"{stem}.weight"].shape[0] == 1
 
 
 def _with_optional_tensors(declared: QuantizingFormat, found: Format) -> QuantizingFormat:
@@ -138,13 +145,13 @@ def _install_empty(
     for suffix, layout in fmt.layout(rows, columns).items():
         name = f"{stem}.{suffix}"
         if name not in specs:
-            raise CheckpointError(f"{where}: {name} is missing, {fmt} needs it; convert the model again")
+            raise CheckpointError(f"{where}: {name} is missing, {fmt.label} needs it; convert the model again")
         spec = specs[name]
         is_scalar = layout.shape == () and spec.shape == (1,)  # runtimes read [] and [1] alike
         if spec.dtype is not layout.dtype or (spec.shape != layout.shape and not is_scalar):
             found = f"{DTYPE_NAMES[spec.dtype]} {list(spec.shape)}"
             raise CheckpointError(
-                f"{where}: {name} is {found}, expected {DTYPE_NAMES[layout.dtype]} {list(layout.shape)} for {fmt}"
+                f"{where}: {name} is {found}, expected {DTYPE_NAMES[layout.dtype]} {list(layout.shape)} for {fmt.label}"
             )
         tensors[suffix] = torch.empty(spec.shape, dtype=spec.dtype, device="meta")
     if is_stored:

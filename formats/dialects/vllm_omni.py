@@ -265,9 +265,10 @@ class VllmOmni(Dialect):
         for stem, fmt in layer_formats(found.checkpoint, method).items():
             rows, *others = found.checkpoint[f"{stem}.weight"].shape
             width = math.prod(others)
-            if method == MODELOPT and isinstance(fmt, Fp8):  # of an encoder, whose block wraps ModelOpt's
-                is_per_row = found.checkpoint[f"{stem}.weight_scale"].shape == (rows,)
-                fmt = Fp8Channel() if is_per_row else fmt
+            if (
+                isinstance(fmt, Fp8Channel) and method != MODELOPT
+            ):  # which an encoder's block wraps; `fp8` has one scale
+                fmt = Fp8(static=f"{stem}.input_scale" in found.checkpoint)
             yield StoredLayer(stem, fmt, (rows, 2 * width if fmt.method == "nvfp4" else width))
 
     def spelling(self, fmt: Format, shape: tuple[int, int]) -> WrittenSpelling | str:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from omni_convert.formats.fp8 import Fp8Block
+from omni_convert.formats.format import Format
+from omni_convert.formats.fp8 import Fp8, Fp8Block, Fp8Channel
 from omni_convert.formats.table import layer_formats
 from omni_convert.formats.tensor_spec import TensorSpec
 
@@ -34,3 +35,23 @@ def test_blocks_of_any_shape_have_a_size(
     assert isinstance(fmt, Fp8Block)
     assert fmt.block_size == size
     fmt.layout(*shape)
+
+
+@pytest.mark.parametrize(
+    ("rows", "scale", "expected"),
+    [
+        (4, (), Fp8()),
+        (4, (1,), Fp8()),
+        (4, (4,), Fp8Channel()),
+        (1, (1,), Fp8()),  # both have this one
+    ],
+    ids=str,
+)
+def test_the_shape_of_the_scale_tells_fp8_per_row_from_per_tensor(
+    rows: int, scale: tuple[int, ...], expected: Format
+) -> None:
+    specs = {
+        "a.weight": TensorSpec("a.weight", torch.float8_e4m3fn, (rows, 8)),
+        "a.weight_scale": TensorSpec("a.weight_scale", torch.float32, scale),
+    }
+    assert layer_formats(specs, "fp8") == {"a": expected}

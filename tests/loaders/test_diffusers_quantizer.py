@@ -271,7 +271,7 @@ def test_a_damaged_checkpoint_is_refused(int8_folder, damage):
 @pytest.mark.parametrize(
     ("block", "message"),
     [
-        (FP8, r"holds Int8.*, expected Fp8"),
+        (FP8, r"holds int8, expected fp8 as its config says"),
         (INT8 | {"ignored_layers": [LAYER]}, f"{LAYER} is in ignored_layers, found int8 tensors"),
         (INT8 | {"surprise": 1}, "surprise"),
         ({"quant_method": "int8"}, "is_checkpoint_int8_serialized"),

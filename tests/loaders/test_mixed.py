@@ -117,14 +117,15 @@ def test_a_checkpoint_of_several_formats_is_loaded(write):
 @pytest.mark.parametrize(
     ("table", "message"),
     [
-        ({W1: ROWS, W2: MX}, rf"{W3} holds Fp8.*, found no such layer in quantized_layers"),
-        ({W1: ROWS, W2: FOUR_BITS, W3: {"quant_algo": "FP8"}}, rf"{W2} holds Mxfp8.*, expected Nvfp4"),
+        ({W1: ROWS, W2: MX}, rf"{W3} holds fp8 static, found no such layer in quantized_layers"),
+        ({W1: ROWS, W2: FOUR_BITS, W3: {"quant_algo": "FP8"}}, rf"{W2} holds mxfp8, expected nvfp4"),
         (
             {W1: {"quant_algo": "FP8"}, W2: MX, W3: {"quant_algo": "FP8"}},
-            rf"{W1}\.weight_scale is F32 \[\d+\], expected",
+            rf"{W1} holds fp8 per row, expected fp8 static",
         ),
+        ({W1: ROWS, W2: MX, W3: ROWS}, rf"{W3} holds fp8 static, expected fp8 per row as its config says"),
     ],
-    ids=["unlisted", "other format", "other scales"],
+    ids=["unlisted", "other format", "a scale too many", "a scale too few"],
 )
 def test_a_table_that_contradicts_the_tensors_is_refused(write, table, message):
     with pytest.raises(CheckpointError, match=message):

@@ -105,7 +105,7 @@ def test_a_block_that_contradicts_the_file_is_refused(converted: Path, tmp_path:
     folder.mkdir()
     for file in (converted / "transformer").iterdir():
         (folder / file.name).write_bytes(file.read_bytes().replace(b'"group_size": 32', b'"group_size": 16'))
-    with pytest.raises(CheckpointError, match=r"scales is F16 \[6, 192\], expected F16 \[12, 192\] for PackedInt4"):
+    with pytest.raises(CheckpointError, match=r"scales is F16 \[6, 192\], expected F16 \[12, 192\] for w4a16"):
         ZImageTransformer2DModel.from_pretrained(folder, dtype=torch.bfloat16)
 
 
