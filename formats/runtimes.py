@@ -11,7 +11,7 @@ from typing import Literal
 
 from omni_convert.formats.format import Format
 
-__all__ = ["CONSUMERS", "Verdict", "verdicts"]
+__all__ = ["CONSUMERS", "DIFFUSERS", "OURS", "Verdict", "verdicts"]
 
 Outcome = Literal["loads", "wrong", "refuses"]
 
@@ -121,6 +121,7 @@ IN_STABLE_DIFFUSION_CPP = ("fp8", "int8")
 FP8_STORAGE = "fp8_storage"
 # What diffusers' `bfl` quantizer reads.
 IN_DIFFUSERS_BFL = ("fp8 per row", "nvfp4")
+IN_OURS_OF_MODELOPT = {"fp8", "fp8 static", "fp8 per row", "nvfp4"}
 ASCEND_ONLY = ("mxfp8", "mxfp4", "mxfp4_dualscale")
 
 
@@ -141,8 +142,10 @@ def verdicts(dialect: str, layers: Mapping[str, Format], refusal: str | None) ->
     elif dialect in ("vllm-omni", "modelopt"):
         found.insert(0, _of_vllm_omni(methods, refusal))
     if dialect == "modelopt":
-        is_known = all(fmt.label in ("fp8", "fp8 static", "nvfp4") for fmt in layers.values()) and len(methods) == 1
-        found.append(Verdict(OURS, "loads" if is_known else "refuses", "FP8 and NVFP4" if is_known else SPELL_FIRST))
+        labels = {fmt.label for fmt in layers.values()}
+        is_known = labels <= IN_OURS_OF_MODELOPT or (len(labels) > 1 and labels <= IN_OURS_OF_MODELOPT | {"mxfp8"})
+        why = "FP8, NVFP4 and mixtures" if is_known else SPELL_FIRST
+        found.append(Verdict(OURS, "loads" if is_known else "refuses", why))
     if dialect == "comfyui":
         needs = ", ".join(f"{method} on {NEEDS[method]}" for method in sorted(methods & NEEDS.keys()))
         found.insert(0, Verdict(COMFYUI, "loads", f"as it is marked; runs {needs}, else dequantizes"))

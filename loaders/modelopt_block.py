@@ -17,7 +17,7 @@ __all__ = ["is_modelopt", "modelopt_algorithm", "read_modelopt"]
 
 METHODS = ("modelopt", "modelopt_fp4", "modelopt_mixed")
 DETECTED = ("FP8", "FP8_PER_CHANNEL_PER_TOKEN", "NVFP4", "MIXED_PRECISION")
-REMEDY = f"expected one of {', '.join(DETECTED)}; `omni-convert MODEL -m fp8` makes a checkpoint that is loaded"
+REMEDY = f"expected one of {', '.join(DETECTED)}; `omni-convert MODEL -m keep --dialect vllm-omni` spells it anew"
 
 
 def is_modelopt(spec: Mapping[str, Any]) -> bool:

@@ -1,19 +1,29 @@
-"""Quantized layers of which the config beside them does not speak: libraries would take their codes for weights."""
+"""Quantized layers that no library reads right: of which the config does not speak, or in another tool's spelling.
+
+Of the former libraries would take the codes for weights; of the latter they say less than is known here.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
+from omni_convert.formats.checkpoint import Checkpoint
 from omni_convert.formats.errors import CheckpointError
 from omni_convert.formats.json_file import read_json
 from omni_convert.formats.leaf import CODES, COMPANIONS, LOW_BIT
+from omni_convert.formats.quantized import describe, find_dialect
+from omni_convert.formats.runtimes import DIFFUSERS, OURS, verdicts
+from omni_convert.formats.safetensors_file import SafetensorsFile
 from omni_convert.formats.tensor_spec import DTYPE_NAMES, TensorSpec
 from omni_convert.loaders.checkpoint_headers import loaded_files, read_headers
 
 __all__ = ["refuse_undeclared"]
 
 INDEX, CONFIG, BLOCK = "model_index.json", "config.json", "quantization_config"
+# Dialects that mark quantized layers elsewhere than in a block; others without one could be any that has lost it.
+MARKED = ("comfyui", "msmodelslim")
 
 
 def refuse_undeclared(folder: Path, given: Collection[str] = (), variant: str | None = None) -> None:
@@ -27,15 +37,35 @@ def refuse_undeclared(folder: Path, given: Collection[str] = (), variant: str | 
         variant: as `from_pretrained` takes it
 
     Raises:
-        CheckpointError: a component has quantized layers and no block; or one of its files is damaged.
+        CheckpointError: a component has quantized layers and no block, or is spelled as this loader does not read it;
+            or one of its files is damaged.
     """
     index = read_json(folder / INDEX)
     listed = {name: entry for name, entry in index.items() if isinstance(entry, list) and entry and name not in given}
     for component, (library, *_) in listed.items():
         config = folder / component / CONFIG
         files = loaded_files(folder / component, str(library), variant)
-        if files and config.is_file() and not read_json(config).get(BLOCK):
+        if not files or not config.is_file():
+            continue
+        is_declared = bool(read_json(config).get(BLOCK))
+        if not (is_declared and library == "transformers"):  # which reads more spellings than we do
+            _refuse_spelling(files, folder / component, is_declared)
+        if not is_declared:
             _refuse_codes(read_headers(files), folder / component)
+
+
+def _refuse_spelling(files: Sequence[Path], folder: Path, is_declared: bool) -> None:
+    with ExitStack() as stack:
+        opened = {file.name: stack.enter_context(SafetensorsFile(file)) for file in files}
+        dialect = find_dialect(describe(Checkpoint(folder, opened), folder))
+    if dialect is None or not (is_declared or dialect.name in MARKED):
+        return
+    readers = [each for each in verdicts(dialect.name, {}, None) if each.runtime in (OURS, DIFFUSERS)]
+    if all(each.outcome != "loads" for each in readers):
+        raise CheckpointError(
+            f"{folder}: found the spelling of {dialect.name}, which this loader does not read; `omni-convert "
+            f"{folder.parent} -m keep --dialect vllm-omni` spells it anew without changing a value"
+        )
 
 
 def _refuse_codes(specs: Mapping[str, TensorSpec], folder: Path) -> None:

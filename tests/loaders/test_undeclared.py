@@ -8,8 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from omni_convert.convert import Recipe, convert_checkpoint
 from omni_convert.formats.errors import CheckpointError
-from omni_convert.loaders import load_pipeline
+from omni_convert.loaders import kernel_report, load_pipeline
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -131,3 +132,15 @@ def test_a_repository_that_is_not_in_the_cache_is_told_without_the_network(tmp_p
 def test_a_part_of_a_pipeline_is_no_pipeline(pipeline_folder, part):
     with pytest.raises(CheckpointError, match="expected the folder of a pipeline"):
         load_pipeline(pipeline_folder / part)
+
+
+@pytest.mark.parametrize("dialect", ["comfyui", "compressed-tensors", "msmodelslim", "transformers"])
+def test_another_spelling_is_named_with_the_command_that_changes_it(
+    tiny_pipeline_folder: Path, tmp_path: Path, dialect: str
+) -> None:
+    convert_checkpoint(tiny_pipeline_folder, tmp_path / "out", Recipe("mxfp8", dialect=dialect, device="cpu"))
+    remedy = f"the spelling of {dialect}.*`omni-convert {tmp_path / 'out'} -m keep --dialect vllm-omni`"
+    with pytest.raises(CheckpointError, match=remedy):
+        load_pipeline(tmp_path / "out")
+    convert_checkpoint(tmp_path / "out", tmp_path / "again", Recipe("keep", dialect="vllm-omni", device="cpu"))
+    assert kernel_report(load_pipeline(tmp_path / "again")).layers
