@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from omni_convert.formats.original_names import original_runs
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 NORM, BIAS = "layers.0.attention.norm_q.weight", "t_embedder.mlp.0.bias"
 DOWN, UP = ("CrossAttnDownBlock2D", "DownBlock2D"), ("UpBlock2D", "CrossAttnUpBlock2D")
+NESTED: list[Any] = reduce(lambda inner, _: [inner], range(400), [])
 RECIPES = {
     "fp8": Recipe(component={"text_encoder": "fp8"}),
     "int8": Recipe(method="int8", runtime="diffusers", component={"vae": "fp8_storage"}),
@@ -102,6 +104,9 @@ def test_a_tensor_that_the_model_has_no_use_for_is_a_warning(tiny_pipeline_folde
         {"_class_name": "FluxTransformer2DModel", "num_layers": 1},
         {"_class_name": "DiffusionPipeline", "n_layers": 2},
         {"architectures": ["Qwen3Model"], "model_type": "qwen3", "hidden_size": -1},
+        {"architectures": ["Qwen3Model"], "model_type": "qwen3", "head_dim": 0},
+        {"_class_name": "ZImageTransformer2DModel", "dim": 192, "n_heads": 0},
+        {"_class_name": "ZImageTransformer2DModel", "axes_dims": NESTED},
         {"architectures": [3]},
         {},
     ],
@@ -114,6 +119,9 @@ def test_a_tensor_that_the_model_has_no_use_for_is_a_warning(tiny_pipeline_folde
         "another model",
         "no model",
         "damaged",
+        "no head",
+        "no heads",
+        "nested",
         "no name",
         "none",
     ],
