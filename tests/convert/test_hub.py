@@ -23,6 +23,7 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 from huggingface_hub import ModelCard
+from safetensors.torch import load_file, save_file
 
 from omni_convert.convert.journal import JOURNAL
 
@@ -849,3 +850,35 @@ except CheckpointError as error:
     assert "gguf Q8_0" in cached
     assert "someone/two: found 2 .gguf files" in refused
     assert [path.name for path in (tmp_path / "home").rglob("*.gguf")] == ["tiny-Q8_0.gguf"]
+
+
+@pytest.mark.slow
+def test_the_loader_checks_what_it_fetches_and_fetches_nothing_twice(
+    hub: HubServer, tiny_pipeline_folder: Path, tmp_path: Path
+) -> None:
+    code = """
+from omni_convert.formats.errors import CheckpointError
+from omni_convert.loaders import load_pipeline
+load_pipeline("someone/plain")
+try:
+    load_pipeline("someone/bad")
+except CheckpointError as error:
+    print(error)
+"""
+    (weights,) = (tiny_pipeline_folder / "transformer").glob("*.safetensors")
+    bad = Path(shutil.copytree(tiny_pipeline_folder, tmp_path / "bad")) / "transformer" / weights.name
+    tensors = load_file(weights)
+    name = "layers.0.attention.to_q.weight"
+    save_file(tensors | {name: tensors[name].char()}, bad, metadata={"format": "pt"})
+    variant = "transformer/diffusion_pytorch_model.fp8.safetensors"
+    hub.add("someone/plain", tiny_pipeline_folder).branches["main"][variant] = b"no safetensors"
+    hub.add("someone/bad", tmp_path / "bad")
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "HUGGING"))}
+    environment |= {"HF_ENDPOINT": hub.address, "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1"}
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=120
+    )
+    assert "found no quantization_config, but 'layers.0.attention.to_q' holds I8 codes" in result.stdout, result.stderr
+    for file in (weights, bad):
+        assert hub.requests.count(f"GET /storage/{oid_of(file.name, file.read_bytes())} whole") == 1
+    assert not any(request.startswith("GET") and variant in request for request in hub.requests)
