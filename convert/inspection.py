@@ -22,9 +22,10 @@ from omni_convert.formats.dialects.gguf import GGUF
 from omni_convert.formats.errors import CheckpointError
 from omni_convert.formats.family import Family, find_family
 from omni_convert.formats.gguf_runtimes import gguf_verdicts
+from omni_convert.formats.incomplete import incomplete
 from omni_convert.formats.json_file import read_json
 from omni_convert.formats.quantized import QuantizedCheckpoint, QuantizedLayer
-from omni_convert.formats.runtimes import Verdict, verdicts
+from omni_convert.formats.runtimes import Verdict, if_incomplete, verdicts
 from omni_convert.formats.tensor_spec import DTYPE_NAMES
 
 __all__ = [
@@ -137,7 +138,9 @@ def _runtimes(source: Source, name: str, opened: QuantizedCheckpoint) -> list[Ve
     if opened.dialect is None or not opened.layers:
         return []
     formats = {stem: layer.format for stem, layer in opened.layers.items()}
-    return verdicts(opened.dialect, formats, vllm_omni_refusal(opened, _family(source, name), Recipe()))
+    found = verdicts(opened.dialect, formats, vllm_omni_refusal(opened, _family(source, name), Recipe()))
+    flaw = incomplete(opened)
+    return found if flaw is None else if_incomplete(found, opened.dialect, flaw.reason, is_scale=flaw.is_scale)
 
 
 def _family(source: Source, name: str) -> Family | None:

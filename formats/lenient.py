@@ -14,10 +14,12 @@ from omni_convert.formats.dialect import Dialect, Found, StoredLayer
 from omni_convert.formats.dialects.gguf import GGUF
 from omni_convert.formats.errors import CheckpointError
 from omni_convert.formats.finding import Finding
+from omni_convert.formats.incomplete import block_gaps, without_weight
 from omni_convert.formats.layer_check import check_layer
-from omni_convert.formats.leaf import CODES, COMPANIONS, LOW_BIT
+from omni_convert.formats.leaf import CODES, COMPANIONS, LOW_BIT, WEIGHT
 from omni_convert.formats.quantized import QuantizedCheckpoint, QuantizedLayer, find_dialect
-from omni_convert.formats.runtimes import CONSUMERS
+from omni_convert.formats.runtimes import CONSUMERS, OURS
+from omni_convert.formats.siblings import Gap
 from omni_convert.formats.tensor_spec import DTYPE_NAMES, TensorSpec
 
 __all__ = ["LenientReading", "read_leniently"]
@@ -75,7 +77,10 @@ def read_leniently(found: Found) -> LenientReading:
     rest = [name for name in checkpoint if name not in used]
     kept = dialect.kept_names(found, rest)
     quantized = QuantizedCheckpoint(checkpoint, dialect.name, layers, kept, found.block)
-    return LenientReading(found, quantized, {each.stem: each.shape for each in stored}, findings)
+    shapes = {each.stem: each.shape for each in stored}
+    damaged = {finding.layer for finding in findings if finding.check != "extra-companion"}
+    findings += [_missing(gap) for gap in block_gaps(quantized, shapes) if gap.name.rpartition(".")[0] not in damaged]
+    return LenientReading(found, quantized, shapes, findings)
 
 
 # With these a layer has no values that could be looked at.
@@ -171,14 +176,19 @@ def _as_finding(check: str, found: Found, stem: str, error: CheckpointError, dia
 def _orphans(found: Found, used: Collection[str], consumer: str) -> Iterator[Finding]:
     """Tensors that look like parts of quantized layers and are none."""
     layers = {name.rpartition(".")[0] for name in used}
+    bare: dict[str, str | None] = {}
     for name, spec in found.checkpoint.items():
         stem, _, leaf = name.rpartition(".")
-        if name in used:
+        if name in used or bare.get(stem) is not None:
             continue
         if leaf in CODES and spec.dtype in LOW_BIT and len(spec.shape) == 2:
             yield _without_scale(found, stem, spec, consumer)
         elif leaf in COMPANIONS and not _has_codes(found, stem, layers):
-            yield _extra(found, name, stem, is_quantized=stem in layers, consumer=consumer)
+            bare[stem] = None if stem in layers else without_weight(found.checkpoint, stem)
+            if (what := bare[stem]) is not None:
+                yield _bare(stem, what, consumer)
+            else:
+                yield _extra(found, name, stem, is_quantized=stem in layers, consumer=consumer)
 
 
 def _has_codes(found: Found, stem: str, layers: Collection[str]) -> bool:
@@ -209,14 +219,33 @@ def _without_scale(found: Found, stem: str, spec: TensorSpec, consumer: str) -> 
 
 def _extra(found: Found, name: str, stem: str, *, is_quantized: bool, consumer: str) -> Finding:
     weight = found.checkpoint.get(f"{stem}.weight")
-    if is_quantized:
+    if is_quantized or weight is None:
         what = "found a tensor that the layer's format does not have"
-    elif weight is None:
-        what = "found it without a weight"
     else:
         what = f"found it beside a {DTYPE_NAMES[weight.dtype]} weight, which is not quantized"
     return Finding(
-        "error", "extra-companion", name, f"{what}, expected none",
-        f"{consumer or 'strict loaders'}: a KeyError for some models (vLLM-Omni: Z-Image, FLUX.1), else skipped",
+        "error", "extra-companion", name, f"{what}, expected none", _of_strangers(consumer),
         "remove the tensor, or convert the model again",
+    )  # fmt: skip
+
+
+def _bare(stem: str, what: str, consumer: str) -> Finding:
+    return Finding(
+        "error", "extra-companion", stem, f"{what}, expected '{stem}{WEIGHT}' beside them", _of_strangers(consumer),
+        "give the weight its name, or convert the model again",
+    )  # fmt: skip
+
+
+def _of_strangers(consumer: str) -> str:
+    """Whom a tensor hurts that is for nothing."""
+    others = f"{consumer or 'strict loaders'}: a KeyError for some models (vLLM-Omni: Z-Image, FLUX.1), else skipped"
+    return f"{OURS}: refuses the model; {others}"
+
+
+def _missing(gap: Gap) -> Finding:
+    remedy = f"rename '{gap.stray}'" if gap.stray else "download it again"
+    return Finding(
+        "error", "missing-tensor", gap.name, gap.reason,
+        f"{OURS}, and whoever else is strict: refuses the model; others leave the tensor unset",
+        f"{remedy}, or convert the model again",
     )  # fmt: skip

@@ -5,13 +5,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from omni_convert.formats.format import Format
 
-__all__ = ["CONSUMERS", "DIFFUSERS", "OURS", "Verdict", "verdicts"]
+__all__ = ["CONSUMERS", "DIFFUSERS", "OURS", "VLLM_OMNI", "Verdict", "if_incomplete", "verdicts"]
 
 Outcome = Literal["loads", "wrong", "refuses"]
 
@@ -162,6 +162,24 @@ def verdicts(dialect: str, layers: Mapping[str, Format], refusal: str | None) ->
         why = f"its BFLQuantizationConfig reads {' and '.join(IN_DIFFUSERS_BFL)}, not {', '.join(unread)}"
         found = [Verdict(DIFFUSERS, "wrong", why) if each.runtime == DIFFUSERS else each for each in found]
     return found
+
+
+def if_incomplete(found: Sequence[Verdict], dialect: str, reason: str, *, is_scale: bool) -> list[Verdict]:
+    """The same of a component of which something is missing, or too much.
+
+    Args:
+        reason: what it is
+        is_scale: it is a scale, which vLLM-Omni leaves unset with a warning
+    """
+    # Our loader reads its own spelling for diffusers.
+    strict = {OURS, *(() if is_scale else (VLLM_OMNI,)), *((DIFFUSERS,) if dialect == "vllm-omni" else ())}
+
+    def of(verdict: Verdict) -> Verdict:
+        if verdict.outcome != "loads":
+            return verdict
+        return Verdict(verdict.runtime, "refuses" if verdict.runtime in strict else "wrong", reason)
+
+    return [of(verdict) for verdict in found]
 
 
 def _of_vllm_omni(methods: set[str], refusal: str | None) -> Verdict:

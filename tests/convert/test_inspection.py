@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,12 +13,14 @@ from safetensors.torch import load_file, save_file
 from omni_convert.convert import Recipe, convert_checkpoint
 from omni_convert.convert.cli import main
 from omni_convert.formats.dialects.table import DIALECTS
+from omni_convert.formats.errors import OmniConvertError
 from omni_convert.formats.fp8_storage import Fp8Storage
 from omni_convert.formats.int8 import Int8
 from omni_convert.formats.nvfp4 import Nvfp4
 from omni_convert.formats.read_formats import Scaled
 from omni_convert.formats.runtimes import BY_DIALECT, CONSUMERS, verdicts
 from omni_convert.formats.table import FORMATS, FormatOptions
+from omni_convert.loaders import load_pipeline
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 LAYER = "layers.0.attention.to_q"
@@ -129,3 +132,52 @@ def test_a_file_that_lies_is_one_line(tiny_pipeline_folder: Path, tmp_path: Path
     result = CliRunner().invoke(main, ["inspect", str(tmp_path / "out")])
     assert result.exit_code == 1
     assert f"Error: {tmp_path / 'out' / 'transformer'}: tensor '{LAYER}.weight_scale': found F8_E4M3" in result.output
+
+
+@pytest.fixture(scope="module")
+def demo_fp8(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of six blocks: of two nobody could tell which is incomplete."""
+    output = tmp_path_factory.mktemp("demo") / "fp8"
+    result = CliRunner().invoke(main, ["-m", "fp8", "-o", str(output)])
+    assert result.exit_code == 0, result.output
+    return output
+
+
+def changed(folder: Path, new_names: dict[str, str | None]) -> None:
+    file = folder / "transformer" / WEIGHTS
+    tensors = {new_names.get(name, name): tensor for name, tensor in load_file(file).items()}
+    save_file({name: tensor for name, tensor in tensors.items() if name}, file, metadata={"format": "pt"})
+
+
+OUT, K, LONE = "layers.0.attention.to_out.0", "layers.0.attention.to_k", "context_refiner.0.attention.to_out.0"
+
+
+@pytest.mark.parametrize(
+    ("new_names", "vllm_omni", "told"),
+    [
+        ({f"{OUT}.weight": None, f"{OUT}.weight_scale": None}, "refuses", f"found no '{OUT}.weight'"),
+        ({f"{K}.weight": f"{K}.wieght"}, "wrong", f"found no '{K}.weight', but '{K}.wieght'"),
+        ({f"{LONE}.weight": f"{LONE}.wieght"}, "refuses", "weight_scale, wieght without a weight"),
+        ({f"{OUT}.weight_scale": None}, "wrong", f"found '{OUT}.weight' in F8_E4M3 without the scales"),
+    ],
+    ids=["layer deleted", "weight misspelled", "without siblings", "scale deleted"],
+)
+def test_an_incomplete_model_loads_nowhere_and_verify_names_what_is_missing(
+    demo_fp8: Path, tmp_path: Path, new_names: dict[str, str | None], vllm_omni: str, told: str
+) -> None:
+    shutil.copytree(demo_fp8, tmp_path / "model")
+    changed(tmp_path / "model", new_names)
+    transformer = inspected(tmp_path / "model")["transformer"]
+    expected = {"vLLM-Omni": vllm_omni, "diffusers": "refuses", "omni_convert.loaders": "refuses", "ComfyUI": "wrong"}
+    assert outcomes(transformer) == expected
+    (ours,) = [each for each in transformer["runtimes"] if each["runtime"] == "omni_convert.loaders"]
+    assert told in ours["why"]
+    with pytest.raises(OmniConvertError):
+        load_pipeline(tmp_path / "model")
+    report = " ".join(CliRunner().invoke(main, ["verify", str(tmp_path / "model")]).stdout.split())
+    assert all(stem in report for stem in {name.rpartition(".")[0] for name in new_names})
+    assert all(name.rpartition(".")[2] in report for name in new_names.values() if name)
+
+
+def test_a_complete_model_of_many_blocks_loads(demo_fp8: Path) -> None:
+    assert outcomes(inspected(demo_fp8)["transformer"])["omni_convert.loaders"] == "loads"
