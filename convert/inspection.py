@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from omni_convert.convert.recipe import Recipe
+from omni_convert.convert.recorded import dialect_of_lost_block
 from omni_convert.convert.report import size_text
 from omni_convert.convert.respelling import vllm_omni_refusal
 from omni_convert.convert.source import Source
@@ -25,7 +26,7 @@ from omni_convert.formats.gguf_runtimes import gguf_verdicts
 from omni_convert.formats.incomplete import incomplete
 from omni_convert.formats.json_file import read_json
 from omni_convert.formats.quantized import QuantizedCheckpoint, QuantizedLayer
-from omni_convert.formats.runtimes import Verdict, if_incomplete, verdicts
+from omni_convert.formats.runtimes import Verdict, if_incomplete, of_lost_block, verdicts
 from omni_convert.formats.tensor_spec import DTYPE_NAMES
 
 __all__ = [
@@ -111,6 +112,7 @@ def _has_weights(source: Source, name: str) -> bool:
 
 def _inspect(source: Source, name: str) -> InspectedComponent:
     with open_component(source, name) as opened:
+        lost = dialect_of_lost_block(opened, source.path / name if name else source.path)
         kept: dict[str, tuple[int, int]] = {}
         for stored in opened.kept.values():
             spec = opened.checkpoint[stored]
@@ -118,11 +120,11 @@ def _inspect(source: Source, name: str) -> InspectedComponent:
             kept[DTYPE_NAMES[spec.dtype]] = (count + 1, nbytes + spec.nbytes)
         return InspectedComponent(
             name,
-            opened.dialect if opened.layers or opened.dialect == GGUF.name else None,
+            lost or (opened.dialect if opened.layers or opened.dialect == GGUF.name else None),
             sum(spec.nbytes for spec in opened.checkpoint.values()),
             tuple(_inspect_layer(layer) for layer in opened.layers.values()),
             kept,
-            tuple(_runtimes(source, name, opened)),
+            tuple(of_lost_block() if lost else _runtimes(source, name, opened)),
         )
 
 

@@ -22,6 +22,7 @@ from omni_convert.convert.gguf_verification import check_gguf, compare_gguf
 from omni_convert.convert.inspection import WEIGHT_PATTERNS, component_names
 from omni_convert.convert.name_check import check_names
 from omni_convert.convert.output import MANIFEST
+from omni_convert.convert.recorded import dialect_of_lost_block
 from omni_convert.convert.reference_check import FOUR_BITS, check_against, check_kept
 from omni_convert.convert.source import Source
 from omni_convert.formats.block_check import check_block
@@ -143,7 +144,8 @@ def _verify(source: Source, name: str, reference: Source | None, progress: Calla
             )
         return VerifiedComponent(
             name,
-            quantized.dialect if reading.shapes or reading.findings or is_gguf else None,
+            dialect_of_lost_block(quantized, path)
+            or (quantized.dialect if reading.shapes or reading.findings or is_gguf else None),
             len(quantized.layers),
             tuple(dict.fromkeys(findings)),
             errors,

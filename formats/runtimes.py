@@ -11,7 +11,7 @@ from typing import Literal
 
 from omni_convert.formats.format import Format
 
-__all__ = ["CONSUMERS", "DIFFUSERS", "OURS", "VLLM_OMNI", "Verdict", "if_incomplete", "verdicts"]
+__all__ = ["CONSUMERS", "DIFFUSERS", "OURS", "VLLM_OMNI", "Verdict", "if_incomplete", "of_lost_block", "verdicts"]
 
 Outcome = Literal["loads", "wrong", "refuses"]
 
@@ -162,6 +162,17 @@ def verdicts(dialect: str, layers: Mapping[str, Format], refusal: str | None) ->
         why = f"its BFLQuantizationConfig reads {' and '.join(IN_DIFFUSERS_BFL)}, not {', '.join(unread)}"
         found = [Verdict(DIFFUSERS, "wrong", why) if each.runtime == DIFFUSERS else each for each in found]
     return found
+
+
+def of_lost_block() -> list[Verdict]:
+    """What each runtime does with a component that we wrote, and whose config.json lost its block."""
+    why = "config.json lost its quantization_config; restore the file, or convert again"
+    return [
+        Verdict(VLLM_OMNI, "wrong", f"takes the codes for weights: {why}"),
+        Verdict(DIFFUSERS, "wrong", f"takes the codes for weights: {why}"),
+        Verdict(OURS, "refuses", why),
+        Verdict(COMFYUI, "wrong", UNMARKED),
+    ]
 
 
 def if_incomplete(found: Sequence[Verdict], dialect: str, reason: str, *, is_scale: bool) -> list[Verdict]:

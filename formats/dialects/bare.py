@@ -19,7 +19,7 @@ from omni_convert.formats.errors import CheckpointError
 from omni_convert.formats.signature import ROLES, Signature, read_signature
 from omni_convert.formats.tensor_spec import DTYPE_NAMES, TensorSpec
 
-__all__ = ["BFL", "LIGHTX2V", "signed_layers"]
+__all__ = ["BARE", "BFL", "LIGHTX2V", "signed_layers"]
 
 LIGHTX2V_NAMES = {"weight_scale_2": "weight_global_scale", "input_scale": "input_global_scale"}
 EIGHT_BITS = (torch.float8_e4m3fn, torch.float8_e5m2, torch.int8, torch.uint8)
@@ -113,3 +113,5 @@ class LightX2V(Dialect):
 
 BFL = BlackForestLabs()
 LIGHTX2V = LightX2V()
+#: Names of both: whatever nothing but its tensors describes is taken for one of them.
+BARE = (BFL.name, LIGHTX2V.name)

@@ -63,3 +63,21 @@ def test_weights_that_were_only_cast_to_fp8_are_loaded(tiny_pipeline_folder: Pat
     save_file(tensors, file, metadata={"format": "pt"})
     weight = load_pipeline(tmp_path / "model").transformer.get_parameter(name)
     assert weight.equal(tensors[name].to(torch.bfloat16))
+
+
+@pytest.mark.parametrize("method", ["fp8", "nvfp4"])
+@pytest.mark.parametrize("part", ["", "transformer"])
+def test_the_manifest_tells_what_a_model_without_its_block_was(
+    method: str, part: str, tiny_pipeline_folder: Path, tmp_path: Path
+) -> None:
+    convert_checkpoint(tiny_pipeline_folder, tmp_path / "out", Recipe(method=method, search=False))
+    without_block(tmp_path / "out" / "transformer")
+    for command in ("inspect", "verify"):
+        output = CliRunner().invoke(main, [command, str(tmp_path / "out" / part), "--json"]).stdout
+        name = "" if part else "transformer"
+        (transformer,) = [each for each in json.loads(output)["components"] if each["name"] == name]
+        assert transformer["dialect"] == "vllm-omni"
+    text = CliRunner().invoke(main, ["inspect", str(tmp_path / "out" / part)]).stdout
+    assert "omni_convert.loaders: refuses: config.json lost its quantization_config; restore the file" in text
+    (tmp_path / "out" / "omni_convert.json").unlink()
+    assert "lost its quantization_config" not in CliRunner().invoke(main, ["inspect", str(tmp_path / "out")]).stdout
