@@ -16,7 +16,7 @@ peft = pytest.importorskip("peft")
 
 QUANTIZED = (QuantizedLinear, Fp8WeightStorage)
 LAYERS = ("attention.to_q", "attention.to_out.0", "feed_forward.w1")
-W4A16 = {"method": "w4a16", "group_size": 16}
+W4A16 = {"method": "w4a16", "group_size": 32}
 MIXED = {
     "quant_method": "modelopt",
     "quant_algo": "MIXED_PRECISION",
