@@ -158,9 +158,9 @@ def convert_plan(
     with (
         _opened_engine(recipe) as engine_on,
         _folder_of(output, recipe) as folder,
-        _streaming(plan.source, folder),
         Journal(folder / JOURNAL, describe_job(plan, statistics_id)) as journal,
         Workers(_threads(recipe)) as workers,
+        _streaming(plan.source, folder),  # ends first: workers that wait for a download shall not
     ):
         make = execute_component if isinstance(output, Path) else partial(upload_component, output)
         results, peak = _fill(folder, plan, statistics_id, engine_on(workers, journal), make, progress or _ignore)
