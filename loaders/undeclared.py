@@ -5,7 +5,7 @@ Of the former libraries would take the codes for weights; of the latter they say
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from omni_convert.formats.quantized import describe, find_dialect
 from omni_convert.formats.runtimes import DIFFUSERS, OURS, verdicts
 from omni_convert.formats.safetensors_file import SafetensorsFile
 from omni_convert.formats.tensor_spec import DTYPE_NAMES, TensorSpec
-from omni_convert.loaders.checkpoint_headers import loaded_files, read_headers
+from omni_convert.loaders.checkpoint_headers import loaded_files
 
 __all__ = ["refuse_undeclared"]
 
@@ -48,16 +48,18 @@ def refuse_undeclared(folder: Path, given: Collection[str] = (), variant: str | 
         if not files or not config.is_file():
             continue
         is_declared = bool(read_json(config).get(BLOCK))
-        if not (is_declared and library == "transformers"):  # which reads more spellings than we do
-            _refuse_spelling(files, folder / component, is_declared)
-        if not is_declared:
-            _refuse_codes(read_headers(files), folder / component)
+        if is_declared and library == "transformers":  # which reads more spellings than we do
+            continue
+        with ExitStack() as stack:
+            opened = {file.name: stack.enter_context(SafetensorsFile(file)) for file in files}
+            checkpoint = Checkpoint(folder / component, opened)
+            _refuse_spelling(checkpoint, folder / component, is_declared)
+            if not is_declared:
+                _refuse_codes(checkpoint, folder / component)
 
 
-def _refuse_spelling(files: Sequence[Path], folder: Path, is_declared: bool) -> None:
-    with ExitStack() as stack:
-        opened = {file.name: stack.enter_context(SafetensorsFile(file)) for file in files}
-        dialect = find_dialect(describe(Checkpoint(folder, opened), folder))
+def _refuse_spelling(checkpoint: Checkpoint, folder: Path, is_declared: bool) -> None:
+    dialect = find_dialect(describe(checkpoint, folder))
     if dialect is None or not (is_declared or dialect.name in MARKED):
         return
     readers = [each for each in verdicts(dialect.name, {}, None) if each.runtime in (OURS, DIFFUSERS)]
