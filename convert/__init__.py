@@ -12,21 +12,21 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from omni_convert.convert.calibration import calibrate
-    from omni_convert.convert.comparison import compare
+    from omni_convert.convert.calibration.recording import calibrate
+    from omni_convert.convert.comparison.comparison import compare
     from omni_convert.convert.conversion import convert_checkpoint
+    from omni_convert.convert.output.upload import push_to_hub
     from omni_convert.convert.recipe import Recipe
-    from omni_convert.convert.upload import push_to_hub
 
 __all__ = ["Recipe", "calibrate", "compare", "convert_checkpoint", "push_to_hub"]
 
 # No module is called like a name here: importing it would put the module in that name's place.
 _MODULES = {
     "Recipe": "recipe",
-    "calibrate": "calibration",
-    "compare": "comparison",
+    "calibrate": "calibration.recording",
+    "compare": "comparison.comparison",
     "convert_checkpoint": "conversion",
-    "push_to_hub": "upload",
+    "push_to_hub": "output.upload",
 }
 
 

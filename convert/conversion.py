@@ -11,35 +11,35 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from omni_convert.convert.component_plan import ComponentPlan
-from omni_convert.convert.component_result import ComponentResult, LayerResult
-from omni_convert.convert.copy import copy_file, take_files
 from omni_convert.convert.device import resolve_device
-from omni_convert.convert.execute import Engine, Progress, execute_component
-from omni_convert.convert.file_hash import SourceHashes
-from omni_convert.convert.journal import JOURNAL, Journal
-from omni_convert.convert.manifest import describe_job, read_results, write_json, write_manifest
-from omni_convert.convert.model_card import model_card
-from omni_convert.convert.output import check_output, is_finished, partial_folder, tidy, write_text
-from omni_convert.convert.plan import Plan, plan_conversion
-from omni_convert.convert.recipe import Recipe
-from omni_convert.convert.remote_folder import (
+from omni_convert.convert.execution.component_result import ComponentResult, LayerResult
+from omni_convert.convert.execution.journal import JOURNAL, Journal
+from omni_convert.convert.execution.local import Engine, Progress, execute_component
+from omni_convert.convert.output.copy import copy_file, take_files
+from omni_convert.convert.output.folder import check_output, is_finished, partial_folder, tidy, write_text
+from omni_convert.convert.output.manifest import describe_job, read_results, write_json, write_manifest
+from omni_convert.convert.output.model_card import model_card
+from omni_convert.convert.output.remote_folder import (
     RemoteFolder,
     check_remote,
     finished_manifest,
     output_of,
     published_folder,
 )
+from omni_convert.convert.output.shard_upload import upload_component
+from omni_convert.convert.output.upload import Repository, open_repository, push_output
+from omni_convert.convert.plan.component_plan import ComponentPlan
+from omni_convert.convert.plan.plan import Plan, plan_conversion
+from omni_convert.convert.recipe import Recipe
 from omni_convert.convert.report import ConversionReport
-from omni_convert.convert.shard_upload import upload_component
-from omni_convert.convert.source import Source, resolve_source
-from omni_convert.convert.upload import Repository, open_repository, push_output
+from omni_convert.convert.source.file_hash import SourceHashes
+from omni_convert.convert.source.location import Source, resolve_source
 from omni_convert.convert.workers import Workers, available_cores
-from omni_convert.formats.checkpoint import Checkpoint
+from omni_convert.formats.containers.checkpoint import Checkpoint
 from omni_convert.formats.errors import CheckpointError, OutputError, RecipeError
 
 if TYPE_CHECKING:
-    from omni_convert.convert.statistics import Statistics
+    from omni_convert.convert.calibration.statistics import Statistics
 
 __all__ = [
     "check_target",
@@ -115,13 +115,13 @@ def load_statistics(source: Source, recipe: Recipe) -> tuple[Statistics | None, 
         the statistics, and the seconds that it took to record them; None if they were not
     """
     if recipe.calibration:
-        from omni_convert.convert.statistics import Statistics
+        from omni_convert.convert.calibration.statistics import Statistics
 
         first, *others = [Statistics.load(path) for path in recipe.calibration]
         return first.merge(others), None
     if recipe.calib is None:
         return None, None
-    from omni_convert.convert.calibration import calibrate_source  # runs a pipeline: seconds of imports
+    from omni_convert.convert.calibration.recording import calibrate_source  # runs a pipeline: seconds of imports
 
     plan_conversion(source, replace(recipe, activation_scheme=None))
     started = time.monotonic()
@@ -200,7 +200,7 @@ def _opened_engine(recipe: Recipe) -> Iterator[Callable[[Workers, Journal], Engi
         yield lambda workers, journal: Engine(workers, device, journal)
         return
     from omni_convert.convert.cluster import connect  # an extra
-    from omni_convert.convert.distributed import RayEngine
+    from omni_convert.convert.execution.distributed import RayEngine
 
     with connect(recipe.engine) as cluster:
         device = cluster.device(recipe.device)
@@ -300,7 +300,7 @@ def _write_config(component: ComponentPlan, folder: Path) -> None:
 def _verify(component: ComponentPlan, folder: Path) -> None:
     """Reopens what was written: every planned tensor is there, in the planned dtype and shape."""
     if component.shards.gguf is not None:
-        from omni_convert.formats.gguf_writer import check_gguf
+        from omni_convert.formats.containers.gguf_writer import check_gguf
 
         for file, specs in component.shards.files.items():
             check_gguf(folder / file, specs, component.shards.gguf)

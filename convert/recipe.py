@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from omni_convert.formats.config import check_group_size
 from omni_convert.formats.errors import RecipeError
-from omni_convert.formats.quantization_config import check_group_size
 
 __all__ = [
     "DIALECT_NAMES",

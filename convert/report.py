@@ -10,12 +10,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from omni_convert.convert.component_plan import ComponentPlan
-from omni_convert.convert.component_result import LayerResult
-from omni_convert.convert.plan import Plan
-from omni_convert.convert.remote_folder import RemoteFolder
-from omni_convert.convert.steps import KeptLayer, QuantizeStep
-from omni_convert.formats.tensor_spec import DTYPE_NAMES
+from omni_convert.convert.execution.component_result import LayerResult
+from omni_convert.convert.output.remote_folder import RemoteFolder
+from omni_convert.convert.plan.component_plan import ComponentPlan
+from omni_convert.convert.plan.plan import Plan
+from omni_convert.convert.plan.steps import KeptLayer, QuantizeStep
+from omni_convert.formats.containers.tensor_spec import DTYPE_NAMES
 
 __all__ = ["ConversionReport", "conversion_report", "plan_report", "size_text"]
 

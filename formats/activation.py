@@ -9,11 +9,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from omni_convert.formats.e2m1 import E2M1
-from omni_convert.formats.e8m0 import power_of_two
-from omni_convert.formats.element import ElementType
-from omni_convert.formats.float8 import E4M3
-from omni_convert.formats.mx import COARSE_BLOCK, MX_BLOCK, block_amax, join_blocks, scale_blocks_, split_blocks
+from omni_convert.formats.arithmetic.e2m1 import E2M1
+from omni_convert.formats.arithmetic.e8m0 import power_of_two
+from omni_convert.formats.arithmetic.element import ElementType
+from omni_convert.formats.arithmetic.float8 import E4M3
+from omni_convert.formats.arithmetic.mx import (
+    COARSE_BLOCK,
+    MX_BLOCK,
+    block_amax,
+    join_blocks,
+    scale_blocks_,
+    split_blocks,
+)
 from omni_convert.formats.nvfp4 import NVFP4_BLOCK, nvfp4_block_scale
 
 __all__ = ["quantize_mxfp4_dualscale_input", "quantize_mxfp4_input", "quantize_mxfp8_input", "quantize_nvfp4_input"]

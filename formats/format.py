@@ -10,137 +10,16 @@ A format works on the rows of a weight, so that a matrix of any size passes thro
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = [
-    "TILE_ELEMENTS",
-    "ElementFormat",
-    "Format",
-    "InputStatistics",
-    "QuantizingFormat",
-    "TensorLayout",
-    "TensorRows",
-    "WeightRows",
-    "iterate_rows",
-    "sample_rows",
-    "tile_ranges",
-    "weight_amax",
-]
+from omni_convert.formats.rows import InputStatistics, TensorLayout, TensorRows, WeightRows, iterate_rows
 
-#: In float32 4 MiB: with its scratch, a tile fits the third-level cache of a few cores.
-TILE_ELEMENTS = 1 << 20
-SAMPLE_RUN = 8
-
-
-@dataclass(frozen=True)
-class TensorLayout:
-    """One tensor of a quantized weight.
-
-    `rows_per_entry` is how many rows of the weight one row of this tensor stands for; 0 for a tensor that belongs to
-    the whole weight and comes from `Format.constants`.
-    """
-
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    rows_per_entry: int = 1
-
-
-class InputStatistics(Protocol):
-    """What calibration knows about the inputs of a group; see `convert/statistics.py`."""
-
-    def amax(self) -> float:
-        """Largest magnitude seen, over prompts and denoising steps."""
-        ...
-
-    def channel_amax(self) -> Tensor:
-        """Largest magnitude per input channel, float32 [in]."""
-        ...
-
-    def rows(self) -> Tensor:
-        """A sample of input rows, bfloat16 [samples, in]."""
-        ...
-
-    def clip(self, rule: str, largest: float) -> float:
-        """Magnitude at which to clip by `rule` (`max`, `percentile:P`, `mse`) for a grid that ends at `largest`."""
-        ...
-
-
-class WeightRows(Protocol):
-    """Row-wise access to a weight that may be larger than memory."""
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """[out, in]."""
-        ...
-
-    def read(self, start: int, stop: int) -> Tensor:
-        """Rows `start` to `stop`, in the dtype in which they are stored."""
-        ...
-
-
-@dataclass(frozen=True)
-class TensorRows:
-    """A weight that is in memory, as `WeightRows`."""
-
-    weight: Tensor
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        out_features, in_features = self.weight.shape
-        return out_features, in_features
-
-    def read(self, start: int, stop: int) -> Tensor:
-        return self.weight[start:stop]
-
-
-def iterate_rows(weight: WeightRows, multiple: int = 1) -> Iterator[tuple[int, Tensor]]:
-    """Yields `(first row, rows)` in tiles of about a mebi-element whose row counts are a multiple of `multiple`."""
-    for start, stop in tile_ranges(weight.shape, multiple):
-        yield start, weight.read(start, stop)
-
-
-def tile_ranges(shape: tuple[int, ...], multiple: int = 1) -> Iterator[tuple[int, int]]:
-    """First row and row after the last of each tile of a tensor [rows, ...]; see `iterate_rows`."""
-    rows, columns = shape[0], math.prod(shape[1:])
-    step = max(1, TILE_ELEMENTS // max(1, columns) // multiple) * multiple
-    for start in range(0, rows, step):
-        yield start, min(start + step, rows)
-
-
-def sample_rows(weights: Sequence[WeightRows], count: int) -> Tensor:
-    """About `count` rows of a group, in short runs spread evenly over its members, or all if there are no more.
-
-    Returns:
-        [rows, in], in the dtype in which they are stored
-    """
-    total = sum(weight.shape[0] for weight in weights)
-    run, stride = (SAMPLE_RUN, -(-total // count) * SAMPLE_RUN) if total > count else (total, total)
-    return torch.cat(
-        [
-            weight.read(start, min(start + run, weight.shape[0]))
-            for weight in weights
-            for start in range(0, weight.shape[0], stride)
-        ]
-    )
-
-
-def weight_amax(weights: Sequence[WeightRows]) -> float:
-    """Largest magnitude in a group of weights; NaN and Inf come through, for the caller to refuse."""
-    largest = 0.0
-    for weight in weights:
-        for _, tile in iterate_rows(weight):
-            low, high = torch.aminmax(tile)
-            tile_amax = max(-float(low), float(high))
-            if not tile_amax <= largest:  # true for NaN as well
-                largest = tile_amax
-    return largest
+__all__ = ["ElementFormat", "Format", "QuantizingFormat"]
 
 
 def _scale_flaw(suffix: str, scale: Tensor) -> str | None:

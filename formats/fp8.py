@@ -21,10 +21,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from omni_convert.formats.float8 import E4M3_MAX, round_to_e4m3
-from omni_convert.formats.format import ElementFormat, InputStatistics, TensorLayout, WeightRows, weight_amax
-from omni_convert.formats.scalar_scale import SCALAR, scalars, static_scale
-from omni_convert.formats.tiling import quantize_in_tiles
+from omni_convert.formats.arithmetic.float8 import E4M3_MAX, round_to_e4m3
+from omni_convert.formats.arithmetic.scalar_scale import SCALAR, scalars, static_scale
+from omni_convert.formats.arithmetic.tiling import quantize_in_tiles
+from omni_convert.formats.format import ElementFormat
+from omni_convert.formats.rows import InputStatistics, TensorLayout, WeightRows, weight_amax
 
 __all__ = ["E4M3_MAX", "Fp8", "Fp8Block", "Fp8Channel", "round_to_e4m3"]
 

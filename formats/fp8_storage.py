@@ -17,8 +17,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from omni_convert.formats.format import TensorLayout
 from omni_convert.formats.fp8 import Fp8
+from omni_convert.formats.rows import TensorLayout
 
 __all__ = ["Fp8Storage"]
 

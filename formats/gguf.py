@@ -1,6 +1,6 @@
 """GGUF: the types of tensors that the `gguf` package can make, for diffusers, ComfyUI-GGUF and their like.
 
-Tensors:    NAME.weight  U8 [out, in / 32 * bytes]   blocks of `formats/gguf_blocks.py`; BF16 or F16 [out, in]
+Tensors:    NAME.weight  U8 [out, in / 32 * bytes]   blocks of `arithmetic/ggml_blocks.py`; BF16 or F16 [out, in]
 Arithmetic: of each type; the runtime dequantizes a weight before every use, and activations stay as they are.
 Consumers:  diffusers' `GGUFQuantizationConfig` (all but MXFP4), ComfyUI-GGUF.
 Limits:     in a multiple of 32, but for BF16 and F16; scales are FP16 and end at 65504.
@@ -14,9 +14,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from omni_convert.formats.arithmetic.ggml_blocks import BLOCK, BLOCK_TYPES
 from omni_convert.formats.errors import RecipeError
-from omni_convert.formats.format import QuantizingFormat, TensorLayout
-from omni_convert.formats.gguf_blocks import BLOCK, BLOCK_TYPES
+from omni_convert.formats.format import QuantizingFormat
+from omni_convert.formats.rows import TensorLayout
 
 __all__ = ["CACHED_BLOCKS", "DEFAULT_TYPE", "GGUF_TYPES", "PLAIN_TYPES", "Gguf"]
 

@@ -18,8 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from omni_convert.formats.format import Format, TensorLayout
-from omni_convert.formats.gguf_file import rows_together
+from omni_convert.formats.containers.gguf_file import rows_together
+from omni_convert.formats.format import Format
+from omni_convert.formats.rows import TensorLayout
 
 __all__ = ["StoredGguf", "is_dequantized"]
 

@@ -18,8 +18,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from omni_convert.formats.format import ElementFormat, TensorLayout
-from omni_convert.formats.tiling import quantize_in_tiles
+from omni_convert.formats.arithmetic.tiling import quantize_in_tiles
+from omni_convert.formats.format import ElementFormat
+from omni_convert.formats.rows import TensorLayout
 
 __all__ = ["DEFAULT_GROUP", "PACKED_ROWS", "ZERO_POINT", "Int4"]
 

@@ -18,8 +18,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from omni_convert.formats.format import ElementFormat, InputStatistics, TensorLayout, WeightRows, weight_amax
-from omni_convert.formats.tiling import quantize_in_tiles
+from omni_convert.formats.arithmetic.tiling import quantize_in_tiles
+from omni_convert.formats.format import ElementFormat
+from omni_convert.formats.rows import InputStatistics, TensorLayout, WeightRows, weight_amax
 
 __all__ = ["INT8_MAX", "Int8"]
 

@@ -18,10 +18,9 @@ import torch
 from torch import Tensor
 
 from omni_convert.formats.activation import quantize_mxfp4_input
-from omni_convert.formats.e2m1 import E2M1, grid_flaw, round_to_e2m1
-from omni_convert.formats.e8m0 import encode_e8m0, is_msmodelslim
-from omni_convert.formats.format import ElementFormat, InputStatistics, TensorLayout, WeightRows
-from omni_convert.formats.mx import (
+from omni_convert.formats.arithmetic.e2m1 import E2M1, grid_flaw, round_to_e2m1
+from omni_convert.formats.arithmetic.e8m0 import encode_e8m0, is_msmodelslim
+from omni_convert.formats.arithmetic.mx import (
     MX_BLOCK,
     check_scale_rule,
     dequantize_mx,
@@ -30,8 +29,10 @@ from omni_convert.formats.mx import (
     scale_blocks_,
     split_blocks,
 )
-from omni_convert.formats.smoothing import Quantizers, search_mul_scale
-from omni_convert.formats.tiling import quantize_in_tiles
+from omni_convert.formats.arithmetic.smoothing import Quantizers, search_mul_scale
+from omni_convert.formats.arithmetic.tiling import quantize_in_tiles
+from omni_convert.formats.format import ElementFormat
+from omni_convert.formats.rows import InputStatistics, TensorLayout, WeightRows
 
 __all__ = ["Mxfp4"]
 
@@ -41,7 +42,7 @@ class Mxfp4(ElementFormat):
     """MXFP4 with a single level of scales.
 
     Attributes:
-        scale_rule: exponent rule of `formats/e8m0.py`; None: the best one, by data if `search`, else `uos`.
+        scale_rule: exponent rule of `formats/arithmetic/e8m0.py`; None: the best one, by data if `search`, else `uos`.
             `msmodelslim` and `msmodelslim_ceil_x` also round ties away from zero, as that tool does
         search: choose each exponent by the block's squared error
         smooth: store mul_scale, searched with the statistics of the inputs; ones without statistics

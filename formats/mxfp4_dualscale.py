@@ -20,11 +20,10 @@ import torch
 from torch import Tensor
 
 from omni_convert.formats.activation import quantize_mxfp4_dualscale_input
-from omni_convert.formats.dualscale_search import search_coarse_scale
-from omni_convert.formats.e2m1 import E2M1, grid_flaw, round_to_e2m1
-from omni_convert.formats.e8m0 import encode_e8m0, is_msmodelslim
-from omni_convert.formats.format import ElementFormat, InputStatistics, TensorLayout, WeightRows
-from omni_convert.formats.mx import (
+from omni_convert.formats.arithmetic.dualscale_search import search_coarse_scale
+from omni_convert.formats.arithmetic.e2m1 import E2M1, grid_flaw, round_to_e2m1
+from omni_convert.formats.arithmetic.e8m0 import encode_e8m0, is_msmodelslim
+from omni_convert.formats.arithmetic.mx import (
     COARSE_BLOCK,
     MX_BLOCK,
     block_amax,
@@ -35,8 +34,10 @@ from omni_convert.formats.mx import (
     scale_blocks_,
     split_blocks,
 )
-from omni_convert.formats.smoothing import Quantizers, search_mul_scale
-from omni_convert.formats.tiling import quantize_in_tiles
+from omni_convert.formats.arithmetic.smoothing import Quantizers, search_mul_scale
+from omni_convert.formats.arithmetic.tiling import quantize_in_tiles
+from omni_convert.formats.format import ElementFormat
+from omni_convert.formats.rows import InputStatistics, TensorLayout, WeightRows
 
 __all__ = ["Mxfp4DualScale"]
 

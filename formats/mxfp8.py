@@ -15,10 +15,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from omni_convert.formats.e8m0 import encode_e8m0, is_msmodelslim
-from omni_convert.formats.float8 import E4M3, round_to_e4m3
-from omni_convert.formats.format import ElementFormat, TensorLayout
-from omni_convert.formats.mx import (
+from omni_convert.formats.arithmetic.e8m0 import encode_e8m0, is_msmodelslim
+from omni_convert.formats.arithmetic.float8 import E4M3, round_to_e4m3
+from omni_convert.formats.arithmetic.mx import (
     MX_BLOCK,
     check_scale_rule,
     dequantize_mx,
@@ -27,7 +26,9 @@ from omni_convert.formats.mx import (
     scale_blocks_,
     split_blocks,
 )
-from omni_convert.formats.tiling import quantize_in_tiles
+from omni_convert.formats.arithmetic.tiling import quantize_in_tiles
+from omni_convert.formats.format import ElementFormat
+from omni_convert.formats.rows import TensorLayout
 
 __all__ = ["Mxfp8"]
 
@@ -37,7 +38,7 @@ class Mxfp8(ElementFormat):
     """MXFP8.
 
     Attributes:
-        scale_rule: exponent rule of `formats/e8m0.py`; None: the best one, by data if `search`, else `rceil`.
+        scale_rule: exponent rule of `arithmetic/e8m0.py`; None: the best one, by data if `search`, else `rceil`.
             `msmodelslim` also rounds ties away from zero, as that tool does
         search: choose each exponent by the block's squared error
 

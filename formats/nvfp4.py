@@ -19,19 +19,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from omni_convert.formats.e2m1 import E2M1, decode_packed, encode_e2m1, pack_nibbles, round_to_e2m1
-from omni_convert.formats.float8 import E4M3_MAX, round_to_e4m3
-from omni_convert.formats.format import (
-    ElementFormat,
-    InputStatistics,
-    TensorLayout,
-    WeightRows,
-    sample_rows,
-    weight_amax,
-)
-from omni_convert.formats.mx import block_amax, block_error, join_blocks, split_blocks
-from omni_convert.formats.scalar_scale import SCALAR, scalars, static_scale
-from omni_convert.formats.tiling import quantize_in_tiles
+from omni_convert.formats.arithmetic.e2m1 import E2M1, decode_packed, encode_e2m1, pack_nibbles, round_to_e2m1
+from omni_convert.formats.arithmetic.float8 import E4M3_MAX, round_to_e4m3
+from omni_convert.formats.arithmetic.mx import block_amax, block_error, join_blocks, split_blocks
+from omni_convert.formats.arithmetic.scalar_scale import SCALAR, scalars, static_scale
+from omni_convert.formats.arithmetic.tiling import quantize_in_tiles
+from omni_convert.formats.format import ElementFormat
+from omni_convert.formats.rows import InputStatistics, TensorLayout, WeightRows, sample_rows, weight_amax
 
 __all__ = ["NVFP4_BLOCK", "NVFP4_LARGEST", "Nvfp4", "nvfp4_block_scale"]
 

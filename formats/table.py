@@ -9,18 +9,18 @@ from enum import Enum
 
 import torch
 
+from omni_convert.formats.containers.names import CANONICAL_COMPANIONS
+from omni_convert.formats.containers.tensor_spec import TensorSpec
 from omni_convert.formats.format import Format, QuantizingFormat
 from omni_convert.formats.fp8 import Fp8, Fp8Block, Fp8Channel
 from omni_convert.formats.fp8_storage import Fp8Storage
 from omni_convert.formats.gguf import DEFAULT_TYPE, Gguf
 from omni_convert.formats.int4 import DEFAULT_GROUP, Int4
 from omni_convert.formats.int8 import Int8
-from omni_convert.formats.leaf import CANONICAL_COMPANIONS
 from omni_convert.formats.mxfp4 import Mxfp4
 from omni_convert.formats.mxfp4_dualscale import Mxfp4DualScale
 from omni_convert.formats.mxfp8 import Mxfp8
 from omni_convert.formats.nvfp4 import Nvfp4
-from omni_convert.formats.tensor_spec import TensorSpec
 
 __all__ = ["FORMATS", "LOADABLE", "Calibration", "FormatOptions", "Method", "block_size_of", "layer_formats"]
 

@@ -1,16 +1,18 @@
 """A checkpoint becomes a running pipeline. Importing this registers our quantizers with diffusers and transformers."""
 
-from omni_convert.loaders import attention_backend, diffusers_quantizer, lora, transformers_quantizer
-from omni_convert.loaders.config import (
+from omni_convert.loaders import lora
+from omni_convert.loaders.attention import backend as attention_backend
+from omni_convert.loaders.attention.fp8_attention import disable_fp8_attention, enable_fp8_attention
+from omni_convert.loaders.layers.fp8_storage import apply_fp8_weight_storage
+from omni_convert.loaders.layers.quantized_linear import QuantizedLinear, quantize_linear
+from omni_convert.loaders.loading import diffusers_quantizer, transformers_quantizer
+from omni_convert.loaders.pipeline import load_pipeline
+from omni_convert.loaders.report import KernelReport, LayerReport, kernel_report
+from omni_convert.loaders.request.spec import (
     ComponentQuantizationConfig,
     build_quant_config,
     resolve_component_quant_config,
 )
-from omni_convert.loaders.fp8_attention import disable_fp8_attention, enable_fp8_attention
-from omni_convert.loaders.fp8_storage import apply_fp8_weight_storage
-from omni_convert.loaders.pipeline import load_pipeline
-from omni_convert.loaders.quantized_linear import QuantizedLinear, quantize_linear
-from omni_convert.loaders.report import KernelReport, LayerReport, kernel_report
 
 __all__ = [
     "ComponentQuantizationConfig",

@@ -12,8 +12,8 @@ from typing import Any
 
 from torch import nn
 
-from omni_convert.loaders.fp8_storage import Fp8WeightStorage
-from omni_convert.loaders.quantized_linear import QuantizedLinear
+from omni_convert.loaders.layers.fp8_storage import Fp8WeightStorage
+from omni_convert.loaders.layers.quantized_linear import QuantizedLinear
 
 __all__ = ["register"]
 
@@ -32,7 +32,7 @@ def register() -> None:
         layer: Any = target
         base = layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer
         if isinstance(base, QuantizedLinear) or (isinstance(base, Fp8WeightStorage) and isinstance(base, nn.Linear)):
-            from omni_convert.loaders.lora_linear import QuantizedLoraLinear, StoredLoraLinear
+            from omni_convert.loaders.layers.lora_linear import QuantizedLoraLinear, StoredLoraLinear
 
             wrapper = QuantizedLoraLinear if isinstance(base, QuantizedLinear) else StoredLoraLinear
             lora_config._register_custom_module({type(base): wrapper})  # noqa: SLF001  # no public name

@@ -12,24 +12,24 @@ from diffusers import DiffusionPipeline, PipelineQuantizationConfig
 from safetensors import SafetensorError
 from torch import nn
 
-from omni_convert.formats.component import DENOISERS
+from omni_convert.formats.config import QuantizationConfig
+from omni_convert.formats.containers.component import DENOISERS
 from omni_convert.formats.errors import CheckpointError, RecipeError
 from omni_convert.formats.fp8_storage import Fp8Storage
-from omni_convert.formats.quantization_config import QuantizationConfig
-from omni_convert.loaders.config import (
+from omni_convert.loaders.kernels.kernel import Activations
+from omni_convert.loaders.layers.quantized_linear import QuantizedLinear
+from omni_convert.loaders.loading.diffusers_quantizer import DiffusersConfig
+from omni_convert.loaders.loading.gguf import load_gguf_components
+from omni_convert.loaders.loading.hub import require_pipeline
+from omni_convert.loaders.loading.refusal import refuse_undeclared
+from omni_convert.loaders.loading.transformers_quantizer import TransformersConfig
+from omni_convert.loaders.report import kernel_report, require_scaled_gemm
+from omni_convert.loaders.request.spec import (
     ComponentQuantizationConfig,
     QuantizationSpec,
     build_quant_config,
     resolve_component_quant_config,
 )
-from omni_convert.loaders.diffusers_quantizer import DiffusersConfig
-from omni_convert.loaders.gguf_components import load_gguf_components
-from omni_convert.loaders.kernels.kernel import Activations
-from omni_convert.loaders.pipeline_source import require_pipeline
-from omni_convert.loaders.quantized_linear import QuantizedLinear
-from omni_convert.loaders.report import kernel_report, require_scaled_gemm
-from omni_convert.loaders.transformers_quantizer import TransformersConfig
-from omni_convert.loaders.undeclared import refuse_undeclared
 
 __all__ = ["load_pipeline"]
 

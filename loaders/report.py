@@ -10,11 +10,11 @@ from diffusers.quantizers.gguf.utils import GGUFLinear
 from torch import nn
 
 from omni_convert.formats.errors import KernelError, RecipeError
-from omni_convert.loaders.attention_backend import is_fp8_backend
-from omni_convert.loaders.fp8_attention import count_attention_backends
-from omni_convert.loaders.fp8_storage import Fp8WeightStorage
-from omni_convert.loaders.packed_int4 import PackedInt4
-from omni_convert.loaders.quantized_linear import QuantizedLinear
+from omni_convert.loaders.attention.backend import is_fp8_backend
+from omni_convert.loaders.attention.fp8_attention import count_attention_backends
+from omni_convert.loaders.layers.fp8_storage import Fp8WeightStorage
+from omni_convert.loaders.layers.quantized_linear import QuantizedLinear
+from omni_convert.loaders.memory.packed_int4 import PackedInt4
 
 __all__ = ["KernelReport", "LayerReport", "kernel_report", "require_scaled_gemm"]
 

@@ -44,9 +44,9 @@ import torch
 from diffusers import ZImageTransformer2DModel
 
 from omni_convert.convert.workers import available_cores
-from omni_convert.formats.safetensors_writer import SafetensorsWriter
-from omni_convert.formats.sharding import plan_shards
-from omni_convert.formats.tensor_spec import TensorSpec
+from omni_convert.formats.containers.safetensors_writer import SafetensorsWriter
+from omni_convert.formats.containers.shards import plan_shards
+from omni_convert.formats.containers.tensor_spec import TensorSpec
 
 BLOCK = 8 << 20
 POLL_SECONDS = 0.02

@@ -34,7 +34,7 @@ from omni_convert.formats.errors import OmniConvertError
 from omni_convert.formats.fp8 import E4M3_MAX, Fp8, Fp8Block
 from omni_convert.loaders.kernels import fused_activation
 from omni_convert.loaders.kernels.table import OVERRIDE
-from omni_convert.loaders.quantized_linear import QuantizedLinear, quantize_linear
+from omni_convert.loaders.layers.quantized_linear import QuantizedLinear, quantize_linear
 
 Call = Callable[[], object]
 BASELINE = "bf16"

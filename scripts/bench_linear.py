@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from omni_convert.loaders.quantized_linear import quantize_linear
+from omni_convert.loaders.layers.quantized_linear import quantize_linear
 
 Layer = Callable[[Tensor], Tensor]
 METHODS = "int8,fp8,mxfp8,mxfp4,mxfp4_dualscale,nvfp4,w4a16"

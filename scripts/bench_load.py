@@ -33,9 +33,9 @@ from bench_convert import settle, weight_bytes, write_transformer  # type: ignor
 from diffusers import ZImageTransformer2DModel
 
 from omni_convert.convert import Recipe, convert_checkpoint
-from omni_convert.convert.memory import anonymous_memory
+from omni_convert.convert.execution.memory import anonymous_memory
 from omni_convert.loaders import build_quant_config
-from omni_convert.loaders.diffusers_quantizer import DiffusersConfig
+from omni_convert.loaders.loading.diffusers_quantizer import DiffusersConfig
 
 CHUNK = 16 << 20
 SAMPLE_SECONDS = 0.002

@@ -32,11 +32,11 @@ from diffusers.utils import logging as diffusers_logging
 from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
 
-from omni_convert.convert.generation import GenerationSettings, run_pipeline
-from omni_convert.convert.prompts import Prompt
-from omni_convert.convert.source import DEMO_PIPELINE
+from omni_convert.convert.calibration.generation import GenerationSettings, run_pipeline
+from omni_convert.convert.calibration.prompts import Prompt
+from omni_convert.convert.source.location import DEMO_PIPELINE
 from omni_convert.loaders import build_quant_config, kernel_report, load_pipeline
-from omni_convert.loaders.installation import install_quantized, select_layers
+from omni_convert.loaders.loading.install import install_quantized, select_layers
 
 METHODS = "int8,fp8,mxfp8,mxfp4,mxfp4_dualscale,nvfp4,w4a16"
 BASELINE = "bf16"

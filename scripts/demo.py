@@ -24,14 +24,14 @@ import torch
 from diffusers.utils import logging as diffusers_logging
 from transformers.utils import logging as transformers_logging
 
-from omni_convert.convert.calibration import record_source
-from omni_convert.convert.comparison import Run, Variant, run_variant, settings_of
+from omni_convert.convert.calibration.prompts import Prompt, read_prompts
+from omni_convert.convert.calibration.recording import record_source
+from omni_convert.convert.comparison.comparison import Run, Variant, run_variant, settings_of
+from omni_convert.convert.comparison.grid import comparison_picture
+from omni_convert.convert.comparison.metrics import Image, image_metrics, rmse
 from omni_convert.convert.conversion import convert_checkpoint
-from omni_convert.convert.metrics import Image, image_metrics, rmse
-from omni_convert.convert.picture import comparison_picture
-from omni_convert.convert.prompts import Prompt, read_prompts
 from omni_convert.convert.recipe import Recipe
-from omni_convert.convert.source import DEMO_EVALUATION_PROMPTS, DEMO_PIPELINE, DEMO_PROMPTS, resolve_source
+from omni_convert.convert.source.location import DEMO_EVALUATION_PROMPTS, DEMO_PIPELINE, DEMO_PROMPTS, resolve_source
 
 STRICT = {
     "psnr_db": (25.0, "min"),

@@ -21,9 +21,9 @@ import torch
 from diffusers import FirstBlockCacheConfig
 from diffusers.models.cache_utils import CacheMixin
 
-from omni_convert.convert.generation import GenerationSettings, has_step_callback, run_pipeline
-from omni_convert.convert.prompts import Prompt
-from omni_convert.convert.source import DEMO_PIPELINE
+from omni_convert.convert.calibration.generation import GenerationSettings, has_step_callback, run_pipeline
+from omni_convert.convert.calibration.prompts import Prompt
+from omni_convert.convert.source.location import DEMO_PIPELINE
 from omni_convert.formats.errors import OmniConvertError, RecipeError
 from omni_convert.loaders import enable_fp8_attention, kernel_report, load_pipeline
 

@@ -25,20 +25,20 @@ from hypothesis import strategies as st
 from safetensors.torch import save
 from torch import nn
 
-from omni_convert.convert.plan import plan_conversion
+from omni_convert.convert.plan.plan import plan_conversion
 from omni_convert.convert.recipe import Recipe
-from omni_convert.convert.source import Source
-from omni_convert.formats.checkpoint import Checkpoint
+from omni_convert.convert.source.location import Source
+from omni_convert.formats.config import ACTIVATION_SCHEMES, QuantizationConfig
+from omni_convert.formats.containers.checkpoint import Checkpoint
+from omni_convert.formats.containers.json_file import read_json
+from omni_convert.formats.containers.tensor_spec import DTYPE_NAMES, TORCH_DTYPES
 from omni_convert.formats.dialects import auto_round, omni_convert, vllm_omni
 from omni_convert.formats.errors import CheckpointError, OmniConvertError
-from omni_convert.formats.json_file import read_json
-from omni_convert.formats.quantization_config import ACTIVATION_SCHEMES, QuantizationConfig
-from omni_convert.formats.quantized import open_quantized
 from omni_convert.formats.table import LOADABLE
-from omni_convert.formats.tensor_spec import DTYPE_NAMES, TORCH_DTYPES
-from omni_convert.loaders.checkpoint_headers import read_headers
-from omni_convert.loaders.config_block import read_block
-from omni_convert.loaders.installation import declared_format, install_empty_layers
+from omni_convert.formats.views.opened import open_quantized
+from omni_convert.loaders.loading.headers import read_headers
+from omni_convert.loaders.loading.install import declared_format, install_empty_layers
+from omni_convert.loaders.request.block import read_block
 
 CASES = 5_000
 SLOW_ROUNDS = 40  # of as many cases: 200,000

@@ -14,11 +14,56 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-LAYERS = ("formats", "loaders", "convert")  # each may import itself and those before it
+#: Rooms in their order: each may import itself and those before it. A module of a root that rooms build on stands here
+#: by its own name; the others of that root come where the root stands.
+ROOMS = (
+    "formats.errors",
+    "formats.rows",
+    "formats.arithmetic",
+    "formats.containers",
+    "formats",
+    "formats.families",
+    "formats.dialects",
+    "formats.views",
+    "formats.checks",
+    "loaders.memory",
+    "loaders.kernels",
+    "loaders.layers",
+    "loaders.request",
+    "loaders.loading",
+    "loaders.attention",
+    "loaders",
+    "convert.recipe",
+    "convert.device",
+    "convert.workers",
+    "convert.cluster",
+    "convert.progress_bar",
+    "convert.terminal",
+    "convert.source",
+    "convert.calibration",
+    "convert.plan",
+    "convert.execution",
+    "convert.output",
+    "convert.report",
+    "convert.inspection",
+    "convert.comparison",
+    "convert",
+    "convert.cli",
+)
+LAYERS = ("formats", "loaders", "convert")
+#: More modules than this, and nobody finds the right one. Lists of like things may be longer: one file each, one line
+#: each in the room's table.
+MOST_MODULES = 20
+LISTS = ("formats.families", "formats.dialects")
 
 
 def modules() -> list[Path]:
     return sorted(path for layer in LAYERS for path in (ROOT / layer).rglob("*.py"))
+
+
+def room_of(module: str) -> str:
+    """The longest entry of `ROOMS` that a module, or a name in one, lies in."""
+    return max((room for room in ROOMS if f"{module}.".startswith(f"{room}.")), key=len)
 
 
 def imported_modules(path: Path) -> set[str]:
@@ -34,10 +79,20 @@ def imported_modules(path: Path) -> set[str]:
 
 @pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(ROOT)))
 def test_imports_point_one_way(path: Path) -> None:
-    layer = path.relative_to(ROOT).parts[0]
-    above = LAYERS[LAYERS.index(layer) + 1 :]
-    upward = {name for name in imported_modules(path) for other in above if name.startswith(f"omni_convert.{other}")}
+    module = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    own = ROOMS.index(room_of(module))
+    ours = {name.removeprefix("omni_convert.") for name in imported_modules(path) if name.startswith("omni_convert.")}
+    upward = {name for name in ours if ROOMS.index(room_of(name)) > own}
+    if path.name == "__init__.py" and len(path.relative_to(ROOT).parts) == 2:
+        upward = {name for name in upward if not name.startswith(f"{path.parent.name}.")}  # exports its rooms' names
     assert not upward
+
+
+@pytest.mark.parametrize("folder", sorted({path.parent for path in modules()}), ids=lambda path: str(path.name))
+def test_a_room_can_be_taken_in_at_a_glance(folder: Path) -> None:
+    if ".".join(folder.relative_to(ROOT).parts) not in LISTS:
+        found = [path.name for path in folder.glob("*.py") if path.name != "__init__.py"]
+        assert len(found) <= MOST_MODULES
 
 
 def test_declared_packages_are_the_folders_on_disk() -> None:
@@ -47,7 +102,7 @@ def test_declared_packages_are_the_folders_on_disk() -> None:
 
 
 def test_version_has_one_value() -> None:
-    from omni_convert.convert.manifest import VERSION
+    from omni_convert.convert.output.manifest import VERSION
 
     assert tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"] == VERSION
 
@@ -66,7 +121,7 @@ def test_every_exported_name_exists(layer: str) -> None:
 @pytest.mark.parametrize(("arguments", "status"), [(["convert", "--help"], 0), (["-m", "nvpf4"], 1)])
 def test_help_and_typing_errors_do_not_wait_for_torch(arguments: list[str], status: int) -> None:
     code = (
-        "import sys; from click.testing import CliRunner; from omni_convert.convert.cli import main; "
+        "import sys; from click.testing import CliRunner; from omni_convert.convert.cli.main import main; "
         f"result = CliRunner().invoke(main, {arguments}); "
         f"assert result.exit_code == {status}, result.output; print('torch' in sys.modules)"
     )

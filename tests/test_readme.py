@@ -10,7 +10,7 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from omni_convert.convert.cli import main
+from omni_convert.convert.cli.main import main
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 BLOCKS = re.findall(r"^```(bash|console|python)\n(.*?)^```", README, re.DOTALL | re.MULTILINE)

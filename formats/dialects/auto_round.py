@@ -18,14 +18,14 @@ from typing import Any
 
 import torch
 
-from omni_convert.formats.codec import Reciprocal, Transposed
-from omni_convert.formats.dialect import Dialect, Found, Spelling, StoredLayer, WrittenSpelling
-from omni_convert.formats.dialects.bare import signed_layers
+from omni_convert.formats.dialects.base import Dialect, Found, Spelling, StoredLayer, WrittenSpelling
+from omni_convert.formats.dialects.codec import Reciprocal, Transposed
+from omni_convert.formats.dialects.packed_words import PackedColumns
+from omni_convert.formats.dialects.unmarked import signed_layers
 from omni_convert.formats.errors import CheckpointError, RecipeError
+from omni_convert.formats.foreign import Scaled
 from omni_convert.formats.format import Format
 from omni_convert.formats.int4 import Int4
-from omni_convert.formats.packed_words import PackedColumns
-from omni_convert.formats.read_formats import Scaled
 
 __all__ = ["AUTO_ROUND", "AUTO_ROUND_METHODS", "PACKING", "WRITTEN_BITS", "to_block"]
 

@@ -21,18 +21,18 @@ from typing import Any
 
 import torch
 
-from omni_convert.formats.codec import SwappedNibbles, Swizzled
-from omni_convert.formats.dialect import Dialect, Found, StoredLayer, WrittenSpelling
-from omni_convert.formats.dialects.bare import parts_of, stored_layer, unknown_format
+from omni_convert.formats.containers.json_file import parse_json
+from omni_convert.formats.dialects.base import Dialect, Found, StoredLayer, WrittenSpelling
+from omni_convert.formats.dialects.codec import SwappedNibbles, Swizzled
+from omni_convert.formats.dialects.detection import Signature, read_signature
+from omni_convert.formats.dialects.unmarked import parts_of, stored_layer, unknown_format
 from omni_convert.formats.errors import CheckpointError
+from omni_convert.formats.foreign import Rotated
 from omni_convert.formats.format import Format
 from omni_convert.formats.fp8 import Fp8
 from omni_convert.formats.int8 import Int8
-from omni_convert.formats.json_file import parse_json
 from omni_convert.formats.mxfp8 import Mxfp8
 from omni_convert.formats.nvfp4 import Nvfp4
-from omni_convert.formats.read_formats import Rotated
-from omni_convert.formats.signature import Signature, read_signature
 
 __all__ = ["COMFYUI"]
 

@@ -21,20 +21,20 @@ from typing import Any
 
 import torch
 
-from omni_convert.formats.codec import PackedValues, Plain, Reciprocal
-from omni_convert.formats.dialect import Dialect, Found, StoredLayer, WrittenSpelling
-from omni_convert.formats.dialects.bare import parts_of, signed_layers, stored_layer
+from omni_convert.formats.arithmetic.mx import MX_BLOCK
+from omni_convert.formats.dialects.base import Dialect, Found, StoredLayer, WrittenSpelling
+from omni_convert.formats.dialects.codec import PackedValues, Plain, Reciprocal
+from omni_convert.formats.dialects.detection import Signature
+from omni_convert.formats.dialects.packed_words import PackedRows
+from omni_convert.formats.dialects.unmarked import parts_of, signed_layers, stored_layer
 from omni_convert.formats.errors import CheckpointError
+from omni_convert.formats.foreign import Scaled
 from omni_convert.formats.format import Format
 from omni_convert.formats.fp8 import Fp8, Fp8Block
 from omni_convert.formats.int8 import Int8
-from omni_convert.formats.mx import MX_BLOCK
 from omni_convert.formats.mxfp4 import Mxfp4
 from omni_convert.formats.mxfp8 import Mxfp8
 from omni_convert.formats.nvfp4 import NVFP4_BLOCK, Nvfp4
-from omni_convert.formats.packed_words import PackedRows
-from omni_convert.formats.read_formats import Scaled
-from omni_convert.formats.signature import Signature
 
 __all__ = ["COMPRESSED_TENSORS"]
 

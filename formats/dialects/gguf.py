@@ -11,15 +11,15 @@ import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, cast
 
-from omni_convert.formats.checkpoint import Checkpoint
-from omni_convert.formats.component import GGUF_SUFFIX
-from omni_convert.formats.dialect import Dialect, Found, StoredLayer
+from omni_convert.formats.containers.checkpoint import Checkpoint
+from omni_convert.formats.containers.component import GGUF_SUFFIX
+from omni_convert.formats.containers.names import WEIGHT
+from omni_convert.formats.dialects.base import Dialect, Found, StoredLayer
 from omni_convert.formats.errors import CheckpointError
-from omni_convert.formats.leaf import WEIGHT
 
 if TYPE_CHECKING:  # the gguf package is slow to import, and few need it
-    from omni_convert.formats.gguf_file import GgufReader
-    from omni_convert.formats.gguf_header import GgufEntry
+    from omni_convert.formats.containers.gguf_file import GgufReader
+    from omni_convert.formats.containers.gguf_header import GgufEntry
 
 __all__ = ["GGUF", "gguf_file_of"]
 
@@ -34,7 +34,7 @@ class Gguf(Dialect):
         return gguf_file_of(found.checkpoint) is not None
 
     def stored_layers(self, found: Found) -> Iterator[StoredLayer]:
-        from omni_convert.formats.gguf_file import PLAIN_DTYPES
+        from omni_convert.formats.containers.gguf_file import PLAIN_DTYPES
 
         file = gguf_file_of(found.checkpoint)
         assert file is not None, "recognised"

@@ -18,16 +18,16 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
-from omni_convert.formats.codec import Plain, Repeated
-from omni_convert.formats.dialect import Dialect, Found, StoredLayer, WrittenSpelling
-from omni_convert.formats.dialects.bare import signed_layers
+from omni_convert.formats.dialects.base import Dialect, Found, StoredLayer, WrittenSpelling
+from omni_convert.formats.dialects.codec import Plain, Repeated
 from omni_convert.formats.dialects.modelopt_config import MODELOPT, spell_algorithms
+from omni_convert.formats.dialects.unmarked import signed_layers
 from omni_convert.formats.errors import CheckpointError
+from omni_convert.formats.foreign import Scaled
 from omni_convert.formats.format import Format
 from omni_convert.formats.fp8 import Fp8, Fp8Block, Fp8Channel
 from omni_convert.formats.mxfp8 import Mxfp8
 from omni_convert.formats.nvfp4 import Nvfp4
-from omni_convert.formats.read_formats import Scaled
 
 __all__ = ["MODELOPT_DIALECT"]
 

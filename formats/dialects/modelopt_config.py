@@ -15,8 +15,8 @@ from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
+from omni_convert.formats.config import MIXED, QuantizationConfig
 from omni_convert.formats.errors import CheckpointError, RecipeError
-from omni_convert.formats.quantization_config import MIXED, QuantizationConfig
 
 __all__ = [
     "MODELOPT",

@@ -19,17 +19,17 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from omni_convert.formats.codec import PackedValues
-from omni_convert.formats.dialect import Dialect, Found, StoredLayer, WrittenSpelling
-from omni_convert.formats.dialects.bare import parts_of, stored_layer, unknown_format
+from omni_convert.formats.arithmetic.mx import MX_BLOCK
+from omni_convert.formats.dialects.base import Dialect, Found, StoredLayer, WrittenSpelling
+from omni_convert.formats.dialects.codec import PackedValues
+from omni_convert.formats.dialects.detection import read_signature
+from omni_convert.formats.dialects.unmarked import parts_of, stored_layer, unknown_format
 from omni_convert.formats.errors import CheckpointError
+from omni_convert.formats.families.wan_names import diffusers_name, is_original_wan
 from omni_convert.formats.format import Format
 from omni_convert.formats.int8 import Int8
-from omni_convert.formats.mx import MX_BLOCK
 from omni_convert.formats.mxfp4 import Mxfp4
 from omni_convert.formats.mxfp8 import Mxfp8
-from omni_convert.formats.signature import read_signature
-from omni_convert.formats.wan_names import diffusers_name, is_original_wan
 
 __all__ = ["MSMODELSLIM"]
 

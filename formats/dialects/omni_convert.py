@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from omni_convert.formats.config import QuantizationConfig
 from omni_convert.formats.dialects import vllm_omni
 from omni_convert.formats.errors import CheckpointError
-from omni_convert.formats.quantization_config import QuantizationConfig
 
 __all__ = ["QUANT_METHOD", "from_block", "to_block"]
 

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from omni_convert.formats.dialect import Dialect
 from omni_convert.formats.dialects.auto_round import AUTO_ROUND
-from omni_convert.formats.dialects.bare import BFL, LIGHTX2V
+from omni_convert.formats.dialects.base import Dialect
 from omni_convert.formats.dialects.comfyui import COMFYUI
 from omni_convert.formats.dialects.compressed_tensors import COMPRESSED_TENSORS
 from omni_convert.formats.dialects.gguf import GGUF
 from omni_convert.formats.dialects.modelopt import MODELOPT_DIALECT
 from omni_convert.formats.dialects.msmodelslim import MSMODELSLIM
 from omni_convert.formats.dialects.transformers import TRANSFORMERS
+from omni_convert.formats.dialects.unmarked import BFL, LIGHTX2V
 from omni_convert.formats.dialects.vllm_omni import VLLM_OMNI
 
 __all__ = ["DIALECTS"]

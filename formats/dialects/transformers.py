@@ -19,13 +19,13 @@ from typing import Any
 
 import torch
 
-from omni_convert.formats.codec import Plain
-from omni_convert.formats.dialect import Dialect, Found, StoredLayer, WrittenSpelling
-from omni_convert.formats.dialects.bare import signed_layers
+from omni_convert.formats.arithmetic.mx import MX_BLOCK
+from omni_convert.formats.dialects.base import Dialect, Found, StoredLayer, WrittenSpelling
+from omni_convert.formats.dialects.codec import Plain
+from omni_convert.formats.dialects.unmarked import signed_layers
 from omni_convert.formats.errors import RecipeError
 from omni_convert.formats.format import Format
 from omni_convert.formats.fp8 import Fp8Block
-from omni_convert.formats.mx import MX_BLOCK
 from omni_convert.formats.mxfp8 import Mxfp8
 
 __all__ = ["BYTE_SCALES", "TRANSFORMERS", "block_size", "cut_short"]

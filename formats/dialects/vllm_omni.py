@@ -25,7 +25,8 @@ from typing import Any
 
 import torch
 
-from omni_convert.formats.dialect import Dialect, Found, StoredLayer, WrittenSpelling
+from omni_convert.formats.config import ACTIVATION_SCHEMES, MIXED, QuantizationConfig
+from omni_convert.formats.dialects.base import Dialect, Found, StoredLayer, WrittenSpelling
 from omni_convert.formats.dialects.modelopt_config import (
     MODELOPT,
     from_modelopt,
@@ -34,15 +35,14 @@ from omni_convert.formats.dialects.modelopt_config import (
     to_modelopt,
 )
 from omni_convert.formats.errors import CheckpointError, RecipeError
-from omni_convert.formats.family import LayerGroup
+from omni_convert.formats.families.family import LayerGroup
+from omni_convert.formats.foreign import Scaled
 from omni_convert.formats.format import Format, QuantizingFormat
 from omni_convert.formats.fp8 import Fp8, Fp8Block, Fp8Channel
 from omni_convert.formats.fp8_storage import Fp8Storage
 from omni_convert.formats.int4 import Int4
 from omni_convert.formats.mxfp4 import Mxfp4
 from omni_convert.formats.nvfp4 import Nvfp4
-from omni_convert.formats.quantization_config import ACTIVATION_SCHEMES, MIXED, QuantizationConfig
-from omni_convert.formats.read_formats import Scaled
 from omni_convert.formats.table import layer_formats
 
 __all__ = [

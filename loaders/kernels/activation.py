@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from omni_convert.formats.e2m1 import E2M1, encode_e2m1, pack_nibbles
-from omni_convert.formats.e8m0 import encode_e8m0
-from omni_convert.formats.float8 import E4M3
+from omni_convert.formats.arithmetic.e2m1 import E2M1, encode_e2m1, pack_nibbles
+from omni_convert.formats.arithmetic.e8m0 import encode_e8m0
+from omni_convert.formats.arithmetic.float8 import E4M3
+from omni_convert.formats.arithmetic.mx import MX_BLOCK, block_amax, join_blocks, scale_blocks_, split_blocks
 from omni_convert.formats.fp8 import E4M3_MAX, round_to_e4m3
 from omni_convert.formats.int8 import INT8_MAX
-from omni_convert.formats.mx import MX_BLOCK, block_amax, join_blocks, scale_blocks_, split_blocks
 from omni_convert.formats.nvfp4 import NVFP4_BLOCK, nvfp4_block_scale
 
 __all__ = [

@@ -25,8 +25,8 @@ from omni_convert.formats.table import FORMATS, FormatOptions
 from omni_convert.loaders.kernels.decoding import DECODABLE, decode_rows, padded_columns, weight_unit
 from omni_convert.loaders.kernels.kernel import Kernel, Requirements
 from omni_convert.loaders.kernels.reference import rounded_input, smoothed_input
-from omni_convert.loaders.kernels.scratch import Scratch
-from omni_convert.loaders.packed_int4 import PackedInt4, as_loaded, weight_shape
+from omni_convert.loaders.memory.packed_int4 import PackedInt4, as_loaded, weight_shape
+from omni_convert.loaders.memory.scratch import Scratch
 
 __all__ = ["CPU_DECODE_MM", "DECODE_MM", "DECODE_WEIGHT_MM"]
 

@@ -17,16 +17,16 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
+from omni_convert.formats.arithmetic.mx import COARSE_BLOCK, MX_BLOCK
 from omni_convert.formats.format import Format
 from omni_convert.formats.fp8 import Fp8, Fp8Block, Fp8Channel
 from omni_convert.formats.int8 import Int8
-from omni_convert.formats.mx import COARSE_BLOCK, MX_BLOCK
 from omni_convert.formats.mxfp4 import Mxfp4
 from omni_convert.formats.mxfp4_dualscale import Mxfp4DualScale
 from omni_convert.formats.mxfp8 import Mxfp8
 from omni_convert.formats.nvfp4 import NVFP4_BLOCK, Nvfp4
-from omni_convert.loaders.kernels.scratch import Scratch
-from omni_convert.loaders.packed_int4 import CODES, CODES_PER_WORD, SCALES, ZERO_POINTS, PackedInt4
+from omni_convert.loaders.memory.packed_int4 import CODES, CODES_PER_WORD, SCALES, ZERO_POINTS, PackedInt4
+from omni_convert.loaders.memory.scratch import Scratch
 
 __all__ = ["DECODABLE", "decode_rows", "padded_columns", "weight_unit"]
 

@@ -13,9 +13,9 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from omni_convert.formats.mx import MX_BLOCK
+from omni_convert.formats.arithmetic.mx import MX_BLOCK
+from omni_convert.formats.arithmetic.swizzle import padded_scale_shape, swizzle_scales
 from omni_convert.formats.nvfp4 import NVFP4_BLOCK
-from omni_convert.formats.swizzle import padded_scale_shape, swizzle_scales
 from omni_convert.loaders.kernels import activation
 
 __all__ = [
@@ -104,7 +104,7 @@ def _has_kernels(x: Tensor) -> bool:
 @torch.library.custom_op("omni_convert::fp8_static", mutates_args=())
 def fp8_static_op(x: Tensor, input_scale: Tensor) -> Tensor:
     """The fused kernel, on a device that Triton has."""
-    from omni_convert.loaders.kernels.triton_activation import quantize_fp8_static
+    from omni_convert.loaders.kernels.triton.activation import quantize_fp8_static
 
     with on_device_of(x):
         return quantize_fp8_static(x, input_scale)
@@ -113,7 +113,7 @@ def fp8_static_op(x: Tensor, input_scale: Tensor) -> Tensor:
 @torch.library.custom_op("omni_convert::fp8_per_token", mutates_args=())
 def fp8_per_token_op(x: Tensor) -> tuple[Tensor, Tensor]:
     """The fused kernel, on a device that Triton has."""
-    from omni_convert.loaders.kernels.triton_activation import quantize_fp8
+    from omni_convert.loaders.kernels.triton.activation import quantize_fp8
 
     with on_device_of(x):
         return quantize_fp8(x)
@@ -122,7 +122,7 @@ def fp8_per_token_op(x: Tensor) -> tuple[Tensor, Tensor]:
 @torch.library.custom_op("omni_convert::int8_per_token", mutates_args=())
 def int8_per_token_op(x: Tensor) -> tuple[Tensor, Tensor]:
     """The fused kernel, on a device that Triton has."""
-    from omni_convert.loaders.kernels.triton_activation import quantize_int8
+    from omni_convert.loaders.kernels.triton.activation import quantize_int8
 
     with on_device_of(x):
         return quantize_int8(x)
@@ -131,7 +131,7 @@ def int8_per_token_op(x: Tensor) -> tuple[Tensor, Tensor]:
 @torch.library.custom_op("omni_convert::fp8_per_group", mutates_args=())
 def fp8_per_group_op(x: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
     """The fused kernel, on a device that Triton has; for powers of two of 16 to 512."""
-    from omni_convert.loaders.kernels.triton_block_activation import quantize_groups
+    from omni_convert.loaders.kernels.triton.block_activation import quantize_groups
 
     with on_device_of(x):
         return quantize_groups(x, group_size)
@@ -140,7 +140,7 @@ def fp8_per_group_op(x: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
 @torch.library.custom_op("omni_convert::mxfp8_swizzled", mutates_args=())
 def mxfp8_swizzled_op(x: Tensor) -> tuple[Tensor, Tensor]:
     """The fused kernel, on a device that Triton has."""
-    from omni_convert.loaders.kernels.triton_block_activation import quantize_mxfp8
+    from omni_convert.loaders.kernels.triton.block_activation import quantize_mxfp8
 
     with on_device_of(x):
         return quantize_mxfp8(x)
@@ -149,7 +149,7 @@ def mxfp8_swizzled_op(x: Tensor) -> tuple[Tensor, Tensor]:
 @torch.library.custom_op("omni_convert::nvfp4_swizzled", mutates_args=())
 def nvfp4_swizzled_op(x: Tensor, input_scale: Tensor) -> tuple[Tensor, Tensor]:
     """The fused kernel, on a device that Triton has."""
-    from omni_convert.loaders.kernels.triton_block_activation import quantize_nvfp4
+    from omni_convert.loaders.kernels.triton.block_activation import quantize_nvfp4
 
     with on_device_of(x):
         return quantize_nvfp4(x, input_scale)

@@ -13,10 +13,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from omni_convert.formats.arithmetic.mx import COARSE_BLOCK
 from omni_convert.formats.format import Format
 from omni_convert.formats.fp8 import Fp8, Fp8Block, Fp8Channel
 from omni_convert.formats.int8 import Int8
-from omni_convert.formats.mx import COARSE_BLOCK
 from omni_convert.formats.mxfp4 import Mxfp4
 from omni_convert.formats.mxfp4_dualscale import Mxfp4DualScale
 from omni_convert.formats.mxfp8 import Mxfp8
@@ -24,7 +24,7 @@ from omni_convert.formats.nvfp4 import Nvfp4
 from omni_convert.loaders.kernels.fused_activation import on_device_of
 from omni_convert.loaders.kernels.kernel import Kernel, Requirements
 from omni_convert.loaders.kernels.reference import rounded_input, smoothed_input
-from omni_convert.loaders.packed_int4 import CODES, SCALES, ZERO_POINTS, PackedInt4, weight_shape
+from omni_convert.loaders.memory.packed_int4 import CODES, SCALES, ZERO_POINTS, PackedInt4, weight_shape
 
 __all__ = ["TRITON_DECODE_MM", "TRITON_DECODE_WEIGHT_MM", "run_fused"]
 
@@ -66,7 +66,7 @@ def _triton_decode_mm(
     outputs: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    from omni_convert.loaders.kernels.triton_mm import multiply
+    from omni_convert.loaders.kernels.triton.matmul import multiply
 
     group = (group_shape[0], group_shape[1])
     with on_device_of(x):

@@ -13,7 +13,7 @@ from omni_convert.formats.int8 import Int8
 from omni_convert.loaders.kernels import fused_activation
 from omni_convert.loaders.kernels.activation import int8_per_token
 from omni_convert.loaders.kernels.kernel import Kernel, Requirements
-from omni_convert.loaders.kernels.scratch import Scratch
+from omni_convert.loaders.memory.scratch import Scratch
 
 __all__ = ["INT_MM"]
 

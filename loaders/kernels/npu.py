@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from omni_convert.formats.arithmetic.mx import MX_BLOCK
 from omni_convert.formats.format import Format
-from omni_convert.formats.mx import MX_BLOCK
 from omni_convert.formats.mxfp4 import Mxfp4
 from omni_convert.formats.mxfp4_dualscale import Mxfp4DualScale
 from omni_convert.formats.mxfp8 import Mxfp8

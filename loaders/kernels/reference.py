@@ -19,7 +19,7 @@ from omni_convert.formats.activation import (
     quantize_mxfp8_input,
     quantize_nvfp4_input,
 )
-from omni_convert.formats.float8 import E4M3
+from omni_convert.formats.arithmetic.float8 import E4M3
 from omni_convert.formats.format import Format
 from omni_convert.formats.fp8 import Fp8, Fp8Block, Fp8Channel
 from omni_convert.formats.int8 import Int8
@@ -29,9 +29,9 @@ from omni_convert.formats.mxfp8 import Mxfp8
 from omni_convert.formats.nvfp4 import Nvfp4
 from omni_convert.loaders.kernels.activation import fp8_per_group, fp8_per_token, fp8_static, int8_per_token
 from omni_convert.loaders.kernels.kernel import Kernel, Requirements
-from omni_convert.loaders.kernels.scratch import Scratch
-from omni_convert.loaders.packed_int4 import PackedInt4
-from omni_convert.loaders.resident import disk_tensors
+from omni_convert.loaders.memory.layout import disk_tensors
+from omni_convert.loaders.memory.packed_int4 import PackedInt4
+from omni_convert.loaders.memory.scratch import Scratch
 
 __all__ = ["REFERENCE", "WEIGHT_ONLY", "rounded_input", "smoothed_input"]
 

@@ -12,7 +12,7 @@ import torch
 from click.testing import CliRunner, Result
 from safetensors.torch import load_file, save_file
 
-from omni_convert.convert.cli import main
+from omni_convert.convert.cli.main import main
 
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
 

@@ -9,7 +9,7 @@ import pytest
 from click.testing import CliRunner
 
 from omni_convert.convert import Recipe, convert_checkpoint
-from omni_convert.convert.cli import main
+from omni_convert.convert.cli.main import main
 from omni_convert.convert.cluster import _address, check_versions, versions
 from omni_convert.formats.errors import ClusterError, RecipeError
 

@@ -15,9 +15,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from omni_convert.convert import Recipe, convert_checkpoint
-from omni_convert.convert.plan import plan_conversion
+from omni_convert.convert.plan.plan import plan_conversion
 from omni_convert.convert.report import conversion_report
-from omni_convert.convert.source import resolve_source
+from omni_convert.convert.source.location import resolve_source
 from omni_convert.formats.errors import CalibrationError, CheckpointError, OmniConvertError, OutputError, RecipeError
 from omni_convert.formats.table import layer_formats
 
@@ -46,8 +46,8 @@ def digests(folder: Path) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def statistics_file(tiny_pipeline_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from omni_convert.convert.calibration import calibrate_source
-    from omni_convert.convert.source import resolve_source
+    from omni_convert.convert.calibration.recording import calibrate_source
+    from omni_convert.convert.source.location import resolve_source
 
     folder = tmp_path_factory.mktemp("statistics")
     (folder / "prompts.txt").write_text("a red circle\na blue square\n")
@@ -95,7 +95,7 @@ def test_int8_shares_a_constant_column_in_fused_groups_only(tiny_pipeline_folder
 def test_static_fp8_stores_the_calibrated_input_scale(
     tiny_pipeline_folder: Path, statistics_file: Path, tmp_path: Path
 ) -> None:
-    from omni_convert.convert.statistics import Statistics
+    from omni_convert.convert.calibration.statistics import Statistics
 
     convert_checkpoint(tiny_pipeline_folder, tmp_path / "out", Recipe(calibration=(statistics_file,)))
     assert block_of(tmp_path / "out")["activation_scheme"] == "static"
@@ -375,7 +375,7 @@ def test_files_that_links_bring_in_from_elsewhere_are_not_copied(tiny_pipeline_f
 
 
 def test_written_layers_are_recognized_by_their_tensors(tiny_pipeline_folder: Path, tmp_path: Path) -> None:
-    from omni_convert.formats.checkpoint import Checkpoint
+    from omni_convert.formats.containers.checkpoint import Checkpoint
 
     report = convert_checkpoint(tiny_pipeline_folder, tmp_path / "out")
     formats = layer_formats(Checkpoint.open(tmp_path / "out" / "transformer"))

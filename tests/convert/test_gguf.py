@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from omni_convert.convert.conversion import convert_checkpoint
 from omni_convert.convert.recipe import GGUF_TYPES, Recipe
 from omni_convert.formats import gguf as gguf_format
+from omni_convert.formats.checks.gguf_verdicts import architecture_of
 from omni_convert.formats.errors import RecipeError
-from omni_convert.formats.gguf_runtimes import architecture_of
 
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
 # diffusers dequantizes these; MXFP4 it does not know.

@@ -12,9 +12,9 @@ import torch
 from diffusers import ModelMixin
 
 from omni_convert.convert import Recipe, convert_checkpoint
-from omni_convert.convert.output import MANIFEST
-from omni_convert.convert.source import Source
-from omni_convert.convert.verification import verify_source
+from omni_convert.convert.inspection.verification import verify_source
+from omni_convert.convert.output.folder import MANIFEST
+from omni_convert.convert.source.location import Source
 
 # Widths are multiples of 128 where the family quantizes, 512 where MXFP4's double scales need it.
 JOINT = {"num_layers": 2, "attention_head_dim": 64, "num_attention_heads": 4, "joint_attention_dim": 128}

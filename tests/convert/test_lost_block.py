@@ -12,7 +12,7 @@ from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
 from omni_convert.convert import Recipe, convert_checkpoint
-from omni_convert.convert.cli import main
+from omni_convert.convert.cli.main import main
 from omni_convert.formats.errors import CheckpointError
 from omni_convert.loaders import load_pipeline
 

@@ -20,14 +20,14 @@ import pytest
 from click.testing import CliRunner, Result
 
 from omni_convert.convert import Recipe, convert_checkpoint
-from omni_convert.convert.cli import main
-from omni_convert.convert.journal import JOURNAL, Journal, Record
-from omni_convert.convert.plan import plan_conversion
+from omni_convert.convert.cli.main import main
+from omni_convert.convert.execution.journal import JOURNAL, Journal, Record
+from omni_convert.convert.execution.tile import tiles_of
+from omni_convert.convert.plan.plan import plan_conversion
 from omni_convert.convert.report import conversion_report
-from omni_convert.convert.source import resolve_source
-from omni_convert.convert.tile import tiles_of
+from omni_convert.convert.source.location import resolve_source
 from omni_convert.formats import nvfp4
-from omni_convert.formats.checkpoint import Checkpoint
+from omni_convert.formats.containers.checkpoint import Checkpoint
 from omni_convert.formats.errors import CheckpointError, OutputError, RecipeError
 
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
@@ -53,7 +53,17 @@ def records(output: Path) -> int:
 
 
 def start(source: Path, output: Path, *options: str) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "omni_convert.convert.cli", str(source), "-m", METHOD, "-o", str(output), *options]
+    command = [
+        sys.executable,
+        "-m",
+        "omni_convert.convert.cli",
+        str(source),
+        "-m",
+        METHOD,
+        "-o",
+        str(output),
+        *options,
+    ]
     return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
 
 
@@ -167,7 +177,7 @@ def unfinished_weights(output: Path) -> Path:
 
 
 def test_unfinished_weights_cannot_be_read(interrupted: Path) -> None:
-    from omni_convert.formats.safetensors_file import SafetensorsFile
+    from omni_convert.formats.containers.safetensors_file import SafetensorsFile
 
     with pytest.raises(CheckpointError, match="no complete safetensors file"):
         SafetensorsFile(unfinished_weights(interrupted))
@@ -252,7 +262,7 @@ def test_a_sync_that_fails_is_an_error_of_ours(tmp_path: Path, monkeypatch: pyte
 
     with Journal(tmp_path / JOURNAL, {"source": {}}) as journal, monkeypatch.context() as patch:
         patch.setattr(os, "fsync", failing)
-        patch.setattr("omni_convert.convert.journal.SYNC_SECONDS", -1.0)
+        patch.setattr("omni_convert.convert.execution.journal.SYNC_SECONDS", -1.0)
         with pytest.raises(OutputError, match="Input/output error"):
             journal.add("a", Record(1))
 

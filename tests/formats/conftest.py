@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from omni_convert.formats.tensor_spec import TensorSpec
+from omni_convert.formats.containers.tensor_spec import TensorSpec
 
 HEADS = {"num_attention_heads": 2, "attention_head_dim": 16}
 ROPE = {"axes_dims_rope": (4, 6, 6)}

@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from omni_convert.formats.format import TensorRows
 from omni_convert.formats.fp8 import E4M3_MAX, Fp8, Fp8Block, Fp8Channel, round_to_e4m3
+from omni_convert.formats.rows import TensorRows
 
 
 def test_rounding_saturates_instead_of_overflowing() -> None:

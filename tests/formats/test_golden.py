@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from omni_convert.formats.e2m1 import encode_e2m1, pack_nibbles
+from omni_convert.formats.arithmetic.e2m1 import encode_e2m1, pack_nibbles
 from omni_convert.formats.fp8 import Fp8, Fp8Block
 from omni_convert.formats.int8 import Int8
 from omni_convert.formats.mxfp4 import Mxfp4
@@ -120,7 +120,7 @@ def test_nvfp4(weight: Tensor) -> None:
 
 
 def test_nvfp4_in_comfy_nibble_order(weight: Tensor) -> None:
-    from omni_convert.formats.e2m1 import unpack_nibbles
+    from omni_convert.formats.arithmetic.e2m1 import unpack_nibbles
 
     codes = unpack_nibbles(Nvfp4(search=False).quantize(weight)["weight"])
     assert pack_nibbles(codes, even="high")[0, :4].tolist() == [251, 94, 150, 226]

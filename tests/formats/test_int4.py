@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from omni_convert.formats.codec import Transposed
-from omni_convert.formats.format import TensorLayout
+from omni_convert.formats.dialects.codec import Transposed
+from omni_convert.formats.dialects.packed_words import PackedColumns
 from omni_convert.formats.int4 import Int4
-from omni_convert.formats.packed_words import PackedColumns
+from omni_convert.formats.rows import TensorLayout
 
 
 def weight(rows: int = 64, columns: int = 256) -> torch.Tensor:

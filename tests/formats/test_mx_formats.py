@@ -8,14 +8,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from omni_convert.formats.e2m1 import is_e2m1
-from omni_convert.formats.e8m0 import E8M0_NAN
+from omni_convert.formats.arithmetic.e2m1 import is_e2m1
+from omni_convert.formats.arithmetic.e8m0 import E8M0_NAN
 from omni_convert.formats.errors import RecipeError
-from omni_convert.formats.format import Format, TensorRows
+from omni_convert.formats.format import Format
 from omni_convert.formats.mxfp4 import Mxfp4
 from omni_convert.formats.mxfp4_dualscale import Mxfp4DualScale
 from omni_convert.formats.mxfp8 import Mxfp8
 from omni_convert.formats.nvfp4 import Nvfp4
+from omni_convert.formats.rows import TensorRows
 
 FORMATS: dict[str, Format] = {
     "mxfp8": Mxfp8(),

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from omni_convert.formats.containers.tensor_spec import TensorSpec
 from omni_convert.formats.format import Format
 from omni_convert.formats.fp8 import Fp8, Fp8Block, Fp8Channel
 from omni_convert.formats.table import layer_formats
-from omni_convert.formats.tensor_spec import TensorSpec
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from omni_convert.formats.errors import CheckpointError
-from omni_convert.formats.quantized import open_quantized
+from omni_convert.formats.views.opened import open_quantized
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from omni_convert.formats.format import Format
 from omni_convert.formats.fp8 import Fp8
 from omni_convert.formats.mxfp8 import Mxfp8
 from omni_convert.formats.nvfp4 import Nvfp4
-from omni_convert.formats.quantized import open_quantized
+from omni_convert.formats.views.opened import open_quantized
 
 SUFFIXES = ("weight", "weight_scale", "weight_scale_2", "pre_quant_scale")
 CONFIGS = {

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from omni_convert.convert import Recipe, convert_checkpoint
 from omni_convert.formats.errors import CheckpointError
-from omni_convert.formats.quantized import QuantizedLayer, open_quantized
-from omni_convert.loaders.packed_int4 import PackedInt4
-from omni_convert.loaders.quantized_linear import QuantizedLinear
+from omni_convert.formats.views.opened import QuantizedLayer, open_quantized
+from omni_convert.loaders.layers.quantized_linear import QuantizedLinear
+from omni_convert.loaders.memory.packed_int4 import PackedInt4
 
 STEM = "blocks.0.proj"
 WEIGHTS = "model.safetensors"

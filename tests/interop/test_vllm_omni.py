@@ -20,11 +20,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from omni_convert.convert import Recipe, convert_checkpoint
-from omni_convert.convert.calibration import calibrate_source
-from omni_convert.convert.source import resolve_source
-from omni_convert.formats.family import find_family
-from omni_convert.formats.quantized import open_quantized
-from omni_convert.formats.view import dequantized_view
+from omni_convert.convert.calibration.recording import calibrate_source
+from omni_convert.convert.source.location import resolve_source
+from omni_convert.formats.families.family import find_family
+from omni_convert.formats.views.base import dequantized_view
+from omni_convert.formats.views.opened import open_quantized
 
 pytestmark = [pytest.mark.peers, pytest.mark.filterwarnings("ignore")]  # warnings are their own affair
 

@@ -6,8 +6,8 @@ from diffusers import FirstBlockCacheConfig, FluxTransformer2DModel, TensorParal
 from diffusers.hooks import MagCacheConfig, TaylorSeerCacheConfig, apply_group_offloading
 
 from omni_convert.loaders import build_quant_config, load_pipeline
-from omni_convert.loaders.diffusers_quantizer import DiffusersConfig
-from omni_convert.loaders.quantized_linear import QuantizedLinear
+from omni_convert.loaders.layers.quantized_linear import QuantizedLinear
+from omni_convert.loaders.loading.diffusers_quantizer import DiffusersConfig
 
 CPU = torch.device("cpu")
 STEPS = 6

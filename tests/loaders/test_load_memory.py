@@ -10,9 +10,9 @@ from diffusers import AutoencoderKL, ZImageTransformer2DModel
 
 LOAD = """
 import sys, threading, torch, diffusers
-from omni_convert.convert.memory import anonymous_memory
+from omni_convert.convert.execution.memory import anonymous_memory
 from omni_convert.loaders import build_quant_config
-from omni_convert.loaders.diffusers_quantizer import DiffusersConfig
+from omni_convert.loaders.loading.diffusers_quantizer import DiffusersConfig
 folder, class_name, method = sys.argv[1:]
 torch.set_num_threads(1)
 config = DiffusersConfig.of(build_quant_config(method))

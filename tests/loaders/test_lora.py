@@ -9,8 +9,8 @@ from omni_convert.formats.errors import RecipeError
 from omni_convert.formats.fp8 import Fp8Block
 from omni_convert.formats.table import LOADABLE
 from omni_convert.loaders import kernel_report, load_pipeline
-from omni_convert.loaders.fp8_storage import Fp8WeightStorage
-from omni_convert.loaders.quantized_linear import QuantizedLinear
+from omni_convert.loaders.layers.fp8_storage import Fp8WeightStorage
+from omni_convert.loaders.layers.quantized_linear import QuantizedLinear
 
 peft = pytest.importorskip("peft")
 

@@ -10,9 +10,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from omni_convert.formats.codec import Reciprocal
-from omni_convert.formats.e2m1 import encode_e2m1, pack_nibbles
+from omni_convert.formats.arithmetic.e2m1 import encode_e2m1, pack_nibbles
+from omni_convert.formats.arithmetic.swizzle import swizzle_scales
+from omni_convert.formats.dialects.codec import Reciprocal
 from omni_convert.formats.errors import CheckpointError
+from omni_convert.formats.families.wan_names import diffusers_name
 from omni_convert.formats.format import Format
 from omni_convert.formats.fp8 import Fp8
 from omni_convert.formats.int8 import Int8
@@ -20,9 +22,7 @@ from omni_convert.formats.mxfp4 import Mxfp4
 from omni_convert.formats.mxfp4_dualscale import Mxfp4DualScale
 from omni_convert.formats.mxfp8 import Mxfp8
 from omni_convert.formats.nvfp4 import Nvfp4
-from omni_convert.formats.quantized import QuantizedCheckpoint, open_quantized
-from omni_convert.formats.swizzle import swizzle_scales
-from omni_convert.formats.wan_names import diffusers_name
+from omni_convert.formats.views.opened import QuantizedCheckpoint, open_quantized
 
 STEM = "blocks.0.proj"
 

@@ -11,8 +11,8 @@ from omni_convert.formats.mxfp4_dualscale import Mxfp4DualScale
 from omni_convert.formats.mxfp8 import Mxfp8
 from omni_convert.formats.nvfp4 import Nvfp4
 from omni_convert.loaders.kernels.decoding import DECODABLE, decode_rows, padded_columns, weight_unit
-from omni_convert.loaders.packed_int4 import PackedInt4, weight_shape
-from omni_convert.loaders.resident import disk_tensors, resident_tensors
+from omni_convert.loaders.memory.layout import disk_tensors, resident_tensors
+from omni_convert.loaders.memory.packed_int4 import PackedInt4, weight_shape
 
 FORMATS = (Fp8(), Fp8Channel(), Fp8Block((16, 48)), Int8(), Mxfp8(), Mxfp4(), Mxfp4DualScale(), Nvfp4(), PackedInt4(32))
 WIDTHS = [1, 16, 33, 640]

@@ -14,8 +14,8 @@ from omni_convert.loaders.kernels.fused_decode_mm import TRITON_DECODE_MM, run_f
 from omni_convert.loaders.kernels.kernel import LayerTraits
 from omni_convert.loaders.kernels.reference import rounded_input
 from omni_convert.loaders.kernels.table import KERNELS
-from omni_convert.loaders.packed_int4 import PackedInt4
-from omni_convert.loaders.resident import disk_tensors, resident_tensors
+from omni_convert.loaders.memory.layout import disk_tensors, resident_tensors
+from omni_convert.loaders.memory.packed_int4 import PackedInt4
 
 pytest.importorskip("triton", reason="triton is not installed: its kernels cannot run")
 

@@ -10,7 +10,7 @@ from omni_convert.formats.mxfp4 import Mxfp4
 from omni_convert.formats.mxfp4_dualscale import Mxfp4DualScale
 from omni_convert.formats.mxfp8 import Mxfp8
 from omni_convert.loaders.kernels.npu import run_mxfp4, run_mxfp4_dualscale, run_mxfp8
-from omni_convert.loaders.resident import resident_tensors
+from omni_convert.loaders.memory.layout import resident_tensors
 
 ROWS, OUT = 5, 64
 CODES, SCALE, LEVEL0, LEVEL1 = "codes of x", "scale of x", "level 0 of x", "level 1 of x"

@@ -25,8 +25,8 @@ from omni_convert.loaders.kernels.mx_scaled_mm import NVFP4_SCALED_MM
 from omni_convert.loaders.kernels.npu import NPU_MXFP4, NPU_MXFP4_DUALSCALE, NPU_MXFP8
 from omni_convert.loaders.kernels.reference import REFERENCE, WEIGHT_ONLY
 from omni_convert.loaders.kernels.table import KERNELS, OVERRIDE, select_kernel
-from omni_convert.loaders.packed_int4 import PackedInt4
-from omni_convert.loaders.resident import disk_tensors, resident_tensors
+from omni_convert.loaders.memory.layout import disk_tensors, resident_tensors
+from omni_convert.loaders.memory.packed_int4 import PackedInt4
 
 CPU = torch.device("cpu")
 DEVICES = [CPU, torch.device("cuda")] if torch.cuda.is_available() else [CPU]

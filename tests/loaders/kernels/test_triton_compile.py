@@ -44,8 +44,8 @@ def read(tool, *arguments):
 # At 3 bytes an element and 18 instructions, an H200 issues as fast as it reads and writes; counted without slow paths
 # it is fewer.
 ACTIVATIONS = """
-from omni_convert.loaders.kernels.triton_activation import fp8_kernel, int8_kernel, static_kernel
-from omni_convert.loaders.kernels.triton_block_activation import TILE, group_kernel, mxfp8_kernel, nvfp4_kernel
+from omni_convert.loaders.kernels.triton.activation import fp8_kernel, int8_kernel, static_kernel
+from omni_convert.loaders.kernels.triton.block_activation import TILE, group_kernel, mxfp8_kernel, nvfp4_kernel
 
 e4m3 = {"LARGEST": 448.0}
 tile = {**e4m3, "ROWS": TILE[0], "COLUMNS": TILE[1]}
@@ -78,7 +78,7 @@ for capability in TARGETS:
 
 # Every format on the largest tile, and every other tile on one format.
 DECODING = """
-from omni_convert.loaders.kernels.triton_mm import LONGEST_STEP, TILES, choose_tile, decode_mm_kernel
+from omni_convert.loaders.kernels.triton.matmul import LONGEST_STEP, TILES, choose_tile, decode_mm_kernel
 
 absent = dict.fromkeys(("scale_ptr", "group_ptr", "zero_ptr", "unit_ptr"))
 formats = {  # the code, the types of what else there is, the group

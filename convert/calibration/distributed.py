@@ -1,0 +1,91 @@
+"""Calibration on a Ray cluster: prompts are dealt to pipelines, one on each GPU (or machine), statistics are merged.
+
+The noise of a prompt follows from the prompt, and statistics merge exactly: they are those of one process, if all
+compute alike (kind of device, number of threads). Second moments are sums, which the order of adding rounds.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import replace
+
+import torch
+
+from omni_convert.convert.calibration.moments import Moments
+from omni_convert.convert.calibration.prompts import Prompt
+from omni_convert.convert.calibration.recording import Recording, SourceRecorder
+from omni_convert.convert.cluster import check_versions, connect, versions
+from omni_convert.convert.progress_bar import progress_bar
+from omni_convert.convert.recipe import Recipe
+from omni_convert.convert.source.location import Source
+from omni_convert.formats.errors import OmniConvertError
+
+__all__ = ["record_on_cluster"]
+
+# Each pipeline gets several shares of the prompts: none waits long for the last, and a lost one loses little.
+SHARES_A_PIPELINE = 4
+
+
+class _Pipeline:
+    """A pipeline on one of the machines, loaded when the first prompts come."""
+
+    def __init__(
+        self, source: Source, recipe: Recipe, threads: int, expected: dict[str, str], with_moments: bool
+    ) -> None:
+        self._arguments = (source, recipe)
+        self._threads = threads
+        self._versions = expected
+        self._with_moments = with_moments
+        self._recorder: SourceRecorder | None = None
+
+    def run(self, prompts: Sequence[Prompt]) -> tuple[int, Recording] | OmniConvertError:
+        """The number of prompts, and what they gave."""
+        try:
+            if self._recorder is None:
+                check_versions(self._versions, platform.node())
+                torch.set_num_threads(self._threads)
+                self._recorder = SourceRecorder(*self._arguments, with_moments=self._with_moments)
+            return len(prompts), self._recorder.record(prompts)
+        except OmniConvertError as error:
+            return error
+
+
+def record_on_cluster(
+    source: Source, recipe: Recipe, prompts: Sequence[Prompt], *, with_moments: bool, progress: bool
+) -> Recording:
+    """Calibrates a pipeline on the cluster that the recipe names; raises as `record_source`, and
+
+    ClusterError: the cluster does not answer, or its machines are lost too often.
+    """
+    source = replace(source, path=source.path.absolute())
+    prompts = [
+        replace(prompt, image=prompt.image.absolute()) if prompt.image is not None else prompt for prompt in prompts
+    ]
+    size = sum(file.stat().st_size for file in source.path.rglob("*.safetensors"))
+    bar = progress_bar("calibrating", len(prompts), "prompt", hidden=not progress, stays=False)
+    with connect(recipe.engine) as cluster, bar as advance:
+        device = cluster.device(recipe.device)
+        recipe = replace(recipe, device=str(device))
+        slots = cluster.slots(recipe.workers, needs_gpu=device.type == "cuda")
+        shares = min(len(prompts), SHARES_A_PIPELINE * slots.count)
+        calls = [(prompts[share::shares],) for share in range(shares)]
+        arguments = (source, recipe, slots.cores, versions(), with_moments)
+        merged: Recording | None = None
+        with closing(cluster.on_actors(_Pipeline, arguments, calls, slots, size)) as results:
+            for count, recording in results:
+                merged = recording if merged is None else _merge(merged, recording)
+                advance(count)
+    assert merged is not None, "there are prompts"
+    return merged
+
+
+def _merge(first: Recording, second: Recording) -> Recording:
+    statistics = first.statistics.merge([second.statistics])
+    if first.moments is None or second.moments is None:
+        return Recording(statistics, None)
+    merged = first.moments.merge([second.moments])
+    layers = {owner: read() for owner, read in merged.readers.items()}  # else every part would stay in memory
+    by_name = {name: layers[owner] for name, owner in merged.owners.items()}
+    return Recording(statistics, Moments.recorded(merged.identity, by_name))

@@ -1,0 +1,239 @@
+"""Runs a diffusers pipeline over prompts: the one way in which calibration, comparison and generation do it.
+
+Pipelines differ in what they take; their signatures tell. One prompt runs at a time, with a generator of its own on
+the CPU, so that an image depends neither on its neighbours nor on the device that drew the noise.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from omni_convert.convert.calibration.prompts import Prompt
+from omni_convert.formats.containers.json_file import read_json
+from omni_convert.formats.errors import CheckpointError, RecipeError
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+    from PIL.Image import Image
+
+__all__ = ["DEFAULTS_FILE", "GenerationSettings", "has_step_callback", "run_pipeline"]
+
+DEFAULTS_FILE = "generation_defaults.json"
+#: Names in that file, as diffusers calls the arguments.
+DEFAULTS_KEYS = {
+    "num_inference_steps": "steps",
+    "width": "width",
+    "height": "height",
+    "num_frames": "frames",
+    "guidance_scale": "guidance_scale",
+    "negative_prompt": "negative_prompt",
+}
+#: What pipelines call the scale of classifier-free guidance. Some have `guidance_scale` too, as an input of distilled
+#: models that is None by default.
+GUIDANCE_PARAMETERS = ("guidance_scale", "true_cfg_scale", "distilled_guidance_scale")
+#: Pipelines whose class is called so need an image even if their signature gives it a default.
+IMAGE_CLASSES = ("Edit", "Img2Img", "ImageToVideo")
+
+
+@dataclass(frozen=True)
+class GenerationSettings:
+    """How a pipeline runs; None leaves the choice to the pipeline.
+
+    Attributes:
+        width, height: in pixels
+        frames: of a video
+        guidance_scale: of classifier-free guidance, whatever the pipeline calls it
+
+    Raises:
+        RecipeError: a number is not positive.
+    """
+
+    steps: int | None = None
+    width: int | None = None
+    height: int | None = None
+    frames: int | None = None
+    guidance_scale: float | None = None
+    negative_prompt: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "width", "height", "frames"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise RecipeError(f"{name}: found {value}, expected a positive number")
+
+    @classmethod
+    def for_pipeline(cls, folder: Path, overrides: Mapping[str, Any] | None = None) -> GenerationSettings:
+        """What a pipeline folder declares in its `generation_defaults.json`, if it has one.
+
+        Args:
+            folder: the pipeline's
+            overrides: settings by field name; None counts as absent
+
+        Raises:
+            CheckpointError: the file is damaged.
+            RecipeError: an override is not positive.
+        """
+        declared = _declared(folder / DEFAULTS_FILE)
+        return cls(**(declared | {name: value for name, value in (overrides or {}).items() if value is not None}))
+
+    def completed(self, pipe: DiffusionPipeline) -> GenerationSettings:
+        """With the defaults of the pipeline's signature where there are any."""
+        parameters = _parameters(pipe)
+        found: dict[str, Any] = {}
+        for setting in fields(self):
+            default = parameters[name].default if (name := _parameter_name(setting.name, parameters)) else None
+            if getattr(self, setting.name) is None and isinstance(default, int | float | str):
+                found[setting.name] = default
+        return replace(self, **found)
+
+
+def run_pipeline(
+    pipe: DiffusionPipeline,
+    prompts: Sequence[Prompt],
+    settings: GenerationSettings,
+    seed: int,
+    *,
+    on_step: Callable[[int], None] | None = None,
+    decode: bool = True,
+) -> list[list[Image]]:
+    """Runs a pipeline over prompts, one at a time.
+
+    Args:
+        pipe: any text- or image-conditioned diffusers pipeline
+        seed: of the first prompt's noise; each further prompt's is one higher
+        on_step: called after each denoising step with its number, from 0 (see `has_step_callback`)
+        decode: turn latents into images; without, every prompt gives an empty list
+
+    Returns:
+        for each prompt the frames of its video, or the one image
+
+    Raises:
+        RecipeError: the pipeline does not take a setting, or refuses its value; it takes no image, or needs one.
+    """
+    progress = getattr(pipe, "_progress_bar_config", {})
+    pipe.set_progress_bar_config(disable=True)
+    try:
+        return [_run(pipe, prompt, settings, seed + offset, on_step, decode) for offset, prompt in enumerate(prompts)]
+    finally:
+        pipe.set_progress_bar_config(**progress)
+
+
+def has_step_callback(pipe: DiffusionPipeline) -> bool:
+    """Whether the pipeline tells when a denoising step is over."""
+    return "callback_on_step_end" in _parameters(pipe)
+
+
+def _run(
+    pipe: DiffusionPipeline,
+    prompt: Prompt,
+    settings: GenerationSettings,
+    seed: int,
+    on_step: Callable[[int], None] | None,
+    decode: bool,
+) -> list[Image]:
+    import torch
+
+    parameters = _parameters(pipe)
+    arguments = _setting_arguments(pipe, parameters, settings) | _image_argument(pipe, parameters, prompt)
+    # A list of its own: ZImagePipeline writes the chat template into the one it is given.
+    arguments["prompt"] = [prompt.text]
+    arguments["generator"] = torch.Generator("cpu").manual_seed(seed)
+    arguments["output_type"] = "pil" if decode else "latent"
+    if on_step is not None and has_step_callback(pipe):
+        arguments["callback_on_step_end"] = _step_callback(on_step)
+    try:
+        output = pipe(**arguments)
+    except ValueError as error:  # how pipelines refuse arguments
+        raise RecipeError(f"{type(pipe).__name__}: {str(error).partition(chr(10))[0]}") from error
+    return list(_frames(output)) if decode else []
+
+
+def _step_callback(on_step: Callable[[int], None]) -> Callable[..., dict[str, Any]]:
+    def callback(_pipe: object, step: int, _timestep: object, tensors: dict[str, Any]) -> dict[str, Any]:
+        on_step(step)
+        return tensors
+
+    return callback
+
+
+def _parameters(pipe: DiffusionPipeline) -> Mapping[str, inspect.Parameter]:
+    return inspect.signature(type(pipe).__call__).parameters
+
+
+def _parameter_name(setting: str, parameters: Mapping[str, inspect.Parameter]) -> str | None:
+    """What the pipeline calls a setting, or None if it has none of the kind."""
+    if setting == "guidance_scale":
+        present = [name for name in GUIDANCE_PARAMETERS if name in parameters]
+        return next((name for name in present if parameters[name].default is not None), None)
+    name = next(argument for argument, field in DEFAULTS_KEYS.items() if field == setting)
+    return name if name in parameters else None
+
+
+def _setting_arguments(
+    pipe: DiffusionPipeline, parameters: Mapping[str, inspect.Parameter], settings: GenerationSettings
+) -> dict[str, Any]:
+    arguments: dict[str, Any] = {}
+    for setting in fields(settings):
+        value = getattr(settings, setting.name)
+        if value is None:
+            continue
+        name = _parameter_name(setting.name, parameters)
+        if name is None:
+            raise RecipeError(f"{setting.name}: found {value!r}, but {type(pipe).__name__} has no such setting")
+        arguments[name] = value
+    if arguments.get("true_cfg_scale", 0) > 1 and settings.negative_prompt is None:
+        arguments["negative_prompt"] = " "  # without one these pipelines ignore the scale
+    return arguments
+
+
+def _image_argument(
+    pipe: DiffusionPipeline, parameters: Mapping[str, inspect.Parameter], prompt: Prompt
+) -> dict[str, Any]:
+    name, parameter = type(pipe).__name__, parameters.get("image")
+    if prompt.image is None:
+        is_needed = parameter is not None and (
+            parameter.default is inspect.Parameter.empty or any(part in name for part in IMAGE_CLASSES)
+        )
+        if is_needed:
+            raise RecipeError(
+                f"'{prompt.text:.40}': found no image, but {name} needs one; use JSON Lines with prompt and image"
+            )
+        return {}
+    if parameter is None:
+        raise RecipeError(f"{prompt.image}: found an image, but {name} takes none; leave it out")
+    from diffusers.utils import load_image
+
+    return {"image": load_image(str(prompt.image))}
+
+
+def _frames(output: Any) -> Iterator[Image]:
+    """Images of a pipeline's output for one prompt; videos and layered images are nested in another list."""
+    for entry in output.frames if hasattr(output, "frames") else output.images:
+        if isinstance(entry, list | tuple):
+            yield from entry
+        else:
+            yield entry
+
+
+def _declared(path: Path) -> dict[str, Any]:
+    """Settings by field name from a pipeline's file, or none if there is no such file."""
+    if not path.is_file():
+        return {}
+    content = read_json(path)
+    declared = {field: content[key] for key, field in DEFAULTS_KEYS.items() if content.get(key) is not None}
+    for name, value in declared.items():
+        if not _is_sound(name, value):
+            raise CheckpointError(f"{path}: found {name} = {value!r:.40}, expected a positive number")
+    return declared
+
+
+def _is_sound(name: str, value: object) -> bool:
+    if name == "negative_prompt":
+        return isinstance(value, str)
+    if isinstance(value, bool) or not isinstance(value, int | float) or value < 0:
+        return False
+    return name == "guidance_scale" or (isinstance(value, int) and value > 0)

@@ -1,0 +1,213 @@
+"""Hooks on the linears of running models record what goes into them.
+
+Nothing that the model computes is kept: every input is measured where it passes and forgotten. Padding is left out
+where the model names it (a mask [batch, tokens] among the arguments of a module): the runtime computes it too, but no
+result depends on it.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import math
+import weakref
+from collections.abc import Mapping
+from contextlib import ExitStack
+from types import TracebackType
+from typing import Any, TypeGuard, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from omni_convert.convert.calibration.layer_statistics import InputRecorder, LayerStatistics, observe
+from omni_convert.convert.calibration.moments import InputMoments, MomentsRecorder
+from omni_convert.convert.calibration.prompts import Prompt
+from omni_convert.formats.containers.tensor_spec import TensorSpec
+from omni_convert.formats.errors import CalibrationError
+from omni_convert.formats.families.families import EVERY_RUNTIME
+from omni_convert.formats.families.family import find_family
+
+__all__ = ["InputObserver", "candidate_layers"]
+
+logger = logging.getLogger(__name__)
+
+Recorded = TypeVar("Recorded")
+
+#: Arguments that mark the tokens of a module's own sequence: 1 or True where they are no padding.
+MASK_PARAMETERS = ("attention_mask", "attn_mask")
+
+
+def candidate_layers(model: nn.Module) -> dict[str, str]:
+    """Linears that some runtime may run quantized, each with the first member of its fused group (or itself).
+
+    The members of a group read one input, so that they have their statistics in common.
+    """
+    specs = {
+        name: TensorSpec(name, tensor.dtype, tuple(tensor.shape))
+        for name, tensor in model.named_parameters(remove_duplicate=False)
+    }
+    family = find_family(type(model).__name__)
+    groups = [group.members for runtime in EVERY_RUNTIME for group in family.layer_groups(specs, runtime)]
+    first: dict[str, str] = {}
+    for members in sorted(groups, key=len, reverse=True):
+        for stem in members:
+            if isinstance(model.get_submodule(stem), nn.Linear):
+                first.setdefault(stem, members[0])
+    return first
+
+
+class InputObserver:
+    """Records the inputs of the candidate linears of some models while it is entered.
+
+    Attributes:
+        step: the denoising step that runs, from 0. Set by whoever runs the pipeline.
+    """
+
+    def __init__(
+        self, models: Mapping[str, nn.Module], *, counts_timesteps: bool = False, with_moments: bool = False
+    ) -> None:
+        """Prepares to watch some models.
+
+        Args:
+            models: by component name
+            counts_timesteps: a step ends when a model is called with another `timestep`; for pipelines that do not
+                tell when one is over
+            with_moments: record second moments, too
+
+        Raises:
+            CalibrationError: a model has no linears that can be quantized.
+        """
+        self.step = 0
+        self._prompt = ""
+        self._counts_timesteps = counts_timesteps
+        self._timestep: float | None = None
+        self._models = dict(models)
+        self._recorder_type = MomentsRecorder if with_moments else InputRecorder
+        self._recorders: dict[str, InputRecorder] = {}
+        self._mask: Tensor | None = None
+        # The recorder that took something in last, and what: q, k and v read one tensor, which counts once.
+        self._last: tuple[InputRecorder, weakref.ref[Tensor], int] | None = None
+        self._hooks = ExitStack()
+        self._candidates = {component: candidate_layers(model) for component, model in self._models.items()}
+        for component, layers in self._candidates.items():
+            if not layers:
+                raise CalibrationError(
+                    f"{component}: found no linear layers that can be quantized, expected an unquantized model"
+                )
+
+    def start(self, prompt: Prompt) -> None:
+        """Begins another prompt: its text is encoded before the first step."""
+        self.step = 0
+        self._timestep = None
+        self._prompt = prompt.text
+
+    def __enter__(self) -> InputObserver:
+        with ExitStack() as hooks:
+            for component, model in self._models.items():
+                if self._counts_timesteps:
+                    hooks.callback(model.register_forward_pre_hook(self._count_timestep, with_kwargs=True).remove)
+                for module in model.modules():
+                    self._watch_mask(module, hooks)
+                for stem, first in self._candidates[component].items():
+                    recorder = self._recorders.setdefault(f"{component}.{first}", self._recorder_type())
+                    self._watch_input(model.get_submodule(stem), f"{component}.{stem}", recorder, hooks)
+            self._hooks = hooks.pop_all()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._hooks.close()
+        self._last = self._mask = None
+
+    def statistics(self) -> dict[str, LayerStatistics]:
+        """What was recorded, by `component.stem`; layers that never ran are left out."""
+        found = self._by_layer({name: recorder.statistics() for name, recorder in self._recorders.items()})
+        for component, layers in self._candidates.items():
+            for stem in layers:
+                if f"{component}.{stem}" not in found:
+                    logger.warning("%s.%s never ran: it has no statistics", component, stem)
+        return found
+
+    def moments(self) -> dict[str, InputMoments]:
+        """Second moments, likewise, if they were recorded; those of layers that read one input are one object."""
+        recorders = self._recorders.items()
+        return self._by_layer(
+            {name: recorder.moments() for name, recorder in recorders if isinstance(recorder, MomentsRecorder)}
+        )
+
+    def _by_layer(self, recorded: Mapping[str, Recorded | None]) -> dict[str, Recorded]:
+        by_stem = {
+            f"{component}.{stem}": recorded.get(f"{component}.{first}")
+            for component, layers in self._candidates.items()
+            for stem, first in layers.items()
+        }
+        return {name: layer for name, layer in sorted(by_stem.items()) if layer is not None}
+
+    def _watch_input(self, layer: nn.Module, name: str, recorder: InputRecorder, hooks: ExitStack) -> None:
+        @torch.no_grad()
+        def record(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            values: Tensor = args[0] if args else kwargs["input"]
+            if self._is_repeated(values, recorder):
+                return
+            rows = self._without_padding(values)
+            if rows.shape[0] == 0:
+                return
+            observation = observe(rows)
+            if not math.isfinite(observation.amax):
+                raise CalibrationError(
+                    f"{name}: found NaN or Inf in its input at denoising step {self.step} of "
+                    f"'{self._prompt:.40}', expected finite values; check the weights, or run in another dtype"
+                )
+            recorder.record(observation, self.step)
+
+        hooks.callback(layer.register_forward_pre_hook(record, with_kwargs=True).remove)
+
+    def _is_repeated(self, values: Tensor, recorder: InputRecorder) -> bool:
+        version = 0 if values.is_inference() else values._version  # noqa: SLF001  # torch has no other name for it
+        if self._last is not None:
+            last_recorder, last_values, last_version = self._last
+            if last_recorder is recorder and last_values() is values and last_version == version:
+                return True
+        self._last = (recorder, weakref.ref(values), version)
+        return False
+
+    def _without_padding(self, values: Tensor) -> Tensor:
+        """An input [..., in] as rows [rows, in], those of tokens that count."""
+        rows = values.detach().reshape(-1, values.shape[-1])
+        if self._mask is None or self._mask.shape != values.shape[:-1]:
+            return rows
+        return rows[self._mask.flatten().to(rows.device)]
+
+    def _count_timestep(self, _module: nn.Module, _args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if isinstance(kwargs.get("timestep"), Tensor):
+            timestep = float(kwargs["timestep"].max())
+            if self._timestep is not None and timestep != self._timestep:
+                self.step += 1
+            self._timestep = timestep
+
+    def _watch_mask(self, module: nn.Module, hooks: ExitStack) -> None:
+        """While a module that got a mask runs, the mask says which of the tokens inside count."""
+        names = list(inspect.signature(module.forward).parameters)
+        positions = {name: names.index(name) for name in MASK_PARAMETERS if name in names}
+        if not positions:
+            return
+        outer: list[Tensor | None] = []
+
+        def enter(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            outer.append(self._mask)
+            for name, position in positions.items():
+                mask = kwargs.get(name, args[position] if position < len(args) else None)
+                if _is_token_mask(mask):
+                    self._mask = None if bool(mask.all()) else mask.bool()
+
+        def leave(_module: nn.Module, _args: Any, _output: Any) -> None:
+            self._mask = outer.pop()
+
+        hooks.callback(module.register_forward_pre_hook(enter, with_kwargs=True).remove)
+        hooks.callback(module.register_forward_hook(leave, always_call=True).remove)
+
+
+def _is_token_mask(mask: object) -> TypeGuard[Tensor]:
+    """A mask [batch, tokens]; what is added to attention scores is of a float dtype, or has more dimensions."""
+    return isinstance(mask, Tensor) and mask.dim() == 2 and not mask.is_floating_point()

@@ -1,0 +1,220 @@
+"""What calibration knows about the input of one linear layer, and how it is recorded.
+
+Everything here merges exactly, in any order and grouping: maxima, integer sums, and rows with the smallest hashes.
+Recording two batches in one go or apart, on one machine or on two, gives the same bits.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from omni_convert.convert.calibration import histogram
+from omni_convert.convert.calibration.row_sample import VALUES_PER_WORD, hash_words, pack_rows, smallest_hashes
+from omni_convert.formats.errors import RecipeError
+
+__all__ = ["SAMPLE_ROWS", "InputRecorder", "LayerStatistics", "Observation", "observe"]
+
+SAMPLE_ROWS = 64
+#: Elements that are looked at in one go: on a CPU few enough for its cache.
+TILE_ELEMENTS = {"cpu": 1 << 18}
+DEVICE_TILE_ELEMENTS = 1 << 26
+
+
+@dataclass(frozen=True, eq=False)
+class LayerStatistics:
+    """Statistics of one input; satisfies `formats.format.InputStatistics`.
+
+    Attributes:
+        step_amax: largest magnitude by denoising step, float32 [steps]; 0 for a step in which the layer did not run.
+            A text encoder runs before the first step and is recorded there.
+        channels: largest magnitude by input channel, float32 [in]
+        histogram: number of values by magnitude, int64 [1027]; see `convert.histogram`
+        sample: rows with the smallest hashes, in the order of these, bfloat16 [<= 64, in]
+    """
+
+    step_amax: Tensor
+    channels: Tensor
+    histogram: Tensor
+    sample: Tensor
+
+    def amax(self) -> float:
+        return float(self.channels.max())
+
+    def channel_amax(self) -> Tensor:
+        return self.channels
+
+    def rows(self) -> Tensor:
+        return self.sample
+
+    def clip(self, rule: str, largest: float) -> float:
+        """Magnitude at which to clip.
+
+        Args:
+            rule: `max`, `percentile:P` with 0 < P <= 100, or `mse`
+            largest: end of the grid: 448 for E4M3, 127 for int8
+
+        Raises:
+            RecipeError: there is no such rule.
+        """
+        if rule == "max":
+            return self.amax()
+        if rule == "mse":
+            return histogram.mse_clip(self.histogram, self.amax(), largest)
+        return self.percentile(_percent(rule))
+
+    def percentile(self, percent: float) -> float:
+        """The magnitude that `percent` of the values do not exceed, to a sixteenth of an octave upwards."""
+        return histogram.percentile(self.histogram, percent, self.amax())
+
+    @property
+    def values_seen(self) -> int:
+        return int(self.histogram.sum())
+
+    def tensors(self) -> dict[str, Tensor]:
+        """As they are stored."""
+        return {
+            "step_amax": self.step_amax,
+            "channel_amax": self.channels,
+            "histogram": self.histogram,
+            "rows": self.sample,
+        }
+
+    @staticmethod
+    def merged(parts: Iterable[LayerStatistics]) -> LayerStatistics:
+        """The statistics of everything that the parts have seen; at least one, all of one width."""
+        everything = list(parts)
+        steps = max(part.step_amax.shape[0] for part in everything)
+        step_amax = torch.zeros(steps)
+        for part in everything:
+            covered = step_amax[: part.step_amax.shape[0]]
+            torch.maximum(covered, part.step_amax, out=covered)
+        rows = torch.cat([part.sample for part in everything])
+        return LayerStatistics(
+            step_amax,
+            torch.stack([part.channels for part in everything]).amax(0),
+            torch.stack([part.histogram for part in everything]).sum(0),
+            rows[smallest_hashes(hash_words(pack_rows(rows)), SAMPLE_ROWS)],
+        )
+
+
+def _percent(rule: str) -> float:
+    name, _, argument = rule.partition(":")
+    try:
+        percent = float(argument)
+    except ValueError:
+        percent = math.nan
+    if name != "percentile" or not 0 < percent <= 100:
+        raise RecipeError(f"input scale: found '{rule}', expected max, mse or percentile:P with 0 < P <= 100")
+    return percent
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What is in an input that was seen once.
+
+    Attributes:
+        amax: largest magnitude; NaN or infinity if any value is
+        channels: by channel, float32 [in]
+        codes: number of values by code, int64 [4096]
+        hashes: by row, int64 [rows]
+        rows: the input itself, [rows, in]
+    """
+
+    amax: float
+    channels: Tensor
+    codes: Tensor
+    hashes: Tensor
+    rows: Tensor
+
+
+def observe(values: Tensor) -> Observation:
+    """Measures an input, any float dtype [rows, in] with at least one row, in tiles: little memory beside it."""
+    tiles = [_observe_tile(values[tile]) for tile in _tiles(values)]
+    channels, codes, hashes = tiles[0] if len(tiles) == 1 else _joined(tiles)
+    return Observation(float(channels.max()), channels, codes, hashes, values)
+
+
+def _tiles(values: Tensor) -> Iterator[slice]:
+    step = max(1, TILE_ELEMENTS.get(values.device.type, DEVICE_TILE_ELEMENTS) // values.shape[1])
+    return (slice(start, start + step) for start in range(0, values.shape[0], step))
+
+
+def _observe_tile(tile: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Channel amax, counts by code and hashes of some rows; NaN and infinity pass through the first."""
+    words = pack_rows(tile.to(torch.bfloat16))
+    return tile.abs().amax(0).float(), _count(tile, words), hash_words(words)
+
+
+def _joined(tiles: Sequence[tuple[Tensor, Tensor, Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
+    channels, codes, hashes = zip(*tiles, strict=True)
+    return torch.stack(channels).amax(0), torch.stack(codes).sum(0), torch.cat(hashes)
+
+
+def _count(tile: Tensor, words: Tensor) -> Tensor:
+    if tile.dtype != torch.bfloat16:
+        return histogram.count_floats(tile.float())
+    counts = histogram.count_words(words)
+    counts[0] -= words.numel() * VALUES_PER_WORD - tile.numel()  # the zeros that pad the rows
+    return counts
+
+
+class InputRecorder:
+    """Gathers the observations of one input."""
+
+    def __init__(self) -> None:
+        self._step_amax: dict[int, float] = {}
+        self._channels: Tensor | None = None
+        self._codes: Tensor | None = None
+        # The sample so far, then rows that may belong to it: they are sorted only when there are enough of them.
+        self._rows: list[Tensor] = []
+        self._hashes: list[Tensor] = []
+        self._pending = 0
+        # A row with a hash that is not below has no chance; None while the sample is not full.
+        self._bound: int | None = None
+
+    def record(self, observation: Observation, step: int) -> None:
+        """Takes in finite values that were seen during a denoising step, counted from 0."""
+        assert math.isfinite(observation.amax), "the caller refuses NaN and infinity"
+        self._step_amax[step] = max(self._step_amax.get(step, 0.0), observation.amax)
+        if self._channels is None or self._codes is None:
+            self._channels, self._codes = observation.channels.clone(), observation.codes.clone()
+        else:
+            torch.maximum(self._channels, observation.channels, out=self._channels)
+            self._codes += observation.codes
+        self._sample(observation.hashes, observation.rows)
+
+    def statistics(self) -> LayerStatistics | None:
+        """What was recorded, on the CPU; None if nothing was."""
+        if self._channels is None or self._codes is None:
+            return None
+        self._compact()
+        step_amax = torch.zeros(max(self._step_amax) + 1)
+        for step, amax in self._step_amax.items():
+            step_amax[step] = amax
+        counts = histogram.fold_codes(self._codes)
+        return LayerStatistics(step_amax, self._channels.cpu(), counts.cpu(), self._rows[0].cpu())
+
+    def _sample(self, hashes: Tensor, rows: Tensor) -> None:
+        if self._bound is None:
+            candidates = smallest_hashes(hashes, SAMPLE_ROWS)
+        else:
+            candidates = (hashes < self._bound).nonzero()[:, 0]
+        if candidates.numel() == 0:
+            return
+        # Indexing copies: the input itself is not kept.
+        self._hashes.append(hashes[candidates])
+        self._rows.append(rows[candidates].to(torch.bfloat16))
+        self._pending += candidates.numel()
+        if self._pending >= SAMPLE_ROWS:
+            self._compact()
+
+    def _compact(self) -> None:
+        hashes, rows = torch.cat(self._hashes), torch.cat(self._rows)
+        kept = smallest_hashes(hashes, SAMPLE_ROWS)
+        self._hashes, self._rows, self._pending = [hashes[kept]], [rows[kept]], 0
+        self._bound = int(hashes[kept[-1]]) if kept.numel() == SAMPLE_ROWS else None

@@ -1,0 +1,149 @@
+"""How the weights of a group are rounded: to the nearest, by GPTQ, or by whichever of the two is better.
+
+A wrapper around a format: it decides, in `fit`, what the moments of the group's input say, and leaves the rest to the
+format, whose tensors it fills. Half of the recorded rows, to which mul_scale was not fitted either, is taken
+out of the moments: `auto` compares the outputs on these, for the first thousand or so rows of each weight.
+
+Matrices are inverted by one thread: another number gives other last bits, and one job must always give the same bytes.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from omni_convert.convert.calibration.gptq import Compensation, plan_compensation, quantize_compensated
+from omni_convert.convert.calibration.moments import InputMoments
+from omni_convert.convert.workers import one_thread
+from omni_convert.formats.arithmetic.smoothing import split_input_rows
+from omni_convert.formats.format import ElementFormat, QuantizingFormat
+from omni_convert.formats.rows import InputStatistics, TensorLayout, WeightRows, iterate_rows
+
+__all__ = ["CompensatedFormat"]
+
+logger = logging.getLogger(__name__)
+
+# Rows of a weight that are rounded together: the work is one pass over the columns, whatever the rows.
+ROWS_AT_A_TIME = 1024
+
+
+@dataclass(frozen=True)
+class _Fitted:
+    """What the format decided, and how to round for it; no compensations stand for nearest rounding."""
+
+    base: Any
+    constants: dict[str, Tensor]
+    compensations: Sequence[Compensation]
+
+
+@dataclass(frozen=True)
+class CompensatedFormat(QuantizingFormat):
+    """A format whose weights are rounded with second moments of their inputs.
+
+    Attributes:
+        base: the format
+        moments: reads those of the group's input
+        rounding: `gptq`, or `auto`: that or nearest rounding, whichever leaves the smaller output error on held-out
+            inputs
+    """
+
+    base: ElementFormat
+    moments: Callable[[], InputMoments] = field(repr=False)
+    rounding: str
+
+    fits_alone = True  # a matrix [in, in]
+
+    @property
+    def method(self) -> str:  # type: ignore[override]  # a class attribute elsewhere, here it follows the format
+        return self.base.method
+
+    @property
+    def row_multiple(self) -> int:  # type: ignore[override]  # likewise
+        return -(-ROWS_AT_A_TIME // self.base.row_multiple) * self.base.row_multiple
+
+    @property
+    def label(self) -> str:
+        return self.base.label
+
+    def unsupported(self, out_features: int, in_features: int) -> str | None:
+        return self.base.unsupported(out_features, in_features)
+
+    def layout(self, out_features: int, in_features: int) -> dict[str, TensorLayout]:
+        return self.base.layout(out_features, in_features)
+
+    def fit(self, weights: Sequence[WeightRows], inputs: InputStatistics | None) -> _Fitted:
+        base = self.base.fit(weights, inputs)
+        with one_thread():
+            return self._choose(weights, base, weights[0].read(0, 1).device)
+
+    def _choose(self, weights: Sequence[WeightRows], base: Any, device: torch.device) -> _Fitted:
+        constants = self.base.constants(base)
+        moments = self.moments()
+        _, held_out = split_input_rows(moments.sample)
+        blocks = [block.to(device) for block in moments.without(held_out).blocks()]
+        fitted = _Fitted(base, constants, plan_compensation(_smoothed(blocks, constants)))
+        nearest = _Fitted(base, constants, ())
+        if self.rounding == "auto" and not self._is_better(fitted, nearest, weights, held_out.to(device)):
+            return nearest
+        return fitted
+
+    def constants(self, fitted: _Fitted) -> dict[str, Tensor]:
+        return fitted.constants
+
+    def quantize_rows(self, rows: Tensor, fitted: _Fitted) -> dict[str, Tensor]:
+        if not fitted.compensations:
+            return self.base.quantize_rows(rows, fitted.base)
+        return quantize_compensated(rows, fitted.compensations, self.base, fitted.base, fitted.constants)
+
+    def dequantize(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        return self.base.dequantize(tensors)
+
+    def flaw(self, tensors: Mapping[str, Tensor]) -> str | None:
+        return self.base.flaw(tensors)
+
+    def _seen(self, inputs: Tensor, constants: Mapping[str, Tensor]) -> Tensor:
+        """Inputs [samples, in] as the runtime's GEMM sees them: smoothed and rounded, float32."""
+        from omni_convert.loaders.kernels.reference import rounded_input  # seconds of imports
+
+        on_device = {suffix: tensor.to(inputs.device) for suffix, tensor in constants.items()}
+        return rounded_input(inputs, on_device, self.base) if len(inputs) else inputs.float()
+
+    def _is_better(self, fitted: _Fitted, other: _Fitted, weights: Sequence[WeightRows], held_out: Tensor) -> bool:
+        """Whether the outputs of a group are closer to those of the weights that were given."""
+        if len(held_out) == 0:
+            return False
+        seen, plain = self._seen(held_out, fitted.constants), held_out.float()
+        errors = [0.0, 0.0]
+        for weight in weights:
+            _, rows = next(iterate_rows(weight, self.row_multiple))
+            wanted = plain @ rows.float().T
+            for index, candidate in enumerate((fitted, other)):
+                stored = self._multiplied(self.quantize_rows(rows, candidate), candidate.constants)
+                difference = (seen @ stored.T).sub_(wanted)
+                errors[index] += float(difference.square_().sum(dtype=torch.float64))
+        logger.info("gptq leaves %.4g of the squared output error of nearest rounding", errors[0] / (errors[1] or 1.0))
+        return errors[0] < errors[1]
+
+    def _multiplied(self, tensors: Mapping[str, Tensor], constants: Mapping[str, Tensor]) -> Tensor:
+        """The weight that smoothed inputs are multiplied with, float32 [rows, in]: mul_scale is in the inputs."""
+        everything = {
+            **tensors,
+            **{suffix: tensor.to(tensors["weight"].device) for suffix, tensor in constants.items()},
+        }
+        if "mul_scale" in everything:
+            everything["mul_scale"] = torch.ones_like(everything["mul_scale"])
+        return self.base.dequantize(everything)
+
+
+def _smoothed(blocks: Sequence[Tensor], constants: Mapping[str, Tensor]) -> Sequence[Tensor]:
+    """Moments [columns, columns] of the inputs times mul_scale, if there is one."""
+    if "mul_scale" not in constants:
+        return blocks
+    mul_scale = constants["mul_scale"].to(blocks[0].device).float()
+    pieces = torch.split(mul_scale, [len(block) for block in blocks])
+    return [block * piece[:, None] * piece for block, piece in zip(blocks, pieces, strict=True)]

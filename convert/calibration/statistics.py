@@ -1,0 +1,247 @@
+"""The statistics file: what calibration recorded about every linear input, and where it came from.
+
+One safetensors file. For each layer NAME (`component.stem`)
+
+    NAME.step_amax      F32  [steps]      largest magnitude by denoising step, 0 where the layer did not run
+    NAME.channel_amax   F32  [in]         largest magnitude by input channel
+    NAME.histogram      I64  [1027]       number of values by magnitude, on the bins of `convert.histogram`
+    NAME.rows           BF16 [<= 64, in]  rows with the smallest hashes, in the order of these
+
+and in the metadata, under `omni_convert_statistics`, a JSON object with the identity and, as `layers`, the name under
+which each layer's tensors are stored: layers that read the same input (q, k and v) are stored once.
+
+Files of one model merge exactly, in any order. Equal statistics are equal bytes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from omni_convert.convert.calibration.histogram import BINS
+from omni_convert.convert.calibration.layer_statistics import SAMPLE_ROWS, LayerStatistics
+from omni_convert.convert.calibration.recording_header import Identity, RecordingHeader, RecordingKind, read_header
+from omni_convert.formats.errors import CalibrationError, OutputError
+
+__all__ = ["LayerStatistics", "RiskyLayer", "Statistics"]
+
+METADATA_KEY = "omni_convert_statistics"
+KIND = RecordingKind(METADATA_KEY, "statistics", "`omni-convert calibrate`")
+
+RISK_PERCENTILE = 99.99
+RISK_OUTLIER_RATIO = 4.0
+RISK_STEP_RATIO = 8.0
+
+
+@dataclass(frozen=True)
+class RiskyLayer:
+    """A layer whose inputs one static scale fits badly.
+
+    Attributes:
+        amax: largest magnitude
+        typical: the 99.99th percentile of the magnitudes
+        outlier_ratio: amax / typical
+        step_ratio: largest over smallest of the denoising steps' largest magnitudes
+    """
+
+    component: str
+    stem: str
+    amax: float
+    typical: float
+    outlier_ratio: float
+    step_ratio: float
+
+    @property
+    def severity(self) -> float:
+        """How many times over the limit."""
+        return max(self.outlier_ratio / RISK_OUTLIER_RATIO, self.step_ratio / RISK_STEP_RATIO)
+
+    def __str__(self) -> str:
+        reasons = []
+        if self.outlier_ratio > RISK_OUTLIER_RATIO:
+            reasons.append(
+                f"largest input {self.amax:.3g} is {self.outlier_ratio:.3g}x the {RISK_PERCENTILE}th percentile"
+            )
+        if self.step_ratio > RISK_STEP_RATIO:
+            reasons.append(f"largest input moves {self.step_ratio:.3g}x over the denoising steps")
+        return f"{self.component}.{self.stem}: {' and '.join(reasons)}"
+
+
+@dataclass(frozen=True, eq=False)
+class Statistics:
+    """Statistics of the linear inputs of a pipeline, by `component.stem`."""
+
+    identity: Identity
+    layers: Mapping[str, LayerStatistics]
+
+    def for_group(self, component: str, members: Sequence[str]) -> LayerStatistics | None:
+        """Statistics of the common input of a fused group, or None unless every member was recorded.
+
+        Args:
+            component: `transformer`, `text_encoder`, ...
+            members: state-dict stems, without `.weight`
+        """
+        found = [self.layers.get(f"{component}.{stem}") for stem in members]
+        recorded = [layer for layer in found if layer is not None]
+        if len(recorded) < len(members) or not recorded:
+            return None
+        return recorded[0] if len(recorded) == 1 else LayerStatistics.merged(recorded)
+
+    def merge(self, others: Iterable[Statistics]) -> Statistics:
+        """Statistics of everything that these and the others have seen; the order does not matter.
+
+        Raises:
+            CalibrationError: they belong to different models.
+        """
+        everything = [self, *others]
+        identity = self.identity.merge(statistics.identity for statistics in everything[1:])
+        layers: dict[str, LayerStatistics] = {}
+        for name in sorted({name for statistics in everything for name in statistics.layers}):
+            parts = [statistics.layers[name] for statistics in everything if name in statistics.layers]
+            widths = {part.channels.shape[0] for part in parts}
+            if len(widths) > 1:
+                raise CalibrationError(
+                    f"{name}: found statistics of inputs of different widths ({', '.join(map(str, sorted(widths)))}), "
+                    f"expected those of one model; calibrate again"
+                )
+            layers[name] = parts[0] if len(parts) == 1 else LayerStatistics.merged(parts)
+        return Statistics(identity, layers)
+
+    def risky_layers(self) -> list[RiskyLayer]:
+        """Layers where a static scale is risky, the worst first.
+
+        Either the largest input is far above the 99.99th percentile (a scale that covers it leaves few codes for the
+        rest), or it moves over the denoising steps (a scale that fits one step does not fit another).
+        """
+        layers = (_risk(name, layer) for name, layer in self.layers.items())
+        risky = [
+            layer for layer in layers if layer.outlier_ratio > RISK_OUTLIER_RATIO or layer.step_ratio > RISK_STEP_RATIO
+        ]
+        return sorted(risky, key=lambda layer: (-layer.severity, layer.component, layer.stem))
+
+    def fingerprint(self) -> str:
+        """SHA-256 of the content: equal for statistics that were just recorded and for the file made of them."""
+        digest = hashlib.sha256(self._header.encode())
+        for name, tensor in sorted(self._stored_tensors().items()):
+            digest.update(name.encode())
+            digest.update(_bytes(tensor))
+        return digest.hexdigest()
+
+    def save(self, path: str | Path) -> None:
+        """Writes the statistics file, which appears when it is whole.
+
+        Raises:
+            OutputError: it cannot be written.
+        """
+        path = Path(path)
+        partial = path.with_name(f"{path.name}.partial")
+        try:
+            # One metadata entry: safetensors writes several in random order.
+            save_file(self._stored_tensors(), partial, metadata={METADATA_KEY: self._header})
+            partial.chmod(0o644)  # which safetensors keeps to its owner; this file is meant to be passed on
+            partial.replace(path)
+        except (OSError, SafetensorError) as error:
+            with contextlib.suppress(OSError):
+                partial.unlink()
+            raise OutputError(f"{path}: statistics cannot be written ({error})") from None
+
+    @classmethod
+    def load(cls, path: str | Path) -> Statistics:
+        """Reads a statistics file.
+
+        Raises:
+            CalibrationError: missing, damaged, of a later version or no statistics file.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise CalibrationError(f"{path}: file missing, expected statistics made by `omni-convert calibrate`")
+        try:
+            with safe_open(path, framework="pt") as file:
+                header = read_header(path, file.metadata() or {}, KIND)
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # it is no mapping
+        except (OSError, SafetensorError) as error:
+            raise CalibrationError(f"{path}: cannot be read ({error}), expected a statistics file") from None
+        stored = {owner: _layer(path, owner, tensors) for owner in sorted(set(header.owners.values()))}
+        return cls(header.identity, {layer: stored[owner] for layer, owner in sorted(header.owners.items())})
+
+    @cached_property
+    def _owners(self) -> dict[str, str]:
+        """Layer to the layer under whose name equal statistics are stored: the first of those that have them."""
+        first: dict[str, str] = {}
+        owners = {}
+        for name in sorted(self.layers):
+            digest = hashlib.sha256()
+            for tensor in self.layers[name].tensors().values():
+                digest.update(f"{tuple(tensor.shape)}".encode())
+                digest.update(_bytes(tensor))
+            owners[name] = first.setdefault(digest.hexdigest(), name)
+        return owners
+
+    @cached_property
+    def _header(self) -> str:
+        return RecordingHeader(self.identity, self._owners).to_text(KIND)
+
+    def _stored_tensors(self) -> dict[str, Tensor]:
+        return {
+            f"{owner}.{suffix}": tensor.contiguous()
+            for owner in sorted(set(self._owners.values()))
+            for suffix, tensor in self.layers[owner].tensors().items()
+        }
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    return tensor.contiguous().view(torch.uint8).numpy().tobytes()
+
+
+def _risk(name: str, layer: LayerStatistics) -> RiskyLayer:
+    component, _, stem = name.partition(".")
+    amax, typical = layer.amax(), layer.percentile(RISK_PERCENTILE)
+    steps = layer.step_amax[layer.step_amax > 0]
+    step_ratio = float(steps.max() / steps.min()) if steps.numel() else 1.0
+    outlier_ratio = amax / typical if typical else math.inf if amax else 1.0
+    return RiskyLayer(component, stem, amax, typical, outlier_ratio, step_ratio)
+
+
+def _layer(path: Path, name: str, tensors: Mapping[str, Tensor]) -> LayerStatistics:
+    """One layer of a file, checked.
+
+    Raises:
+        CalibrationError: a tensor is missing, has another dtype or shape, or values that no recording gives.
+    """
+    rows = tensors.get(f"{name}.rows", torch.empty(0))
+    width = rows.shape[-1] if rows.dim() == 2 else -1
+    expected: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
+        "step_amax": (torch.float32, (-1,)),
+        "channel_amax": (torch.float32, (width,)),
+        "histogram": (torch.int64, (BINS,)),
+        "rows": (torch.bfloat16, (-1, width)),
+    }
+    found = {}
+    for suffix, (dtype, shape) in expected.items():
+        tensor = tensors.get(f"{name}.{suffix}")
+        if tensor is None or tensor.dtype != dtype or not _fits(tensor, shape):
+            described = "nothing" if tensor is None else f"{tensor.dtype} {list(tensor.shape)}"
+            raise CalibrationError(f"{path}: {name}.{suffix}: found {described}, expected {dtype}; calibrate again")
+        if not bool(torch.isfinite(tensor).all()) or (suffix != "rows" and bool((tensor < 0).any())):
+            raise CalibrationError(f"{path}: {name}.{suffix}: found NaN, Inf or negative values; calibrate again")
+        found[suffix] = tensor
+    if not 0 < rows.shape[0] <= SAMPLE_ROWS:
+        raise CalibrationError(f"{path}: {name}.rows: found {rows.shape[0]} rows, expected 1 to {SAMPLE_ROWS}")
+    return LayerStatistics(found["step_amax"], found["channel_amax"], found["histogram"], found["rows"])
+
+
+def _fits(tensor: Tensor, shape: tuple[int, ...]) -> bool:
+    """Whether the shapes agree; -1 stands for any size but 0."""
+    return tensor.dim() == len(shape) and all(
+        size > 0 and wanted in (-1, size) for size, wanted in zip(tensor.shape, shape, strict=True)
+    )

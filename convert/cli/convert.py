@@ -1,0 +1,203 @@
+"""Commands that make a model of a model: convert, dequantize, push."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from omni_convert.convert.cli.options import Pair, calibration_options, engine_option, recipe_of
+from omni_convert.convert.cli.output import announce_demo, print_lines, quieten_hub, silence_libraries
+from omni_convert.convert.progress_bar import progress_bar
+from omni_convert.convert.recipe import (
+    ACTIVATION_SCHEMES,
+    DIALECT_NAMES,
+    DTYPES,
+    GGUF_NAMES,
+    GGUF_TYPES,
+    METHODS,
+    ROUNDINGS,
+    RUNTIMES,
+    Recipe,
+)
+from omni_convert.convert.source.readahead import start_reading
+
+__all__ = ["convert_command", "dequantize_command", "push_command"]
+
+
+@click.command("convert")
+@click.argument("model", required=False)
+@click.option(
+    "-m",
+    "--method",
+    default="fp8",
+    show_default=True,
+    help=f"One of {', '.join(METHODS)}; or keep: spell a quantized model in another --dialect.",
+)
+@click.option(
+    "--dialect", type=click.Choice(DIALECT_NAMES), default="vllm-omni", show_default=True, help="On-disk spelling."
+)
+@click.option("-o", "--output", help="Folder, or a URL for fsspec. Default: ./<model name>-<method>.")
+@click.option("--calib", type=click.Path(path_type=Path), help="Prompts to calibrate on: one a line, or JSON Lines.")
+@click.option(
+    "--calibration",
+    type=click.Path(path_type=Path),
+    multiple=True,
+    help="Statistics file to reuse; several are merged.",
+)
+@calibration_options
+@click.option("--activation-scheme", type=click.Choice(ACTIVATION_SCHEMES), help="Default: static with statistics.")
+@click.option("--input-scale", default="max", show_default=True, help="max, mse or percentile:P.")
+@click.option("--weight-block-size", type=Pair(",", "N,K"), metavar="N,K", help="Block-wise FP8, e.g. 128,128.")
+@click.option(
+    "--ignored-layers", multiple=True, metavar="PATTERN", help="Name, fnmatch pattern or dotted part; or a JSON list."
+)
+@click.option("--component", multiple=True, metavar="NAME=METHOD", help="e.g. text_encoder=fp8, transformer_2=none.")
+@click.option("--recommended", is_flag=True, help="Apply the ignored layers recommended for this model family.")
+@click.option(
+    "--runtime", type=click.Choice(RUNTIMES), default="vllm-omni", show_default=True, help="Whose layer scope to obey."
+)
+@click.option("--int8-fused-scales", type=click.Choice(("shared", "per-row")), default="shared", show_default=True)
+@click.option("--scale-rule", metavar="NAME", help="MX exponent rule: floor, ceil, rceil, even, uos, mse, msmodelslim.")
+@click.option("--group-size", type=int, metavar="N", help="Columns that share a scale with w4a16: 32, 64 or 128.")
+@click.option("--gguf-type", type=click.Choice(GGUF_TYPES), help="Of quantized tensors with gguf. Default: Q8_0.")
+@click.option(
+    "--gguf-names",
+    type=click.Choice(GGUF_NAMES),
+    help="Of tensors with gguf. Default: original, which ComfyUI needs, where diffusers reads them too.",
+)
+@click.option("--no-search", "search", flag_value=False, default=True, help="Take scales by rule, do not search them.")
+@click.option("--moments", type=click.Path(path_type=Path), multiple=True, help="Second moments for --rounding.")
+@click.option("--rounding", type=click.Choice(ROUNDINGS), help="Of weights. Default: auto with moments, else nearest.")
+@click.option(
+    "--bf16-blocks", type=click.IntRange(0), help="Leading blocks kept in BF16; Wan with dual-scale: 5, else 0."
+)
+@click.option("--force", is_flag=True, help="Override a refusal that names this option.")
+@click.option(
+    "--lora", multiple=True, metavar="[NAME=]FILE[:SCALE]", help="Bake this LoRA in, into component NAME; repeatable."
+)
+@click.option("--dtype", type=click.Choice(DTYPES), help="Recast unquantized floats; default: keep.")
+@click.option("--max-shard-size", default="5GB", show_default=True)
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+@engine_option
+@click.option("--revision", help="Branch, tag or commit on the Hub.")
+@click.option("--workers", type=int, metavar="N", help="Threads to use; default: one a core.")
+@click.option("--resume", is_flag=True, help="Go on where an interrupted run stopped.")
+@click.option("--overwrite", is_flag=True, help="Replace an earlier output.")
+@click.option("--verify-source", is_flag=True, help="Put the full hashes of the source into the manifest.")
+@click.option(
+    "--keep-source",
+    is_flag=True,
+    help="Download a model on the Hub as a whole, and keep it; implied by --calib, --calibration and --engine ray.",
+)
+@click.option("--push-to-hub", metavar="REPO_ID", help="Upload the result to the Hub.")
+@click.option("--private", is_flag=True, help="With --push-to-hub: only you see it.")
+@click.option("--dry-run", is_flag=True, help="Print the plan and write nothing.")
+@click.option("--quiet", is_flag=True, help="No progress, no table.")
+@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
+def convert_command(
+    model: str | None, output: str | None, dry_run: bool, quiet: bool, as_json: bool, **options: Any
+) -> None:
+    """Convert MODEL to one in fewer bits.
+
+    MODEL is a diffusers folder, a Hub repo id, a component folder, or a .safetensors or .gguf file; left out, it is the
+    bundled demo pipeline.
+    """
+    _convert(model, output, recipe_of(model, options), dry_run=dry_run, quiet=quiet, as_json=as_json)
+
+
+@click.command("dequantize")
+@click.argument("model", metavar="PATH")
+@click.option("-o", "--output", help="Folder, or a URL for fsspec. Default: ./<model name>-dequantized.")
+@click.option("--component", multiple=True, metavar="NAME=none", help="A component to leave as it is.")
+@click.option(
+    "--lora", multiple=True, metavar="[NAME=]FILE[:SCALE]", help="Bake this LoRA in, into component NAME; repeatable."
+)
+@click.option("--dtype", type=click.Choice(DTYPES), help="Of the result; default: bfloat16, and the rest as it is.")
+@click.option("--max-shard-size", default="5GB", show_default=True)
+@click.option("--revision", help="Branch, tag or commit on the Hub.")
+@click.option("--workers", type=int, metavar="N", help="Threads to use; default: one a core.")
+@click.option("--resume", is_flag=True, help="Go on where an interrupted run stopped.")
+@click.option("--overwrite", is_flag=True, help="Replace an earlier output.")
+@click.option("--dry-run", is_flag=True, help="Print the plan and write nothing.")
+@click.option("--quiet", is_flag=True, help="No progress, no table.")
+@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
+def dequantize_command(
+    model: str, output: str | None, dry_run: bool, quiet: bool, as_json: bool, **options: Any
+) -> None:
+    """Give the quantized model at PATH back in BF16.
+
+    Whatever tool made it: `inspect` tells what is read.
+    """
+    recipe = recipe_of(model, {"method": "dequantize", "ignored_layers": (), "calib": None, **options})
+    _convert(model, output, recipe, dry_run=dry_run, quiet=quiet, as_json=as_json)
+
+
+@click.command("push")
+@click.argument("path", type=click.Path(path_type=Path))
+@click.argument("repo_id")
+@click.option("--private", is_flag=True, help="Only you see it.")
+@click.option("--revision", help="Branch to upload to; default: main.")
+@click.option("--quiet", is_flag=True, help="No progress.")
+def push_command(path: Path, repo_id: str, private: bool, revision: str | None, quiet: bool) -> None:
+    """Upload PATH, a finished conversion, to the Hub.
+
+    The repository is created if it is not there, and shows the model when all of it has arrived. After an interruption
+    the same command sends what is missing.
+    """
+    from omni_convert.convert.output.upload import push_to_hub
+
+    quieten_hub(hide_bars=quiet)
+    click.echo(push_to_hub(path, repo_id, private=private, revision=revision))
+
+
+def _convert(
+    model: str | None, output: str | None, recipe: Recipe, *, dry_run: bool, quiet: bool, as_json: bool
+) -> None:
+    announce_demo(model, "converting", quiet=quiet or as_json)
+    if model is not None and not dry_run:
+        start_reading(Path(model))
+    from omni_convert.convert.source.location import resolve_source
+
+    quieten_hub(hide_bars=quiet or as_json)
+    source = resolve_source(model, recipe.revision, stream=recipe.streams_source)
+    from omni_convert.convert.conversion import (
+        check_target,
+        convert_plan,
+        load_statistics,
+        planned_without_running,
+        prepare_push,
+    )
+    from omni_convert.convert.output.folder import partial_path
+    from omni_convert.convert.output.remote_folder import output_of
+    from omni_convert.convert.output.upload import push_output
+    from omni_convert.convert.plan.plan import plan_conversion
+    from omni_convert.convert.report import conversion_report, plan_report
+
+    target = output_of(output or f"{source.short_name}-{recipe.outcome}")
+    if dry_run:
+        print_lines(plan_report(planned_without_running(source, recipe), as_json=as_json))
+        return
+    check_target(target, recipe)
+    if recipe.calib is not None:
+        silence_libraries()
+    repository = prepare_push(source, recipe)
+    recorded, seconds = load_statistics(source, recipe)
+    plan = plan_conversion(source, recipe, recorded)
+    for note in () if quiet or as_json else plan.notes:
+        click.echo(f"Note: {note}", err=True)
+    try:
+        with progress_bar("converting", plan.bytes_to_do, hidden=quiet) as advance:
+            report = convert_plan(plan, target, recorded, advance, seconds)
+    except KeyboardInterrupt:
+        if isinstance(target, Path) and partial_path(target).exists():
+            click.echo(f"{partial_path(target)} holds what is done; --resume goes on from there", err=True)
+        raise
+    for warning in report.warnings:
+        click.echo(f"Warning: {warning}", err=True)
+    if as_json or not quiet:
+        print_lines(conversion_report(report, as_json=as_json))
+    if repository is not None and isinstance(target, Path):
+        address = push_output(target, repository)
+        click.echo(address, err=quiet or as_json)

@@ -1,0 +1,135 @@
+"""Options that several commands have, and what the command line makes of their texts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from omni_convert.convert.recipe import LoraRequest, Recipe
+from omni_convert.formats.errors import CalibrationError, RecipeError
+
+__all__ = ["Pair", "calibration_options", "engine_option", "generation_options", "given", "json_option", "recipe_of"]
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+#: Of the README: runs without a model and without the file.
+EXAMPLE_PROMPTS = "prompts.txt"
+SETTINGS = ("steps", "width", "height", "frames", "guidance_scale", "negative_prompt")
+
+
+class Pair(click.ParamType):  # type: ignore[type-arg]  # generic only since click 8.5
+    """Two whole numbers: `128,128` or `1024x768`."""
+
+    def __init__(self, separator: str, name: str) -> None:
+        self.separator = separator
+        self.name = name
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, int]:
+        if isinstance(value, tuple):
+            return value
+        try:
+            first, second = (int(part) for part in str(value).split(self.separator))
+        except ValueError:
+            self.fail(f"found '{value}', expected {self.name}", param, ctx)
+        return first, second
+
+
+def calibration_options(command: Command) -> Command:
+    """The options that say how the pipeline runs while statistics are recorded."""
+    for option in reversed(
+        [
+            click.option("--calib-steps", type=click.IntRange(1), help="Denoising steps per prompt."),
+            click.option("--calib-size", type=Pair("x", "WxH"), metavar="WxH", help="Image size in pixels."),
+            click.option("--calib-frames", type=click.IntRange(1), help="Frames per video."),
+            click.option("--calib-prompts", type=click.IntRange(1), help="Use only the first N prompts."),
+            click.option("--seed", type=int, default=0, show_default=True, help="Seed of the noise."),
+        ]
+    ):
+        command = option(command)
+    return command
+
+
+def engine_option(command: Command) -> Command:
+    return click.option(
+        "--engine",
+        default="local",
+        show_default=True,
+        help="local, ray (the cluster of this machine, or its cores), ray://HOST:PORT or HOST:PORT.",
+    )(command)
+
+
+def generation_options(command: Command) -> Command:
+    """The options that say how a pipeline runs; left out, the pipeline's own defaults hold."""
+    for option in reversed(
+        [
+            click.option("--steps", "--num-inference-steps", "steps", type=click.IntRange(1), help="Denoising steps."),
+            click.option("--width", type=click.IntRange(1)),
+            click.option("--height", type=click.IntRange(1)),
+            click.option("--num-frames", "frames", type=click.IntRange(1), help="Frames of a video."),
+            click.option("--guidance-scale", "--cfg-scale", "guidance_scale", type=float),
+            click.option("--negative-prompt"),
+            click.option("--seed", type=int, default=42, show_default=True),
+            click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N."),
+        ]
+    ):
+        command = option(command)
+    return command
+
+
+def given(options: dict[str, Any]) -> dict[str, Any]:
+    return {name: options[name] for name in SETTINGS if options.get(name) is not None}
+
+
+def json_option(option: str, text: str) -> dict[str, Any]:
+    """A JSON object given on the command line, or a file that holds one."""
+    from omni_convert.formats.containers.json_file import read_json
+
+    if not text.lstrip().startswith("{"):
+        return read_json(Path(text))
+    try:
+        return dict(json.loads(text))
+    except ValueError as error:
+        raise RecipeError(f"{option}: found invalid JSON ({error}), expected an object or a file") from None
+
+
+def recipe_of(model: str | None, options: dict[str, Any]) -> Recipe:
+    """The options as a `Recipe`; they have the same names."""
+    components = {}
+    for item in options.pop("component"):
+        name, equals, method = item.partition("=")
+        if not equals:
+            raise RecipeError(f"--component: found '{item}', expected NAME=METHOD")
+        components[name] = method
+    patterns = [pattern for text in options.pop("ignored_layers") for pattern in _patterns(text)]
+    options["calib"] = _prompts_file(model, options["calib"])
+    options["lora"] = tuple(LoraRequest.parse(text) for text in options.get("lora", ()))
+    return Recipe(component=components, ignored_layers=tuple(patterns), **options)
+
+
+def _patterns(text: str) -> list[str]:
+    """One pattern, or a JSON list of them as serving engines take it."""
+    if not text.startswith("["):
+        return [text]
+    try:
+        patterns = json.loads(text)
+    except ValueError as error:
+        raise RecipeError(f"--ignored-layers: found {text!r}, expected a JSON list of strings ({error})") from None
+    if not all(isinstance(pattern, str) for pattern in patterns):
+        raise RecipeError(f"--ignored-layers: found {text!r}, expected a JSON list of strings")
+    return list(patterns)
+
+
+def _prompts_file(model: str | None, calib: Path | None) -> Path | None:
+    """The prompts to use; the bundled ones where the README's example runs as it stands."""
+    from omni_convert.convert.source.location import DEMO_PROMPTS
+
+    if calib is None or calib.exists():
+        return calib
+    if model is None and calib == Path(EXAMPLE_PROMPTS):
+        click.echo(f"{calib} does not exist: using the demo's own calibration prompts", err=True)
+        return DEMO_PROMPTS
+    raise CalibrationError(f"{calib}: file missing, expected prompts, one a line or JSON Lines")

@@ -1,0 +1,214 @@
+"""Commands that run pipelines: calibrate, generate, compare."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from omni_convert.convert.cli.options import (
+    calibration_options,
+    engine_option,
+    generation_options,
+    given,
+    json_option,
+    recipe_of,
+)
+from omni_convert.convert.cli.output import announce_demo, silence_libraries
+from omni_convert.formats.errors import CalibrationError, OutputError, RecipeError
+
+if TYPE_CHECKING:
+    from omni_convert.convert.comparison.comparison import Variant
+
+__all__ = ["calibrate_command", "compare_command", "generate_command"]
+
+RISKY_LAYERS_SHOWN = 8
+# What vLLM-Omni's tool of the same purpose draws when it is told nothing.
+DEFAULT_PROMPT = "a cup of coffee on the table"
+
+
+@click.command("calibrate")
+@click.argument("model", required=False)
+@click.option(
+    "--calib", type=click.Path(path_type=Path), help="Prompts: one a line, or JSON Lines with prompt and image."
+)
+@click.option("-o", "--output", type=click.Path(path_type=Path), default="stats.safetensors", show_default=True)
+@click.option("--moments", type=click.Path(path_type=Path), help="Record second moments, too, into this (large) file.")
+@calibration_options
+@click.option(
+    "--component", multiple=True, metavar="NAME=METHOD", help="Record another component too: text_encoder=fp8."
+)
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+@engine_option
+@click.option("--revision", help="Branch, tag or commit on the Hub.")
+@click.option("--overwrite", is_flag=True, help="Replace an earlier file.")
+def calibrate_command(model: str | None, output: Path, moments: Path | None, **options: Any) -> None:
+    """Record the inputs of every linear layer of MODEL.
+
+    It runs over the prompts; the statistics that are written serve any later conversion.
+    """
+    recipe = recipe_of(model, {"ignored_layers": (), **options})
+    from omni_convert.convert.calibration.recording import record_source
+    from omni_convert.convert.source.location import DEMO_PROMPTS, resolve_source
+
+    for option, path in (("output", output), ("moments", moments)):
+        if path is not None and path.exists() and not recipe.overwrite:
+            raise OutputError(f"{path}: file exists; use --overwrite, or name another --{option}")
+    if recipe.calib is None:
+        if model is not None:
+            raise CalibrationError("--calib: found no prompts, expected a file with one a line or JSON Lines")
+        recipe = replace(recipe, calib=DEMO_PROMPTS)
+    silence_libraries()
+    recording = record_source(resolve_source(model, recipe.revision), recipe, with_moments=moments is not None)
+    statistics = recording.statistics
+    statistics.save(output)
+    if moments is not None and recording.moments is not None:
+        recording.moments.save(moments)
+        click.echo(f"{moments}: {moments.stat().st_size / 1e6:.1f} MB")
+    risky = statistics.risky_layers()
+    for layer in risky[:RISKY_LAYERS_SHOWN]:
+        click.echo(f"Note: {layer}", err=True)
+    if len(risky) > RISKY_LAYERS_SHOWN:
+        click.echo(f"Note: ... and {len(risky) - RISKY_LAYERS_SHOWN} more layers", err=True)
+    click.echo(f"{output}: {len(statistics.layers)} layers, {output.stat().st_size / 1e6:.1f} MB")
+
+
+@click.command("generate")
+@click.argument("model", required=False)
+@click.option("--prompt", required=True)
+@click.option("--image", type=click.Path(exists=True, path_type=Path), help="For pipelines that take an image.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), default="out.png", show_default=True)
+@click.option("--quantization", help="Quantize while loading: a method.")
+@click.option("--strict", is_flag=True, help="Fail unless every quantized layer runs a scaled GEMM.")
+@generation_options
+def generate_command(
+    model: str | None,
+    prompt: str,
+    image: Path | None,
+    output: Path,
+    quantization: str | None,
+    strict: bool,
+    seed: int,
+    device: str,
+    **options: Any,
+) -> None:
+    """Make an image with MODEL.
+
+    Its kernels, and why they are not faster ones, are printed.
+    """
+    announce_demo(model, "running", quiet=False)
+    _check_picture_path(output)
+    from omni_convert.convert.calibration.generation import GenerationSettings, run_pipeline
+    from omni_convert.convert.calibration.prompts import Prompt
+    from omni_convert.convert.device import resolve_device
+    from omni_convert.convert.source.location import resolve_source
+    from omni_convert.loaders import kernel_report, load_pipeline
+
+    source = resolve_source(model)
+    settings = GenerationSettings.for_pipeline(source.path, given(options))
+    silence_libraries()
+    pipe = load_pipeline(source.path, device=resolve_device(device), quantization=quantization, strict=strict)
+    ((frame, *_),) = run_pipeline(pipe, [Prompt(prompt, image)], settings, seed)
+    try:
+        frame.save(output)
+    except (OSError, ValueError) as error:
+        raise OutputError(f"{output}: cannot be written ({error})") from None
+    report = kernel_report(pipe)
+    click.echo(str(report) if report.layers else "no quantized layers: everything ran as it is stored")
+    click.echo(f"{output}: {frame.width}x{frame.height}, {settings.steps} steps, seed {seed}")
+
+
+def _check_picture_path(path: Path) -> None:
+    """What is wrong with it must show before minutes of work."""
+    from PIL import Image
+
+    if Image.registered_extensions().get(path.suffix.lower()) not in Image.SAVE:
+        raise OutputError(f"{path}: found no ending of a picture, expected one like .png")
+    if not path.absolute().parent.is_dir():
+        raise OutputError(f"{path}: found no folder {path.parent}, expected an existing one; create it first")
+
+
+@click.command("compare")
+@click.option("--task", type=click.Choice(("t2i", "t2v")), default="t2i", show_default=True)
+@click.option("--model", help="Used for a side that names no model of its own.")
+@click.option("--reference-model")
+@click.option("--candidate-model")
+@click.option("--reference-quantization", help="Quantize the reference while loading: a method.")
+@click.option("--candidate-quantization", help="Quantize the candidate while loading: a method.")
+@click.option("--reference-quantization-config-json", help="JSON object or file; overrides --reference-quantization.")
+@click.option("--candidate-quantization-config-json", help="JSON object or file; overrides --candidate-quantization.")
+@click.option("--reference-ignored-layers", help="Comma-separated.")
+@click.option("--candidate-ignored-layers", "--ignored-layers", help="Comma-separated.")
+@click.option("--prompt", multiple=True, help="Repeatable.")
+@click.option("--prompts", "prompts_file", type=click.Path(path_type=Path), help="A file of prompts, as for --calib.")
+@click.option("--warmup-runs", type=click.IntRange(0), default=0, show_default=True)
+@click.option("--measure-runs", type=click.IntRange(1), default=1, show_default=True)
+@click.option("--output-json", type=click.Path(path_type=Path), required=True)
+@click.option("--save-output-dir", type=click.Path(path_type=Path), help="For the images and comparison.png.")
+@generation_options
+def compare_command(
+    task: str,
+    prompt: tuple[str, ...],
+    prompts_file: Path | None,
+    warmup_runs: int,
+    measure_runs: int,
+    output_json: Path,
+    save_output_dir: Path | None,
+    seed: int,
+    device: str,
+    **options: Any,
+) -> None:
+    """Measure how far apart two models' images are.
+
+    The same prompts, seeds and settings run through both. The report goes into --output-json, its main figures to the
+    terminal; null stands for the infinite PSNR of equal images.
+    """
+    from omni_convert.convert.calibration.prompts import Prompt, read_prompts
+    from omni_convert.convert.comparison.comparison import compare, settings_of
+    from omni_convert.convert.comparison.metrics import summary_of
+    from omni_convert.convert.device import resolve_device
+    from omni_convert.convert.output.manifest import write_json
+
+    silence_libraries()
+    reference, candidate = (_variant(label, options) for label in ("reference", "candidate"))
+    prompts = [Prompt(text) for text in prompt] + (read_prompts(prompts_file) if prompts_file else [])
+    comparison = compare(
+        reference,
+        candidate,
+        prompts or [Prompt(DEFAULT_PROMPT)],
+        settings_of(reference, given(options)),
+        seed=seed,
+        task=task,
+        device=resolve_device(device),
+        warmup_runs=warmup_runs,
+        measure_runs=measure_runs,
+        save_to=save_output_dir,
+    )
+    report = comparison.report
+    write_json(output_json, report)
+    summary = {
+        "output_json": str(output_json),
+        "reference_avg_generation_time_s": report["reference_generation"]["avg_generation_time_s"],
+        "candidate_avg_generation_time_s": report["candidate_generation"]["avg_generation_time_s"],
+        **summary_of(report["output_metrics"]),
+    }
+    click.echo(json.dumps(summary, indent=2, sort_keys=True, allow_nan=False))
+
+
+def _variant(label: str, options: dict[str, Any]) -> Variant:
+    """One side of a comparison from its options."""
+    from omni_convert.convert.comparison.comparison import Variant
+
+    quantization: str | dict[str, Any] | None = options[f"{label}_quantization"]
+    ignored = options[f"{label}_ignored_layers"]
+    if ignored:
+        if quantization is None:
+            raise RecipeError(f"--{label}-ignored-layers: found without --{label}-quantization, which it refines")
+        quantization = {"method": quantization, "ignored_layers": ignored.split(",")}
+    document = options[f"{label}_quantization_config_json"]
+    if document is not None:
+        quantization = json_option(f"--{label}-quantization-config-json", document)
+    return Variant(label, options[f"{label}_model"] or options["model"], quantization)

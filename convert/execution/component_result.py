@@ -1,0 +1,55 @@
+"""What became of a component, and how close each of its layers came."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from omni_convert.convert.execution.journal import Record
+from omni_convert.convert.plan.component_plan import ComponentPlan
+
+__all__ = ["ComponentResult", "LayerResult", "layer_results"]
+
+
+@dataclass(frozen=True)
+class LayerResult:
+    """How close a quantized layer came: `relative_error` is ‖W - Ŵ‖ / ‖W‖ (Frobenius).
+
+    It is taken over all rows of a weight of a million elements or less, and over one row in 32 of a larger one.
+    """
+
+    name: str
+    method: str
+    bytes_before: int
+    bytes_after: int
+    relative_error: float
+
+
+@dataclass(frozen=True)
+class ComponentResult:
+    """What became of a component.
+
+    Attributes:
+        layers: its quantized layers
+        sha256: of each file of weights
+        peak_memory: largest `RssAnon` seen, bytes
+    """
+
+    layers: list[LayerResult]
+    sha256: dict[str, str]
+    peak_memory: int
+
+
+def layer_results(component: ComponentPlan, records: Mapping[str, list[Record]]) -> list[LayerResult]:
+    """What became of each layer, from the records of each weight's tiles."""
+    results = []
+    for step in component.quantize_steps:
+        for stem, weight in zip(step.group.members, step.weights, strict=True):
+            error = math.fsum(record.squared_error for record in records[weight.name])
+            norm = math.fsum(record.squared_norm for record in records[weight.name])
+            layouts = step.layout(weight).values()
+            written = sum(math.prod(layout.shape) * layout.dtype.itemsize for layout in layouts)
+            relative = math.sqrt(error / norm) if norm else 0.0
+            results.append(LayerResult(stem, component.method, weight.nbytes, written, relative))
+    return results

@@ -1,0 +1,213 @@
+"""What is inside a model: each component's dialect, each layer's format, and what runtimes would do with it.
+
+Headers, configs and tiny markers are read, no weight.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from omni_convert.convert.inspection.lost_block import dialect_of_lost_block
+from omni_convert.convert.plan.respelling import vllm_omni_refusal
+from omni_convert.convert.recipe import Recipe
+from omni_convert.convert.report import size_text
+from omni_convert.convert.source.component import open_component
+from omni_convert.convert.source.location import Source
+from omni_convert.convert.terminal import MAX_WIDTH, terminal_width, wrapped
+from omni_convert.formats.checks.completeness import incomplete
+from omni_convert.formats.checks.gguf_verdicts import gguf_verdicts
+from omni_convert.formats.checks.verdicts import Verdict, if_incomplete, of_lost_block, verdicts
+from omni_convert.formats.containers.json_file import read_json
+from omni_convert.formats.containers.tensor_spec import DTYPE_NAMES
+from omni_convert.formats.dialects.gguf import GGUF
+from omni_convert.formats.errors import CheckpointError
+from omni_convert.formats.families.family import Family, find_family
+from omni_convert.formats.views.opened import QuantizedCheckpoint, QuantizedLayer
+
+__all__ = [
+    "WEIGHT_PATTERNS",
+    "InspectedComponent",
+    "InspectedLayer",
+    "component_names",
+    "inspect_source",
+    "inspection_report",
+]
+
+NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
+PLAIN = "not quantized"
+#: Files of weights that are read.
+WEIGHT_PATTERNS = ("*.safetensors", "*.gguf")
+
+
+@dataclass(frozen=True)
+class InspectedLayer:
+    """A quantized layer.
+
+    Attributes:
+        format: what we call it
+        shape: [out, in]
+        tensors: name in the file → dtype and shape there
+        nbytes: of all of these
+    """
+
+    name: str
+    format: str
+    shape: tuple[int, int]
+    tensors: dict[str, str]
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class InspectedComponent:
+    """A component of the model.
+
+    Attributes:
+        name: its folder, "" for a model that is one
+        dialect: how its quantized layers are spelled; None if there are none
+        kept: number and bytes of its other tensors, by dtype
+        runtimes: what each would do with it; of a component that is not quantized nothing
+    """
+
+    name: str
+    dialect: str | None
+    nbytes: int
+    layers: tuple[InspectedLayer, ...]
+    kept: dict[str, tuple[int, int]]
+    runtimes: tuple[Verdict, ...]
+
+
+def inspect_source(source: Source) -> list[InspectedComponent]:
+    """Every component that has weights.
+
+    Raises:
+        CheckpointError: a file is damaged, or not what it says.
+    """
+    return [_inspect(source, name) for name in component_names(source)]
+
+
+def component_names(source: Source) -> list[str]:
+    """Components that have weights; [""] for a model that is one.
+
+    Raises:
+        CheckpointError: there are none.
+    """
+    if not source.is_pipeline:
+        return [""]
+    names = [name for name in source.components() if _has_weights(source, name)]
+    if not names:
+        raise CheckpointError(f"{source.path}: found no component with .safetensors or .gguf files, expected some")
+    return names
+
+
+def _has_weights(source: Source, name: str) -> bool:
+    on_hub = source.hub_files.streamed if source.hub_files is not None else ()
+    on_disk = [file for pattern in WEIGHT_PATTERNS for file in (source.path / name).glob(pattern)]
+    return bool(on_disk) or any(file.startswith(f"{name}/") for file in on_hub)
+
+
+def _inspect(source: Source, name: str) -> InspectedComponent:
+    with open_component(source, name) as opened:
+        lost = dialect_of_lost_block(opened, source.path / name if name else source.path)
+        kept: dict[str, tuple[int, int]] = {}
+        for stored in opened.kept.values():
+            spec = opened.checkpoint[stored]
+            count, nbytes = kept.get(DTYPE_NAMES[spec.dtype], (0, 0))
+            kept[DTYPE_NAMES[spec.dtype]] = (count + 1, nbytes + spec.nbytes)
+        return InspectedComponent(
+            name,
+            lost or (opened.dialect if opened.layers or opened.dialect == GGUF.name else None),
+            sum(spec.nbytes for spec in opened.checkpoint.values()),
+            tuple(_inspect_layer(layer) for layer in opened.layers.values()),
+            kept,
+            tuple(of_lost_block() if lost else _runtimes(source, name, opened)),
+        )
+
+
+def _inspect_layer(layer: QuantizedLayer) -> InspectedLayer:
+    specs = [layer.checkpoint[name] for name in layer.sources]
+    tensors = {spec.name: f"{DTYPE_NAMES[spec.dtype]} {list(spec.shape)}" for spec in specs}
+    return InspectedLayer(layer.stem, layer.format.label, layer.shape, tensors, layer.nbytes)
+
+
+def _runtimes(source: Source, name: str, opened: QuantizedCheckpoint) -> list[Verdict]:
+    if opened.dialect == GGUF.name:
+        return list(gguf_verdicts(opened, _family(source, name)))
+    if opened.dialect is None or not opened.layers:
+        return []
+    formats = {stem: layer.format for stem, layer in opened.layers.items()}
+    found = verdicts(opened.dialect, formats, vllm_omni_refusal(opened, _family(source, name), Recipe()))
+    flaw = incomplete(opened)
+    return found if flaw is None else if_incomplete(found, opened.dialect, flaw.reason, is_scale=flaw.is_scale)
+
+
+def _family(source: Source, name: str) -> Family | None:
+    folder = source.path / name if name else source.path
+    path = (folder if folder.is_dir() else folder.parent) / "config.json"
+    class_name = read_json(path).get("_class_name") if path.is_file() else None
+    return find_family(class_name) if isinstance(class_name, str) else None
+
+
+def inspection_report(source: Source, components: list[InspectedComponent], *, as_json: bool) -> Iterator[str]:
+    """A table, layers that differ only in a block's number on one line; or everything as one JSON document."""
+    if as_json:
+        document: dict[str, Any] = {
+            "path": str(source.path),
+            "components": [asdict(component) for component in components],
+        }
+        yield json.dumps(document, indent=2)
+        return
+    for component in components:
+        yield from _component_lines(component, source.path)
+
+
+def _component_lines(component: InspectedComponent, path: Path) -> Iterator[str]:
+    spelled = f"spelled as {component.dialect} does" if component.dialect else PLAIN
+    yield f"{component.name or path.name}: {size_text(component.nbytes)}, {spelled}"
+    yield from _table(component.layers)
+    kept = ", ".join(f"{count} {dtype} ({size_text(nbytes)})" for dtype, (count, nbytes) in component.kept.items())
+    if kept:
+        yield from _indented(f"other tensors: {kept}")
+    for verdict in component.runtimes:
+        word = {"loads": "loads", "wrong": "LOADS WRONG", "refuses": "refuses"}[verdict.outcome]
+        yield from _indented(f"{verdict.runtime}: {word}: {verdict.why}")
+
+
+def _table(layers: Sequence[InspectedLayer]) -> list[str]:
+    """A line for all layers that differ in a block's number alone; what they are stored as, below if it is too long."""
+    alike: dict[tuple[str, ...], list[InspectedLayer]] = {}
+    for layer in layers:
+        stored = NUMBER.sub("*", ", ".join(f"{name} {what}" for name, what in _by_suffix(layer).items()))
+        alike.setdefault((NUMBER.sub("*", layer.name), layer.format, stored), []).append(layer)
+    cells = [_cells(pattern, label, same) for (pattern, label, _), same in alike.items()]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in cells]
+    wide = [f"  {line}  {stored}" for line, (_, _, stored) in zip(lines, alike, strict=True)]
+    width = terminal_width(max(map(len, wide), default=0))
+    if all(len(line) <= width for line in wide):
+        return wide
+    kinds = {(same[0].format, _dtypes(same[0])): None for same in alike.values()}
+    legend = [line for label, stored in kinds for line in _indented(f"{label} is stored as {stored} (shapes: --json)")]
+    return [*(f"  {line}".rstrip() for line in lines), *legend]
+
+
+def _cells(pattern: str, label: str, layers: Sequence[InspectedLayer]) -> tuple[str, ...]:
+    shape = "x".join(map(str, layers[0].shape))
+    return pattern, f"{len(layers):>3} x {shape}", label, f"{size_text(sum(layer.nbytes for layer in layers)):>8}"
+
+
+def _by_suffix(layer: InspectedLayer) -> dict[str, str]:
+    return {name.removeprefix(layer.name).lstrip("."): what for name, what in layer.tensors.items()}
+
+
+def _dtypes(layer: InspectedLayer) -> str:
+    parts = (f"{NUMBER.sub('*', name)} {what.partition(' ')[0]}" for name, what in _by_suffix(layer).items())
+    return ", ".join(parts)
+
+
+def _indented(text: str) -> list[str]:
+    return wrapped(text, "  ", "    ", MAX_WIDTH)

@@ -1,0 +1,86 @@
+"""Whether the files of an output are those that its manifest says were written."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+from threading import Event
+
+from omni_convert.convert.output.folder import MANIFEST
+from omni_convert.formats.checks.finding import Finding, Severity
+from omni_convert.formats.containers.json_file import read_json
+from omni_convert.formats.containers.weight_files import checked_path
+from omni_convert.formats.errors import CheckpointError
+
+__all__ = ["check_files"]
+
+BLOCK = 4 << 20
+# What people may well write anew, and no runtime reads.
+TEXTS = (".md",)
+
+
+def check_files(folder: Path, stop: Event) -> list[tuple[str, Finding]]:
+    """Each file of the manifest that is missing or has other bytes, with what is wrong; none without a manifest.
+
+    Args:
+        folder: an output
+        stop: set when nobody waits for the result any more
+
+    Returns:
+        paths inside the folder, and findings
+    """
+    if not (folder / MANIFEST).is_file():
+        return []
+    try:
+        recorded = read_json(folder / MANIFEST).get("files")
+    except CheckpointError as error:
+        return [_damaged(_plain(error, folder))]
+    if not isinstance(recorded, dict) or not all(isinstance(sha256, str) for sha256 in recorded.values()):
+        return [_damaged("found no SHA-256 of every file, expected them under 'files'")]
+    return [
+        (name, finding) for name, sha256 in sorted(recorded.items()) for finding in _check(folder, name, sha256, stop)
+    ]
+
+
+def _damaged(what: str) -> tuple[str, Finding]:
+    return MANIFEST, Finding("error", "damaged-file", MANIFEST, what, "", "convert again")
+
+
+def _check(folder: Path, name: str, expected: str, stop: Event) -> Iterator[Finding]:
+    severity: Severity = "warning" if PurePosixPath(name).suffix in TEXTS else "error"
+    hurts = "whoever takes it for what was converted" if severity == "error" else ""
+    remedy = f"copy or download it again; if the change is meant, delete its line from {MANIFEST}"
+    try:
+        found = _sha256(_path(folder, name), stop)
+    except (CheckpointError, OSError) as error:
+        reason = error.strerror or "" if isinstance(error, OSError) else _plain(error, folder)
+        yield Finding(severity, "changed-file", name, f"found none that can be read: {reason}", hurts, remedy)
+        return
+    if found is not None and found != expected.lower():
+        what = f"found SHA-256 {found[:16]}..., expected {expected[:16]}... as {MANIFEST} says"
+        yield Finding(severity, "changed-file", name, what, hurts, remedy)
+
+
+def _path(folder: Path, name: str) -> Path:
+    """Raises CheckpointError if the file is missing or outside of the folder."""
+    pure = PurePosixPath(name)
+    if pure.is_absolute() or ".." in pure.parts or not pure.name:
+        raise CheckpointError("the manifest names a file outside of the folder")
+    return checked_path(folder / pure.parent, pure.name)
+
+
+def _sha256(path: Path, stop: Event) -> str | None:
+    digest = hashlib.sha256()
+    block = memoryview(bytearray(BLOCK))
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(block):
+            if stop.is_set():
+                return None
+            digest.update(block[:count])
+    return digest.hexdigest()
+
+
+def _plain(error: CheckpointError, folder: Path) -> str:
+    """What went wrong, without the folder."""
+    return str(error).replace(f"{folder}/", "")

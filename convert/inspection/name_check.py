@@ -1,0 +1,218 @@
+"""Checks that a component has the tensors of the model that its config describes: no more, no fewer.
+
+The class is built on the meta device, where weights are shapes. What cannot be built, or has other names than the class
+gives, is left alone: silence says nothing, a false alarm would say something wrong.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+import warnings
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch.nn.modules.module import register_module_module_registration_hook
+
+from omni_convert.convert.source.original_names import has_original_files
+from omni_convert.convert.source.weights import model_class
+from omni_convert.formats.checks.finding import Finding
+from omni_convert.formats.checks.reading import LenientReading
+from omni_convert.formats.containers.names import COMPANIONS
+
+__all__ = ["check_names"]
+
+# Of layers and blocks: a config with more was not made by anybody who has such a model.
+LARGEST_COUNT = 1000
+# Ten times those of the largest model; so many are built within seconds, whatever a config asks for.
+MOST_MODULES = 50_000
+# Findings of each kind; the last tells how many more there are.
+MOST_FINDINGS = 20
+COUNT = re.compile(r"layers|blocks|depth|num_.*layer")
+#: Names that libraries translate while they load: of attention in old VAEs of diffusers.
+TRANSLATED = re.compile(r"\.(query|key|value|proj_attn)\.(weight|bias)$")
+
+
+@dataclass(frozen=True)
+class _Expected:
+    """What a class has.
+
+    Attributes:
+        parameters: that its files hold, each once
+        names: of everything in its state
+        ties: names of one tensor each, of which a file need have only one
+        optional: patterns of names that may be missing or left over
+    """
+
+    parameters: Collection[str]
+    names: Collection[str]
+    ties: tuple[frozenset[str], ...]
+    optional: tuple[str, ...]
+    is_of_diffusers: bool
+
+
+def check_names(reading: LenientReading, config: Mapping[str, Any]) -> Iterator[Finding]:
+    """Tensors that are missing, and tensors that the model has no use for.
+
+    Args:
+        config: of the component; {} if there is none
+    """
+    if reading.found.block and reading.quantized.dialect is None:
+        return  # its tool may have any names
+    kept = [name for name in reading.quantized.kept if name.rpartition(".")[2] not in COMPANIONS]
+    found = {*kept, *(f"{stem}.weight" for stem in reading.shapes)}
+    expected = _expected(config)
+    if expected is None or 2 * len(found & {*expected.names}) < len(found):
+        return
+    optional = re.compile("|".join(f"(?:{pattern})" for pattern in expected.optional) or r"(?!)")
+    tied = {name for group in expected.ties if group & found for name in group}
+    damaged = {finding.layer for finding in reading.findings}
+    missing = [
+        name
+        for name in expected.parameters
+        if name not in found and name not in tied and not optional.search(name) and not _is_of(name, damaged)
+    ]
+    strange = [name for name in found if name not in expected.names and not optional.search(name)]
+    if missing and strange and (has_original_files(reading.found.checkpoint) or _is_translated(strange, expected)):
+        return  # what is missing may be there under a name that the library translates
+    unknown = [name for name in kept if name in {*strange} and not _is_of(name, damaged)]
+    yield from _first(missing, _missing, model_class(config))
+    yield from _first(unknown, _unknown, model_class(config))
+
+
+def _first(names: Sequence[str], finding: Callable[[str, str], Finding], class_name: str) -> Iterator[Finding]:
+    """A finding for each of the first names, the last of which tells of the others."""
+    found = [finding(name, class_name) for name in names[:MOST_FINDINGS]]
+    if len(names) > MOST_FINDINGS:
+        found[-1] = replace(found[-1], what=f"{found[-1].what}; so {len(names) - MOST_FINDINGS} more")
+    yield from found
+
+
+def _is_of(name: str, layers: Collection[str]) -> bool:
+    return name in layers or name.rpartition(".")[0] in layers
+
+
+def _is_translated(strange: Iterable[str], expected: _Expected) -> bool:
+    """Whether the library may know these names; transformers translates many."""
+    return not expected.is_of_diffusers or any(map(TRANSLATED.search, strange))
+
+
+def _missing(name: str, class_name: str) -> Finding:
+    return Finding(
+        "error", "missing-tensor", name, f"found none, expected it in {class_name} as config.json describes it",
+        "every runtime: refuses the model, or leaves the tensor unset", "download or convert it again",
+    )  # fmt: skip
+
+
+def _unknown(name: str, class_name: str) -> Finding:
+    return Finding(
+        "warning", "unknown-names", name, f"found it, but {class_name} as config.json describes it has no such tensor",
+        "vLLM-Omni: a KeyError for some models; diffusers, transformers: drop it", "remove it, or correct config.json",
+    )  # fmt: skip
+
+
+def _expected(config: Mapping[str, Any]) -> _Expected | None:
+    """What the class of a config has; None if that cannot be told."""
+    plain = {key: value for key, value in config.items() if key != "quantization_config"}
+    is_of_diffusers = "_class_name" in plain
+    if not (is_of_diffusers or "model_type" in plain):
+        return None
+    try:
+        if not _is_plausible(plain):
+            return None
+        with _quietly(is_of_diffusers), _bounded(), torch.device("meta"):
+            model = _of_diffusers(plain) if is_of_diffusers else _of_transformers(plain)
+    except Exception:  # noqa: BLE001  # constructors fail in any way with configs that nobody has tried
+        return None
+    if model is None:
+        return None
+    patterns = (getattr(model, f"_keys_to_ignore_on_load_{kind}", None) or () for kind in ("missing", "unexpected"))
+    tied = getattr(model, "_tied_weights_keys", None) or ()
+    return _Expected(
+        [name for name, _ in model.named_parameters()],
+        model.state_dict().keys(),
+        tuple(_ties(model)),
+        (*(pattern for group in patterns for pattern in group), *tied),
+        is_of_diffusers,
+    )
+
+
+def _ties(model: torch.nn.Module) -> Iterator[frozenset[str]]:
+    """Names of one parameter, whether it is shared already or the library shares it when it has loaded."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    yield from (frozenset(group) for group in names.values() if len(group) > 1)
+    later = getattr(model, "all_tied_weights_keys", None)
+    if isinstance(later, Mapping):
+        yield from (frozenset(pair) for pair in later.items())
+
+
+def _is_plausible(settings: Any, key: str = "") -> bool:
+    """Whether no count of layers is one that no model has."""
+    if isinstance(settings, Mapping):
+        return all(_is_plausible(value, str(inner)) for inner, value in settings.items())
+    if isinstance(settings, list):
+        return all(_is_plausible(value, key) for value in settings)
+    return not (isinstance(settings, int) and settings > LARGEST_COUNT and COUNT.search(key))
+
+
+@contextmanager
+def _bounded() -> Iterator[None]:
+    """Fails where more modules are built than any model has: counts that are plausible alone may multiply."""
+    built = 0
+
+    def count(*_: object) -> None:
+        nonlocal built
+        built += 1
+        if built > MOST_MODULES:
+            raise RuntimeError(f"found more than {MOST_MODULES} modules, expected a model")
+
+    hook = register_module_module_registration_hook(count)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def _of_diffusers(config: Mapping[str, Any]) -> torch.nn.Module | None:
+    import diffusers
+
+    known = getattr(diffusers, model_class(config), None)
+    if not (isinstance(known, type) and issubclass(known, diffusers.ModelMixin)):
+        return None
+    if config.keys().isdisjoint(inspect.signature(known).parameters):
+        return None  # it tells the class, and nothing of its size
+    built: torch.nn.Module = known.from_config(dict(config))  # type: ignore[attr-defined]  # diffusers is untyped
+    return built
+
+
+def _of_transformers(config: Mapping[str, Any]) -> torch.nn.Module | None:
+    import transformers
+
+    known = getattr(transformers, model_class(config), None)
+    if not (isinstance(known, type) and issubclass(known, transformers.PreTrainedModel)) or "model_type" not in config:
+        return None
+    settings: Any = known.config_class  # type: ignore[attr-defined]  # mypy keeps `type`, for the class is not typed
+    built: torch.nn.Module = known(settings.from_dict(dict(config)))
+    return built
+
+
+@contextmanager
+def _quietly(is_of_diffusers: bool) -> Iterator[None]:
+    """Without what a library says about configs of other versions; the other is not imported, which takes seconds."""
+    if is_of_diffusers:
+        from diffusers.utils import logging
+    else:
+        from transformers.utils import logging
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of initialisations that do nothing on this device
+            yield
+    finally:
+        logging.set_verbosity(level)

@@ -1,0 +1,287 @@
+"""`verify`: every value and name of a model against its format, its dialect and the runtimes; read once, tile by tile.
+
+headers ─► names, dtypes, shapes ─► config block and marks ─► layers against the family ─► tensors against the class
+        ─► values ─► the reference
+
+Beside it, a thread hashes the files and holds them against the manifest, if there is one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from threading import Event
+from typing import Any
+
+from omni_convert.convert.inspection.contents import WEIGHT_PATTERNS, component_names
+from omni_convert.convert.inspection.file_check import check_files
+from omni_convert.convert.inspection.gguf_verification import check_gguf, compare_gguf
+from omni_convert.convert.inspection.lost_block import dialect_of_lost_block
+from omni_convert.convert.inspection.name_check import check_names
+from omni_convert.convert.inspection.reference_check import FOUR_BITS, check_against, check_kept
+from omni_convert.convert.output.folder import MANIFEST
+from omni_convert.convert.source.location import Source
+from omni_convert.convert.source.weights import as_weights, renamed
+from omni_convert.formats.checks.config import check_block
+from omni_convert.formats.checks.finding import Finding
+from omni_convert.formats.checks.reading import LenientReading, read_leniently
+from omni_convert.formats.checks.scale_exchange import ScaleTrace, exchanged_scales, trace_of
+from omni_convert.formats.checks.scope import check_scope
+from omni_convert.formats.checks.values import base_format, check_finite, check_values
+from omni_convert.formats.containers.checkpoint import Checkpoint
+from omni_convert.formats.containers.component import DENOISERS
+from omni_convert.formats.containers.json_file import read_json
+from omni_convert.formats.dialects.gguf import GGUF
+from omni_convert.formats.errors import CheckpointError
+from omni_convert.formats.families.family import Family, find_family
+from omni_convert.formats.rows import tile_ranges
+from omni_convert.formats.views.opened import describe, read_quantized
+
+__all__ = ["VerifiedComponent", "verify_source", "weight_bytes"]
+
+#: What vLLM-Omni loads by the layers that it builds; other dialects are for others, or are spelled anew first.
+SCOPED = ("vllm-omni", "modelopt")
+
+
+@dataclass(frozen=True)
+class VerifiedComponent:
+    """What was found in a component.
+
+    Attributes:
+        name: its folder, "" for a model that is one
+        dialect: how its quantized layers are spelled; None if there are none
+        layers: number of quantized layers whose values were looked at
+        errors: layer to relative error against the reference, if there is one
+        unchecked: what nothing in the files tells, so that only a reference could
+    """
+
+    name: str
+    dialect: str | None
+    layers: int
+    findings: tuple[Finding, ...]
+    errors: dict[str, float] = field(default_factory=dict)
+    unchecked: tuple[str, ...] = ()
+    is_unreadable: bool = False
+
+
+def weight_bytes(source: Source) -> int:
+    """Bytes that `verify_source` looks at, for a bar."""
+    paths = [source.path / name if name else source.path for name in component_names(source)]
+    folders = [path for path in paths if path.is_dir()]
+    found = [file for folder in folders for pattern in WEIGHT_PATTERNS for file in folder.glob(pattern)]
+    return sum(file.stat().st_size for file in (*found, *(path for path in paths if path.is_file())))
+
+
+def verify_source(
+    source: Source, reference: Source | None = None, progress: Callable[[int], None] = lambda _: None
+) -> list[VerifiedComponent]:
+    """Every component that has weights; what is wrong is told, not raised.
+
+    Args:
+        reference: the model that it was made of
+        progress: called with numbers of bytes that were looked at
+
+    Raises:
+        CheckpointError: there are no weights; or the reference cannot be read, or is another model.
+    """
+    names, stop = component_names(source), Event()
+    with ThreadPoolExecutor(1) as beside:  # while the system has the bytes in memory that the checks of values read
+        hashing = beside.submit(check_files, source.path, stop)
+        try:
+            components = [_verify(source, name, reference, progress) for name in names]
+            return _with_files(components, hashing.result())
+        finally:
+            stop.set()
+
+
+def _with_files(
+    components: Sequence[VerifiedComponent], found: Sequence[tuple[str, Finding]]
+) -> list[VerifiedComponent]:
+    """The components, each with what was found of the files in its folder; the first with all others."""
+    folders = {component.name for component in components}
+    first = components[0].name if components else ""
+
+    def of(component: VerifiedComponent) -> tuple[Finding, ...]:
+        homes = ((path.partition("/")[0] if "/" in path else "", finding) for path, finding in found)
+        return tuple(finding for home, finding in homes if (home if home in folders else first) == component.name)
+
+    return [replace(component, findings=(*component.findings, *of(component))) for component in components]
+
+
+def _verify(source: Source, name: str, reference: Source | None, progress: Callable[[int], None]) -> VerifiedComponent:
+    path = source.path / name if name else source.path
+    folder = path if path.is_dir() else path.parent
+    try:
+        checkpoint = Checkpoint.open(path)
+    except CheckpointError as error:
+        return _unopened(name, path, error)
+    with checkpoint:
+        try:
+            reading = read_leniently(describe(checkpoint, folder))
+            config = _config(folder)
+        except CheckpointError as error:
+            return _unopened(name, path, error)
+        is_gguf = reading.quantized.dialect == GGUF.name
+        findings = [*reading.findings, *(check_gguf(reading, config) if is_gguf else check_block(reading, config))]
+        findings += _scope(source, reading, config)
+        if not is_gguf and not _is_recorded(source, name, checkpoint):
+            findings += check_names(reading, config)
+        quantized = reading.quantized
+        errors: dict[str, float] = {}
+        compared = reference if quantized.layers or is_gguf else None
+        with _open_reference(compared, name, config) if compared is not None else nullcontext() as original:
+            values, untraced = _values(reading, progress, None if is_gguf else original, errors)
+            findings += values
+            if is_gguf and original is not None:
+                findings += compare_gguf(quantized, original, config, errors)
+        if compared is not None and quantized.layers and not errors:
+            raise CheckpointError(
+                f"{compared.path}: found none of the {len(quantized.layers)} quantized layers of {checkpoint.path}, "
+                "expected the model that it was made of"
+            )
+        return VerifiedComponent(
+            name,
+            dialect_of_lost_block(quantized, path)
+            or (quantized.dialect if reading.shapes or reading.findings or is_gguf else None),
+            len(quantized.layers),
+            tuple(dict.fromkeys(findings)),
+            errors,
+            () if reference is not None else tuple(_unchecked(reading, untraced)),
+        )
+
+
+def _unchecked(reading: LenientReading, untraced: int) -> Iterator[str]:
+    """Swapped nibbles leave all statistics of blocks as they are; a common factor looks like another model.
+
+    So does a scale of another layer, where a weight has one, or a few that are alike: codes are as large as they can be
+    with any scale.
+
+    Args:
+        untraced: number of such layers
+    """
+    layers = reading.quantized.layers.values()
+    if any(base_format(layer.format).method in FOUR_BITS for layer in layers):
+        yield "the order of nibbles"
+    if any("mul_scale" in layer.tensors for layer in layers):
+        yield "whether mul_scale or one over it is stored"
+    if layers:
+        yield "a factor that all scales have in common"
+    if untraced > 1:
+        yield "scales exchanged between layers that have one each"
+
+
+def _unopened(name: str, path: Path, error: CheckpointError) -> VerifiedComponent:
+    what = str(error).removeprefix(f"{path}: ")
+    found = Finding("error", "damaged-file", "", what, "every runtime", "")  # the error says which file, and what to do
+    return VerifiedComponent(name, None, 0, (found,), is_unreadable=True)
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    return read_json(path) if path.is_file() else {}
+
+
+def _scope(source: Source, reading: LenientReading, config: dict[str, Any]) -> list[Finding]:
+    """What vLLM-Omni would make of the layers, if the component is for it."""
+    class_name = config.get("_class_name")
+    if reading.quantized.dialect not in SCOPED or not isinstance(class_name, str) or not reading.shapes:
+        return []
+    family = find_family(class_name)
+    if family.is_generic or _is_for_our_loader(source):
+        return []
+    return list(check_scope(reading, family, _encoder_layers(source, family)))
+
+
+def _is_for_our_loader(source: Source) -> bool:
+    """Whether the manifest says that the layers were chosen for diffusers."""
+    recipe = _manifest(source).get("recipe")
+    return isinstance(recipe, dict) and recipe.get("runtime") == "diffusers"
+
+
+def _manifest(source: Source) -> dict[str, Any]:
+    """{} if there is none."""
+    path = source.path / MANIFEST
+    try:
+        return read_json(path) if path.is_file() else {}
+    except CheckpointError:  # the check of the files reports it
+        return {}
+
+
+def _is_recorded(source: Source, name: str, checkpoint: Checkpoint) -> bool:
+    """Whether the manifest has a SHA-256 of every file of the component, which says more than names do."""
+    files = _manifest(source).get("files")
+    return isinstance(files, dict) and all((Path(name) / file).as_posix() in files for file in checkpoint.files)
+
+
+def _encoder_layers(source: Source, family: Family) -> tuple[str, ...]:
+    """Linears of an unquantized text encoder that the runtime builds from the transformer's block."""
+    path = source.path / "text_encoder" / "config.json"
+    if not path.is_file():
+        return ()
+    try:
+        config = read_json(path)
+        return () if "quantization_config" in config else family.shared_encoder_layers(config)
+    except CheckpointError:  # of the text encoder, which reports it
+        return ()
+
+
+def _values(
+    reading: LenientReading, progress: Callable[[int], None], original: Checkpoint | None, errors: dict[str, float]
+) -> tuple[list[Finding], int]:
+    """What is wrong with values, and then what differs from the original, which fills `errors`.
+
+    Each tensor is compared when it has just been looked at, and the system has its bytes in memory.
+
+    Returns:
+        also the number of layers whose scales show no pattern, so that they could be another's
+    """
+    quantized, checkpoint = reading.quantized, reading.quantized.checkpoint
+    findings: list[Finding] = []
+    differences: list[Finding] = []
+    traces: list[ScaleTrace] = []
+    untraced = 0
+    for stem, layer in quantized.layers.items():
+        assert quantized.dialect is not None
+        try:
+            flaws = check_values(layer, quantized.dialect, progress)
+            findings += flaws
+            trace = trace_of(layer) if not flaws else None
+            traces += [] if trace is None else [trace]
+            untraced += trace is None and not flaws
+        except CheckpointError as error:
+            findings.append(
+                Finding("error", "damaged-file", layer.stem, str(error), "every runtime", "download it again")
+            )
+        if original is not None:
+            error_of_layer, found = check_against(layer, original, quantized.dialect)
+            differences += found
+            errors |= {} if error_of_layer is None else {stem: error_of_layer}
+    findings += exchanged_scales(traces, quantized.dialect) if quantized.dialect is not None else ()
+    for name, stored in quantized.kept.items():
+        findings += _kept_values(checkpoint, stored)
+        progress(checkpoint[stored].nbytes)
+        if original is not None:
+            differences += check_kept(checkpoint, stored, original, name)
+    return findings + differences, untraced
+
+
+def _kept_values(checkpoint: Checkpoint, name: str) -> list[Finding]:
+    spec = checkpoint[name]
+    if not spec.dtype.is_floating_point or spec.dtype.itemsize == 1:
+        return []
+    if not spec.shape:
+        return check_finite(name, iter([checkpoint.read(name)]))
+    return check_finite(name, (checkpoint.read_rows(name, *rows) for rows in tile_ranges(spec.shape)))
+
+
+def _open_reference(reference: Source, name: str, config: dict[str, Any]) -> Checkpoint:
+    """The component in plain numbers, under the names of diffusers where the config tells which model it is."""
+    component = name
+    if reference.is_pipeline and not name:
+        component = next((each for each in DENOISERS if each in reference.components()), "")
+    path = reference.path / component if reference.is_pipeline else reference.path
+    opened = read_quantized(Checkpoint.open(path), path if path.is_dir() else path.parent)
+    return renamed(as_weights(opened), config, [])

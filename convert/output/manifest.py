@@ -1,0 +1,163 @@
+"""omni_convert.json: what was made of what, and how; the same job gives the same bytes.
+
+No times, paths, devices or worker counts. `files` holds the SHA-256 of every other file of the output.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from omni_convert.convert.execution.component_result import LayerResult
+from omni_convert.convert.execution.journal import JOURNAL
+from omni_convert.convert.output.folder import MANIFEST, write_text
+from omni_convert.convert.plan.component_plan import ComponentPlan
+from omni_convert.convert.plan.plan import Plan
+from omni_convert.convert.source.file_hash import file_sha256
+from omni_convert.formats.containers.json_file import read_json
+from omni_convert.formats.errors import OutputError
+
+__all__ = ["VERSION", "describe_job", "read_results", "write_json", "write_manifest"]
+
+VERSION = "0.1.0"
+ERROR_DIGITS = 6
+
+
+def describe_job(plan: Plan, statistics_id: str | None) -> dict[str, Any]:
+    """What must not change between the runs that make one output; for the journal, which may hold times."""
+    files = {
+        f"{component.name}/{name}": [
+            file.size,
+            file.header_sha256,
+            *plan.source.state(f"{component.name}/{name}", file.path)[1:],
+        ]
+        for component in plan.components
+        for name, file in component.checkpoint.files.items()
+    }
+    copies = {name: plan.source.state(name, path) for name, path in plan.copies.items()}
+    configs = {f"{component.name}/config.json": _digest(component.config) for component in plan.components}
+    return {
+        "omni_convert_version": VERSION,
+        "torch": torch.__version__,
+        "recipe": plan.recipe.of_the_bytes(),
+        "statistics": statistics_id,
+        "moments": plan.moments,
+        **({"loras": dict(plan.loras)} if plan.loras else {}),
+        "source": files | copies | configs,
+    }
+
+
+def _digest(document: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
+
+
+def write_manifest(
+    folder: Path,
+    plan: Plan,
+    results: Mapping[str, Sequence[LayerResult]],
+    statistics_id: str | None,
+    known: Mapping[str, str],
+    source_sha256: Mapping[Path, str],
+) -> None:
+    """Writes the manifest into a finished output folder; it must come last, since it holds the other files' hashes.
+
+    Args:
+        folder: the output
+        plan: what was done
+        results: component name → its quantized layers
+        statistics_id: identity of the statistics, if some were used
+        known: file name inside the output → its SHA-256, wherever the file is; others in the folder are hashed now
+        source_sha256: of the source's files, where they were asked for
+    """
+    paths = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
+    names = sorted((paths.keys() | known.keys()) - {MANIFEST, JOURNAL}, key=lambda name: Path(name).parts)
+    write_json(
+        folder / MANIFEST,
+        {
+            "omni_convert_version": VERSION,
+            "source": {"name": plan.source.name, "revision": plan.source.revision},
+            "recipe": plan.recipe.of_the_bytes(),
+            "statistics": statistics_id,
+            "moments": plan.moments,
+            **({"loras": dict(plan.loras)} if plan.loras else {}),
+            "components": {
+                component.name: {
+                    "method": component.method,
+                    "source_files": _source_files(component, source_sha256),
+                    "layers": _layers(results[component.name]),
+                    "kept": {layer.name: layer.reason for layer in component.kept},
+                    **({"transcoded": dict(component.transcoded)} if component.transcoded else {}),
+                }
+                for component in plan.components
+            },
+            "files": {name: known.get(name) or file_sha256(paths[name]) for name in names},
+        },
+    )
+
+
+def _source_files(component: ComponentPlan, sha256: Mapping[Path, str]) -> dict[str, Any]:
+    return {
+        name: {
+            "bytes": file.size,
+            "header_sha256": file.header_sha256,
+            **({"sha256": sha256[file.path]} if file.path in sha256 else {}),
+        }
+        for name, file in sorted(component.checkpoint.files.items())
+    }
+
+
+def _layers(results: Sequence[LayerResult]) -> dict[str, Any]:
+    return {
+        result.name: {"bytes": result.bytes_after, "relative_error": round(result.relative_error, ERROR_DIGITS)}
+        for result in results
+    }
+
+
+def read_results(folder: Path, plan: Plan, statistics_id: str | None) -> dict[str, list[LayerResult]]:
+    """The layers of a finished output, component by component, if it is what the plan would make.
+
+    Raises:
+        CheckpointError: the manifest is damaged.
+        OutputError: it is that of another conversion.
+    """
+    manifest = read_json(folder / MANIFEST)
+    try:
+        before = [manifest[name] for name in ("omni_convert_version", "recipe", "statistics", "moments")]
+        recipe = json.loads(json.dumps(plan.recipe.of_the_bytes()))
+        before.append(manifest.get("loras", {}))
+        if before != [VERSION, recipe, statistics_id, plan.moments, dict(plan.loras)]:
+            raise _another(folder)
+        return {component.name: _results_of(folder, component, manifest) for component in plan.components}
+    except (KeyError, TypeError, AttributeError):
+        raise OutputError(f"{folder / MANIFEST}: found a damaged manifest; use --overwrite") from None
+
+
+def _results_of(folder: Path, component: ComponentPlan, manifest: Mapping[str, Any]) -> list[LayerResult]:
+    described = manifest["components"][component.name]
+    headers = {name: file["header_sha256"] for name, file in described["source_files"].items()}
+    if headers != {name: file.header_sha256 for name, file in component.checkpoint.files.items()}:
+        raise _another(folder)
+    return [
+        LayerResult(stem, component.method, weight.nbytes, layer["bytes"], layer["relative_error"])
+        for step in component.quantize_steps
+        for stem, weight in zip(step.group.members, step.weights, strict=True)
+        for layer in [described["layers"][stem]]
+    ]
+
+
+def _another(folder: Path) -> OutputError:
+    return OutputError(f"{folder}: found another conversion, which is finished; use --overwrite to replace it")
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """UTF-8, two spaces, a newline at the end; keys in the order given.
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")

@@ -1,0 +1,170 @@
+"""OUT/README.md: a model card with metadata that the Hub accepts, and what a user needs to know to run the result."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData
+
+from omni_convert.convert.execution.component_result import LayerResult
+from omni_convert.convert.plan.plan import Plan
+
+__all__ = ["model_card"]
+
+BODY = """
+# {title}
+
+{source}, {what} with [omni-convert](https://pypi.org/project/omni-convert/).
+
+| component | method | activations | layers | kept | size before | size after | median layer error | worst layer error |
+|---|---|---|---|---|---|---|---|---|
+{rows}
+
+A layer's error is the Frobenius norm of the difference between the quantized and the original weight over that of the
+original. Every other tensor and file is the original, byte for byte; `omni_convert.json` lists each layer, and the
+SHA-256 of each file.
+
+## Run it
+
+{run}
+"""
+
+RUN_GGUF = """A `.gguf` file holds a model of diffusers, and is read beside its `config.json`:
+
+```python
+import torch
+from diffusers import GGUFQuantizationConfig, {model_class}
+
+model = {model_class}.from_single_file(
+    "{folder}/{file}",
+    config="{folder}",
+    quantization_config=GGUFQuantizationConfig(compute_dtype=torch.bfloat16),
+    torch_dtype=torch.bfloat16,
+)
+```
+"""
+
+RUN = """With vLLM-Omni:
+
+```bash
+vllm serve {title} --omni
+```
+
+With diffusers:
+
+```python
+from omni_convert.loaders import load_pipeline
+
+pipe = load_pipeline("{title}", device="cuda")
+image = pipe("a prompt").images[0]
+```
+"""
+
+
+def model_card(plan: Plan, results: dict[str, Sequence[LayerResult]]) -> str:
+    """The text of README.md.
+
+    Args:
+        plan: what was done
+        results: component name → its quantized layers
+    """
+    declared = _inherited(plan.source.path)
+    data = ModelCardData(
+        base_model=plan.source.repo_id,
+        base_model_relation="quantized" if plan.source.repo_id else None,
+        library_name="diffusers",
+        license=declared.get("license"),
+        license_name=declared.get("license_name"),
+        license_link=declared.get("license_link"),
+        pipeline_tag=declared.get("pipeline_tag"),
+        tags=sorted({"omni-convert", *_tags(plan)}),
+    )
+    source = (
+        f"[{plan.source.name}](https://huggingface.co/{plan.source.name})" if plan.source.repo_id else plan.source.name
+    )
+    title = (
+        f"{plan.source.short_name}-{plan.recipe.outcome}"  # not the output's name: the same job gives the same bytes
+    )
+    run = _run(plan, title)
+    source += "".join(f", with the LoRA **{lora['name']}** ({lora['scale']:g})" for lora in _loras(plan))
+    body = BODY.format(title=title, source=source, what=_what(plan), rows="\n".join(_rows(plan, results)), run=run)
+    return f"---\n{data.to_yaml()}\n---\n{body}"
+
+
+def _loras(plan: Plan) -> list[dict[str, Any]]:
+    return [lora for baked in plan.loras.values() for lora in baked]
+
+
+def _tags(plan: Plan) -> set[str]:
+    if plan.recipe.method == "dequantize":
+        return set()
+    if plan.recipe.method == "keep":
+        return {"quantized", plan.recipe.dialect} if any(each.transcoded for each in plan.components) else set()
+    return {"quantized", *(component.method for component in plan.components)}
+
+
+def _what(plan: Plan) -> str:
+    """What was done to the source."""
+    recipe = plan.recipe
+    if not recipe.is_transcoding:
+        return f"quantized to **{recipe.method}**"
+    labels = sorted({label for component in plan.components for label in component.transcoded.values()})
+    if not labels:
+        return "converted"
+    if recipe.method == "dequantize":
+        return f"dequantized (it was {', '.join(labels)})"
+    return f"which is quantized ({', '.join(labels)}), spelled for **{recipe.dialect}** without changing a value,"
+
+
+def _run(plan: Plan, title: str) -> str:
+    """How to run the result."""
+    if not any(component.quantized_stems or component.transcoded for component in plan.components):
+        return "As the model that it was before."
+    if plan.recipe.method == "dequantize":
+        return "As the model that it was before it was quantized."
+    if plan.recipe.dialect != "vllm-omni":
+        return (
+            f"The files are spelled for {plan.recipe.dialect}; `omni-convert inspect` tells which runtimes load them."
+        )
+    for component in plan.components:
+        if component.shards.gguf is not None:
+            (file,) = component.shards.files
+            folder = f"{title}/{component.name}".rstrip("/")
+            name = component.config.get("_class_name", "ModelMixin")
+            return RUN_GGUF.format(model_class=name, folder=folder, file=file).strip()
+    return RUN.format(title=title).strip()
+
+
+INHERITED = ("license", "license_name", "license_link", "pipeline_tag")
+
+
+def _inherited(folder: Path) -> dict[str, str]:
+    """What the source's own card declares and holds for the quantized model, too; a license may be named by a link."""
+    card = folder / "README.md"
+    if not card.is_file():
+        return {}
+    data = ModelCard(card.read_text(encoding="utf-8", errors="replace"), ignore_metadata_errors=True).data
+    return {name: value for name in INHERITED if isinstance(value := getattr(data, name, None), str)}
+
+
+def _rows(plan: Plan, results: dict[str, Sequence[LayerResult]]) -> list[str]:
+    rows = []
+    for component in plan.components:
+        layers = results[component.name]
+        errors = [layer.relative_error for layer in layers]
+        worst = max(layers, key=lambda layer: layer.relative_error, default=None)
+        default = "none" if component.shards.gguf is not None else "dynamic"
+        scheme = component.config.get("quantization_config", {}).get("activation_scheme", default)
+        shown = (
+            f"{statistics.median(errors):.4f} | {worst.relative_error:.4f} ({worst.name})" if worst else "kept | kept"
+        )
+        rows.append(
+            f"| {component.name or 'model'} | {component.method} | {scheme} "
+            f"| {len(layers) or len(component.transcoded)} | {len(component.kept)} "
+            f"| {component.bytes_before / 1e6:.1f} MB | {component.bytes_after / 1e6:.1f} MB "
+            f"| {shown} |"
+        )
+    return rows

@@ -1,0 +1,213 @@
+"""An output that is no folder of this machine but a URL that `fsspec` knows: `s3://bucket/out`, `gs://`, `file://`, ...
+
+Nothing there can be renamed, nor written in pieces. So shards are finished elsewhere and sent as a whole, then what
+else there is, and last the files by which readers find the rest: the configs and indexes of the components,
+model_index.json, and the manifest. What was cut off before that is no model. Journal and small files wait in a folder
+NAME.upload of the current directory, which is removed when all has arrived.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from omni_convert.convert.execution.journal import JOURNAL
+from omni_convert.convert.output.folder import MANIFEST, clear_folder, locked_folder
+from omni_convert.formats.containers.json_file import read_json
+from omni_convert.formats.errors import OutputError, RecipeError
+
+__all__ = ["RemoteFolder", "check_remote", "finished_manifest", "output_of", "published_folder"]
+
+Result = TypeVar("Result")
+
+READ_BLOCK = 1 << 20
+
+
+@dataclass(frozen=True)
+class RemoteFolder:
+    """A folder behind a URL; any process may open it."""
+
+    url: str
+
+    def __str__(self) -> str:
+        filesystem, path = self._open()
+        return str(filesystem.unstrip_protocol(path))  # without passwords that the URL may hold
+
+    @property
+    def name(self) -> str:
+        return self.url.rstrip("/").rpartition("/")[2]
+
+    @property
+    def staging(self) -> Path:
+        """Where this machine keeps the journal, and what is sent last."""
+        return Path(f"{self.name}.upload")
+
+    def send(self, file: Path, name: str) -> None:
+        """Uploads a file, which is there as a whole or not at all.
+
+        Raises:
+            OutputError: it did not arrive.
+        """
+
+        def put(filesystem: Any, path: str) -> None:
+            filesystem.makedirs(path.rpartition("/")[0], exist_ok=True)
+            filesystem.put_file(str(file), path)
+            if (size := filesystem.size(path)) != file.stat().st_size:
+                raise OSError(f"found {size} bytes, expected {file.stat().st_size}")
+
+        self._do(name, put)
+
+    def sha256(self, name: str) -> str | None:
+        """Of a file, all of which is read for it; None if there is none.
+
+        Raises:
+            OutputError: it cannot be read.
+        """
+
+        def hash_of(filesystem: Any, path: str) -> str | None:
+            if not filesystem.exists(path):
+                return None
+            digest = hashlib.sha256()
+            with filesystem.open(path, "rb") as file:
+                while block := file.read(READ_BLOCK):
+                    digest.update(block)
+            return digest.hexdigest()
+
+        return self._do(name, hash_of)
+
+    def fetch(self, name: str, file: Path) -> bool:
+        """Downloads a file; False if there is none.
+
+        Raises:
+            OutputError: it cannot be read.
+        """
+
+        def get(filesystem: Any, path: str) -> bool:
+            if not filesystem.exists(path):
+                return False
+            filesystem.get_file(path, str(file))
+            return True
+
+        return self._do(name, get)
+
+    def remove(self, name: str) -> None:
+        """Removes a file, if it is there.
+
+        Raises:
+            OutputError: it cannot be removed.
+        """
+        self._do(name, lambda filesystem, path: filesystem.rm_file(path) if filesystem.exists(path) else None)
+
+    def is_empty(self) -> bool:
+        """Whether nothing is there.
+
+        Raises:
+            OutputError: the URL does not answer.
+        """
+        return self._do("", lambda filesystem, path: not (filesystem.exists(path) and filesystem.find(path)))
+
+    def _open(self) -> tuple[Any, str]:
+        from fsspec.core import url_to_fs
+
+        try:
+            filesystem, path = url_to_fs(self.url.rstrip("/"))
+        except (ImportError, ValueError) as error:
+            raise RecipeError(f"--output: found a URL that fsspec cannot open ({_first_line(error)})") from None
+        return filesystem, path
+
+    def _do(self, name: str, action: Callable[[Any, str], Result]) -> Result:
+        filesystem, path = self._open()
+        try:
+            return action(filesystem, f"{path}/{name}".rstrip("/"))
+        except Exception as error:  # noqa: BLE001  # every file system raises its own
+            raise OutputError(
+                f"{self}/{name}: cannot be read or written ({type(error).__name__}: {_first_line(error)}); "
+                "see to it, then go on with --resume"
+            ) from None
+
+
+def output_of(output: str | Path) -> Path | RemoteFolder:
+    """What the user means by an output: a URL or a path."""
+    if isinstance(output, str) and "://" in output:
+        return RemoteFolder(output)
+    path = Path(output)
+    return path.resolve() if path.name in ("", "..") else path  # the work is done beside it, under its name
+
+
+def check_remote(remote: RemoteFolder, *, overwrite: bool, resume: bool) -> None:
+    """Refuses a URL where something is already, before any work is done.
+
+    Raises:
+        OutputError: as it says.
+        RecipeError: no library for this kind of URL.
+    """
+    if overwrite or resume:
+        return
+    if not remote.is_empty():
+        raise OutputError(
+            f"{remote}: found something there; use --resume to go on with what an unfinished run left, --overwrite "
+            "to replace an earlier output, or name another --output"
+        )
+    if remote.staging.exists():
+        raise OutputError(
+            f"{remote.staging}: an unfinished run left its work; use --resume to go on, or --overwrite to start afresh"
+        )
+
+
+def finished_manifest(remote: RemoteFolder, folder: Path) -> bool:
+    """Whether a conversion ended there, and none goes on; then fetches its manifest into a folder."""
+    return not remote.staging.exists() and remote.fetch(MANIFEST, folder / MANIFEST)
+
+
+@contextmanager
+def published_folder(remote: RemoteFolder, *, overwrite: bool, resume: bool) -> Iterator[Path]:
+    """A folder for all that is not sent at once; sent on success, and left as it is on any failure.
+
+    Raises:
+        OutputError: the URL or the folder is in the way, in use, or cannot be written.
+    """
+    check_remote(remote, overwrite=overwrite, resume=resume)
+    staging = remote.staging
+    try:
+        staging.mkdir(exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"{staging}: cannot be created ({error.strerror}); change to another folder") from None
+    with locked_folder(staging):
+        if not resume:
+            clear_folder(staging)
+        if overwrite:
+            _remove_earlier(remote)
+        yield staging
+        names = [path.relative_to(staging).as_posix() for path in staging.rglob("*") if path.is_file()]
+        for name in sorted((name for name in names if name != JOURNAL), key=_rank):
+            remote.send(staging / name, name)
+        shutil.rmtree(staging)
+
+
+def _rank(name: str) -> tuple[int, str]:
+    """Readers find a model by what has the highest."""
+    if name == MANIFEST:
+        return 3, name
+    if name == "model_index.json":
+        return 2, name
+    return int(name.endswith(("config.json", ".index.json"))), name
+
+
+def _remove_earlier(remote: RemoteFolder) -> None:
+    """Removes what an earlier conversion put there; by which readers find it, first."""
+    with tempfile.TemporaryDirectory() as folder:
+        manifest = Path(folder) / MANIFEST
+        files = read_json(manifest).get("files", {}) if remote.fetch(MANIFEST, manifest) else {}
+    for name in sorted([MANIFEST, *files], key=_rank, reverse=True):
+        if ".." not in name.split("/"):
+            remote.remove(name)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n", 1)[0]

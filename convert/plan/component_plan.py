@@ -1,0 +1,79 @@
+"""What becomes of one component of the pipeline."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from omni_convert.convert.plan.steps import KeptLayer, QuantizeStep, Step, outputs
+from omni_convert.convert.recipe import Recipe
+from omni_convert.formats.containers.checkpoint import Checkpoint
+from omni_convert.formats.containers.shards import Shards, plan_shards
+from omni_convert.formats.dialects.table import DIALECTS
+
+__all__ = ["ComponentPlan", "plan_files", "replace_config"]
+
+
+@dataclass(frozen=True)
+class ComponentPlan:
+    """What happens to one component of the pipeline.
+
+    Attributes:
+        name: the component's folder, or "" when the model is a single component
+        config: config.json as it will be written, with its `quantization_config`
+        shards: output files and the tensors of each
+        transcoded: layers that were quantized and are not quantized again → what they were
+        sidecars: JSON files that the dialect wants beside the weights
+        notes: what the user should know about how the recipe was read
+    """
+
+    name: str
+    method: str
+    checkpoint: Checkpoint
+    steps: tuple[Step, ...]
+    kept: tuple[KeptLayer, ...]
+    config: dict[str, Any]
+    shards: Shards
+    transcoded: Mapping[str, str] = field(default_factory=dict)
+    sidecars: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    @property
+    def quantize_steps(self) -> list[QuantizeStep]:
+        return [step for step in self.steps if isinstance(step, QuantizeStep)]
+
+    @property
+    def quantized_stems(self) -> list[str]:
+        """Layers that are quantized in the output."""
+        stems = [stem for step in self.quantize_steps for stem in step.group.members]
+        return stems + (list(self.transcoded) if self.method == "keep" else [])
+
+    @property
+    def bytes_before(self) -> int:
+        return sum(spec.nbytes for file in self.checkpoint.files.values() for spec in file.specs.values())
+
+    @property
+    def bytes_to_do(self) -> int:
+        """Of the tensors that the steps read; a quantized source is read as what it stands for."""
+        return sum(spec.nbytes for spec in self.checkpoint.values())
+
+    @property
+    def bytes_after(self) -> int:
+        return sum(spec.nbytes for specs in self.shards.files.values() for spec in specs)
+
+
+def plan_files(steps: Sequence[Step], recipe: Recipe, metadata: Mapping[str, str], *, is_transformers: bool) -> Shards:
+    """The files of a component; one only, if the dialect wants that."""
+    specs = outputs(steps)
+    is_single = DIALECTS[recipe.dialect].is_single_file and recipe.method != "dequantize"
+    limit = sum(spec.nbytes for spec in specs) + 1 if is_single else recipe.max_shard_size
+    weights_name = "model.safetensors" if is_transformers else "diffusion_pytorch_model.safetensors"
+    shards = plan_shards(specs, limit, weights_name)
+    return replace(shards, metadata={**shards.metadata, **metadata})
+
+
+def replace_config(config: Mapping[str, Any], block: Mapping[str, Any] | None) -> dict[str, Any]:
+    """A config.json with this block, or without one."""
+    rest = {key: value for key, value in config.items() if key != "quantization_config"}
+    return {**rest, "quantization_config": dict(block)} if block is not None else rest

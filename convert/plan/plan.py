@@ -1,0 +1,154 @@
+"""Decides everything about a conversion from headers alone. No tensor is read here; every user error is raised here.
+
+recipe ─┐
+        ├─► plan_conversion ─► Plan: components, steps, output tensors, shards, config blocks
+headers ┘
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from omni_convert.convert.calibration.recorded_inputs import RecordedInputs, load_moments
+from omni_convert.convert.plan.component_plan import ComponentPlan
+from omni_convert.convert.plan.gguf_plan import plan_gguf
+from omni_convert.convert.plan.quantizing import plan_quantized
+from omni_convert.convert.plan.shared_encoder import check_encoder
+from omni_convert.convert.plan.transcoding import plan_transcoded
+from omni_convert.convert.recipe import Recipe
+from omni_convert.convert.source.component import SourceComponent, open_components
+from omni_convert.convert.source.component_methods import component_methods
+from omni_convert.convert.source.location import Source
+from omni_convert.formats.containers.component import DENOISERS
+from omni_convert.formats.containers.weight_files import checked_path
+from omni_convert.formats.errors import RecipeError
+from omni_convert.formats.gguf import Gguf
+from omni_convert.formats.views.opened import DESCRIPTIONS, SIDECARS
+
+if TYPE_CHECKING:
+    from omni_convert.convert.calibration.statistics import Statistics
+    from omni_convert.formats.containers.reader import TensorFile
+
+__all__ = ["Plan", "plan_conversion"]
+
+WEIGHT_SUFFIXES = (".safetensors", ".gguf", ".index.json", ".bin", ".pt", ".pth", ".ckpt", ".msgpack", ".h5", ".onnx")
+ROOT_FILES = ("*.json", "LICENSE*", "NOTICE*")
+OUR_FILES = ("omni_convert.json",)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A whole conversion, decided.
+
+    Attributes:
+        copies: files that are taken over byte for byte: path inside the output → source path
+        notes: what the user should know about how the recipe was read
+        moments: identity of the second moments that rounding uses, if there are some
+        loras: component → the LoRA files that are baked in, as the manifest describes them
+    """
+
+    source: Source
+    recipe: Recipe
+    components: tuple[ComponentPlan, ...]
+    copies: dict[str, Path] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    moments: str | None = None
+    loras: Mapping[str, list[dict[str, Any]]] = field(default_factory=dict)
+
+    @property
+    def source_files(self) -> list[TensorFile]:
+        """Those of the weights."""
+        return [file for component in self.components for file in component.checkpoint.files.values()]
+
+    @property
+    def bytes_before(self) -> int:
+        return sum(component.bytes_before for component in self.components)
+
+    @property
+    def bytes_to_do(self) -> int:
+        return sum(component.bytes_to_do for component in self.components)
+
+    @property
+    def bytes_after(self) -> int:
+        return sum(component.bytes_after for component in self.components)
+
+
+def plan_conversion(source: Source, recipe: Recipe, statistics: Statistics | None = None) -> Plan:
+    """Decides what every tensor of the model becomes.
+
+    Args:
+        source: the model
+        recipe: what was asked for
+        statistics: recorded activations, where the recipe has them
+
+    Raises:
+        CheckpointError: the model is damaged, incomplete, or quantized in a way that nobody here reads.
+        RecipeError: the recipe cannot be carried out on this model.
+        CalibrationError: static activations without statistics, or GPTQ without moments; statistics or moments of
+            another model.
+    """
+    methods = component_methods(source, recipe)
+    check_encoder(source, methods, recipe)
+    components = open_components(source, methods, recipe)
+    if recipe.is_transcoding:
+        components = {name: component for name, component in components.items() if component.is_changed}
+        if not components:
+            raise RecipeError(
+                f"{source.name}: found nothing quantized, expected a quantized model for -m {recipe.method}"
+            )
+    notes = [note for component in components.values() for note in component.notes]
+    recorded = RecordedInputs(statistics, load_moments(recipe, notes))
+    recorded.check_recorded_on({name: component.weights for name, component in components.items()})
+    plans: dict[str, ComponentPlan] = {}
+    for name in sorted(components, key=lambda name: name in DENOISERS):  # a shared block lists the encoder's layers
+        encoder = plans.get("text_encoder")
+        plans[name] = _plan_component(components[name], methods[name], recipe, recorded, encoder)
+    notes += [note for plan in plans.values() for note in plan.notes]
+    loras = {name: [lora.description for lora in found.loras] for name, found in components.items() if found.loras}
+    return Plan(
+        source,
+        recipe,
+        tuple(plans[name] for name in components),
+        _files_to_copy(source, components),
+        tuple(dict.fromkeys(notes)),
+        recorded.moments.fingerprint() if recorded.moments is not None else None,
+        loras,
+    )
+
+
+def _plan_component(
+    component: SourceComponent, method: str, recipe: Recipe, recorded: RecordedInputs, encoder: ComponentPlan | None
+) -> ComponentPlan:
+    if recipe.is_transcoding:
+        return plan_transcoded(component, recipe, encoder)
+    if method == Gguf.method:
+        return plan_gguf(component, recipe)
+    return plan_quantized(component, method, recipe, recorded, encoder)
+
+
+def _files_to_copy(source: Source, rewritten: Collection[str]) -> dict[str, Path]:
+    """Every file of the pipeline but the weights that are rewritten: path inside the output → source path."""
+    if not source.is_pipeline:
+        return {}
+    root_files = [path for pattern in ROOT_FILES for path in source.path.glob(pattern)]
+    folders = [source.path / name for name in source.components()]
+    files = root_files + [path for folder in folders if folder.is_dir() for path in folder.rglob("*")]
+    on_disk = [checked_path(path.parent, path.name) for path in files if path.is_file()]
+    streamed = [source.path / name for name in (source.hub_files.streamed if source.hub_files is not None else ())]
+    on_hub = [path for path in streamed if any(path.is_relative_to(folder) for folder in folders)]
+    copies = {path.relative_to(source.path).as_posix(): path for path in sorted({*on_disk, *on_hub})}
+    return {
+        name: path
+        for name, path in copies.items()
+        if name not in OUR_FILES and not _is_rewritten(name, rewritten) and "/." not in f"/{name}"
+    }
+
+
+def _is_rewritten(name: str, components: Collection[str]) -> bool:
+    folder, _, file = name.partition("/")
+    is_said_anew = file in ("config.json", *SIDECARS) or fnmatch(file, DESCRIPTIONS)
+    return folder in components and (is_said_anew or file.endswith(WEIGHT_SUFFIXES))

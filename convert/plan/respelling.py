@@ -1,0 +1,210 @@
+"""Decides how a quantized component is written in another dialect without changing a value; no weight is read.
+
+Refused, with the name of the tensor: formats that the dialect has no word for, numbers that its spelling rounds, and
+for vLLM-Omni layers that it would take for something else.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from omni_convert.convert.plan.selection import other_linears
+from omni_convert.convert.recipe import Recipe
+from omni_convert.formats.dialects import omni_convert, vllm_omni
+from omni_convert.formats.dialects.base import Dialect, WrittenSpelling
+from omni_convert.formats.dialects.table import DIALECTS
+from omni_convert.formats.errors import CheckpointError, OmniConvertError, RecipeError
+from omni_convert.formats.families.family import Family, LayerGroup
+from omni_convert.formats.format import Format
+from omni_convert.formats.fp8 import Fp8
+from omni_convert.formats.fp8_storage import Fp8Storage
+from omni_convert.formats.views.base import CheckpointView, dequantized_view, respelled_view
+from omni_convert.formats.views.opened import QuantizedCheckpoint, QuantizedLayer
+
+__all__ = ["Respelling", "respell", "vllm_omni_refusal"]
+
+INSTEAD = "-m METHOD quantizes anew"
+
+
+@dataclass(frozen=True)
+class Respelling:
+    """What a component becomes.
+
+    Attributes:
+        view: its tensors in the new spelling
+        block: of its config.json, or None
+        metadata: of its files
+        notes: what the user should know
+    """
+
+    view: CheckpointView
+    block: dict[str, Any] | None
+    metadata: dict[str, str]
+    notes: list[str]
+
+
+def respell(
+    quantized: QuantizedCheckpoint,
+    family: Family | None,
+    recipe: Recipe,
+    also_ignored: Sequence[str] = (),
+    *,
+    is_transformers: bool = False,
+) -> Respelling:
+    """The component in the recipe's dialect.
+
+    Args:
+        family: of the model; None if it has no config, so that nobody knows
+        also_ignored: layers of other components that vLLM-Omni looks up in this one's block
+        is_transformers: transformers loads the component, which wants its own kind of block
+
+    Raises:
+        CheckpointError: a layer cannot be expressed.
+        RecipeError: the runtime cannot run the model.
+    """
+    dialect = DIALECTS[recipe.dialect]
+    spellings = {stem: _spelling(layer, dialect, recipe) for stem, layer in quantized.layers.items()}
+    formats = {stem: layer.format for stem, layer in quantized.layers.items()}
+    view = respelled_view(quantized, spellings)
+    notes: list[str] = []
+    is_ours = is_transformers and recipe.dialect == vllm_omni.VLLM_OMNI.name
+    is_stored = any(isinstance(fmt, Fp8Storage) for fmt in formats.values())
+    if recipe.dialect == vllm_omni.VLLM_OMNI.name and not (is_ours or is_stored):
+        ignored = _scope(quantized, family, recipe, notes)
+    else:
+        kept = {name: quantized.checkpoint[stored] for name, stored in quantized.kept.items()}
+        ignored = [*other_linears(kept), *_runtime_names(quantized, family, recipe)]
+    ignored += also_ignored
+    merged = _merged_names(quantized, family, recipe) if dialect.lists_runtime_names else {}
+    try:
+        block = (
+            omni_convert.to_block(vllm_omni.config_of(formats, ignored))
+            if is_ours
+            else dialect.block(formats | merged, ignored)
+        )
+    except RecipeError as error:
+        raise CheckpointError(f"{quantized.checkpoint.path}: {error}") from None
+    kinds = Counter(fmt.label for fmt in formats.values())
+    counted = ", ".join(f"{count} {label}" for label, count in kinds.items())
+    notes.insert(0, f"{quantized.dialect} → {recipe.dialect}: {counted}; every value is kept")
+    return Respelling(view, block, dialect.metadata(formats), notes)
+
+
+def _spelling(layer: QuantizedLayer, dialect: Dialect, recipe: Recipe) -> WrittenSpelling:
+    where = f"{layer.checkpoint.path}: layer '{layer.stem}'"
+    if isinstance(layer.format, Fp8Storage) and (dialect is not vllm_omni.VLLM_OMNI or recipe.runtime != "diffusers"):
+        raise CheckpointError(
+            f"{where}: found fp8_storage, which our loader alone reads, expected --runtime diffusers and --dialect "
+            "vllm-omni to keep it; `omni-convert dequantize` gives BF16"
+        )
+    spelling = dialect.spelling(layer.format, layer.shape)
+    if isinstance(spelling, str):
+        raise CheckpointError(
+            f"{where}: found {layer.format.label}, which {dialect.name} cannot hold: {spelling}; {INSTEAD}"
+        )
+    for suffix, layout in layer.tensors.items():
+        if layout.rows_per_entry:
+            continue
+        loss = spelling.codec(suffix).loss(layer.read_tensor(suffix, 0, 0))
+        if loss is not None and not recipe.force:
+            raise CheckpointError(
+                f"{layer.checkpoint.path}: tensor '{layer.stored.name_of(suffix)}': cannot be spelled for "
+                f"{dialect.name} without a change: {loss}; --force takes the nearest, 2^-24 off, or {INSTEAD}"
+            )
+    return spelling
+
+
+def vllm_omni_refusal(quantized: QuantizedCheckpoint, family: Family | None, recipe: Recipe) -> str | None:
+    """Why vLLM-Omni cannot load a component in a spelling that it reads, or loads it wrong; None if it can."""
+    try:
+        if quantized.dialect == vllm_omni.VLLM_OMNI.name:
+            vllm_omni.from_block(quantized.block, "config.json")
+        _scope(quantized, family, recipe, [])
+    except OmniConvertError as error:
+        return str(error).removeprefix(f"{quantized.checkpoint.path}: ")
+    return None
+
+
+def _runtime_names(quantized: QuantizedCheckpoint, family: Family | None, recipe: Recipe) -> list[str]:
+    """What vLLM-Omni, which reads other dialects too, calls layers that are not quantized."""
+    groups = _groups(quantized, family, recipe)
+    return vllm_omni.ignored_names(group for group in groups if quantized.layers.keys().isdisjoint(group.members))
+
+
+def _merged_names(quantized: QuantizedCheckpoint, family: Family | None, recipe: Recipe) -> dict[str, Format]:
+    """Format of each merged layer whose parts agree, by every name that a runtime has for it."""
+    named: dict[str, Format] = {}
+    for group in _groups(quantized, family, recipe):
+        parts = [quantized.layers[stem].format for stem in group.members if stem in quantized.layers]
+        if len(parts) == len(group.members) and all(fmt == parts[0] for fmt in parts):
+            named |= dict.fromkeys(group.names, parts[0])
+    return named
+
+
+def _groups(quantized: QuantizedCheckpoint, family: Family | None, recipe: Recipe) -> list[LayerGroup]:
+    """Layers that the recipe's runtime builds quantized; none where nobody knows them."""
+    if family is None or family.unsupported(recipe.runtime) is not None:
+        return []
+    return family.layer_groups(dequantized_view(quantized), recipe.runtime)
+
+
+def _scope(quantized: QuantizedCheckpoint, family: Family | None, recipe: Recipe, notes: list[str]) -> list[str]:
+    """Names to list as ignored, if the runtime builds quantized what is stored so, and nothing else."""
+    where = quantized.checkpoint.path
+    if family is None:
+        raise CheckpointError(
+            f"{where}: found no config.json that names the model, expected one beside it: which layers vLLM-Omni "
+            "builds quantized depends on the model"
+        )
+    method = next(iter(quantized.layers.values())).format.method
+    refusal = None if recipe.force else family.unsupported(recipe.runtime, method)
+    if refusal is not None:
+        raise RecipeError(f"{where}: {refusal}; --runtime diffusers is for our loader, --force converts all the same")
+    groups = family.layer_groups(dequantized_view(quantized), recipe.runtime)
+    built = {stem for group in groups for stem in group.members}
+    for stem in quantized.layers:
+        if stem not in built and not recipe.force:
+            raise CheckpointError(
+                f"{where}: layer '{stem}': found {quantized.layers[stem].format.label}, but {recipe.runtime} builds "
+                f"this layer unquantized and would take its codes for weights; {INSTEAD}, --runtime diffusers is for "
+                "our loader"
+            )
+    kept = []
+    for group in groups:
+        stored = [stem for stem in group.members if stem in quantized.layers]
+        if not stored:
+            kept.append(group)
+        elif group.keep_reason is not None:
+            raise CheckpointError(f"{where}: layer '{stored[0]}': found it quantized: {group.keep_reason}; {INSTEAD}")
+        else:
+            _check_group(group, quantized, notes)
+    return vllm_omni.ignored_names(kept)
+
+
+def _check_group(group: LayerGroup, quantized: QuantizedCheckpoint, notes: list[str]) -> None:
+    """Members of a fused group are all quantized, and share what the runtime merges."""
+    where = quantized.checkpoint.path
+    for stem in group.members:
+        if stem not in quantized.layers:
+            raise CheckpointError(
+                f"{where}: layer '{stem}': found it unquantized, expected it quantized like the others of "
+                f"'{group.runtime_name}', which the runtime merges; {INSTEAD}"
+            )
+    layers = [quantized.layers[stem] for stem in group.members]
+    for suffix in ("weight_scale_2", "mul_scale"):
+        tensors = [layer.read_tensor(suffix, 0, 0) for layer in layers if suffix in layer.tensors]
+        for layer, tensor in zip(layers, tensors, strict=False):
+            if not tensor.equal(tensors[0]):
+                raise CheckpointError(
+                    f"{where}: tensor '{layer.stored.name_of(suffix)}': found another value than in "
+                    f"'{layers[0].stored.name_of(suffix)}', but the runtime merges '{group.runtime_name}' and takes "
+                    f"one for all; {INSTEAD}"
+                )
+    if isinstance(layers[0].format, Fp8) and len(layers) > 1:
+        scales = {float(layer.read_tensor("weight_scale", 0, 0)) for layer in layers}
+        note = "layers that the runtime merges have scales that differ: it will quantize them again, to the largest"
+        if len(scales) > 1 and note not in notes:
+            notes.append(note)

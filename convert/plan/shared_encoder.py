@@ -1,0 +1,59 @@
+"""Text encoders that a serving runtime builds with the transformer's method, from the transformer's block."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+
+from omni_convert.convert.recipe import Recipe
+from omni_convert.convert.source.component import component_config
+from omni_convert.convert.source.location import Source
+from omni_convert.convert.source.weights import model_class
+from omni_convert.formats.containers.json_file import read_json
+from omni_convert.formats.errors import RecipeError
+from omni_convert.formats.families.family import Family, find_family
+
+__all__ = ["check_encoder", "unquantized_encoder_layers"]
+
+
+def check_encoder(source: Source, methods: Mapping[str, str], recipe: Recipe) -> None:
+    """Refuses a method for the text encoder that the runtime would not build it with.
+
+    Args:
+        methods: of the components that are quantized
+
+    Raises:
+        RecipeError: the encoder shares the transformer's block, and is to have another method; or the runtime leaves
+            it to transformers, unquantized.
+    """
+    encoder, denoiser = methods.get("text_encoder"), methods.get("transformer")
+    if recipe.is_transcoding or encoder is None or not (source.path / "transformer").is_dir():
+        return
+    is_shared = bool(_shared_layers(source, find_family(model_class(component_config(source, "transformer")))))
+    if is_shared and encoder != denoiser:
+        raise RecipeError(
+            f"--component text_encoder={encoder}: the runtime builds this text encoder with the transformer's method, "
+            f"found {denoiser or 'none'}; use the same one for both"
+        )
+    if not is_shared and recipe.runtime == "vllm-omni":
+        raise RecipeError(
+            f"--component text_encoder={encoder}: vllm-omni runs this text encoder unquantized; "
+            "use --runtime diffusers for our loader"
+        )
+
+
+def unquantized_encoder_layers(source: Source, family: Family, quantized: Collection[str]) -> list[str]:
+    """The encoder's layers that the transformer's block must list, since they are not stored quantized.
+
+    Args:
+        family: of the transformer
+        quantized: layers of the encoder that are
+    """
+    # transformers' base models store `layers.0...`, the same model with its head `model.layers.0...`.
+    spelled = {*quantized, *(f"model.{stem}" for stem in quantized)}
+    return [layer for layer in _shared_layers(source, family) if layer not in spelled]
+
+
+def _shared_layers(source: Source, family: Family) -> list[str]:
+    """Text encoder linears that the runtime builds from the transformer's block: unlisted, they load as garbage."""
+    config_path = source.path / "text_encoder" / "config.json"
+    return list(family.shared_encoder_layers(read_json(config_path))) if config_path.is_file() else []

@@ -1,0 +1,114 @@
+"""What a conversion does, tensor by tensor: quantize a group, or take a tensor over."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from omni_convert.convert.recipe import Recipe
+from omni_convert.formats.containers.checkpoint import Checkpoint
+from omni_convert.formats.containers.tensor_spec import TensorSpec
+from omni_convert.formats.dialects.base import WrittenSpelling
+from omni_convert.formats.families.family import LayerGroup
+from omni_convert.formats.format import QuantizingFormat
+from omni_convert.formats.rows import InputStatistics, TensorLayout
+from omni_convert.formats.views.base import CheckpointView
+
+__all__ = ["CopyStep", "KeptLayer", "QuantizeStep", "Step", "dtype_of_copy", "matrix_shape", "ordered_steps", "outputs"]
+
+
+def matrix_shape(weight: TensorSpec) -> tuple[int, int]:
+    """[out, rest] of a weight: all that formats know of a convolution's."""
+    return weight.shape[0], math.prod(weight.shape[1:])
+
+
+@dataclass(frozen=True)
+class QuantizeStep:
+    """A fused group (or a single linear) that is quantized together; the unit of work and of memory."""
+
+    group: LayerGroup
+    format: QuantizingFormat
+    inputs: InputStatistics | None
+    weights: tuple[TensorSpec, ...]
+    spellings: tuple[WrittenSpelling, ...]
+
+    def spelling(self, weight: TensorSpec) -> WrittenSpelling:
+        """How a weight of the group is written."""
+        return self.spellings[self.weights.index(weight)]
+
+    def layout(self, weight: TensorSpec) -> dict[str, TensorLayout]:
+        """Suffix on disk to what is stored there, for a weight of the group."""
+        return self.spelling(weight).layout(self.format.layout(*matrix_shape(weight)))
+
+    def outputs(self) -> list[TensorSpec]:
+        return [
+            TensorSpec(f"{stem}.{suffix}", layout.dtype, layout.shape)
+            for stem, weight in zip(self.group.members, self.weights, strict=True)
+            for suffix, layout in self.layout(weight).items()
+        ]
+
+
+@dataclass(frozen=True)
+class CopyStep:
+    """A tensor that keeps its bytes, or (with `--dtype`) is recast."""
+
+    tensor: TensorSpec
+    dtype: torch.dtype
+
+    def outputs(self) -> list[TensorSpec]:
+        return [replace(self.tensor, dtype=self.dtype)]
+
+
+Step = QuantizeStep | CopyStep
+
+
+@dataclass(frozen=True)
+class KeptLayer:
+    """A linear layer that is not quantized, and why."""
+
+    name: str
+    reason: str
+
+    @staticmethod
+    def of(kept: Sequence[tuple[LayerGroup, str]]) -> tuple[KeptLayer, ...]:
+        """The layers of groups that stay."""
+        return tuple(KeptLayer(layer, reason) for group, reason in kept for layer in group.members)
+
+
+def outputs(steps: Sequence[Step]) -> list[TensorSpec]:
+    """Everything that the steps write, in their order."""
+    return [spec for step in steps for spec in step.outputs()]
+
+
+def ordered_steps(
+    checkpoint: Checkpoint, steps: Mapping[str, QuantizeStep], recipe: Recipe, as_they_are: Collection[str] = ()
+) -> Iterator[Step]:
+    """Steps in the order in which the source holds the tensors, a group where its first member is.
+
+    Args:
+        steps: by the first member of their group; all other tensors are copied
+        as_they_are: tensors whose dtype stays, whatever the recipe says of others
+    """
+    quantized = {weight.name for step in steps.values() for weight in step.weights}
+    for name, spec in checkpoint.items():
+        if name in quantized:
+            step = steps.get(name.removesuffix(".weight"))
+            if step is not None:
+                yield step
+        else:
+            yield CopyStep(spec, spec.dtype if name in as_they_are else dtype_of_copy(spec, checkpoint, recipe))
+
+
+def dtype_of_copy(spec: TensorSpec, checkpoint: Checkpoint, recipe: Recipe) -> torch.dtype:
+    """What a tensor becomes that is not quantized: what it was, the recipe's dtype, or BF16 if it was quantized."""
+    kept = checkpoint.storage.get(spec.name, spec.dtype) if isinstance(checkpoint, CheckpointView) else spec.dtype
+    if recipe.method == "keep" or not spec.dtype.is_floating_point:
+        return kept
+    if recipe.dtype is not None:
+        wanted: torch.dtype = getattr(torch, recipe.dtype)
+        return wanted
+    is_bare_code = recipe.method == "dequantize" and spec.dtype.itemsize == 1
+    return torch.bfloat16 if is_bare_code else kept

@@ -1,0 +1,74 @@
+"""Plans a component whose quantized layers are spelled anew, or dequantized; or one into which only LoRAs are baked."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from omni_convert.convert.plan.component_plan import ComponentPlan, plan_files, replace_config
+from omni_convert.convert.plan.respelling import Respelling, respell
+from omni_convert.convert.plan.shared_encoder import unquantized_encoder_layers
+from omni_convert.convert.plan.steps import CopyStep, dtype_of_copy, outputs
+from omni_convert.convert.recipe import Recipe
+from omni_convert.convert.source.component import SourceComponent
+from omni_convert.formats.containers.checkpoint import Checkpoint
+from omni_convert.formats.dialects.gguf import GGUF
+from omni_convert.formats.dialects.table import DIALECTS
+from omni_convert.formats.errors import RecipeError
+
+__all__ = ["plan_transcoded"]
+
+
+def plan_transcoded(component: SourceComponent, recipe: Recipe, encoder: ComponentPlan | None) -> ComponentPlan:
+    """Decides what every tensor of a component becomes, where none is quantized.
+
+    Args:
+        encoder: what becomes of the text encoder, if that was planned already
+
+    Raises:
+        CheckpointError: the model is quantized in a way that nobody here reads, or a layer cannot be expressed.
+        RecipeError: the runtime cannot run the model, or it is to be kept and is in GGUF.
+    """
+    component.refuse_unread()
+    if recipe.method == "keep" and component.opened.dialect == GGUF.name:
+        raise RecipeError(
+            f"{component.opened.checkpoint.path}: found GGUF with -m keep, which no other dialect holds; copy the file "
+            "to keep it, or use `omni-convert dequantize`, or -m METHOD, which quantizes anew"
+        )
+    quantized = component.opened.layers
+    view: Checkpoint = component.weights
+    block: dict[str, Any] | None = None
+    metadata: dict[str, str] = {}
+    sidecars: dict[str, dict[str, Any]] = {}
+    notes: list[str] = []
+    is_respelled = recipe.method == "keep" and bool(quantized)
+    if is_respelled:
+        respelling = _respelling(component, recipe, encoder)
+        view, block, metadata = respelling.view, respelling.block, respelling.metadata
+        notes += respelling.notes
+    elif quantized:
+        notes.append(f"{component.label}: {component.counted_layers} dequantized")
+    steps = tuple(CopyStep(spec, dtype_of_copy(spec, view, recipe)) for spec in view.values())
+    if is_respelled:
+        formats = {stem: layer.format for stem, layer in quantized.items()}
+        sidecars = DIALECTS[recipe.dialect].sidecars(formats, [spec.name for spec in outputs(steps)])
+    return ComponentPlan(
+        component.name,
+        recipe.method,
+        view,
+        steps,
+        (),
+        replace_config(component.config if component.has_config else {}, block),
+        plan_files(steps, recipe, metadata, is_transformers=component.is_transformers),
+        {stem: layer.format.label for stem, layer in quantized.items()},
+        sidecars,
+        tuple(notes),
+    )
+
+
+def _respelling(component: SourceComponent, recipe: Recipe, encoder: ComponentPlan | None) -> Respelling:
+    family = component.family if component.has_config else None
+    others: list[str] = []
+    if family is not None and component.is_denoiser:
+        stems = encoder.quantized_stems if encoder is not None else ()
+        others = unquantized_encoder_layers(component.source, family, stems)
+    return respell(component.opened, family, recipe, others, is_transformers=component.is_transformers)

@@ -1,0 +1,52 @@
+"""Which components of a model are converted, and by which method each."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from omni_convert.convert.recipe import Recipe, suggestion
+from omni_convert.convert.source.location import Source
+from omni_convert.formats.containers.component import DENOISERS
+from omni_convert.formats.containers.json_file import read_json
+from omni_convert.formats.errors import RecipeError
+
+__all__ = ["component_methods"]
+
+
+def component_methods(source: Source, recipe: Recipe) -> dict[str, str]:
+    """Component name to method, for the components that are quantized; {"": method} for a model that is no pipeline."""
+    if not source.is_pipeline:
+        if recipe.component:
+            raise RecipeError(f"--component: found {next(iter(recipe.component))}, but {source.path} has no components")
+        return {"": recipe.method}
+    present = source.components()
+    for name in recipe.component:
+        if name not in present:
+            raise RecipeError(
+                f"--component: found '{name}', expected one of {', '.join(present)}{suggestion(name, present)}"
+            )
+    if recipe.is_transcoding:
+        return _transcoded_components(source, recipe, present)
+    methods = {name: recipe.method for name in DENOISERS if name in present} | recipe.component
+    if not any(method != "none" for method in methods.values()):
+        raise RecipeError(f"{source.name}: no component to quantize; name one with --component NAME=METHOD")
+    return {name: method for name, method in methods.items() if method != "none"}
+
+
+def _transcoded_components(source: Source, recipe: Recipe, present: Collection[str]) -> dict[str, str]:
+    """Components that may be quantized: all whose config says so, and the denoisers, whose files may say it."""
+    for name, method in recipe.component.items():
+        if method != "none":
+            raise RecipeError(
+                f"--component {name}={method}: found with -m {recipe.method}, expected {name}=none or nothing"
+            )
+
+    def says_so(name: str) -> bool:
+        config = source.path / name / "config.json"
+        return config.is_file() and bool(read_json(config).get("quantization_config"))
+
+    return {
+        name: recipe.method
+        for name in present
+        if (source.path / name).is_dir() and (name in DENOISERS or says_so(name)) and name not in recipe.component
+    }

@@ -1,0 +1,82 @@
+"""Which files of a repository on the Hub a conversion needs: a pipeline's, a component's, or one and its config."""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections.abc import Collection
+from pathlib import PurePosixPath
+
+from omni_convert.convert.recipe import suggestion
+from omni_convert.formats.containers.component import GGUF_SUFFIX
+from omni_convert.formats.errors import CheckpointError, quoted
+
+__all__ = ["REPO_FILE", "REPO_ID", "cached_patterns", "needed_files"]
+
+REPO_NAME = r"[\w-][\w.-]*/[\w-][\w.-]*"
+#: A repository: `owner/name`.
+REPO_ID = re.compile(REPO_NAME)
+#: A file of weights in a repository, and the repository: `owner/name/folder/file.gguf`.
+REPO_FILE = re.compile(rf"({REPO_NAME})/((?:[^/]+/)*[^/]+\.(?:gguf|safetensors))")
+CONFIG = "config.json"
+INDEX = "model_index.json"
+# What a diffusers pipeline consists of; repositories also hold single-file duplicates of tens of gigabytes beside it.
+PATTERNS = (
+    "*.json",
+    "LICENSE*",
+    "NOTICE*",
+    "README.md",
+    "*/*.json",
+    "*/*.safetensors",
+    "*/*.txt",
+    "*/*.model",
+    "*/*.jinja",
+)
+# One file of a folder is read, and several are the same model in several types.
+GGUF_PATTERN = f"transformer*/*{GGUF_SUFFIX}"
+
+
+def needed_files(repo_id: str, names: Collection[str], file: str | None = None) -> set[str]:
+    """Of a repository's files, those to download.
+
+    Args:
+        names: all of them
+        file: the one that is meant, if the user named one
+
+    Raises:
+        CheckpointError: it is not there; or several files in GGUF could be meant.
+    """
+    if file is not None:
+        if file not in names:
+            raise CheckpointError(
+                f"{repo_id}: found no file {quoted(file)}, expected one of the repository{suggestion(file, names)}"
+            )
+        return {file, (PurePosixPath(file).parent / CONFIG).as_posix()} & {*names}
+    needed = {name for name in names if any(fnmatch.fnmatch(name, pattern) for pattern in PATTERNS)}
+    in_safetensors = {PurePosixPath(name).parent for name in needed if name.endswith(".safetensors")}
+    in_gguf: dict[PurePosixPath, list[str]] = {}
+    for name in sorted(fnmatch.filter(names, GGUF_PATTERN)):
+        in_gguf.setdefault(PurePosixPath(name).parent, []).append(name)
+    for folder, files in in_gguf.items():
+        if folder not in in_safetensors:
+            needed.add(_only_one(repo_id, files))
+    others = sorted(name for name in names if name.endswith(GGUF_SUFFIX) and "/" not in name)
+    if others and not in_safetensors and not in_gguf:
+        needed.add(_only_one(repo_id, others))
+    return needed
+
+
+def _only_one(repo_id: str, files: list[str]) -> str:
+    if len(files) > 1:
+        raise CheckpointError(
+            f"{repo_id}: found {len(files)} .gguf files (as {quoted(files[0])}, {quoted(files[1])}), expected one; "
+            f"name the file that is meant, as {repo_id}/{files[0]}"
+        )
+    return files[0]
+
+
+def cached_patterns(file: str | None = None) -> list[str]:
+    """As patterns, what of a repository may be needed, where nobody says which files it has."""
+    if file is not None:
+        return [file, (PurePosixPath(file).parent / CONFIG).as_posix()]
+    return [*PATTERNS, GGUF_PATTERN]

@@ -1,0 +1,169 @@
+"""Single files and original checkpoints under diffusers' names, through diffusers' own conversion for the family."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from omni_convert.formats.containers.checkpoint import Checkpoint
+from omni_convert.formats.containers.tensor_spec import Run, TensorSpec
+from omni_convert.formats.errors import CheckpointError
+from omni_convert.formats.views.base import CheckpointView, dequantized_view
+from omni_convert.formats.views.opened import QuantizedCheckpoint
+from omni_convert.formats.views.renamed import gathered_view, trace_rows
+from omni_convert.formats.views.renamed_layers import gathered_layers
+
+__all__ = [
+    "has_original_files",
+    "layers_under_diffusers_names",
+    "missing_config",
+    "shapes_of",
+    "trace_conversion",
+    "under_diffusers_names",
+]
+
+# What diffusers calls its own files; any other may hold the names of another code.
+DIFFUSERS_FILES = "diffusion_pytorch_model"
+
+
+def has_original_files(checkpoint: Checkpoint) -> bool:
+    """Whether the files have other names than diffusers gives them."""
+    return not all(name.startswith(DIFFUSERS_FILES) for name in checkpoint.files)
+
+
+def under_diffusers_names(
+    checkpoint: Checkpoint, config: Mapping[str, Any], model_class: str
+) -> tuple[CheckpointView, list[str]] | None:
+    """The checkpoint as diffusers would load it, and names of tensors that the model has no use for.
+
+    Args:
+        config: of the model in diffusers
+        model_class: what it names
+
+    Returns:
+        None if it has diffusers' names already, or diffusers knows no conversion
+
+    Raises:
+        CheckpointError: the conversion fails, or what comes of it is not the model of the config.
+    """
+    traced = _trace(checkpoint, config, model_class)
+    return None if traced is None else (gathered_view(checkpoint, traced.runs, traced.shapes), traced.unused)
+
+
+def layers_under_diffusers_names(
+    quantized: QuantizedCheckpoint, config: Mapping[str, Any], model_class: str
+) -> tuple[QuantizedCheckpoint, list[str]] | None:
+    """As `under_diffusers_names`, with quantized layers as they are: codes and scales are only cut and joined.
+
+    Raises:
+        CheckpointError: see there; or a layer cannot be cut or joined without a change.
+    """
+    traced = _trace(dequantized_view(quantized), config, model_class)
+    return None if traced is None else (gathered_layers(quantized, traced.runs, traced.shapes), traced.unused)
+
+
+@dataclass(frozen=True)
+class _Traced:
+    """What diffusers' conversion of names does.
+
+    Attributes:
+        runs: new name → the rows that its tensor consists of
+        shapes: of the model's tensors
+    """
+
+    runs: Mapping[str, Sequence[Run]]
+    shapes: Mapping[str, tuple[int, ...]]
+
+    @property
+    def unused(self) -> list[str]:
+        """Names of what the model has no use for."""
+        return sorted(self.runs.keys() - self.shapes.keys())
+
+
+def trace_conversion(
+    specs: Mapping[str, TensorSpec],
+    config: Mapping[str, Any],
+    model_class: str,
+    prepare: Callable[[dict[str, Tensor]], dict[str, Tensor]] = lambda tensors: tensors,
+) -> dict[str, list[Run]] | None:
+    """Diffusers' name → the rows that its conversion of single files makes the tensor of; None if it has none.
+
+    Args:
+        prepare: makes what the conversion is given of the tensors
+
+    Raises:
+        CheckpointError: the conversion fails, or computes a tensor.
+    """
+    from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
+
+    known = SINGLE_FILE_LOADABLE_CLASSES.get(model_class)
+    if known is None:
+        return None
+
+    def convert(tensors: dict[str, Tensor]) -> Mapping[str, Tensor]:
+        converted: Mapping[str, Tensor] = known["checkpoint_mapping_fn"](
+            config=dict(config), checkpoint=prepare(tensors)
+        )
+        return converted
+
+    try:
+        return trace_rows(specs, convert)
+    # Conversions fail in whatever way a file that they do not know makes them.
+    except (ValueError, KeyError, IndexError, RuntimeError, AttributeError, TypeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(
+            f"found names that diffusers cannot convert to those of {model_class} "
+            f"({type(error).__name__}: {reason}); expected that model, in its original names or diffusers'"
+        ) from None
+
+
+def _trace(checkpoint: Checkpoint, config: Mapping[str, Any], model_class: str) -> _Traced | None:
+    import diffusers
+    from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
+
+    if model_class not in SINGLE_FILE_LOADABLE_CLASSES:
+        return None
+    shapes = shapes_of(getattr(diffusers, model_class), config)
+    if shapes.keys() <= checkpoint.keys():
+        return None
+    try:
+        runs = trace_conversion(checkpoint, config, model_class)
+    except CheckpointError as error:
+        raise CheckpointError(f"{checkpoint.path}: {error}") from None
+    assert runs is not None, "the class is known"
+    missing = [name for name in shapes if name not in runs]
+    if missing:
+        raise CheckpointError(
+            f"{checkpoint.path}: tensor '{missing[0]}': found neither it nor what diffusers makes it of, expected all "
+            f"{len(shapes)} tensors of {model_class} as config.json describes it; {len(missing)} are missing"
+        )
+    return _Traced(runs, shapes)
+
+
+def shapes_of(model: Any, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Every tensor of the model that a config describes."""
+    plain = {key: value for key, value in config.items() if key != "quantization_config"}
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of initialisations that do nothing on this device
+        built = model.from_config(plain)
+    return {name: tuple(tensor.shape) for name, tensor in built.state_dict().items()}
+
+
+def missing_config(checkpoint: Checkpoint, path: Path) -> CheckpointError:
+    """What to say where a single file has no config beside it: which one, as diffusers tells models apart."""
+    from diffusers.loaders.single_file_utils import DIFFUSERS_DEFAULT_PIPELINE_PATHS, infer_diffusers_model_type
+
+    tensors = {name: torch.empty(spec.shape, device="meta") for name, spec in checkpoint.items()}
+    kind = infer_diffusers_model_type(tensors)
+    default = DIFFUSERS_DEFAULT_PIPELINE_PATHS.get(kind, {}).get("pretrained_model_name_or_path")
+    # diffusers says "v1" of whatever it does not know.
+    whose = f", by its tensors perhaps that of {default}" if default and kind != "v1" else ""
+    return CheckpointError(
+        f"{path}: file missing, expected the config.json of the model in diffusers (its transformer folder){whose}"
+    )

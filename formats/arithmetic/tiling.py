@@ -1,0 +1,29 @@
+"""Quantizing in tiles that stay in cache.
+
+Every step of a quantizer is a pass over memory, so a whole weight at a time would run at the speed of memory, once per
+step. A tile must not be too small either: each step costs microseconds of Python, during which no other thread of a
+conversion can run Python, and torch splits a step among its own threads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from omni_convert.formats.rows import TILE_ELEMENTS
+
+__all__ = ["quantize_in_tiles"]
+
+# On an accelerator a launch costs more than a cache miss.
+ACCELERATOR_TILE_ELEMENTS = 1 << 26
+
+
+def quantize_in_tiles(rows: Tensor, quantize_tile: Callable[[Tensor], dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Applies a function to tiles of whole rows of [rows, in], and joins the tensors that it returns by row."""
+    elements = TILE_ELEMENTS if rows.device.type == "cpu" else ACCELERATOR_TILE_ELEMENTS
+    parts = [quantize_tile(tile) for tile in torch.split(rows, max(1, elements // max(1, rows.shape[1])))]
+    if len(parts) == 1:
+        return parts[0]
+    return {suffix: torch.cat([part[suffix] for part in parts]) for suffix in parts[0]}

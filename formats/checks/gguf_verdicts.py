@@ -1,0 +1,108 @@
+"""What runtimes do with a GGUF file, by its types, its names and what it calls the model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from omni_convert.formats.checks.verdicts import DIFFUSERS, OURS, VLLM_OMNI, Verdict
+from omni_convert.formats.dialects.gguf import gguf_file_of
+from omni_convert.formats.families.family import Family
+from omni_convert.formats.views.opened import QuantizedCheckpoint
+
+__all__ = ["COMFYUI_ARCHITECTURES", "DIFFUSERS_TYPES", "architecture_of", "gguf_verdicts", "has_diffusers_names"]
+
+#: Block types that diffusers' GGUFQuantizationConfig dequantizes.
+DIFFUSERS_TYPES = (
+    "Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0", "Q6_K", "Q5_K", "Q4_K", "Q3_K", "Q2_K", "IQ4_NL", "IQ4_XS",
+)  # fmt: skip
+# Types that ComfyUI-GGUF dequantizes with torch; others with NumPy, in every step.
+COMFYUI_TYPES = DIFFUSERS_TYPES
+#: `general.architecture` of image models that ComfyUI-GGUF loads.
+COMFYUI_ARCHITECTURES = (
+    "flux", "sd1", "sdxl", "sd3", "aura", "hidream", "cosmos", "ltxv", "hyvid", "wan", "lumina2", "qwen_image",
+)  # fmt: skip
+# Without an architecture, or with this, ComfyUI-GGUF goes by the names of tensors.
+GUESSED = (None, "pig")
+# Start of a class's name in diffusers → `general.architecture`, as ComfyUI-GGUF calls it.
+ARCHITECTURES = (
+    ("Flux", "flux"),
+    ("SD3", "sd3"),
+    ("AuraFlow", "aura"),
+    ("HiDream", "hidream"),
+    ("Cosmos", "cosmos"),
+    ("LTX", "ltxv"),
+    ("HunyuanVideo", "hyvid"),
+    ("Wan", "wan"),
+    ("QwenImage", "qwen_image"),
+    ("Lumina2", "lumina2"),
+    ("ZImage", "lumina2"),
+)
+# Names that only diffusers gives, of families whose own code has others.
+OF_DIFFUSERS = {
+    "flux": ("transformer_blocks.", "single_transformer_blocks."),
+    "wan": ("condition_embedder.",),
+    "lumina2": ("all_x_embedder.", "time_caption_embed."),
+    "hyvid": ("context_embedder.",),
+    "ltxv": ("time_embed.", "proj_in."),
+    "sd3": ("transformer_blocks.",),
+}
+# Start of a class's name; of FLUX.2 only klein, which its class does not tell.
+PLUGIN_CLASSES = ("QwenImage", "ZImage", "Flux2")
+PLUGIN = "with vllm-gguf-plugin and its `gguf_model`; it adapts Qwen-Image, Z-Image and FLUX.2-klein"
+
+
+def architecture_of(model_class: str) -> str:
+    """`general.architecture` for a model of this class; `diffusion` where nobody has named one."""
+    return next((name for start, name in ARCHITECTURES if model_class.startswith(start)), "diffusion")
+
+
+def has_diffusers_names(architecture: str | None, names: Mapping[str, object]) -> bool:
+    """Whether tensors have names that ComfyUI does not know."""
+    return any(name.startswith(OF_DIFFUSERS.get(architecture or "", ("?",))) for name in names)
+
+
+def gguf_verdicts(opened: QuantizedCheckpoint, family: Family | None) -> Iterator[Verdict]:
+    """What each runtime does with a GGUF file.
+
+    Args:
+        family: of the model; None if no config tells it
+    """
+    file = gguf_file_of(opened.checkpoint)
+    assert file is not None, "a checkpoint in GGUF"
+    types = {entry.type.name for entry in file.entries.values()} - {"F32", "F16", "BF16"}
+    unknown = ", ".join(sorted(types - {*DIFFUSERS_TYPES}))
+    if unknown:
+        yield Verdict(DIFFUSERS, "refuses", f"its GGUFQuantizationConfig does not know {unknown}")
+        yield Verdict(OURS, "refuses", f"runs GGUF through diffusers, which does not know {unknown}")
+    else:
+        beside = "" if family is not None else "; without a config.json beside it, it guesses the model by its tensors"
+        yield Verdict(DIFFUSERS, "loads", f"from_single_file with GGUFQuantizationConfig and config=FOLDER{beside}")
+        loads = family is not None
+        yield Verdict(OURS, "loads" if loads else "refuses", "in a pipeline's folder" if loads else "no config.json")
+    yield _of_comfyui(file.architecture, file.entries, sorted(types - {*COMFYUI_TYPES}))
+    if has_diffusers_names(file.architecture, file.entries):
+        yield Verdict(
+            "stable-diffusion.cpp", "loads", "if it knows diffusers' names of this family; written for others"
+        )
+    else:
+        yield Verdict("stable-diffusion.cpp", "loads", "by its tensors' names; every type of ggml")
+    yield _of_vllm_omni(file.architecture, file.entries, family)
+
+
+def _of_vllm_omni(architecture: str | None, names: Mapping[str, object], family: Family | None) -> Verdict:
+    if family is None or not any(name.startswith(PLUGIN_CLASSES) for name in family.model_classes):
+        return Verdict(VLLM_OMNI, "refuses", PLUGIN)
+    if has_diffusers_names(architecture, names):
+        return Verdict(VLLM_OMNI, "wrong", "its plugin renames from the model's own code, and spoils diffusers' names")
+    return Verdict(VLLM_OMNI, "loads", PLUGIN)
+
+
+def _of_comfyui(architecture: str | None, names: Mapping[str, object], slow: list[str]) -> Verdict:
+    runtime = "ComfyUI-GGUF"
+    if architecture not in (*COMFYUI_ARCHITECTURES, *GUESSED):
+        return Verdict(runtime, "refuses", f"does not know general.architecture '{str(architecture)[:40]}'")
+    if has_diffusers_names(architecture, names):
+        return Verdict(runtime, "refuses", "knows the names of the model's own code, these are diffusers'")
+    if slow:
+        return Verdict(runtime, "loads", f"slowly: dequantizes {', '.join(slow)} with NumPy, in every step")
+    return Verdict(runtime, "loads", f"as {architecture}" if architecture else "guesses the model by its tensors")

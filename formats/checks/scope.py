@@ -1,0 +1,232 @@
+"""Checks a component against what vLLM-Omni builds of its model: which layers, merged how, under which names."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import re
+from collections.abc import Collection, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from omni_convert.formats.checks.finding import Finding
+from omni_convert.formats.checks.reading import LenientReading
+from omni_convert.formats.containers.tensor_spec import TensorSpec
+from omni_convert.formats.dialects.vllm_omni import MODELOPT, from_block, ignored_names
+from omni_convert.formats.errors import OmniConvertError
+from omni_convert.formats.families.family import Family, LayerGroup
+from omni_convert.formats.fp8 import Fp8
+from omni_convert.formats.int8 import Int8
+from omni_convert.formats.rows import tile_ranges
+from omni_convert.formats.views.opened import QuantizedLayer
+
+__all__ = ["check_scope"]
+
+RUNTIME = "vllm-omni"
+VLLM_OMNI = "vLLM-Omni"
+ANEW = "convert the original with omni-convert, which knows the model"
+
+
+def check_scope(reading: LenientReading, family: Family, encoder_layers: Sequence[str]) -> Iterator[Finding]:
+    """Everything that is wrong with the choice of layers.
+
+    Args:
+        family: of the model; not the generic one
+        encoder_layers: unquantized linears of the text encoder that the runtime builds from the same block
+    """
+    quantized = reading.quantized
+    methods = {layer.format.method for layer in quantized.layers.values()}
+    refusal = next(filter(None, (family.unsupported(RUNTIME, method) for method in sorted(methods))), None)
+    if refusal is not None:
+        yield Finding(
+            "error", "unsupported-family", "", refusal, VLLM_OMNI, "use another method, or omni_convert.loaders"
+        )
+        return
+    try:
+        groups = family.layer_groups(_weights(reading), RUNTIME)
+    except OmniConvertError as error:
+        if not reading.findings:
+            yield Finding("error", "half-quantized-group", "", str(error), VLLM_OMNI, ANEW)
+        return
+    ignored = _ignored(reading)
+    built = {stem for group in groups for stem in group.members}
+    dequantizes = quantized.dialect == MODELOPT and methods == {"fp8"}
+    for stem in reading.shapes:
+        if stem not in built and not dequantizes:
+            yield Finding(
+                "error", "not-built-quantized", stem, "found it quantized, but the runtime builds it unquantized",
+                f"{VLLM_OMNI}: takes the codes for weights, or a KeyError", "leave the layer unquantized",
+            )  # fmt: skip
+    damaged = {finding.layer for finding in reading.findings}
+    for group in groups:
+        if not any(name == stem or name.startswith(f"{stem}.") for name in damaged for stem in group.members):
+            yield from _group(reading, group, ignored)
+    yield from _names(reading, groups, ignored, family, encoder_layers)
+
+
+def _weights(reading: LenientReading) -> dict[str, TensorSpec]:
+    """Every layer as one weight, and what is not quantized."""
+    checkpoint = reading.quantized.checkpoint
+    layers = {f"{stem}.weight": TensorSpec(f"{stem}.weight", torch.float32, s) for stem, s in reading.shapes.items()}
+    return layers | {name: checkpoint[stored] for name, stored in reading.quantized.kept.items() if name not in layers}
+
+
+def _ignored(reading: LenientReading) -> tuple[str, ...]:
+    """What the block lists, in its own words; () where it cannot be read, which another check reports.
+
+    ModelOpt's entries are patterns or parts of names, and mean less or more when they are made plain.
+    """
+    block = reading.found.block
+    if reading.quantized.dialect != MODELOPT:
+        try:
+            return from_block(block, "config.json").ignored_layers
+        except OmniConvertError:
+            pass
+    nested = block.get("quantization")
+    older = nested.get("exclude_modules") if isinstance(nested, dict) else None
+    listed = block.get("ignored_layers", block.get("ignore", older))
+    return tuple(name for name in listed if isinstance(name, str)) if isinstance(listed, list) else ()
+
+
+def _is_listed(name: str, ignored: Collection[str], dialect: str | None) -> bool:
+    if name in ignored:
+        return True
+    return dialect == MODELOPT and any(entry in name or fnmatch.fnmatchcase(name, entry) for entry in ignored)
+
+
+def _group(reading: LenientReading, group: LayerGroup, ignored: Collection[str]) -> Iterator[Finding]:
+    dialect, layers = reading.quantized.dialect, reading.quantized.layers
+    stored = [stem for stem in group.members if stem in layers]
+    names = (group.runtime_name, *group.members)
+    listed = [name for name in names if _is_listed(name, ignored, dialect)]
+    if not stored:
+        yield from _unquantized(group, listed, dialect)
+    elif len(stored) < len(group.members):
+        missing = next(stem for stem in group.members if stem not in layers)
+        yield Finding(
+            "error", "half-quantized-group", missing,
+            f"found it unquantized, but '{stored[0]}', with which it is merged, quantized",
+            f"{VLLM_OMNI}: merges '{group.runtime_name}' into one layer", ANEW,
+        )  # fmt: skip
+    elif listed:
+        yield Finding(
+            "error", "ignored-but-quantized", stored[0], f"found it quantized, but '{listed[0]}' listed as ignored",
+            f"{VLLM_OMNI}: takes the codes for weights", "remove the name from the list",
+        )  # fmt: skip
+    elif group.keep_reason is not None:
+        yield Finding("error", "not-built-quantized", stored[0], group.keep_reason, VLLM_OMNI, "leave it unquantized")
+    else:
+        yield from _shared(group, [layers[stem] for stem in group.members])
+
+
+def _unquantized(group: LayerGroup, listed: Collection[str], dialect: str | None) -> Iterator[Finding]:
+    if group.runtime_name in listed and (len(listed) in (1, 1 + len(group.members)) or dialect == MODELOPT):
+        return
+    if not listed:
+        yield Finding(
+            "error", "not-ignored", group.members[0],
+            f"found it unquantized, but '{group.runtime_name}' not listed as ignored",
+            f"{VLLM_OMNI}: leaves its scale unset: garbage or NaN", f"list '{group.runtime_name}' and its parts",
+        )  # fmt: skip
+        return
+    absent = next(name for name in (group.runtime_name, *group.members) if name not in listed)
+    yield Finding(
+        "error", "half-ignored-group", group.members[0],
+            f"found '{next(iter(listed))}' listed as ignored, but not '{absent}'",
+        f"{VLLM_OMNI}: looks up the merged name, or refuses parts that disagree",
+        f"list '{group.runtime_name}' and all of its parts",
+    )  # fmt: skip
+
+
+def _shared(group: LayerGroup, layers: Sequence[QuantizedLayer]) -> Iterator[Finding]:
+    """Members of a merged layer share what the runtime merges."""
+    kinds = {(layer.format.label, *layer.tensors) for layer in layers}
+    if len(kinds) > 1:
+        described = sorted(f"{label} ({', '.join(suffixes)})" for label, *suffixes in kinds)
+        what = f"found {' and '.join(described)} in what the runtime merges as '{group.runtime_name}'"
+        yield Finding("error", "half-quantized-group", layers[0].stem, what, VLLM_OMNI, ANEW)
+        return
+    for suffix in ("weight_scale_2", "mul_scale", "input_scale"):
+        if suffix in layers[0].tensors:
+            first = layers[0].read_tensor(suffix, 0, 0)
+            for layer in layers[1:]:
+                if not layer.read_tensor(suffix, 0, 0).equal(first):
+                    yield _differ(layer, suffix, group, "error" if suffix != "input_scale" else "warning")
+    if (
+        isinstance(layers[0].format, Fp8)
+        and len({float(layer.read_tensor("weight_scale", 0, 0)) for layer in layers}) > 1
+    ):
+        yield _differ(layers[0], "weight_scale", group, "warning")
+    if isinstance(layers[0].format, Int8) and len(layers) > 1 and not _is_uniform(layers):
+        yield Finding(
+            "warning", "fused-members-differ", layers[0].stored.name_of("weight_scale"),
+            f"found scales that differ from row to row in '{group.runtime_name}', which the runtime merges",
+            "vLLM-Omni on CUDA: gives the rows other rows' scales, 12-29 % error; NPU is right",
+            "convert with --int8-fused-scales shared",
+        )  # fmt: skip
+
+
+def _is_uniform(layers: Sequence[QuantizedLayer]) -> bool:
+    first: Tensor | None = None
+    for layer in layers:
+        for start, stop in tile_ranges((layer.shape[0], 1)):
+            scales = layer.read_tensor("weight_scale", start, stop)
+            first = scales.flatten()[0] if first is None else first
+            if bool((scales != first).any()):
+                return False
+    return True
+
+
+def _differ(layer: QuantizedLayer, suffix: str, group: LayerGroup, severity: str) -> Finding:
+    is_error = severity == "error"
+    return Finding(
+        "error" if is_error else "warning", "fused-members-differ", layer.stored.name_of(suffix),
+        f"found another value than in the other parts of '{group.runtime_name}', which the runtime merges",
+        f"{VLLM_OMNI}: takes one for all, without requantizing" if is_error else
+        f"{VLLM_OMNI}: takes the largest for all, and requantizes where it can", ANEW,
+    )  # fmt: skip
+
+
+def _names(
+    reading: LenientReading,
+    groups: Sequence[LayerGroup],
+    ignored: Sequence[str],
+    family: Family,
+    encoder_layers: Sequence[str],
+) -> Iterator[Finding]:
+    """Ignored names that are nothing, and names of the encoder that are not ignored."""
+    dialect = reading.quantized.dialect
+    stems = {name.removesuffix(".weight") for name in _weights(reading) if name.endswith(".weight")}
+    known = {*ignored_names(groups), *stems, *(stem.removesuffix(".0") for stem in stems), *encoder_layers}
+    for entry in ignored:
+        if _is_known(entry, known, dialect) or _is_of_encoder(entry, family):
+            continue
+        near = difflib.get_close_matches(entry, known, n=1, cutoff=0.5)
+        yield Finding(
+            "warning", "ignored-unmatched", entry, "found it in the list of ignored layers, but it is no layer's name",
+            f"{VLLM_OMNI}: compares whole names, so that it ignores nothing",
+            f"did you mean '{near[0]}'?" if near else "remove it",
+        )  # fmt: skip
+    absent = [name for name in encoder_layers if not _is_listed(name, ignored, dialect)]
+    if absent:
+        others = f" and {len(absent) - 1} more" if len(absent) > 1 else ""
+        yield Finding(
+            "error", "not-ignored", absent[0], f"found this layer of the text encoder{others} not listed as ignored",
+            f"{VLLM_OMNI}: builds them from the same block: garbage", "list them, or convert the whole pipeline",
+        )  # fmt: skip
+
+
+def _is_known(entry: str, known: Collection[str], dialect: str | None) -> bool:
+    if entry in known:
+        return True
+    return dialect == MODELOPT and any(entry in name or fnmatch.fnmatchcase(name, entry) for name in known)
+
+
+def _is_of_encoder(entry: str, family: Family) -> bool:
+    encoder = family.facts.shared_encoder
+    if encoder is None:
+        return False
+    patterns = [re.escape(name).replace(re.escape("{}"), "[0-9]+") for name in (*encoder.per_layer, *encoder.others)]
+    plain = entry.replace("[", "").replace("]", "")
+    return any(re.fullmatch(pattern, plain) for pattern in patterns)

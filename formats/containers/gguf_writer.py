@@ -1,0 +1,138 @@
+"""A GGUF file whose tensors arrive in any order and in any pieces; see `formats/containers/writer.py`.
+
+magic, version, counts │ key-values │ name, shape, type and offset of each tensor │ tensors, each at a multiple of 32
+
+The header is spelled by the `gguf` package itself. It reverses shapes; more than four dimensions are written as they
+are, which its reader, diffusers' and ComfyUI-GGUF's take.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import gguf
+import numpy as np
+import torch
+
+from omni_convert.formats.containers.header import FileHeader
+from omni_convert.formats.containers.tensor_spec import TensorSpec
+from omni_convert.formats.containers.writer import TensorWriter
+from omni_convert.formats.errors import CheckpointError, quoted
+
+__all__ = ["GgufFile", "GgufWriter", "check_gguf"]
+
+ALIGNMENT = gguf.GGUF_DEFAULT_ALIGNMENT
+FIRST_BYTES = 8  # magic and version
+QUANTIZATION_VERSION = 2
+TYPE_NAMES = {
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float64: "F64",
+    torch.int8: "I8",
+    torch.int16: "I16",
+    torch.int32: "I32",
+    torch.int64: "I64",
+}
+
+
+@dataclass(frozen=True)
+class GgufFile:
+    """What a GGUF file says beside its tensors' bytes.
+
+    Attributes:
+        architecture: `general.architecture`
+        type: of the quantized tensors
+        shapes: quantized tensor → its shape; the others have theirs and the type of their dtype
+    """
+
+    architecture: str
+    type: str
+    shapes: Mapping[str, tuple[int, ...]]
+
+    def entry(self, spec: TensorSpec) -> tuple[str, tuple[int, ...], gguf.GGMLQuantizationType]:
+        """Name, shape and type in the file.
+
+        Raises:
+            CheckpointError: GGUF has no such type.
+        """
+        name = spec.name
+        if spec.name in self.shapes:
+            return name, self.shapes[spec.name], gguf.GGMLQuantizationType[self.type]
+        if spec.dtype not in TYPE_NAMES:
+            raise CheckpointError(
+                f"tensor {quoted(spec.name)}: found {spec.dtype}, expected a type that GGUF has "
+                f"({', '.join(TYPE_NAMES.values())})"
+            )
+        return name, spec.shape or (1,), gguf.GGMLQuantizationType[TYPE_NAMES[spec.dtype]]
+
+
+class GgufWriter(TensorWriter):
+    """A GGUF file that is being written."""
+
+    def __init__(
+        self, path: Path, specs: Iterable[TensorSpec], content: GgufFile, *, resume: bool = False, join: bool = False
+    ) -> None:
+        """Creates the file at its full size and writes the header.
+
+        Args:
+            path: the file
+            specs: all tensors that it will hold, in their order there; quantized ones as bytes
+            content: what else it says
+            resume: as of `TensorWriter`
+            join: as of `TensorWriter`
+
+        Raises:
+            OutputError: as of `TensorWriter`.
+            CheckpointError: GGUF has no such type.
+        """
+        header, text = _build_header(list(specs), content)
+        super().__init__(path, header, text[:FIRST_BYTES], text[FIRST_BYTES:], resume=resume, join=join)
+
+
+def _build_header(specs: list[TensorSpec], content: GgufFile) -> tuple[FileHeader, bytes]:
+    """Where everything is, and all bytes before the first tensor."""
+    writer = gguf.GGUFWriter(None, content.architecture)
+    writer.add_quantization_version(QUANTIZATION_VERSION)
+    writer.add_file_type(gguf.LlamaFileType[_file_type(content.type)])
+    for spec in specs:
+        name, shape, kind = content.entry(spec)
+        writer.add_tensor_info(name, shape, np.dtype(np.float32), spec.nbytes, raw_dtype=kind)
+    stream = io.BytesIO()
+    writer.fout, writer.state = [stream], gguf.gguf_writer.WriterState.EMPTY  # opened, as for a file
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    text = stream.getvalue()
+    text += bytes(-len(text) % ALIGNMENT)
+    offsets, position = {}, len(text)
+    for spec in specs:
+        offsets[spec.name] = position
+        position += spec.nbytes + -spec.nbytes % ALIGNMENT
+    return FileHeader({spec.name: spec for spec in specs}, offsets, {}, position), text
+
+
+def _file_type(type_name: str) -> str:
+    return {"MXFP4": "MOSTLY_MXFP4_MOE"}.get(type_name, f"MOSTLY_{type_name}")
+
+
+def check_gguf(path: Path, specs: Iterable[TensorSpec], content: GgufFile) -> None:
+    """Reads the header back with the `gguf` package's reader.
+
+    Raises:
+        CheckpointError: it reads other tensors.
+    """
+    planned = {}
+    for spec in specs:
+        name, shape, kind = content.entry(spec)
+        planned[name] = (tuple(reversed(shape)), kind, spec.nbytes)
+    found = {
+        tensor.name: (tuple(tensor.shape.tolist()), tensor.tensor_type, tensor.n_bytes)
+        for tensor in gguf.GGUFReader(path).tensors
+    }
+    if found != planned:
+        differing = sorted({*found.items()} ^ {*planned.items()})
+        raise CheckpointError(f"{path}: found other tensors than planned, first {differing[0][0]}; please report this")

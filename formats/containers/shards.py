@@ -1,0 +1,136 @@
+"""How a checkpoint is cut into shards, named and indexed: as diffusers' and transformers' `save_pretrained` do it.
+
+NAME.safetensors                        if all fits into one file, else
+NAME-00001-of-00003.safetensors, ...    and
+NAME.safetensors.index.json             {"metadata": {"total_size": BYTES}, "weight_map": {TENSOR: FILE}}
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from huggingface_hub import split_state_dict_into_shards_factory
+
+from omni_convert.formats.containers.safetensors_header import FORMAT_PT
+from omni_convert.formats.containers.safetensors_writer import SafetensorsWriter
+from omni_convert.formats.containers.tensor_spec import TensorSpec
+from omni_convert.formats.containers.writer import TensorWriter
+from omni_convert.formats.errors import CheckpointError, RecipeError
+
+if TYPE_CHECKING:
+    from omni_convert.formats.containers.gguf_writer import GgufFile
+
+__all__ = ["WEIGHTS_NAMES", "ShardName", "Shards", "check_shard_names", "index_name", "open_shard", "plan_shards"]
+
+#: What the weights of a component are called: by diffusers, by transformers.
+WEIGHTS_NAMES = ("diffusion_pytorch_model.safetensors", "model.safetensors")
+
+SHARD_PATTERN = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<total>\d{5})\.safetensors", re.ASCII)
+
+
+@dataclass(frozen=True)
+class ShardName:
+    """The parts of `STEM-00001-of-00003.safetensors`."""
+
+    stem: str
+    number: int
+    total: int
+
+    @classmethod
+    def parse(cls, file: str) -> ShardName | None:
+        """The parts of a file name, or None if it does not name a shard."""
+        match = SHARD_PATTERN.fullmatch(file)
+        return cls(match["stem"], int(match["number"]), int(match["total"])) if match else None
+
+
+@dataclass(frozen=True)
+class Shards:
+    """Files and the tensors of each, in the order given; the index if there is more than one file; text for headers.
+
+    With `gguf` the one file is GGUF, which says that, and else safetensors.
+
+    `index` has its keys in the order in which diffusers writes them, so that written as they come they are its bytes.
+    """
+
+    files: dict[str, list[TensorSpec]]
+    index: dict[str, Any] | None
+    index_name: str
+    metadata: Mapping[str, str] = field(default_factory=lambda: dict(FORMAT_PT))
+    gguf: GgufFile | None = None
+
+
+def index_name(weights_name: str) -> str:
+    """Name of the index that belongs to `weights_name`."""
+    return f"{weights_name}.index.json"
+
+
+def plan_shards(specs: Sequence[TensorSpec], max_shard_size: int | str, weights_name: str) -> Shards:
+    """Distributes tensors over files of at most `max_shard_size` bytes (or one tensor), in the order given.
+
+    Args:
+        max_shard_size: bytes, or a number with a unit, as "5GB"
+        weights_name: one of `WEIGHTS_NAMES`
+
+    Raises:
+        RecipeError: the size cannot be understood.
+    """
+    by_name = {spec.name: spec for spec in specs}
+    assert len(by_name) == len(specs), "tensor names are unique"
+    try:
+        split = split_state_dict_into_shards_factory(
+            by_name,
+            get_storage_size=lambda spec: spec.nbytes,
+            filename_pattern=weights_name.replace(".safetensors", "{suffix}.safetensors"),
+            max_shard_size=max_shard_size,
+        )
+    except (ValueError, OverflowError):
+        raise RecipeError(
+            f"--max-shard-size: found '{max_shard_size}', expected a size like 5GB or 500MB (units KB, MB, GB, TB)"
+        ) from None
+    files = {file: [by_name[name] for name in names] for file, names in split.filename_to_tensors.items()}
+    index = {"metadata": split.metadata, "weight_map": dict(sorted(split.tensor_to_filename.items()))}
+    return Shards(files, index if split.is_sharded else None, index_name(weights_name))
+
+
+def check_shard_names(files: Iterable[str], where: object) -> None:
+    """Shards that number themselves must agree on how many they are, and all be there.
+
+    Raises:
+        CheckpointError: two totals, or a number is missing.
+    """
+    numbers: dict[str, set[int]] = {}
+    totals: dict[str, int] = {}
+    for file in sorted(files):
+        shard = ShardName.parse(file)
+        if shard is None:
+            continue
+        if totals.setdefault(shard.stem, shard.total) != shard.total:
+            raise CheckpointError(
+                f"{where}: found shards of {totals[shard.stem]} and of {shard.total} (as {file}), expected one set; "
+                "remove the files of the other"
+            )
+        numbers.setdefault(shard.stem, set()).add(shard.number)
+    for stem, total in totals.items():
+        if numbers[stem] != set(range(1, total + 1)):
+            raise CheckpointError(
+                f"{where}: found {len(numbers[stem])} shards of '{stem}', expected numbers 1 to {total}; "
+                "download them again"
+            )
+
+
+def open_shard(folder: Path, file: str, shards: Shards, *, resume: bool = False, join: bool = False) -> TensorWriter:
+    """The writer of one of the files of `shards`, which lies in `folder`; `resume` and `join` as of `TensorWriter`.
+
+    Raises:
+        OutputError: the file exists, cannot be created, or the disk has no room for all of it; there is none to join.
+    """
+    specs = shards.files[file]
+    if shards.gguf is None:
+        return SafetensorsWriter(folder / file, specs, shards.metadata, resume=resume, join=join)
+    from omni_convert.formats.containers.gguf_writer import GgufWriter
+
+    return GgufWriter(folder / file, specs, shards.gguf, resume=resume, join=join)

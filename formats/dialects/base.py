@@ -1,0 +1,202 @@
+"""The contract of a dialect: how a producer or runtime spells the formats on disk.
+
+Reading:  recognises(found) ─► stored_layers(found): for each quantized layer its format, and where its tensors are
+Writing:  spelling(format, shape) for each layer; config block, marker tensors and header metadata around them
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from omni_convert.formats.containers.checkpoint import Checkpoint
+from omni_convert.formats.containers.tensor_spec import TensorSpec
+from omni_convert.formats.dialects.codec import PLAIN, Codec, WritableCodec
+from omni_convert.formats.format import Format
+from omni_convert.formats.rows import TensorLayout
+
+__all__ = ["Dialect", "Found", "Spelling", "StoredLayer", "WrittenSpelling"]
+
+
+@dataclass(frozen=True)
+class Found:
+    """Everything that tells how a component is stored, before any weight is read.
+
+    Attributes:
+        checkpoint: its tensors
+        block: `quantization_config` of its config.json, or of a sidecar; {} if there is none
+        metadata: free text in the headers of its files
+        labels: tensor name to quantization type, from msModelSlim's description
+    """
+
+    checkpoint: Checkpoint
+    block: Mapping[str, Any] = field(default_factory=dict)
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    labels: Mapping[str, str] = field(default_factory=dict)
+
+    def stems(self, leaf: str = "weight") -> Iterator[str]:
+        """Names without `.leaf` of the tensors that end so, in checkpoint order."""
+        ending = f".{leaf}"
+        return (name.removesuffix(ending) for name in self.checkpoint if name.endswith(ending))
+
+    def get(self, stem: str, suffix: str) -> TensorSpec | None:
+        return self.checkpoint.get(f"{stem}.{suffix}")
+
+    @property
+    def quant_method(self) -> str:
+        return str(self.block.get("quant_method", ""))
+
+
+@dataclass(frozen=True)
+class Spelling:
+    """How the tensors of a format lie on disk.
+
+    Attributes:
+        names: canonical suffix to the suffix on disk, where they differ
+        codecs: canonical suffix to codec, where it is not `PLAIN`
+    """
+
+    names: Mapping[str, str] = field(default_factory=dict)
+    codecs: Mapping[str, Codec] = field(default_factory=dict)
+
+    def name(self, suffix: str) -> str:
+        """The suffix on disk of a canonical one."""
+        return self.names.get(suffix, suffix)
+
+    def codec(self, suffix: str) -> Codec:
+        return self.codecs.get(suffix, PLAIN)
+
+    @property
+    def row_multiple(self) -> int:
+        """Rows of the weight that are encoded together."""
+        return max((codec.row_multiple for codec in self.codecs.values()), default=1)
+
+
+@dataclass(frozen=True)
+class WrittenSpelling(Spelling):
+    """How the tensors of a format are written.
+
+    Attributes:
+        extras: suffix on disk to the bytes of a tensor that only marks the layer
+        zeros: suffix on disk to the canonical suffix of a tensor like which zeros are written, to say that there is
+            no offset
+    """
+
+    codecs: Mapping[str, WritableCodec] = field(default_factory=dict)
+    extras: Mapping[str, bytes] = field(default_factory=dict)
+    zeros: Mapping[str, str] = field(default_factory=dict)
+
+    def codec(self, suffix: str) -> WritableCodec:
+        return self.codecs.get(suffix, PLAIN)
+
+    def layout(self, layouts: Mapping[str, TensorLayout]) -> dict[str, TensorLayout]:
+        """Suffix on disk to what is stored there."""
+        stored = {self.name(suffix): self.codec(suffix).stored(layout) for suffix, layout in layouts.items()}
+        marks = {name: TensorLayout(torch.uint8, (len(text),), 0) for name, text in self.extras.items()}
+        zeros = {name: layouts[like] for name, like in self.zeros.items() if like in layouts}
+        return stored | zeros | marks
+
+    def encode(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Canonical tensors of some rows to stored ones, and the marks."""
+        stored = {self.name(suffix): self.codec(suffix).encode(tensor) for suffix, tensor in tensors.items()}
+        zeros = {name: torch.zeros_like(tensors[like]) for name, like in self.zeros.items() if like in tensors}
+        return stored | zeros | self.marks()
+
+    def marks(self) -> dict[str, Tensor]:
+        return {name: torch.tensor(list(text), dtype=torch.uint8) for name, text in self.extras.items()}
+
+
+@dataclass(frozen=True)
+class StoredLayer:
+    """A quantized layer as it was found.
+
+    Attributes:
+        stem: its name, as the rest of the pipeline calls it
+        format: what its canonical tensors are
+        shape: [out, in]
+        spelling: where they are
+        place: prefix of its tensors in the file, where it is not `stem`
+        places: canonical suffix to whole tensor name, for those that lie elsewhere
+        unused: names of tensors that say nothing more (markers, zero offsets)
+        ones: canonical suffixes of tensors that are left out because all of their numbers would be 1
+    """
+
+    stem: str
+    format: Format
+    shape: tuple[int, int]
+    spelling: Spelling = field(default_factory=Spelling)
+    place: str | None = None
+    places: Mapping[str, str] = field(default_factory=dict)
+    unused: tuple[str, ...] = ()
+    ones: tuple[str, ...] = ()
+
+    def name_of(self, suffix: str) -> str:
+        """Name in the file of a canonical tensor."""
+        prefix = self.stem if self.place is None else self.place
+        return self.places.get(suffix) or f"{prefix}.{self.spelling.name(suffix)}"
+
+
+class Dialect(ABC):
+    """One spelling; one instance each, in a file of its own."""
+
+    #: As users call it.
+    name: str
+    #: Whether all tensors must be in one file.
+    is_single_file: bool = False
+    #: Whether its readers expect diffusers' names, not those of the model's own code.
+    has_diffusers_names: bool = True
+    #: Whether its block tells the format of each layer, and readers look it up by what a runtime calls merged layers.
+    lists_runtime_names: bool = False
+    #: Whether FP8 with dynamic activations has a scale for each row.
+    is_dynamic_fp8_per_row: bool = False
+
+    @abstractmethod
+    def recognises(self, found: Found) -> bool:
+        """Whether a checkpoint is spelled so."""
+
+    @abstractmethod
+    def stored_layers(self, found: Found) -> Iterator[StoredLayer]:
+        """Every quantized layer.
+
+        Raises:
+            CheckpointError: a tensor is missing or is not what the dialect says, or a layer is in a format that cannot
+                be read; the message names it.
+        """
+
+    def kept_names(self, found: Found, stored: Collection[str]) -> dict[str, str]:
+        """What the rest of the pipeline calls the tensors that are not quantized: → the name in the file.
+
+        A tensor that only marks the file is left out.
+        """
+        return {name: name for name in stored}
+
+    def spelling(self, fmt: Format, shape: tuple[int, int]) -> WrittenSpelling | str:
+        """How a layer of this format and shape is written, or why it cannot be."""
+        return f"{self.name} is only read"
+
+    def block(self, layers: Mapping[str, Format], ignored: Collection[str]) -> dict[str, Any] | None:
+        """The value of `quantization_config` in config.json, or None if the dialect has none.
+
+        Args:
+            layers: stem to format, and `LayerGroup.names` of what runtimes merge where the dialect lists them
+            ignored: names of linears that stay as they are
+        """
+        return None
+
+    def sidecars(self, layers: Mapping[str, Format], names: Collection[str]) -> dict[str, dict[str, Any]]:
+        """JSON files that stand beside the weights: name to content.
+
+        Args:
+            layers: stem to format
+            names: of all tensors that are written
+        """
+        return {}
+
+    def metadata(self, layers: Mapping[str, Format]) -> dict[str, str]:
+        """Free text for the file's header."""
+        return {}

@@ -1,0 +1,172 @@
+"""What format a layer is stored in, by the dtypes and shapes of its tensors alone.
+
+Dialects agree on these signatures and differ in names, in the order of nibbles and scales, and in what they leave out;
+the names are those of the formats here, whatever the file calls them.
+
+    weight            weight_scale                  and                   format
+    E4M3, E5M2        one number                                          fp8
+    E4M3, E5M2        [out] or [out, 1]                                   fp8 per row
+    E4M3              [out / N, in / K] or [out / N, 1, in / K, 1]        fp8 in blocks
+    E4M3              bytes [out, in / 32]                                mxfp8
+    I8                one number, [out] or [out, 1]                       int8
+    U8 [out, in / 2]  bytes [out, in / 32]                                mxfp4, packed
+    U8 [out, in / 2]  E4M3 [out, in / 16]           weight_scale_2        nvfp4
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from omni_convert.formats.arithmetic.e2m1 import NibbleOrder
+from omni_convert.formats.arithmetic.mx import MX_BLOCK
+from omni_convert.formats.arithmetic.swizzle import padded_scale_shape
+from omni_convert.formats.containers.tensor_spec import TensorSpec
+from omni_convert.formats.dialects.codec import Codec, OneForAll, PackedValues, Plain, SwappedNibbles, Swizzled
+from omni_convert.formats.foreign import Scaled, Smoothed
+from omni_convert.formats.format import Format
+from omni_convert.formats.fp8 import Fp8, Fp8Block
+from omni_convert.formats.int8 import Int8
+from omni_convert.formats.mxfp4 import Mxfp4
+from omni_convert.formats.mxfp4_dualscale import Mxfp4DualScale
+from omni_convert.formats.mxfp8 import Mxfp8
+from omni_convert.formats.nvfp4 import Nvfp4
+from omni_convert.formats.table import block_size_of
+
+__all__ = ["ROLES", "Signature", "read_signature"]
+
+#: Canonical suffixes of everything that may stand beside a weight.
+ROLES = (
+    "weight",
+    "weight_scale",
+    "weight_scale_2",
+    "weight_dual_scale",
+    "weight_zero_point",
+    "mul_scale",
+    "input_scale",
+)
+
+FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+BYTES = (torch.uint8, torch.float8_e8m0fnu)
+
+
+@dataclass(frozen=True)
+class Signature:
+    """A format, the shape [out, in] of the weight, and the codecs of its tensors where they are not plain.
+
+    Attributes:
+        renamed: canonical suffix to the role under which the tensor was given, where the two differ
+    """
+
+    format: Format
+    shape: tuple[int, int]
+    codecs: dict[str, Codec] = field(default_factory=dict)
+    renamed: dict[str, str] = field(default_factory=dict)
+
+
+def read_signature(
+    parts: Mapping[str, TensorSpec], even: NibbleOrder = "low", *, swizzled: bool = False
+) -> Signature | None:
+    """The format that these tensors make up, or None if it is none of the table.
+
+    Args:
+        parts: role (one of `ROLES`) to tensor; `weight` is two-dimensional
+        even: nibble of the even element, where codes are packed
+        swizzled: block scales are in the order of cuBLAS
+    """
+    found = _read(parts, even, swizzled=swizzled)
+    if found is None or "mul_scale" not in parts or "mul_scale" in found.format.layout(*found.shape):
+        return found
+    if isinstance(found.format, Mxfp4):
+        return Signature(Mxfp4(smooth=True), found.shape, found.codecs, found.renamed)
+    return Signature(Smoothed(found.format), found.shape, found.codecs, found.renamed)
+
+
+def _read(parts: Mapping[str, TensorSpec], even: NibbleOrder, *, swizzled: bool) -> Signature | None:
+    weight, scale = parts["weight"], parts.get("weight_scale")
+    if scale is None or len(weight.shape) != 2:
+        return None
+    if weight.dtype is torch.int8:
+        return _integers(parts, weight, scale)
+    if weight.dtype in FLOAT8:
+        return _bytes_of_floats(parts, weight, scale, swizzled=swizzled)
+    if weight.dtype is torch.uint8:
+        return _packed(parts, weight, scale, even, swizzled=swizzled)
+    return None
+
+
+def _integers(parts: Mapping[str, TensorSpec], weight: TensorSpec, scale: TensorSpec) -> Signature | None:
+    rows, columns = weight.shape
+    zero, static = "weight_zero_point" in parts, "input_scale" in parts
+    if scale.elements not in (1, rows):
+        return _grouped_integers(parts, weight, scale)
+    codecs: dict[str, Codec] = {} if scale.elements == rows else {"weight_scale": OneForAll()}
+    fmt = Scaled("int8", torch.int8, has_zero_point=zero, static=static) if zero or static else Int8()
+    return Signature(fmt, (rows, columns), codecs)
+
+
+def _grouped_integers(parts: Mapping[str, TensorSpec], weight: TensorSpec, scale: TensorSpec) -> Signature | None:
+    rows, columns = weight.shape
+    if len(scale.shape) != 2 or scale.shape[0] != rows or not scale.shape[1] or columns % scale.shape[1]:
+        return None
+    group = columns // scale.shape[1]
+    return Signature(Scaled("int8", torch.int8, group, "weight_zero_point" in parts), (rows, columns))
+
+
+def _bytes_of_floats(
+    parts: Mapping[str, TensorSpec], weight: TensorSpec, scale: TensorSpec, *, swizzled: bool
+) -> Signature | None:
+    rows, columns = weight.shape
+    shape, static = (rows, columns), "input_scale" in parts
+    if "weight_dual_scale" in parts:
+        return Signature(Mxfp4DualScale(), shape)
+    if scale.dtype in BYTES and len(scale.shape) == 2 and scale.shape[0] >= rows:
+        return Signature(Mxfp8(), shape, _order("weight_scale", swizzled=swizzled))
+    if weight.dtype is torch.float8_e4m3fn and scale.elements == 1:
+        return Signature(Fp8(static=static), shape)
+    is_per_row = scale.elements == rows and scale.shape[0] == rows  # blocks may be as many: 16384 columns of 128
+    if is_per_row or scale.elements == 1:
+        codecs: dict[str, Codec] = {} if is_per_row else {"weight_scale": OneForAll()}
+        return Signature(Scaled("fp8", weight.dtype, static=static), shape, codecs)
+    blocks = scale.shape[::2] if len(scale.shape) == 4 else scale.shape
+    if weight.dtype is torch.float8_e4m3fn and len(blocks) == 2:
+        return Signature(Fp8Block(block_size_of(shape, blocks)), shape, renamed={"weight_scale_inv": "weight_scale"})
+    return None
+
+
+def _packed(
+    parts: Mapping[str, TensorSpec], weight: TensorSpec, scale: TensorSpec, even: NibbleOrder, *, swizzled: bool
+) -> Signature | None:
+    rows, width = weight.shape
+    shape = (rows, 2 * width)
+    codecs = _order("weight_scale", swizzled=swizzled)
+    if "weight_scale_2" in parts:
+        if even == "high":
+            codecs["weight"] = SwappedNibbles()
+        return Signature(Nvfp4(static="input_scale" in parts), shape, codecs)
+    if scale.dtype not in BYTES or len(scale.shape) != 2:
+        return None
+    # Codes of MXFP8 may be called bytes, too. A narrow weight may be either, as its scales are padded.
+    is_packed = scale.shape[1] == _scale_columns(rows, 2 * width, swizzled=swizzled)
+    is_mxfp8 = scale.shape[1] == _scale_columns(rows, width, swizzled=swizzled)
+    if is_packed and width % MX_BLOCK:
+        is_mxfp8 = False
+    if is_packed == is_mxfp8:
+        return None
+    if is_mxfp8:
+        return Signature(Mxfp8(), (rows, width), codecs | {"weight": Plain(torch.uint8)})
+    packed = PackedValues(even)
+    if "weight_dual_scale" in parts:
+        return Signature(Mxfp4DualScale(), shape, codecs | {"weight": packed})
+    return Signature(Mxfp4(), shape, codecs | {"weight": packed})
+
+
+def _scale_columns(rows: int, columns: int, *, swizzled: bool) -> int:
+    blocks = -(-columns // MX_BLOCK)
+    return padded_scale_shape(rows, blocks)[1] if swizzled else blocks
+
+
+def _order(suffix: str, *, swizzled: bool) -> dict[str, Codec]:
+    return {suffix: Swizzled()} if swizzled else {}

@@ -1,0 +1,134 @@
+"""Formats that other tools write and we only read: what they stand for is known, making them is left to their owners.
+
+Scaled      NAME.weight             any element type [out, in]: E4M3, E5M2, 8-bit integers, 4-bit codes one a byte
+            NAME.weight_scale       F32 [out, ceil(in / group)], one number for each row and group of columns
+            NAME.weight_zero_point  F32 of that shape, where codes are not symmetric
+            W = (code - zero point) * scale
+Smoothed    another format's tensors, and
+            NAME.mul_scale          F32 [in], which the runtime multiplies activations with; W = W' * mul_scale
+Rotated     another format's tensors; W' is W with its rows turned by a regular Hadamard matrix, in groups of columns
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from omni_convert.formats.format import Format
+from omni_convert.formats.rows import TensorLayout
+
+__all__ = ["Rotated", "Scaled", "Smoothed", "hadamard"]
+
+
+@dataclass(frozen=True)
+class Scaled(Format):
+    """Elements with a scale for each row, or for each group of its columns.
+
+    Attributes:
+        method: what users call it
+        dtype: of the elements
+        group: columns that share a scale; None for the whole row
+        has_zero_point: there is one for each scale
+        symmetric: these are the middle code everywhere, as the file says
+        static: NAME.input_scale is there, F32 []
+    """
+
+    method: str
+    dtype: torch.dtype = torch.float8_e4m3fn
+    group: int | None = None
+    has_zero_point: bool = False
+    static: bool = False
+    symmetric: bool = False
+
+    @property
+    def label(self) -> str:
+        return f"{self.method} per row" if self.group is None else f"{self.method} group {self.group}"
+
+    def layout(self, out_features: int, in_features: int) -> dict[str, TensorLayout]:
+        groups = -(-in_features // self.group) if self.group else 1
+        scales = TensorLayout(torch.float32, (out_features, groups))
+        layout = {"weight": TensorLayout(self.dtype, (out_features, in_features)), "weight_scale": scales}
+        if self.has_zero_point:
+            layout["weight_zero_point"] = scales
+        if self.static:
+            layout["input_scale"] = TensorLayout(torch.float32, (), rows_per_entry=0)
+        return layout
+
+    def dequantize(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        values = tensors["weight"].float()
+        if self.has_zero_point:
+            values = values - self._spread(tensors["weight_zero_point"], values.shape[1])
+        return values * self._spread(tensors["weight_scale"].float(), values.shape[1])
+
+    def _spread(self, numbers: Tensor, columns: int) -> Tensor:
+        return numbers if self.group is None else numbers.repeat_interleave(self.group, dim=1)[:, :columns]
+
+
+@dataclass(frozen=True)
+class Smoothed(Format):
+    """Another format, for inputs that were divided by what columns of the weight were multiplied with."""
+
+    inner: Format
+
+    @property
+    def method(self) -> str:  # type: ignore[override]  # as of `Scaled`
+        return self.inner.method
+
+    @property
+    def row_multiple(self) -> int:  # type: ignore[override]  # follows the inner format
+        return self.inner.row_multiple
+
+    @property
+    def label(self) -> str:
+        return f"{self.inner.label}, smoothed"
+
+    def layout(self, out_features: int, in_features: int) -> dict[str, TensorLayout]:
+        mul_scale = TensorLayout(torch.float32, (in_features,), rows_per_entry=0)
+        return self.inner.layout(out_features, in_features) | {"mul_scale": mul_scale}
+
+    def dequantize(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        return self.inner.dequantize(tensors) * tensors["mul_scale"]
+
+
+@dataclass(frozen=True)
+class Rotated(Format):
+    """Another format, of a weight that was turned in groups of columns (ConvRot).
+
+    Attributes:
+        group: columns of a group, a power of four
+    """
+
+    inner: Format
+    group: int
+
+    @property
+    def method(self) -> str:  # type: ignore[override]  # as of `Scaled`
+        return self.inner.method
+
+    @property
+    def label(self) -> str:
+        return f"{self.inner.label}, rotated by {self.group}"
+
+    def layout(self, out_features: int, in_features: int) -> dict[str, TensorLayout]:
+        return self.inner.layout(out_features, in_features)
+
+    def dequantize(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        turned = self.inner.dequantize(tensors)
+        return (turned.view(len(turned), -1, self.group) @ hadamard(self.group)).flatten(1)
+
+
+def hadamard(size: int) -> Tensor:
+    """The regular Hadamard matrix of a power of four, divided by its root: symmetric, and its own inverse.
+
+    Returns:
+        float32 [size, size]
+    """
+    block = torch.ones(4, 4) - 2 * torch.eye(4).flip(0)
+    matrix: Tensor = torch.ones(1, 1)
+    while len(matrix) < size:
+        matrix = torch.kron(matrix, block)
+    return matrix / math.sqrt(size)

@@ -1,0 +1,275 @@
+"""A checkpoint whose tensors are computed from those of another, rows at a time, when somebody reads them.
+
+What converts plain checkpoints converts quantized ones through such a view: dequantized, every layer is one float
+weight; respelled, the tensors of another dialect are there to be copied.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from omni_convert.formats.containers.checkpoint import Checkpoint
+from omni_convert.formats.containers.reader import TensorFile
+from omni_convert.formats.containers.tensor_spec import TensorSpec
+from omni_convert.formats.dialects.base import WrittenSpelling
+from omni_convert.formats.dialects.codec import WritableCodec
+from omni_convert.formats.errors import CheckpointError
+from omni_convert.formats.rows import TensorLayout, WeightRows
+from omni_convert.formats.views.opened import QuantizedCheckpoint, QuantizedLayer
+
+__all__ = ["CheckpointView", "KeptTensor", "ViewedTensor", "dequantized_view", "respelled_view"]
+
+
+class ViewedTensor(ABC):
+    """A tensor of a view.
+
+    Attributes:
+        spec: what it is
+        sources: names of the tensors that it is made of
+    """
+
+    spec: TensorSpec
+    sources: tuple[str, ...]
+
+    @abstractmethod
+    def read(self, start: int, stop: int) -> Tensor:
+        """Rows `start` to `stop`; all of a tensor without dimensions."""
+
+
+@dataclass(frozen=True)
+class KeptTensor(ViewedTensor):
+    """A tensor under another name, perhaps."""
+
+    spec: TensorSpec
+    checkpoint: Checkpoint
+    stored: str
+
+    @property
+    def sources(self) -> tuple[str, ...]:  # type: ignore[override]  # follows from the name
+        return (self.stored,)
+
+    def read(self, start: int, stop: int) -> Tensor:
+        return self.checkpoint.read_rows(self.stored, start, stop) if self.spec.shape else self.whole()
+
+    def whole(self) -> Tensor:
+        return self.checkpoint.read(self.stored)
+
+
+@dataclass(frozen=True)
+class _Dequantized(ViewedTensor):
+    """The weight that a layer stands for, float32."""
+
+    spec: TensorSpec
+    layer: QuantizedLayer
+
+    @property
+    def sources(self) -> tuple[str, ...]:  # type: ignore[override]  # follows from the layer
+        return self.layer.sources
+
+    def read(self, start: int, stop: int) -> Tensor:
+        rows = self.layer.dequantize(start, stop).view(stop - start, *self.spec.shape[1:])
+        if rows.numel() and not all(math.isfinite(bound) for bound in torch.aminmax(rows)):  # NaN comes through
+            raise CheckpointError(
+                f"{self.layer.checkpoint.path}: layer '{self.layer.stem}': found NaN or Inf in rows {start} to "
+                f"{stop - 1} of the dequantized weight, expected finite numbers; a scale or a code is damaged"
+            )
+        return rows
+
+
+@dataclass(frozen=True)
+class _Respelled(ViewedTensor):
+    """A tensor of a layer as another spelling stores it."""
+
+    spec: TensorSpec
+    sources: tuple[str, ...]
+    layer: QuantizedLayer
+    suffix: str
+    spelling: WrittenSpelling
+
+    def read(self, start: int, stop: int) -> Tensor:
+        codec, layout = self.spelling.codec(self.suffix), self.layer.tensors[self.suffix]
+        if not layout.rows_per_entry:
+            whole = self._encode(self.layer.read_tensor(self.suffix, 0, 0))
+            return whole[start:stop] if self.spec.shape else whole
+        if codec.is_turned:
+            return self._encode(self.layer.read_tensor(self.suffix, 0, layout.shape[0]))[start:stop]
+        multiple = codec.row_multiple
+        first = start // multiple * multiple
+        last = min(-(-stop // multiple) * multiple, layout.shape[0])
+        return self._encode(self.layer.read_tensor(self.suffix, first, last))[start - first : stop - first]
+
+    def _encode(self, tensor: Tensor) -> Tensor:
+        try:
+            return self.spelling.codec(self.suffix).encode(tensor)
+        except CheckpointError as error:
+            raise CheckpointError(f"{self.layer.checkpoint.path}: layer '{self.layer.stem}': {error}") from None
+
+
+@dataclass(frozen=True)
+class _Mark(ViewedTensor):
+    """A tensor that only marks a layer."""
+
+    spec: TensorSpec
+    text: bytes
+    sources: tuple[str, ...] = ()
+
+    def read(self, start: int, stop: int) -> Tensor:
+        return torch.tensor(list(self.text[start:stop]), dtype=torch.uint8)
+
+
+@dataclass(frozen=True)
+class _Zeros(ViewedTensor):
+    """A tensor that says that there is no offset."""
+
+    spec: TensorSpec
+    sources: tuple[str, ...] = ()
+
+    def read(self, start: int, stop: int) -> Tensor:
+        return torch.zeros(stop - start, *self.spec.shape[1:], dtype=self.spec.dtype)
+
+
+@dataclass(frozen=True)
+class ViewedRows:
+    """A matrix of a view, as `WeightRows`."""
+
+    tensor: ViewedTensor
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        rows, columns = self.tensor.spec.shape
+        return rows, columns
+
+    def read(self, start: int, stop: int) -> Tensor:
+        return self.tensor.read(start, stop)
+
+
+class CheckpointView(Checkpoint):
+    """See the module; files, and what is said about them, are those of the source.
+
+    Attributes:
+        storage: name to the dtype in which a tensor that was computed in another is best kept
+    """
+
+    def __init__(
+        self, source: Checkpoint, tensors: Sequence[ViewedTensor], storage: Mapping[str, torch.dtype] | None = None
+    ) -> None:
+        self.path = source.path
+        self.files: dict[str, TensorFile] = source.files
+        self.storage = dict(storage or {})
+        self._source = source
+        self._tensors = {tensor.spec.name: tensor for tensor in tensors}
+        self._specs = {name: tensor.spec for name, tensor in self._tensors.items()}
+        self._unfinished = {name: spec.nbytes for name, spec in self._specs.items()}
+        self._users = Counter(name for tensor in tensors for name in tensor.sources)
+        first_file = next(iter(source.files))
+        self.weight_map = {
+            name: source.weight_map[tensor.sources[0]] if tensor.sources else first_file
+            for name, tensor in self._tensors.items()
+        }
+
+    def tensor(self, name: str) -> ViewedTensor:
+        """One of its tensors, for another view."""
+        return self._tensors[name]
+
+    def read(self, name: str) -> Tensor:
+        spec = self._specs[name]
+        return self._tensors[name].read(0, spec.shape[0] if spec.shape else 1)
+
+    def read_rows(self, name: str, start: int, stop: int) -> Tensor:
+        return self._tensors[name].read(start, stop)
+
+    def rows(self, name: str) -> WeightRows:
+        return ViewedRows(self._tensors[name])
+
+    def prefetch(self, name: str, limit: int) -> None:
+        for source in self._tensors[name].sources:
+            self._source.prefetch(source, limit)
+
+    def finished(self, name: str, nbytes: int) -> None:
+        self._unfinished[name] -= nbytes
+        if self._unfinished[name] <= 0:
+            for source in self._tensors[name].sources:
+                self._users[source] -= 1
+                if not self._users[source]:
+                    self._source.finished(source, self._source[source].nbytes)
+
+    def fingerprint(self) -> str:
+        return self._source.fingerprint()
+
+
+def dequantized_view(quantized: QuantizedCheckpoint) -> CheckpointView:
+    """Every layer as one weight in float32, everything else as it is."""
+
+    def weight_of(layer: QuantizedLayer) -> list[ViewedTensor]:
+        return [
+            _Dequantized(
+                TensorSpec(f"{layer.stem}.weight", torch.float32, layer.format.weight_shape(*layer.shape)), layer
+            )
+        ]
+
+    storage = {f"{stem}.weight": torch.bfloat16 for stem in quantized.layers}
+    return _view(quantized, {stem: weight_of(layer) for stem, layer in quantized.layers.items()}, storage)
+
+
+def respelled_view(quantized: QuantizedCheckpoint, spellings: Mapping[str, WrittenSpelling]) -> CheckpointView:
+    """Every layer in the tensors of another spelling, everything else as it is.
+
+    Args:
+        spellings: stem to spelling, of every layer
+    """
+    layers = {stem: _respelled(layer, spellings[stem]) for stem, layer in quantized.layers.items()}
+    return _view(quantized, layers)
+
+
+def _respelled(layer: QuantizedLayer, spelling: WrittenSpelling) -> list[ViewedTensor]:
+    def spec(suffix: str, stored: TensorLayout) -> TensorSpec:
+        return TensorSpec(f"{layer.stem}.{suffix}", stored.dtype, stored.shape)
+
+    def tensor(suffix: str, layout: TensorLayout) -> ViewedTensor:
+        new = spec(spelling.name(suffix), spelling.codec(suffix).stored(layout))
+        if _is_spelled_so(layer, suffix, spelling.codec(suffix), new):
+            return KeptTensor(new, layer.checkpoint, layer.stored.name_of(suffix))
+        sources = (*filter(None, [layer.source_of(suffix)]), *(layer.stored.unused if suffix == "weight" else ()))
+        return _Respelled(new, sources, layer, suffix, spelling)
+
+    tensors = [tensor(suffix, layout) for suffix, layout in layer.tensors.items()]
+    tensors += [_Zeros(spec(name, layer.tensors[like])) for name, like in spelling.zeros.items()]
+    marks = spelling.layout({})
+    return tensors + [_Mark(spec(name, marks[name]), text) for name, text in spelling.extras.items()]
+
+
+def _is_spelled_so(layer: QuantizedLayer, suffix: str, codec: WritableCodec, new: TensorSpec) -> bool:
+    """Whether a tensor that is made as a whole lies on the disk as it should already, so that its bytes serve."""
+    stored = layer.checkpoint.get(layer.stored.name_of(suffix))
+    return (
+        codec.is_turned
+        and codec.on_disk == layer.stored.spelling.codec(suffix).on_disk
+        and stored is not None
+        and (stored.dtype, stored.shape) == (new.dtype, new.shape)
+    )
+
+
+def _view(
+    quantized: QuantizedCheckpoint,
+    layers: Mapping[str, Sequence[ViewedTensor]],
+    storage: Mapping[str, torch.dtype] | None = None,
+) -> CheckpointView:
+    """The view with these tensors for the layers, in the order in which the source holds them."""
+    checkpoint = quantized.checkpoint
+    stem_of = {name: stem for stem, layer in quantized.layers.items() for name in layer.sources}
+    new_names = {stored: name for name, stored in quantized.kept.items()}
+    tensors: dict[str, ViewedTensor] = {}
+    for stored, spec in checkpoint.items():
+        if stored in stem_of:
+            tensors |= {tensor.spec.name: tensor for tensor in layers[stem_of[stored]]}
+        elif stored in new_names:
+            name = new_names[stored]
+            tensors[name] = KeptTensor(replace(spec, name=name), checkpoint, stored)
+    return CheckpointView(checkpoint, list(tensors.values()), storage)

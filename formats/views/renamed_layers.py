@@ -1,0 +1,162 @@
+"""A quantized checkpoint under other names, where a layer may consist of rows of others: split, joined, reordered.
+
+Codes and scales of rows go with their rows, those of blocks of rows with whole blocks, and what belongs to a whole
+weight with every part of it. No value is changed, and what cannot be had that way is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from omni_convert.formats.containers.names import WEIGHT
+from omni_convert.formats.containers.tensor_spec import Run, TensorSpec
+from omni_convert.formats.dialects.base import StoredLayer
+from omni_convert.formats.errors import CheckpointError
+from omni_convert.formats.rows import TensorLayout
+from omni_convert.formats.views.base import CheckpointView, ViewedTensor, dequantized_view
+from omni_convert.formats.views.opened import QuantizedCheckpoint, QuantizedLayer
+from omni_convert.formats.views.renamed import gathered_view
+
+__all__ = ["gathered_layers"]
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Consecutive rows of a layer."""
+
+    layer: QuantizedLayer
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class _Rows(ViewedTensor):
+    """A canonical tensor whose rows are those of layers' tensors, one part after the other."""
+
+    spec: TensorSpec
+    sources: tuple[str, ...]
+    parts: Sequence[_Part]
+    suffix: str
+    layout: TensorLayout
+
+    def read(self, start: int, stop: int) -> Tensor:
+        if not self.layout.rows_per_entry:
+            whole = self.parts[0].layer.read_tensor(self.suffix, 0, 0)
+            return whole[start:stop] if self.spec.shape else whole
+        found, first = [], 0
+        for part in self.parts:
+            begin, end = _entries(part, self.layout)
+            low, high = max(start, first), min(stop, first + end - begin)
+            if low < high:
+                offset = begin - first
+                found.append(part.layer.read_tensor(self.suffix, low + offset, high + offset))
+            first += end - begin
+        return found[0] if len(found) == 1 else torch.cat(found)
+
+
+def _entries(part: _Part, layout: TensorLayout) -> tuple[int, int]:
+    """The rows of a part in a tensor of its layer: the first, and the one after the last."""
+    return part.start // layout.rows_per_entry, -(-part.stop // layout.rows_per_entry)
+
+
+def gathered_layers(
+    quantized: QuantizedCheckpoint, runs: Mapping[str, Sequence[Run]], shapes: Mapping[str, tuple[int, ...]]
+) -> QuantizedCheckpoint:
+    """The checkpoint with these tensors.
+
+    Args:
+        runs: of each tensor: rows of the tensors of `dequantized_view`
+        shapes: what each should be
+
+    Raises:
+        CheckpointError: a tensor has another size, or what it consists of cannot be one layer.
+    """
+    parts = {name: _parts(quantized, name, runs[name], shape) for name, shape in shapes.items()}
+    plain = dequantized_view(quantized)
+    gathered = gathered_view(plain, runs, shapes)
+    tensors: list[ViewedTensor] = []
+    layers: dict[str, StoredLayer] = {}
+    kept: list[str] = []
+    for name, spec in gathered.items():
+        if not parts[name]:
+            tensors.append(gathered.tensor(name))
+            kept.append(name)
+            continue
+        stem = name.removesuffix(WEIGHT)
+        layers[stem] = StoredLayer(stem, parts[name][0].layer.format, (spec.shape[0], spec.shape[1]))
+        tensors += _tensors_of(quantized, layers[stem], parts[name])
+    view = CheckpointView(plain, tensors)
+    stored = {stem: QuantizedLayer(view, layer, layer.format.layout(*layer.shape)) for stem, layer in layers.items()}
+    return replace(quantized, checkpoint=view, layers=stored, kept={name: name for name in kept})
+
+
+def _parts(quantized: QuantizedCheckpoint, name: str, runs: Sequence[Run], shape: tuple[int, ...]) -> Sequence[_Part]:
+    """What a tensor consists of, if that is quantized; nothing else.
+
+    Raises:
+        CheckpointError: only some of it is, or it is no weight of a linear.
+    """
+    found = [(run.source, _part(quantized, run)) for run in runs]
+    parts = [part for _, part in found if part is not None]
+    if not parts:
+        return ()
+    rows = f"rows of '{parts[0].layer.stem}', which is quantized"
+    if len(parts) < len(found):
+        other = next(source for source, part in found if part is None)
+        raise _refusal(quantized, name, f"it would join {rows}, and of '{other}', which is not")
+    if not name.endswith(WEIGHT):
+        raise _refusal(quantized, name, f"it would consist of {rows}, and is not called NAME{WEIGHT}")
+    if len(shape) != 2:
+        raise _refusal(quantized, name, f"it would consist of {rows}, and is no matrix but {list(shape)}")
+    return parts
+
+
+def _part(quantized: QuantizedCheckpoint, run: Run) -> _Part | None:
+    """What a run is of a quantized layer, if it is of one."""
+    layer = quantized.layers.get(run.source.removesuffix(WEIGHT)) if run.source.endswith(WEIGHT) else None
+    return None if layer is None else _Part(layer, run.start, run.start + run.count)
+
+
+def _tensors_of(quantized: QuantizedCheckpoint, stored: StoredLayer, parts: Sequence[_Part]) -> list[ViewedTensor]:
+    """The canonical tensors of a new layer."""
+    name = f"{stored.stem}{WEIGHT}"
+    sources = tuple(dict.fromkeys(f"{part.layer.stem}{WEIGHT}" for part in parts))
+    if any(part.layer.format != stored.format for part in parts):
+        raise _refusal(quantized, name, "it would consist of layers in several formats")
+    tensors: list[ViewedTensor] = []
+    for suffix, layout in stored.format.layout(*stored.shape).items():
+        if layout.rows_per_entry:
+            _check_cuts(quantized, name, parts, layout.rows_per_entry)
+        else:
+            _check_alike(quantized, name, parts, suffix)
+        spec = TensorSpec(f"{stored.stem}.{suffix}", layout.dtype, layout.shape)
+        tensors.append(_Rows(spec, sources, parts, suffix, layout))
+    return tensors
+
+
+def _check_cuts(quantized: QuantizedCheckpoint, name: str, parts: Sequence[_Part], height: int) -> None:
+    """Blocks of rows stay whole; the last one of the new layer may be short, if it was."""
+    for part in parts:
+        is_end = part is parts[-1] and part.stop == part.layer.shape[0]
+        if part.start % height or (part.stop % height and not is_end):
+            cut = f"rows {part.start} to {part.stop - 1} of '{part.layer.stem}', whose scales are of {height} rows each"
+            raise _refusal(quantized, name, f"it would consist of {cut}")
+
+
+def _check_alike(quantized: QuantizedCheckpoint, name: str, parts: Sequence[_Part], suffix: str) -> None:
+    first = parts[0].layer
+    for part in parts[1:]:
+        if part.layer is not first and not part.layer.read_tensor(suffix, 0, 0).equal(first.read_tensor(suffix, 0, 0)):
+            other = part.layer.stem
+            raise _refusal(quantized, name, f"it would join '{first.stem}' and '{other}', whose {suffix} differ")
+
+
+def _refusal(quantized: QuantizedCheckpoint, name: str, why: str) -> CheckpointError:
+    return CheckpointError(
+        f"{quantized.checkpoint.path}: tensor '{name}': cannot be had under diffusers' names without a change: {why}; "
+        "-m METHOD quantizes anew"
+    )

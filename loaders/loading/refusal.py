@@ -1,0 +1,84 @@
+"""Quantized layers that no library reads right: of which the config does not speak, or in another tool's spelling.
+
+Of the former libraries would take the codes for weights; of the latter they say less than is known here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+
+from omni_convert.formats.checks.verdicts import DIFFUSERS, OURS, verdicts
+from omni_convert.formats.containers.checkpoint import Checkpoint
+from omni_convert.formats.containers.json_file import read_json
+from omni_convert.formats.containers.names import CODES, COMPANIONS, LOW_BIT
+from omni_convert.formats.containers.safetensors_file import SafetensorsFile
+from omni_convert.formats.containers.tensor_spec import DTYPE_NAMES, TensorSpec
+from omni_convert.formats.errors import CheckpointError
+from omni_convert.formats.views.opened import describe, find_dialect
+from omni_convert.loaders.loading.headers import loaded_files
+
+__all__ = ["refuse_undeclared"]
+
+INDEX, CONFIG, BLOCK = "model_index.json", "config.json", "quantization_config"
+# Dialects that mark quantized layers elsewhere than in a block; others without one could be any that has lost it.
+MARKED = ("comfyui", "msmodelslim")
+
+
+def refuse_undeclared(folder: Path, given: Collection[str] = (), variant: str | None = None) -> None:
+    """Looks at the headers of the files that are loaded for a pipeline's components.
+
+    Weights that are cast to FP8 and have no scales are numbers, and pass.
+
+    Args:
+        folder: that of the pipeline
+        given: components that are not loaded from the folder
+        variant: as `from_pretrained` takes it
+
+    Raises:
+        CheckpointError: a component has quantized layers and no block, or is spelled as this loader does not read it;
+            or one of its files is damaged.
+    """
+    index = read_json(folder / INDEX)
+    listed = {name: entry for name, entry in index.items() if isinstance(entry, list) and entry and name not in given}
+    for component, (library, *_) in listed.items():
+        config = folder / component / CONFIG
+        files = loaded_files(folder / component, str(library), variant)
+        if not files or not config.is_file():
+            continue
+        is_declared = bool(read_json(config).get(BLOCK))
+        if is_declared and library == "transformers":  # which reads more spellings than we do
+            continue
+        with ExitStack() as stack:
+            opened = {file.name: stack.enter_context(SafetensorsFile(file)) for file in files}
+            checkpoint = Checkpoint(folder / component, opened)
+            _refuse_spelling(checkpoint, folder / component, is_declared)
+            if not is_declared:
+                _refuse_codes(checkpoint, folder / component)
+
+
+def _refuse_spelling(checkpoint: Checkpoint, folder: Path, is_declared: bool) -> None:
+    dialect = find_dialect(describe(checkpoint, folder))
+    if dialect is None or not (is_declared or dialect.name in MARKED):
+        return
+    readers = [each for each in verdicts(dialect.name, {}, None) if each.runtime in (OURS, DIFFUSERS)]
+    if all(each.outcome != "loads" for each in readers):
+        raise CheckpointError(
+            f"{folder}: found the spelling of {dialect.name}, which this loader does not read; `omni-convert "
+            f"{folder.parent} -m keep --dialect vllm-omni` spells it anew without changing a value"
+        )
+
+
+def _refuse_codes(specs: Mapping[str, TensorSpec], folder: Path) -> None:
+    for name, spec in specs.items():
+        stem, _, leaf = name.rpartition(".")
+        if leaf not in CODES or spec.dtype not in LOW_BIT or len(spec.shape) < 2:
+            continue
+        beside = [companion for companion in COMPANIONS if f"{stem}.{companion}" in specs]
+        if beside or not spec.dtype.is_floating_point:
+            found = f"{DTYPE_NAMES[spec.dtype]} codes" + (f" and {beside[0]}" if beside else "")
+            raise CheckpointError(
+                f"{folder / CONFIG}: found no {BLOCK}, but '{stem}' holds {found}, which would be taken for plain "
+                "weights; expected the block that the layers were written with: restore the file, or convert again"
+            )

@@ -1,0 +1,109 @@
+"""Checks what a checkpoint's quantized layers hold before anything of it is used.
+
+A model that is loaded onto a CPU stays mapped, and its pages are read when they are first needed. To look for NaN in
+it through the mapping would cost a page fault every few kilobytes, more than reading; so the files are read here with
+plain I/O, by several threads into buffers that stay in cache.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Collection, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from omni_convert.formats.arithmetic.e8m0 import E8M0_NAN
+from omni_convert.formats.containers.safetensors_file import SafetensorsFile
+from omni_convert.formats.containers.tensor_spec import TensorSpec
+from omni_convert.formats.errors import CheckpointError
+
+__all__ = ["check_stored_values"]
+
+# Bytes that one thread looks at: they stay in cache, and Python's part of the work does not show.
+PIECE = 4 << 20
+MAX_THREADS = 8
+E4M3_NAN = 0x7F
+
+Bytes = np.ndarray[tuple[int], np.dtype[np.uint8]]
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Bytes `start` to `stop` of a tensor."""
+
+    file: SafetensorsFile
+    spec: TensorSpec
+    start: int
+    stop: int
+
+
+class _Buffer(threading.local):
+    """One of each thread."""
+
+    def __init__(self) -> None:
+        self.elements = np.empty(PIECE, np.uint8)
+
+
+def check_stored_values(files: Sequence[str | Path], names: Collection[str], where: str) -> None:
+    """Refuses codes that are NaN, which a kernel that shifts bits takes for numbers, and scales that are no scales.
+
+    Args:
+        files: of the checkpoint, .safetensors
+        names: tensors of its quantized layers, as the files name them
+        where: the checkpoint, for messages
+
+    Raises:
+        CheckpointError: a code is NaN, a scale is not a finite number or negative, or a tensor cannot be read.
+    """
+    buffer = _Buffer()
+    with ExitStack() as stack:
+        readers = [stack.enter_context(SafetensorsFile(Path(file))) for file in files]
+        pieces = [piece for reader in readers for piece in _pieces(reader, set(names))]
+        with ThreadPoolExecutor(min(MAX_THREADS, torch.get_num_threads())) as pool:
+            results = pool.map(lambda piece: _is_sound(piece, buffer), pieces)
+            for piece, is_sound in zip(pieces, results, strict=True):
+                if not is_sound:
+                    pool.shutdown(wait=False, cancel_futures=True)
+                    raise CheckpointError(f"{where}: {piece.spec.name} holds {_complaint(piece.spec)}; convert again")
+
+
+def _pieces(file: SafetensorsFile, names: set[str]) -> Iterator[_Piece]:
+    """In the order of the file."""
+    for spec in file.specs.values():
+        is_code_of_any_value = _is_code(spec) and spec.dtype is not torch.float8_e4m3fn
+        if spec.name in names and not is_code_of_any_value:
+            for start in range(0, spec.nbytes, PIECE):
+                yield _Piece(file, spec, start, min(start + PIECE, spec.nbytes))
+
+
+def _is_code(spec: TensorSpec) -> bool:
+    return "scale" not in spec.name.rpartition(".")[2]
+
+
+def _complaint(spec: TensorSpec) -> str:
+    if _is_code(spec):
+        return "NaN, expected finite weights"
+    return "NaN, Inf or a negative number, expected scales"
+
+
+def _is_sound(piece: _Piece, buffer: _Buffer) -> bool:
+    values = buffer.elements[: piece.stop - piece.start]
+    piece.file.read_into(piece.spec.name, piece.start, values.data)
+    if _is_code(piece.spec):
+        # 0x7F is the largest of signed bytes, 0xFF of unsigned ones: nothing is copied.
+        return bool(values.view(np.int8).max() != E4M3_NAN and values.max() != E4M3_NAN | 0x80)
+    if piece.spec.dtype is torch.uint8:
+        return bool(values.max() != E8M0_NAN)
+    return _are_scales(values, piece.spec.dtype)
+
+
+def _are_scales(values: Bytes, dtype: torch.dtype) -> bool:
+    if dtype is torch.float8_e4m3fn and values.max() < E4M3_NAN:
+        return True  # as all are but -0
+    numbers = torch.from_numpy(values).view(dtype).float()
+    return bool(((numbers >= 0) & (numbers < torch.inf)).all())

@@ -1,0 +1,48 @@
+"""Which of several formats each layer of an unquantized model is to have, by a table of names."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from omni_convert.formats.config import MIXED, QuantizationConfig
+from omni_convert.formats.errors import RecipeError
+from omni_convert.formats.families.family import LayerGroup
+from omni_convert.formats.families.patterns import matches, suggestion_for
+
+__all__ = ["requested_configs"]
+
+
+def requested_configs(config: QuantizationConfig, groups: Sequence[LayerGroup]) -> list[QuantizationConfig | None]:
+    """What a request says of each group of layers; None of those that it does not list.
+
+    A name in the table means what it means in `ignored_layers`. A layer's own name counts before patterns, and of these
+    the first.
+
+    Raises:
+        RecipeError: a name matches no layer, or members of a group that a runtime fuses are to differ.
+    """
+    if config.method != MIXED:
+        return [config] * len(groups)
+    names = [name for group in groups for name in (group.runtime_name, *group.members)]
+    for pattern, _ in config.layers:
+        if not any(matches(pattern, name) for name in names):
+            raise RecipeError(
+                f"quantized_layers: '{pattern}' matches no layer of the model{suggestion_for(pattern, names)}"
+            )
+    return [_of_group(config, group) for group in groups]
+
+
+def _of_group(config: QuantizationConfig, group: LayerGroup) -> QuantizationConfig | None:
+    said = [_of_names(config, (stem, group.runtime_name)) for stem in group.members]
+    if any(each != said[0] for each in said):
+        members = ", ".join(group.members)
+        raise RecipeError(
+            f"quantized_layers: {members} are fused by runtimes, found several algorithms for them, expected one"
+        )
+    return said[0]
+
+
+def _of_names(config: QuantizationConfig, names: Sequence[str]) -> QuantizationConfig | None:
+    exact = (said for name, said in config.layers if name in names)
+    by_pattern = (said for pattern, said in config.layers if any(matches(pattern, name) for name in names))
+    return next(exact, None) or next(by_pattern, None)

@@ -1,0 +1,258 @@
+"""From what a user writes as `quantization=` to a configuration, by the rules of vLLM-Omni's `build_quant_config`."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from omni_convert.formats.config import ACTIVATION_SCHEMES, QuantizationConfig, check_group_size
+from omni_convert.formats.dialects.auto_round import AUTO_ROUND_METHODS
+from omni_convert.formats.dialects.vllm_omni import meant_options
+from omni_convert.formats.errors import CheckpointError, RecipeError
+from omni_convert.formats.table import LOADABLE
+from omni_convert.loaders.request.auto_round import read_auto_round
+from omni_convert.loaders.request.modelopt import is_modelopt, read_modelopt
+
+__all__ = [
+    "ComponentQuantizationConfig",
+    "QuantConfigTypeError",
+    "QuantConfigValueError",
+    "QuantizationSpec",
+    "build_quant_config",
+    "resolve_component_quant_config",
+]
+
+METHOD_KEYS = ("method", "quant_method")
+DEFAULT_COMPONENT = "default"
+# transformers' word for `ignored_layers`, which counts where that is empty.
+IGNORED_ALIAS = "modules_to_not_convert"
+# Normalised names under which vLLM-Omni has one builder.
+AUTO_ROUND_ALIASES = ("inc", *(method.replace("-", "_") for method in AUTO_ROUND_METHODS))
+# Of ModelOpt's blocks; no components.
+MODELOPT_KEYS = ("producer", "quantization", "quant_algo")
+
+
+class QuantConfigValueError(RecipeError, ValueError):
+    """A quantization spec that has no or an unknown method; vLLM-Omni raises ValueError."""
+
+
+class QuantConfigTypeError(RecipeError, TypeError):
+    """A quantization spec of a wrong type or with unknown options; vLLM-Omni raises TypeError."""
+
+
+@dataclass(frozen=True)
+class ComponentQuantizationConfig:
+    """One configuration per component.
+
+    Attributes:
+        component_configs: component name (or a prefix of it) to configuration; None leaves the component as it is
+        default_config: for components that no key matches
+    """
+
+    component_configs: Mapping[str, QuantizationConfig | None]
+    default_config: QuantizationConfig | None = None
+    name: str = field(default="component", init=False)
+
+    def resolve(self, prefix: str) -> QuantizationConfig | None:
+        """The configuration of a component: of the longest key that `prefix` starts with, else the default.
+
+        Keys match without regard to dots, as in vLLM-Omni: `transformer` also means `transformer_2`.
+        """
+        for key in sorted(self.component_configs, key=len, reverse=True):
+            if prefix.startswith(key):
+                return self.component_configs[key]
+        return self.default_config
+
+
+QuantizationSpec = str | Mapping[str, Any] | QuantizationConfig | ComponentQuantizationConfig | None
+
+
+def build_quant_config(
+    spec: QuantizationSpec, **kwargs: Any
+) -> QuantizationConfig | ComponentQuantizationConfig | None:
+    """Builds a configuration.
+
+    Args:
+        spec: None or "none"; a method's name; a dict with `method` (or `quant_method`) and options; a dict of these by
+            component, with `default` for the others; or a configuration, which is returned as it is
+        kwargs: options that override those of `spec`
+
+    Raises:
+        QuantConfigValueError: no method, or an unknown one.
+        QuantConfigTypeError: a spec of another type, or unknown options.
+    """
+    if spec is None or isinstance(spec, QuantizationConfig | ComponentQuantizationConfig):
+        return spec
+    if isinstance(spec, str):
+        return None if spec.lower() == "none" else _build_single(spec, kwargs)
+    if not isinstance(spec, Mapping):
+        raise QuantConfigTypeError(f"quantization: found {type(spec).__name__}, expected a string, a dict or None")
+    _check_keys(spec)
+    if _is_by_component(spec):
+        return _build_components(spec)
+    return _build_from_options(spec, kwargs)
+
+
+def resolve_component_quant_config(
+    config: QuantizationConfig | ComponentQuantizationConfig | None, name: str
+) -> QuantizationConfig | None:
+    """What a configuration means for one component; one that is not by component means the same for all."""
+    return config.resolve(name) if isinstance(config, ComponentQuantizationConfig) else config
+
+
+def _check_keys(spec: Mapping[Any, Any]) -> None:
+    for key, value in spec.items():
+        if not isinstance(key, str):
+            raise QuantConfigTypeError(f"quantization: found the key {key!r:.40}, expected names of options")
+        if isinstance(value, Mapping):
+            _check_keys(value)
+
+
+def _is_by_component(spec: Mapping[str, Any]) -> bool:
+    if any(key in spec for key in METHOD_KEYS) or not spec:
+        return False
+    values = list(spec.values())
+    return all(value is None or isinstance(value, str | Mapping) for value in values) and any(
+        value is None or (isinstance(value, Mapping) and any(key in value for key in METHOD_KEYS)) for value in values
+    )
+
+
+def _build_components(spec: Mapping[str, Any]) -> ComponentQuantizationConfig:
+    configs = {component: _build_component(component, value) for component, value in spec.items()}
+    default = configs.pop(DEFAULT_COMPONENT, None)
+    return ComponentQuantizationConfig(configs, default)
+
+
+def _build_component(component: str, value: Any) -> QuantizationConfig | None:
+    if value is None:
+        return None
+    if isinstance(value, str):
+        return _build_single(value, {})
+    if not any(value.get(key) for key in METHOD_KEYS):
+        raise QuantConfigValueError(_lacks_method(component, value))
+    return _build_from_options(value, {})
+
+
+def _build_from_options(spec: Mapping[str, Any], kwargs: Mapping[str, Any]) -> QuantizationConfig:
+    if is_modelopt(spec):
+        return _read_modelopt(spec)
+    options = dict(spec)
+    name = options.pop("method", None)
+    if name is None:  # a `quant_method` beside a `method` is an option, and unknown
+        name = options.pop("quant_method", None)
+    if name is None:
+        raise QuantConfigValueError(_found_no_method(spec))
+    merged = {**options, **kwargs}
+    named = {"quant_method": name, **merged}
+    return _read_modelopt(named) if is_modelopt(named) else _build_single(str(name), merged)
+
+
+def _found_no_method(spec: Mapping[str, Any]) -> str:
+    """Also of what was meant to be by component, and is not for vLLM-Omni: a method's name alone, a mistyped key."""
+    suggested = _suggested(spec, METHOD_KEYS)
+    is_one = bool(suggested) or not spec.keys().isdisjoint(MODELOPT_KEYS)
+    for component, value in () if is_one else spec.items():
+        if isinstance(value, str) and _normalised(value) in (*LOADABLE, *AUTO_ROUND_ALIASES):
+            found = f"'{value}' of '{component}'"
+            return f"quantization: found {found}, expected {{'{component}': {{'method': '{value}'}}}}"
+        if isinstance(value, Mapping):
+            return _lacks_method(component, value)
+    return f"quantization: found no 'method' in {sorted(spec)!r:.80}, expected one{suggested}"
+
+
+def _lacks_method(component: str, value: Mapping[str, Any]) -> str:
+    found = f"found {sorted(value)!r:.80}{_suggested(value, METHOD_KEYS)}"
+    return f"quantization: component '{component}' has no 'method', {found}"
+
+
+def _suggested(names: Iterable[str], known: Collection[str]) -> str:
+    near = [match for name in names for match in difflib.get_close_matches(name[:64], known, n=1)]
+    return f"; did you mean '{near[0]}'?" if near else ""
+
+
+def _normalised(method: str) -> str:
+    return method.lower().replace("-", "_")
+
+
+def _read_modelopt(spec: Mapping[str, Any]) -> QuantizationConfig:
+    try:
+        return read_modelopt(spec, "quantization")
+    except CheckpointError as error:
+        raise QuantConfigValueError(str(error)) from None
+
+
+def _build_single(name: str, options: Mapping[str, Any]) -> QuantizationConfig:
+    method = _normalised(name)
+    if method in AUTO_ROUND_ALIASES:
+        return _build_auto_round(name, options)
+    if method not in LOADABLE:
+        expected = (
+            f"expected one of {', '.join((*LOADABLE, *AUTO_ROUND_ALIASES))}, or what ModelOpt or vLLM-Omni writes"
+        )
+        raise QuantConfigValueError(f"quantization: found method '{name[:64]}', {expected} into config.json")
+    meant = {"activation_scheme": _uncalibrated_scheme(method)} | _meant_options(method, options)
+    signature = inspect.signature(QuantizationConfig)
+    known = sorted(set(signature.parameters) - {"method", "layers"})
+    unknown = sorted(set(meant) - {*known})
+    if unknown:
+        raise QuantConfigTypeError(
+            f"quantization: '{method}' has no option {', '.join(unknown)}, expected {signature}"
+            f"{_suggested(unknown, known)}"
+        )
+    try:
+        check_group_size(meant.get("group_size"), "group_size")
+        return QuantizationConfig(method, **meant)
+    except RecipeError as error:
+        raise QuantConfigValueError(f"quantization: {error}") from None
+    except TypeError:
+        raise QuantConfigTypeError(
+            f"quantization: found {dict(options)!r:.80} of wrong types, expected {signature}"
+        ) from None
+
+
+def _build_auto_round(name: str, options: Mapping[str, Any]) -> QuantizationConfig:
+    """As vLLM-Omni, which takes the options that it knows and drops others."""
+    block = {"bits": options.get("weight_bits"), **options, "quant_method": AUTO_ROUND_METHODS[0]}
+    if block["bits"] is None or "group_size" not in block:
+        raise QuantConfigTypeError(f"quantization: found '{name}' without bits and group_size, expected both")
+    try:
+        check_group_size(block["group_size"], "group_size")
+    except RecipeError as error:
+        raise QuantConfigValueError(f"quantization: {error}") from None
+    config = read_auto_round(block)
+    if config is None:
+        raise QuantConfigValueError(
+            f"quantization: found '{name}' of another kind than W4A16 in GPTQ's packing, expected bits 4 and the "
+            "exceptions in 16; for others pass diffusers' AutoRoundConfig"
+        )
+    return config
+
+
+def _meant_options(method: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Without those that the runtime's own constructors take and that mean nothing here.
+
+    Raises:
+        QuantConfigValueError: one of these asks for something that we do not have.
+        QuantConfigTypeError: names of layers are no list.
+    """
+    try:
+        meant = meant_options(method, options)
+    except RecipeError as error:
+        raise QuantConfigValueError(f"quantization: {error}") from None
+    ignored = meant.pop("ignored_layers", None) or meant.pop(IGNORED_ALIAS, None) or ()
+    meant.pop(IGNORED_ALIAS, None)
+    if not isinstance(ignored, list | tuple) or not all(isinstance(pattern, str) for pattern in ignored):
+        raise QuantConfigTypeError(f"quantization: found ignored_layers {ignored!r:.40}, expected a list of names")
+    blocks = meant.get("weight_block_size")
+    return meant | {
+        "ignored_layers": tuple(ignored),
+        **({"weight_block_size": tuple(blocks)} if isinstance(blocks, list) else {}),
+    }
+
+
+def _uncalibrated_scheme(method: str) -> str:
+    """The default without calibration, which no request to quantize while loading has."""
+    return next(scheme for scheme in ACTIVATION_SCHEMES[method] if scheme != "static")
