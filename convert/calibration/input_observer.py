@@ -24,8 +24,8 @@ from omni_convert.convert.calibration.moments import InputMoments, MomentsRecord
 from omni_convert.convert.calibration.prompts import Prompt
 from omni_convert.formats.containers.tensor_spec import TensorSpec
 from omni_convert.formats.errors import CalibrationError
-from omni_convert.formats.families.families import EVERY_RUNTIME
-from omni_convert.formats.families.family import find_family
+from omni_convert.formats.families.layers import EVERY_RUNTIME
+from omni_convert.formats.families.table import find_family
 
 __all__ = ["InputObserver", "candidate_layers"]
 

@@ -12,7 +12,7 @@ from omni_convert.convert.recipe import Recipe
 from omni_convert.formats.config import ACTIVATION_SCHEMES
 from omni_convert.formats.containers.checkpoint import Checkpoint
 from omni_convert.formats.errors import CalibrationError, RecipeError
-from omni_convert.formats.families.family import LayerGroup
+from omni_convert.formats.families.layers import LayerGroup
 from omni_convert.formats.format import ElementFormat, QuantizingFormat
 from omni_convert.formats.rows import InputStatistics
 from omni_convert.formats.table import FORMATS, Calibration

@@ -26,7 +26,8 @@ from omni_convert.formats.containers.json_file import read_json
 from omni_convert.formats.containers.tensor_spec import DTYPE_NAMES
 from omni_convert.formats.dialects.gguf import GGUF
 from omni_convert.formats.errors import CheckpointError
-from omni_convert.formats.families.family import Family, find_family
+from omni_convert.formats.families.family import Family
+from omni_convert.formats.families.table import find_family
 from omni_convert.formats.views.opened import QuantizedCheckpoint, QuantizedLayer
 
 __all__ = [

@@ -11,11 +11,12 @@ import torch
 from omni_convert.convert.source.original_names import shapes_of, under_diffusers_names
 from omni_convert.convert.source.weights import model_class, renamed
 from omni_convert.formats.checks.finding import Finding
-from omni_convert.formats.checks.gguf_verdicts import COMFYUI_ARCHITECTURES, architecture_of
+from omni_convert.formats.checks.gguf_verdicts import COMFYUI_ARCHITECTURES
 from omni_convert.formats.checks.reading import LenientReading
 from omni_convert.formats.containers.checkpoint import Checkpoint
 from omni_convert.formats.dialects.gguf import gguf_file_of
 from omni_convert.formats.errors import CheckpointError
+from omni_convert.formats.families.table import find_family
 from omni_convert.formats.rows import tile_ranges
 from omni_convert.formats.views.base import dequantized_view
 from omni_convert.formats.views.opened import QuantizedCheckpoint
@@ -60,7 +61,7 @@ def _architecture(found: str | None, config: Mapping[str, Any]) -> Iterator[Find
         hurts = f"{COMFYUI}: guesses the model by its tensors, in compatibility mode"
         yield Finding("warning", "no-architecture", "", what, hurts, AGAIN)
         return
-    expected = architecture_of(model_class(config)) if config else None
+    expected = find_family(model_class(config)).gguf.architecture if config else None
     if expected is not None and expected != found and expected in COMFYUI_ARCHITECTURES:
         what = f"found general.architecture {found[:40]!r}, expected {expected!r} by the config beside it"
         yield Finding("error", "wrong-architecture", "", what, f"{COMFYUI}: refuses it or builds another model", AGAIN)

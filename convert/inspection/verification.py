@@ -36,7 +36,8 @@ from omni_convert.formats.containers.component import DENOISERS
 from omni_convert.formats.containers.json_file import read_json
 from omni_convert.formats.dialects.gguf import GGUF
 from omni_convert.formats.errors import CheckpointError
-from omni_convert.formats.families.family import Family, find_family
+from omni_convert.formats.families.family import Family
+from omni_convert.formats.families.table import find_family
 from omni_convert.formats.rows import tile_ranges
 from omni_convert.formats.views.opened import describe, read_quantized
 

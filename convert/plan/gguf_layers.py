@@ -11,22 +11,22 @@ from omni_convert.formats.containers.checkpoint import Checkpoint
 from omni_convert.formats.containers.names import WEIGHT
 from omni_convert.formats.containers.tensor_spec import TensorSpec
 from omni_convert.formats.errors import RecipeError
-from omni_convert.formats.families.family import LayerGroup, find_family
+from omni_convert.formats.families.family import GgufFacts
+from omni_convert.formats.families.layers import LayerGroup
 from omni_convert.formats.families.patterns import matches
+from omni_convert.formats.families.table import find_family
 from omni_convert.formats.gguf import DEFAULT_TYPE, Gguf
 
 __all__ = ["SMALL_ELEMENTS", "choose_gguf"]
 
 GENERIC = find_family("")  # linears in blocks: what ComfyUI-GGUF keeps of any family is outside of them
-# Architecture → layers in blocks that ComfyUI-GGUF's quantizer keeps, too.
-KEPT = {"lumina2": ("noise_refiner", "context_refiner"), "hidream": ("gate",), "wan": ("condition_embedder",)}
 STORABLE_BYTES = 2  # what is narrower is no plain float
 #: ComfyUI-GGUF wants tensors of so many elements or fewer in float32, whatever the type of the rest.
 SMALL_ELEMENTS = 1024
 
 
 def choose_gguf(
-    checkpoint: Checkpoint, names: GgufNames, where: Path, architecture: str, recipe: Recipe
+    checkpoint: Checkpoint, names: GgufNames, where: Path, facts: GgufFacts, recipe: Recipe
 ) -> tuple[list[LayerGroup], list[tuple[LayerGroup, str]]]:
     """Layers to quantize, and layers that stay, each with the reason; every layer is a group by itself.
 
@@ -36,7 +36,7 @@ def choose_gguf(
         checkpoint: the model under diffusers' names
         names: what the file calls its tensors
         where: what to name in errors
-        architecture: `general.architecture`
+        facts: what readers of GGUF files expect of the family
 
     Raises:
         RecipeError: no layer is left to quantize, or a pattern of the recipe matches none.
@@ -55,7 +55,7 @@ def choose_gguf(
         pattern = next((p for p in recipe.ignored_layers if any(matches(p, name) for name in (stem, *parts))), None)
         reason = f"ignored by '{pattern}'" if pattern is not None else None
         for part in parts:
-            reason = reason or _reason_to_keep(checkpoint[f"{part}{WEIGHT}"], fmt, architecture)
+            reason = reason or _reason_to_keep(checkpoint[f"{part}{WEIGHT}"], fmt, facts)
         if reason is None:
             chosen.append(group)
         else:
@@ -78,10 +78,10 @@ def _is_plain(spec: TensorSpec) -> bool:
     return spec.dtype.is_floating_point and spec.dtype.itemsize >= STORABLE_BYTES
 
 
-def _reason_to_keep(spec: TensorSpec, fmt: Gguf, architecture: str) -> str | None:
+def _reason_to_keep(spec: TensorSpec, fmt: Gguf, facts: GgufFacts) -> str | None:
     reason = fmt.unsupported(*spec.shape)
     if reason is not None:
         return reason
-    if any(matches(part, spec.name.removesuffix(WEIGHT)) for part in KEPT.get(architecture, ())):
-        return f"kept by ComfyUI-GGUF's quantizer for {architecture}"
+    if any(matches(part, spec.name.removesuffix(WEIGHT)) for part in facts.kept_layers):
+        return f"kept by ComfyUI-GGUF's quantizer for {facts.architecture}"
     return f"has {SMALL_ELEMENTS} elements or less" if spec.elements <= SMALL_ELEMENTS else None

@@ -20,7 +20,7 @@ from omni_convert.convert.source.weights import model_class
 from omni_convert.formats.containers.checkpoint import Checkpoint
 from omni_convert.formats.containers.tensor_spec import Run
 from omni_convert.formats.errors import CheckpointError, RecipeError
-from omni_convert.formats.families.original_names import SAME_NAMES, original_runs
+from omni_convert.formats.families.table import find_family
 from omni_convert.formats.views.renamed import gathered_view
 
 __all__ = ["GgufNames", "choose_names"]
@@ -57,11 +57,12 @@ def choose_names(checkpoint: Checkpoint, config: Mapping[str, Any], recipe: Reci
         RecipeError: the recipe wants original names, and nobody here knows them, or diffusers would not read them.
     """
     kind, wanted = model_class(config), recipe.gguf_names
+    family = find_family(kind)
     of_diffusers = {name: [Run(name, 0, spec.shape[0] if spec.shape else 1)] for name, spec in checkpoint.items()}
-    if wanted == DIFFUSERS or kind in SAME_NAMES:
-        same = ", which are its original ones" if kind in SAME_NAMES else ""
+    if wanted == DIFFUSERS or family.has_original_names:
+        same = ", which are its original ones" if family.has_original_names else ""
         return GgufNames(checkpoint, of_diffusers, f"diffusers' names{same}")
-    runs = original_runs(kind, checkpoint)
+    runs = family.original_runs(checkpoint)
     if runs is None:
         reason = f"the original ones of {kind} are not all known here"
         if wanted == ORIGINAL:

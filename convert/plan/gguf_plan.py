@@ -15,13 +15,11 @@ from omni_convert.convert.plan.selection import format_for
 from omni_convert.convert.plan.steps import KeptLayer, QuantizeStep, ordered_steps, outputs
 from omni_convert.convert.recipe import Recipe
 from omni_convert.convert.source.component import SourceComponent
-from omni_convert.convert.source.weights import model_class
-from omni_convert.formats.checks.gguf_verdicts import architecture_of
 from omni_convert.formats.containers.checkpoint import Checkpoint
 from omni_convert.formats.containers.shards import Shards
 from omni_convert.formats.dialects.base import WrittenSpelling
 from omni_convert.formats.errors import RecipeError
-from omni_convert.formats.families.family import LayerGroup
+from omni_convert.formats.families.layers import LayerGroup
 from omni_convert.formats.gguf import Gguf
 
 __all__ = ["plan_gguf"]
@@ -50,10 +48,9 @@ def plan_gguf(component: SourceComponent, recipe: Recipe) -> ComponentPlan:
         raise RecipeError(
             f"--component {component.name}={Gguf.method}: found a model of transformers, expected one of diffusers"
         )
-    architecture = architecture_of(model_class(component.config))
     names = choose_names(component.weights, component.config, recipe)
     weights = names.checkpoint
-    groups, kept = choose_gguf(component.weights, names, component.config_path, architecture, recipe)
+    groups, kept = choose_gguf(component.weights, names, component.config_path, component.family.gguf, recipe)
     steps: dict[str, QuantizeStep] = {}
     for group in groups:
         fmt = format_for(Gguf.method, recipe, group, weights, calibrated=False)
@@ -64,7 +61,7 @@ def plan_gguf(component: SourceComponent, recipe: Recipe) -> ComponentPlan:
     kind = next(iter(steps.values())).format
     assert isinstance(kind, Gguf)
     shapes = {weight.name: weight.shape for step in steps.values() for weight in step.weights}
-    content = GgufFile(architecture, kind.type, shapes)
+    content = GgufFile(component.family.gguf.architecture, kind.type, shapes)
     note = f"{component.label}: the GGUF file has {names.note}"
     if names.is_for_diffusers:
         note += f"; {HOW_TO_LOAD}"

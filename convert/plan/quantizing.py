@@ -24,7 +24,7 @@ from omni_convert.formats.containers.checkpoint import Checkpoint
 from omni_convert.formats.dialects import omni_convert, vllm_omni
 from omni_convert.formats.dialects.base import Dialect, WrittenSpelling
 from omni_convert.formats.dialects.table import DIALECTS
-from omni_convert.formats.families.family import LayerGroup
+from omni_convert.formats.families.layers import LayerGroup
 from omni_convert.formats.format import Format, QuantizingFormat
 
 __all__ = ["plan_quantized", "requantizing_notes"]

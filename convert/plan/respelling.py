@@ -17,7 +17,8 @@ from omni_convert.formats.dialects import omni_convert, vllm_omni
 from omni_convert.formats.dialects.base import Dialect, WrittenSpelling
 from omni_convert.formats.dialects.table import DIALECTS
 from omni_convert.formats.errors import CheckpointError, OmniConvertError, RecipeError
-from omni_convert.formats.families.family import Family, LayerGroup
+from omni_convert.formats.families.family import Family
+from omni_convert.formats.families.layers import LayerGroup
 from omni_convert.formats.format import Format
 from omni_convert.formats.fp8 import Fp8
 from omni_convert.formats.fp8_storage import Fp8Storage

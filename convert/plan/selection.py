@@ -14,7 +14,8 @@ from omni_convert.formats.containers.checkpoint import Checkpoint
 from omni_convert.formats.containers.tensor_spec import DTYPE_NAMES, TensorSpec
 from omni_convert.formats.dialects.table import DIALECTS
 from omni_convert.formats.errors import RecipeError
-from omni_convert.formats.families.family import Family, LayerGroup
+from omni_convert.formats.families.family import Family
+from omni_convert.formats.families.layers import LayerGroup
 from omni_convert.formats.families.patterns import matches, suggestion_for
 from omni_convert.formats.format import QuantizingFormat
 from omni_convert.formats.fp8_storage import Fp8Storage

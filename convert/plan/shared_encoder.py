@@ -10,7 +10,8 @@ from omni_convert.convert.source.location import Source
 from omni_convert.convert.source.weights import model_class
 from omni_convert.formats.containers.json_file import read_json
 from omni_convert.formats.errors import RecipeError
-from omni_convert.formats.families.family import Family, find_family
+from omni_convert.formats.families.family import Family
+from omni_convert.formats.families.table import find_family
 
 __all__ = ["check_encoder", "unquantized_encoder_layers"]
 

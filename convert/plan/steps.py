@@ -12,7 +12,7 @@ from omni_convert.convert.recipe import Recipe
 from omni_convert.formats.containers.checkpoint import Checkpoint
 from omni_convert.formats.containers.tensor_spec import TensorSpec
 from omni_convert.formats.dialects.base import WrittenSpelling
-from omni_convert.formats.families.family import LayerGroup
+from omni_convert.formats.families.layers import LayerGroup
 from omni_convert.formats.format import QuantizingFormat
 from omni_convert.formats.rows import InputStatistics, TensorLayout
 from omni_convert.formats.views.base import CheckpointView

@@ -9,8 +9,9 @@ from typing import Any
 from omni_convert.convert.recipe import Recipe
 from omni_convert.formats.containers.checkpoint import Checkpoint
 from omni_convert.formats.errors import CheckpointError, RecipeError
-from omni_convert.formats.families.family import LayerGroup, find_family
+from omni_convert.formats.families.layers import LayerGroup
 from omni_convert.formats.families.patterns import matches
+from omni_convert.formats.families.table import find_family
 
 __all__ = ["choose_stored"]
 

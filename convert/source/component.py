@@ -24,7 +24,8 @@ from omni_convert.formats.containers.tensor_spec import DTYPE_NAMES
 from omni_convert.formats.dialects.gguf import GGUF
 from omni_convert.formats.dialects.table import DIALECTS
 from omni_convert.formats.errors import CheckpointError, RecipeError, counted, quoted
-from omni_convert.formats.families.family import Family, find_family
+from omni_convert.formats.families.family import Family
+from omni_convert.formats.families.table import find_family
 from omni_convert.formats.views.opened import QuantizedCheckpoint, read_quantized
 
 __all__ = ["SourceComponent", "component_config", "open_component", "open_components"]

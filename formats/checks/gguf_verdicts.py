@@ -7,9 +7,10 @@ from collections.abc import Iterator, Mapping
 from omni_convert.formats.checks.verdicts import DIFFUSERS, OURS, VLLM_OMNI, Verdict
 from omni_convert.formats.dialects.gguf import gguf_file_of
 from omni_convert.formats.families.family import Family
+from omni_convert.formats.families.table import FAMILIES
 from omni_convert.formats.views.opened import QuantizedCheckpoint
 
-__all__ = ["COMFYUI_ARCHITECTURES", "DIFFUSERS_TYPES", "architecture_of", "gguf_verdicts", "has_diffusers_names"]
+__all__ = ["COMFYUI_ARCHITECTURES", "DIFFUSERS_TYPES", "gguf_verdicts", "has_diffusers_names"]
 
 #: Block types that diffusers' GGUFQuantizationConfig dequantizes.
 DIFFUSERS_TYPES = (
@@ -23,42 +24,18 @@ COMFYUI_ARCHITECTURES = (
 )  # fmt: skip
 # Without an architecture, or with this, ComfyUI-GGUF goes by the names of tensors.
 GUESSED = (None, "pig")
-# Start of a class's name in diffusers → `general.architecture`, as ComfyUI-GGUF calls it.
-ARCHITECTURES = (
-    ("Flux", "flux"),
-    ("SD3", "sd3"),
-    ("AuraFlow", "aura"),
-    ("HiDream", "hidream"),
-    ("Cosmos", "cosmos"),
-    ("LTX", "ltxv"),
-    ("HunyuanVideo", "hyvid"),
-    ("Wan", "wan"),
-    ("QwenImage", "qwen_image"),
-    ("Lumina2", "lumina2"),
-    ("ZImage", "lumina2"),
-)
-# Names that only diffusers gives, of families whose own code has others.
-OF_DIFFUSERS = {
-    "flux": ("transformer_blocks.", "single_transformer_blocks."),
-    "wan": ("condition_embedder.",),
-    "lumina2": ("all_x_embedder.", "time_caption_embed."),
-    "hyvid": ("context_embedder.",),
-    "ltxv": ("time_embed.", "proj_in."),
-    "sd3": ("transformer_blocks.",),
-}
-# Start of a class's name; of FLUX.2 only klein, which its class does not tell.
-PLUGIN_CLASSES = ("QwenImage", "ZImage", "Flux2")
 PLUGIN = "with vllm-gguf-plugin and its `gguf_model`; it adapts Qwen-Image, Z-Image and FLUX.2-klein"
-
-
-def architecture_of(model_class: str) -> str:
-    """`general.architecture` for a model of this class; `diffusion` where nobody has named one."""
-    return next((name for start, name in ARCHITECTURES if model_class.startswith(start)), "diffusion")
 
 
 def has_diffusers_names(architecture: str | None, names: Mapping[str, object]) -> bool:
     """Whether tensors have names that ComfyUI does not know."""
-    return any(name.startswith(OF_DIFFUSERS.get(architecture or "", ("?",))) for name in names)
+    prefixes = tuple(
+        prefix
+        for family in FAMILIES
+        if family.gguf.architecture == architecture
+        for prefix in family.gguf.diffusers_prefixes
+    )
+    return any(name.startswith(prefixes) for name in names)
 
 
 def gguf_verdicts(opened: QuantizedCheckpoint, family: Family | None) -> Iterator[Verdict]:
@@ -90,7 +67,7 @@ def gguf_verdicts(opened: QuantizedCheckpoint, family: Family | None) -> Iterato
 
 
 def _of_vllm_omni(architecture: str | None, names: Mapping[str, object], family: Family | None) -> Verdict:
-    if family is None or not any(name.startswith(PLUGIN_CLASSES) for name in family.model_classes):
+    if family is None or not family.gguf.has_vllm_adapter:
         return Verdict(VLLM_OMNI, "refuses", PLUGIN)
     if has_diffusers_names(architecture, names):
         return Verdict(VLLM_OMNI, "wrong", "its plugin renames from the model's own code, and spoils diffusers' names")

@@ -15,7 +15,8 @@ from omni_convert.formats.checks.reading import LenientReading
 from omni_convert.formats.containers.tensor_spec import TensorSpec
 from omni_convert.formats.dialects.vllm_omni import MODELOPT, from_block, ignored_names
 from omni_convert.formats.errors import OmniConvertError
-from omni_convert.formats.families.family import Family, LayerGroup
+from omni_convert.formats.families.family import Family
+from omni_convert.formats.families.layers import LayerGroup
 from omni_convert.formats.fp8 import Fp8
 from omni_convert.formats.int8 import Int8
 from omni_convert.formats.rows import tile_ranges
@@ -224,7 +225,7 @@ def _is_known(entry: str, known: Collection[str], dialect: str | None) -> bool:
 
 
 def _is_of_encoder(entry: str, family: Family) -> bool:
-    encoder = family.facts.shared_encoder
+    encoder = family.shared_encoder
     if encoder is None:
         return False
     patterns = [re.escape(name).replace(re.escape("{}"), "[0-9]+") for name in (*encoder.per_layer, *encoder.others)]

@@ -25,7 +25,7 @@ from omni_convert.formats.dialects.codec import PackedValues
 from omni_convert.formats.dialects.detection import read_signature
 from omni_convert.formats.dialects.unmarked import parts_of, stored_layer, unknown_format
 from omni_convert.formats.errors import CheckpointError
-from omni_convert.formats.families.wan_names import diffusers_name, is_original_wan
+from omni_convert.formats.families.wan import has_original_wan_names, wan_diffusers_name
 from omni_convert.formats.format import Format
 from omni_convert.formats.int8 import Int8
 from omni_convert.formats.mxfp4 import Mxfp4
@@ -99,7 +99,7 @@ def _unwrapped(found: Found, name: str) -> str:
 
 
 def _renamed(found: Found, name: str) -> str:
-    return diffusers_name(name) if is_original_wan(found.checkpoint) else name
+    return wan_diffusers_name(name) if has_original_wan_names(found.checkpoint) else name
 
 
 def _layer(found: Found, place: str, label: str) -> StoredLayer:

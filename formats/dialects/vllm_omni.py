@@ -35,7 +35,7 @@ from omni_convert.formats.dialects.modelopt_config import (
     to_modelopt,
 )
 from omni_convert.formats.errors import CheckpointError, RecipeError
-from omni_convert.formats.families.family import LayerGroup
+from omni_convert.formats.families.layers import LayerGroup
 from omni_convert.formats.foreign import Scaled
 from omni_convert.formats.format import Format, QuantizingFormat
 from omni_convert.formats.fp8 import Fp8, Fp8Block, Fp8Channel

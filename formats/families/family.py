@@ -1,118 +1,151 @@
-"""Which linears of a model may be quantized, in which groups, under which names.
+"""A model family as data, and its facts applied to the tensors of a checkpoint.
 
-The facts are in `families`; here they are applied to the tensors of a checkpoint.
-
-Known families match state-dict names exactly. Everything else falls under the *generic rule*:
-
-*   Candidates are two-dimensional `.weight` tensors inside repeated blocks. A block is a prefix that ends in an integer
-    (`layers.3`, the outermost one counts) with at least two candidates below it; so `t_embedder.mlp.0` is none.
-*   Left alone by name, anywhere on the path: embedders (`emb`), norms, modulation (`modulation`, `adaln`, `img_mod`,
-    `scale_shift`), position biases, routers and gates. What lies outside the blocks stays, the final projection too.
-*   Siblings that runtimes commonly merge (`to_q, to_k, to_v`; `w1, w3`; ...) form one fused group if all of them are
-    there with one input width, and the attention is no cross-attention (`attn2`, `cross`), where inputs differ.
+A layer that a family does not state for a runtime must never be stored quantized for it: its weight would be read
+without its scales. Stated layers match state-dict names exactly; a family without any falls under `generic_rule`.
 """
 
 from __future__ import annotations
 
-import re
-from collections import Counter
-from collections.abc import Collection, Container, Iterator, Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 
-from omni_convert.formats.containers.tensor_spec import TensorSpec
+from omni_convert.formats.containers.tensor_spec import Run, TensorSpec
 from omni_convert.formats.errors import CheckpointError
-from omni_convert.formats.families.families import (
-    ADDED_QKV,
+from omni_convert.formats.families.generic_rule import generic_groups
+from omni_convert.formats.families.layers import (
     EVERY_RUNTIME,
-    FAMILIES,
-    QKV,
-    FamilyFacts,
+    LayerGroup,
     LayerPattern,
-    Recommendation,
+    linear_widths,
+    matching_groups,
 )
+from omni_convert.formats.families.original_names import OriginalName, original_runs
 
-__all__ = ["Family", "LayerGroup", "Recommendation", "find_family"]
+__all__ = ["EncoderLayers", "Family", "GgufFacts", "MethodNote", "Recommendation", "VariantRefusal"]
 
 MAX_ENCODER_LAYERS = 1024
 
-LEFT_ALONE = re.compile(r"emb|norm|modulation|adaln|ada_ln|scale_shift|bias|router|gate_logits")
-LEFT_ALONE_WHOLE = re.compile(r"(.*_)?mod|gate")
-CROSS_ATTENTION = re.compile(r"attn2|.*cross.*")
-# What runtimes merge, and the name of the merged layer.
-FUSED_SIBLINGS = {
-    QKV: "to_qkv",
-    ADDED_QKV: "add_kv_proj",
-    ("q_proj", "k_proj", "v_proj"): "qkv_proj",
-    ("gate_proj", "up_proj"): "gate_up_proj",
-    ("w1", "w3"): "w13",
-}
+
+@dataclass(frozen=True)
+class Recommendation:
+    """Layers that are better left alone, as an `--ignored-layers` pattern, and why."""
+
+    pattern: str
+    reason: str
+    methods: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
-class LayerGroup:
-    """Linears that are quantized together: all of them or none, with the scales that the runtime merges in common.
+class MethodNote:
+    """What a user of some methods should know about a family.
 
     Attributes:
-        runtime_name: the layer's name in the runtime
-        members: state-dict stems (names without `.weight`), in the order in which the runtime stacks them
-        is_fused: the runtime's layer has several logical widths (also a single tensor may: FLUX.2's `ff.linear_in`)
-        keep_reason: why the group stays as it is although the runtime would build it quantized (it must then be
-            listed as ignored), or None
+        methods: the methods that the note is about; empty for all
+        layer: a layer that a model must have for the note to apply; "" for the whole family
     """
 
-    runtime_name: str
-    members: tuple[str, ...]
-    is_fused: bool
-    keep_reason: str | None = None
+    methods: tuple[str, ...]
+    text: str
+    layer: str = ""
 
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Every name by which a runtime may look the layer up: its own, and those of the parts.
 
-        A runtime that knows how its layers are merged asks for the parts, one that does not asks for the merged layer.
-        Where a checkpoint says `to_out.0`, the plain `to_out` is one too: Qwen-Image uses both.
-        """
-        names = dict.fromkeys((self.runtime_name, *self.members))
-        return (*names, *(name.removesuffix(".0") for name in names if name.endswith(".to_out.0")))
+@dataclass(frozen=True)
+class VariantRefusal:
+    """A model of the family, recognised by a value in its config, that some methods harm too much."""
+
+    config_key: str
+    config_value: object
+    methods: tuple[str, ...]
+    reason: str
+
+
+@dataclass(frozen=True)
+class EncoderLayers:
+    """Linears of a text encoder that the runtime builds from the transformer's config block.
+
+    Attributes:
+        model_types: the encoders (`model_type` of their config) for which it does so; empty for all
+        per_layer: runtime and state-dict names of the linears of a decoder layer
+        others: names of linears outside the layers
+    """
+
+    model_types: tuple[str, ...]
+    per_layer: tuple[str, ...]
+    others: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class GgufFacts:
+    """What readers of GGUF files expect of a family.
+
+    Attributes:
+        architecture: `general.architecture`, as ComfyUI-GGUF calls it; `diffusion` where nobody has named one
+        kept_layers: layers in blocks, as patterns, that ComfyUI-GGUF's quantizer keeps in full precision
+        diffusers_prefixes: beginnings of names that only diffusers gives, where the model's own code has others
+        has_vllm_adapter: vLLM's GGUF plugin has an adapter for the family
+    """
+
+    architecture: str = "diffusion"
+    kept_layers: tuple[str, ...] = ()
+    diffusers_prefixes: tuple[str, ...] = ()
+    has_vllm_adapter: bool = False
 
 
 @dataclass(frozen=True)
 class Family:
-    """A model family: its facts, applied to the tensors of a checkpoint."""
+    """Everything known about one model family. Facts about vLLM-Omni are those of version 0.30.0's model classes.
 
-    facts: FamilyFacts
-    is_generic: bool = False
+    Attributes:
+        model_classes: names of the model's classes in diffusers
+        layers: the linears that each runtime builds quantized; without any, the generic rule chooses
+        refused_runtimes: runtime to the reason why none of the family's layers may be stored quantized for it
+        refused_methods: runtime and method to the reason why the runtime cannot load the family in that method
+        refused_variants: models of the family that a method harms too much
+        leading_blocks: method to the number of leading blocks that the runtime's own quantizing leaves in BF16
+        original_names: what the model's own code calls its tensors; empty where that is not known
+        has_original_names: diffusers' names are those of the model's own code
+    """
+
+    name: str
+    model_classes: tuple[str, ...]
+    layers: tuple[LayerPattern, ...] = ()
+    recommendations: tuple[Recommendation, ...] = ()
+    method_notes: tuple[MethodNote, ...] = ()
+    shared_encoder: EncoderLayers | None = None
+    refused_runtimes: tuple[tuple[str, str], ...] = ()
+    refused_methods: tuple[tuple[str, str, str], ...] = ()
+    refused_variants: tuple[VariantRefusal, ...] = ()
+    leading_blocks: tuple[tuple[str, int], ...] = ()
+    original_names: tuple[OriginalName, ...] = ()
+    has_original_names: bool = False
+    gguf: GgufFacts = GgufFacts()
 
     @property
-    def name(self) -> str:
-        return self.facts.name
-
-    @property
-    def model_classes(self) -> tuple[str, ...]:
-        return self.facts.model_classes
+    def is_generic(self) -> bool:
+        """Whether nothing is known about its layers in any serving runtime."""
+        return not self.layers and not self.refused_runtimes
 
     def unsupported(self, runtime: str, method: str | None = None) -> str | None:
         """Why the runtime cannot run this family quantized (in `method`, if given), or None."""
         assert runtime in EVERY_RUNTIME, runtime
-        for refusing, reason in self.facts.unsupported:
+        for refusing, reason in self.refused_runtimes:
             if refusing == runtime:
                 return reason
-        for refusing, refused, reason in self.facts.unsupported_methods:
+        for refusing, refused, reason in self.refused_methods:
             if (refusing, refused) == (runtime, method):
                 return reason
         return None
 
     def refused_variant(self, config: Mapping[str, object], method: str) -> str | None:
         """Why the model of this config should not be converted to this method, or None."""
-        for refusal in self.facts.refused_variants:
+        for refusal in self.refused_variants:
             if method in refusal.methods and config.get(refusal.config_key) == refusal.config_value:
                 return refusal.reason
         return None
 
     def bf16_blocks(self, method: str) -> int:
         """How many leading blocks the runtime's own quantizing leaves in BF16."""
-        return dict(self.facts.bf16_blocks).get(method, 0)
+        return dict(self.leading_blocks).get(method, 0)
 
     def layer_groups(self, specs: Mapping[str, TensorSpec], runtime: str) -> list[LayerGroup]:
         """Groups of linears that the runtime builds quantized, in checkpoint order.
@@ -130,11 +163,11 @@ class Family:
         """
         if self.unsupported(runtime) is not None:
             return []
-        widths = _linear_widths(specs)
-        if not self.facts.layers:
-            return _generic_groups(widths)
-        patterns = [pattern for pattern in self.facts.layers if runtime in pattern.runtimes]
-        groups = _matching_groups(patterns, widths)
+        widths = linear_widths(specs)
+        if not self.layers:
+            return generic_groups(widths)
+        patterns = [pattern for pattern in self.layers if runtime in pattern.runtimes]
+        groups = matching_groups(patterns, widths)
         if not groups:
             raise CheckpointError(
                 f"{self.name}: found none of its layers among {len(specs)} tensors, expected names such as "
@@ -143,18 +176,18 @@ class Family:
         return groups
 
     def recommended_ignored(self, method: str) -> tuple[Recommendation, ...]:
-        """Layers that are better left alone with this method; a choice of the user's."""
-        return tuple(each for each in self.facts.recommendations if method in each.methods or not each.methods)
+        """Layers that are better left alone with this method; the user decides."""
+        return tuple(each for each in self.recommendations if method in each.methods or not each.methods)
 
     def notes(self, method: str, runtime: str, tensors: Container[str]) -> tuple[str, ...]:
         """What the user should know before quantizing this model with this method for this runtime.
 
         Args:
-            tensors: names of the model's
+            tensors: names of the model's tensors
         """
         notes = [
             note.text
-            for note in self.facts.notes
+            for note in self.method_notes
             if (method in note.methods or not note.methods) and (not note.layer or f"{note.layer}.weight" in tensors)
         ]
         if self.is_generic and runtime != "diffusers":
@@ -175,7 +208,7 @@ class Family:
         Raises:
             CheckpointError: the config does not say how many layers there are.
         """
-        encoder = self.facts.shared_encoder
+        encoder = self.shared_encoder
         if encoder is None:
             return ()
         if encoder.model_types and text_encoder_config.get("model_type") not in encoder.model_types:
@@ -184,124 +217,16 @@ class Family:
         layers = (name.replace("{}", str(index)) for index in range(count) for name in encoder.per_layer)
         return (*layers, *encoder.others)
 
+    def original_runs(self, specs: Mapping[str, TensorSpec]) -> dict[str, list[Run]] | None:
+        """Original name → the rows of diffusers' tensors that the tensor consists of.
 
-def find_family(model_class: str) -> Family:
-    """The family of a model class (`_class_name` or `architectures` of its config); the generic rule's if unknown."""
-    for facts in FAMILIES:
-        if model_class in facts.model_classes:
-            return Family(facts)
-    return Family(FamilyFacts("generic", (model_class,)), is_generic=True)
+        Args:
+            specs: the tensors of the model in diffusers
 
-
-def _linear_widths(specs: Mapping[str, TensorSpec]) -> dict[str, int]:
-    """Stem to in_features of every tensor that can be a linear's weight."""
-    return {
-        name.removesuffix(".weight"): spec.shape[1]
-        for name, spec in specs.items()
-        if name.endswith(".weight") and len(spec.shape) == 2
-    }
-
-
-@lru_cache
-def _compiled(template: str) -> re.Pattern[str]:
-    return re.compile(re.escape(template).replace(re.escape("{}"), "([0-9]+)"))
-
-
-def _block_number(template: str, stem: str) -> str | None:
-    """The number that `{}` stands for in `stem` ("" if there is no `{}`), or None if the template does not match."""
-    match = _compiled(template).fullmatch(stem)
-    return None if match is None else "".join(match.groups())
-
-
-def _matching_groups(patterns: Collection[LayerPattern], widths: Mapping[str, int]) -> list[LayerGroup]:
-    groups: dict[str, LayerGroup] = {}
-    for stem in widths:
-        found = _group_of(stem, patterns, widths)
-        if found is None:
-            continue
-        if groups.setdefault(found.runtime_name, found) != found:
-            raise CheckpointError(
-                f"{found.runtime_name}: found both the merged layer and its parts, expected one of them"
-            )
-    return list(groups.values())
-
-
-def _group_of(stem: str, patterns: Collection[LayerPattern], widths: Mapping[str, int]) -> LayerGroup | None:
-    for pattern in patterns:
-        for template in pattern.members:
-            number = _block_number(template, stem)
-            if number is not None:
-                return _complete_group(pattern, number, stem, widths)
-        number = _block_number(pattern.runtime_name, stem)
-        if number is not None and len(pattern.members) > 1:
-            return _merged_group(pattern, number, stem)
-    return None
-
-
-def _complete_group(pattern: LayerPattern, number: str, stem: str, widths: Mapping[str, int]) -> LayerGroup:
-    members = tuple(template.replace("{}", number) for template in pattern.members)
-    for member in members:
-        if member not in widths:
-            raise CheckpointError(
-                f"{member}.weight: found no such matrix, expected it beside '{stem}.weight', with which it is fused; "
-                f"complete the checkpoint"
-            )
-        if widths[member] != widths[stem]:
-            raise CheckpointError(
-                f"{member}.weight: found in_features {widths[member]}, expected {widths[stem]} as in '{stem}.weight', "
-                f"with which it is fused"
-            )
-    return LayerGroup(pattern.runtime_name.replace("{}", number), members, pattern.is_fused, pattern.keep_reason)
-
-
-def _merged_group(pattern: LayerPattern, number: str, stem: str) -> LayerGroup:
-    """A checkpoint that holds the members merged already."""
-    if not pattern.loads_merged:
-        parts = ", ".join(template.rpartition(".")[2] for template in pattern.members)
-        raise CheckpointError(f"{stem}.weight: found a merged layer, expected its parts ({parts}); split it first")
-    return LayerGroup(pattern.runtime_name.replace("{}", number), (stem,), pattern.is_fused, pattern.keep_reason)
-
-
-def _generic_groups(widths: Mapping[str, int]) -> list[LayerGroup]:
-    """The generic rule; see the module."""
-    candidates = list(_in_blocks([stem for stem in widths if not _is_left_alone(stem)]))
-    present = frozenset(candidates)
-    groups: dict[str, LayerGroup] = {}
-    for stem in candidates:
-        group = _fused_siblings(stem, present, widths) or LayerGroup(stem, (stem,), is_fused=False)
-        groups.setdefault(group.runtime_name, group)
-    return list(groups.values())
-
-
-def _is_left_alone(stem: str) -> bool:
-    parts = stem.lower().split(".")
-    return any(LEFT_ALONE.search(part) or LEFT_ALONE_WHOLE.fullmatch(part) for part in parts)
-
-
-def _block_of(stem: str) -> str | None:
-    """`layers.3` of `layers.3.attention.to_q`; None if no part but the first or last is an integer."""
-    parts = stem.split(".")
-    for position, part in enumerate(parts[1:-1], start=1):
-        if part.isascii() and part.isdecimal():
-            return ".".join(parts[: position + 1])
-    return None
-
-
-def _in_blocks(stems: list[str]) -> Iterator[str]:
-    blocks = {stem: _block_of(stem) for stem in stems}
-    sizes = Counter(blocks.values())
-    return (stem for stem, block in blocks.items() if block is not None and sizes[block] > 1)
-
-
-def _fused_siblings(stem: str, present: Collection[str], widths: Mapping[str, int]) -> LayerGroup | None:
-    parent, _, leaf = stem.rpartition(".")
-    if any(CROSS_ATTENTION.fullmatch(part) for part in parent.split(".")):
-        return None
-    for leaves, merged in FUSED_SIBLINGS.items():
-        members = tuple(f"{parent}.{each}" for each in leaves)
-        if leaf in leaves and all(each in present and widths[each] == widths[stem] for each in members):
-            return LayerGroup(f"{parent}.{merged}", members, is_fused=True)
-    return None
+        Returns:
+            None if the original name of a tensor is not known; see `has_original_names`
+        """
+        return original_runs(self.original_names, specs) if self.original_names else None
 
 
 def _encoder_layer_count(config: Mapping[str, object]) -> int:

@@ -17,7 +17,7 @@ from torch import Tensor
 from omni_convert.formats.containers.checkpoint import Checkpoint
 from omni_convert.formats.containers.safetensors_file import SafetensorsFile
 from omni_convert.formats.errors import CheckpointError
-from omni_convert.formats.families.family import LayerGroup
+from omni_convert.formats.families.layers import LayerGroup
 from omni_convert.formats.format import QuantizingFormat
 from omni_convert.formats.rows import TensorRows, WeightRows
 

@@ -18,8 +18,9 @@ from omni_convert.formats.config import MIXED, QuantizationConfig
 from omni_convert.formats.containers.tensor_spec import DTYPE_NAMES, TensorSpec
 from omni_convert.formats.dialects.vllm_omni import ignored_names
 from omni_convert.formats.errors import CheckpointError, RecipeError, counted
-from omni_convert.formats.families.family import LayerGroup, find_family
+from omni_convert.formats.families.layers import LayerGroup
 from omni_convert.formats.families.patterns import matches, suggestion_for
+from omni_convert.formats.families.table import find_family
 from omni_convert.formats.format import Format, QuantizingFormat
 from omni_convert.formats.fp8 import Fp8, Fp8Channel
 from omni_convert.formats.fp8_storage import Fp8Storage

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from omni_convert.formats.config import MIXED, QuantizationConfig
 from omni_convert.formats.errors import RecipeError
-from omni_convert.formats.families.family import LayerGroup
+from omni_convert.formats.families.layers import LayerGroup
 from omni_convert.formats.families.patterns import matches, suggestion_for
 
 __all__ = ["requested_configs"]

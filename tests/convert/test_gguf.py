@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from omni_convert.convert.conversion import convert_checkpoint
 from omni_convert.convert.recipe import GGUF_TYPES, Recipe
 from omni_convert.formats import gguf as gguf_format
-from omni_convert.formats.checks.gguf_verdicts import architecture_of
 from omni_convert.formats.errors import RecipeError
+from omni_convert.formats.families.table import find_family
 
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
 # diffusers dequantizes these; MXFP4 it does not know.
@@ -174,9 +174,9 @@ def test_types_that_the_command_line_offers_are_those_there_are() -> None:
 
 
 def test_architectures_are_called_as_comfyui_gguf_does() -> None:
-    assert architecture_of("FluxTransformer2DModel") == "flux"
-    assert architecture_of("ZImageTransformer2DModel") == "lumina2"
-    assert architecture_of("SomethingElse") == "diffusion"
+    assert find_family("FluxTransformer2DModel").gguf.architecture == "flux"
+    assert find_family("ZImageTransformer2DModel").gguf.architecture == "lumina2"
+    assert find_family("SomethingElse").gguf.architecture == "diffusion"
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from omni_convert.convert import Recipe, convert_checkpoint
 from omni_convert.convert.calibration.recording import calibrate_source
 from omni_convert.convert.source.location import resolve_source
-from omni_convert.formats.families.family import find_family
+from omni_convert.formats.families.table import find_family
 from omni_convert.formats.views.base import dequantized_view
 from omni_convert.formats.views.opened import open_quantized
 

@@ -24,7 +24,7 @@ from omni_convert.convert.output.folder import MANIFEST
 from omni_convert.convert.source.location import Source
 from omni_convert.formats.checks.finding import Finding
 from omni_convert.formats.containers.checkpoint import Checkpoint
-from omni_convert.formats.families.original_names import original_runs
+from omni_convert.formats.families.table import find_family
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 NORM, BIAS = "layers.0.attention.norm_q.weight", "t_embedder.mlp.0.bias"
@@ -176,7 +176,7 @@ def test_a_model_under_its_original_names_is_left_alone(tiny_pipeline_folder: Pa
     transformer = tiny_pipeline_folder / "transformer"
     tensors = load_file(transformer / WEIGHTS)
     with Checkpoint.open(transformer) as checkpoint:
-        runs = original_runs("ZImageTransformer2DModel", checkpoint)
+        runs = find_family("ZImageTransformer2DModel").original_runs(checkpoint)
     assert runs is not None
     originals = {name: torch.cat([tensors[run.source] for run in parts]) for name, parts in runs.items()}
     assert not originals.keys() <= tensors.keys()

@@ -25,7 +25,7 @@ from omni_convert.formats.containers.tensor_spec import TensorSpec
 from omni_convert.formats.dialects.codec import Reciprocal
 from omni_convert.formats.dialects.table import DIALECTS
 from omni_convert.formats.dialects.vllm_omni import ignored_names
-from omni_convert.formats.families.family import find_family
+from omni_convert.formats.families.table import find_family
 from omni_convert.formats.format import Format
 from omni_convert.formats.fp8 import Fp8, Fp8Block
 from omni_convert.formats.int4 import Int4

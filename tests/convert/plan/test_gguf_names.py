@@ -29,12 +29,11 @@ from omni_convert.convert.conversion import convert_checkpoint
 from omni_convert.convert.plan.gguf_names import choose_names
 from omni_convert.convert.recipe import Recipe
 from omni_convert.convert.source.original_names import shapes_of
-from omni_convert.formats.checks.gguf_verdicts import architecture_of
 from omni_convert.formats.containers.checkpoint import Checkpoint
 from omni_convert.formats.containers.tensor_spec import TensorSpec
 from omni_convert.formats.containers.writer import bytes_of
 from omni_convert.formats.errors import RecipeError
-from omni_convert.formats.families.original_names import original_runs
+from omni_convert.formats.families.table import find_family
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 # By these ComfyUI-GGUF tells models apart; the others it refuses as those of diffusers.
@@ -174,7 +173,7 @@ def test_published_models_have_original_names_that_diffusers_reads_back(name: st
         names = choose_names(checkpoint, {"_class_name": model_class.__name__, **config}, Recipe("gguf"))
         assert names.note.startswith("its original names")
         assert names.checkpoint[joined].shape == shape
-        assert names.checkpoint.keys() >= {*DETECTED_BY[architecture_of(model_class.__name__)]}
+        assert names.checkpoint.keys() >= {*DETECTED_BY[find_family(model_class.__name__).gguf.architecture]}
         assert names.checkpoint.keys().isdisjoint(BANNED)
         assert sum(spec.nbytes for spec in names.checkpoint.values()) == sum(
             spec.nbytes for spec in checkpoint.values()
@@ -322,7 +321,7 @@ def test_a_model_with_a_tensor_whose_original_name_nobody_knows_keeps_those_of_d
 @pytest.mark.parametrize("kind", ["FluxTransformer2DModel", "ZImageTransformer2DModel", "WanTransformer3DModel"])
 def test_no_class_has_an_original_name_for_what_it_does_not_know(kind: str) -> None:
     stray = TensorSpec("nobody.knows.weight", torch.bfloat16, (4, 4))
-    assert original_runs(kind, {stray.name: stray}) is None
+    assert find_family(kind).original_runs({stray.name: stray}) is None
 
 
 def test_wan_keeps_diffusers_names_where_its_conversion_would_lose_a_tensor(tmp_path: Path) -> None:

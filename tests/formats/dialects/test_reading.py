@@ -14,7 +14,7 @@ from omni_convert.formats.arithmetic.e2m1 import encode_e2m1, pack_nibbles
 from omni_convert.formats.arithmetic.swizzle import swizzle_scales
 from omni_convert.formats.dialects.codec import Reciprocal
 from omni_convert.formats.errors import CheckpointError
-from omni_convert.formats.families.wan_names import diffusers_name
+from omni_convert.formats.families.wan import wan_diffusers_name
 from omni_convert.formats.format import Format
 from omni_convert.formats.fp8 import Fp8
 from omni_convert.formats.int8 import Int8
@@ -114,7 +114,7 @@ def test_wan_names_are_those_that_diffusers_gives() -> None:
     names = [*weights, "head.modulation", "blocks.0.modulation"]
     for name in names:  # one at a time: order tells which became which
         (theirs,) = convert_wan_transformer_to_diffusers({name: torch.zeros(1)})
-        assert diffusers_name(name) == theirs, name
+        assert wan_diffusers_name(name) == theirs, name
 
 
 def test_lightx2v_mx_and_nvfp4(tmp_path: Path, weight: Tensor) -> None:

@@ -12,7 +12,8 @@ from omni_convert.formats.config import QuantizationConfig
 from omni_convert.formats.containers.tensor_spec import TensorSpec
 from omni_convert.formats.dialects.vllm_omni import from_block, ignored_names, to_block
 from omni_convert.formats.errors import CheckpointError
-from omni_convert.formats.families.family import LayerGroup, find_family
+from omni_convert.formats.families.layers import LayerGroup
+from omni_convert.formats.families.table import find_family
 
 IGNORED = ("layers.0.attention.to_qkv", "layers.0.attention.to_k")
 NAMES = sorted(IGNORED)

@@ -12,8 +12,8 @@ from torch import nn
 from transformers import Mistral3Config
 
 from omni_convert.formats.containers.tensor_spec import TensorSpec
-from omni_convert.formats.families.families import FAMILIES
-from omni_convert.formats.families.family import LayerGroup, find_family
+from omni_convert.formats.families.layers import LayerGroup
+from omni_convert.formats.families.table import FAMILIES, find_family
 
 Specs = Callable[[str], Mapping[str, TensorSpec]]
 
@@ -223,16 +223,16 @@ def test_members_are_linear_modules_of_the_model(
 
 def test_every_pattern_matches_a_layer_of_some_model(tiny_specs: Specs) -> None:
     unmatched = set()
-    for facts in FAMILIES:
+    for family in FAMILIES:
         names = {
             group.runtime_name
-            for model_class in facts.model_classes
-            if facts.layers
+            for model_class in family.model_classes
+            if family.layers
             for runtime in ("vllm-omni", "diffusers")
             for group in groups_of(model_class, tiny_specs, runtime)
         }
         unmatched |= {
-            pattern.runtime_name for pattern in facts.layers if pattern.runtime_name.replace("{}", "0") not in names
+            pattern.runtime_name for pattern in family.layers if pattern.runtime_name.replace("{}", "0") not in names
         }
     # FastVideo's and I2V's variants of Wan have layers that diffusers' plain classes lack.
     assert unmatched == {
@@ -284,16 +284,16 @@ def test_wan_refuses_modelopt_blocks_and_nothing_else() -> None:
 
 
 def test_every_model_class_exists_and_belongs_to_one_family() -> None:
-    classes = [model_class for facts in FAMILIES for model_class in facts.model_classes]
+    classes = [model_class for family in FAMILIES for model_class in family.model_classes]
     assert len(classes) == len(set(classes))
     for model_class in classes:
         assert hasattr(diffusers, model_class), model_class
 
 
 def test_recommended_patterns_match_layers(tiny_specs: Specs) -> None:
-    for facts in FAMILIES:
-        for recommendation in facts.recommendations:
-            names = [group.runtime_name for group in groups_of(facts.model_classes[0], tiny_specs, "vllm-omni")]
+    for family in FAMILIES:
+        for recommendation in family.recommendations:
+            names = [group.runtime_name for group in groups_of(family.model_classes[0], tiny_specs, "vllm-omni")]
             assert any(fnmatchcase(f".{name}.", f"*.{recommendation.pattern}.*") for name in names)
 
 

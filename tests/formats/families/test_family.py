@@ -11,7 +11,8 @@ from torch import nn
 
 from omni_convert.formats.containers.tensor_spec import TensorSpec
 from omni_convert.formats.errors import CheckpointError
-from omni_convert.formats.families.family import LayerGroup, find_family
+from omni_convert.formats.families.layers import LayerGroup
+from omni_convert.formats.families.table import find_family
 
 Specs = Callable[[str], Mapping[str, TensorSpec]]
 Z_IMAGE = "ZImageTransformer2DModel"

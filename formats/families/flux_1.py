@@ -1,0 +1,95 @@
+"""FLUX.1, and the original names that FLUX.2 kept of it."""
+
+from __future__ import annotations
+
+from omni_convert.formats.families.family import Family, GgufFacts, MethodNote
+from omni_convert.formats.families.layers import ADDED_QKV, DIFFUSERS, QKV, linears, merged
+from omni_convert.formats.families.original_names import OriginalName, joined, renamed
+
+__all__ = [
+    "DOUBLE",
+    "FLUX_1",
+    "MLP_EMBEDDER",
+    "ORIGINAL_DOUBLE",
+    "ORIGINAL_DOUBLE_ATTENTION",
+    "ORIGINAL_EMBEDDERS",
+    "ORIGINAL_MODULATION",
+    "ORIGINAL_SINGLE",
+    "ORIGINAL_SINGLE_NORMS",
+    "SINGLE",
+]
+
+ORIGINAL_DOUBLE, DOUBLE = "double_blocks.{}.", "transformer_blocks.{}."
+ORIGINAL_SINGLE, SINGLE = "single_blocks.{}.", "single_transformer_blocks.{}."
+MLP_EMBEDDER = {"in_layer": "linear_1", "out_layer": "linear_2"}
+
+ORIGINAL_EMBEDDERS = renamed({"img_in": "x_embedder", "txt_in": "context_embedder", "final_layer.linear": "proj_out"})
+ORIGINAL_DOUBLE_ATTENTION = (
+    joined("double_blocks.{}.img_attn.qkv", "transformer_blocks.{}.attn", *QKV),
+    joined("double_blocks.{}.txt_attn.qkv", "transformer_blocks.{}.attn", *ADDED_QKV),
+    *renamed(
+        {
+            "img_attn.proj": "attn.to_out.0",
+            "txt_attn.proj": "attn.to_add_out",
+            "img_attn.norm.query_norm.scale": "attn.norm_q.weight",
+            "img_attn.norm.key_norm.scale": "attn.norm_k.weight",
+            "txt_attn.norm.query_norm.scale": "attn.norm_added_q.weight",
+            "txt_attn.norm.key_norm.scale": "attn.norm_added_k.weight",
+        },
+        ORIGINAL_DOUBLE,
+        DOUBLE,
+    ),
+)
+ORIGINAL_SINGLE_NORMS = renamed(
+    {"norm.query_norm.scale": "attn.norm_q.weight", "norm.key_norm.scale": "attn.norm_k.weight"},
+    ORIGINAL_SINGLE,
+    SINGLE,
+)
+ORIGINAL_MODULATION = OriginalName("final_layer.adaLN_modulation.1", ("norm_out.linear",), is_turned=True)
+
+FLUX_1 = Family(
+    name="FLUX.1",
+    model_classes=("FluxTransformer2DModel",),
+    layers=(
+        merged("single_transformer_blocks.{}.attn", "to_qkv", QKV, loads_merged=False),
+        *linears("single_transformer_blocks.{}", "proj_mlp", "proj_out"),
+        merged("transformer_blocks.{}.attn", "to_qkv", QKV, loads_merged=False, runtimes=(DIFFUSERS,)),
+        merged("transformer_blocks.{}.attn", "add_kv_proj", ADDED_QKV, loads_merged=False, runtimes=(DIFFUSERS,)),
+        *linears("transformer_blocks.{}.attn", "to_out.0", "to_add_out", runtimes=(DIFFUSERS,)),
+        *linears("transformer_blocks.{}.ff", "net.0.proj", "net.2", runtimes=(DIFFUSERS,)),
+        *linears("transformer_blocks.{}.ff_context", "net.0.proj", "net.2", runtimes=(DIFFUSERS,)),
+    ),
+    method_notes=(
+        MethodNote(
+            (),
+            "vLLM-Omni runs only the single blocks of FLUX.1 quantized; --runtime diffusers quantizes the double "
+            "blocks as well, for omni_convert.loaders alone",
+        ),
+    ),
+    original_names=(
+        *ORIGINAL_EMBEDDERS,
+        *renamed(MLP_EMBEDDER, "time_in.", "time_text_embed.timestep_embedder."),
+        *renamed(MLP_EMBEDDER, "vector_in.", "time_text_embed.text_embedder."),
+        *renamed(MLP_EMBEDDER, "guidance_in.", "time_text_embed.guidance_embedder."),
+        *ORIGINAL_DOUBLE_ATTENTION,
+        *renamed(
+            {
+                "img_mod.lin": "norm1.linear",
+                "txt_mod.lin": "norm1_context.linear",
+                "img_mlp.0": "ff.net.0.proj",
+                "img_mlp.2": "ff.net.2",
+                "txt_mlp.0": "ff_context.net.0.proj",
+                "txt_mlp.2": "ff_context.net.2",
+            },
+            ORIGINAL_DOUBLE,
+            DOUBLE,
+        ),
+        joined(
+            "single_blocks.{}.linear1", "single_transformer_blocks.{}", *(f"attn.{part}" for part in QKV), "proj_mlp"
+        ),
+        *renamed({"modulation.lin": "norm.linear", "linear2": "proj_out"}, ORIGINAL_SINGLE, SINGLE),
+        *ORIGINAL_SINGLE_NORMS,
+        ORIGINAL_MODULATION,
+    ),
+    gguf=GgufFacts("flux", diffusers_prefixes=("transformer_blocks.", "single_transformer_blocks.")),
+)

@@ -1,0 +1,64 @@
+"""The one list of model families."""
+
+from __future__ import annotations
+
+from omni_convert.formats.families.family import Family
+from omni_convert.formats.families.flux_1 import FLUX_1
+from omni_convert.formats.families.flux_2 import FLUX_2
+from omni_convert.formats.families.full_precision import HELIOS, LONGCAT_IMAGE, OVIS_IMAGE, SANA_VIDEO, SD_3, SDXL
+from omni_convert.formats.families.glm_image import GLM_IMAGE
+from omni_convert.formats.families.hunyuan_video import HUNYUAN_VIDEO_15
+from omni_convert.formats.families.ltx import LTX_2, LTX_VIDEO
+from omni_convert.formats.families.not_tabulated import (
+    AURA_FLOW,
+    COSMOS,
+    ERNIE_IMAGE,
+    FRAMEPACK,
+    HIDREAM_I1,
+    HUNYUAN_VIDEO,
+    KREA_2,
+    LUMINA_2,
+    MINIMAX_H3,
+    SANA_WM,
+)
+from omni_convert.formats.families.qwen_image import QWEN_IMAGE
+from omni_convert.formats.families.wan import WAN
+from omni_convert.formats.families.z_image import Z_IMAGE
+
+__all__ = ["FAMILIES", "find_family"]
+
+FAMILIES = (
+    Z_IMAGE,
+    QWEN_IMAGE,
+    FLUX_1,
+    FLUX_2,
+    HUNYUAN_VIDEO_15,
+    HUNYUAN_VIDEO,
+    FRAMEPACK,
+    WAN,
+    GLM_IMAGE,
+    LTX_2,
+    LTX_VIDEO,
+    HELIOS,
+    SD_3,
+    SDXL,
+    LONGCAT_IMAGE,
+    OVIS_IMAGE,
+    SANA_VIDEO,
+    ERNIE_IMAGE,
+    HIDREAM_I1,
+    KREA_2,
+    MINIMAX_H3,
+    SANA_WM,
+    AURA_FLOW,
+    COSMOS,
+    LUMINA_2,
+)
+
+
+def find_family(model_class: str) -> Family:
+    """The family of a model class (`_class_name` or `architectures` of its config); one without facts if unknown."""
+    for family in FAMILIES:
+        if model_class in family.model_classes:
+            return family
+    return Family("generic", (model_class,))

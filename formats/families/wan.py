@@ -1,0 +1,108 @@
+"""Wan 2.1 and 2.2, VACE included."""
+
+from __future__ import annotations
+
+from collections.abc import Container
+
+from omni_convert.formats.families.family import Family, GgufFacts, VariantRefusal
+from omni_convert.formats.families.layers import QKV, VLLM_OMNI, LayerPattern, linears, merged
+from omni_convert.formats.families.layers import renamed as renamed_layer
+from omni_convert.formats.families.original_names import OriginalName, diffusers_name, renamed, same
+
+__all__ = ["WAN", "has_original_wan_names", "wan_diffusers_name"]
+
+
+def _block(block: str) -> tuple[LayerPattern, ...]:
+    return (
+        merged(f"{block}.attn1", "to_qkv", QKV),
+        renamed_layer(f"{block}.attn1", "to_out.0", "to_out"),
+        *linears(f"{block}.attn1", "to_gate_compress"),
+        *linears(f"{block}.attn2", *QKV, "add_k_proj", "add_v_proj"),
+        renamed_layer(f"{block}.attn2", "to_out.0", "to_out"),
+        renamed_layer(f"{block}.ffn", "net.0.proj", "net_0.proj"),
+        renamed_layer(f"{block}.ffn", "net.2", "net_2"),
+    )
+
+
+def _original_block(block: str) -> tuple[OriginalName, ...]:
+    """Names within a block. The original code numbers the norms in order of use, diffusers by kind."""
+    return renamed(
+        {
+            "modulation": "scale_shift_table",
+            "norm2": "norm3",
+            "norm3": "norm2",
+            "ffn.0": "ffn.net.0.proj",
+            "ffn.2": "ffn.net.2",
+            "self_attn.q": "attn1.to_q",
+            "self_attn.k": "attn1.to_k",
+            "self_attn.v": "attn1.to_v",
+            "self_attn.o": "attn1.to_out.0",
+            "self_attn": "attn1",
+            "cross_attn.q": "attn2.to_q",
+            "cross_attn.k": "attn2.to_k",
+            "cross_attn.v": "attn2.to_v",
+            "cross_attn.o": "attn2.to_out.0",
+            "cross_attn.k_img": "attn2.add_k_proj",
+            "cross_attn.v_img": "attn2.add_v_proj",
+            "cross_attn.norm_k_img": "attn2.norm_added_k",
+            "cross_attn": "attn2",
+        },
+        f"{block}.",
+        f"{block}.",
+    )
+
+
+_ORIGINAL_NAMES = (
+    *same("patch_embedding"),
+    *renamed(
+        {
+            "time_embedding.0": "condition_embedder.time_embedder.linear_1",
+            "time_embedding.2": "condition_embedder.time_embedder.linear_2",
+            "text_embedding.0": "condition_embedder.text_embedder.linear_1",
+            "text_embedding.2": "condition_embedder.text_embedder.linear_2",
+            "time_projection.1": "condition_embedder.time_proj",
+            "img_emb.proj.0": "condition_embedder.image_embedder.norm1",
+            "img_emb.proj.1": "condition_embedder.image_embedder.ff.net.0.proj",
+            "img_emb.proj.3": "condition_embedder.image_embedder.ff.net.2",
+            "img_emb.proj.4": "condition_embedder.image_embedder.norm2",
+            "head.modulation": "scale_shift_table",
+            "head.head": "proj_out",
+        }
+    ),
+    *_original_block("blocks.{}"),
+)
+# Names that msModelSlim writes too, and that diffusers' conversion of single files would drop.
+_ALSO_READ = (
+    *renamed({"img_emb.emb_pos": "condition_embedder.image_embedder.pos_embed"}),
+    *_original_block("vace_blocks.{}"),
+)
+
+WAN = Family(
+    name="Wan",
+    model_classes=("WanTransformer3DModel", "WanVACETransformer3DModel"),
+    layers=(*_block("blocks.{}"), *_block("vace_blocks.{}")),
+    refused_methods=(
+        (VLLM_OMNI, "nvfp4", "vLLM-Omni 0.30.0 cannot load ModelOpt blocks (nvfp4) for Wan; on CUDA use fp8"),
+    ),
+    refused_variants=(
+        VariantRefusal(
+            "in_channels",
+            48,
+            ("mxfp4", "mxfp4_dualscale"),
+            "4-bit activations harm Wan2.2-TI2V-5B too much, vLLM-Omni's own converter leaves it out",
+        ),
+    ),
+    leading_blocks=(("mxfp4_dualscale", 5),),
+    original_names=_ORIGINAL_NAMES,
+    gguf=GgufFacts("wan", kept_layers=("condition_embedder",), diffusers_prefixes=("condition_embedder.",)),
+)
+
+
+def has_original_wan_names(names: Container[str]) -> bool:
+    """Whether a checkpoint has the names of Wan's own code."""
+    return any(name in names for name in ("blocks.0.self_attn.norm_q.weight", "blocks.0.cross_attn.norm_q.weight"))
+
+
+def wan_diffusers_name(name: str) -> str:
+    """What diffusers calls a tensor of Wan's own code; other names stay."""
+    return diffusers_name((*_ORIGINAL_NAMES, *_ALSO_READ), name)

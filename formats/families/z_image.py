@@ -1,0 +1,75 @@
+"""Z-Image."""
+
+from __future__ import annotations
+
+from omni_convert.formats.families.family import EncoderLayers, Family, GgufFacts, MethodNote
+from omni_convert.formats.families.layers import DIFFUSERS, EVERY_RUNTIME, QKV, LayerPattern, linears, merged
+from omni_convert.formats.families.original_names import OriginalName, joined, renamed, same
+
+__all__ = ["Z_IMAGE"]
+
+
+def _block(block: str, runtimes: tuple[str, ...] = EVERY_RUNTIME) -> tuple[LayerPattern, ...]:
+    return (
+        merged(f"{block}.attention", "to_qkv", QKV, runtimes=runtimes),
+        *linears(f"{block}.attention", "to_out.0", runtimes=runtimes),
+        merged(f"{block}.feed_forward", "w13", ("w1", "w3"), loads_merged=False, runtimes=runtimes),
+        *linears(f"{block}.feed_forward", "w2", runtimes=runtimes),
+    )
+
+
+def _original_block(block: str) -> tuple[OriginalName, ...]:
+    names = {"out": "to_out.0", "q_norm": "norm_q", "k_norm": "norm_k"}
+    attention = f"{block}.{{}}.attention"
+    rest = ("feed_forward", "attention_norm1", "attention_norm2", "ffn_norm1", "ffn_norm2", "adaLN_modulation")
+    return (
+        joined(f"{attention}.qkv", attention, *QKV),
+        *renamed(names, f"{attention}.", f"{attention}."),
+        *same(*(f"{block}.{{}}.{part}" for part in rest)),
+    )
+
+
+Z_IMAGE = Family(
+    name="Z-Image",
+    model_classes=("ZImageTransformer2DModel",),
+    layers=(
+        *_block("noise_refiner.{}"),
+        *_block("context_refiner.{}"),
+        *_block("siglip_refiner.{}", (DIFFUSERS,)),  # only in models that also see pictures
+        *_block("layers.{}"),
+    ),
+    method_notes=(
+        MethodNote(
+            ("fp8",),
+            "vLLM-Omni's own FP8 quality gate for Z-Image-Turbo keeps the last 15 of its 30 layers in BF16; "
+            "for that: --ignored-layers 'layers.1[5-9].*' --ignored-layers 'layers.2?.*'",
+            layer="layers.29.attention.to_q",
+        ),
+    ),
+    shared_encoder=EncoderLayers(
+        model_types=(),
+        per_layer=tuple(
+            f"model.layers.{{}}.{leaf}"
+            for leaf in (
+                *(f"self_attn.{part}_proj" for part in "qkvo"),
+                *(f"mlp.{part}_proj" for part in ("gate", "up", "down")),
+            )
+        ),
+        others=("lm_head",),
+    ),
+    original_names=(
+        *renamed({"x_embedder": "all_x_embedder.2-1", "final_layer": "all_final_layer.2-1"}),
+        *same("t_embedder", "cap_embedder", "siglip_embedder", "x_pad_token", "cap_pad_token", "siglip_pad_token"),
+        *(
+            name
+            for block in ("layers", "noise_refiner", "context_refiner", "siglip_refiner")
+            for name in _original_block(block)
+        ),
+    ),
+    gguf=GgufFacts(
+        "lumina2",
+        kept_layers=("noise_refiner", "context_refiner"),
+        diffusers_prefixes=("all_x_embedder.",),
+        has_vllm_adapter=True,
+    ),
+)
