@@ -33,12 +33,12 @@ from omni_convert.formats.containers.checkpoint import Checkpoint
 from omni_convert.formats.containers.json_file import read_json
 from omni_convert.formats.containers.tensor_spec import DTYPE_NAMES, TORCH_DTYPES
 from omni_convert.formats.dialects import auto_round, omni_convert, vllm_omni
+from omni_convert.formats.dialects.config_block import read_block
 from omni_convert.formats.errors import CheckpointError, OmniConvertError
 from omni_convert.formats.table import LOADABLE
 from omni_convert.formats.views.opened import open_quantized
 from omni_convert.loaders.loading.headers import read_headers
 from omni_convert.loaders.loading.install import declared_format, install_empty_layers
-from omni_convert.loaders.request.block import read_block
 
 CASES = 5_000
 SLOW_ROUNDS = 40  # of as many cases: 200,000

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from omni_convert.formats.config import QuantizationConfig
 from omni_convert.formats.dialects.base import Dialect, Found, Spelling, StoredLayer, WrittenSpelling
 from omni_convert.formats.dialects.codec import Reciprocal, Transposed
 from omni_convert.formats.dialects.packed_words import PackedColumns
@@ -27,12 +28,12 @@ from omni_convert.formats.foreign import Scaled
 from omni_convert.formats.format import Format
 from omni_convert.formats.int4 import Int4
 
-__all__ = ["AUTO_ROUND", "AUTO_ROUND_METHODS", "PACKING", "WRITTEN_BITS", "to_block"]
+__all__ = ["AUTO_ROUND", "AUTO_ROUND_METHODS", "from_block", "to_block"]
 
 #: Values of `quant_method`.
 AUTO_ROUND_METHODS = ("auto-round", "intel/auto-round")
 METHODS = (*AUTO_ROUND_METHODS, "gptq")
-#: The packing that is written.
+# The packing that is written.
 PACKING = "auto_round:auto_gptq"
 PACKED_NAMES = {
     "weight": "weight_packed",
@@ -43,8 +44,9 @@ INTEGER_NAMES = {"weight": "qweight", "weight_scale": "scales", "weight_zero_poi
 READABLE_BITS = (2, 4, 8)
 # Their tensors have the dtypes and shapes of MXFP4 and MXFP8, and are others.
 UNREAD_TYPES = ("mx_int", "nvfp4_v2")
-#: Of a code that is made here.
+# Bits of the codes that are made here, and from how many on a layer is not quantized.
 WRITTEN_BITS = 4
+UNQUANTIZED_BITS = 16
 # The size of a group, where one scale serves the whole row.
 WHOLE_ROW = -1
 # The name of a stack of blocks, before their numbers.
@@ -128,8 +130,36 @@ def to_block(group_size: int, layers: Collection[str], ignored: Collection[str])
         "data_type": "int",
         "packing_format": PACKING,
         "block_name_to_quantize": ",".join(stacks),
-        "extra_config": {name: {"bits": 16, "data_type": "float"} for name in sorted(ignored)},
+        "extra_config": {name: {"bits": UNQUANTIZED_BITS, "data_type": "float"} for name in sorted(ignored)},
     }
+
+
+def from_block(block: Any) -> QuantizationConfig | None:
+    """Reads a block of W4A16 layers that are all alike and in the packing that `to_block` declares.
+
+    Returns:
+        None for any other block, such as AWQ's packing or layers with other numbers of bits
+    """
+    if not isinstance(block, Mapping) or block.get("quant_method") not in AUTO_ROUND_METHODS:
+        return None
+    group, exceptions = block.get("group_size"), block.get("extra_config") or {}
+    is_written_here = (
+        block.get("bits") == WRITTEN_BITS
+        and block.get("data_type", "int") == "int"
+        and block.get("packing_format", PACKING) == PACKING
+        and type(group) is int
+        and group > 0
+        and isinstance(exceptions, Mapping)
+        and all(_is_unquantized(each) for each in exceptions.values())
+    )
+    if not is_written_here:
+        return None
+    return QuantizationConfig(Int4.method, "none", ignored_layers=tuple(map(str, exceptions)), group_size=group)
+
+
+def _is_unquantized(exception: Any) -> bool:
+    bits = exception.get("bits") if isinstance(exception, Mapping) else None
+    return isinstance(bits, int) and bits >= UNQUANTIZED_BITS
 
 
 def _check_elements(found: Found) -> None:

@@ -1,6 +1,7 @@
 """The config block of ModelOpt's exports, and what it means.
 
-{"quant_method": "modelopt", "quant_algo": ALGORITHM, "config_groups": {...}, "ignore": [...], "producer": {...}}
+Flat    {"quant_method": "modelopt", "quant_algo": ALGORITHM, "config_groups": {...}, "ignore": [...], "producer": ...}
+Nested  {"producer": {"name": "modelopt"}, "quantization": {"quant_algo": ALGORITHM, "exclude_modules": [...]}}
 
 FP8                        `fp8` with static activations
 FP8_PER_CHANNEL_PER_TOKEN  `fp8`, a scale for each row, activations per token
@@ -20,8 +21,11 @@ from omni_convert.formats.errors import CheckpointError, RecipeError
 
 __all__ = [
     "MODELOPT",
+    "algorithm_of",
     "as_whole_name",
+    "from_export",
     "from_modelopt",
+    "is_export",
     "read_names",
     "shown",
     "spell_algorithms",
@@ -30,6 +34,10 @@ __all__ = [
 
 MODELOPT = "modelopt"
 MIXED_PRECISION = "MIXED_PRECISION"
+# Values of `quant_method` or `method`, normalised.
+METHODS = (MODELOPT, "modelopt_fp4", "modelopt_mixed")
+LOADED = ("FP8", "FP8_PER_CHANNEL_PER_TOKEN", "NVFP4", MIXED_PRECISION)
+REMEDY = f"expected one of {', '.join(LOADED)}; `omni-convert MODEL -m keep --dialect vllm-omni` re-encodes it"
 NVFP4_GROUP_SIZE = 16
 GROUP_SIZES = {"NVFP4": NVFP4_GROUP_SIZE, "W4A16_NVFP4": NVFP4_GROUP_SIZE, "MXFP8": 32}
 # Its exporter describes layers of these alone also where all layers are alike.
@@ -171,6 +179,44 @@ def from_modelopt(block: Mapping[str, Any], where: str) -> QuantizationConfig:
     # The runtime runs weight-only GEMMs if no group has input activations.
     is_weight_only = all(group.get("input_activations") is None for group in groups.values())
     return QuantizationConfig("nvfp4", "none" if is_weight_only else "static", ignored_layers=ignored)
+
+
+def is_export(block: Mapping[str, Any]) -> bool:
+    """Whether vLLM-Omni reads a mapping as ModelOpt's: by its method or producer, unless the algorithm is unknown."""
+    method, producer = block.get("method", block.get("quant_method")), block.get("producer")
+    name = producer.get("name") if isinstance(producer, Mapping) else None
+    is_named = isinstance(method, str) and method.lower().replace("-", "_") in METHODS
+    if not is_named and not (isinstance(name, str) and name.lower() == MODELOPT):
+        return False
+    algorithm = algorithm_of(block)
+    return algorithm in LOADED if algorithm else is_named
+
+
+def algorithm_of(block: Mapping[str, Any]) -> str:
+    """`quant_algo` in capitals, from the nested mapping if there is one; empty if the block has none."""
+    nested = block.get("quantization")
+    algorithm = (nested if isinstance(nested, Mapping) else block).get("quant_algo")
+    return str(algorithm).upper() if algorithm else ""
+
+
+def from_export(block: Mapping[str, Any], where: str) -> QuantizationConfig:
+    """Reads a block of either shape, with `quant_algo` in any case.
+
+    Raises:
+        CheckpointError: the block has no algorithm, or one that is not loaded.
+    """
+    algorithm = algorithm_of(block)
+    if not algorithm:
+        raise CheckpointError(f"{where}: found ModelOpt's block with a missing quant_algo, {REMEDY}")
+    if algorithm not in LOADED:
+        raise CheckpointError(f"{where}: found quant_algo {algorithm[:64]!r}, {REMEDY}")
+    nested = block.get("quantization")
+    if algorithm == "FP8" or (algorithm == "NVFP4" and isinstance(nested, Mapping)):
+        # Ignored names are patterns here, so the tensors decide which layers are quantized.
+        return QuantizationConfig("nvfp4" if algorithm == "NVFP4" else "fp8", activation_scheme="static")
+    if isinstance(nested, Mapping):
+        block = {"ignore": nested.get("exclude_modules"), "quantized_layers": nested.get("quantized_layers")}
+    return from_modelopt({**block, "quant_algo": algorithm}, where)
 
 
 def _listed(layers: Any, where: str) -> tuple[tuple[str, QuantizationConfig], ...]:

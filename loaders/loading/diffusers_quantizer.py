@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from omni_convert.formats.containers.tensor_spec import TensorSpec
 from omni_convert.formats.dialects import omni_convert, vllm_omni
+from omni_convert.formats.dialects.config_block import read_claimed_block
 from omni_convert.formats.errors import CheckpointError, RecipeError, counted
 from omni_convert.formats.format import Format
 from omni_convert.formats.table import LOADABLE
@@ -38,7 +39,7 @@ from omni_convert.loaders.loading.install import (
     to_disk_state,
 )
 from omni_convert.loaders.loading.values import check_stored_values
-from omni_convert.loaders.request.block import ConfigBlock, read_claimed
+from omni_convert.loaders.request.block import ConfigBlock
 
 __all__ = ["DiffusersConfig", "DiffusersOmniQuantizer", "register"]
 
@@ -180,7 +181,7 @@ def _claim_blocks() -> None:
         return
 
     def from_dict(_cls: type, block: dict[str, Any]) -> Any:
-        meaning = read_claimed(block)
+        meaning = read_claimed_block(block)
         return read_theirs(block) if meaning is None else DiffusersConfig(block, meaning)
 
     def merge(_cls: type, block: Any, asked_for: Any) -> Any:

@@ -21,7 +21,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from omni_convert.formats.containers.tensor_spec import TensorSpec
-from omni_convert.formats.dialects import omni_convert
+from omni_convert.formats.dialects import auto_round, omni_convert
 from omni_convert.loaders.layers.quantized_linear import QuantizedLinear
 from omni_convert.loaders.loading.group_fit import GroupFits, PlannedLayer
 from omni_convert.loaders.loading.headers import read_headers
@@ -36,7 +36,6 @@ from omni_convert.loaders.loading.install import (
 )
 from omni_convert.loaders.loading.values import check_stored_values
 from omni_convert.loaders.memory.packed_int4 import CODES
-from omni_convert.loaders.request.auto_round import read_auto_round
 from omni_convert.loaders.request.block import ConfigBlock
 
 __all__ = ["TransformersConfig", "TransformersOmniQuantizer", "register"]
@@ -193,7 +192,7 @@ def _claim_blocks() -> None:
     read_theirs = auto.AutoQuantizationConfig.from_dict
 
     def from_dict(_cls: type, block: dict[str, Any]) -> Any:
-        meaning = read_auto_round(block)
+        meaning = auto_round.from_block(block)
         return read_theirs(block) if meaning is None else TransformersConfig(block, meaning)
 
     auto.AutoQuantizationConfig.from_dict = classmethod(from_dict)

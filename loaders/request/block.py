@@ -9,49 +9,17 @@ from enum import StrEnum
 from typing import Any, Self
 
 from omni_convert.formats.config import QuantizationConfig
-from omni_convert.formats.dialects import auto_round, omni_convert, vllm_omni
+from omni_convert.formats.dialects import auto_round, omni_convert
+from omni_convert.formats.dialects.config_block import read_block
 from omni_convert.formats.int4 import DEFAULT_GROUP, Int4
-from omni_convert.loaders.request.auto_round import read_auto_round
-from omni_convert.loaders.request.modelopt import modelopt_algorithm, read_modelopt
 
-__all__ = ["ConfigBlock", "QuantMethod", "read_block", "read_claimed"]
-
-CONFIG_FILE = "quantization_config"
+__all__ = ["ConfigBlock", "QuantMethod"]
 
 
 class QuantMethod(StrEnum):
     """The name of our quantizers. Libraries demand an Enum member, not a string."""
 
     OMNI_CONVERT = omni_convert.QUANT_METHOD
-
-
-def is_modelopt_export(block: Any) -> bool:
-    """Whether a `modelopt` block describes an exported checkpoint (ours to read), not one of diffusers' own."""
-    if not isinstance(block, Mapping) or block.get("quant_method") != "modelopt":
-        return False
-    return bool(modelopt_algorithm(block))
-
-
-def read_claimed(block: Any, where: str = CONFIG_FILE) -> QuantizationConfig | None:
-    """What a block means that we read under a name that the library has given to another quantizer; None of any other.
-
-    Raises:
-        CheckpointError: as of `read_modelopt`.
-    """
-    return read_modelopt(block, where) if is_modelopt_export(block) else read_auto_round(block)
-
-
-def read_block(block: Any, where: str = CONFIG_FILE) -> QuantizationConfig:
-    """What a block means.
-
-    Raises:
-        CheckpointError: not an object, an unknown method or key.
-    """
-    if (claimed := read_claimed(block, where)) is not None:
-        return claimed
-    if isinstance(block, Mapping) and block.get("quant_method") == omni_convert.QUANT_METHOD:
-        return omni_convert.from_block(block, where)
-    return vllm_omni.from_block(block, where)
 
 
 class ConfigBlock(ABC):

@@ -9,12 +9,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from omni_convert.formats.config import ACTIVATION_SCHEMES, QuantizationConfig, check_group_size
-from omni_convert.formats.dialects.auto_round import AUTO_ROUND_METHODS
+from omni_convert.formats.dialects import auto_round, modelopt_config
 from omni_convert.formats.dialects.vllm_omni import meant_options
 from omni_convert.formats.errors import CheckpointError, RecipeError
 from omni_convert.formats.table import LOADABLE
-from omni_convert.loaders.request.auto_round import read_auto_round
-from omni_convert.loaders.request.modelopt import is_modelopt, read_modelopt
 
 __all__ = [
     "ComponentQuantizationConfig",
@@ -30,7 +28,7 @@ DEFAULT_COMPONENT = "default"
 # transformers' word for `ignored_layers`, which counts where that is empty.
 IGNORED_ALIAS = "modules_to_not_convert"
 # Normalised names under which vLLM-Omni has one builder.
-AUTO_ROUND_ALIASES = ("inc", *(method.replace("-", "_") for method in AUTO_ROUND_METHODS))
+AUTO_ROUND_ALIASES = ("inc", *(method.replace("-", "_") for method in auto_round.AUTO_ROUND_METHODS))
 # Of ModelOpt's blocks; no components.
 MODELOPT_KEYS = ("producer", "quantization", "quant_algo")
 
@@ -137,7 +135,7 @@ def _build_component(component: str, value: Any) -> QuantizationConfig | None:
 
 
 def _build_from_options(spec: Mapping[str, Any], kwargs: Mapping[str, Any]) -> QuantizationConfig:
-    if is_modelopt(spec):
+    if modelopt_config.is_export(spec):
         return _read_modelopt(spec)
     options = dict(spec)
     name = options.pop("method", None)
@@ -147,7 +145,7 @@ def _build_from_options(spec: Mapping[str, Any], kwargs: Mapping[str, Any]) -> Q
         raise QuantConfigValueError(_found_no_method(spec))
     merged = {**options, **kwargs}
     named = {"quant_method": name, **merged}
-    return _read_modelopt(named) if is_modelopt(named) else _build_single(str(name), merged)
+    return _read_modelopt(named) if modelopt_config.is_export(named) else _build_single(str(name), merged)
 
 
 def _found_no_method(spec: Mapping[str, Any]) -> str:
@@ -179,7 +177,7 @@ def _normalised(method: str) -> str:
 
 def _read_modelopt(spec: Mapping[str, Any]) -> QuantizationConfig:
     try:
-        return read_modelopt(spec, "quantization")
+        return modelopt_config.from_export(spec, "quantization")
     except CheckpointError as error:
         raise QuantConfigValueError(str(error)) from None
 
@@ -215,14 +213,14 @@ def _build_single(name: str, options: Mapping[str, Any]) -> QuantizationConfig:
 
 def _build_auto_round(name: str, options: Mapping[str, Any]) -> QuantizationConfig:
     """As vLLM-Omni, which takes the options that it knows and drops others."""
-    block = {"bits": options.get("weight_bits"), **options, "quant_method": AUTO_ROUND_METHODS[0]}
+    block = {"bits": options.get("weight_bits"), **options, "quant_method": auto_round.AUTO_ROUND_METHODS[0]}
     if block["bits"] is None or "group_size" not in block:
         raise QuantConfigTypeError(f"quantization: found '{name}' without bits and group_size, expected both")
     try:
         check_group_size(block["group_size"], "group_size")
     except RecipeError as error:
         raise QuantConfigValueError(f"quantization: {error}") from None
-    config = read_auto_round(block)
+    config = auto_round.from_block(block)
     if config is None:
         raise QuantConfigValueError(
             f"quantization: found '{name}' of another kind than W4A16 in GPTQ's packing, expected bits 4 and the "

@@ -23,7 +23,6 @@ from omni_convert.formats.rows import TILE_ELEMENTS
 from omni_convert.formats.views.opened import open_quantized
 from omni_convert.loaders import QuantizedLinear, kernel_report, load_pipeline, quantize_linear
 from omni_convert.loaders.memory.packed_int4 import PackedInt4
-from omni_convert.loaders.request.auto_round import read_auto_round
 from omni_convert.loaders.request.block import ConfigBlock
 
 BLOCK = auto_round.to_block(32, ("layers.0.a",), ("proj_out",))
@@ -133,8 +132,8 @@ def test_a_model_quantized_while_loading_is_saved_as_auto_round_spells_it(
 
 @pytest.mark.parametrize("change", OTHERS.values(), ids=OTHERS)
 def test_blocks_of_what_we_do_not_run_are_left_to_auto_round(change: dict[str, Any]) -> None:
-    assert read_auto_round(BLOCK) is not None
-    assert read_auto_round(BLOCK | change) is None
+    assert auto_round.from_block(BLOCK) is not None
+    assert auto_round.from_block(BLOCK | change) is None
 
 
 @pytest.mark.parametrize(
