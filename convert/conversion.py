@@ -6,10 +6,9 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from omni_convert.convert.device import resolve_device
 from omni_convert.convert.execution.component_result import ComponentResult, LayerResult
@@ -38,17 +37,7 @@ from omni_convert.convert.workers import Workers, available_cores
 from omni_convert.formats.containers.checkpoint import Checkpoint
 from omni_convert.formats.errors import CheckpointError, OutputError, RecipeError
 
-if TYPE_CHECKING:
-    from omni_convert.convert.calibration.statistics import Statistics
-
-__all__ = [
-    "check_target",
-    "convert_checkpoint",
-    "convert_plan",
-    "load_statistics",
-    "planned_without_running",
-    "prepare_push",
-]
+__all__ = ["Conversion", "convert_checkpoint"]
 
 # Of what comes from the Hub, inside OUT.partial; gone before that becomes OUT.
 DOWNLOADS = ".downloads"
@@ -68,16 +57,117 @@ def convert_checkpoint(
     Raises:
         OmniConvertError: anything that the user can do something about; `output` then does not exist.
     """
-    recipe = recipe or Recipe()
-    target = output_of(output)
-    check_target(target, recipe)
-    source = resolve_source(model, recipe.revision, stream=recipe.streams_source)
-    repository = prepare_push(source, recipe)
-    recorded, seconds = load_statistics(source, recipe)
-    report = convert_plan(plan_conversion(source, recipe, recorded), target, recorded, progress, seconds)
-    if repository is not None and isinstance(target, Path):
-        push_output(target, repository)
+    conversion = Conversion.prepare(model, output, recipe or Recipe())
+    conversion.calibrate()
+    report = conversion.execute(progress or _ignore)
+    conversion.push()
     return report
+
+
+@dataclass
+class Conversion:
+    """One conversion from request to result: prepare, calibrate, execute, push, in this order.
+
+    Attributes:
+        plan: what becomes of every tensor
+        target: where the output goes
+        repository: where on the Hub the output goes as well, found to be ready for it
+        calibration_seconds: time that recording statistics took; None if none were recorded
+    """
+
+    plan: Plan
+    target: Path | RemoteFolder
+    repository: Repository | None = None
+    calibration_seconds: float | None = None
+
+    @classmethod
+    def prepare(
+        cls, model: str | Path | None, output: str | Path | None, recipe: Recipe, *, dry_run: bool = False
+    ) -> Conversion:
+        """Finds the model, plans the conversion and opens the repository; every mistake of the user shows here.
+
+        Args:
+            model, output: see `convert_checkpoint`; output None is a folder named after model and method
+            recipe: what to do
+            dry_run: only the plan is wanted: whatever is at the output may stay, and the Hub is left alone
+
+        Raises:
+            OmniConvertError: the recipe cannot be carried out, or the output is in the way.
+        """
+        if output is not None and not dry_run:
+            check_target(output_of(output), recipe)  # before anything is downloaded
+        source = resolve_source(model, recipe.revision, stream=recipe.streams_source)
+        target = output_of(output or f"{source.short_name}-{recipe.outcome}")
+        if not dry_run:
+            check_target(target, recipe)
+            _refuse_source(target, source)
+        plan = plan_conversion(source, recipe)
+        if recipe.calibration:
+            from omni_convert.convert.calibration.statistics import Statistics
+
+            plan = plan.with_statistics(Statistics.load_all(recipe.calibration))
+        if dry_run and recipe.calib is not None:
+            plan = replace(plan, notes=(*plan.notes, "a real run first records statistics over the prompts"))
+        if dry_run or recipe.push_to_hub is None:
+            return cls(plan, target)
+        return cls(plan, target, open_repository(recipe.push_to_hub, private=recipe.private))
+
+    def calibrate(self) -> None:
+        """Records the statistics that the recipe has prompts for, and attaches them to the plan.
+
+        Raises:
+            OmniConvertError: the pipeline cannot be run, or computes NaN.
+        """
+        if self.plan.recipe.calib is None:
+            return
+        from omni_convert.convert.calibration.recording import calibrate_source  # runs a pipeline: seconds of imports
+
+        started = time.monotonic()
+        self.plan = self.plan.with_statistics(calibrate_source(self.plan.source, self.plan.recipe))
+        self.calibration_seconds = time.monotonic() - started
+
+    def execute(self, progress: Progress) -> ConversionReport:
+        """Makes the output; raises as `convert_checkpoint`."""
+        started = time.monotonic()
+        plan, recipe = self.plan, self.plan.recipe
+        if recipe.resume and (finished := _results_of_finished(self.target, plan)) is not None:
+            return self._report(finished, time.monotonic() - started, None)
+        with (
+            _opened_engine(recipe) as engine_on,
+            _folder_of(self.target, recipe) as folder,
+            Journal(folder / JOURNAL, describe_job(plan)) as journal,
+            Workers(_threads(recipe)) as workers,
+            _streaming(plan.source, folder),  # ends first: workers must not wait for a download any more
+        ):
+            make = execute_component if isinstance(self.target, Path) else partial(upload_component, self.target)
+            results, peak = _fill(folder, plan, engine_on(workers, journal), make, progress)
+        return self._report(results, time.monotonic() - started, peak)
+
+    def push(self) -> str | None:
+        """Uploads the output if the recipe says so; returns the address of the commit.
+
+        Raises:
+            HubError: the Hub refuses it, or cannot be reached.
+        """
+        if self.repository is None or not isinstance(self.target, Path):
+            return None
+        return push_output(self.target, self.repository)
+
+    def _report(
+        self, results: dict[str, list[LayerResult]], seconds: float, peak_memory: int | None
+    ) -> ConversionReport:
+        plan = self.plan
+        return ConversionReport(
+            self.target,
+            tuple(_prefixed(name, layer) for name, layers in results.items() for layer in layers),
+            tuple(layer for component in plan.components for layer in component.kept),
+            plan.notes,
+            plan.bytes_before,
+            plan.bytes_after,
+            seconds,
+            self.calibration_seconds,
+            peak_memory,
+        )
 
 
 def check_target(output: Path | RemoteFolder, recipe: Recipe) -> None:
@@ -95,94 +185,23 @@ def check_target(output: Path | RemoteFolder, recipe: Recipe) -> None:
     check_remote(output, overwrite=recipe.overwrite, resume=recipe.resume)
 
 
-def prepare_push(source: Source, recipe: Recipe) -> Repository | None:
-    """The repository that the recipe wants the output in: what is wrong there must show before hours of work.
-
-    So must a mistake in the recipe, which should leave no empty repository behind.
-    """
-    if recipe.push_to_hub is None:
-        return None
-    plan_conversion(source, replace(recipe, activation_scheme=None) if recipe.calib is not None else recipe)
-    return open_repository(recipe.push_to_hub, private=recipe.private)
+def _refuse_source(target: Path | RemoteFolder, source: Source) -> None:
+    if not isinstance(target, Path):
+        return
+    output, model = target.resolve(), source.path.resolve()
+    if output == model or model in output.parents or output in model.parents:
+        raise OutputError(f"{output}: found the folder of the model that is read ({model}); name another --output")
 
 
-def load_statistics(source: Source, recipe: Recipe) -> tuple[Statistics | None, float | None]:
-    """The statistics that the recipe asks for: read from files, recorded now from prompts, or none.
-
-    The plan is tried without statistics first: a mistake in the recipe must show before the pipeline runs for hours.
-
-    Returns:
-        the statistics, and the seconds that it took to record them; None if they were not
-    """
-    if recipe.calibration:
-        from omni_convert.convert.calibration.statistics import Statistics
-
-        first, *others = [Statistics.load(path) for path in recipe.calibration]
-        return first.merge(others), None
-    if recipe.calib is None:
-        return None, None
-    from omni_convert.convert.calibration.recording import calibrate_source  # runs a pipeline: seconds of imports
-
-    plan_conversion(source, replace(recipe, activation_scheme=None))
-    started = time.monotonic()
-    return calibrate_source(source, recipe), time.monotonic() - started
-
-
-def planned_without_running(source: Source, recipe: Recipe) -> Plan:
-    """The plan for `--dry-run`: statistics that are on disk are used, a pipeline is not run to record them."""
-    if recipe.calib is None:
-        return plan_conversion(source, recipe, load_statistics(source, recipe)[0])
-    plan = plan_conversion(source, replace(recipe, activation_scheme=None))
-    return replace(plan, notes=(*plan.notes, "a real run calibrates first; activations are then static where possible"))
-
-
-def convert_plan(
-    plan: Plan,
-    output: Path | RemoteFolder,
-    recorded: Statistics | None = None,
-    progress: Progress | None = None,
-    calibration_seconds: float | None = None,
-) -> ConversionReport:
-    """Carries out a plan; see `convert_checkpoint`.
-
-    Args:
-        recorded, calibration_seconds: see `load_statistics`
-    """
-    started = time.monotonic()
-    if isinstance(output, Path):
-        _refuse_source(output.resolve(), plan.source.path.resolve())
-    recipe = plan.recipe
-    statistics_id = recorded.fingerprint() if recorded is not None else None
-    if recipe.resume and (finished := _results_of_finished(output, plan, statistics_id)) is not None:
-        return _report(plan, output, finished, time.monotonic() - started, calibration_seconds, None)
-    with (
-        _opened_engine(recipe) as engine_on,
-        _folder_of(output, recipe) as folder,
-        Journal(folder / JOURNAL, describe_job(plan, statistics_id)) as journal,
-        Workers(_threads(recipe)) as workers,
-        _streaming(plan.source, folder),  # ends first: workers that wait for a download shall not
-    ):
-        make = execute_component if isinstance(output, Path) else partial(upload_component, output)
-        results, peak = _fill(folder, plan, statistics_id, engine_on(workers, journal), make, progress or _ignore)
-    return _report(plan, output, results, time.monotonic() - started, calibration_seconds, peak)
-
-
-def _refuse_source(output: Path, source: Path) -> None:
-    if output == source or source in output.parents or output in source.parents:
-        raise OutputError(f"{output}: found the folder of the model that is read ({source}); name another --output")
-
-
-def _results_of_finished(
-    output: Path | RemoteFolder, plan: Plan, statistics_id: str | None
-) -> dict[str, list[LayerResult]] | None:
+def _results_of_finished(output: Path | RemoteFolder, plan: Plan) -> dict[str, list[LayerResult]] | None:
     """The layers of an output that is there already; None if it is not."""
     if isinstance(output, Path):
         if not is_finished(output):
             return None
         tidy(output)
-        return read_results(output, plan, statistics_id)
+        return read_results(output, plan)
     with tempfile.TemporaryDirectory() as folder:
-        return read_results(Path(folder), plan, statistics_id) if finished_manifest(output, Path(folder)) else None
+        return read_results(Path(folder), plan) if finished_manifest(output, Path(folder)) else None
 
 
 def _folder_of(output: Path | RemoteFolder, recipe: Recipe) -> AbstractContextManager[Path]:
@@ -221,7 +240,6 @@ def _threads(recipe: Recipe) -> int:
 def _fill(
     folder: Path,
     plan: Plan,
-    statistics_id: str | None,
     engine: Engine,
     make: Callable[[ComponentPlan, Path, Engine, Progress], ComponentResult],
     progress: Progress,
@@ -255,29 +273,8 @@ def _fill(
     if hub_files is not None:
         hub_files.clear()
     write_text(folder / "README.md", model_card(plan, dict(results)))
-    write_manifest(folder, plan, results, statistics_id, known, sources)
+    write_manifest(folder, plan, results, known, sources)
     return results, peak
-
-
-def _report(
-    plan: Plan,
-    output: Path | RemoteFolder,
-    results: dict[str, list[LayerResult]],
-    seconds: float,
-    calibration_seconds: float | None,
-    peak: int | None,
-) -> ConversionReport:
-    return ConversionReport(
-        output,
-        tuple(_prefixed(name, layer) for name, layers in results.items() for layer in layers),
-        tuple(layer for component in plan.components for layer in component.kept),
-        plan.notes,
-        plan.bytes_before,
-        plan.bytes_after,
-        seconds,
-        calibration_seconds,
-        peak,
-    )
 
 
 def _ignore(_: int) -> None:

@@ -182,7 +182,7 @@ class Recipe:
         self._check_lora()
 
     def _check_lora(self) -> None:
-        if self.lora and (self.calib is not None or self.calibration or self.moments):
+        if self.lora and (self.is_calibrated or self.moments):
             raise RecipeError(
                 "--lora: found with calibration, which would run the model without it, expected it alone; bake it "
                 "first with -m keep --lora, and calibrate on the result"
@@ -212,7 +212,7 @@ class Recipe:
             raise RecipeError(f"--dialect {self.dialect}: found with method 'gguf', which is a kind of file by itself")
         if self.moments:
             raise RecipeError("--moments: found with method 'gguf', whose rounding is fixed, expected none")
-        if self.method == "gguf" and (self.calib is not None or self.calibration):
+        if self.method == "gguf" and self.is_calibrated:
             raise RecipeError("--calib, --calibration: found with method 'gguf', which nothing is calibrated for")
 
     def _check_options_of_methods(self) -> None:
@@ -251,6 +251,11 @@ class Recipe:
         return self.method in TRANSCODINGS
 
     @property
+    def is_calibrated(self) -> bool:
+        """Whether the conversion has activation statistics, from files or recorded by itself."""
+        return self.calib is not None or bool(self.calibration)
+
+    @property
     def is_distributed(self) -> bool:
         """Whether a cluster does the work."""
         return self.engine != "local"
@@ -262,7 +267,7 @@ class Recipe:
         A pipeline that is run needs all of it, statistics are compared with every tensor of it before anything is
         written, and the machines of a cluster share files, not downloads.
         """
-        needs_all = self.calib is not None or self.calibration or self.moments or self.is_distributed
+        needs_all = self.is_calibrated or self.moments or self.is_distributed
         return not self.keep_source and not needs_all
 
     @property

@@ -243,6 +243,12 @@ class Moments:
         readers = {owner: partial(_read_layer, file, owner) for owner in owners.values()}
         return cls(header.identity, dict(sorted(owners.items())), readers, (_file_fingerprint(file, owners.values()),))
 
+    @classmethod
+    def load_all(cls, paths: Sequence[str | Path]) -> Moments:
+        """Opens moments files, at least one, and merges them; raises as `load` and `merge`."""
+        first, *others = [cls.load(path) for path in paths]
+        return first.merge(others)
+
 
 def _same(moments: InputMoments) -> InputMoments:
     return moments

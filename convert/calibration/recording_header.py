@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from omni_convert.formats.containers.checkpoint import Checkpoint
 from omni_convert.formats.errors import CalibrationError
 
 __all__ = ["CalibrationRun", "Identity", "RecordingHeader", "RecordingKind", "read_header"]
@@ -59,6 +60,16 @@ class Identity:
                 prompts.setdefault(run.settings, []).extend(run.prompts)
         runs = (CalibrationRun(settings, tuple(sorted(texts))) for settings, texts in prompts.items())
         return Identity(dict(sorted(fingerprints.items())), tuple(sorted(runs, key=repr)))
+
+    def check_model(self, checkpoints: Mapping[str, Checkpoint]) -> None:
+        """Raises CalibrationError if this was recorded on another model than these components, by name."""
+        for name, checkpoint in checkpoints.items():
+            expected = self.fingerprints.get(name)
+            if expected is not None and expected != checkpoint.fingerprint():
+                raise CalibrationError(
+                    f"{name or checkpoint.path}: the statistics belong to another model (recorded on "
+                    f"{expected[:12]}, this is {checkpoint.fingerprint()[:12]}); calibrate this model"
+                )
 
     def to_json(self) -> dict[str, Any]:
         return {

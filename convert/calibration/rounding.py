@@ -18,18 +18,57 @@ import torch
 from torch import Tensor
 
 from omni_convert.convert.calibration.gptq import Compensation, plan_compensation, quantize_compensated
-from omni_convert.convert.calibration.moments import InputMoments
+from omni_convert.convert.calibration.moments import InputMoments, Moments
+from omni_convert.convert.recipe import Recipe
 from omni_convert.convert.workers import one_thread
 from omni_convert.formats.arithmetic.smoothing import split_input_rows
+from omni_convert.formats.errors import CalibrationError
+from omni_convert.formats.families.layers import LayerGroup
 from omni_convert.formats.format import ElementFormat, QuantizingFormat
 from omni_convert.formats.rows import InputStatistics, TensorLayout, WeightRows, iterate_rows
 
-__all__ = ["CompensatedFormat"]
+__all__ = ["CompensatedFormat", "compensated", "load_moments"]
 
 logger = logging.getLogger(__name__)
 
 # Rows of a weight that are rounded together: the work is one pass over the columns, whatever the rows.
 ROWS_AT_A_TIME = 1024
+
+
+def load_moments(recipe: Recipe) -> tuple[Moments | None, list[str]]:
+    """The moments that rounding uses, and notes; the moments of a layer are read when it is rounded.
+
+    Raises:
+        CalibrationError: GPTQ is asked for without moments; a file is damaged, or of another run.
+    """
+    if recipe.effective_rounding != "nearest":
+        if not recipe.moments:
+            raise CalibrationError(
+                "--rounding gptq: found no moments; add --moments FILE, made by `omni-convert calibrate --moments FILE`"
+            )
+        return Moments.load_all(recipe.moments), []
+    if recipe.moments:
+        return None, ["--rounding nearest: the moments were not used"]
+    return None, ["--rounding auto without --moments is nearest rounding"] if recipe.rounding == "auto" else []
+
+
+def compensated(
+    fmt: QuantizingFormat, moments: Moments | None, group: LayerGroup, component: str, recipe: Recipe
+) -> QuantizingFormat:
+    """The format of a group, rounded with its moments if there are some.
+
+    Raises:
+        CalibrationError: the moments do not cover the group.
+    """
+    if moments is None or not isinstance(fmt, ElementFormat):
+        return fmt
+    read = moments.for_group(component, group.members)
+    if read is None:
+        raise CalibrationError(
+            f"{group.members[0]}: the moments do not cover this layer of '{component or 'the model'}'; "
+            f"calibrate with --component {component or 'transformer'}=METHOD, or use --rounding nearest"
+        )
+    return CompensatedFormat(fmt, read, recipe.effective_rounding)
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -41,6 +41,7 @@ KIND = RecordingKind(METADATA_KEY, "statistics", "`omni-convert calibrate`")
 RISK_PERCENTILE = 99.99
 RISK_OUTLIER_RATIO = 4.0
 RISK_STEP_RATIO = 8.0
+RISKY_LAYERS_SHOWN = 3
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,16 @@ class Statistics:
             return None
         return recorded[0] if len(recorded) == 1 else LayerStatistics.merged(recorded)
 
+    def inputs_of(self, component: str, members: Sequence[str]) -> LayerStatistics:
+        """As `for_group`; raises CalibrationError if a member was not recorded."""
+        inputs = self.for_group(component, members)
+        if inputs is None:
+            raise CalibrationError(
+                f"{members[0]}: the statistics do not cover this layer of '{component or 'the model'}'; "
+                f"calibrate with --component {component or 'transformer'}=METHOD, or ignore it"
+            )
+        return inputs
+
     def merge(self, others: Iterable[Statistics]) -> Statistics:
         """Statistics of everything that these and the others have seen; the order does not matter.
 
@@ -128,6 +139,24 @@ class Statistics:
             layer for layer in layers if layer.outlier_ratio > RISK_OUTLIER_RATIO or layer.step_ratio > RISK_STEP_RATIO
         ]
         return sorted(risky, key=lambda layer: (-layer.severity, layer.component, layer.stem))
+
+    def risk_notes(self, component: str, stems: Collection[str], input_scale: str) -> list[str]:
+        """What one static scale means for those of some layers whose inputs it fits badly.
+
+        Args:
+            stems: the layers of the component that get one
+            input_scale: the rule by which it is chosen
+        """
+        risky = [layer for layer in self.risky_layers() if layer.component == component and layer.stem in stems]
+        if not risky:
+            return []
+        worst = "; ".join(str(layer) for layer in risky[:RISKY_LAYERS_SHOWN])
+        more = f"; and {len(risky) - RISKY_LAYERS_SHOWN} more" if len(risky) > RISKY_LAYERS_SHOWN else ""
+        return [
+            f"{len(risky)} of {len(stems)} layers have inputs that one static scale fits badly; they got "
+            f"--input-scale {input_scale} like the others (--activation-scheme dynamic or --ignored-layers "
+            f"avoids that): {worst}{more}"
+        ]
 
     def fingerprint(self) -> str:
         """SHA-256 of the content: equal for statistics that were just recorded and for the file made of them."""
@@ -173,6 +202,12 @@ class Statistics:
             raise CalibrationError(f"{path}: cannot be read ({error}), expected a statistics file") from None
         stored = {owner: _layer(path, owner, tensors) for owner in sorted(set(header.owners.values()))}
         return cls(header.identity, {layer: stored[owner] for layer, owner in sorted(header.owners.items())})
+
+    @classmethod
+    def load_all(cls, paths: Sequence[str | Path]) -> Statistics:
+        """Reads statistics files, at least one, and merges them; raises as `load` and `merge`."""
+        first, *others = [cls.load(path) for path in paths]
+        return first.merge(others)
 
     @cached_property
     def _owners(self) -> dict[str, str]:

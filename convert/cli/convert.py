@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -22,6 +24,9 @@ from omni_convert.convert.recipe import (
     Recipe,
 )
 from omni_convert.convert.source.readahead import start_reading
+
+if TYPE_CHECKING:
+    from omni_convert.convert.output.remote_folder import RemoteFolder
 
 __all__ = ["convert_command", "dequantize_command", "push_command"]
 
@@ -158,46 +163,41 @@ def _convert(
     announce_demo(model, "converting", quiet=quiet or as_json)
     if model is not None and not dry_run:
         start_reading(Path(model))
-    from omni_convert.convert.source.location import resolve_source
-
     quieten_hub(hide_bars=quiet or as_json)
-    source = resolve_source(model, recipe.revision, stream=recipe.streams_source)
-    from omni_convert.convert.conversion import (
-        check_target,
-        convert_plan,
-        load_statistics,
-        planned_without_running,
-        prepare_push,
-    )
-    from omni_convert.convert.output.folder import partial_path
-    from omni_convert.convert.output.remote_folder import output_of
-    from omni_convert.convert.output.upload import push_output
-    from omni_convert.convert.plan.plan import plan_conversion
+    from omni_convert.convert.conversion import Conversion
     from omni_convert.convert.report import conversion_report, plan_report
 
-    target = output_of(output or f"{source.short_name}-{recipe.outcome}")
+    conversion = Conversion.prepare(model, output, recipe, dry_run=dry_run)
     if dry_run:
-        print_lines(plan_report(planned_without_running(source, recipe), as_json=as_json))
+        print_lines(plan_report(conversion.plan, as_json=as_json))
         return
-    check_target(target, recipe)
     if recipe.calib is not None:
         silence_libraries()
-    repository = prepare_push(source, recipe)
-    recorded, seconds = load_statistics(source, recipe)
-    plan = plan_conversion(source, recipe, recorded)
-    for note in () if quiet or as_json else plan.notes:
+    conversion.calibrate()
+    for note in () if quiet or as_json else conversion.plan.notes:
         click.echo(f"Note: {note}", err=True)
-    try:
-        with progress_bar("converting", plan.bytes_to_do, hidden=quiet) as advance:
-            report = convert_plan(plan, target, recorded, advance, seconds)
-    except KeyboardInterrupt:
-        if isinstance(target, Path) and partial_path(target).exists():
-            click.echo(f"{partial_path(target)} holds what is done; --resume goes on from there", err=True)
-        raise
+    with (
+        _told_how_to_resume(conversion.target),
+        progress_bar("converting", conversion.plan.bytes_to_do, hidden=quiet) as advance,
+    ):
+        report = conversion.execute(advance)
     for warning in report.warnings:
         click.echo(f"Warning: {warning}", err=True)
     if as_json or not quiet:
         print_lines(conversion_report(report, as_json=as_json))
-    if repository is not None and isinstance(target, Path):
-        address = push_output(target, repository)
+    address = conversion.push()
+    if address is not None:
         click.echo(address, err=quiet or as_json)
+
+
+@contextmanager
+def _told_how_to_resume(target: Path | RemoteFolder) -> Iterator[None]:
+    """Says after an interruption where the finished part of the work is."""
+    from omni_convert.convert.output.folder import partial_path
+
+    try:
+        yield
+    except KeyboardInterrupt:
+        if isinstance(target, Path) and partial_path(target).exists():
+            click.echo(f"{partial_path(target)} holds what is done; --resume goes on from there", err=True)
+        raise

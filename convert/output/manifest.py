@@ -28,7 +28,7 @@ VERSION = "0.1.0"
 ERROR_DIGITS = 6
 
 
-def describe_job(plan: Plan, statistics_id: str | None) -> dict[str, Any]:
+def describe_job(plan: Plan) -> dict[str, Any]:
     """What must not change between the runs that make one output; for the journal, which may hold times."""
     files = {
         f"{component.name}/{name}": [
@@ -45,7 +45,7 @@ def describe_job(plan: Plan, statistics_id: str | None) -> dict[str, Any]:
         "omni_convert_version": VERSION,
         "torch": torch.__version__,
         "recipe": plan.recipe.of_the_bytes(),
-        "statistics": statistics_id,
+        "statistics": plan.statistics,
         "moments": plan.moments,
         **({"loras": dict(plan.loras)} if plan.loras else {}),
         "source": files | copies | configs,
@@ -60,7 +60,6 @@ def write_manifest(
     folder: Path,
     plan: Plan,
     results: Mapping[str, Sequence[LayerResult]],
-    statistics_id: str | None,
     known: Mapping[str, str],
     source_sha256: Mapping[Path, str],
 ) -> None:
@@ -70,7 +69,6 @@ def write_manifest(
         folder: the output
         plan: what was done
         results: component name → its quantized layers
-        statistics_id: identity of the statistics, if some were used
         known: file name inside the output → its SHA-256, wherever the file is; others in the folder are hashed now
         source_sha256: of the source's files, where they were asked for
     """
@@ -82,7 +80,7 @@ def write_manifest(
             "omni_convert_version": VERSION,
             "source": {"name": plan.source.name, "revision": plan.source.revision},
             "recipe": plan.recipe.of_the_bytes(),
-            "statistics": statistics_id,
+            "statistics": plan.statistics,
             "moments": plan.moments,
             **({"loras": dict(plan.loras)} if plan.loras else {}),
             "components": {
@@ -118,7 +116,7 @@ def _layers(results: Sequence[LayerResult]) -> dict[str, Any]:
     }
 
 
-def read_results(folder: Path, plan: Plan, statistics_id: str | None) -> dict[str, list[LayerResult]]:
+def read_results(folder: Path, plan: Plan) -> dict[str, list[LayerResult]]:
     """The layers of a finished output, component by component, if it is what the plan would make.
 
     Raises:
@@ -130,7 +128,7 @@ def read_results(folder: Path, plan: Plan, statistics_id: str | None) -> dict[st
         before = [manifest[name] for name in ("omni_convert_version", "recipe", "statistics", "moments")]
         recipe = json.loads(json.dumps(plan.recipe.of_the_bytes()))
         before.append(manifest.get("loras", {}))
-        if before != [VERSION, recipe, statistics_id, plan.moments, dict(plan.loras)]:
+        if before != [VERSION, recipe, plan.statistics, plan.moments, dict(plan.loras)]:
             raise _another(folder)
         return {component.name: _results_of(folder, component, manifest) for component in plan.components}
     except (KeyError, TypeError, AttributeError):

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from omni_convert.convert.calibration.activation_scheme import ActivationScheme
 from omni_convert.convert.plan.steps import KeptLayer, QuantizeStep, Step, outputs
 from omni_convert.convert.recipe import Recipe
 from omni_convert.formats.containers.checkpoint import Checkpoint
 from omni_convert.formats.containers.shards import Shards, plan_shards
 from omni_convert.formats.dialects.table import DIALECTS
+
+if TYPE_CHECKING:
+    from omni_convert.convert.calibration.statistics import Statistics
 
 __all__ = ["ComponentPlan", "plan_files", "replace_config"]
 
@@ -26,6 +30,7 @@ class ComponentPlan:
         transcoded: layers that were quantized and are not quantized again → what they were
         sidecars: JSON files that the dialect wants beside the weights
         notes: what the user should know about how the recipe was read
+        scheme: how activations are quantized; None in a plan that knows no statistics
     """
 
     name: str
@@ -38,6 +43,7 @@ class ComponentPlan:
     transcoded: Mapping[str, str] = field(default_factory=dict)
     sidecars: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    scheme: ActivationScheme | None = None
 
     @property
     def quantize_steps(self) -> list[QuantizeStep]:
@@ -48,6 +54,26 @@ class ComponentPlan:
         """Layers that are quantized in the output."""
         stems = [stem for step in self.quantize_steps for stem in step.group.members]
         return stems + (list(self.transcoded) if self.method == "keep" else [])
+
+    def with_statistics(self, statistics: Statistics, input_scale: str) -> ComponentPlan:
+        """This plan with the inputs of its layers, if it has a use for them; nothing else changes.
+
+        Args:
+            input_scale: the recipe's rule, for notes
+
+        Raises:
+            CalibrationError: a layer was not recorded.
+        """
+        if self.scheme is None or not self.scheme.is_calibrated:
+            return self
+        steps = tuple(
+            replace(step, inputs=statistics.inputs_of(self.name, step.group.members))
+            if isinstance(step, QuantizeStep)
+            else step
+            for step in self.steps
+        )
+        risks = statistics.risk_notes(self.name, self.quantized_stems, input_scale)
+        return replace(self, steps=steps, notes=(*self.notes, *(risks if self.scheme.name == "static" else ())))
 
     @property
     def bytes_before(self) -> int:

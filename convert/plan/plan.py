@@ -8,12 +8,13 @@ headers ┘
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from omni_convert.convert.calibration.recorded_inputs import RecordedInputs, load_moments
+from omni_convert.convert.calibration.moments import Moments
+from omni_convert.convert.calibration.rounding import load_moments
 from omni_convert.convert.plan.component_plan import ComponentPlan
 from omni_convert.convert.plan.gguf_plan import plan_gguf
 from omni_convert.convert.plan.quantizing import plan_quantized
@@ -23,6 +24,7 @@ from omni_convert.convert.recipe import Recipe
 from omni_convert.convert.source.component import SourceComponent, open_components
 from omni_convert.convert.source.component_methods import component_methods
 from omni_convert.convert.source.location import Source
+from omni_convert.formats.containers.checkpoint import Checkpoint
 from omni_convert.formats.containers.component import DENOISERS
 from omni_convert.formats.containers.weight_files import checked_path
 from omni_convert.formats.errors import RecipeError
@@ -47,6 +49,8 @@ class Plan:
     Attributes:
         copies: files that are taken over byte for byte: path inside the output → source path
         notes: what the user should know about how the recipe was read
+        weights: component → its weights in plain numbers, on which statistics must have been recorded
+        statistics: identity of the statistics that were attached, if there are some
         moments: identity of the second moments that rounding uses, if there are some
         loras: component → the LoRA files that are baked in, as the manifest describes them
     """
@@ -56,6 +60,8 @@ class Plan:
     components: tuple[ComponentPlan, ...]
     copies: dict[str, Path] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    weights: Mapping[str, Checkpoint] = field(default_factory=dict)
+    statistics: str | None = None
     moments: str | None = None
     loras: Mapping[str, list[dict[str, Any]]] = field(default_factory=dict)
 
@@ -76,20 +82,30 @@ class Plan:
     def bytes_after(self) -> int:
         return sum(component.bytes_after for component in self.components)
 
+    def with_statistics(self, statistics: Statistics) -> Plan:
+        """This plan with the recorded inputs of the layers that it calibrates; formats and files stay as they are.
 
-def plan_conversion(source: Source, recipe: Recipe, statistics: Statistics | None = None) -> Plan:
-    """Decides what every tensor of the model becomes.
+        Raises:
+            CalibrationError: the statistics belong to another model, or a layer was not recorded.
+        """
+        statistics.identity.check_model(self.weights)
+        rule = self.recipe.input_scale
+        components = tuple(component.with_statistics(statistics, rule) for component in self.components)
+        notes = dict.fromkeys([*self.notes, *(note for component in components for note in component.notes)])
+        return replace(self, components=components, notes=tuple(notes), statistics=statistics.fingerprint())
+
+
+def plan_conversion(source: Source, recipe: Recipe) -> Plan:
+    """Decides what every tensor of the model becomes; the recipe's statistics are attached by `with_statistics`.
 
     Args:
         source: the model
         recipe: what was asked for
-        statistics: recorded activations, where the recipe has them
 
     Raises:
         CheckpointError: the model is damaged, incomplete, or quantized in a way that nobody here reads.
         RecipeError: the recipe cannot be carried out on this model.
-        CalibrationError: static activations without statistics, or GPTQ without moments; statistics or moments of
-            another model.
+        CalibrationError: static activations without statistics, or GPTQ without moments; moments of another model.
     """
     methods = component_methods(source, recipe)
     check_encoder(source, methods, recipe)
@@ -101,12 +117,15 @@ def plan_conversion(source: Source, recipe: Recipe, statistics: Statistics | Non
                 f"{source.name}: found nothing quantized, expected a quantized model for -m {recipe.method}"
             )
     notes = [note for component in components.values() for note in component.notes]
-    recorded = RecordedInputs(statistics, load_moments(recipe, notes))
-    recorded.check_recorded_on({name: component.weights for name, component in components.items()})
+    moments, moments_notes = load_moments(recipe)
+    weights = {name: component.weights for name, component in components.items()}
+    if moments is not None:
+        moments.identity.check_model(weights)
     plans: dict[str, ComponentPlan] = {}
     for name in sorted(components, key=lambda name: name in DENOISERS):  # a shared block lists the encoder's layers
         encoder = plans.get("text_encoder")
-        plans[name] = _plan_component(components[name], methods[name], recipe, recorded, encoder)
+        plans[name] = _plan_component(components[name], methods[name], recipe, moments, encoder)
+    notes += moments_notes
     notes += [note for plan in plans.values() for note in plan.notes]
     loras = {name: [lora.description for lora in found.loras] for name, found in components.items() if found.loras}
     return Plan(
@@ -115,19 +134,20 @@ def plan_conversion(source: Source, recipe: Recipe, statistics: Statistics | Non
         tuple(plans[name] for name in components),
         _files_to_copy(source, components),
         tuple(dict.fromkeys(notes)),
-        recorded.moments.fingerprint() if recorded.moments is not None else None,
-        loras,
+        weights,
+        moments=moments.fingerprint() if moments is not None else None,
+        loras=loras,
     )
 
 
 def _plan_component(
-    component: SourceComponent, method: str, recipe: Recipe, recorded: RecordedInputs, encoder: ComponentPlan | None
+    component: SourceComponent, method: str, recipe: Recipe, moments: Moments | None, encoder: ComponentPlan | None
 ) -> ComponentPlan:
     if recipe.is_transcoding:
         return plan_transcoded(component, recipe, encoder)
     if method == Gguf.method:
         return plan_gguf(component, recipe)
-    return plan_quantized(component, method, recipe, recorded, encoder)
+    return plan_quantized(component, method, recipe, moments, encoder)
 
 
 def _files_to_copy(source: Source, rewritten: Collection[str]) -> dict[str, Path]:

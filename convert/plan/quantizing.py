@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from omni_convert.convert.calibration.recorded_inputs import RecordedInputs
+from omni_convert.convert.calibration.activation_scheme import choose_activation_scheme
+from omni_convert.convert.calibration.moments import Moments
+from omni_convert.convert.calibration.rounding import compensated
 from omni_convert.convert.plan.component_plan import ComponentPlan, plan_files, replace_config
 from omni_convert.convert.plan.selection import (
     choose_layers,
@@ -31,35 +33,30 @@ __all__ = ["plan_quantized", "requantizing_notes"]
 
 
 def plan_quantized(
-    component: SourceComponent, method: str, recipe: Recipe, recorded: RecordedInputs, encoder: ComponentPlan | None
+    component: SourceComponent, method: str, recipe: Recipe, moments: Moments | None, encoder: ComponentPlan | None
 ) -> ComponentPlan:
     """Decides what every tensor of a component becomes.
 
     Args:
-        recorded: about the inputs of its layers
+        moments: of the inputs of its layers, if rounding uses them
         encoder: what becomes of the text encoder, if that was planned already
 
     Raises:
         CheckpointError: the model is quantized in a way that nobody here reads, or a member of a group is missing.
         RecipeError: the recipe cannot be carried out on this model.
-        CalibrationError: static activations without statistics of a layer, or GPTQ without its moments.
+        CalibrationError: static activations without statistics, or GPTQ without the moments of a layer.
     """
     component.refuse_unread()
-    notes = requantizing_notes(component, method)
-    scheme = recorded.activation_scheme(method, recipe, notes)
-    is_calibrated = recorded.is_used_by(method, scheme)
+    scheme = choose_activation_scheme(method, recipe)
     groups, kept = _choose(component, method, recipe)
     formats = {
-        group: format_for(method, recipe, group, component.weights, calibrated=is_calibrated) for group in groups
+        group: format_for(method, recipe, group, component.weights, calibrated=scheme.is_calibrated) for group in groups
     }
     steps = {
-        group.members[0]: _quantize_step(component, method, group, fmt, recipe, recorded, is_calibrated=is_calibrated)
+        group.members[0]: _quantize_step(component, method, group, fmt, recipe, moments)
         for group, fmt in formats.items()
     }
-    notes += _family_notes(component, method, recipe, groups)
     format_of = {stem: fmt for group, fmt in formats.items() for stem in group.members}
-    if scheme == "static":
-        notes += recorded.risk_notes(component.name, format_of.keys(), recipe)
     ordered = tuple(ordered_steps(component.weights, steps, recipe))
     ignored = vllm_omni.ignored_names(group for group, _ in kept)
     if component.is_denoiser:
@@ -67,12 +64,13 @@ def plan_quantized(
         ignored += unquantized_encoder_layers(component.source, component.family, stems)
     quantization = QuantizationConfig(
         method,
-        scheme,
+        scheme.name,
         recipe.weight_block_size if method == "fp8" else None,
         tuple(sorted(set(ignored))),
-        require_smooth_scale=is_calibrated and method == "mxfp4",
+        require_smooth_scale=scheme.is_calibrated and method == "mxfp4",
     )
     dialect = DIALECTS[recipe.dialect]
+    notes = [*requantizing_notes(component, method), *([scheme.note] if scheme.note else [])]
     return ComponentPlan(
         component.name,
         method,
@@ -82,7 +80,8 @@ def plan_quantized(
         replace_config(component.config, _block(component, dialect, quantization, format_of)),
         plan_files(ordered, recipe, dialect.metadata(format_of), is_transformers=component.is_transformers),
         sidecars=dialect.sidecars(format_of, [spec.name for spec in outputs(ordered)]),
-        notes=tuple(notes),
+        notes=(*notes, *_family_notes(component, method, recipe, groups)),
+        scheme=scheme,
     )
 
 
@@ -113,16 +112,14 @@ def _quantize_step(
     group: LayerGroup,
     fmt: QuantizingFormat,
     recipe: Recipe,
-    recorded: RecordedInputs,
-    *,
-    is_calibrated: bool,
+    moments: Moments | None,
 ) -> QuantizeStep:
     if method not in STORAGE_METHODS:
-        fmt = recorded.compensated(fmt, group, component.name, recipe)
+        fmt = compensated(fmt, moments, group, component.name, recipe)
     return QuantizeStep(
         group,
         fmt,
-        recorded.inputs_of(group, component.name) if is_calibrated else None,
+        None,  # comes with the statistics: `ComponentPlan.with_statistics`
         tuple(component.weights[f"{stem}.weight"] for stem in group.members),
         _spellings(DIALECTS[recipe.dialect], fmt, group, component.weights),
     )

@@ -37,7 +37,7 @@ def test_the_time_of_the_source_is_in_the_journal_alone(tiny_pipeline_folder: Pa
         source = tmp_path / str(time) / "source"
         shutil.copytree(tiny_pipeline_folder, source)
         os.utime(source / "transformer" / WEIGHTS, (time, time))
-        jobs.append(describe_job(plan_conversion(resolve_source(source), Recipe()), None)["source"])
+        jobs.append(describe_job(plan_conversion(resolve_source(source), Recipe()))["source"])
         convert_checkpoint(source, tmp_path / str(time) / "out")
         manifests.append((tmp_path / str(time) / "out" / "omni_convert.json").read_bytes())
     key = f"transformer/{WEIGHTS}"

@@ -1,0 +1,64 @@
+"""How the activations of a component are quantized: at run time, with static scales from statistics, or not at all."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from omni_convert.convert.recipe import Recipe
+from omni_convert.formats.config import ACTIVATION_SCHEMES
+from omni_convert.formats.errors import CalibrationError, RecipeError
+from omni_convert.formats.table import FORMATS, Calibration
+
+__all__ = ["ActivationScheme", "choose_activation_scheme"]
+
+
+@dataclass(frozen=True)
+class ActivationScheme:
+    """How activations are quantized.
+
+    Attributes:
+        name: `dynamic`, `static` or `none`, as config blocks call it
+        is_calibrated: statistics set a scale of the format
+        note: why the scheme is not the one that the recipe suggests, or ""
+    """
+
+    name: str
+    is_calibrated: bool
+    note: str = ""
+
+
+def choose_activation_scheme(method: str, recipe: Recipe) -> ActivationScheme:
+    """The scheme that a method has under a recipe; whether there are statistics counts, not what is in them.
+
+    Raises:
+        RecipeError: the method does not support the scheme that the recipe asks for.
+        CalibrationError: the scheme needs statistics, and the recipe names none.
+    """
+    calibration = FORMATS[method].calibration
+    if calibration is Calibration.INPUT_SCALE:
+        return _choose_with_input_scale(method, recipe)
+    if recipe.activation_scheme == "static":
+        raise RecipeError(f"--activation-scheme static: {method} quantizes activations at run time, expected dynamic")
+    is_unused = recipe.is_calibrated and calibration is Calibration.UNUSED
+    note = f"{method} quantizes activations at run time: the statistics were not used" if is_unused else ""
+    return ActivationScheme(ACTIVATION_SCHEMES[method][0], recipe.is_calibrated and not is_unused, note)
+
+
+def _choose_with_input_scale(method: str, recipe: Recipe) -> ActivationScheme:
+    """As above, for a method that stores an input scale where it has statistics."""
+    if method == "nvfp4":
+        if recipe.activation_scheme == "dynamic":
+            raise RecipeError("--activation-scheme dynamic: nvfp4 has static activations, or none without statistics")
+        if not recipe.is_calibrated and recipe.activation_scheme is None:
+            return ActivationScheme("none", False, "nvfp4 without --calib is weight-only: activations stay as they are")
+    default = "static" if recipe.is_calibrated else ACTIVATION_SCHEMES[method][0]
+    wanted = recipe.activation_scheme or default
+    if wanted == "static" and recipe.weight_block_size is not None:
+        return ActivationScheme(
+            "dynamic", False, "block-wise FP8 quantizes activations at run time: activations are dynamic, not static"
+        )
+    if wanted == "static" and not recipe.is_calibrated:
+        raise CalibrationError(
+            "--activation-scheme static: found no statistics; add --calib PROMPTS or --calibration STATISTICS"
+        )
+    return ActivationScheme(wanted, wanted == "static")
