@@ -1,0 +1,302 @@
+"""Tiny models of every family that the converter knows: diffusers' own classes with fixed random weights.
+
+Names and structure are those of the real models; widths are 128 to 512, so that every format can hold most layers.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+
+__all__ = ["MODELS", "PIPELINES", "save_model", "save_pipeline"]
+
+JOINT = {"num_layers": 1, "attention_head_dim": 64, "num_attention_heads": 2, "joint_attention_dim": 128}
+DUAL = {**JOINT, "num_single_layers": 1, "in_channels": 16}
+WAN = {"num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 64, "ffn_dim": 256, "text_dim": 64}
+ROPE = (16, 24, 24)
+
+#: Name of the family → class of the transformer and the arguments that make it small.
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "z_image": (
+        "ZImageTransformer2DModel",
+        {
+            "in_channels": 4,
+            "dim": 192,
+            "n_layers": 2,
+            "n_refiner_layers": 1,
+            "n_heads": 3,
+            "n_kv_heads": 3,
+            "cap_feat_dim": 64,
+            "axes_dims": [16, 24, 24],
+        },
+    ),
+    "qwen_image": ("QwenImageTransformer2DModel", {**JOINT, "num_layers": 2, "axes_dims_rope": ROPE}),
+    "flux_1": (
+        "FluxTransformer2DModel",
+        {**DUAL, "pooled_projection_dim": 64, "axes_dims_rope": ROPE, "guidance_embeds": True},
+    ),
+    "flux_2": (
+        "Flux2Transformer2DModel",
+        {**DUAL, "timestep_guidance_channels": 64, "axes_dims_rope": (16, 16, 16, 16)},
+    ),
+    "hunyuan_video_15": (
+        "HunyuanVideo15Transformer3DModel",
+        {
+            "num_layers": 1,
+            "num_refiner_layers": 1,
+            "num_attention_heads": 2,
+            "attention_head_dim": 64,
+            "text_embed_dim": 64,
+            "text_embed_2_dim": 64,
+            "image_embed_dim": 64,
+            "rope_axes_dim": ROPE,
+        },
+    ),
+    "wan": ("WanTransformer3DModel", {**WAN, "num_layers": 2}),
+    "wan_i2v": ("WanTransformer3DModel", {**WAN, "image_dim": 64, "added_kv_proj_dim": 128}),
+    "wan_5b": ("WanTransformer3DModel", {**WAN, "in_channels": 48}),
+    "wan_vace": ("WanVACETransformer3DModel", {**WAN, "vace_layers": [0]}),
+    "glm_image": (
+        "GlmImageTransformer2DModel",
+        {
+            "num_layers": 1,
+            "num_attention_heads": 2,
+            "attention_head_dim": 64,
+            "text_embed_dim": 64,
+            "time_embed_dim": 64,
+            "condition_dim": 64,
+            "prior_vq_quantizer_codebook_size": 64,
+        },
+    ),
+    "ltx_2": (
+        "LTX2VideoTransformer3DModel",
+        {
+            "num_layers": 1,
+            "num_attention_heads": 2,
+            "attention_head_dim": 64,
+            "cross_attention_dim": 128,
+            "audio_num_attention_heads": 2,
+            "audio_attention_head_dim": 64,
+            "audio_cross_attention_dim": 128,
+            "caption_channels": 64,
+        },
+    ),
+    "ltx_video": (
+        "LTXVideoTransformer3DModel",
+        {
+            "num_layers": 1,
+            "num_attention_heads": 2,
+            "attention_head_dim": 64,
+            "cross_attention_dim": 128,
+            "caption_channels": 64,
+        },
+    ),
+    "hunyuan_video": (
+        "HunyuanVideoTransformer3DModel",
+        {
+            "num_layers": 1,
+            "num_single_layers": 1,
+            "num_refiner_layers": 1,
+            "num_attention_heads": 2,
+            "attention_head_dim": 64,
+            "text_embed_dim": 64,
+            "pooled_projection_dim": 64,
+            "rope_axes_dim": ROPE,
+        },
+    ),
+    "sd3": (
+        "SD3Transformer2DModel",
+        {
+            **JOINT,
+            "sample_size": 8,
+            "caption_projection_dim": 128,
+            "pooled_projection_dim": 64,
+            "pos_embed_max_size": 8,
+        },
+    ),
+    "sdxl": (
+        "UNet2DConditionModel",
+        {
+            "block_out_channels": (64, 128),
+            "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+            "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+            "layers_per_block": 1,
+            "attention_head_dim": (1, 2),
+            "cross_attention_dim": 64,
+            "use_linear_projection": True,
+        },
+    ),
+    "longcat_image": ("LongCatImageTransformer2DModel", {**DUAL, "pooled_projection_dim": 64, "axes_dims_rope": ROPE}),
+    "ovis_image": ("OvisImageTransformer2DModel", {**DUAL, "out_channels": 16, "axes_dims_rope": ROPE}),
+    "sana_video": (
+        "SanaVideoTransformer3DModel",
+        {
+            "num_layers": 1,
+            "num_attention_heads": 2,
+            "attention_head_dim": 64,
+            "num_cross_attention_heads": 2,
+            "cross_attention_head_dim": 64,
+            "cross_attention_dim": 128,
+            "caption_channels": 64,
+        },
+    ),
+    "helios": ("HeliosTransformer3DModel", {**WAN, "rope_dim": ROPE}),
+    "ernie_image": (
+        "ErnieImageTransformer2DModel",
+        {
+            "hidden_size": 128,
+            "num_attention_heads": 2,
+            "num_layers": 1,
+            "ffn_hidden_size": 256,
+            "in_channels": 16,
+            "out_channels": 16,
+            "text_in_dim": 64,
+            "rope_axes_dim": ROPE,
+        },
+    ),
+    "hidream_i1": (
+        "HiDreamImageTransformer2DModel",
+        {
+            "patch_size": 2,
+            "in_channels": 4,
+            "out_channels": 4,
+            "num_layers": 1,
+            "num_single_layers": 1,
+            "attention_head_dim": 64,
+            "num_attention_heads": 2,
+            "caption_channels": [64, 64],
+            "text_emb_dim": 64,
+            "num_routed_experts": 2,
+            "llama_layers": [0, 1],
+        },
+    ),
+    "krea_2": (
+        "Krea2Transformer2DModel",
+        {
+            "in_channels": 16,
+            "num_layers": 1,
+            "attention_head_dim": 64,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+            "intermediate_size": 256,
+            "timestep_embed_dim": 64,
+            "text_hidden_dim": 128,
+            "num_text_layers": 2,
+            "text_num_attention_heads": 2,
+            "text_num_key_value_heads": 2,
+            "text_intermediate_size": 128,
+            "num_layerwise_text_blocks": 1,
+            "num_refiner_text_blocks": 1,
+            "axes_dims_rope": ROPE,
+        },
+    ),
+    "minimax_h3": (
+        "MiniMaxH3Transformer3DModel",
+        {
+            "num_attention_heads": 2,
+            "attention_head_dim": 64,
+            "hidden_size": 128,
+            "num_layers": 1,
+            "num_refiner_layers": 1,
+            "ffn_dim": 256,
+            "text_dim": 64,
+            "freq_dim": 64,
+            "time_embed_hidden_dim": 128,
+            "time_embed_dim": 64,
+        },
+    ),
+    "sana_wm": (
+        "SanaWMTransformer3DModel",
+        {
+            "in_channels": 16,
+            "num_layers": 1,
+            "hidden_size": 128,
+            "num_attention_heads": 2,
+            "linear_head_dim": 64,
+            "caption_channels": 64,
+        },
+    ),
+}
+
+
+def _qwen3() -> Any:
+    return transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**TEXT))
+
+
+def _mistral3() -> Any:
+    vision = {
+        "hidden_size": 64,
+        "intermediate_size": 64,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "head_dim": 32,
+    }
+    text = {"model_type": "mistral", **TEXT}
+    return transformers.Mistral3ForConditionalGeneration(
+        transformers.Mistral3Config(text_config=text, vision_config={"model_type": "pixtral", **vision})
+    )
+
+
+TEXT = {
+    "vocab_size": 128,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 32,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 2,
+}
+
+#: Pipelines of several components: class, transformers by folder, and what makes the text encoder.
+PIPELINES: dict[str, tuple[str, dict[str, str], Callable[[], Any] | None]] = {
+    "z_image_pipeline": ("ZImagePipeline", {"transformer": "z_image"}, _qwen3),
+    "flux_2_pipeline": ("Flux2Pipeline", {"transformer": "flux_2"}, _mistral3),
+    "flux_2_klein_pipeline": ("Flux2KleinPipeline", {"transformer": "flux_2"}, _qwen3),
+    "wan_pipeline": ("WanPipeline", {"transformer": "wan", "transformer_2": "wan"}, None),
+}
+
+
+def save_model(name: str, folder: Path, seed: int = 0) -> None:
+    """Saves one of `MODELS` in bfloat16, with values that have the outliers of trained weights."""
+    class_name, arguments = MODELS[name]
+    _save(lambda: getattr(diffusers, class_name)(**arguments), folder, seed)
+
+
+def save_pipeline(name: str, folder: Path) -> None:
+    """Saves the weights and configs of one of `PIPELINES`; enough to convert it, not to run it."""
+    class_name, models, text_encoder = PIPELINES[name]
+    index: dict[str, Any] = {"_class_name": class_name, "_diffusers_version": "0.38.0"}
+    for seed, (component, model) in enumerate(models.items()):
+        save_model(model, folder / component, seed)
+        index[component] = ["diffusers", MODELS[model][0]]
+    if text_encoder is not None:
+        encoder = _save(text_encoder, folder / "text_encoder", seed=9)
+        index["text_encoder"] = ["transformers", type(encoder).__name__]
+    (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _save(build: Callable[[], Any], folder: Path, seed: int) -> Any:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model: Any = build()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.dim() == 2:
+                    parameter.copy_(_trained_like(*parameter.shape))
+    model.to(torch.bfloat16).save_pretrained(folder)
+    return model
+
+
+def _trained_like(rows: int, columns: int) -> torch.Tensor:
+    """Heavy tails, and rows and columns of different sizes: [rows, columns]."""
+    values = torch.distributions.StudentT(4.0).sample((rows, columns)) * 0.02
+    return values * (torch.randn(columns) * 0.7).exp() * (torch.randn(rows, 1) * 0.4).exp()
