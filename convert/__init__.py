@@ -12,7 +12,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from omni_convert.convert.calibration.recording import calibrate
+    from omni_convert.convert.calibration.pipeline_recorder import calibrate
     from omni_convert.convert.comparison.comparison import compare
     from omni_convert.convert.conversion import convert_checkpoint
     from omni_convert.convert.output.upload import push_to_hub
@@ -23,7 +23,7 @@ __all__ = ["Recipe", "calibrate", "compare", "convert_checkpoint", "push_to_hub"
 # No module is called like a name here: importing it would put the module in that name's place.
 _MODULES = {
     "Recipe": "recipe",
-    "calibrate": "calibration.recording",
+    "calibrate": "calibration.pipeline_recorder",
     "compare": "comparison.comparison",
     "convert_checkpoint": "conversion",
     "push_to_hub": "output.upload",

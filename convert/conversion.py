@@ -120,10 +120,10 @@ class Conversion:
         """
         if self.plan.recipe.calib is None:
             return
-        from omni_convert.convert.calibration.recording import calibrate_source  # runs a pipeline: seconds of imports
+        from omni_convert.convert.calibration.recording import record_source  # runs a pipeline: seconds of imports
 
         started = time.monotonic()
-        self.plan = self.plan.with_statistics(calibrate_source(self.plan.source, self.plan.recipe))
+        self.plan = self.plan.with_statistics(record_source(self.plan.source, self.plan.recipe).statistics)
         self.calibration_seconds = time.monotonic() - started
 
     def execute(self, progress: Progress) -> ConversionReport:

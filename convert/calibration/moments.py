@@ -192,6 +192,11 @@ class Moments:
                 readers[name] = partial(_merge_read, [m.readers[owner] for m, owner in parts if owner is not None])
         return Moments(identity, owners, readers, tuple(sorted(f for m in everything for f in m.fingerprints)))
 
+    def in_memory(self) -> Moments:
+        """These moments, read and merged now: what they were read from may go."""
+        layers = {owner: read() for owner, read in self.readers.items()}
+        return Moments.recorded(self.identity, {name: layers[owner] for name, owner in self.owners.items()})
+
     def fingerprint(self) -> str:
         """Identity of files: of their headers, numbers of rows and samples, which tell recordings apart."""
         return hashlib.sha256("".join(self.fingerprints).encode()).hexdigest()

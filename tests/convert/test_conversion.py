@@ -46,13 +46,13 @@ def digests(folder: Path) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def statistics_file(tiny_pipeline_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from omni_convert.convert.calibration.recording import calibrate_source
+    from omni_convert.convert.calibration.recording import record_source
     from omni_convert.convert.source.location import resolve_source
 
     folder = tmp_path_factory.mktemp("statistics")
     (folder / "prompts.txt").write_text("a red circle\na blue square\n")
     recipe = Recipe(calib=folder / "prompts.txt", calib_steps=2, calib_size=(32, 32))
-    calibrate_source(resolve_source(tiny_pipeline_folder), recipe).save(folder / "stats.safetensors")
+    record_source(resolve_source(tiny_pipeline_folder), recipe).statistics.save(folder / "stats.safetensors")
     return folder / "stats.safetensors"
 
 

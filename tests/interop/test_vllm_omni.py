@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from omni_convert.convert import Recipe, convert_checkpoint
-from omni_convert.convert.calibration.recording import calibrate_source
+from omni_convert.convert.calibration.recording import record_source
 from omni_convert.convert.source.location import resolve_source
 from omni_convert.formats.families.table import find_family
 from omni_convert.formats.views.base import dequantized_view
@@ -206,7 +206,7 @@ def statistics_file(tiny_pipeline_folder: Path, tmp_path_factory: pytest.TempPat
     folder = tmp_path_factory.mktemp("statistics")
     (folder / "prompts.txt").write_text("a red circle\n")
     recipe = Recipe(calib=folder / "prompts.txt", calib_steps=2, calib_size=(32, 32))
-    calibrate_source(resolve_source(tiny_pipeline_folder), recipe).save(folder / "stats.safetensors")
+    record_source(resolve_source(tiny_pipeline_folder), recipe).statistics.save(folder / "stats.safetensors")
     return folder / "stats.safetensors"
 
 

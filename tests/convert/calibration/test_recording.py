@@ -12,12 +12,13 @@ from diffusers import WanTransformer3DModel, ZImagePipeline
 from torch import nn
 from transformers import Qwen3Model
 
-from omni_convert.convert.calibration import recording as calibration
+from omni_convert.convert.calibration import pipeline_recorder as calibration
 from omni_convert.convert.calibration.generation import GenerationSettings, run_pipeline
 from omni_convert.convert.calibration.input_observer import InputObserver, candidate_layers
 from omni_convert.convert.calibration.layer_statistics import LayerStatistics
+from omni_convert.convert.calibration.pipeline_recorder import calibrate
 from omni_convert.convert.calibration.prompts import Prompt
-from omni_convert.convert.calibration.recording import calibrate, calibrate_source
+from omni_convert.convert.calibration.recording import record_source
 from omni_convert.convert.calibration.statistics import Statistics
 from omni_convert.convert.recipe import Recipe
 from omni_convert.convert.source.location import resolve_source
@@ -212,7 +213,7 @@ def test_a_source_is_calibrated_as_the_recipe_says(tiny_pipeline_folder: Path, p
         component={"text_encoder": "fp8"},
         device="cpu",
     )
-    statistics = calibrate_source(resolve_source(tiny_pipeline_folder), recipe)
+    statistics = record_source(resolve_source(tiny_pipeline_folder), recipe).statistics
     settings = dict(statistics.identity.runs[0].settings)
     assert (settings["steps"], settings["width"], settings["height"], settings["seed"]) == (1, 48, 32, 3)
     assert settings["guidance_scale"] == 2.0  # from the pipeline's own defaults
@@ -278,4 +279,4 @@ def test_the_stored_name_is_the_one_that_ends_most_alike(name: str, stored: str)
 
 def test_a_component_alone_cannot_be_run(tiny_pipeline_folder: Path, prompts_file: Path) -> None:
     with pytest.raises(CalibrationError, match="found no pipeline"):
-        calibrate_source(resolve_source(tiny_pipeline_folder / "transformer"), Recipe(calib=prompts_file))
+        record_source(resolve_source(tiny_pipeline_folder / "transformer"), Recipe(calib=prompts_file))

@@ -13,9 +13,8 @@ from dataclasses import replace
 
 import torch
 
-from omni_convert.convert.calibration.moments import Moments
+from omni_convert.convert.calibration.pipeline_recorder import PipelineRecorder, Recording
 from omni_convert.convert.calibration.prompts import Prompt
-from omni_convert.convert.calibration.recording import Recording, SourceRecorder
 from omni_convert.convert.cluster import check_versions, connect, versions
 from omni_convert.convert.progress_bar import progress_bar
 from omni_convert.convert.recipe import Recipe
@@ -38,7 +37,7 @@ class _Pipeline:
         self._threads = threads
         self._versions = expected
         self._with_moments = with_moments
-        self._recorder: SourceRecorder | None = None
+        self._recorder: PipelineRecorder | None = None
 
     def run(self, prompts: Sequence[Prompt]) -> tuple[int, Recording] | OmniConvertError:
         """The number of prompts, and what they gave."""
@@ -46,7 +45,7 @@ class _Pipeline:
             if self._recorder is None:
                 check_versions(self._versions, platform.node())
                 torch.set_num_threads(self._threads)
-                self._recorder = SourceRecorder(*self._arguments, with_moments=self._with_moments)
+                self._recorder = PipelineRecorder.load(*self._arguments, with_moments=self._with_moments)
             return len(prompts), self._recorder.record(prompts)
         except OmniConvertError as error:
             return error
@@ -55,10 +54,7 @@ class _Pipeline:
 def record_on_cluster(
     source: Source, recipe: Recipe, prompts: Sequence[Prompt], *, with_moments: bool, progress: bool
 ) -> Recording:
-    """Calibrates a pipeline on the cluster that the recipe names; raises as `record_source`, and
-
-    ClusterError: the cluster does not answer, or its machines are lost too often.
-    """
+    """Records over prompts on the cluster that the recipe names; raises as `record_source`."""
     source = replace(source, path=source.path.absolute())
     prompts = [
         replace(prompt, image=prompt.image.absolute()) if prompt.image is not None else prompt for prompt in prompts
@@ -75,17 +71,7 @@ def record_on_cluster(
         merged: Recording | None = None
         with closing(cluster.on_actors(_Pipeline, arguments, calls, slots, size)) as results:
             for count, recording in results:
-                merged = recording if merged is None else _merge(merged, recording)
+                merged = recording if merged is None else merged.merge(recording)
                 advance(count)
     assert merged is not None, "there are prompts"
     return merged
-
-
-def _merge(first: Recording, second: Recording) -> Recording:
-    statistics = first.statistics.merge([second.statistics])
-    if first.moments is None or second.moments is None:
-        return Recording(statistics, None)
-    merged = first.moments.merge([second.moments])
-    layers = {owner: read() for owner, read in merged.readers.items()}  # else every part would stay in memory
-    by_name = {name: layers[owner] for name, owner in merged.owners.items()}
-    return Recording(statistics, Moments.recorded(merged.identity, by_name))

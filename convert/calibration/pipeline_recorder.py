@@ -1,0 +1,226 @@
+"""Records what goes into the linears of a pipeline while it denoises prompts."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, TypeVar
+
+from torch import nn
+
+from omni_convert.convert.calibration.generation import GenerationSettings, has_step_callback, run_pipeline
+from omni_convert.convert.calibration.input_observer import InputObserver
+from omni_convert.convert.calibration.moments import Moments
+from omni_convert.convert.calibration.prompts import Prompt
+from omni_convert.convert.calibration.recording_header import CalibrationRun, Identity
+from omni_convert.convert.calibration.statistics import Statistics
+from omni_convert.convert.device import resolve_device
+from omni_convert.convert.progress_bar import progress_bar
+from omni_convert.convert.recipe import Recipe
+from omni_convert.convert.source.component_methods import component_methods
+from omni_convert.convert.source.location import Source
+from omni_convert.formats.containers.checkpoint import Checkpoint
+from omni_convert.formats.containers.component import DENOISERS
+from omni_convert.formats.containers.tensor_spec import TensorSpec
+from omni_convert.formats.errors import CalibrationError
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
+
+__all__ = ["PipelineRecorder", "Recording", "calibrate"]
+
+Layer = TypeVar("Layer")
+
+VERSIONED_PACKAGES = ("omni-convert", "torch", "diffusers", "transformers")
+
+
+@dataclass(frozen=True)
+class Recording:
+    """What was recorded over prompts: statistics, and second moments where they were asked for."""
+
+    statistics: Statistics
+    moments: Moments | None
+
+    def merge(self, other: Recording) -> Recording:
+        """The recording of everything that both have seen; its moments are in memory.
+
+        Raises:
+            CalibrationError: they belong to different models.
+        """
+        statistics = self.statistics.merge([other.statistics])
+        if self.moments is None or other.moments is None:
+            return Recording(statistics, None)
+        return Recording(statistics, self.moments.merge([other.moments]).in_memory())
+
+
+def calibrate(
+    pipe: DiffusionPipeline,
+    prompts: Sequence[Prompt],
+    settings: GenerationSettings | None = None,
+    *,
+    components: Sequence[str] | None = None,
+    seed: int = 0,
+    fingerprints: Mapping[str, str] | None = None,
+    progress: bool = False,
+) -> Statistics:
+    """Runs a loaded pipeline over prompts and records the inputs of its linears; see `PipelineRecorder`."""
+    recorder = PipelineRecorder(pipe, settings, components=components, seed=seed, fingerprints=fingerprints)
+    return recorder.record(prompts, progress=progress).statistics
+
+
+class PipelineRecorder:
+    """A loaded pipeline, and how to run it.
+
+    The noise of a prompt follows from the seed and the prompt, not from its place: prompts may be spread over
+    processes in any way, and the merged statistics are those of one process.
+    """
+
+    def __init__(
+        self,
+        pipe: DiffusionPipeline,
+        settings: GenerationSettings | None = None,
+        *,
+        components: Sequence[str] | None = None,
+        seed: int = 0,
+        fingerprints: Mapping[str, str] | None = None,
+        with_moments: bool = False,
+    ) -> None:
+        """Prepares to run a pipeline.
+
+        Args:
+            pipe: an unquantized diffusers pipeline, on the device on which it runs
+            components: `transformer`, `text_encoder`, ...; all denoising models if None
+            fingerprints: component to `Checkpoint.fingerprint()`; without one, a component's statistics fit any model
+            with_moments: record second moments, too
+        """
+        self._pipe = pipe
+        self._settings = settings or GenerationSettings()
+        self._components = components
+        self._seed = seed
+        self._fingerprints = fingerprints or {}
+        self._with_moments = with_moments
+        self._checkpoints: Mapping[str, Checkpoint] = {}
+
+    @classmethod
+    def load(cls, source: Source, recipe: Recipe, *, with_moments: bool = False) -> PipelineRecorder:
+        """Loads the pipeline of a source, to be run as a recipe says.
+
+        Raises:
+            RecipeError: the pipeline does not take a setting.
+            CheckpointError: the pipeline cannot be loaded.
+        """
+        from omni_convert.loaders.pipeline import load_pipeline  # seconds of imports
+
+        width, height = recipe.calib_size or (None, None)
+        overrides = {"steps": recipe.calib_steps, "width": width, "height": height, "frames": recipe.calib_frames}
+        settings = GenerationSettings.for_pipeline(source.path, overrides)
+        checkpoints = {name: Checkpoint.open(source.path / name) for name in component_methods(source, recipe)}
+        recorder = cls(
+            load_pipeline(source.path, device=resolve_device(recipe.device)),
+            settings,
+            components=tuple(checkpoints),
+            seed=recipe.seed,
+            fingerprints={name: checkpoint.fingerprint() for name, checkpoint in checkpoints.items()},
+            with_moments=with_moments,
+        )
+        recorder._checkpoints = checkpoints
+        return recorder
+
+    def record(self, prompts: Sequence[Prompt], *, progress: bool = False) -> Recording:
+        """Runs the pipeline over prompts.
+
+        Args:
+            progress: show a bar, if standard error is a terminal
+
+        Raises:
+            CalibrationError: there are no prompts, or no linears to record; or an input is NaN or infinite.
+            RecipeError: the pipeline does not take a setting or an image.
+        """
+        if not prompts:
+            raise CalibrationError("calibration: found no prompts, expected at least one")
+        settings = self._settings.completed(self._pipe)
+        observer = self._observe(prompts, settings, progress=progress)
+        identity = _identity(prompts, settings, self._seed, self._fingerprints)
+        statistics = Statistics(identity, _as_stored(observer.statistics(), self._checkpoints))
+        if not self._with_moments:
+            return Recording(statistics, None)
+        moments = Moments.recorded(identity, observer.moments())
+        return Recording(statistics, replace(moments, owners=_as_stored(moments.owners, self._checkpoints)))
+
+    def _observe(self, prompts: Sequence[Prompt], settings: GenerationSettings, *, progress: bool) -> InputObserver:
+        """The observer that has seen the pipeline run over the prompts."""
+        tells_steps = has_step_callback(self._pipe)
+        observer = InputObserver(
+            _modules(self._pipe, self._components), counts_timesteps=not tells_steps, with_moments=self._with_moments
+        )
+        total = len(prompts) * settings.steps if settings.steps and tells_steps else None
+        with observer, progress_bar("calibrating", total, "step", hidden=not progress, stays=False) as advance:
+
+            def after_step(step: int) -> None:
+                observer.step = step + 1
+                advance(1)
+
+            for prompt in prompts:
+                observer.start(prompt)
+                seed = _noise_seed(self._seed, prompt)
+                run_pipeline(self._pipe, [prompt], settings, seed, on_step=after_step, decode=False)
+        return observer
+
+
+def _modules(pipe: DiffusionPipeline, components: Sequence[str] | None) -> dict[str, nn.Module]:
+    present = {name: module for name, module in pipe.components.items() if isinstance(module, nn.Module)}
+    wanted = [name for name in DENOISERS if name in present] if components is None else components
+    for name in wanted:
+        if name not in present:
+            raise CalibrationError(f"{type(pipe).__name__}: found no '{name}', expected one of {', '.join(present)}")
+    return {name: present[name] for name in wanted}
+
+
+def _noise_seed(seed: int, prompt: Prompt) -> int:
+    digest = hashlib.sha256(f"{seed}:{prompt.fingerprint()}".encode()).digest()
+    return int.from_bytes(digest[:7], "big")
+
+
+def _identity(
+    prompts: Iterable[Prompt], settings: GenerationSettings, seed: int, fingerprints: Mapping[str, str]
+) -> Identity:
+    versions = {f"{package} version": importlib.metadata.version(package) for package in VERSIONED_PACKAGES}
+    run = CalibrationRun(
+        tuple(sorted({**asdict(settings), "seed": seed, **versions}.items())),
+        tuple(sorted(prompt.fingerprint() for prompt in prompts)),
+    )
+    return Identity(dict(fingerprints), (run,))
+
+
+def _as_stored(layers: Mapping[str, Layer], checkpoints: Mapping[str, Mapping[str, TensorSpec]]) -> dict[str, Layer]:
+    """The layers under the names of their checkpoints, if these are known: transformers renames some on loading."""
+    stems = {
+        component: [name.removesuffix(".weight") for name, spec in tensors.items() if len(spec.shape) == 2]
+        for component, tensors in checkpoints.items()
+    }
+    renamed = {}
+    for name, layer in layers.items():
+        component, _, stem = name.partition(".")
+        renamed[f"{component}.{_stored_stem(stem, stems.get(component, ()))}"] = layer
+    return renamed
+
+
+def _stored_stem(stem: str, stored: Sequence[str]) -> str:
+    """The name in the checkpoint that ends like a module's name, if there is exactly one that ends most like it."""
+    if stem in stored:
+        return stem
+    lengths = {name: _common_parts(stem, name) for name in stored}
+    longest = max(lengths.values(), default=0)
+    nearest = [name for name, length in lengths.items() if length == longest]
+    return nearest[0] if longest > 0 and len(nearest) == 1 else stem
+
+
+def _common_parts(first: str, second: str) -> int:
+    count = 0
+    for left, right in zip(reversed(first.split(".")), reversed(second.split(".")), strict=False):
+        if left != right:
+            break
+        count += 1
+    return count
