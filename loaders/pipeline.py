@@ -14,13 +14,14 @@ from torch import nn
 
 from omni_convert.formats.config import QuantizationConfig
 from omni_convert.formats.containers.component import DENOISERS
+from omni_convert.formats.containers.json_file import read_json
 from omni_convert.formats.errors import CheckpointError, RecipeError
 from omni_convert.formats.fp8_storage import Fp8Storage
 from omni_convert.loaders.kernels.kernel import Activations
 from omni_convert.loaders.layers.quantized_linear import QuantizedLinear
 from omni_convert.loaders.loading.diffusers_quantizer import DiffusersConfig
-from omni_convert.loaders.loading.gguf import load_gguf_components
-from omni_convert.loaders.loading.hub import require_pipeline
+from omni_convert.loaders.loading.gguf import load_gguf
+from omni_convert.loaders.loading.pipeline_files import INDEX, find_gguf_components, require_pipeline, shared_readers
 from omni_convert.loaders.loading.refusal import refuse_undeclared
 from omni_convert.loaders.loading.transformers_quantizer import TransformersConfig
 from omni_convert.loaders.report import kernel_report, require_scaled_gemm
@@ -72,18 +73,13 @@ def load_pipeline(
     try:
         require_pipeline(model, _hub_options(kwargs))
         requested = _requested_configs(str(model), config, kwargs)
-        in_gguf = load_gguf_components(model, torch_dtype, _hub_options(kwargs))
-        for name in in_gguf.keys() & requested.keys():
-            raise RecipeError(
-                f"quantization: {name} is stored in GGUF, found a request for {requested[name].meaning.method}; leave "
-                "quantization out, or start from the unquantized model"
+        kwargs = _load_gguf_components(model, torch_dtype, requested, kwargs) | kwargs
+        with shared_readers():
+            _check_files(model, kwargs)
+            pipeline = DiffusionPipeline.from_pretrained(
+                str(model), dtype=torch_dtype, **_quantization_argument(requested), **kwargs
             )
-        kwargs = {**in_gguf, **kwargs}
-        _check_files(model, kwargs)
-        pipeline = DiffusionPipeline.from_pretrained(
-            str(model), dtype=torch_dtype, **_quantization_argument(requested), **kwargs
-        )
-    except (OSError, SafetensorError, ValueError) as error:  # ValueError: of a config that diffusers does not know
+    except (OSError, SafetensorError, ValueError) as error:  # ValueError: diffusers does not know a config
         reason = str(error).strip().split("\n", 1)[0].rstrip(".")
         raise CheckpointError(f"{model}: cannot be loaded ({reason}); download or convert it again") from error
     modules = {name: module for name, module in pipeline.components.items() if isinstance(module, nn.Module)}
@@ -98,6 +94,22 @@ def load_pipeline(
             layer.prefers_scaled_gemm = True
         require_scaled_gemm(kernel_report(pipeline))
     return pipeline
+
+
+def _load_gguf_components(
+    model: str | Path, torch_dtype: torch.dtype, requested: Mapping[str, Any], kwargs: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The denoising models that are in GGUF; diffusers' pipelines do not look for these files."""
+    folders = find_gguf_components(model, _hub_options(kwargs))
+    index = read_json(folders[0].parent / INDEX) if folders else {}
+    listed = {folder.name: folder for folder in folders if isinstance(index.get(folder.name), list)}
+    loaded = {name: load_gguf(folder, index[name][1], torch_dtype) for name, folder in listed.items()}
+    for name in loaded.keys() & requested.keys():
+        raise RecipeError(
+            f"quantization: {name} is stored in GGUF, found a request for {requested[name].meaning.method}; leave "
+            "quantization out, or start from the unquantized model"
+        )
+    return loaded
 
 
 def _check_files(model: str | Path, kwargs: dict[str, Any]) -> None:

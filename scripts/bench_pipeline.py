@@ -36,7 +36,8 @@ from omni_convert.convert.calibration.generation import GenerationSettings, run_
 from omni_convert.convert.calibration.prompts import Prompt
 from omni_convert.convert.source.location import DEMO_PIPELINE
 from omni_convert.loaders import build_quant_config, kernel_report, load_pipeline
-from omni_convert.loaders.loading.install import install_quantized, select_layers
+from omni_convert.loaders.loading.install import install_quantized
+from omni_convert.loaders.loading.select import select_layers
 
 METHODS = "int8,fp8,mxfp8,mxfp4,mxfp4_dualscale,nvfp4,w4a16"
 BASELINE = "bf16"

@@ -37,8 +37,9 @@ from omni_convert.formats.dialects.config_block import read_block
 from omni_convert.formats.errors import CheckpointError, OmniConvertError
 from omni_convert.formats.table import LOADABLE
 from omni_convert.formats.views.opened import open_quantized
-from omni_convert.loaders.loading.headers import read_headers
-from omni_convert.loaders.loading.install import declared_format, install_empty_layers
+from omni_convert.loaders.loading.install import install_empty_layers
+from omni_convert.loaders.loading.pipeline_files import open_weights
+from omni_convert.loaders.loading.select import declared_format, stored_layers
 
 CASES = 5_000
 SLOW_ROUNDS = 40  # of as many cases: 200,000
@@ -306,8 +307,8 @@ def install(folder: Path) -> None:
     component = folder / "transformer"
     block = read_json(component / "config.json").get("quantization_config")
     config = read_block(block) if block is not None else QuantizationConfig("mxfp4")
-    specs = read_headers(sorted(component.glob("*.safetensors")))
-    install_empty_layers(model(), specs, config, str(component))
+    with open_weights(sorted(component.glob("*.safetensors"))) as specs:
+        install_empty_layers(model(), specs, stored_layers(specs, config, str(component)), str(component))
 
 
 def model() -> nn.Module:

@@ -1,40 +1,29 @@
-"""What the members of a fused group share, found when the first of them is quantized while a model loads.
+"""Fits the scales that a fused group shares, when its first member is quantized while a model loads.
 
-The libraries hand over one weight at a time. The others of its group are read from the files, in tiles, so that the
-result is what a conversion gives: a runtime that fuses the members finds one scale.
+The libraries hand over one weight at a time. The other members are read from the files, in tiles. The result is that of
+a conversion: a runtime that fuses the members finds one scale.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from threading import Lock
 from typing import Any
 
 from torch import Tensor
 
 from omni_convert.formats.containers.checkpoint import Checkpoint
-from omni_convert.formats.containers.safetensors_file import SafetensorsFile
 from omni_convert.formats.errors import CheckpointError
-from omni_convert.formats.families.layers import LayerGroup
-from omni_convert.formats.format import QuantizingFormat
 from omni_convert.formats.rows import TensorRows, WeightRows
+from omni_convert.loaders.loading.select import PlannedLayer
 
-__all__ = ["GroupFits", "PlannedLayer"]
-
-
-@dataclass(frozen=True)
-class PlannedLayer:
-    """A layer to quantize while loading, and those with which a runtime fuses it."""
-
-    format: QuantizingFormat
-    group: LayerGroup
+__all__ = ["GroupFits"]
 
 
 @dataclass(frozen=True)
 class _CastRows:
-    """Rows in the dtype in which the model is loaded: what is fitted is what is quantized."""
+    """Rows in the dtype in which the model is loaded, so that scales are fitted to the numbers that are quantized."""
 
     rows: WeightRows
     like: Tensor
@@ -50,17 +39,14 @@ class _CastRows:
 class GroupFits:
     """Quantizes layers one by one, with the scales of their groups; may be called from several threads."""
 
-    def __init__(self, files: Sequence[str | Path] = (), names: Mapping[str, str] | None = None) -> None:
-        """Opens the files of the model; their headers alone are read.
+    def __init__(self, checkpoint: Checkpoint | None = None, names: Mapping[str, str] | None = None) -> None:
+        """Starts with no group fitted.
 
         Args:
-            files: of the model; the scales of a group are shared only if they are .safetensors
+            checkpoint: the model's weights, open; without it, each layer gets scales of its own
             names: name of a tensor in the model → in the files, where they differ
         """
-        paths = [Path(file) for file in files]
-        is_readable = bool(paths) and all(path.suffix == ".safetensors" for path in paths)
-        opened = {path.name: SafetensorsFile(path) for path in paths} if is_readable else {}
-        self._checkpoint = Checkpoint(paths[0].parent, opened) if opened else None
+        self._checkpoint = checkpoint
         self._names = dict(names or {})
         self._fitted: dict[str, Any] = {}
         self._pending: dict[str, set[str]] = {}
@@ -78,12 +64,6 @@ class GroupFits:
         # No two layers may hold one tensor: libraries take that for tied weights.
         own = {suffix: tensor.clone() for suffix, tensor in planned.format.constants(fitted).items()}
         return {suffix: tensor.to(weight.device) for suffix, tensor in (tensors | own).items()}
-
-    def close(self) -> None:
-        """Forgets the files."""
-        if self._checkpoint is not None:
-            self._checkpoint.close()
-        self._checkpoint = None
 
     def _fit(self, stem: str, weight: Tensor, planned: PlannedLayer) -> Any:
         group = planned.group

@@ -1,57 +1,47 @@
-"""Whether there is a pipeline where the user says, told in a line of our own and before any library tries for long."""
+"""What loading needs from the Hub before any library asks it, with one line for each way in which the Hub fails."""
 
 from __future__ import annotations
 
+import glob
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import huggingface_hub.errors as client
-from huggingface_hub import hf_hub_download, try_to_load_from_cache
+from huggingface_hub import HfApi, hf_hub_download, snapshot_download, try_to_load_from_cache
 
-from omni_convert.formats.errors import CheckpointError
+from omni_convert.formats.containers.component import DENOISERS, GGUF_SUFFIX
+from omni_convert.formats.errors import CheckpointError, quoted
 
-__all__ = ["require_pipeline"]
+__all__ = ["EXPECTED", "fetch_gguf", "fetch_index"]
 
-INDEX = "model_index.json"
 REPO_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 EXPECTED = "expected the folder of a pipeline, or a repository on the Hub as Qwen/Qwen-Image"
-# httpx's or httpx2's, whichever the client is built on.
+# The client is built on httpx or httpx2, whose errors have no common base class.
 REQUEST_ERRORS: type[Exception] = client.HTTPError  # type: ignore[attr-defined]  # imported there, not exported
 
 
-def require_pipeline(model: str | Path, hub_options: Mapping[str, Any]) -> None:
-    """Looks for the pipeline's index; of a repository it is fetched if it is not in the cache, as it would be anyway.
-
-    Args:
-        model: a folder or a Hub repository
-        hub_options: `revision`, `token`, `cache_dir`, `local_files_only` of `from_pretrained`
+def fetch_index(repo_id: str, index: str, options: Mapping[str, Any]) -> None:
+    """Downloads the index of a pipeline unless it is in the cache; loading would download it anyway.
 
     Raises:
-        CheckpointError: there is no pipeline.
+        CheckpointError: there is no such repository or index, or it cannot be read.
     """
-    path = Path(model)
-    if path.is_dir():
-        if not (path / INDEX).is_file():
-            raise CheckpointError(f"{model}: found a folder without {INDEX}, {EXPECTED}")
-        return
-    if path.exists():
-        raise CheckpointError(f"{model}: found a file, {EXPECTED}")
-    if not REPO_ID.fullmatch(str(model)):
-        raise CheckpointError(f"{model}: found no such folder, {EXPECTED}")
+    if not REPO_ID.fullmatch(repo_id):
+        raise CheckpointError(f"{repo_id}: found no such folder, {EXPECTED}")
     cached = try_to_load_from_cache(
-        str(model), INDEX, cache_dir=hub_options.get("cache_dir"), revision=hub_options.get("revision")
+        repo_id, index, cache_dir=options.get("cache_dir"), revision=options.get("revision")
     )
     if isinstance(cached, str):
         return
     try:
-        hf_hub_download(str(model), INDEX, **hub_options)
+        hf_hub_download(repo_id, index, **options)
     except (REQUEST_ERRORS, OSError, ValueError) as error:
-        raise CheckpointError(f"{model}: {_reason(error)}") from error
+        raise CheckpointError(f"{repo_id}: {_reason(error, index)}") from error
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: Exception, index: str) -> str:
     if isinstance(error, client.GatedRepoError):
         return "the repository is gated; accept its terms on the Hub, then `hf auth login`"
     if isinstance(error, client.RevisionNotFoundError):
@@ -61,5 +51,41 @@ def _reason(error: Exception) -> str:
     if isinstance(error, client.LocalEntryNotFoundError):
         return f"found no such folder and nothing in the cache, and the Hub cannot be reached, {EXPECTED}"
     if isinstance(error, client.EntryNotFoundError):
-        return f"found a repository without {INDEX}, {EXPECTED}"
+        return f"found a repository without {index}, {EXPECTED}"
     return f"the Hub fails ({str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__})"
+
+
+def fetch_gguf(repo_id: str, index: str, options: Mapping[str, Any]) -> Path | None:
+    """Downloads the denoising models that a repository holds in GGUF, with their configs and the pipeline's index.
+
+    Returns:
+        their folder; None if there are none, or if the Hub fails, which diffusers will report
+
+    Raises:
+        CheckpointError: a component has several GGUF files.
+    """
+    try:
+        if options.get("local_files_only"):
+            return Path(hf_hub_download(repo_id, index, **options)).parent
+        names = HfApi(token=options.get("token")).list_repo_files(repo_id, revision=options.get("revision"))
+        in_gguf = {name: file for name in DENOISERS if (file := _only_gguf(repo_id, name, names)) is not None}
+        if not in_gguf:
+            return None
+        files = [index, *(f"{name}/config.json" for name in in_gguf), *in_gguf.values()]
+        return Path(snapshot_download(repo_id, allow_patterns=[glob.escape(file) for file in files], **options))
+    except (REQUEST_ERRORS, OSError, ValueError):
+        return None
+
+
+def _only_gguf(repo_id: str, component: str, names: Iterable[str]) -> str | None:
+    """The GGUF file of a component; None if it has none, or has safetensors too."""
+    files = [name for name in names if name.rpartition("/")[0] == component]
+    found = sorted(name for name in files if name.endswith(GGUF_SUFFIX))
+    if not found or any(name.endswith(".safetensors") for name in files):
+        return None
+    if len(found) > 1:
+        raise CheckpointError(
+            f"{repo_id}: found {len(found)} .gguf files (as {quoted(found[0])}, {quoted(found[1])}), expected one; "
+            "download the repository with the one that is meant, and name the folder"
+        )
+    return found[0]

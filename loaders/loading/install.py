@@ -1,56 +1,37 @@
-"""Puts quantized layers into a model skeleton: exactly those that a checkpoint holds, or those that a request asks for.
-
-What is quantized is read off the tensors in the file (their names, dtypes and shapes). The config block is then held
-against it: a block that says otherwise is an error, never a reason to read the file differently.
-"""
+"""Puts quantized layers in the place of a model's linears, and takes them out again."""
 
 from __future__ import annotations
 
 import math
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from omni_convert.formats.config import MIXED, QuantizationConfig
 from omni_convert.formats.containers.tensor_spec import DTYPE_NAMES, TensorSpec
-from omni_convert.formats.dialects.vllm_omni import ignored_names
-from omni_convert.formats.errors import CheckpointError, RecipeError, counted
-from omni_convert.formats.families.layers import LayerGroup
-from omni_convert.formats.families.patterns import matches, suggestion_for
-from omni_convert.formats.families.table import find_family
+from omni_convert.formats.errors import CheckpointError, counted
 from omni_convert.formats.format import Format, QuantizingFormat
-from omni_convert.formats.fp8 import Fp8, Fp8Channel
 from omni_convert.formats.fp8_storage import Fp8Storage
-from omni_convert.formats.int4 import Int4
-from omni_convert.formats.int8 import Int8
-from omni_convert.formats.mxfp4 import Mxfp4
-from omni_convert.formats.table import FORMATS, LOADABLE, FormatOptions, layer_formats
 from omni_convert.loaders.layers.fp8_storage import (
     STORED_LAYERS,
     Fp8WeightStorage,
     install_stored,
     restore_weight,
-    storage_layers,
     store_weight,
 )
 from omni_convert.loaders.layers.quantized_linear import QuantizedLinear
-from omni_convert.loaders.loading.group_fit import GroupFits, PlannedLayer
+from omni_convert.loaders.loading.group_fit import GroupFits
+from omni_convert.loaders.loading.select import PlannedLayer
 from omni_convert.loaders.memory.allocator import release_free_memory
 from omni_convert.loaders.memory.layout import disk_tensors
-from omni_convert.loaders.memory.packed_int4 import as_loaded, packed_layers
-from omni_convert.loaders.request.per_layer import requested_configs
 
 __all__ = [
-    "declared_format",
-    "homeless_names",
     "install_empty_layers",
     "install_quantized",
-    "refuse_homeless",
+    "quantized_layers",
+    "refuse_unexpected",
     "restore_linears",
-    "select_layers",
     "settle_compute_dtypes",
     "to_disk_state",
 ]
@@ -60,74 +41,26 @@ RELEASING_BYTES = 1 << 20
 PLAIN_FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
-def declared_format(config: QuantizationConfig) -> QuantizingFormat:
-    """The format that a config block promises.
-
-    Raises:
-        RecipeError: the method is not one of ours.
-    """
-    if config.method not in LOADABLE:
-        raise RecipeError(f"quantization: found method '{config.method}', expected one of {', '.join(LOADABLE)}")
-    return as_loaded(
-        FORMATS[config.method].build(
-            FormatOptions(
-                static=config.is_static,
-                smooth=config.require_smooth_scale,
-                weight_block_size=config.weight_block_size,
-                per_channel=config.per_channel,
-                group_size=config.group_size,
-            )
-        )
-    )
-
-
 def install_empty_layers(
-    model: nn.Module, specs: Mapping[str, TensorSpec], config: QuantizationConfig, where: str
+    model: nn.Module, specs: Mapping[str, TensorSpec], formats: Mapping[str, QuantizingFormat], where: str
 ) -> set[str]:
-    """Replaces every linear that the checkpoint holds quantized by a `QuantizedLinear` whose tensors are still on meta.
+    """Replaces linears by quantized layers whose tensors are on the meta device until they are loaded.
 
     Args:
         model: on the meta device
         specs: tensors of the checkpoint, under the model's names
-        config: meaning of the checkpoint's config block
+        formats: name of each layer to its format
         where: the checkpoint, for messages
 
     Returns:
         names of the tensors of these layers, without their biases
 
     Raises:
-        CheckpointError: the block contradicts the tensors, a layer is incomplete, or the model has no such layer.
+        CheckpointError: a layer is incomplete, the model has no such layer, or codes lack their scale.
     """
-    found = packed_layers(specs) if config.method == Int4.method else layer_formats(specs, config.method)
-    if not found:
-        raise CheckpointError(f"{where}: config says {config.method}, found no quantized layer, expected some")
-    installed: dict[str, tuple[str, ...]] = {}
-    for stem, fmt in found.items():
-        if stem in config.ignored_layers:
-            raise CheckpointError(f"{where}: {stem} is in ignored_layers, found {fmt.method} tensors for it")
-        said = config.of_layer(stem)
-        if said is None:
-            raise CheckpointError(
-                f"{where}: {stem} holds {fmt.label}, found no such layer in quantized_layers, expected it"
-            )
-        declared = declared_format(said)
-        if type(fmt) is not type(declared) and not _is_one_row(fmt, declared, stem, specs):
-            raise CheckpointError(f"{where}: {stem} holds {fmt.label}, expected {declared.label} as its config says")
-        installed[stem] = _install_empty(model, stem, specs, _with_optional_tensors(declared, fmt), where)
+    installed = {stem: _install_empty(model, stem, specs, fmt, where) for stem, fmt in formats.items()}
     _refuse_bare_codes(model, specs, where)
     return {f"{stem}.{suffix}" for stem, suffixes in installed.items() for suffix in suffixes}
-
-
-def _is_one_row(found: Format, declared: Format, stem: str, specs: Mapping[str, TensorSpec]) -> bool:
-    """Whether the layer is a row of FP8, whose one scale is that of the weight and of the row."""
-    return isinstance(found, Fp8) and isinstance(declared, Fp8Channel) and specs[f"{stem}.weight"].shape[0] == 1
-
-
-def _with_optional_tensors(declared: QuantizingFormat, found: Format) -> QuantizingFormat:
-    """mul_scale of mxfp4 is optional, layer by layer, unless the block demands it."""
-    if isinstance(declared, Mxfp4) and isinstance(found, Mxfp4):
-        return replace(declared, smooth=declared.smooth or found.smooth)
-    return declared
 
 
 def _install_empty(
@@ -164,9 +97,9 @@ def _install_empty(
 
 def _refuse_bare_codes(model: nn.Module, specs: Mapping[str, TensorSpec], where: str) -> None:
     """A layer whose scale is missing does not look quantized; its codes must not pass for weights."""
-    homes = model.state_dict()
+    own = model.state_dict()
     for name, spec in specs.items():
-        if name in homes and homes[name].dtype in PLAIN_FLOATS and spec.dtype not in PLAIN_FLOATS:
+        if name in own and own[name].dtype in PLAIN_FLOATS and spec.dtype not in PLAIN_FLOATS:
             raise CheckpointError(
                 f"{where}: {name} is {DTYPE_NAMES[spec.dtype]} without its scale, expected a quantized layer's tensors "
                 "or plain floats; convert the model again"
@@ -180,133 +113,25 @@ def _find_module(model: nn.Module, name: str) -> nn.Module | None:
         return None
 
 
-def homeless_names(model: nn.Module, names: Collection[str]) -> list[str]:
-    """Names in a checkpoint that the model has no tensor for, except those that its class says to drop."""
-    homes = model.state_dict().keys()
-    patterns = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
-    return [name for name in names if name not in homes and not any(re.search(pattern, name) for pattern in patterns)]
+def refuse_unexpected(model: nn.Module, names: Collection[str], where: str) -> None:
+    """Refuses tensors that loading would drop silently, since a dropped scale is a wrong picture.
 
-
-def refuse_homeless(model: nn.Module, names: Collection[str], where: str) -> None:
-    """Loading would drop such tensors silently, and a dropped scale is a wrong picture.
+    Names that the model's class says to ignore pass.
 
     Raises:
-        CheckpointError: some name has no home in the model.
+        CheckpointError: the model has no tensor of some name.
     """
-    homeless = homeless_names(model, names)
-    if homeless:
-        shown = ", ".join(homeless[:NAMES_SHOWN]) + (", ..." if len(homeless) > NAMES_SHOWN else "")
+    expected = model.state_dict().keys()
+    patterns = getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()
+    unexpected = [
+        name for name in names if name not in expected and not any(re.search(pattern, name) for pattern in patterns)
+    ]
+    if unexpected:
+        shown = ", ".join(unexpected[:NAMES_SHOWN]) + (", ..." if len(unexpected) > NAMES_SHOWN else "")
         raise CheckpointError(
-            f"{where}: found {counted(len(homeless), 'tensor')} without a home in {type(model).__name__} ({shown}), "
+            f"{where}: found {counted(len(unexpected), 'tensor')} that {type(model).__name__} does not have ({shown}), "
             "expected none; the checkpoint belongs to another model or version"
         )
-
-
-def select_layers(model: nn.Module, config: QuantizationConfig) -> tuple[dict[str, PlannedLayer], QuantizationConfig]:
-    """Which layers of an unquantized model a request means.
-
-    The layers are those that the family's rule for this loader gives, without those that a pattern in `ignored_layers`
-    matches and those whose shape the format cannot hold.
-
-    Returns:
-        layer name to what it becomes; and the request with `ignored_layers` spelled out, as a config block lists them
-
-    Raises:
-        RecipeError: static activations, an unknown method, or a pattern that matches nothing.
-    """
-    if config.method == Fp8Storage.method:
-        return _select_stored(model, config)
-    specs = {name: TensorSpec(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in model.state_dict().items()}
-    groups = find_family(type(model).__name__).layer_groups(specs, "diffusers")
-    ignored = _ignored_groups(config.ignored_layers, groups, specs)
-    asked_for = requested_configs(config, groups)
-    layers: dict[str, PlannedLayer] = {}
-    chosen: list[tuple[str, QuantizationConfig]] = []
-    for group, said in zip(groups, asked_for, strict=True):
-        fmt = None if said is None or group in ignored else _quantizing_format(said)
-        if said is None or fmt is None or _must_stay(fmt, group, specs):
-            ignored += [group] if group not in ignored else []
-            continue
-        layers |= {stem: PlannedLayer(_shared(fmt, group), group) for stem in group.members}
-        chosen += [(name, said) for name in group.names]
-    if not layers:
-        raise RecipeError(_nothing_selected(model, config, groups, asked_for, specs))
-    spelled = replace(config, ignored_layers=tuple(ignored_names(ignored)))
-    return layers, replace(spelled, layers=tuple(chosen)) if config.method == MIXED else spelled
-
-
-def _nothing_selected(
-    model: nn.Module,
-    config: QuantizationConfig,
-    groups: Collection[LayerGroup],
-    asked_for: Collection[QuantizationConfig | None],
-    specs: Mapping[str, TensorSpec],
-) -> str:
-    """Why, of the first layer whose shape does not fit, if there is one."""
-    shapes = (
-        declared_format(said).unsupported(rows, columns)
-        for group, said in zip(groups, asked_for, strict=True)
-        if said is not None and group.keep_reason is None
-        for rows, columns in (specs[f"{stem}.weight"].shape for stem in group.members)
-    )
-    reason = next(filter(None, shapes), None)
-    where = f"quantization: found no layer of {type(model).__name__} to quantize to {config.method}"
-    return where + (f" ({reason})" if reason else "") + ", expected some"
-
-
-def _quantizing_format(config: QuantizationConfig) -> QuantizingFormat:
-    """The format to quantize to while loading."""
-    if config.is_static:
-        raise RecipeError(
-            f"quantization: static activations need calibration, found them of {config.method}; convert the model, or "
-            "use 'dynamic', which is FP8_PER_CHANNEL_PER_TOKEN in ModelOpt's words"
-        )
-    return declared_format(config)
-
-
-def _shared(fmt: QuantizingFormat, group: LayerGroup) -> QuantizingFormat:
-    """INT8 shares scales in a fused group where it is told to, as conversions do."""
-    return replace(fmt, shared_in_group=group.is_fused) if isinstance(fmt, Int8) else fmt
-
-
-def _select_stored(model: nn.Module, config: QuantizationConfig) -> tuple[dict[str, PlannedLayer], QuantizationConfig]:
-    """Every layer that can be stored, each for itself."""
-    layers = {
-        name: PlannedLayer(
-            Fp8Storage.of(tuple(layer.get_parameter("weight").shape)), LayerGroup(name, (name,), is_fused=False)
-        )
-        for name, layer in storage_layers(model).items()
-    }
-    specs = {f"{name}.weight": TensorSpec(name, torch.bfloat16, ()) for name in layers}
-    groups = [planned.group for planned in layers.values()]
-    ignored = [group.runtime_name for group in _ignored_groups(config.ignored_layers, groups, specs)]
-    chosen = {name: planned for name, planned in layers.items() if name not in ignored}
-    if not chosen:
-        raise RecipeError(f"quantization: found no layer of {type(model).__name__} to store as fp8, expected some")
-    return chosen, replace(config, ignored_layers=tuple(sorted(ignored)))
-
-
-def _ignored_groups(
-    patterns: Collection[str], groups: Collection[LayerGroup], specs: Mapping[str, TensorSpec]
-) -> list[LayerGroup]:
-    stems = {name.removesuffix(".weight") for name in specs}
-    ignored: list[LayerGroup] = []
-    for pattern in patterns:
-        matched = [g for g in groups if any(matches(pattern, name) for name in (g.runtime_name, *g.members))]
-        if not matched and not any(matches(pattern, stem) for stem in stems):
-            named = {name for group in groups for name in (group.runtime_name, *group.members)}
-            raise RecipeError(
-                f"ignored_layers: '{pattern}' matches no layer of the model{suggestion_for(pattern, named)}"
-            )
-        ignored += [group for group in matched if group not in ignored]
-    return ignored
-
-
-def _must_stay(fmt: QuantizingFormat, group: LayerGroup, specs: Mapping[str, TensorSpec]) -> bool:
-    if group.keep_reason is not None:
-        return True
-    shapes = [specs[f"{stem}.weight"].shape for stem in group.members]
-    return any(fmt.unsupported(rows, columns) is not None for rows, columns in shapes)
 
 
 def install_quantized(
@@ -341,12 +166,21 @@ def _release_scratch(weight: Tensor) -> None:
         release_free_memory()
 
 
+def quantized_layers(model: nn.Module) -> dict[str, tuple[Format, int]]:
+    """Name of each quantized layer to its format and in_features."""
+    return {
+        name: (layer.format, layer.in_features)
+        for name, layer in model.named_modules()
+        if isinstance(layer, QuantizedLinear)
+    }
+
+
 def to_disk_state(state_dict: Mapping[str, Tensor], layers: Mapping[str, tuple[Format, int]]) -> dict[str, Tensor]:
     """A model's state as files hold it.
 
     Args:
-        state_dict: of a model, as it lies in memory
-        layers: name of each quantized layer to its format and in_features
+        state_dict: that of the model, as it lies in memory
+        layers: its `quantized_layers`
     """
     unpacked = {}
     for stem, (fmt, in_features) in layers.items():

@@ -6,22 +6,20 @@ Of the former libraries would take the codes for weights; of the latter they say
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from contextlib import ExitStack
 from pathlib import Path
 
 from omni_convert.formats.checks.verdicts import DIFFUSERS, OURS, verdicts
 from omni_convert.formats.containers.checkpoint import Checkpoint
 from omni_convert.formats.containers.json_file import read_json
 from omni_convert.formats.containers.names import CODES, COMPANIONS, LOW_BIT
-from omni_convert.formats.containers.safetensors_file import SafetensorsFile
 from omni_convert.formats.containers.tensor_spec import DTYPE_NAMES, TensorSpec
 from omni_convert.formats.errors import CheckpointError
 from omni_convert.formats.views.opened import describe, find_dialect
-from omni_convert.loaders.loading.headers import loaded_files
+from omni_convert.loaders.loading.pipeline_files import INDEX, loaded_files, open_weights
 
 __all__ = ["refuse_undeclared"]
 
-INDEX, CONFIG, BLOCK = "model_index.json", "config.json", "quantization_config"
+CONFIG, BLOCK = "config.json", "quantization_config"
 # Dialects that mark quantized layers elsewhere than in a block; others without one could be any that has lost it.
 MARKED = ("comfyui", "msmodelslim")
 
@@ -50,9 +48,7 @@ def refuse_undeclared(folder: Path, given: Collection[str] = (), variant: str | 
         is_declared = bool(read_json(config).get(BLOCK))
         if is_declared and library == "transformers":  # which reads more spellings than we do
             continue
-        with ExitStack() as stack:
-            opened = {file.name: stack.enter_context(SafetensorsFile(file)) for file in files}
-            checkpoint = Checkpoint(folder / component, opened)
+        with open_weights(files) as checkpoint:
             _refuse_spelling(checkpoint, folder / component, is_declared)
             if not is_declared:
                 _refuse_codes(checkpoint, folder / component)

@@ -8,17 +8,16 @@ plain I/O, by several threads into buffers that stay in cache.
 from __future__ import annotations
 
 import threading
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
 
 from omni_convert.formats.arithmetic.e8m0 import E8M0_NAN
-from omni_convert.formats.containers.safetensors_file import SafetensorsFile
+from omni_convert.formats.containers.checkpoint import Checkpoint
+from omni_convert.formats.containers.reader import TensorFile
 from omni_convert.formats.containers.tensor_spec import TensorSpec
 from omni_convert.formats.errors import CheckpointError
 
@@ -36,7 +35,7 @@ Bytes = np.ndarray[tuple[int], np.dtype[np.uint8]]
 class _Piece:
     """Bytes `start` to `stop` of a tensor."""
 
-    file: SafetensorsFile
+    file: TensorFile
     spec: TensorSpec
     start: int
     stop: int
@@ -49,11 +48,11 @@ class _Buffer(threading.local):
         self.elements = np.empty(PIECE, np.uint8)
 
 
-def check_stored_values(files: Sequence[str | Path], names: Collection[str], where: str) -> None:
+def check_stored_values(checkpoint: Checkpoint, names: Collection[str], where: str) -> None:
     """Refuses codes that are NaN, which a kernel that shifts bits takes for numbers, and scales that are no scales.
 
     Args:
-        files: of the checkpoint, .safetensors
+        checkpoint: open, in safetensors
         names: tensors of its quantized layers, as the files name them
         where: the checkpoint, for messages
 
@@ -61,18 +60,16 @@ def check_stored_values(files: Sequence[str | Path], names: Collection[str], whe
         CheckpointError: a code is NaN, a scale is not a finite number or negative, or a tensor cannot be read.
     """
     buffer = _Buffer()
-    with ExitStack() as stack:
-        readers = [stack.enter_context(SafetensorsFile(Path(file))) for file in files]
-        pieces = [piece for reader in readers for piece in _pieces(reader, set(names))]
-        with ThreadPoolExecutor(min(MAX_THREADS, torch.get_num_threads())) as pool:
-            results = pool.map(lambda piece: _is_sound(piece, buffer), pieces)
-            for piece, is_sound in zip(pieces, results, strict=True):
-                if not is_sound:
-                    pool.shutdown(wait=False, cancel_futures=True)
-                    raise CheckpointError(f"{where}: {piece.spec.name} holds {_complaint(piece.spec)}; convert again")
+    pieces = [piece for file in checkpoint.files.values() for piece in _pieces(file, set(names))]
+    with ThreadPoolExecutor(min(MAX_THREADS, torch.get_num_threads())) as pool:
+        results = pool.map(lambda piece: _is_sound(piece, buffer), pieces)
+        for piece, is_sound in zip(pieces, results, strict=True):
+            if not is_sound:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise CheckpointError(f"{where}: {piece.spec.name} holds {_complaint(piece.spec)}; convert again")
 
 
-def _pieces(file: SafetensorsFile, names: set[str]) -> Iterator[_Piece]:
+def _pieces(file: TensorFile, names: set[str]) -> Iterator[_Piece]:
     """In the order of the file."""
     for spec in file.specs.values():
         is_code_of_any_value = _is_code(spec) and spec.dtype is not torch.float8_e4m3fn

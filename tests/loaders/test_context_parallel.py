@@ -17,7 +17,8 @@ from diffusers.hooks.context_parallel import apply_context_parallel
 from torch import distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 
-from omni_convert.loaders.loading.install import install_quantized, select_layers
+from omni_convert.loaders.loading.install import install_quantized
+from omni_convert.loaders.loading.select import select_layers
 from omni_convert.loaders.request.spec import build_quant_config
 
 METHODS = ("none", "fp8", "int8", "mxfp4")

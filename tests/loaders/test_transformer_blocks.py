@@ -15,7 +15,8 @@ from omni_convert.formats.format import Format
 from omni_convert.loaders.kernels.kernel import Activations, LayerTraits
 from omni_convert.loaders.kernels.table import KERNELS, OVERRIDE
 from omni_convert.loaders.layers.quantized_linear import QuantizedLinear, quantize_linear
-from omni_convert.loaders.loading.install import install_quantized, select_layers
+from omni_convert.loaders.loading.install import install_quantized
+from omni_convert.loaders.loading.select import select_layers
 from omni_convert.loaders.request.spec import build_quant_config
 
 METHODS: dict[str, dict[str, Any]] = {

@@ -246,17 +246,17 @@ def copy_layer(stem, new_stem):
 
 
 DAMAGES = {
-    "no home": (add("extra.weight", torch.ones(2)), r"1 tensor without a home.*extra\.weight"),
+    "no home": (add("extra.weight", torch.ones(2)), r"1 tensor that .* does not have.*extra\.weight"),
     "no such layer": (copy_layer(LAYER, "layers.9.feed_forward.w1"), r"layers\.9\.\S* is quantized, found nothing"),
     "scale missing": (drop(SCALE), rf"{LAYER}\.weight is I8 without its scale"),
-    "codes missing": (drop(f"{LAYER}.weight"), "1 tensor without a home"),
+    "codes missing": (drop(f"{LAYER}.weight"), "1 tensor that .* does not have"),
     "plain tensor missing": (drop(FINAL), r"found 1 tensor of \S+ missing"),
     "scale dtype": (change(SCALE, torch.Tensor.bfloat16), r"weight_scale is BF16 \[128, 1\], expected F32"),
     "scale shape": (change(SCALE, torch.flatten), r"weight_scale is F32 \[128\], expected F32 \[128, 1\]"),
     "Inf scale": (change(SCALE, lambda t: t.fill_(torch.inf)), f"{SCALE} holds NaN, Inf or a negative number"),
     "NaN scale": (change(SCALE, lambda t: t.fill_(torch.nan)), f"{SCALE} holds NaN, Inf or a negative number"),
     "negative scale": (change(SCALE, torch.neg), f"{SCALE} holds NaN, Inf or a negative number"),
-    "a scale too many": (add(f"{LAYER}.input_scale", torch.ones(())), r"without a home.*input_scale"),
+    "a scale too many": (add(f"{LAYER}.input_scale", torch.ones(())), r"does not have.*input_scale"),
 }
 
 

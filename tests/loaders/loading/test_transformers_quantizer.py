@@ -129,7 +129,7 @@ def move_layer(tensors):
 DAMAGES = {
     "scale missing": (lambda t: t.pop(SCALE), f"{LAYER}.weight is I8 without its scale"),
     "Inf scale": (lambda t: t[SCALE].fill_(torch.inf), f"{SCALE} holds NaN, Inf"),
-    "no home": (lambda t: t.update({f"{LAYER}.mul_scale": torch.ones(2)}), "1 tensor without a home"),
+    "no home": (lambda t: t.update({f"{LAYER}.mul_scale": torch.ones(2)}), "1 tensor that .* does not have"),
     "no such layer": (move_layer, r"layers\.7\.mlp\.up_proj is quantized, found nothing"),
 }
 

@@ -5,6 +5,7 @@ import torch
 from safetensors.torch import save_file
 
 from omni_convert.formats.errors import CheckpointError
+from omni_convert.loaders.loading.pipeline_files import open_weights
 from omni_convert.loaders.loading.values import PIECE, check_stored_values
 
 E4M3 = torch.float8_e4m3fn
@@ -19,7 +20,8 @@ def check(tmp_path):
     def run(name, tensor):
         file = tmp_path / "model.safetensors"
         save_file({name: tensor, "norm.weight": as_e4m3(0x7F)}, file)  # the other one is not asked for
-        check_stored_values([file], {name}, "here")
+        with open_weights([file]) as checkpoint:
+            check_stored_values(checkpoint, {name}, "here")
 
     return run
 

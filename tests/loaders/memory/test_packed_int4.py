@@ -22,8 +22,8 @@ from omni_convert.formats.int4 import Int4
 from omni_convert.formats.rows import TILE_ELEMENTS
 from omni_convert.formats.views.opened import open_quantized
 from omni_convert.loaders import QuantizedLinear, kernel_report, load_pipeline, quantize_linear
+from omni_convert.loaders.loading.quantizer import ConfigBlock
 from omni_convert.loaders.memory.packed_int4 import PackedInt4
-from omni_convert.loaders.request.block import ConfigBlock
 
 BLOCK = auto_round.to_block(32, ("layers.0.a",), ("proj_out",))
 OTHERS: dict[str, dict[str, Any]] = {
