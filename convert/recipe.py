@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from omni_convert.formats.config import check_group_size
-from omni_convert.formats.errors import RecipeError
+from omni_convert.formats.errors import RecipeError, did_you_mean
 
 __all__ = [
     "DIALECT_NAMES",
@@ -22,7 +20,6 @@ __all__ = [
     "TRANSCODINGS",
     "LoraRequest",
     "Recipe",
-    "suggestion",
 ]
 
 # The names alone: `--help` and a mistyped method must not import torch. A test holds them equal to `FORMATS`.
@@ -54,16 +51,10 @@ ENGINE = re.compile(r"local|ray|(ray://)?[\w.-]+:\d+|ray://[\w.-]+")
 DTYPES = ("bfloat16", "float16", "float32")
 
 
-def suggestion(name: str, known: Iterable[str]) -> str:
-    """`; did you mean 'fp8'?`, or nothing when no known name is near."""
-    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f"; did you mean '{near[0]}'?" if near else ""
-
-
 def _check_choice(option: str, value: str | None, choices: tuple[str, ...]) -> None:
     if value is not None and value not in choices:
         raise RecipeError(
-            f"--{option}: found '{value}', expected one of {', '.join(choices)}{suggestion(value, choices)}"
+            f"--{option}: found '{value}', expected one of {', '.join(choices)}{did_you_mean(value, choices)}"
         )
 
 

@@ -14,6 +14,9 @@ A message reads `where: found, expected, remedy`. Anything else that is raised i
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable, Sequence
+
 __all__ = [
     "CalibrationError",
     "CheckpointError",
@@ -24,8 +27,16 @@ __all__ = [
     "OutputError",
     "RecipeError",
     "counted",
+    "did_you_mean",
+    "listed",
+    "nearest",
     "quoted",
 ]
+
+#: How similar a known name must be to be suggested for a mistyped one.
+SIMILARITY = 0.5
+#: Longer names are cut before they are compared, which takes quadratic time.
+COMPARED_CHARACTERS = 200
 
 
 class OmniConvertError(Exception):
@@ -77,3 +88,21 @@ def quoted(name: str) -> str:
 def counted(number: int, noun: str) -> str:
     """As '1 tensor' and '2 tensors'."""
     return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def listed(names: Sequence[str], most: int, separator: str = ", ") -> str:
+    """Names for a message, at most so many of them: `a, b and 3 more`."""
+    shown = separator.join(names[:most])
+    return f"{shown} and {len(names) - most} more" if len(names) > most else shown
+
+
+def nearest(name: str, known: Iterable[str], similarity: float = SIMILARITY) -> str | None:
+    """The known name that is most like a mistyped one, or None if none is near."""
+    near = difflib.get_close_matches(name[:COMPARED_CHARACTERS], list(known), n=1, cutoff=similarity)
+    return near[0] if near else None
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """`; did you mean 'fp8'?` for a mistyped name, or nothing when no known name is near."""
+    near = nearest(name, known)
+    return f"; did you mean '{near}'?" if near is not None else ""

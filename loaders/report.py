@@ -9,7 +9,7 @@ from typing import Any
 from diffusers.quantizers.gguf.utils import GGUFLinear
 from torch import nn
 
-from omni_convert.formats.errors import KernelError, RecipeError
+from omni_convert.formats.errors import KernelError, RecipeError, listed
 from omni_convert.loaders.attention.backend import is_fp8_backend
 from omni_convert.loaders.attention.fp8_attention import count_attention_backends
 from omni_convert.loaders.layers.fp8_storage import Fp8WeightStorage
@@ -193,13 +193,8 @@ def require_scaled_gemm(report: KernelReport) -> None:
     alike: dict[str, list[str]] = {}
     for layer in report.fallbacks:
         alike.setdefault(f"{layer.format} runs {layer.kernel} ({layer.why})", []).append(layer.name)
-    reasons = "; ".join(f"{reason} in {_shortened(names)}" for reason, names in alike.items())
+    reasons = "; ".join(f"{reason} in {listed(names, NAMES_SHOWN)}" for reason, names in alike.items())
     raise KernelError(
         f"strict: {len(report.fallbacks)} of {len(report)} layers run no scaled GEMM: {reasons}; "
         "use another format or device, or strict=False"
     )
-
-
-def _shortened(names: list[str]) -> str:
-    shown = ", ".join(names[:NAMES_SHOWN])
-    return f"{shown} and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else shown

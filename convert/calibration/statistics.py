@@ -31,7 +31,7 @@ from torch import Tensor
 from omni_convert.convert.calibration.histogram import BINS
 from omni_convert.convert.calibration.layer_statistics import SAMPLE_ROWS, LayerStatistics
 from omni_convert.convert.calibration.recording_header import Identity, RecordingHeader, RecordingKind, read_header
-from omni_convert.formats.errors import CalibrationError, OutputError
+from omni_convert.formats.errors import CalibrationError, OutputError, listed
 
 __all__ = ["LayerStatistics", "RiskyLayer", "Statistics"]
 
@@ -150,12 +150,11 @@ class Statistics:
         risky = [layer for layer in self.risky_layers() if layer.component == component and layer.stem in stems]
         if not risky:
             return []
-        worst = "; ".join(str(layer) for layer in risky[:RISKY_LAYERS_SHOWN])
-        more = f"; and {len(risky) - RISKY_LAYERS_SHOWN} more" if len(risky) > RISKY_LAYERS_SHOWN else ""
+        worst = listed([str(layer) for layer in risky], RISKY_LAYERS_SHOWN, "; ")
         return [
             f"{len(risky)} of {len(stems)} layers have inputs that one static scale fits badly; they got "
             f"--input-scale {input_scale} like the others (--activation-scheme dynamic or --ignored-layers "
-            f"avoids that): {worst}{more}"
+            f"avoids that): {worst}"
         ]
 
     def fingerprint(self) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import logging
 from pathlib import Path
 from typing import Any
@@ -13,12 +12,14 @@ from click_default_group import DefaultGroup
 from omni_convert.convert.cli.convert import convert_command, dequantize_command, push_command
 from omni_convert.convert.cli.inspect import inspect_command, verify_command
 from omni_convert.convert.cli.run import calibrate_command, compare_command, generate_command
-from omni_convert.formats.errors import OmniConvertError
+from omni_convert.formats.errors import OmniConvertError, nearest
 
 __all__ = ["main"]
 
 # diffusers imports torchao where it is installed; these say what it cannot do here, which nobody asked for.
 NEEDLESS_WARNINGS = ("torchao", "torch.utils._pytree", "diffusers.quantizers.torchao")
+# A word that is less like a command may well be the name of a model.
+COMMAND_SIMILARITY = 0.75
 
 
 class _Group(DefaultGroup):  # type: ignore[misc]  # click-default-group has no types
@@ -27,7 +28,8 @@ class _Group(DefaultGroup):  # type: ignore[misc]  # click-default-group has no 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
         name = args[0]
         if name not in self.commands and not name.startswith("-") and not Path(name).exists():
-            for meant in difflib.get_close_matches(name, self.commands, n=1, cutoff=0.75):
+            meant = nearest(name, self.commands, COMMAND_SIMILARITY)
+            if meant is not None:
                 ctx.fail(f"No such command or model '{name}'. Did you mean '{meant}'?")
         return super().resolve_command(ctx, args)
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from omni_convert.convert.inspection.verification import VerifiedComponent
 from omni_convert.convert.terminal import wrapped
 from omni_convert.formats.checks.finding import Finding
+from omni_convert.formats.errors import listed
 
 __all__ = ["count_of", "verification_report"]
 
@@ -71,8 +72,7 @@ def _component_lines(component: VerifiedComponent, path: Path) -> Iterator[str]:
 
 def _finding_lines(findings: Sequence[Finding]) -> Iterator[str]:
     first = findings[0]
-    more = f" and {len(findings) - 1} more" if len(findings) > 1 else ""
-    where = f" {first.layer}{more}" if first.layer else ""
+    where = f" {listed([finding.layer for finding in findings], 1)}" if first.layer else ""
     yield f"  {first.severity:<7} {first.check}{where}"
     for label, text in (("", first.what), ("hurts:  ", first.hurts), ("remedy: ", first.remedy)):
         if text:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from omni_convert.convert.recipe import Recipe, suggestion
+from omni_convert.convert.recipe import Recipe
 from omni_convert.convert.source.location import Source
 from omni_convert.formats.containers.component import DENOISERS
 from omni_convert.formats.containers.json_file import read_json
-from omni_convert.formats.errors import RecipeError
+from omni_convert.formats.errors import RecipeError, did_you_mean
 
 __all__ = ["component_methods"]
 
@@ -23,7 +23,7 @@ def component_methods(source: Source, recipe: Recipe) -> dict[str, str]:
     for name in recipe.component:
         if name not in present:
             raise RecipeError(
-                f"--component: found '{name}', expected one of {', '.join(present)}{suggestion(name, present)}"
+                f"--component: found '{name}', expected one of {', '.join(present)}{did_you_mean(name, present)}"
             )
     if recipe.is_transcoding:
         return _transcoded_components(source, recipe, present)

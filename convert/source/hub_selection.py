@@ -7,9 +7,8 @@ import re
 from collections.abc import Collection
 from pathlib import PurePosixPath
 
-from omni_convert.convert.recipe import suggestion
 from omni_convert.formats.containers.component import GGUF_SUFFIX
-from omni_convert.formats.errors import CheckpointError, quoted
+from omni_convert.formats.errors import CheckpointError, did_you_mean, quoted
 
 __all__ = ["REPO_FILE", "REPO_ID", "cached_patterns", "needed_files"]
 
@@ -49,7 +48,7 @@ def needed_files(repo_id: str, names: Collection[str], file: str | None = None) 
     if file is not None:
         if file not in names:
             raise CheckpointError(
-                f"{repo_id}: found no file {quoted(file)}, expected one of the repository{suggestion(file, names)}"
+                f"{repo_id}: found no file {quoted(file)}, expected one of the repository{did_you_mean(file, names)}"
             )
         return {file, (PurePosixPath(file).parent / CONFIG).as_posix()} & {*names}
     needed = {name for name in names if any(fnmatch.fnmatch(name, pattern) for pattern in PATTERNS)}

@@ -23,7 +23,7 @@ from omni_convert.convert.source.file_hash import file_sha256
 from omni_convert.formats.containers.checkpoint import Checkpoint
 from omni_convert.formats.containers.json_file import read_json
 from omni_convert.formats.containers.tensor_spec import TensorSpec
-from omni_convert.formats.errors import CheckpointError, RecipeError
+from omni_convert.formats.errors import CheckpointError, RecipeError, listed
 from omni_convert.formats.views.lora import LowRank, Update
 
 __all__ = ["Lora", "check_requests", "read_lora"]
@@ -100,12 +100,11 @@ def read_lora(
             added, unmatched = _matched(converted, checkpoint, request, adapter)
             _check_complete(request.path, tensors, converted)
     if (unmatched and not force) or not added:
-        shown = ", ".join(f"'{name}'" for name in sorted(unmatched)[:NAMES_SHOWN])
-        more = f" and {len(unmatched) - NAMES_SHOWN} more" if len(unmatched) > NAMES_SHOWN else ""
+        shown = listed([f"'{name}'" for name in sorted(unmatched)], NAMES_SHOWN)
         match = "matches" if len(unmatched) == 1 else "match"
         remedy = f"; --force leaves {'it' if len(unmatched) == 1 else 'them'} out" if added else ""
         raise CheckpointError(
-            f"{request.path}: found {shown}{more}, which {match} no weight of {model_class} by name and shape, "
+            f"{request.path}: found {shown}, which {match} no weight of {model_class} by name and shape, "
             f"expected a LoRA of this model{remedy}"
         )
     return Lora(request, added, tuple(sorted(unmatched)), file_sha256(request.path))
@@ -120,10 +119,9 @@ def _file_at(path: Path) -> Path:
     inside = sorted(path.glob("*.safetensors"))
     found = [file for file in inside if file.name in FILES] or inside
     if len(found) != 1:
-        shown = ", ".join(file.name for file in found[:NAMES_SHOWN]) or "no .safetensors file"
-        more = f" and {len(found) - NAMES_SHOWN} more" if len(found) > NAMES_SHOWN else ""
+        shown = listed([file.name for file in found], NAMES_SHOWN) or "no .safetensors file"
         raise CheckpointError(
-            f"{path}: found {shown}{more} in this folder, expected one LoRA, as {' or '.join(FILES)}; name the file"
+            f"{path}: found {shown} in this folder, expected one LoRA, as {' or '.join(FILES)}; name the file"
         )
     return found[0]
 

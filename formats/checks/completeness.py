@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
@@ -12,6 +11,7 @@ from omni_convert.formats.containers.checkpoint import Checkpoint
 from omni_convert.formats.containers.names import CODES, COMPANIONS, LOW_BIT, WEIGHT
 from omni_convert.formats.containers.tensor_spec import DTYPE_NAMES
 from omni_convert.formats.dialects.gguf import GGUF
+from omni_convert.formats.errors import listed, nearest
 from omni_convert.formats.views.opened import QuantizedCheckpoint
 
 __all__ = ["Flaw", "Gap", "block_gaps", "gaps", "incomplete", "without_weight"]
@@ -56,8 +56,7 @@ def without_weight(checkpoint: Checkpoint, stem: str) -> str | None:
     if any(leaf in CODES for leaf in leaves):
         return None
     shown = [leaf for leaf in leaves if leaf != "bias"]
-    more = f" and {len(shown) - LEAVES_SHOWN} more" if len(shown) > LEAVES_SHOWN else ""
-    return f"found {', '.join(shown[:LEAVES_SHOWN])}{more} without a weight"
+    return f"found {listed(shown, LEAVES_SHOWN)} without a weight"
 
 
 def incomplete(quantized: QuantizedCheckpoint) -> Flaw | None:
@@ -158,9 +157,9 @@ def _misspelled(found: Mapping[str, Shape], expected: Mapping[str, Shape]) -> di
         if expected.get(extra) == shape:
             continue
         absent = [rest for rest in expected if rest not in found and rest not in names]
-        near = difflib.get_close_matches(extra, absent, n=1, cutoff=SIMILARITY)
+        near = nearest(extra, absent, SIMILARITY)
         # Rows alone, for the columns of codes may be packed.
-        if extra in expected or not near or shape[:1] != expected[near[0]][:1]:
+        if extra in expected or near is None or shape[:1] != expected[near][:1]:
             return None
-        names[near[0]] = extra
+        names[near] = extra
     return names

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -15,7 +14,7 @@ from omni_convert.formats.checks.values import base_format
 from omni_convert.formats.config import QuantizationConfig
 from omni_convert.formats.dialects import omni_convert, transformers, vllm_omni
 from omni_convert.formats.dialects.base import Found
-from omni_convert.formats.errors import OmniConvertError
+from omni_convert.formats.errors import OmniConvertError, nearest
 from omni_convert.formats.foreign import Scaled
 from omni_convert.formats.format import Format
 from omni_convert.formats.fp8 import Fp8, Fp8Block
@@ -113,8 +112,8 @@ def _no_flag(method: str) -> Finding:
 def _unknown_keys(block: Mapping[str, Any], known: tuple[str, ...], severity: Any, reader: str) -> Iterator[Finding]:
     for key in block:
         if key not in known:
-            near = difflib.get_close_matches(str(key)[:64], known, n=1)
-            remedy = f"did you mean '{near[0]}'? else remove it" if near else "remove it"
+            near = nearest(str(key), known)
+            remedy = f"did you mean '{near}'? else remove it" if near is not None else "remove it"
             yield Finding(
                 severity, "unknown-key", "", f"found {str(key)[:64]!r} in quantization_config", f"{reader}: "
                 + ("TypeError at startup" if severity == "error" else "ignores or refuses it"), remedy,

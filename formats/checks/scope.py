@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import fnmatch
 import re
 from collections.abc import Collection, Iterator, Sequence
@@ -14,7 +13,7 @@ from omni_convert.formats.checks.finding import Finding
 from omni_convert.formats.checks.reading import LenientReading
 from omni_convert.formats.containers.tensor_spec import TensorSpec
 from omni_convert.formats.dialects.vllm_omni import MODELOPT, from_block, ignored_names
-from omni_convert.formats.errors import OmniConvertError
+from omni_convert.formats.errors import OmniConvertError, listed, nearest
 from omni_convert.formats.families.family import Family
 from omni_convert.formats.families.layers import LayerGroup
 from omni_convert.formats.fp8 import Fp8
@@ -203,17 +202,17 @@ def _names(
     for entry in ignored:
         if _is_known(entry, known, dialect) or _is_of_encoder(entry, family):
             continue
-        near = difflib.get_close_matches(entry, known, n=1, cutoff=0.5)
+        near = nearest(entry, known)
         yield Finding(
             "warning", "ignored-unmatched", entry, "found it in the list of ignored layers, but it is no layer's name",
             f"{VLLM_OMNI}: compares whole names, so that it ignores nothing",
-            f"did you mean '{near[0]}'?" if near else "remove it",
+            f"did you mean '{near}'?" if near is not None else "remove it",
         )  # fmt: skip
     absent = [name for name in encoder_layers if not _is_listed(name, ignored, dialect)]
     if absent:
-        others = f" and {len(absent) - 1} more" if len(absent) > 1 else ""
         yield Finding(
-            "error", "not-ignored", absent[0], f"found this layer of the text encoder{others} not listed as ignored",
+            "error", "not-ignored", absent[0],
+            f"found {listed(['this layer of the text encoder', *absent[1:]], 1)} not listed as ignored",
             f"{VLLM_OMNI}: builds them from the same block: garbage", "list them, or convert the whole pipeline",
         )  # fmt: skip
 

@@ -17,7 +17,6 @@ Names are compared exactly, except by ModelOpt, which also takes an entry for a 
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -34,7 +33,7 @@ from omni_convert.formats.dialects.modelopt_config import (
     shown,
     to_modelopt,
 )
-from omni_convert.formats.errors import CheckpointError, RecipeError
+from omni_convert.formats.errors import CheckpointError, RecipeError, did_you_mean
 from omni_convert.formats.families.layers import LayerGroup
 from omni_convert.formats.foreign import Scaled
 from omni_convert.formats.format import Format, QuantizingFormat
@@ -192,8 +191,7 @@ def _method_of(block: Mapping[str, Any], where: str) -> str:
     method = named[0]
     known = [*_SPELLINGS, MODELOPT]
     if not isinstance(method, str) or method not in known:
-        near = difflib.get_close_matches(str(method)[:64], known, n=1)
-        hint = f"; did you mean '{near[0]}'?" if near else ""
+        hint = did_you_mean(str(method), known)
         raise CheckpointError(f"{where}: found quant_method {shown(method)}, expected one of {', '.join(known)}{hint}")
     return method
 
@@ -223,8 +221,7 @@ def _check_keys(method: str, spelling: _Spelling, block: Mapping[str, Any], wher
     known = {"method", *known_keys(method)}
     for key in block:
         if key not in known:
-            near = difflib.get_close_matches(str(key)[:64], [spelling.flag, *spelling.keys], n=1)
-            hint = f"; did you mean '{near[0]}'?" if near else ""
+            hint = did_you_mean(str(key), [spelling.flag, *spelling.keys])
             raise CheckpointError(
                 f"{where}: found unknown key {shown(key)} for {method}, expected only "
                 f"{', '.join((spelling.flag, *spelling.keys))}: the runtime refuses any other{hint}"

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Collection
 from fnmatch import fnmatchcase
 
-__all__ = ["matches", "suggestion_for"]
+from omni_convert.formats.errors import did_you_mean, nearest
 
-# How like a name what was typed must be.
-CUTOFF = 0.5
+__all__ = ["matches", "suggestion_for"]
 
 
 def matches(pattern: str, name: str) -> bool:
@@ -27,14 +25,12 @@ def suggestion_for(pattern: str, names: Collection[str]) -> str:
     parts = sorted({part for name in names for part in name.split(".") if not part.isdigit()})
     mended = ".".join(_nearest_part(part, parts) for part in pattern.split("."))
     if mended != pattern and any(matches(mended, name) for name in names):
-        near = [mended]
-    else:
-        near = difflib.get_close_matches(pattern, [*sorted(names), *parts], n=1, cutoff=CUTOFF)
-    return f"; did you mean '{near[0]}'?" if near else ""
+        return did_you_mean(mended, [mended])
+    return did_you_mean(pattern, [*sorted(names), *parts])
 
 
 def _nearest_part(part: str, known: Collection[str]) -> str:
     """The part itself if it names something, or is a number or nothing but wildcards."""
     if not any(map(str.isalpha, part)) or any(fnmatchcase(each, part) for each in known):
         return part
-    return next(iter(difflib.get_close_matches(part, known, n=1, cutoff=CUTOFF)), part)
+    return nearest(part, known) or part

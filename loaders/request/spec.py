@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -11,7 +10,7 @@ from typing import Any
 from omni_convert.formats.config import ACTIVATION_SCHEMES, QuantizationConfig, check_group_size
 from omni_convert.formats.dialects import auto_round, modelopt_config
 from omni_convert.formats.dialects.vllm_omni import meant_options
-from omni_convert.formats.errors import CheckpointError, RecipeError
+from omni_convert.formats.errors import CheckpointError, RecipeError, did_you_mean
 from omni_convert.formats.table import LOADABLE
 
 __all__ = [
@@ -167,8 +166,7 @@ def _lacks_method(component: str, value: Mapping[str, Any]) -> str:
 
 
 def _suggested(names: Iterable[str], known: Collection[str]) -> str:
-    near = [match for name in names for match in difflib.get_close_matches(name[:64], known, n=1)]
-    return f"; did you mean '{near[0]}'?" if near else ""
+    return next((hint for name in names if (hint := did_you_mean(name, known))), "")
 
 
 def _normalised(method: str) -> str:
