@@ -13,15 +13,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from omni_convert.formats.arithmetic.element import ElementType, IntegerType
+from omni_convert.formats.arithmetic.encoding import Encoding
+from omni_convert.formats.arithmetic.float8 import E4M3, E5M2
 from omni_convert.formats.format import Format
 from omni_convert.formats.rows import TensorLayout
 
 __all__ = ["Rotated", "Scaled", "Smoothed", "hadamard"]
+
+FLOATS = {torch.float8_e4m3fn: E4M3, torch.float8_e5m2: E5M2}
 
 
 @dataclass(frozen=True)
@@ -43,6 +48,24 @@ class Scaled(Format):
     has_zero_point: bool = False
     static: bool = False
     symmetric: bool = False
+
+    @property
+    def encoding(self) -> Encoding:
+        is_symmetric = self.symmetric or not self.has_zero_point
+        return Encoding(
+            self._element, block=(1, self.group), has_zero_point=self.has_zero_point, is_symmetric=is_symmetric
+        )
+
+    @property
+    def _element(self) -> ElementType | IntegerType:
+        bits = self.method.removeprefix("int")
+        return FLOATS.get(self.dtype) or IntegerType(int(bits), is_signed=self.dtype is not torch.uint8)
+
+    @property
+    def activation_scheme(self) -> str:
+        if self.static:
+            return "static"
+        return "dynamic" if self.dtype in FLOATS else "none"
 
     @property
     def label(self) -> str:
@@ -83,6 +106,19 @@ class Smoothed(Format):
         return self.inner.row_multiple
 
     @property
+    def encoding(self) -> Encoding | None:
+        inner = self.inner.encoding
+        return None if inner is None else replace(inner, is_smoothed=True)
+
+    @property
+    def activation_scheme(self) -> str:
+        return self.inner.activation_scheme
+
+    @property
+    def innermost(self) -> Format:
+        return self.inner.innermost
+
+    @property
     def label(self) -> str:
         return f"{self.inner.label}, smoothed"
 
@@ -108,6 +144,19 @@ class Rotated(Format):
     @property
     def method(self) -> str:  # type: ignore[override]  # as of `Scaled`
         return self.inner.method
+
+    @property
+    def encoding(self) -> Encoding | None:
+        inner = self.inner.encoding
+        return None if inner is None else replace(inner, rotation=self.group)
+
+    @property
+    def activation_scheme(self) -> str:
+        return self.inner.activation_scheme
+
+    @property
+    def innermost(self) -> Format:
+        return self.inner.innermost
 
     @property
     def label(self) -> str:

@@ -12,11 +12,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
+from omni_convert.formats.arithmetic.encoding import Encoding
 from omni_convert.formats.rows import InputStatistics, TensorLayout, TensorRows, WeightRows, iterate_rows
 
 __all__ = ["ElementFormat", "Format", "QuantizingFormat"]
@@ -49,6 +50,41 @@ class Format(ABC):
     method: str
     #: Row tiles start and end (but for the last) at a multiple of this.
     row_multiple: int = 1
+    #: Only storage: the weight is dequantized before it is used, and may have any number of dimensions.
+    is_storage: bool = False
+    #: Elements of a row that share an entry of `weight`.
+    elements_per_entry: int = 1
+    #: Largest input that static activations can hold, in units of `input_scale`; None where nobody says so.
+    largest_input: float | None = None
+
+    @property
+    def encoding(self) -> Encoding | None:
+        """How numbers are encoded; None where blocks hold codes and scales together, as in GGUF."""
+        return None
+
+    @property
+    def activation_scheme(self) -> str:
+        """What happens to inputs: `dynamic`, `static` (the layer stores an `input_scale`) or `none`."""
+        return "dynamic"
+
+    @property
+    def is_static(self) -> bool:
+        """Whether the layer stores an `input_scale`."""
+        return self.activation_scheme == "static"
+
+    @property
+    def is_smoothed(self) -> bool:
+        """Whether the layer stores a `mul_scale`."""
+        return self.encoding is not None and self.encoding.is_smoothed
+
+    @property
+    def innermost(self) -> Format:
+        """The format below smoothing and rotation."""
+        return self
+
+    def with_mul_scale(self) -> Format | None:
+        """This format with a `mul_scale` for its inputs, or None if it has no place for one."""
+        return None
 
     @property
     def label(self) -> str:
@@ -83,8 +119,15 @@ class Format(ABC):
 class QuantizingFormat(Format):
     """A format that we can bring a weight to."""
 
+    def with_mul_scale(self) -> QuantizingFormat | None:
+        return None
+
     #: What `fit` makes is so large, or takes so much memory to make, that only one may exist at a time.
     fits_alone: bool = False
+
+    def for_weight(self, shape: tuple[int, ...]) -> Self:
+        """The format of a weight of this shape: the same for every matrix."""
+        return self
 
     def unsupported(self, out_features: int, in_features: int) -> str | None:
         """Why a weight of this shape cannot be stored in this format, or None."""

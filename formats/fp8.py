@@ -21,13 +21,25 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from omni_convert.formats.arithmetic.float8 import E4M3_MAX, round_to_e4m3
+from omni_convert.formats.arithmetic.encoding import PER_ROW, Encoding
+from omni_convert.formats.arithmetic.float8 import E4M3, E4M3_MAX, round_to_e4m3
 from omni_convert.formats.arithmetic.scalar_scale import SCALAR, scalars, static_scale
 from omni_convert.formats.arithmetic.tiling import quantize_in_tiles
-from omni_convert.formats.format import ElementFormat
+from omni_convert.formats.format import ElementFormat, Format
 from omni_convert.formats.rows import InputStatistics, TensorLayout, WeightRows, weight_amax
 
-__all__ = ["E4M3_MAX", "Fp8", "Fp8Block", "Fp8Channel", "round_to_e4m3"]
+__all__ = ["E4M3_MAX", "FP8", "FP8_PER_ROW", "Fp8", "Fp8Block", "Fp8Channel", "fp8_block_size", "round_to_e4m3"]
+
+FP8 = Encoding(E4M3)
+FP8_PER_ROW = Encoding(E4M3, block=PER_ROW)
+
+
+def fp8_block_size(fmt: Format) -> tuple[int, int] | None:
+    """Rows and columns of a block of FP8 in blocks; None for every other format."""
+    encoding = fmt.encoding
+    if encoding is None or encoding != Encoding(E4M3, block=encoding.block):
+        return None
+    return encoding.block_size
 
 
 @dataclass(frozen=True)
@@ -44,6 +56,15 @@ class Fp8(ElementFormat):
     input_scale_rule: str = "max"
 
     method = "fp8"
+    largest_input = E4M3_MAX
+
+    @property
+    def encoding(self) -> Encoding:
+        return FP8
+
+    @property
+    def activation_scheme(self) -> str:
+        return "static" if self.static else "dynamic"
 
     @property
     def label(self) -> str:
@@ -87,23 +108,18 @@ class Fp8Channel(ElementFormat):
     method = "fp8"
 
     @property
+    def encoding(self) -> Encoding:
+        return FP8_PER_ROW
+
+    @property
     def label(self) -> str:
         return "fp8 per row"
-
-    def unsupported(self, out_features: int, in_features: int) -> str | None:
-        return None
 
     def layout(self, out_features: int, in_features: int) -> dict[str, TensorLayout]:
         return {
             "weight": TensorLayout(torch.float8_e4m3fn, (out_features, in_features)),
             "weight_scale": TensorLayout(torch.float32, (out_features,)),
         }
-
-    def fit(self, weights: Sequence[WeightRows], inputs: InputStatistics | None) -> None:
-        return None
-
-    def constants(self, fitted: None) -> dict[str, Tensor]:
-        return {}
 
     def quantize_rows(self, rows: Tensor, fitted: None) -> dict[str, Tensor]:
         return quantize_in_tiles(rows, self._quantize_tile)
@@ -139,6 +155,10 @@ class Fp8Block(ElementFormat):
     @property
     def row_multiple(self) -> int:  # type: ignore[override]  # a class attribute elsewhere, here it follows the block
         return self.block_size[0]
+
+    @property
+    def encoding(self) -> Encoding:
+        return Encoding(E4M3, block=self.block_size)
 
     @property
     def label(self) -> str:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -36,11 +37,15 @@ class Fp8Storage(Fp8):
     kernel: tuple[int, ...] = ()
 
     method = "fp8_storage"
+    is_storage = True
 
-    @classmethod
-    def of(cls, shape: tuple[int, ...]) -> Fp8Storage:
+    @property
+    def activation_scheme(self) -> str:
+        return "none"
+
+    def for_weight(self, shape: tuple[int, ...]) -> Self:
         """The format of a weight of this shape, of two dimensions or more."""
-        return cls(kernel=shape[1:] if len(shape) > 2 else ())
+        return replace(self, kernel=shape[1:] if len(shape) > 2 else ())
 
     @property
     def label(self) -> str:

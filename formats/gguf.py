@@ -48,6 +48,10 @@ class Gguf(QuantizingFormat):
             raise RecipeError(f"--gguf-type: found '{self.type}', expected one of {', '.join(GGUF_TYPES)}")
 
     @property
+    def activation_scheme(self) -> str:
+        return "none"
+
+    @property
     def label(self) -> str:
         return f"{self.method} {self.type}"
 

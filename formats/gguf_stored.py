@@ -40,6 +40,10 @@ class StoredGguf(Format):
     method = "gguf"
 
     @property
+    def activation_scheme(self) -> str:
+        return "none"
+
+    @property
     def label(self) -> str:
         return f"{self.method} {self.type}"
 

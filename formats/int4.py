@@ -18,6 +18,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from omni_convert.formats.arithmetic.element import IntegerType
+from omni_convert.formats.arithmetic.encoding import Encoding
 from omni_convert.formats.arithmetic.tiling import quantize_in_tiles
 from omni_convert.formats.format import ElementFormat
 from omni_convert.formats.rows import TensorLayout
@@ -51,6 +53,14 @@ class Int4(ElementFormat):
     search: bool = True
 
     method = "w4a16"
+
+    @property
+    def encoding(self) -> Encoding:
+        return Encoding(IntegerType(4, is_signed=False), block=(1, self.group), has_zero_point=True)
+
+    @property
+    def activation_scheme(self) -> str:
+        return "none"
 
     def unsupported(self, out_features: int, in_features: int) -> str | None:
         if in_features % self.group:

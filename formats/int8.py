@@ -18,12 +18,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from omni_convert.formats.arithmetic.element import IntegerType
+from omni_convert.formats.arithmetic.encoding import PER_ROW, Encoding
 from omni_convert.formats.arithmetic.tiling import quantize_in_tiles
 from omni_convert.formats.format import ElementFormat
 from omni_convert.formats.rows import InputStatistics, TensorLayout, WeightRows, weight_amax
 
-__all__ = ["INT8_MAX", "Int8"]
+__all__ = ["INT8", "INT8_MAX", "Int8"]
 
+INT8 = Encoding(IntegerType(8), block=PER_ROW)
 INT8_MAX = 127
 # 127 over it is still a normal float32 number; rows below are all but zero.
 SMALLEST_AMAX = 2.0**-119
@@ -42,6 +45,10 @@ class Int8(ElementFormat):
     shared_in_group: bool = False
 
     method = "int8"
+
+    @property
+    def encoding(self) -> Encoding:
+        return INT8
 
     def unsupported(self, out_features: int, in_features: int) -> str | None:
         if out_features > ASCEND_MAX_ROWS:

@@ -12,7 +12,7 @@ Limits:     none.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from torch import Tensor
 from omni_convert.formats.activation import quantize_mxfp4_input
 from omni_convert.formats.arithmetic.e2m1 import E2M1, grid_flaw, round_to_e2m1
 from omni_convert.formats.arithmetic.e8m0 import encode_e8m0, is_msmodelslim
+from omni_convert.formats.arithmetic.encoding import E8M0, Encoding
 from omni_convert.formats.arithmetic.mx import (
     MX_BLOCK,
     check_scale_rule,
@@ -34,7 +35,9 @@ from omni_convert.formats.arithmetic.tiling import quantize_in_tiles
 from omni_convert.formats.format import ElementFormat
 from omni_convert.formats.rows import InputStatistics, TensorLayout, WeightRows
 
-__all__ = ["Mxfp4"]
+__all__ = ["MXFP4", "Mxfp4"]
+
+MXFP4 = Encoding(E2M1, E8M0, (1, MX_BLOCK))
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,13 @@ class Mxfp4(ElementFormat):
 
     def __post_init__(self) -> None:
         check_scale_rule(self.scale_rule, E2M1, self.method)
+
+    @property
+    def encoding(self) -> Encoding:
+        return replace(MXFP4, is_smoothed=self.smooth)
+
+    def with_mul_scale(self) -> Mxfp4:
+        return replace(self, smooth=True)
 
     def layout(self, out_features: int, in_features: int) -> dict[str, TensorLayout]:
         layout = {

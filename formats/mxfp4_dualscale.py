@@ -23,6 +23,7 @@ from omni_convert.formats.activation import quantize_mxfp4_dualscale_input
 from omni_convert.formats.arithmetic.dualscale_search import search_coarse_scale
 from omni_convert.formats.arithmetic.e2m1 import E2M1, grid_flaw, round_to_e2m1
 from omni_convert.formats.arithmetic.e8m0 import encode_e8m0, is_msmodelslim
+from omni_convert.formats.arithmetic.encoding import E8M0, Encoding
 from omni_convert.formats.arithmetic.mx import (
     COARSE_BLOCK,
     MX_BLOCK,
@@ -65,6 +66,13 @@ class Mxfp4DualScale(ElementFormat):
 
     def __post_init__(self) -> None:
         check_scale_rule(self.scale_rule, E2M1, self.method)
+
+    @property
+    def encoding(self) -> Encoding:
+        return Encoding(E2M1, E8M0, (1, MX_BLOCK), outer_block=(1, COARSE_BLOCK), is_smoothed=True)
+
+    def with_mul_scale(self) -> Mxfp4DualScale:
+        return self
 
     def unsupported(self, out_features: int, in_features: int) -> str | None:
         if in_features % (2 * MX_BLOCK):

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from omni_convert.formats.arithmetic.e8m0 import encode_e8m0, is_msmodelslim
+from omni_convert.formats.arithmetic.encoding import E8M0, Encoding
 from omni_convert.formats.arithmetic.float8 import E4M3, round_to_e4m3
 from omni_convert.formats.arithmetic.mx import (
     MX_BLOCK,
@@ -30,7 +31,9 @@ from omni_convert.formats.arithmetic.tiling import quantize_in_tiles
 from omni_convert.formats.format import ElementFormat
 from omni_convert.formats.rows import TensorLayout
 
-__all__ = ["Mxfp8"]
+__all__ = ["MXFP8", "Mxfp8"]
+
+MXFP8 = Encoding(E4M3, E8M0, (1, MX_BLOCK))
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,10 @@ class Mxfp8(ElementFormat):
 
     def __post_init__(self) -> None:
         check_scale_rule(self.scale_rule, E4M3, self.method)
+
+    @property
+    def encoding(self) -> Encoding:
+        return MXFP8
 
     def layout(self, out_features: int, in_features: int) -> dict[str, TensorLayout]:
         return {

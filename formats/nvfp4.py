@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from omni_convert.formats.arithmetic.e2m1 import E2M1, decode_packed, encode_e2m1, pack_nibbles, round_to_e2m1
+from omni_convert.formats.arithmetic.encoding import PER_TENSOR, Encoding
 from omni_convert.formats.arithmetic.float8 import E4M3_MAX, round_to_e4m3
 from omni_convert.formats.arithmetic.mx import block_amax, block_error, join_blocks, split_blocks
 from omni_convert.formats.arithmetic.scalar_scale import SCALAR, scalars, static_scale
@@ -27,10 +28,11 @@ from omni_convert.formats.arithmetic.tiling import quantize_in_tiles
 from omni_convert.formats.format import ElementFormat
 from omni_convert.formats.rows import InputStatistics, TensorLayout, WeightRows, sample_rows, weight_amax
 
-__all__ = ["NVFP4_BLOCK", "NVFP4_LARGEST", "Nvfp4", "nvfp4_block_scale"]
+__all__ = ["NVFP4", "NVFP4_BLOCK", "NVFP4_LARGEST", "Nvfp4", "nvfp4_block_scale"]
 
 #: Elements along K that share an E4M3 scale.
 NVFP4_BLOCK = 16
+NVFP4 = Encoding(E2M1, torch.float8_e4m3fn, (1, NVFP4_BLOCK), outer_block=PER_TENSOR)
 #: Largest magnitude in units of the global scale.
 NVFP4_LARGEST = E4M3_MAX * E2M1.largest
 SMALLEST_SCALE = 2.0**-9
@@ -73,6 +75,16 @@ class Nvfp4(ElementFormat):
     search: bool = True
 
     method = "nvfp4"
+    elements_per_entry = 2
+    largest_input = NVFP4_LARGEST
+
+    @property
+    def encoding(self) -> Encoding:
+        return NVFP4
+
+    @property
+    def activation_scheme(self) -> str:
+        return "static" if self.static else "none"
 
     def unsupported(self, out_features: int, in_features: int) -> str | None:
         if in_features % NVFP4_BLOCK:

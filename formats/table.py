@@ -153,7 +153,7 @@ def _layer_format(weight: TensorSpec, companions: Mapping[str, TensorSpec], meth
     if scale is None:
         return None
     if scale.dtype is not torch.uint8 and method == Fp8Storage.method:
-        return Fp8Storage.of(weight.shape)
+        return Fp8Storage().for_weight(weight.shape)
     if scale.dtype is not torch.uint8:
         return Fp8Channel() if 1 < weight.shape[0] == math.prod(scale.shape) else Fp8(static=static)
     smooth = "mul_scale" in companions

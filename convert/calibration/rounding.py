@@ -21,6 +21,7 @@ from omni_convert.convert.calibration.gptq import Compensation, plan_compensatio
 from omni_convert.convert.calibration.moments import InputMoments, Moments
 from omni_convert.convert.recipe import Recipe
 from omni_convert.convert.workers import one_thread
+from omni_convert.formats.arithmetic.encoding import Encoding
 from omni_convert.formats.arithmetic.smoothing import split_input_rows
 from omni_convert.formats.errors import CalibrationError
 from omni_convert.formats.families.layers import LayerGroup
@@ -108,6 +109,14 @@ class CompensatedFormat(QuantizingFormat):
     @property
     def label(self) -> str:
         return self.base.label
+
+    @property
+    def encoding(self) -> Encoding | None:
+        return self.base.encoding
+
+    @property
+    def activation_scheme(self) -> str:
+        return self.base.activation_scheme
 
     def unsupported(self, out_features: int, in_features: int) -> str | None:
         return self.base.unsupported(out_features, in_features)

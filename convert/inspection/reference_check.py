@@ -9,7 +9,7 @@ from torch import Tensor
 
 from omni_convert.formats.checks.finding import Finding
 from omni_convert.formats.checks.scale_order import other_order
-from omni_convert.formats.checks.values import SAMPLE_MULTIPLE, base_format, other_scale
+from omni_convert.formats.checks.values import SAMPLE_MULTIPLE, other_scale
 from omni_convert.formats.checks.verdicts import CONSUMERS
 from omni_convert.formats.containers.checkpoint import Checkpoint
 from omni_convert.formats.dialects.codec import Swizzled
@@ -17,17 +17,21 @@ from omni_convert.formats.format import Format
 from omni_convert.formats.rows import tile_ranges
 from omni_convert.formats.views.opened import QuantizedLayer
 
-__all__ = ["FOUR_BITS", "check_against", "check_kept", "relative_error"]
+__all__ = ["bits_of", "check_against", "check_kept", "relative_error"]
 
 #: Relative error ||W - W'|| / ||W|| that no sound quantization of so many bits reaches.
-LIMITS = {8: 0.1, 4: 0.3}
-#: Methods whose weights have four bits.
-FOUR_BITS = ("mxfp4", "mxfp4_dualscale", "nvfp4", "int4")
+LIMITS = {8: 0.1, 4: 0.3, 2: 1.0}
+
+
+def bits_of(fmt: Format) -> int:
+    """Bits of an element; 8 for GGUF, whose types have several."""
+    encoding = fmt.innermost.encoding
+    return 8 if encoding is None else encoding.element.bits
 
 
 def limit_of(fmt: Format) -> float:
     """Largest relative error that a format explains."""
-    return LIMITS[4] if base_format(fmt).method in FOUR_BITS else 1.0 if fmt.method == "int2" else LIMITS[8]
+    return LIMITS[bits_of(fmt)]
 
 
 def check_against(layer: QuantizedLayer, reference: Checkpoint, dialect: str) -> tuple[float | None, list[Finding]]:
@@ -102,7 +106,7 @@ def _mistakes(
 
 def _swapped(layer: QuantizedLayer, codes: Tensor) -> Tensor | None:
     """Four-bit codes with each pair exchanged, packed or as values; None if the layer has others."""
-    if base_format(layer.format).method not in FOUR_BITS or layer.shape[1] % 2:
+    if bits_of(layer.format) != 4 or layer.shape[1] % 2:
         return None
     if codes.shape[1] != layer.shape[1]:
         return (codes << 4) | (codes >> 4)

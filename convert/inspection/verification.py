@@ -21,7 +21,7 @@ from omni_convert.convert.inspection.file_check import check_files
 from omni_convert.convert.inspection.gguf_verification import check_gguf, compare_gguf
 from omni_convert.convert.inspection.lost_block import dialect_of_lost_block
 from omni_convert.convert.inspection.name_check import check_names
-from omni_convert.convert.inspection.reference_check import FOUR_BITS, check_against, check_kept
+from omni_convert.convert.inspection.reference_check import bits_of, check_against, check_kept
 from omni_convert.convert.output.folder import MANIFEST
 from omni_convert.convert.source.location import Source
 from omni_convert.convert.source.weights import as_weights, renamed
@@ -30,7 +30,7 @@ from omni_convert.formats.checks.finding import Finding
 from omni_convert.formats.checks.reading import LenientReading, read_leniently
 from omni_convert.formats.checks.scale_exchange import ScaleTrace, exchanged_scales, trace_of
 from omni_convert.formats.checks.scope import check_scope
-from omni_convert.formats.checks.values import base_format, check_finite, check_values
+from omni_convert.formats.checks.values import check_finite, check_values
 from omni_convert.formats.containers.checkpoint import Checkpoint
 from omni_convert.formats.containers.component import DENOISERS
 from omni_convert.formats.containers.json_file import read_json
@@ -164,7 +164,7 @@ def _unchecked(reading: LenientReading, untraced: int) -> Iterator[str]:
         untraced: number of such layers
     """
     layers = reading.quantized.layers.values()
-    if any(base_format(layer.format).method in FOUR_BITS for layer in layers):
+    if any(bits_of(layer.format) == 4 for layer in layers):
         yield "the order of nibbles"
     if any("mul_scale" in layer.tensors for layer in layers):
         yield "whether mul_scale or one over it is stored"

@@ -20,8 +20,7 @@ from omni_convert.formats.errors import CheckpointError, OmniConvertError, Recip
 from omni_convert.formats.families.family import Family
 from omni_convert.formats.families.layers import LayerGroup
 from omni_convert.formats.format import Format
-from omni_convert.formats.fp8 import Fp8
-from omni_convert.formats.fp8_storage import Fp8Storage
+from omni_convert.formats.fp8 import FP8
 from omni_convert.formats.views.base import CheckpointView, dequantized_view, respelled_view
 from omni_convert.formats.views.opened import QuantizedCheckpoint, QuantizedLayer
 
@@ -72,7 +71,7 @@ def respell(
     view = respelled_view(quantized, spellings)
     notes: list[str] = []
     is_ours = is_transformers and recipe.dialect == vllm_omni.VLLM_OMNI.name
-    is_stored = any(isinstance(fmt, Fp8Storage) for fmt in formats.values())
+    is_stored = any(fmt.is_storage for fmt in formats.values())
     if recipe.dialect == vllm_omni.VLLM_OMNI.name and not (is_ours or is_stored):
         ignored = _scope(quantized, family, recipe, notes)
     else:
@@ -96,7 +95,7 @@ def respell(
 
 def _spelling(layer: QuantizedLayer, dialect: Dialect, recipe: Recipe) -> WrittenSpelling:
     where = f"{layer.checkpoint.path}: layer '{layer.stem}'"
-    if isinstance(layer.format, Fp8Storage) and (dialect is not vllm_omni.VLLM_OMNI or recipe.runtime != "diffusers"):
+    if layer.format.is_storage and (dialect is not vllm_omni.VLLM_OMNI or recipe.runtime != "diffusers"):
         raise CheckpointError(
             f"{where}: found fp8_storage, which our loader alone reads, expected --runtime diffusers and --dialect "
             "vllm-omni to keep it; `omni-convert dequantize` gives BF16"
@@ -204,7 +203,7 @@ def _check_group(group: LayerGroup, quantized: QuantizedCheckpoint, notes: list[
                     f"'{layers[0].stored.name_of(suffix)}', but the runtime merges '{group.runtime_name}' and takes "
                     f"one for all; {INSTEAD}"
                 )
-    if isinstance(layers[0].format, Fp8) and len(layers) > 1:
+    if layers[0].format.encoding == FP8 and len(layers) > 1:
         scales = {float(layer.read_tensor("weight_scale", 0, 0)) for layer in layers}
         note = "layers that the runtime merges have scales that differ: it will quantize them again, to the largest"
         if len(scales) > 1 and note not in notes:

@@ -136,7 +136,7 @@ def format_for(
         calibrated: there are statistics of the group's inputs, and the method uses them
     """
     if method == Fp8Storage.method:
-        return Fp8Storage.of(checkpoint[f"{group.members[0]}.weight"].shape)
+        return Fp8Storage().for_weight(checkpoint[f"{group.members[0]}.weight"].shape)
     return FORMATS[method].build(
         FormatOptions(
             static=calibrated,

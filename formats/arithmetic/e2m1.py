@@ -29,7 +29,7 @@ __all__ = [
     "unpack_nibbles",
 ]
 
-E2M1 = ElementType("E2M1", 6.0, max_exponent=2, min_exponent=0, mantissa_bits=1)
+E2M1 = ElementType("E2M1", 6.0, max_exponent=2, min_exponent=0, mantissa_bits=1, bits=4)
 #: Value of each code 0..15.
 E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 

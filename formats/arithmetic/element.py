@@ -1,4 +1,4 @@
-"""A small float type, and rounding float32 numbers to it without leaving float32."""
+"""The types of quantized elements, and rounding float32 numbers to a small float without leaving float32."""
 
 from __future__ import annotations
 
@@ -7,9 +7,26 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["ElementType"]
+__all__ = ["ElementType", "IntegerType"]
 
 EXPONENT_MASK = 0x7F800000
+
+
+@dataclass(frozen=True)
+class IntegerType:
+    """An integer of at most 8 bits."""
+
+    bits: int
+    is_signed: bool = True
+
+    @property
+    def name(self) -> str:
+        return f"INT{self.bits}" if self.is_signed else f"UINT{self.bits}"
+
+    @property
+    def largest(self) -> float:
+        """The largest code."""
+        return float((1 << self.bits - self.is_signed) - 1)
 
 
 @dataclass(frozen=True)
@@ -22,6 +39,7 @@ class ElementType:
         max_exponent: of the binade in which `largest` lies
         min_exponent: of the smallest normal number
         mantissa_bits: not counting the hidden one
+        bits: of a code
     """
 
     name: str
@@ -29,6 +47,7 @@ class ElementType:
     max_exponent: int
     min_exponent: int
     mantissa_bits: int
+    bits: int = 8
 
     def round(self, values: Tensor, out: Tensor | None = None, scratch: Tensor | None = None) -> Tensor:
         """Rounds half to even; what becomes zero loses its sign, NaN stays NaN.

@@ -8,19 +8,17 @@ from typing import Any
 
 import torch
 
+from omni_convert.formats.arithmetic.element import IntegerType
 from omni_convert.formats.checks.finding import Finding
 from omni_convert.formats.checks.reading import LenientReading
-from omni_convert.formats.checks.values import base_format
 from omni_convert.formats.config import QuantizationConfig
 from omni_convert.formats.dialects import omni_convert, transformers, vllm_omni
 from omni_convert.formats.dialects.base import Found
 from omni_convert.formats.errors import OmniConvertError, nearest
-from omni_convert.formats.foreign import Scaled
 from omni_convert.formats.format import Format
-from omni_convert.formats.fp8 import Fp8, Fp8Block
-from omni_convert.formats.mxfp4 import Mxfp4
-from omni_convert.formats.mxfp8 import Mxfp8
-from omni_convert.formats.nvfp4 import Nvfp4
+from omni_convert.formats.fp8 import FP8, fp8_block_size
+from omni_convert.formats.mxfp8 import MXFP8
+from omni_convert.formats.nvfp4 import NVFP4
 from omni_convert.formats.views.opened import QuantizedLayer
 
 __all__ = ["check_block"]
@@ -154,15 +152,17 @@ def _difference(said: QuantizationConfig, fmt: Format) -> str | None:
     """How a layer differs from what the block says of all layers."""
     if fmt.method != said.method:
         return f"found {fmt.label}, but the config says {said.method}"
-    if isinstance(fmt, (Fp8, Nvfp4)) and fmt.static != said.is_static:
-        what = "an input_scale" if fmt.static else "no input_scale"
+    if fmt.is_static != said.is_static:
+        what = "an input_scale" if fmt.is_static else "no input_scale"
         return f"found {what}, but the config says {said.activation_scheme} activations"
-    if isinstance(fmt, Fp8Block) and fmt.block_size != said.weight_block_size:
-        stated = "one scale" if said.weight_block_size is None else f"blocks of {list(said.weight_block_size)}"
-        return f"found blocks of {list(fmt.block_size)}, but the config says {stated}"
-    if isinstance(fmt, Fp8) and said.weight_block_size is not None:
-        return f"found one scale, but the config says blocks of {list(said.weight_block_size)}"
-    if isinstance(fmt, Mxfp4) and said.require_smooth_scale and not fmt.smooth:
+    block_size = fp8_block_size(fmt)
+    if block_size != said.weight_block_size:
+        found, stated = (
+            "one scale" if sizes is None else f"blocks of {list(sizes)}"
+            for sizes in (block_size, said.weight_block_size)
+        )
+        return f"found {found}, but the config says {stated}"
+    if said.require_smooth_scale and not fmt.is_smoothed:
         return "found no mul_scale, but the config says require_smooth_scale"
     return None
 
@@ -178,13 +178,13 @@ def _modelopt(reading: LenientReading) -> Iterator[Finding]:
             yield Finding("error", "bad-block", "", str(error).removeprefix("config.json: "), VLLM_OMNI, FIX_BLOCK)
             return
     for stem, layer in reading.quantized.layers.items():
-        fmt = base_format(layer.format)
+        fmt = layer.format.innermost
         said = _said_by_modelopt(block, algorithm, stem)
         if said is None:
             continue
         if ("NVFP4" in said) != (fmt.method == "nvfp4") or ("MXFP8" in said) != (fmt.method == "mxfp8"):
             yield _mismatch(stem, f"found {fmt.label}, but the config says {said}", "vLLM-Omni, vLLM")
-        elif isinstance(fmt, (Fp8, Nvfp4)) and not fmt.static and _needs_input_scale(block, said):
+        elif fmt.encoding in (FP8, NVFP4) and not fmt.is_static and _needs_input_scale(block, said):
             yield Finding(
                 "error", "missing-companion", f"{stem}.input_scale", f"found none, expected it with {said}",
                 "vLLM-Omni, vLLM: only warn, and quantize inputs with an unset scale", "calibrate, with --calib",
@@ -221,9 +221,12 @@ def _compressed_tensors(reading: LenientReading) -> Iterator[Finding]:
 def _auto_round(reading: LenientReading) -> Iterator[Finding]:
     said = reading.found.block.get("group_size")
     for stem, layer in reading.quantized.layers.items():
-        group = layer.format.group if isinstance(layer.format, Scaled) else None
+        encoding = layer.format.encoding
+        if encoding is None or not isinstance(encoding.element, IntegerType):
+            continue
+        _, group = encoding.block
         whole = said in (-1, None) or (type(said) is int and said >= layer.shape[1])
-        if isinstance(layer.format, Scaled) and group != (None if whole else said):
+        if group != (None if whole else said):
             yield _mismatch(stem, f"found groups of {group or 'a row'}, but the config says {said}", "vLLM, diffusers")
 
 
@@ -233,7 +236,7 @@ def _transformers(reading: LenientReading) -> Iterator[Finding]:
         blocks = transformers.block_size(layer.format)
         if blocks is not None and isinstance(said, list) and tuple(said) != blocks:
             yield _mismatch(stem, f"found blocks of {list(blocks)}, but the config says {said}", "transformers")
-        if isinstance(layer.format, Mxfp8) and scale_format != transformers.BYTE_SCALES:
+        if layer.format.encoding == MXFP8 and scale_format != transformers.BYTE_SCALES:
             what = f"found scales that are powers of two, but the config says scale_fmt {str(scale_format)[:40]}"
             yield _mismatch(stem, what, "transformers, on a GPU")
         if (reason := transformers.cut_short(layer.format, layer.shape)) is not None:

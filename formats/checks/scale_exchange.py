@@ -16,13 +16,9 @@ from torch import Tensor
 
 from omni_convert.formats.checks.finding import Finding
 from omni_convert.formats.checks.scale_order import LEAST_SPREAD, WIDEST
-from omni_convert.formats.checks.values import base_format, block_of, elements_of
+from omni_convert.formats.checks.values import elements_of
 from omni_convert.formats.checks.verdicts import CONSUMERS
-from omni_convert.formats.foreign import Scaled
 from omni_convert.formats.format import Format
-from omni_convert.formats.fp8 import Fp8Channel
-from omni_convert.formats.int4 import Int4
-from omni_convert.formats.int8 import Int8
 from omni_convert.formats.views.opened import QuantizedLayer
 
 __all__ = ["ScaleTrace", "exchanged_scales", "trace_of"]
@@ -58,7 +54,7 @@ def trace_of(layer: QuantizedLayer) -> ScaleTrace | None:
     Raises:
         CheckpointError: a file cannot be read.
     """
-    fmt = base_format(layer.format)
+    fmt = layer.format.innermost
     rows, columns = layer.shape
     width = _width(fmt, columns)
     if width is None or columns % width:
@@ -81,9 +77,8 @@ def trace_of(layer: QuantizedLayer) -> ScaleTrace | None:
 
 def _width(fmt: Format, columns: int) -> int | None:
     """Columns that share a scale; None where a scale serves more than a row."""
-    if isinstance(fmt, (Int4, Scaled)):
-        return fmt.group or columns
-    return columns if isinstance(fmt, (Int8, Fp8Channel)) else block_of(fmt)
+    rows, width = fmt.encoding.block if fmt.encoding is not None else (None, None)
+    return None if rows != 1 else width or columns
 
 
 def _magnitudes(values: Tensor, width: int) -> Tensor:

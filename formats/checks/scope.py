@@ -16,8 +16,8 @@ from omni_convert.formats.dialects.vllm_omni import MODELOPT, from_block, ignore
 from omni_convert.formats.errors import OmniConvertError, listed, nearest
 from omni_convert.formats.families.family import Family
 from omni_convert.formats.families.layers import LayerGroup
-from omni_convert.formats.fp8 import Fp8
-from omni_convert.formats.int8 import Int8
+from omni_convert.formats.fp8 import FP8
+from omni_convert.formats.int8 import INT8
 from omni_convert.formats.rows import tile_ranges
 from omni_convert.formats.views.opened import QuantizedLayer
 
@@ -154,11 +154,11 @@ def _shared(group: LayerGroup, layers: Sequence[QuantizedLayer]) -> Iterator[Fin
                 if not layer.read_tensor(suffix, 0, 0).equal(first):
                     yield _differ(layer, suffix, group, "error" if suffix != "input_scale" else "warning")
     if (
-        isinstance(layers[0].format, Fp8)
+        layers[0].format.encoding == FP8
         and len({float(layer.read_tensor("weight_scale", 0, 0)) for layer in layers}) > 1
     ):
         yield _differ(layers[0], "weight_scale", group, "warning")
-    if isinstance(layers[0].format, Int8) and len(layers) > 1 and not _is_uniform(layers):
+    if layers[0].format.encoding == INT8 and len(layers) > 1 and not _is_uniform(layers):
         yield Finding(
             "warning", "fused-members-differ", layers[0].stored.name_of("weight_scale"),
             f"found scales that differ from row to row in '{group.runtime_name}', which the runtime merges",

@@ -8,23 +8,16 @@ import torch
 from torch import Tensor
 
 from omni_convert.formats.arithmetic.e2m1 import E2M1, holds_e2m1
-from omni_convert.formats.arithmetic.float8 import E4M3_MAX
 from omni_convert.formats.arithmetic.mx import COARSE_BLOCK, MX_BLOCK, split_blocks
 from omni_convert.formats.checks.finding import Finding
 from omni_convert.formats.checks.scale_order import other_order, scales_are_scrambled, smoother_order
 from omni_convert.formats.checks.verdicts import CONSUMERS
 from omni_convert.formats.dialects.codec import OneForAll, Swizzled
-from omni_convert.formats.foreign import Rotated, Scaled, Smoothed
 from omni_convert.formats.format import Format
-from omni_convert.formats.fp8 import Fp8, Fp8Block
-from omni_convert.formats.mxfp4 import Mxfp4
-from omni_convert.formats.mxfp4_dualscale import Mxfp4DualScale
-from omni_convert.formats.mxfp8 import Mxfp8
-from omni_convert.formats.nvfp4 import NVFP4_BLOCK, NVFP4_LARGEST, Nvfp4
 from omni_convert.formats.rows import tile_ranges
 from omni_convert.formats.views.opened import QuantizedLayer
 
-__all__ = ["base_format", "block_of", "check_finite", "check_values", "elements_of", "other_scale"]
+__all__ = ["check_finite", "check_values", "elements_of", "other_scale"]
 
 E8M0_NAN = 255
 E8M0_ONE = 127
@@ -74,14 +67,9 @@ def check_finite(name: str, tiles: Iterator[Tensor]) -> list[Finding]:
     return [Finding("error", "non-finite", name, what, "every runtime: black images", "download or convert it again")]
 
 
-def base_format(fmt: Format) -> Format:
-    """What lies below smoothing and rotation."""
-    return base_format(fmt.inner) if isinstance(fmt, (Smoothed, Rotated)) else fmt
-
-
 def elements_of(fmt: Format, tensors: Mapping[str, Tensor]) -> Tensor:
     """What the codes stand for before any scale; float32 [rows, in]."""
-    return base_format(fmt).dequantize({suffix: _as_one(suffix, tensor) for suffix, tensor in tensors.items()})
+    return fmt.innermost.dequantize({suffix: _as_one(suffix, tensor) for suffix, tensor in tensors.items()})
 
 
 def _as_one(suffix: str, tensor: Tensor) -> Tensor:
@@ -103,7 +91,7 @@ def _is_constant(layer: QuantizedLayer, suffix: str) -> bool:
 
 def _bad_values(layer: QuantizedLayer, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, str, int]]:
     """Suffix, check and number of values that cannot be."""
-    fmt = base_format(layer.format)
+    fmt = layer.format.innermost
     codes = tensors["weight"]
     if layer.stored.format.method == "gguf" and (reason := fmt.flaw(tensors)) is not None:
         yield "weight", "e8m0-nan" if "255" in reason else "non-finite", 1
@@ -112,7 +100,7 @@ def _bad_values(layer: QuantizedLayer, tensors: Mapping[str, Tensor]) -> Iterato
         first_bad = 0x7F if codes.dtype is torch.float8_e4m3fn else 0x7C
         if bits.numel() and int(bits.max()) >= first_bad:
             yield "weight", "non-finite", int((bits >= first_bad).sum())
-        elif isinstance(fmt, (Mxfp4, Mxfp4DualScale)) and not holds_e2m1(codes):
+        elif fmt.encoding is not None and fmt.encoding.element == E2M1 and not holds_e2m1(codes):
             values = codes.float()
             yield "weight", "off-grid", int((values != E2M1.round(values).copysign(values)).sum())
     for suffix, scale in tensors.items():
@@ -132,7 +120,7 @@ def _bad_scales(fmt: Format, suffix: str, scale: Tensor, tensors: Mapping[str, T
     if bad := int((~torch.isfinite(numbers)).sum()):
         yield "non-finite", bad
     # A scale has a sign where integers lean to one side, as AutoRound makes them.
-    may_be_negative = isinstance(fmt, Scaled) and fmt.has_zero_point
+    may_be_negative = fmt.encoding is not None and fmt.encoding.has_zero_point
     negative = 0 if may_be_negative else int((numbers < 0).sum())
     if bad := negative or (_lost(fmt, suffix, tensors) if bool((numbers == 0).any()) else 0):
         yield "non-positive-scale", bad
@@ -170,28 +158,22 @@ def _of_sample(layer: QuantizedLayer, dialect: str) -> Iterator[Finding]:
     elements = elements_of(layer.format, tensors)
     yield from _sizes(layer, tensors, dialect)
     yield from _smoothing(layer, tensors)
-    block = block_of(base_format(layer.format))
-    if block is not None and columns >= block:
-        yield from _blocks(layer, tensors, elements, block, dialect)
-
-
-def block_of(fmt: Format) -> int | None:
-    """Elements along K that share a one-byte scale, if any do."""
-    if isinstance(fmt, (Mxfp8, Mxfp4, Mxfp4DualScale)):
-        return MX_BLOCK
-    return NVFP4_BLOCK if isinstance(fmt, Nvfp4) else None
+    encoding = layer.format.innermost.encoding
+    block = encoding.block[1] if encoding is not None and encoding.has_byte_scales else None
+    if encoding is not None and block is not None and columns >= block:
+        yield from _blocks(layer, tensors, split_blocks(elements, block), encoding.element.largest, dialect)
 
 
 def _rms(fmt: Format, tensors: Mapping[str, Tensor]) -> float:
-    return float(base_format(fmt).dequantize(tensors).square_().mean().sqrt())
+    return float(fmt.innermost.dequantize(tensors).square_().mean().sqrt())
 
 
 def _sizes(layer: QuantizedLayer, tensors: Mapping[str, Tensor], dialect: str) -> Iterator[Finding]:
     rms = _rms(layer.format, tensors)
     if rms > LARGEST_RMS or 0 < rms < SMALLEST_RMS:
         yield _implausible(layer, tensors, rms, dialect)
-    clip = E4M3_MAX if isinstance(base_format(layer.format), (Fp8, Fp8Block)) else NVFP4_LARGEST
-    if "input_scale" in tensors and not isinstance(base_format(layer.format), Scaled):
+    clip = layer.format.innermost.largest_input
+    if "input_scale" in tensors and clip is not None:
         largest = float(tensors["input_scale"]) * clip
         if not SMALLEST_INPUT < largest < LARGEST_INPUT:
             likely = "reciprocal-scale" if SMALLEST_INPUT < clip / float(tensors["input_scale"]) < LARGEST_INPUT else (
@@ -231,12 +213,15 @@ def _smoothing(layer: QuantizedLayer, tensors: Mapping[str, Tensor]) -> Iterator
 
 
 def _blocks(
-    layer: QuantizedLayer, tensors: Mapping[str, Tensor], elements: Tensor, block: int, dialect: str
+    layer: QuantizedLayer, tensors: Mapping[str, Tensor], blocks: Tensor, top: float, dialect: str
 ) -> Iterator[Finding]:
-    """The test of each block against its scale."""
-    blocks = split_blocks(elements, block)
+    """The test of each block against its scale.
+
+    Args:
+        blocks: elements, float32 [rows, blocks, block]
+        top: the largest element that there is
+    """
     scales = tensors["weight_scale"]
-    top = E4M3_MAX if isinstance(base_format(layer.format), Mxfp8) else E2M1.largest
     largest = blocks.abs().amax(-1)
     smallest_scale = scales.view(torch.uint8) <= 2  # nothing smaller could be chosen
     counted = (largest > 0) & ~smallest_scale

@@ -85,32 +85,25 @@ class AutoRound(Dialect):
         Raises:
             RecipeError: the layers have groups or codes of several sizes, which one block cannot say.
         """
-        kinds = {(_bits_of(fmt), _group_of(fmt), _is_symmetric(fmt)) for fmt in layers.values()}
+        kinds = {(_bits_of(fmt), fmt.encoding) for fmt in layers.values()}
         if len(kinds) != 1:
             found = ", ".join(sorted({fmt.label for fmt in layers.values()}))
             raise RecipeError(f"found layers of {found}, expected one number of bits and one size of groups")
-        ((bits, group, is_symmetric),) = kinds
+        ((bits, encoding),) = kinds
         assert bits is not None, "such layers have no spelling"
-        return to_block(group, layers, ignored) | {"bits": bits, "sym": is_symmetric}
+        assert encoding is not None
+        _, group = encoding.block
+        block = to_block(WHOLE_ROW if group is None else group, layers, ignored)
+        return block | {"bits": bits, "sym": encoding.is_symmetric}
 
 
 def _bits_of(fmt: Format) -> int | None:
     """Of a code, if it is an integer with a zero point."""
-    if isinstance(fmt, Int4):
-        return WRITTEN_BITS
-    if isinstance(fmt, Scaled) and fmt.dtype is torch.uint8 and fmt.has_zero_point and not fmt.static:
-        return next((bits for bits in READABLE_BITS if fmt.method == f"int{bits}"), None)
-    return None
-
-
-def _group_of(fmt: Format) -> int:
-    """Columns that share a scale, as the block says it."""
-    group = fmt.group if isinstance(fmt, (Int4, Scaled)) else None
-    return WHOLE_ROW if group is None else group
-
-
-def _is_symmetric(fmt: Format) -> bool:
-    return fmt.symmetric if isinstance(fmt, Scaled) else True
+    encoding = fmt.encoding
+    is_integer = encoding is not None and encoding.has_unsigned_codes and encoding.has_zero_point
+    if encoding is None or not is_integer or fmt.is_static:
+        return None
+    return encoding.element.bits if encoding.element.bits in READABLE_BITS else None
 
 
 def to_block(group_size: int, layers: Collection[str], ignored: Collection[str]) -> dict[str, Any]:

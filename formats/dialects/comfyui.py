@@ -28,11 +28,11 @@ from omni_convert.formats.dialects.detection import Signature, read_signature
 from omni_convert.formats.dialects.unmarked import parts_of, stored_layer, unknown_format
 from omni_convert.formats.errors import CheckpointError
 from omni_convert.formats.foreign import Rotated
-from omni_convert.formats.format import Format
-from omni_convert.formats.fp8 import Fp8
-from omni_convert.formats.int8 import Int8
-from omni_convert.formats.mxfp8 import Mxfp8
-from omni_convert.formats.nvfp4 import Nvfp4
+from omni_convert.formats.format import Format, QuantizingFormat
+from omni_convert.formats.fp8 import FP8
+from omni_convert.formats.int8 import INT8
+from omni_convert.formats.mxfp8 import MXFP8
+from omni_convert.formats.nvfp4 import NVFP4
 
 __all__ = ["COMFYUI"]
 
@@ -45,12 +45,7 @@ READABLE = ("float8_e4m3fn", "float8_e5m2", "mxfp8", "nvfp4", "int8_tensorwise")
 SWIZZLED = ("mxfp8", "nvfp4")
 MAX_MARK_BYTES = 4096
 PREFIXES = ("model.diffusion_model.", "diffusion_model.")
-FORMAT_NAMES: dict[type[Format], str] = {
-    Fp8: "float8_e4m3fn",
-    Mxfp8: "mxfp8",
-    Nvfp4: "nvfp4",
-    Int8: "int8_tensorwise",
-}
+FORMAT_NAMES = {FP8: "float8_e4m3fn", MXFP8: "mxfp8", NVFP4: "nvfp4", INT8: "int8_tensorwise"}
 #: Rows and columns are padded to multiples of this.
 PADDING = {"mxfp8": 32, "nvfp4": 16}
 DEFAULT_ROTATION = 256
@@ -85,7 +80,7 @@ class ComfyUi(Dialect):
         return {name.removeprefix(prefix): name for name in stored if name != mark}
 
     def spelling(self, fmt: Format, shape: tuple[int, int]) -> WrittenSpelling | str:
-        name = FORMAT_NAMES.get(type(fmt))
+        name = _format_name(fmt)
         if name is None:
             return f"ComfyUI has no format for {fmt.label}"
         padding = PADDING.get(name, 1)
@@ -98,8 +93,14 @@ class ComfyUi(Dialect):
         return WrittenSpelling(codecs={"weight_scale": Swizzled(), **nibbles}, extras=extras)
 
     def metadata(self, layers: Mapping[str, Format]) -> dict[str, str]:
-        marks = {stem: {"format": FORMAT_NAMES[type(layers[stem])]} for stem in sorted(layers)}
+        marks = {stem: {"format": _format_name(layers[stem])} for stem in sorted(layers)}
         return {METADATA: json.dumps({"format_version": "1.0", "layers": marks})}
+
+
+def _format_name(fmt: Format) -> str | None:
+    """What ComfyUI calls a format, or None; others make integers with static activations, which it has not."""
+    is_ours = isinstance(fmt, QuantizingFormat) and not fmt.is_storage
+    return FORMAT_NAMES.get(fmt.encoding) if is_ours and fmt.encoding is not None else None
 
 
 def _prefix(found: Found) -> str:

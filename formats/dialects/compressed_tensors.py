@@ -30,11 +30,11 @@ from omni_convert.formats.dialects.unmarked import parts_of, signed_layers, stor
 from omni_convert.formats.errors import CheckpointError
 from omni_convert.formats.foreign import Scaled
 from omni_convert.formats.format import Format
-from omni_convert.formats.fp8 import Fp8, Fp8Block
-from omni_convert.formats.int8 import Int8
-from omni_convert.formats.mxfp4 import Mxfp4
-from omni_convert.formats.mxfp8 import Mxfp8
-from omni_convert.formats.nvfp4 import NVFP4_BLOCK, Nvfp4
+from omni_convert.formats.fp8 import FP8, FP8_PER_ROW, fp8_block_size
+from omni_convert.formats.int8 import INT8
+from omni_convert.formats.mxfp4 import MXFP4
+from omni_convert.formats.mxfp8 import MXFP8
+from omni_convert.formats.nvfp4 import NVFP4, NVFP4_BLOCK
 
 __all__ = ["COMPRESSED_TENSORS"]
 
@@ -43,7 +43,7 @@ PACKED = "weight_packed"
 PACKED_NAMES = {"weight": PACKED, "weight_scale_2": "weight_global_scale", "input_scale": "input_global_scale"}
 RECIPROCALS = {"weight_scale_2": Reciprocal(), "input_scale": Reciprocal()}
 READABLE_BITS = (4, 8)
-ONE = Plain(shape=(1,))
+ONE, ONE_PER_ROW = Plain(shape=(1,)), Plain(shape=(-1, 1))
 
 
 class CompressedTensors(Dialect):
@@ -63,17 +63,21 @@ class CompressedTensors(Dialect):
             yield _packed_integers(found, stem)
 
     def spelling(self, fmt: Format, shape: tuple[int, int]) -> WrittenSpelling | str:
-        if isinstance(fmt, Nvfp4):
+        encoding = fmt.encoding
+        if encoding == NVFP4:
             return WrittenSpelling(PACKED_NAMES, RECIPROCALS)
-        if isinstance(fmt, Mxfp4) and not fmt.smooth and shape[1] % 2 == 0:
+        if encoding == MXFP4 and shape[1] % 2 == 0:
             return WrittenSpelling({"weight": PACKED}, {"weight": PackedValues("low")})
-        if isinstance(fmt, Fp8):
+        if encoding == FP8:
             return WrittenSpelling(codecs={"weight_scale": ONE, "input_scale": ONE})
-        if isinstance(fmt, Fp8Block):
-            return WrittenSpelling({"weight_scale_inv": "weight_scale"})
-        if isinstance(fmt, (Int8, Mxfp8)) or _is_fp8_per_row(fmt):
-            return WrittenSpelling()
-        return f"compressed-tensors has no word for {fmt.label}" + (" with mul_scale" if isinstance(fmt, Mxfp4) else "")
+        if fmt.activation_scheme == "dynamic":
+            if encoding in (INT8, MXFP8):
+                return WrittenSpelling()
+            if encoding == FP8_PER_ROW:
+                return WrittenSpelling(codecs={"weight_scale": ONE_PER_ROW})
+            if fp8_block_size(fmt) is not None:
+                return WrittenSpelling({"weight_scale_inv": "weight_scale"})
+        return f"compressed-tensors has no word for {fmt.label}" + (" with mul_scale" if fmt.is_smoothed else "")
 
     def block(self, layers: Mapping[str, Format], ignored: Collection[str]) -> dict[str, Any]:
         schemes: dict[str, dict[str, Any]] = {}
@@ -97,34 +101,30 @@ class CompressedTensors(Dialect):
         }
 
 
-def _is_fp8_per_row(fmt: Format) -> bool:
-    return isinstance(fmt, Scaled) and fmt.dtype is torch.float8_e4m3fn and fmt.group is None and not fmt.static
-
-
 def _scheme(fmt: Format) -> dict[str, Any]:
     """The group that says what a format is: of weights, of activations, and the name of the layout."""
-    if isinstance(fmt, Nvfp4):
+    encoding = fmt.encoding
+    if encoding == NVFP4:
         blocks: dict[str, Any] = {
             "strategy": "tensor_group",
             "group_size": NVFP4_BLOCK,
             "scale_dtype": "torch.float8_e4m3fn",
         }
-        inputs = _arguments(4, "float", dynamic="local", **blocks) if fmt.static else None
+        inputs = _arguments(4, "float", dynamic="local", **blocks) if fmt.is_static else None
         return _group("nvfp4-pack-quantized", _arguments(4, "float", **blocks), inputs)
-    if isinstance(fmt, (Mxfp4, Mxfp8)):
-        bits, layout = (4, "mxfp4-pack-quantized") if isinstance(fmt, Mxfp4) else (8, "mxfp8-quantized")
+    if encoding in (MXFP4, MXFP8):
+        bits, layout = (4, "mxfp4-pack-quantized") if encoding == MXFP4 else (8, "mxfp8-quantized")
         blocks = {"strategy": "group", "group_size": MX_BLOCK, "scale_dtype": "torch.uint8"}
         return _group(layout, _arguments(bits, "float", **blocks), _arguments(bits, "float", dynamic=True, **blocks))
     token: dict[str, Any] = {"strategy": "token", "dynamic": True}
-    if isinstance(fmt, Int8):
+    if encoding == INT8:
         return _group("int-quantized", _arguments(8, "int", strategy="channel"), _arguments(8, "int", **token))
-    if isinstance(fmt, Fp8Block):
-        weights = _arguments(8, "float", strategy="block", block_structure=list(fmt.block_size))
-        inputs = _arguments(8, "float", strategy="group", group_size=fmt.block_size[1], dynamic=True)
+    if (block_size := fp8_block_size(fmt)) is not None:
+        weights = _arguments(8, "float", strategy="block", block_structure=list(block_size))
+        inputs = _arguments(8, "float", strategy="group", group_size=block_size[1], dynamic=True)
         return _group("float-quantized", weights, inputs)
-    weights = _arguments(8, "float", strategy="tensor" if isinstance(fmt, Fp8) else "channel")
-    is_static = isinstance(fmt, Fp8) and fmt.static
-    inputs = _arguments(8, "float", strategy="tensor") if is_static else _arguments(8, "float", **token)
+    weights = _arguments(8, "float", strategy="tensor" if encoding == FP8 else "channel")
+    inputs = _arguments(8, "float", strategy="tensor") if fmt.is_static else _arguments(8, "float", **token)
     return _group("float-quantized", weights, inputs)
 
 

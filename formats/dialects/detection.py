@@ -16,7 +16,7 @@ the names are those of the formats here, whatever the file calls them.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -79,9 +79,8 @@ def read_signature(
     found = _read(parts, even, swizzled=swizzled)
     if found is None or "mul_scale" not in parts or "mul_scale" in found.format.layout(*found.shape):
         return found
-    if isinstance(found.format, Mxfp4):
-        return Signature(Mxfp4(smooth=True), found.shape, found.codecs, found.renamed)
-    return Signature(Smoothed(found.format), found.shape, found.codecs, found.renamed)
+    smoothed = found.format.with_mul_scale() or Smoothed(found.format)
+    return replace(found, format=smoothed)
 
 
 def _read(parts: Mapping[str, TensorSpec], even: NibbleOrder, *, swizzled: bool) -> Signature | None:

@@ -23,11 +23,10 @@ from omni_convert.formats.dialects.codec import Plain, Repeated
 from omni_convert.formats.dialects.modelopt_config import MODELOPT, spell_algorithms
 from omni_convert.formats.dialects.unmarked import signed_layers
 from omni_convert.formats.errors import CheckpointError
-from omni_convert.formats.foreign import Scaled
 from omni_convert.formats.format import Format
-from omni_convert.formats.fp8 import Fp8, Fp8Block, Fp8Channel
-from omni_convert.formats.mxfp8 import Mxfp8
-from omni_convert.formats.nvfp4 import Nvfp4
+from omni_convert.formats.fp8 import FP8, FP8_PER_ROW, fp8_block_size
+from omni_convert.formats.mxfp8 import MXFP8
+from omni_convert.formats.nvfp4 import NVFP4
 
 __all__ = ["MODELOPT_DIALECT"]
 
@@ -55,13 +54,13 @@ class ModelOpt(Dialect):
         return signed_layers(found, NAMES)
 
     def spelling(self, fmt: Format, shape: tuple[int, int]) -> WrittenSpelling | str:
-        if isinstance(fmt, Fp8) and not fmt.static:
+        if fmt.encoding == FP8 and not fmt.is_static:
             return WrittenSpelling(codecs={"weight_scale": Repeated((shape[0],))})
-        if isinstance(fmt, Scaled) and fmt.label == "fp8 per row" and not fmt.static:
+        if fmt.encoding == FP8_PER_ROW and not fmt.is_static:
             return WrittenSpelling(codecs={"weight_scale": Plain(shape=(-1,))})
-        if isinstance(fmt, (Fp8, Fp8Channel, Nvfp4, Mxfp8)):
+        if fmt.encoding in (FP8, NVFP4, MXFP8):
             return WrittenSpelling()
-        if isinstance(fmt, Fp8Block):
+        if fp8_block_size(fmt) is not None:
             return "ModelOpt's FP8 in blocks is weight-only, which these weights were not made for"
         return f"ModelOpt has no reader for {fmt.label}"
 
@@ -71,11 +70,11 @@ class ModelOpt(Dialect):
 
 
 def _algorithm(fmt: Format) -> str:
-    if isinstance(fmt, Nvfp4):
-        return "NVFP4" if fmt.static else "W4A16_NVFP4"
-    if isinstance(fmt, Mxfp8):
+    if fmt.encoding == NVFP4:
+        return "NVFP4" if fmt.is_static else "W4A16_NVFP4"
+    if fmt.encoding == MXFP8:
         return "MXFP8"
-    return "FP8" if isinstance(fmt, Fp8) and fmt.static else "FP8_PER_CHANNEL_PER_TOKEN"
+    return "FP8" if fmt.is_static else "FP8_PER_CHANNEL_PER_TOKEN"
 
 
 MODELOPT_DIALECT = ModelOpt()

@@ -27,9 +27,9 @@ from omni_convert.formats.dialects.unmarked import parts_of, stored_layer, unkno
 from omni_convert.formats.errors import CheckpointError
 from omni_convert.formats.families.wan import has_original_wan_names, wan_diffusers_name
 from omni_convert.formats.format import Format
-from omni_convert.formats.int8 import Int8
-from omni_convert.formats.mxfp4 import Mxfp4
-from omni_convert.formats.mxfp8 import Mxfp8
+from omni_convert.formats.int8 import INT8
+from omni_convert.formats.mxfp4 import MXFP4
+from omni_convert.formats.mxfp8 import MXFP8
 
 __all__ = ["MSMODELSLIM"]
 
@@ -38,7 +38,7 @@ READABLE = ("W8A8_DYNAMIC", "WFP8AFP8_DYNAMIC", "W8A8_MXFP8", "W4A4_MXFP4", "W4A
 LABEL = re.compile(r"W\d+A\d+\w*|WFP8\w*")
 DESCRIPTION = "quant_model_description.json"
 # The type of a model of several is the last of these.
-WRITTEN: dict[type[Format], str] = {Int8: "W8A8_DYNAMIC", Mxfp8: "W8A8_MXFP8", Mxfp4: "W4A4_MXFP4"}
+WRITTEN = {INT8: "W8A8_DYNAMIC", MXFP8: "W8A8_MXFP8", MXFP4: "W4A4_MXFP4"}
 # What their wrappers of rotated inputs leave, whose weights are rotated, too.
 ROTATIONS = ("heads_rotation", "kronecker_rotation_m", "kronecker_rotation_n")
 LINEAR, DIVISION = ".linear", ".div.mul_scale"
@@ -69,26 +69,32 @@ class MsModelSlim(Dialect):
         return {_renamed(found, _unwrapped(found, name)): name for name in stored}
 
     def spelling(self, fmt: Format, shape: tuple[int, int]) -> WrittenSpelling | str:
-        if type(fmt) not in WRITTEN or (isinstance(fmt, Mxfp4) and fmt.smooth):
+        if _label(fmt) is None:
             return f"msModelSlim's files are written for int8, mxfp8 and mxfp4 without mul_scale, found {fmt.label}"
-        if isinstance(fmt, Int8):
+        if fmt.encoding == INT8:
             return WrittenSpelling(zeros={"weight_offset": "weight_scale"})
-        return WrittenSpelling(codecs={"weight": PackedValues("low")} if isinstance(fmt, Mxfp4) else {})
+        return WrittenSpelling(codecs={"weight": PackedValues("low")} if fmt.encoding == MXFP4 else {})
 
     def sidecars(self, layers: Mapping[str, Format], names: Collection[str]) -> dict[str, dict[str, Any]]:
-        labels = dict.fromkeys(names, FLOAT)
-        for stem, fmt in layers.items():
+        labels: dict[str, str] = dict.fromkeys(names, FLOAT)
+        types = {stem: label for stem, fmt in layers.items() if (label := _label(fmt)) is not None}
+        for stem, label in types.items():
             suffixes = ("weight", "weight_scale", "weight_offset")
-            labels |= {f"{stem}.{suffix}": WRITTEN[type(fmt)] for suffix in suffixes if f"{stem}.{suffix}" in labels}
-        types = {WRITTEN[type(fmt)] for fmt in layers.values()}
+            labels |= {f"{stem}.{suffix}": label for suffix in suffixes if f"{stem}.{suffix}" in labels}
+        used = set(types.values())
         model = {
-            "group_size": MX_BLOCK if types & {WRITTEN[Mxfp8], WRITTEN[Mxfp4]} else 0,
+            "group_size": MX_BLOCK if used & {WRITTEN[MXFP8], WRITTEN[MXFP4]} else 0,
             "metadata": {},
-            "model_quant_type": next((each for each in reversed(WRITTEN.values()) if each in types), FLOAT),
+            "model_quant_type": next((each for each in reversed(WRITTEN.values()) if each in used), FLOAT),
             "optional": {},
             "version": "1.0.0",
         }
         return {DESCRIPTION: dict(sorted(labels.items())) | model}
+
+
+def _label(fmt: Format) -> str | None:
+    """The type of a format that is written, or None."""
+    return WRITTEN.get(fmt.encoding) if fmt.encoding and fmt.activation_scheme == "dynamic" else None
 
 
 def _unwrapped(found: Found, name: str) -> str:

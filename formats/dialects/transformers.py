@@ -25,8 +25,8 @@ from omni_convert.formats.dialects.codec import Plain
 from omni_convert.formats.dialects.unmarked import signed_layers
 from omni_convert.formats.errors import RecipeError
 from omni_convert.formats.format import Format
-from omni_convert.formats.fp8 import Fp8Block
-from omni_convert.formats.mxfp8 import Mxfp8
+from omni_convert.formats.fp8 import fp8_block_size
+from omni_convert.formats.mxfp8 import MXFP8
 
 __all__ = ["BYTE_SCALES", "TRANSFORMERS", "block_size", "cut_short"]
 
@@ -37,9 +37,7 @@ NAMES = {"weight_scale": "weight_scale_inv", "input_scale": "activation_scale"}
 
 def block_size(fmt: Format) -> tuple[int, int] | None:
     """Rows and columns that share a scale, as the block says it; None for formats that have no such blocks."""
-    if isinstance(fmt, Mxfp8):
-        return (1, MX_BLOCK)
-    return fmt.block_size if isinstance(fmt, Fp8Block) else None
+    return (1, MX_BLOCK) if fmt.encoding == MXFP8 else fp8_block_size(fmt)
 
 
 def cut_short(fmt: Format, shape: tuple[int, int]) -> str | None:
@@ -72,7 +70,7 @@ class Transformers(Dialect):
             return "transformers' fp8 is FP8 in blocks, --weight-block-size, or MXFP8"
         if (reason := cut_short(fmt, shape)) is not None:
             return reason
-        if isinstance(fmt, Mxfp8):
+        if fmt.encoding == MXFP8:
             return WrittenSpelling(NAMES, {"weight_scale": Plain(torch.float8_e8m0fnu)})
         return WrittenSpelling()
 
@@ -91,7 +89,7 @@ class Transformers(Dialect):
             "weight_block_size": list(sizes.pop()),
             "modules_to_not_convert": sorted(ignored),
         }
-        if any(isinstance(fmt, Mxfp8) for fmt in layers.values()):
+        if any(fmt.encoding == MXFP8 for fmt in layers.values()):
             block["scale_fmt"] = BYTE_SCALES
         return block
 

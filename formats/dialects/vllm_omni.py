@@ -22,8 +22,6 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-
 from omni_convert.formats.config import ACTIVATION_SCHEMES, MIXED, QuantizationConfig
 from omni_convert.formats.dialects.base import Dialect, Found, StoredLayer, WrittenSpelling
 from omni_convert.formats.dialects.modelopt_config import (
@@ -35,13 +33,8 @@ from omni_convert.formats.dialects.modelopt_config import (
 )
 from omni_convert.formats.errors import CheckpointError, RecipeError, did_you_mean
 from omni_convert.formats.families.layers import LayerGroup
-from omni_convert.formats.foreign import Scaled
 from omni_convert.formats.format import Format, QuantizingFormat
-from omni_convert.formats.fp8 import Fp8, Fp8Block, Fp8Channel
-from omni_convert.formats.fp8_storage import Fp8Storage
-from omni_convert.formats.int4 import Int4
-from omni_convert.formats.mxfp4 import Mxfp4
-from omni_convert.formats.nvfp4 import Nvfp4
+from omni_convert.formats.fp8 import FP8_PER_ROW, Fp8, fp8_block_size
 from omni_convert.formats.table import layer_formats
 
 __all__ = [
@@ -263,13 +256,13 @@ class VllmOmni(Dialect):
             rows, *others = found.checkpoint[f"{stem}.weight"].shape
             width = math.prod(others)
             if (
-                isinstance(fmt, Fp8Channel) and method != MODELOPT
+                fmt.encoding == FP8_PER_ROW and method != MODELOPT
             ):  # which an encoder's block wraps; `fp8` has one scale
                 fmt = Fp8(static=f"{stem}.input_scale" in found.checkpoint)
-            yield StoredLayer(stem, fmt, (rows, 2 * width if fmt.method == "nvfp4" else width))
+            yield StoredLayer(stem, fmt, (rows, width * fmt.elements_per_entry))
 
     def spelling(self, fmt: Format, shape: tuple[int, int]) -> WrittenSpelling | str:
-        if isinstance(fmt, Int4) or (isinstance(fmt, Scaled) and fmt.dtype is torch.uint8):
+        if fmt.encoding is not None and fmt.encoding.has_unsigned_codes:
             return "vLLM-Omni reads integers with zero points as AutoRound spells them: --dialect auto-round"
         if not isinstance(fmt, QuantizingFormat):
             return f"vLLM-Omni has no method that loads {fmt.label}"
@@ -303,11 +296,8 @@ def config_of(layers: Mapping[str, Format], ignored: Collection[str]) -> Quantiz
 
 def _meaning(fmt: Format) -> tuple[str, str, tuple[int, int] | None, bool]:
     """Method, activation scheme, block size, and whether every layer has a mul_scale."""
-    scheme = "static" if isinstance(fmt, (Fp8, Nvfp4)) and fmt.static else "dynamic"
-    if isinstance(fmt, Fp8Storage) or (isinstance(fmt, Nvfp4) and not fmt.static):
-        scheme = "none"
-    block_size = fmt.block_size if isinstance(fmt, Fp8Block) else None
-    return fmt.method, scheme, block_size, isinstance(fmt, Mxfp4) and fmt.smooth
+    says_so = fmt.method in _SPELLINGS and "require_smooth_scale" in _SPELLINGS[fmt.method].keys
+    return fmt.method, fmt.activation_scheme, fp8_block_size(fmt), says_so and fmt.is_smoothed
 
 
 VLLM_OMNI = VllmOmni()

@@ -60,7 +60,7 @@ class Fp8WeightStorage(nn.Module):
 
     @property
     def stored_format(self) -> Fp8Storage:
-        return Fp8Storage.of(tuple(self.codes.shape))
+        return Fp8Storage().for_weight(tuple(self.codes.shape))
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         device = self.codes.device

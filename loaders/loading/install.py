@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from omni_convert.formats.containers.tensor_spec import DTYPE_NAMES, TensorSpec
 from omni_convert.formats.errors import CheckpointError, counted
 from omni_convert.formats.format import Format, QuantizingFormat
-from omni_convert.formats.fp8_storage import Fp8Storage
 from omni_convert.loaders.layers.fp8_storage import (
     STORED_LAYERS,
     Fp8WeightStorage,
@@ -67,14 +66,12 @@ def _install_empty(
     model: nn.Module, stem: str, specs: Mapping[str, TensorSpec], fmt: QuantizingFormat, where: str
 ) -> tuple[str, ...]:
     linear = _find_module(model, stem)
-    is_stored = isinstance(fmt, Fp8Storage)
-    if not isinstance(linear, STORED_LAYERS if is_stored else nn.Linear):
+    if not isinstance(linear, STORED_LAYERS if fmt.is_storage else nn.Linear):
         found = "nothing" if linear is None else type(linear).__name__
         raise CheckpointError(f"{where}: {stem} is quantized, found {found} of that name in {type(model).__name__}")
     tensors: dict[str, Tensor] = {}
     assert isinstance(linear, STORED_LAYERS)
-    if is_stored:
-        fmt = Fp8Storage.of(tuple(linear.weight.shape))
+    fmt = fmt.for_weight(tuple(linear.weight.shape))
     rows, columns = len(linear.weight), math.prod(linear.weight.shape[1:])
     for suffix, layout in fmt.layout(rows, columns).items():
         name = f"{stem}.{suffix}"
@@ -88,7 +85,7 @@ def _install_empty(
                 f"{where}: {name} is {found}, expected {DTYPE_NAMES[layout.dtype]} {list(layout.shape)} for {fmt.label}"
             )
         tensors[suffix] = torch.empty(spec.shape, dtype=spec.dtype, device="meta")
-    if is_stored:
+    if fmt.is_storage:
         install_stored(linear, tensors)
     else:
         model.set_submodule(stem, QuantizedLinear(fmt, tensors, linear.bias, in_features=columns))
@@ -146,7 +143,7 @@ def install_quantized(
     """
     linear = model.get_submodule(stem)
     fmt = planned.format
-    if isinstance(fmt, Fp8Storage):
+    if fmt.is_storage:
         stored = store_weight(linear, weight, f"{where}: {stem}.weight")
         _release_scratch(weight)
         return stored

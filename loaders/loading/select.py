@@ -20,11 +20,10 @@ from omni_convert.formats.families.layers import LayerGroup
 from omni_convert.formats.families.patterns import matches, suggestion_for
 from omni_convert.formats.families.table import find_family
 from omni_convert.formats.format import Format, QuantizingFormat
-from omni_convert.formats.fp8 import Fp8, Fp8Channel
+from omni_convert.formats.fp8 import FP8, FP8_PER_ROW
 from omni_convert.formats.fp8_storage import Fp8Storage
 from omni_convert.formats.int4 import Int4
 from omni_convert.formats.int8 import Int8
-from omni_convert.formats.mxfp4 import Mxfp4
 from omni_convert.formats.table import FORMATS, LOADABLE, FormatOptions, layer_formats
 from omni_convert.loaders.layers.fp8_storage import storage_layers
 from omni_convert.loaders.memory.packed_int4 import as_loaded, packed_layers
@@ -99,14 +98,13 @@ def _stored_format(
 
 def _is_one_row(found: Format, declared: Format, stem: str, specs: Mapping[str, TensorSpec]) -> bool:
     """Whether the layer is a row of FP8, whose one scale is that of the weight and of the row."""
-    return isinstance(found, Fp8) and isinstance(declared, Fp8Channel) and specs[f"{stem}.weight"].shape[0] == 1
+    is_fp8 = found.encoding == FP8 and declared.encoding == FP8_PER_ROW
+    return is_fp8 and specs[f"{stem}.weight"].shape[0] == 1
 
 
 def _with_optional_tensors(declared: QuantizingFormat, found: Format) -> QuantizingFormat:
     """mul_scale of mxfp4 is optional, layer by layer, unless the block demands it."""
-    if isinstance(declared, Mxfp4) and isinstance(found, Mxfp4):
-        return replace(declared, smooth=declared.smooth or found.smooth)
-    return declared
+    return declared.with_mul_scale() or declared if found.is_smoothed else declared
 
 
 def select_layers(model: nn.Module, config: QuantizationConfig) -> tuple[dict[str, PlannedLayer], QuantizationConfig]:
@@ -180,7 +178,8 @@ def _select_stored(model: nn.Module, config: QuantizationConfig) -> tuple[dict[s
     """Every layer that can be stored, each for itself."""
     layers = {
         name: PlannedLayer(
-            Fp8Storage.of(tuple(layer.get_parameter("weight").shape)), LayerGroup(name, (name,), is_fused=False)
+            Fp8Storage().for_weight(tuple(layer.get_parameter("weight").shape)),
+            LayerGroup(name, (name,), is_fused=False),
         )
         for name, layer in storage_layers(model).items()
     }
