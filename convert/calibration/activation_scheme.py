@@ -37,11 +37,13 @@ def choose_activation_scheme(method: str, recipe: Recipe) -> ActivationScheme:
     calibration = FORMATS[method].calibration
     if calibration is Calibration.INPUT_SCALE:
         return _choose_with_input_scale(method, recipe)
-    if recipe.activation_scheme == "static":
-        raise RecipeError(f"--activation-scheme static: {method} quantizes activations at run time, expected dynamic")
+    name = ACTIVATION_SCHEMES[method][0]
+    how = "leaves activations as they are" if name == "none" else "quantizes activations at run time"
+    if recipe.activation_scheme == "static" and (method == recipe.method or name != "none"):
+        raise RecipeError(f"--activation-scheme static: {method} {how}, expected dynamic")
     is_unused = recipe.is_calibrated and calibration is Calibration.UNUSED
-    note = f"{method} quantizes activations at run time: the statistics were not used" if is_unused else ""
-    return ActivationScheme(ACTIVATION_SCHEMES[method][0], recipe.is_calibrated and not is_unused, note)
+    note = f"{method} {how}: the statistics were not used" if is_unused else ""
+    return ActivationScheme(name, recipe.is_calibrated and not is_unused, note)
 
 
 def _choose_with_input_scale(method: str, recipe: Recipe) -> ActivationScheme:

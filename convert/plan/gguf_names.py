@@ -18,6 +18,7 @@ from omni_convert.convert.recipe import Recipe
 from omni_convert.convert.source.original_names import trace_conversion
 from omni_convert.convert.source.weights import model_class
 from omni_convert.formats.containers.checkpoint import Checkpoint
+from omni_convert.formats.containers.names import WEIGHT
 from omni_convert.formats.containers.tensor_spec import Run
 from omni_convert.formats.errors import CheckpointError, RecipeError
 from omni_convert.formats.families.table import find_family
@@ -44,6 +45,15 @@ class GgufNames:
     runs: Mapping[str, list[Run]]
     note: str
     is_for_diffusers: bool = True
+
+    @property
+    def layers(self) -> dict[str, tuple[str, ...]]:
+        """Stem of every layer in the file → the stems of diffusers' layers that it consists of."""
+        return {
+            name.removesuffix(WEIGHT): tuple(dict.fromkeys(run.source.removesuffix(WEIGHT) for run in runs))
+            for name, runs in self.runs.items()
+            if name.endswith(WEIGHT)
+        }
 
 
 def choose_names(checkpoint: Checkpoint, config: Mapping[str, Any], recipe: Recipe) -> GgufNames:

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 from omni_convert.convert.calibration.moments import Moments
 from omni_convert.convert.calibration.rounding import load_moments
 from omni_convert.convert.plan.component_plan import ComponentPlan
-from omni_convert.convert.plan.gguf_plan import plan_gguf
-from omni_convert.convert.plan.quantizing import plan_quantized
+from omni_convert.convert.plan.quantizing import plan_quantized, target_of
+from omni_convert.convert.plan.selection import check_patterns, choose_layers
 from omni_convert.convert.plan.shared_encoder import check_encoder
 from omni_convert.convert.plan.transcoding import plan_transcoded
 from omni_convert.convert.recipe import Recipe
@@ -28,7 +28,6 @@ from omni_convert.formats.containers.checkpoint import Checkpoint
 from omni_convert.formats.containers.component import DENOISERS
 from omni_convert.formats.containers.weight_files import checked_path
 from omni_convert.formats.errors import RecipeError
-from omni_convert.formats.gguf import Gguf
 from omni_convert.formats.views.opened import DESCRIPTIONS, SIDECARS
 
 if TYPE_CHECKING:
@@ -121,10 +120,9 @@ def plan_conversion(source: Source, recipe: Recipe) -> Plan:
     weights = {name: component.weights for name, component in components.items()}
     if moments is not None:
         moments.identity.check_model(weights)
-    plans: dict[str, ComponentPlan] = {}
-    for name in sorted(components, key=lambda name: name in DENOISERS):  # a shared block lists the encoder's layers
-        encoder = plans.get("text_encoder")
-        plans[name] = _plan_component(components[name], methods[name], recipe, moments, encoder)
+    plans = (
+        _transcoded(components, recipe) if recipe.is_transcoding else _quantized(components, methods, recipe, moments)
+    )
     notes += moments_notes
     notes += [note for plan in plans.values() for note in plan.notes]
     loras = {name: [lora.description for lora in found.loras] for name, found in components.items() if found.loras}
@@ -140,14 +138,28 @@ def plan_conversion(source: Source, recipe: Recipe) -> Plan:
     )
 
 
-def _plan_component(
-    component: SourceComponent, method: str, recipe: Recipe, moments: Moments | None, encoder: ComponentPlan | None
-) -> ComponentPlan:
-    if recipe.is_transcoding:
-        return plan_transcoded(component, recipe, encoder)
-    if method == Gguf.method:
-        return plan_gguf(component, recipe)
-    return plan_quantized(component, method, recipe, moments, encoder)
+def _quantized(
+    components: Mapping[str, SourceComponent], methods: Mapping[str, str], recipe: Recipe, moments: Moments | None
+) -> dict[str, ComponentPlan]:
+    targets = {name: target_of(component, methods[name], recipe) for name, component in components.items()}
+    selections = {name: choose_layers(target) for name, target in targets.items()}
+    check_patterns(recipe, selections.values())
+    plans: dict[str, ComponentPlan] = {}
+    for name in _encoder_first(components):
+        plans[name] = plan_quantized(targets[name], selections[name], moments, plans.get("text_encoder"))
+    return plans
+
+
+def _transcoded(components: Mapping[str, SourceComponent], recipe: Recipe) -> dict[str, ComponentPlan]:
+    plans: dict[str, ComponentPlan] = {}
+    for name in _encoder_first(components):
+        plans[name] = plan_transcoded(components[name], recipe, plans.get("text_encoder"))
+    return plans
+
+
+def _encoder_first(components: Collection[str]) -> list[str]:
+    """Names with the denoisers last, whose config block may list layers of the text encoder."""
+    return sorted(components, key=lambda name: name in DENOISERS)
 
 
 def _files_to_copy(source: Source, rewritten: Collection[str]) -> dict[str, Path]:

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from omni_convert.convert.plan.selection import other_linears
+from omni_convert.convert.plan.target import config_block, other_linears
 from omni_convert.convert.recipe import Recipe
-from omni_convert.formats.dialects import omni_convert, vllm_omni
+from omni_convert.formats.dialects import vllm_omni
 from omni_convert.formats.dialects.base import Dialect, WrittenSpelling
 from omni_convert.formats.dialects.table import DIALECTS
 from omni_convert.formats.errors import CheckpointError, OmniConvertError, RecipeError
@@ -80,11 +80,7 @@ def respell(
     ignored += also_ignored
     merged = _merged_names(quantized, family, recipe) if dialect.lists_runtime_names else {}
     try:
-        block = (
-            omni_convert.to_block(vllm_omni.config_of(formats, ignored))
-            if is_ours
-            else dialect.block(formats | merged, ignored)
-        )
+        block = config_block(dialect, formats | merged, ignored, is_transformers=is_transformers)
     except RecipeError as error:
         raise CheckpointError(f"{quantized.checkpoint.path}: {error}") from None
     kinds = Counter(fmt.label for fmt in formats.values())

@@ -1,20 +1,19 @@
-"""Which layers of a component are quantized, which are left alone, and why."""
+"""Which layers of a component are quantized, which stay, and why: one rule, whoever reads the result."""
 
 from __future__ import annotations
 
-import math
-import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
+from omni_convert.convert.plan.steps import matrix_shape
+from omni_convert.convert.plan.target import Scope, Target
 from omni_convert.convert.recipe import Recipe
 from omni_convert.formats.arithmetic.mx import COARSE_BLOCK
 from omni_convert.formats.containers.checkpoint import Checkpoint
+from omni_convert.formats.containers.names import WEIGHT
 from omni_convert.formats.containers.tensor_spec import DTYPE_NAMES, TensorSpec
 from omni_convert.formats.dialects.table import DIALECTS
 from omni_convert.formats.errors import RecipeError
-from omni_convert.formats.families.family import Family
 from omni_convert.formats.families.layers import LayerGroup
 from omni_convert.formats.families.patterns import matches, suggestion_for
 from omni_convert.formats.format import QuantizingFormat
@@ -22,102 +21,63 @@ from omni_convert.formats.fp8_storage import Fp8Storage
 from omni_convert.formats.mxfp4_dualscale import Mxfp4DualScale
 from omni_convert.formats.table import FORMATS, FormatOptions
 
-__all__ = ["choose_layers", "format_for", "hardware_notes", "other_linears", "reasons_to_keep", "recommendation_notes"]
-
-# What diffusers calls the main stack of blocks; refiners and single-stream blocks come after it.
-MAIN_STACK = re.compile(r"(?:blocks|layers|transformer_blocks)\.(\d+)\.")
+__all__ = ["Selection", "check_patterns", "choose_layers", "format_for", "hardware_notes"]
 
 
-def choose_layers(
-    family: Family, checkpoint: Checkpoint, where: Path, config: Mapping[str, Any], method: str, recipe: Recipe
-) -> tuple[list[LayerGroup], list[tuple[LayerGroup, str]]]:
-    """Groups to quantize, and groups that the runtime could run quantized but that stay, each with the reason.
+@dataclass(frozen=True)
+class Selection:
+    """The layers of a target that are quantized, and those that stay, each with the reason.
 
-    Args:
-        where: what to name in errors
+    Attributes:
+        scope: the layers that there were to choose from
+    """
+
+    scope: Scope
+    chosen: tuple[LayerGroup, ...]
+    kept: tuple[tuple[LayerGroup, str], ...]
+
+
+def choose_layers(target: Target) -> Selection:
+    """Decides for every group of a target's scope; a group stays as a whole if one of its members has to.
 
     Raises:
-        RecipeError: the runtime runs nothing of this family, a pattern matches nothing, or nothing is left.
-        CheckpointError: a member of a fused group is missing.
+        RecipeError: the target accepts none of the layers, or nothing is left to quantize.
+        CheckpointError: the model is quantized in a way that nobody here reads, or a member of a group is missing.
     """
-    if not recipe.force:
-        _refuse(family, where, config, method, recipe)
-    groups = family.layer_groups(checkpoint, recipe.runtime)
-    if not groups:
-        raise RecipeError(f"{where}: found no layer of {family.name} that {recipe.runtime} runs quantized")
-    patterns = list(recipe.ignored_layers)
-    if recipe.recommended:
-        patterns += [recommendation.pattern for recommendation in family.recommended_ignored(method)]
-    grouped = {stem for group in groups for stem in group.members}
-    reasons = reasons_to_keep(patterns, groups, other_linears(checkpoint, grouped))
-    leading = family.bf16_blocks(method) if recipe.bf16_blocks is None else recipe.bf16_blocks
-    if recipe.bf16_blocks and all(_block_number(group) >= leading for group in groups):
-        raise RecipeError(
-            f"--bf16-blocks: found {leading}, but none of the layers that {recipe.runtime} runs quantized is in one of "
-            "the first blocks; name layers with --ignored-layers"
-        )
+    target.component.refuse_unread()
+    scope = target.scope()
+    patterns = (*target.recipe.ignored_layers, *scope.patterns)
     chosen: list[LayerGroup] = []
     kept: list[tuple[LayerGroup, str]] = []
-    for group in groups:
-        reason = (
-            group.keep_reason
-            or reasons.get(group.runtime_name)
-            or (f"one of the first {leading} blocks" if _block_number(group) < leading else None)
-            or _unsupported(group, checkpoint, method, recipe)
-        )
+    for group in scope.groups:
+        reason = group.keep_reason or _ignored(group, patterns) or _unsupported(group, target)
         if reason is None:
             chosen.append(group)
         else:
             kept.append((group, reason))
     if not chosen:
         raise RecipeError(
-            f"{where}: every layer is ignored or unsupported; nothing is left to quantize with {method} (the first: "
-            f"{kept[0][1]})"
+            f"{target.component.config_path}: every layer is ignored or unsupported; nothing is left to quantize with "
+            f"{target.method} (the first: {kept[0][1]})"
         )
-    return chosen, kept
+    return Selection(scope, tuple(chosen), tuple(kept))
 
 
-def other_linears(tensors: Mapping[str, TensorSpec], stems: Collection[str] = ()) -> list[str]:
-    """Matrices that are none of these layers, by name."""
-    return [
-        name.removesuffix(".weight")
-        for name, spec in tensors.items()
-        if name.endswith(".weight") and len(spec.shape) == 2 and name.removesuffix(".weight") not in stems
-    ]
-
-
-def _refuse(family: Family, where: Path, config: Mapping[str, Any], method: str, recipe: Recipe) -> None:
-    """Raises where the runtime cannot run the result, or nobody should."""
-    refusal = family.unsupported(recipe.runtime, method)
-    if refusal is not None:
-        raise RecipeError(f"{where}: {refusal}; --runtime diffusers is for our loader, --force converts all the same")
-    refusal = family.refused_variant(config, method)
-    if refusal is not None:
-        raise RecipeError(f"{where}: {refusal}; choose another method, or --force")
-
-
-def _block_number(group: LayerGroup) -> float:
-    """The number of a group's block in the model's main stack; infinite elsewhere."""
-    match = MAIN_STACK.match(group.runtime_name)
-    return int(match[1]) if match else math.inf
-
-
-def recommendation_notes(family: Family, method: str, recipe: Recipe) -> list[str]:
-    """What is recommended for the family and was not asked for."""
-    if recipe.recommended:
-        return []
-    return [
-        f"recommended for {family.name}: --ignored-layers '{recommendation.pattern}' ({recommendation.reason}); "
-        "--recommended applies it"
-        for recommendation in family.recommended_ignored(method)
-    ]
+def check_patterns(recipe: Recipe, selections: Iterable[Selection]) -> None:
+    """Raises RecipeError if a pattern of the recipe matches no layer of any component."""
+    scopes = [selection.scope for selection in selections]
+    names = {name for scope in scopes for group in scope.groups for name in _names(group)}
+    names |= {name for scope in scopes for name in scope.others}
+    for pattern in recipe.ignored_layers:
+        if not any(matches(pattern, name) for name in names):
+            raise RecipeError(f"--ignored-layers: '{pattern}' matches no layer{suggestion_for(pattern, names)}")
 
 
 def hardware_notes(chosen: Iterable[LayerGroup], checkpoint: Checkpoint, method: str) -> list[str]:
-    """What of the result nobody has run yet."""
+    """Says which part of the result has not run on hardware yet."""
     if method != Mxfp4DualScale.method:
         return []
-    widths = {checkpoint[f"{group.members[0]}.weight"].shape[1] for group in chosen}
+    widths = {checkpoint[f"{group.members[0]}{WEIGHT}"].shape[1] for group in chosen}
     short = sorted(width for width in widths if width % COARSE_BLOCK)
     if not short:
         return []
@@ -153,47 +113,31 @@ def format_for(
     )
 
 
-def _unsupported(group: LayerGroup, checkpoint: Checkpoint, method: str, recipe: Recipe) -> str | None:
-    """Why the format cannot take a group, asked member by member."""
+def _names(group: LayerGroup) -> tuple[str, ...]:
+    """Every name that a pattern may give a group."""
+    return group.runtime_name, *group.members
+
+
+def _ignored(group: LayerGroup, patterns: Sequence[str]) -> str | None:
+    pattern = next((each for each in patterns if any(matches(each, name) for name in _names(group))), None)
+    return f"ignored by '{pattern}'" if pattern is not None else None
+
+
+def _unsupported(group: LayerGroup, target: Target) -> str | None:
+    """Why the format or the dialect cannot hold a member of the group, or None."""
+    weights, recipe = target.component.weights, target.recipe
     for stem in group.members:
-        spec = checkpoint[f"{stem}.weight"]
+        spec = weights[f"{stem}{WEIGHT}"]
         if not spec.dtype.is_floating_point or spec.dtype.itemsize < 2:
             return f"found {DTYPE_NAMES[spec.dtype]} weights, expected F32, F16 or BF16"
-        out_features, in_features = spec.shape
-        fmt = format_for(method, recipe, group, checkpoint, calibrated=False)
-        spelling = DIALECTS[recipe.dialect].spelling(fmt, (out_features, in_features))
-        reason = fmt.unsupported(out_features, in_features) or (spelling if isinstance(spelling, str) else None)
+        rows, columns = matrix_shape(spec)
+        fmt = format_for(target.method, recipe, group, weights, calibrated=False)
+        spelling = target.dialect.spelling(fmt, (rows, columns))
+        reason = fmt.unsupported(rows, columns) or (spelling if isinstance(spelling, str) else None)
         if reason is not None:
             return reason
         if group.is_fused and recipe.weight_block_size is not None and recipe.runtime == "vllm-omni":
-            width = out_features if len(group.members) > 1 else out_features // 2
+            width = rows if len(group.members) > 1 else rows // 2
             if width % recipe.weight_block_size[0]:
                 return f"a fused width of {width} does not divide into blocks of {recipe.weight_block_size[0]} rows"
     return None
-
-
-def reasons_to_keep(
-    patterns: Sequence[str], groups: Iterable[LayerGroup], other_layers: Iterable[str]
-) -> dict[str, str]:
-    """Runtime name of every group that a pattern matches, with the reason to show.
-
-    A fused group is kept whole when any member matches: a runtime cannot load half of one.
-
-    Args:
-        patterns: what the user asked to leave alone
-        groups: layers that would be quantized
-        other_layers: layers that stay as they are anyhow; a pattern may name them, to no effect
-
-    Raises:
-        RecipeError: a pattern matches no layer of the checkpoint.
-    """
-    reasons: dict[str, str] = {}
-    names_of = {group.runtime_name: (group.runtime_name, *group.members) for group in groups}
-    every_name = {name for names in names_of.values() for name in names} | set(other_layers)
-    for pattern in patterns:
-        for runtime_name, names in names_of.items():
-            if any(matches(pattern, name) for name in names):
-                reasons.setdefault(runtime_name, f"ignored by '{pattern}'")
-        if not any(matches(pattern, name) for name in every_name):
-            raise RecipeError(f"--ignored-layers: '{pattern}' matches no layer{suggestion_for(pattern, every_name)}")
-    return reasons

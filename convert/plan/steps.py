@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -84,22 +84,21 @@ def outputs(steps: Sequence[Step]) -> list[TensorSpec]:
 
 
 def ordered_steps(
-    checkpoint: Checkpoint, steps: Mapping[str, QuantizeStep], recipe: Recipe, as_they_are: Collection[str] = ()
+    checkpoint: Checkpoint, steps: Sequence[QuantizeStep], dtype_of_copy: Callable[[TensorSpec], torch.dtype]
 ) -> Iterator[Step]:
-    """Steps in the order in which the source holds the tensors, a group where its first member is.
+    """All steps in the order in which the source holds the tensors, a group where its first member is.
 
     Args:
-        steps: by the first member of their group; all other tensors are copied
-        as_they_are: tensors whose dtype stays, whatever the recipe says of others
+        steps: those that quantize; all other tensors are copied
+        dtype_of_copy: decides what a copied tensor becomes
     """
-    quantized = {weight.name for step in steps.values() for weight in step.weights}
+    first = {step.weights[0].name: step for step in steps}
+    quantized = {weight.name for step in steps for weight in step.weights}
     for name, spec in checkpoint.items():
-        if name in quantized:
-            step = steps.get(name.removesuffix(".weight"))
-            if step is not None:
-                yield step
-        else:
-            yield CopyStep(spec, spec.dtype if name in as_they_are else dtype_of_copy(spec, checkpoint, recipe))
+        if name in first:
+            yield first[name]
+        elif name not in quantized:
+            yield CopyStep(spec, dtype_of_copy(spec))
 
 
 def dtype_of_copy(spec: TensorSpec, checkpoint: Checkpoint, recipe: Recipe) -> torch.dtype:

@@ -11,17 +11,25 @@ import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, cast
 
+import torch
+
 from omni_convert.formats.containers.checkpoint import Checkpoint
 from omni_convert.formats.containers.component import GGUF_SUFFIX
 from omni_convert.formats.containers.names import WEIGHT
-from omni_convert.formats.dialects.base import Dialect, Found, StoredLayer
+from omni_convert.formats.containers.tensor_spec import TensorSpec
+from omni_convert.formats.dialects.base import Dialect, Found, StoredLayer, WrittenSpelling
 from omni_convert.formats.errors import CheckpointError
+from omni_convert.formats.format import Format
 
 if TYPE_CHECKING:  # the gguf package is slow to import, and few need it
     from omni_convert.formats.containers.gguf_file import GgufReader
     from omni_convert.formats.containers.gguf_header import GgufEntry
 
-__all__ = ["GGUF", "gguf_file_of"]
+__all__ = ["GGUF", "SMALL_ELEMENTS", "gguf_file_of"]
+
+#: ComfyUI-GGUF wants tensors of so many elements or fewer in float32, whatever the type of the rest.
+SMALL_ELEMENTS = 1024
+HALVES = (torch.bfloat16, torch.float16)
 
 
 class Gguf(Dialect):
@@ -42,6 +50,21 @@ class Gguf(Dialect):
             entry = file.entries[name]
             if entry.type.name not in PLAIN_DTYPES:
                 yield _stored_layer(entry, found)
+
+    def spelling(self, fmt: Format, shape: tuple[int, int]) -> WrittenSpelling | str:
+        return WrittenSpelling() if fmt.method == self.name else super().spelling(fmt, shape)
+
+    def dtype_of_copy(self, spec: TensorSpec, *, is_layer: bool) -> torch.dtype:
+        """The dtype of a tensor that is not quantized.
+
+        Weights of layers may stay BF16 or FP16, as ComfyUI-GGUF's quantizer leaves them: they can be a good part of the
+        model. Other tensors may not, since diffusers reads BF16 in linear layers only.
+
+        Args:
+            is_layer: it is the weight of a layer that could have been quantized
+        """
+        may_stay = is_layer and spec.dtype in HALVES and spec.elements > SMALL_ELEMENTS
+        return torch.float32 if spec.dtype.is_floating_point and not may_stay else spec.dtype
 
 
 def _stored_layer(entry: GgufEntry, found: Found) -> StoredLayer:

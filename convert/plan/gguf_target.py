@@ -1,0 +1,98 @@
+"""A component that becomes one GGUF file, for ComfyUI-GGUF, stable-diffusion.cpp, vLLM's plugin and diffusers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+
+from omni_convert.convert.plan.gguf_names import GgufNames, choose_names
+from omni_convert.convert.plan.steps import QuantizeStep, Step, outputs
+from omni_convert.convert.plan.target import Scope, Target, linears_in_blocks
+from omni_convert.formats.containers.checkpoint import Checkpoint
+from omni_convert.formats.containers.names import WEIGHT
+from omni_convert.formats.containers.shards import Shards
+from omni_convert.formats.containers.tensor_spec import TensorSpec
+from omni_convert.formats.dialects.base import Dialect
+from omni_convert.formats.dialects.gguf import GGUF, SMALL_ELEMENTS
+from omni_convert.formats.errors import RecipeError
+from omni_convert.formats.families.layers import LayerGroup
+from omni_convert.formats.families.patterns import matches
+from omni_convert.formats.format import Format
+from omni_convert.formats.gguf import DEFAULT_TYPE
+
+__all__ = ["GgufTarget"]
+
+HOW_TO_LOAD = (
+    "load it with from_single_file(FILE, config=FOLDER OF ITS config.json, "
+    "quantization_config=GGUFQuantizationConfig(...))"
+)
+
+
+@dataclass(frozen=True)
+class GgufTarget(Target):
+    """One GGUF file: linears in blocks have the type asked for, the rest is float32, which every reader accepts."""
+
+    @property
+    def dialect(self) -> Dialect:
+        return GGUF
+
+    @cached_property
+    def names(self) -> GgufNames:
+        """The names that the file has; raises RecipeError if it cannot have those that the recipe asks for."""
+        return choose_names(self.component.weights, self.component.config, self.recipe)
+
+    @property
+    def weights(self) -> Checkpoint:
+        return self.names.checkpoint
+
+    def scope(self) -> Scope:
+        """Layers of the file; one that joins several of diffusers' layers is a group of these."""
+        component = self.component
+        if component.is_transformers:
+            raise RecipeError(
+                f"--component {component.name}={self.method}: found a model of transformers, expected one of diffusers"
+            )
+        weights = component.weights
+        linears = linears_in_blocks(weights)
+        layers = self.names.layers
+        groups = [
+            LayerGroup(stem, parts, is_fused=False, keep_reason=self._reason_to_keep(parts))
+            for stem, parts in layers.items()
+            if linears.keys() >= {*parts}
+        ]
+        if not groups:
+            raise RecipeError(
+                f"{component.config_path}: found no layer to quantize to {self.method}, expected linears in blocks"
+            )
+        return Scope(groups, {name for stem, parts in layers.items() for name in (stem, *parts)})
+
+    def _reason_to_keep(self, parts: Sequence[str]) -> str | None:
+        facts = self.component.family.gguf
+        if any(matches(pattern, part) for pattern in facts.kept_layers for part in parts):
+            return f"kept by ComfyUI-GGUF's quantizer for {facts.architecture}"
+        if any(self.component.weights[f"{part}{WEIGHT}"].elements <= SMALL_ELEMENTS for part in parts):
+            return f"has {SMALL_ELEMENTS} elements or less"
+        return None
+
+    def written_group(self, group: LayerGroup) -> LayerGroup:
+        return LayerGroup(group.runtime_name, (group.runtime_name,), is_fused=False)
+
+    def dtype_of_copy(self, spec: TensorSpec, *, is_layer: bool) -> torch.dtype:
+        return GGUF.dtype_of_copy(spec, is_layer=is_layer)
+
+    def files(self, steps: Sequence[Step], formats: Mapping[str, Format]) -> Shards:
+        from omni_convert.formats.containers.gguf_writer import GgufFile
+
+        kind = self.recipe.gguf_type or DEFAULT_TYPE
+        quantized = [weight for step in steps if isinstance(step, QuantizeStep) for weight in step.weights]
+        shapes = {weight.name: weight.shape for weight in quantized}
+        content = GgufFile(self.component.family.gguf.architecture, kind, shapes)
+        return Shards({f"{self.component.source.short_name}-{kind}.gguf": outputs(steps)}, None, "", {}, content)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        how_to_load = f"; {HOW_TO_LOAD}" if self.names.is_for_diffusers else ""
+        return (f"{self.component.label}: the GGUF file has {self.names.note}{how_to_load}",)

@@ -1,0 +1,270 @@
+"""What a component is converted for: the reader of the result decides names, layers, dtypes, config block and files."""
+
+from __future__ import annotations
+
+import math
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+
+from omni_convert.convert.plan.component_plan import plan_files
+from omni_convert.convert.plan.shared_encoder import unquantized_encoder_layers
+from omni_convert.convert.plan.steps import Step, dtype_of_copy
+from omni_convert.convert.recipe import Recipe
+from omni_convert.convert.source.component import SourceComponent
+from omni_convert.formats.containers.checkpoint import Checkpoint
+from omni_convert.formats.containers.names import WEIGHT
+from omni_convert.formats.containers.shards import Shards
+from omni_convert.formats.containers.tensor_spec import TensorSpec
+from omni_convert.formats.dialects import omni_convert, vllm_omni
+from omni_convert.formats.dialects.base import Dialect
+from omni_convert.formats.dialects.table import DIALECTS
+from omni_convert.formats.errors import CheckpointError, RecipeError
+from omni_convert.formats.families.generic_rule import generic_groups
+from omni_convert.formats.families.layers import LayerGroup, linear_widths
+from omni_convert.formats.format import Format
+
+__all__ = ["RuntimeTarget", "Scope", "StorageTarget", "Target", "config_block", "linears_in_blocks", "other_linears"]
+
+# What diffusers calls the main stack of blocks; refiners and single-stream blocks come after it.
+MAIN_STACK = re.compile(r"(?:blocks|layers|transformer_blocks)\.(\d+)\.")
+
+
+@dataclass(frozen=True)
+class Scope:
+    """The layers that a target accepts quantized.
+
+    Attributes:
+        groups: layers of the source that are quantized together or not at all; those with a `keep_reason` stay
+        others: names of layers that stay in any case
+        patterns: further layers to keep, as `--ignored-layers` patterns
+        notes: what the user should know about these layers
+    """
+
+    groups: Sequence[LayerGroup]
+    others: Collection[str]
+    patterns: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Target(ABC):
+    """A component, the method that it is quantized with, and what the reader of the result expects."""
+
+    component: SourceComponent
+    method: str
+    recipe: Recipe
+
+    #: Whether second moments of the inputs, where there are some, decide how weights are rounded.
+    uses_moments: ClassVar[bool] = True
+
+    @property
+    @abstractmethod
+    def dialect(self) -> Dialect:
+        """How the result is spelled."""
+
+    @property
+    def weights(self) -> Checkpoint:
+        """The tensors of the component under the names that they have in the result."""
+        return self.component.weights
+
+    @abstractmethod
+    def scope(self) -> Scope:
+        """The layers to choose from.
+
+        Raises:
+            RecipeError: the reader accepts nothing of this model.
+            CheckpointError: a member of a group is missing.
+        """
+
+    def written_group(self, group: LayerGroup) -> LayerGroup:
+        """A group of the source as the result holds it."""
+        return group
+
+    def dtype_of_copy(self, spec: TensorSpec, *, is_layer: bool) -> torch.dtype:
+        """The dtype of a tensor that is not quantized.
+
+        Args:
+            is_layer: it is the weight of a layer that could have been quantized
+        """
+        return dtype_of_copy(spec, self.weights, self.recipe)
+
+    def block(
+        self, formats: Mapping[str, Format], kept: Sequence[LayerGroup], encoder: Collection[str]
+    ) -> dict[str, Any] | None:
+        """The `quantization_config` of the component; None if the reader needs none.
+
+        Args:
+            formats: stem of each quantized layer to its format
+            kept: groups of the scope that stay
+            encoder: stems of the quantized layers of the text encoder
+        """
+        return None
+
+    @abstractmethod
+    def files(self, steps: Sequence[Step], formats: Mapping[str, Format]) -> Shards:
+        """The files of weights that the steps fill."""
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the user should know about the files."""
+        return ()
+
+
+@dataclass(frozen=True)
+class RuntimeTarget(Target):
+    """Safetensors for a runtime that builds some layers of the model's family quantized."""
+
+    @property
+    def dialect(self) -> Dialect:
+        return DIALECTS[self.recipe.dialect]
+
+    def scope(self) -> Scope:
+        component, recipe, family = self.component, self.recipe, self.component.family
+        if not recipe.force:
+            self._refuse()
+        groups = family.layer_groups(component.weights, recipe.runtime)
+        if not groups:
+            raise RecipeError(
+                f"{component.config_path}: found no layer of {family.name} that {recipe.runtime} runs quantized"
+            )
+        members = {stem for group in groups for stem in group.members}
+        recommended = family.recommended_ignored(self.method)
+        return Scope(
+            list(self._without_leading_blocks(groups)),
+            other_linears(component.weights, members),
+            tuple(each.pattern for each in recommended) if recipe.recommended else (),
+            tuple(self._notes()),
+        )
+
+    def _refuse(self) -> None:
+        """Raises RecipeError if the runtime cannot run the result, or if it would be too bad."""
+        component, family = self.component, self.component.family
+        refusal = family.unsupported(self.recipe.runtime, self.method)
+        if refusal is not None:
+            raise RecipeError(
+                f"{component.config_path}: {refusal}; --runtime diffusers is for our loader, --force converts all the "
+                "same"
+            )
+        refusal = family.refused_variant(component.config, self.method)
+        if refusal is not None:
+            raise RecipeError(f"{component.config_path}: {refusal}; choose another method, or --force")
+
+    def _without_leading_blocks(self, groups: Sequence[LayerGroup]) -> Iterator[LayerGroup]:
+        """The groups; those of the leading blocks that stay in BF16 have that as their reason."""
+        recipe = self.recipe
+        leading = self.component.family.bf16_blocks(self.method) if recipe.bf16_blocks is None else recipe.bf16_blocks
+        if recipe.bf16_blocks and all(_block_number(group) >= leading for group in groups):
+            raise RecipeError(
+                f"--bf16-blocks: found {leading}, but none of the layers that {recipe.runtime} runs quantized is in "
+                "one of the first blocks; name layers with --ignored-layers"
+            )
+        for group in groups:
+            is_leading = group.keep_reason is None and _block_number(group) < leading
+            yield replace(group, keep_reason=f"one of the first {leading} blocks") if is_leading else group
+
+    def _notes(self) -> Iterator[str]:
+        family, recipe = self.component.family, self.recipe
+        if not self.component.is_transformers:  # the family of an encoder is neither known nor needed
+            yield from family.notes(self.method, recipe.runtime, self.component.weights)
+        if not recipe.recommended:
+            for each in family.recommended_ignored(self.method):
+                yield (
+                    f"recommended for {family.name}: --ignored-layers '{each.pattern}' ({each.reason}); --recommended "
+                    "applies it"
+                )
+
+    def block(
+        self, formats: Mapping[str, Format], kept: Sequence[LayerGroup], encoder: Collection[str]
+    ) -> dict[str, Any] | None:
+        component = self.component
+        ignored = {*vllm_omni.ignored_names(kept)}
+        if component.is_denoiser:
+            ignored |= {*unquantized_encoder_layers(component.source, component.family, encoder)}
+        if self.dialect is not vllm_omni.VLLM_OMNI:
+            ignored |= {*other_linears(component.weights, formats)}
+        return config_block(self.dialect, formats, ignored, is_transformers=component.is_transformers)
+
+    def files(self, steps: Sequence[Step], formats: Mapping[str, Format]) -> Shards:
+        metadata = self.dialect.metadata(formats)
+        return plan_files(steps, self.recipe, metadata, is_transformers=self.component.is_transformers)
+
+
+@dataclass(frozen=True)
+class StorageTarget(RuntimeTarget):
+    """Safetensors whose layers our loader dequantizes before use: those of text encoders and VAEs.
+
+    In a model of diffusers these are all linears and 2- and 3-dimensional convolutions. A checkpoint of transformers
+    may call its layers otherwise than its class does; there they are the linears in its blocks.
+    """
+
+    uses_moments = False
+
+    def scope(self) -> Scope:
+        component = self.component
+        stems = linears_in_blocks(component.weights) if component.is_transformers else self._layers_of_class()
+        groups = [LayerGroup(stem, (stem,), is_fused=False) for stem in stems if f"{stem}{WEIGHT}" in component.weights]
+        if not groups:
+            raise RecipeError(
+                f"{component.config_path}: found no layer to store as fp8, expected a text encoder or a VAE"
+            )
+        return Scope(groups, other_linears(component.weights, {*stems}))
+
+    def _layers_of_class(self) -> Collection[str]:
+        """Asks the class, because names and shapes do not tell a convolution from a transposed one."""
+        import diffusers
+
+        from omni_convert.loaders.layers.fp8_storage import storage_layers
+
+        where, config = self.component.config_path, self.component.config
+        name = config.get("_class_name")
+        model_class = getattr(diffusers, name, None) if isinstance(name, str) else None
+        if not (isinstance(model_class, type) and issubclass(model_class, diffusers.ModelMixin)):
+            raise RecipeError(f"{where}: found class {str(name)[:64]!r}, expected a model of diffusers for fp8_storage")
+        settings = {key: value for key, value in config.items() if key != "quantization_config"}
+        try:
+            with torch.device("meta"):
+                model = model_class.from_config(settings)  # type: ignore[attr-defined]  # diffusers is untyped
+        except (TypeError, ValueError, KeyError, RuntimeError) as error:
+            reason = str(error).strip().split("\n", 1)[0]
+            raise CheckpointError(
+                f"{where}: found a config that {name} refuses ({reason}), expected its own"
+            ) from error
+        return storage_layers(model)
+
+
+def linears_in_blocks(checkpoint: Checkpoint) -> dict[str, None]:
+    """Stems of the linears that the generic rule finds, for readers that no family's facts are about; ordered."""
+    return {stem: None for group in generic_groups(linear_widths(checkpoint)) for stem in group.members}
+
+
+def config_block(
+    dialect: Dialect, formats: Mapping[str, Format], ignored: Collection[str], *, is_transformers: bool
+) -> dict[str, Any] | None:
+    """`quantization_config` as the dialect spells it; transformers wants its own kind of vLLM-Omni's.
+
+    Raises:
+        RecipeError: the block cannot express formats that differ.
+    """
+    if is_transformers and dialect is vllm_omni.VLLM_OMNI:
+        return omni_convert.to_block(vllm_omni.config_of(formats, ignored))
+    return dialect.block(formats, ignored)
+
+
+def other_linears(tensors: Mapping[str, TensorSpec], stems: Collection[str] = ()) -> list[str]:
+    """Names of the two-dimensional weights that belong to none of the layers in `stems`."""
+    return [
+        name.removesuffix(WEIGHT)
+        for name, spec in tensors.items()
+        if name.endswith(WEIGHT) and len(spec.shape) == 2 and name.removesuffix(WEIGHT) not in stems
+    ]
+
+
+def _block_number(group: LayerGroup) -> float:
+    """The number of a group's block in the model's main stack; infinite elsewhere."""
+    match = MAIN_STACK.match(group.runtime_name)
+    return int(match[1]) if match else math.inf
