@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from omni_convert.formats.config import check_group_size
+from omni_convert.formats.dialects.table import WRITTEN
 from omni_convert.formats.errors import RecipeError, did_you_mean
 
 __all__ = [
-    "DIALECT_NAMES",
     "GGUF_NAMES",
     "GGUF_TYPES",
     "METHODS",
@@ -32,8 +32,6 @@ GGUF_NAMES = ("original", "diffusers")
 STORAGE_METHODS = ("fp8_storage",)
 # What may be done with a quantized model without quantizing it again.
 TRANSCODINGS = ("keep", "dequantize")
-# As METHODS: a test holds them equal to the dialects that are written.
-DIALECT_NAMES = ("vllm-omni", "modelopt", "comfyui", "compressed-tensors", "transformers", "auto-round", "msmodelslim")
 ACTIVATION_SCHEMES = ("dynamic", "static")
 RUNTIMES = ("vllm-omni", "diffusers")
 ROUNDINGS = ("nearest", "gptq", "auto")
@@ -142,7 +140,7 @@ class Recipe:
 
     def __post_init__(self) -> None:
         _check_choice("method", self.method, (*METHODS, *TRANSCODINGS))
-        _check_choice("dialect", self.dialect, DIALECT_NAMES)
+        _check_choice("dialect", self.dialect, WRITTEN)
         if self.method == "w4a16" and self.dialect == "vllm-omni":
             object.__setattr__(self, "dialect", "auto-round")  # whose spelling of it vLLM-Omni reads
         _check_choice("activation-scheme", self.activation_scheme, ACTIVATION_SCHEMES)

@@ -14,7 +14,6 @@ from omni_convert.convert.cli.output import announce_demo, print_lines, quieten_
 from omni_convert.convert.progress_bar import progress_bar
 from omni_convert.convert.recipe import (
     ACTIVATION_SCHEMES,
-    DIALECT_NAMES,
     DTYPES,
     GGUF_NAMES,
     GGUF_TYPES,
@@ -24,6 +23,7 @@ from omni_convert.convert.recipe import (
     Recipe,
 )
 from omni_convert.convert.source.readahead import start_reading
+from omni_convert.formats.dialects.table import WRITTEN
 
 if TYPE_CHECKING:
     from omni_convert.convert.output.remote_folder import RemoteFolder
@@ -40,9 +40,7 @@ __all__ = ["convert_command", "dequantize_command", "push_command"]
     show_default=True,
     help=f"One of {', '.join(METHODS)}; or keep: spell a quantized model in another --dialect.",
 )
-@click.option(
-    "--dialect", type=click.Choice(DIALECT_NAMES), default="vllm-omni", show_default=True, help="On-disk spelling."
-)
+@click.option("--dialect", type=click.Choice(WRITTEN), default="vllm-omni", show_default=True, help="On-disk spelling.")
 @click.option("-o", "--output", help="Folder, or a URL for fsspec. Default: ./<model name>-<method>.")
 @click.option("--calib", type=click.Path(path_type=Path), help="Prompts to calibrate on: one a line, or JSON Lines.")
 @click.option(

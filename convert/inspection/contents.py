@@ -20,11 +20,12 @@ from omni_convert.convert.source.component import open_component
 from omni_convert.convert.source.location import Source
 from omni_convert.convert.terminal import MAX_WIDTH, terminal_width, wrapped
 from omni_convert.formats.checks.completeness import incomplete
-from omni_convert.formats.checks.gguf_verdicts import gguf_verdicts
-from omni_convert.formats.checks.verdicts import Verdict, if_incomplete, of_lost_block, verdicts
 from omni_convert.formats.containers.json_file import read_json
 from omni_convert.formats.containers.tensor_spec import DTYPE_NAMES
 from omni_convert.formats.dialects.gguf import GGUF
+from omni_convert.formats.dialects.gguf_verdicts import gguf_verdicts
+from omni_convert.formats.dialects.table import DIALECTS
+from omni_convert.formats.dialects.verdict import VLLM_OMNI, Verdict, if_incomplete, lost_block_verdicts
 from omni_convert.formats.errors import CheckpointError
 from omni_convert.formats.families.family import Family
 from omni_convert.formats.families.table import find_family
@@ -125,7 +126,7 @@ def _inspect(source: Source, name: str) -> InspectedComponent:
             sum(spec.nbytes for spec in opened.checkpoint.values()),
             tuple(_inspect_layer(layer) for layer in opened.layers.values()),
             kept,
-            tuple(of_lost_block() if lost else _runtimes(source, name, opened)),
+            tuple(lost_block_verdicts() if lost else _runtimes(source, name, opened)),
         )
 
 
@@ -137,13 +138,18 @@ def _inspect_layer(layer: QuantizedLayer) -> InspectedLayer:
 
 def _runtimes(source: Source, name: str, opened: QuantizedCheckpoint) -> list[Verdict]:
     if opened.dialect == GGUF.name:
-        return list(gguf_verdicts(opened, _family(source, name)))
+        return list(gguf_verdicts(opened.checkpoint, _family(source, name)))
     if opened.dialect is None or not opened.layers:
         return []
     formats = {stem: layer.format for stem, layer in opened.layers.items()}
-    found = verdicts(opened.dialect, formats, vllm_omni_refusal(opened, _family(source, name), Recipe()))
+    dialect = DIALECTS[opened.dialect]
+    found = dialect.verdicts(formats, vllm_omni_refusal(opened, _family(source, name), Recipe()))
     flaw = incomplete(opened)
-    return found if flaw is None else if_incomplete(found, opened.dialect, flaw.reason, is_scale=flaw.is_scale)
+    if flaw is None:
+        return found
+    # vLLM-Omni leaves a missing scale unset, with a warning.
+    strict = {*dialect.strict_runtimes} - ({VLLM_OMNI} if flaw.is_scale else set())
+    return if_incomplete(found, strict, flaw.reason)
 
 
 def _family(source: Source, name: str) -> Family | None:

@@ -8,10 +8,10 @@ from pathlib import Path, PurePosixPath
 from threading import Event
 
 from omni_convert.convert.output.folder import MANIFEST
-from omni_convert.formats.checks.finding import Finding, Severity
 from omni_convert.formats.containers.json_file import read_json
 from omni_convert.formats.containers.weight_files import checked_path
 from omni_convert.formats.errors import CheckpointError
+from omni_convert.formats.finding import Finding, Severity
 
 __all__ = ["check_files"]
 

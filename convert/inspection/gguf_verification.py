@@ -10,13 +10,13 @@ import torch
 
 from omni_convert.convert.source.original_names import shapes_of, under_diffusers_names
 from omni_convert.convert.source.weights import model_class, renamed
-from omni_convert.formats.checks.finding import Finding
-from omni_convert.formats.checks.gguf_verdicts import COMFYUI_ARCHITECTURES
 from omni_convert.formats.checks.reading import LenientReading
 from omni_convert.formats.containers.checkpoint import Checkpoint
 from omni_convert.formats.dialects.gguf import gguf_file_of
+from omni_convert.formats.dialects.gguf_verdicts import COMFYUI_ARCHITECTURES
 from omni_convert.formats.errors import CheckpointError
 from omni_convert.formats.families.table import find_family
+from omni_convert.formats.finding import Finding
 from omni_convert.formats.rows import tile_ranges
 from omni_convert.formats.views.base import dequantized_view
 from omni_convert.formats.views.opened import QuantizedCheckpoint

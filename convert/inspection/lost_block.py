@@ -8,7 +8,7 @@ from typing import Any
 from omni_convert.convert.output.folder import MANIFEST
 from omni_convert.convert.recipe import Recipe
 from omni_convert.formats.containers.json_file import read_json
-from omni_convert.formats.dialects.unmarked import BARE
+from omni_convert.formats.dialects.table import DIALECTS, WRITTEN
 from omni_convert.formats.errors import CheckpointError
 from omni_convert.formats.views.opened import QuantizedCheckpoint
 
@@ -21,12 +21,12 @@ def dialect_of_lost_block(quantized: QuantizedCheckpoint, path: Path) -> str | N
     Args:
         path: the component's folder, or its file
     """
-    if quantized.block or quantized.dialect not in (None, *BARE):
+    if quantized.block or (quantized.dialect is not None and DIALECTS[quantized.dialect].declared_by != "nothing"):
         return None
     folder = path if path.is_dir() else path.parent
     recipe = _recorded(folder, "") or _recorded(folder.parent, folder.name)
     dialect = recipe.get("dialect", Recipe.dialect) if recipe is not None else None
-    return dialect if isinstance(dialect, str) and dialect not in BARE else None
+    return dialect if dialect in WRITTEN else None
 
 
 def _recorded(folder: Path, component: str) -> dict[str, Any] | None:

@@ -19,9 +19,9 @@ from torch.nn.modules.module import register_module_module_registration_hook
 
 from omni_convert.convert.source.original_names import has_original_files
 from omni_convert.convert.source.weights import model_class
-from omni_convert.formats.checks.finding import Finding
 from omni_convert.formats.checks.reading import LenientReading
 from omni_convert.formats.containers.names import COMPANIONS
+from omni_convert.formats.finding import Finding
 
 __all__ = ["check_names"]
 

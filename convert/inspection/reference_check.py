@@ -7,12 +7,12 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
-from omni_convert.formats.checks.finding import Finding
 from omni_convert.formats.checks.scale_order import other_order
 from omni_convert.formats.checks.values import SAMPLE_MULTIPLE, other_scale
-from omni_convert.formats.checks.verdicts import CONSUMERS
 from omni_convert.formats.containers.checkpoint import Checkpoint
 from omni_convert.formats.dialects.codec import Swizzled
+from omni_convert.formats.dialects.table import DIALECTS
+from omni_convert.formats.finding import Finding
 from omni_convert.formats.format import Format
 from omni_convert.formats.rows import tile_ranges
 from omni_convert.formats.views.opened import QuantizedLayer
@@ -68,6 +68,7 @@ def relative_error(layer: QuantizedLayer, reference: Checkpoint, name: str) -> f
 
 def _explained(layer: QuantizedLayer, reference: Checkpoint, error: float, limit: float, dialect: str) -> Finding:
     """The mistake that explains an error, if one of the known ones does."""
+    consumers = DIALECTS[dialect].consumers
     rows = min(layer.shape[0], SAMPLE_MULTIPLE)
     wanted = reference.read_rows(f"{layer.stem}.weight", 0, rows).flatten(1).float()
     tensors = layer.read(0, rows)
@@ -75,12 +76,12 @@ def _explained(layer: QuantizedLayer, reference: Checkpoint, error: float, limit
         other = float((layer.format.dequantize(changed) - wanted).norm() / wanted.norm())
         if other <= limit:
             what = f"found weights {error:.0%} off the reference, {other:.1%} once that is undone"
-            return Finding("error", check, layer.stored.name_of(suffix), what, f"{CONSUMERS[dialect]}: noise", remedy)
+            return Finding("error", check, layer.stored.name_of(suffix), what, f"{consumers}: noise", remedy)
     what = f"found weights {error:.0%} off the reference, expected at most {limit:.0%} for {layer.format.label}"
     if "mul_scale" in layer.tensors and error < 1:  # chosen for the error of the output, it may raise that of weights
         remedy = "compare the pictures; calibrated on a few prompts only, record more"
         return Finding("warning", "differs-from-reference", layer.stem, what, "", remedy)
-    hurts = f"{CONSUMERS[dialect]}: computes with other weights"
+    hurts = f"{consumers}: computes with other weights"
     return Finding("error", "differs-from-reference", layer.stem, what, hurts, "convert the model again")
 
 

@@ -25,8 +25,7 @@ from omni_convert.convert.inspection.reference_check import bits_of, check_again
 from omni_convert.convert.output.folder import MANIFEST
 from omni_convert.convert.source.location import Source
 from omni_convert.convert.source.weights import as_weights, renamed
-from omni_convert.formats.checks.config import check_block
-from omni_convert.formats.checks.finding import Finding
+from omni_convert.formats.checks.block import check_block
 from omni_convert.formats.checks.reading import LenientReading, read_leniently
 from omni_convert.formats.checks.scale_exchange import ScaleTrace, exchanged_scales, trace_of
 from omni_convert.formats.checks.scope import check_scope
@@ -35,16 +34,17 @@ from omni_convert.formats.containers.checkpoint import Checkpoint
 from omni_convert.formats.containers.component import DENOISERS
 from omni_convert.formats.containers.json_file import read_json
 from omni_convert.formats.dialects.gguf import GGUF
+from omni_convert.formats.dialects.table import DIALECTS
 from omni_convert.formats.errors import CheckpointError
 from omni_convert.formats.families.family import Family
 from omni_convert.formats.families.table import find_family
+from omni_convert.formats.finding import Finding
 from omni_convert.formats.rows import tile_ranges
 from omni_convert.formats.views.opened import describe, read_quantized
 
 __all__ = ["VerifiedComponent", "verify_source", "weight_bytes"]
 
 #: What vLLM-Omni loads by the layers that it builds; other dialects are for others, or are spelled anew first.
-SCOPED = ("vllm-omni", "modelopt")
 
 
 @dataclass(frozen=True)
@@ -188,7 +188,9 @@ def _config(folder: Path) -> dict[str, Any]:
 def _scope(source: Source, reading: LenientReading, config: dict[str, Any]) -> list[Finding]:
     """What vLLM-Omni would make of the layers, if the component is for it."""
     class_name = config.get("_class_name")
-    if reading.quantized.dialect not in SCOPED or not isinstance(class_name, str) or not reading.shapes:
+    dialect = reading.quantized.dialect
+    is_for_vllm_omni = dialect is not None and DIALECTS[dialect].fills_vllm_omni_parameters
+    if not is_for_vllm_omni or not isinstance(class_name, str) or not reading.shapes:
         return []
     family = find_family(class_name)
     if family.is_generic or _is_for_our_loader(source):

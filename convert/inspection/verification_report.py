@@ -12,8 +12,8 @@ from pathlib import Path
 
 from omni_convert.convert.inspection.verification import VerifiedComponent
 from omni_convert.convert.terminal import wrapped
-from omni_convert.formats.checks.finding import Finding
 from omni_convert.formats.errors import listed
+from omni_convert.formats.finding import Finding
 
 __all__ = ["count_of", "verification_report"]
 

@@ -11,13 +11,12 @@ from omni_convert.formats.containers.checkpoint import Checkpoint
 from omni_convert.formats.containers.names import CODES, COMPANIONS, LOW_BIT, WEIGHT
 from omni_convert.formats.containers.tensor_spec import DTYPE_NAMES
 from omni_convert.formats.dialects.gguf import GGUF
+from omni_convert.formats.dialects.table import DIALECTS
 from omni_convert.formats.errors import listed, nearest
 from omni_convert.formats.views.opened import QuantizedCheckpoint
 
 __all__ = ["Flaw", "Gap", "block_gaps", "gaps", "incomplete", "without_weight"]
 
-# Whose readers take no tensor that they do not know.
-STRICT = ("vllm-omni", "modelopt")
 LEAVES_SHOWN = 5
 
 
@@ -72,6 +71,8 @@ def incomplete(quantized: QuantizedCheckpoint) -> Flaw | None:
 
 def _stray(quantized: QuantizedCheckpoint, name: str) -> Flaw | None:
     """What is wrong with a tensor that belongs to no quantized layer."""
+    assert quantized.dialect is not None
+    is_strict = DIALECTS[quantized.dialect].fills_vllm_omni_parameters
     stem, _, leaf = name.rpartition(".")
     spec = quantized.checkpoint[name]
     if leaf in COMPANIONS:
@@ -79,8 +80,8 @@ def _stray(quantized: QuantizedCheckpoint, name: str) -> Flaw | None:
         if bare is not None:
             return Flaw(f"layer '{stem}': {bare}")
         what = f"found '{name}', which belongs to no quantized layer"
-        return Flaw(what) if quantized.dialect in STRICT else None
-    if quantized.dialect in STRICT and leaf in CODES and spec.dtype in LOW_BIT and len(spec.shape) == 2:
+        return Flaw(what) if is_strict else None
+    if is_strict and leaf in CODES and spec.dtype in LOW_BIT and len(spec.shape) == 2:
         return Flaw(f"found '{name}' in {DTYPE_NAMES[spec.dtype]} without the scales that it needs", is_scale=True)
     return None
 

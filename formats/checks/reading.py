@@ -10,16 +10,17 @@ from dataclasses import dataclass, replace
 import torch
 
 from omni_convert.formats.checks.completeness import Gap, block_gaps, without_weight
-from omni_convert.formats.checks.finding import Finding
 from omni_convert.formats.checks.tensors import check_layer
-from omni_convert.formats.checks.verdicts import CONSUMERS, OURS
 from omni_convert.formats.containers.checkpoint import Checkpoint
 from omni_convert.formats.containers.names import CODES, COMPANIONS, LOW_BIT, WEIGHT
 from omni_convert.formats.containers.tensor_spec import DTYPE_NAMES, TensorSpec
 from omni_convert.formats.dialects.base import Dialect, Found, StoredLayer
 from omni_convert.formats.dialects.gguf import GGUF
+from omni_convert.formats.dialects.table import DIALECTS, find_dialect
+from omni_convert.formats.dialects.verdict import OURS
 from omni_convert.formats.errors import CheckpointError
-from omni_convert.formats.views.opened import QuantizedCheckpoint, QuantizedLayer, find_dialect
+from omni_convert.formats.finding import Finding
+from omni_convert.formats.views.opened import QuantizedCheckpoint, QuantizedLayer
 
 __all__ = ["LenientReading", "read_leniently"]
 
@@ -72,7 +73,7 @@ def read_leniently(found: Found) -> LenientReading:
         findings += flaws
         if not any(flaw.severity == "error" and flaw.check in BREAKING for flaw in flaws):
             layers[each.stem] = layer
-    findings += _orphans(found, used | unread, CONSUMERS[dialect.name])
+    findings += _orphans(found, used | unread, DIALECTS[dialect.name].consumers)
     rest = [name for name in checkpoint if name not in used]
     kept = dialect.kept_names(found, rest)
     quantized = QuantizedCheckpoint(checkpoint, dialect.name, layers, kept, found.block)
@@ -169,7 +170,7 @@ def _has_scales(leaves: Mapping[str, TensorSpec]) -> bool:
 
 def _as_finding(check: str, found: Found, stem: str, error: CheckpointError, dialect: str) -> Finding:
     what = str(error).removeprefix(f"{found.checkpoint.path}: ").removeprefix(f"layer '{stem}': ")
-    return Finding("error", check, stem, what, CONSUMERS[dialect], "convert the model again")
+    return Finding("error", check, stem, what, DIALECTS[dialect].consumers, "convert the model again")
 
 
 def _orphans(found: Found, used: Collection[str], consumer: str) -> Iterator[Finding]:

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from omni_convert.formats.checks.finding import Finding
 from omni_convert.formats.checks.scale_order import LEAST_SPREAD, WIDEST
 from omni_convert.formats.checks.values import elements_of
-from omni_convert.formats.checks.verdicts import CONSUMERS
+from omni_convert.formats.dialects.table import DIALECTS
+from omni_convert.formats.finding import Finding
 from omni_convert.formats.format import Format
 from omni_convert.formats.views.opened import QuantizedLayer
 
@@ -103,7 +103,7 @@ def exchanged_scales(traces: Sequence[ScaleTrace], dialect: str) -> Iterator[Fin
             yield Finding(
                 "warning", "exchanged-scales", own.layer.stored.name_of("weight_scale"),
                 f"found scales that fit these codes worse than those of '{other.layer.stem}' do, which fit no better "
-                "where they are", f"{CONSUMERS[dialect]}: noise", "exchange them, or convert the model again",
+                "where they are", f"{DIALECTS[dialect].consumers}: noise", "exchange them, or convert the model again",
             )  # fmt: skip
 
 

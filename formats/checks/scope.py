@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import fnmatch
 import re
 from collections.abc import Collection, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from omni_convert.formats.checks.finding import Finding
 from omni_convert.formats.checks.reading import LenientReading
 from omni_convert.formats.containers.tensor_spec import TensorSpec
-from omni_convert.formats.dialects.vllm_omni import MODELOPT, from_block, ignored_names
+from omni_convert.formats.dialects.base import Dialect
+from omni_convert.formats.dialects.table import DIALECTS
+from omni_convert.formats.dialects.vllm_omni import ignored_names
 from omni_convert.formats.errors import OmniConvertError, listed, nearest
 from omni_convert.formats.families.family import Family
 from omni_convert.formats.families.layers import LayerGroup
+from omni_convert.formats.finding import Finding
 from omni_convert.formats.fp8 import FP8
 from omni_convert.formats.int8 import INT8
 from omni_convert.formats.rows import tile_ranges
@@ -49,11 +50,12 @@ def check_scope(reading: LenientReading, family: Family, encoder_layers: Sequenc
         if not reading.findings:
             yield Finding("error", "half-quantized-group", "", str(error), VLLM_OMNI, ANEW)
         return
-    ignored = _ignored(reading)
+    assert quantized.dialect is not None
+    dialect = DIALECTS[quantized.dialect]
+    ignored = dialect.ignored_entries(reading.found.block)
     built = {stem for group in groups for stem in group.members}
-    dequantizes = quantized.dialect == MODELOPT and methods == {"fp8"}
     for stem in reading.shapes:
-        if stem not in built and not dequantizes:
+        if stem not in built and not dialect.is_dequantized_by_vllm_omni(methods):
             yield Finding(
                 "error", "not-built-quantized", stem, "found it quantized, but the runtime builds it unquantized",
                 f"{VLLM_OMNI}: takes the codes for weights, or a KeyError", "leave the layer unquantized",
@@ -61,8 +63,8 @@ def check_scope(reading: LenientReading, family: Family, encoder_layers: Sequenc
     damaged = {finding.layer for finding in reading.findings}
     for group in groups:
         if not any(name == stem or name.startswith(f"{stem}.") for name in damaged for stem in group.members):
-            yield from _group(reading, group, ignored)
-    yield from _names(reading, groups, ignored, family, encoder_layers)
+            yield from _group(reading, group, ignored, dialect)
+    yield from _names(reading, groups, ignored, dialect, family, encoder_layers)
 
 
 def _weights(reading: LenientReading) -> dict[str, TensorSpec]:
@@ -72,34 +74,11 @@ def _weights(reading: LenientReading) -> dict[str, TensorSpec]:
     return layers | {name: checkpoint[stored] for name, stored in reading.quantized.kept.items() if name not in layers}
 
 
-def _ignored(reading: LenientReading) -> tuple[str, ...]:
-    """What the block lists, in its own words; () where it cannot be read, which another check reports.
-
-    ModelOpt's entries are patterns or parts of names, and mean less or more when they are made plain.
-    """
-    block = reading.found.block
-    if reading.quantized.dialect != MODELOPT:
-        try:
-            return from_block(block, "config.json").ignored_layers
-        except OmniConvertError:
-            pass
-    nested = block.get("quantization")
-    older = nested.get("exclude_modules") if isinstance(nested, dict) else None
-    listed = block.get("ignored_layers", block.get("ignore", older))
-    return tuple(name for name in listed if isinstance(name, str)) if isinstance(listed, list) else ()
-
-
-def _is_listed(name: str, ignored: Collection[str], dialect: str | None) -> bool:
-    if name in ignored:
-        return True
-    return dialect == MODELOPT and any(entry in name or fnmatch.fnmatchcase(name, entry) for entry in ignored)
-
-
-def _group(reading: LenientReading, group: LayerGroup, ignored: Collection[str]) -> Iterator[Finding]:
-    dialect, layers = reading.quantized.dialect, reading.quantized.layers
+def _group(reading: LenientReading, group: LayerGroup, ignored: Collection[str], dialect: Dialect) -> Iterator[Finding]:
+    layers = reading.quantized.layers
     stored = [stem for stem in group.members if stem in layers]
     names = (group.runtime_name, *group.members)
-    listed = [name for name in names if _is_listed(name, ignored, dialect)]
+    listed = [name for name in names if dialect.is_ignored(name, ignored)]
     if not stored:
         yield from _unquantized(group, listed, dialect)
     elif len(stored) < len(group.members):
@@ -120,8 +99,9 @@ def _group(reading: LenientReading, group: LayerGroup, ignored: Collection[str])
         yield from _shared(group, [layers[stem] for stem in group.members])
 
 
-def _unquantized(group: LayerGroup, listed: Collection[str], dialect: str | None) -> Iterator[Finding]:
-    if group.runtime_name in listed and (len(listed) in (1, 1 + len(group.members)) or dialect == MODELOPT):
+def _unquantized(group: LayerGroup, listed: Collection[str], dialect: Dialect) -> Iterator[Finding]:
+    is_whole = dialect.ignores_merged_layers_by_name or len(listed) in (1, 1 + len(group.members))
+    if group.runtime_name in listed and is_whole:
         return
     if not listed:
         yield Finding(
@@ -192,15 +172,15 @@ def _names(
     reading: LenientReading,
     groups: Sequence[LayerGroup],
     ignored: Sequence[str],
+    dialect: Dialect,
     family: Family,
     encoder_layers: Sequence[str],
 ) -> Iterator[Finding]:
     """Ignored names that are nothing, and names of the encoder that are not ignored."""
-    dialect = reading.quantized.dialect
     stems = {name.removesuffix(".weight") for name in _weights(reading) if name.endswith(".weight")}
     known = {*ignored_names(groups), *stems, *(stem.removesuffix(".0") for stem in stems), *encoder_layers}
     for entry in ignored:
-        if _is_known(entry, known, dialect) or _is_of_encoder(entry, family):
+        if any(dialect.is_ignored(name, (entry,)) for name in known) or _is_of_encoder(entry, family):
             continue
         near = nearest(entry, known)
         yield Finding(
@@ -208,19 +188,13 @@ def _names(
             f"{VLLM_OMNI}: compares whole names, so that it ignores nothing",
             f"did you mean '{near}'?" if near is not None else "remove it",
         )  # fmt: skip
-    absent = [name for name in encoder_layers if not _is_listed(name, ignored, dialect)]
+    absent = [name for name in encoder_layers if not dialect.is_ignored(name, ignored)]
     if absent:
         yield Finding(
             "error", "not-ignored", absent[0],
             f"found {listed(['this layer of the text encoder', *absent[1:]], 1)} not listed as ignored",
             f"{VLLM_OMNI}: builds them from the same block: garbage", "list them, or convert the whole pipeline",
         )  # fmt: skip
-
-
-def _is_known(entry: str, known: Collection[str], dialect: str | None) -> bool:
-    if entry in known:
-        return True
-    return dialect == MODELOPT and any(entry in name or fnmatch.fnmatchcase(name, entry) for name in known)
 
 
 def _is_of_encoder(entry: str, family: Family) -> bool:

@@ -8,10 +8,10 @@ from collections.abc import Iterator
 import torch
 
 from omni_convert.formats.arithmetic.swizzle import padded_scale_shape
-from omni_convert.formats.checks.finding import Finding
-from omni_convert.formats.checks.verdicts import CONSUMERS
 from omni_convert.formats.containers.tensor_spec import DTYPE_NAMES, TensorSpec
 from omni_convert.formats.dialects.codec import Plain, Swizzled, Transposed
+from omni_convert.formats.dialects.table import DIALECTS
+from omni_convert.formats.finding import Finding
 from omni_convert.formats.format import QuantizingFormat
 from omni_convert.formats.views.opened import QuantizedLayer
 
@@ -19,13 +19,11 @@ __all__ = ["check_layer"]
 
 HALF = (torch.bfloat16, torch.float16)
 AGAIN = "convert the model again"
-# Dialects that are read into parameters of a fixed dtype, whatever the file has.
-BY_VALUE = ("vllm-omni", "modelopt")
 
 
 def check_layer(layer: QuantizedLayer, dialect: str) -> Iterator[Finding]:
     """Everything that is wrong with a layer's tensors but their values."""
-    consumer = CONSUMERS[dialect]
+    consumer = DIALECTS[dialect].consumers
     reason = layer.format.unsupported(*layer.shape) if isinstance(layer.format, QuantizingFormat) else None
     if reason is not None:
         yield Finding("error", "indivisible-width", layer.stem, reason, consumer, "leave the layer unquantized")
@@ -41,7 +39,7 @@ def check_layer(layer: QuantizedLayer, dialect: str) -> Iterator[Finding]:
             )  # fmt: skip
             continue
         if layer.stored.spelling.codec(suffix).mismatch(spec, layout) is not None:
-            is_cast = spec.dtype is torch.float8_e8m0fnu and dialect in BY_VALUE
+            is_cast = spec.dtype is torch.float8_e8m0fnu and DIALECTS[dialect].fills_vllm_omni_parameters
             yield _cast_by_value(spec) if is_cast else _mismatch(layer, suffix, spec, consumer)
             continue
         yield from _tolerated(layer, suffix, spec, dialect)
@@ -87,12 +85,12 @@ def _tolerated(layer: QuantizedLayer, suffix: str, spec: TensorSpec, dialect: st
             f"found {DTYPE_NAMES[spec.dtype]}, expected F32: up to {'0.4' if spec.dtype is HALF[0] else '0.05'} % off",
             "every runtime: the error is in every weight", "keep scales in F32 when casting a model",
         )  # fmt: skip
-    if dialect not in BY_VALUE or not isinstance(codec, Plain):
+    if not DIALECTS[dialect].fills_vllm_omni_parameters or not isinstance(codec, Plain):
         return
     if stored.dtype is torch.uint8 and spec.dtype is torch.float8_e8m0fnu:
         yield _cast_by_value(spec)
     is_scalar = spec.elements == 1 and len(spec.shape) <= 1
-    if dialect == "vllm-omni" and spec.shape != stored.shape and not (is_scalar and not stored.shape):
+    if DIALECTS[dialect].has_exact_shapes and spec.shape != stored.shape and not (is_scalar and not stored.shape):
         yield Finding(
             "error", "wrong-shape", spec.name, f"found {list(spec.shape)}, expected {list(stored.shape)}",
             "vLLM-Omni: refuses other shapes of as many elements", "reshape the tensor",

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from omni_convert.formats.arithmetic.e2m1 import E2M1, holds_e2m1
 from omni_convert.formats.arithmetic.mx import COARSE_BLOCK, MX_BLOCK, split_blocks
-from omni_convert.formats.checks.finding import Finding
 from omni_convert.formats.checks.scale_order import other_order, scales_are_scrambled, smoother_order
-from omni_convert.formats.checks.verdicts import CONSUMERS
 from omni_convert.formats.dialects.codec import OneForAll, Swizzled
+from omni_convert.formats.dialects.table import DIALECTS
+from omni_convert.formats.finding import Finding
 from omni_convert.formats.format import Format
 from omni_convert.formats.rows import tile_ranges
 from omni_convert.formats.views.opened import QuantizedLayer
@@ -143,8 +143,8 @@ WORDS = {
 
 
 def _of_values(layer: QuantizedLayer, suffix: str, check: str, count: int, dialect: str) -> Finding:
-    hurts = f"{CONSUMERS[dialect]}: NaN, that is black images" if check in ("non-finite", "e8m0-nan") else (
-        f"{CONSUMERS[dialect]}: computes with other numbers"
+    hurts = f"{DIALECTS[dialect].consumers}: NaN, that is black images" if check in ("non-finite", "e8m0-nan") else (
+        f"{DIALECTS[dialect].consumers}: computes with other numbers"
     )  # fmt: skip
     what = f"found values {WORDS[check]}: {count}"
     return Finding("error", check, layer.stored.name_of(suffix), what, hurts, "download the file or convert it again")
@@ -181,7 +181,12 @@ def _sizes(layer: QuantizedLayer, tensors: Mapping[str, Tensor], dialect: str) -
             )  # fmt: skip
             what = f"found a scale for inputs up to {largest:.3g}; one over it says {clip * clip / largest:.3g}"
             yield Finding(
-                "warning", likely, layer.stored.name_of("input_scale"), what, CONSUMERS[dialect], "calibrate again"
+                "warning",
+                likely,
+                layer.stored.name_of("input_scale"),
+                what,
+                DIALECTS[dialect].consumers,
+                "calibrate again",
             )
 
 
@@ -194,10 +199,10 @@ def _implausible(layer: QuantizedLayer, tensors: Mapping[str, Tensor], rms: floa
             what = f"found scales that give weights an RMS of {rms:.3g}; one over them gives {turned:.3g}"
             return Finding(
                 "error", "reciprocal-scale", layer.stored.name_of(suffix), what,
-                f"{CONSUMERS[dialect]}: noise", "store one over the scale",
+                f"{DIALECTS[dialect].consumers}: noise", "store one over the scale",
             )  # fmt: skip
     what = f"found weights with an RMS of {rms:.3g}, expected {LIKELY_RMS[0]:g} to {LIKELY_RMS[1]:g}"
-    return Finding("error", "implausible-scale", layer.stem, what, f"{CONSUMERS[dialect]}: noise", AGAIN)
+    return Finding("error", "implausible-scale", layer.stem, what, f"{DIALECTS[dialect].consumers}: noise", AGAIN)
 
 
 def _smoothing(layer: QuantizedLayer, tensors: Mapping[str, Tensor]) -> Iterator[Finding]:
@@ -241,11 +246,11 @@ def _blocks(
         found, due = ("linear", "swizzled") if swizzled else ("swizzled", "linear")
         yield Finding(
             "error", "scale-order", name, f"found {found} scales, going by the magnitudes of the blocks, {due} are due",
-            f"{CONSUMERS[dialect]}: noise", f"store the scales {due}",
+            f"{DIALECTS[dialect].consumers}: noise", f"store the scales {due}",
         )  # fmt: skip
     elif scales_are_scrambled(magnitude + coarse, _log2(scales)):
         what = "found scales that fit their blocks no better than scales drawn by lot"
-        yield Finding("error", "scale-order", name, what, f"{CONSUMERS[dialect]}: noise", AGAIN)
+        yield Finding("error", "scale-order", name, what, f"{DIALECTS[dialect].consumers}: noise", AGAIN)
 
 
 def _log2(scales: Tensor) -> Tensor:

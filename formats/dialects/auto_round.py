@@ -18,12 +18,16 @@ from typing import Any
 
 import torch
 
+from omni_convert.formats.arithmetic.element import IntegerType
 from omni_convert.formats.config import QuantizationConfig
 from omni_convert.formats.dialects.base import Dialect, Found, Spelling, StoredLayer, WrittenSpelling
+from omni_convert.formats.dialects.block_findings import block_mismatch
 from omni_convert.formats.dialects.codec import Reciprocal, Transposed
+from omni_convert.formats.dialects.detection import signed_layers
 from omni_convert.formats.dialects.packed_words import PackedColumns
-from omni_convert.formats.dialects.unmarked import signed_layers
+from omni_convert.formats.dialects.verdict import DIFFUSERS, OURS, UNMARKED, VLLM_OMNI, Verdict
 from omni_convert.formats.errors import CheckpointError, RecipeError
+from omni_convert.formats.finding import Finding
 from omni_convert.formats.foreign import Scaled
 from omni_convert.formats.format import Format
 from omni_convert.formats.int4 import Int4
@@ -57,6 +61,13 @@ class AutoRound(Dialect):
     """See the module."""
 
     name = "auto-round"
+    consumers = "vLLM, diffusers"
+    usual_verdicts = (
+        Verdict(VLLM_OMNI, "loads", "integers on CUDA and XPU, MX on XPU"),
+        Verdict(DIFFUSERS, "loads", "integers, with auto-round installed; MX as dequantized BF16"),
+        Verdict(OURS, "loads", "W4A16 in GPTQ's packing, the same for all layers"),
+        UNMARKED,
+    )
 
     def recognises(self, found: Found) -> bool:
         return found.quant_method.replace("_", "-") in METHODS
@@ -95,6 +106,18 @@ class AutoRound(Dialect):
         _, group = encoding.block
         block = to_block(WHOLE_ROW if group is None else group, layers, ignored)
         return block | {"bits": bits, "sym": encoding.is_symmetric}
+
+    def check(self, found: Found, layers: Mapping[str, StoredLayer], config: Mapping[str, Any]) -> Iterator[Finding]:
+        declared = found.block.get("group_size")
+        for stem, layer in layers.items():
+            encoding = layer.format.encoding
+            if encoding is None or not isinstance(encoding.element, IntegerType):
+                continue
+            _, group = encoding.block
+            is_row = declared in (WHOLE_ROW, None) or (type(declared) is int and declared >= layer.shape[1])
+            if group != (None if is_row else declared):
+                what = f"found groups of {group or 'a row'}, but the config says {declared}"
+                yield block_mismatch(stem, what, self.consumers)
 
 
 def _bits_of(fmt: Format) -> int | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -17,6 +17,8 @@ from torch import Tensor
 from omni_convert.formats.containers.checkpoint import Checkpoint
 from omni_convert.formats.containers.tensor_spec import TensorSpec
 from omni_convert.formats.dialects.codec import PLAIN, Codec, WritableCodec
+from omni_convert.formats.dialects.verdict import OURS, VLLM_OMNI, Verdict
+from omni_convert.formats.finding import Finding
 from omni_convert.formats.format import Format
 from omni_convert.formats.rows import TensorLayout
 
@@ -146,6 +148,21 @@ class Dialect(ABC):
 
     #: As users call it.
     name: str
+    #: The programs that read it, as findings name them.
+    consumers: str
+    #: Verdicts that hold for every format.
+    usual_verdicts: tuple[Verdict, ...] = ()
+    #: Runtimes that refuse a component with a tensor missing or too many; others load it without a word.
+    strict_runtimes: tuple[str, ...] = (OURS, VLLM_OMNI)
+    #: What declares the layers quantized: a config block, marks or labels elsewhere, the container, or nothing.
+    declared_by: Literal["block", "marks", "container", "nothing"] = "block"
+    #: Whether vLLM-Omni copies the tensors into parameters that it has allocated: their names and dtypes, and the
+    #: choice of layers, must be exactly those that it builds.
+    fills_vllm_omni_parameters: bool = False
+    #: Whether readers compare the shapes of tensors, not only their numbers of elements.
+    has_exact_shapes: bool = False
+    #: Whether the name of a merged layer in the list of ignored ones is enough, without those of its parts.
+    ignores_merged_layers_by_name: bool = False
     #: Whether all tensors must be in one file.
     is_single_file: bool = False
     #: Whether its readers expect diffusers' names, not those of the model's own code.
@@ -200,3 +217,33 @@ class Dialect(ABC):
     def metadata(self, layers: Mapping[str, Format]) -> dict[str, str]:
         """Free text for the file's header."""
         return {}
+
+    def verdicts(self, layers: Mapping[str, Format], refusal: str | None = None) -> list[Verdict]:
+        """What each runtime does with a component.
+
+        Args:
+            layers: stem to format
+            refusal: why vLLM-Omni refuses or misreads a component in a dialect that it knows, or None
+        """
+        return list(self.usual_verdicts)
+
+    def check(self, found: Found, layers: Mapping[str, StoredLayer], config: Mapping[str, Any]) -> Iterator[Finding]:
+        """Everything that block, marks and labels declare and the tensors, or the readers, contradict.
+
+        Args:
+            layers: stem to each layer that can be read
+            config: the component's config.json; {} if there is none
+        """
+        yield from ()
+
+    def ignored_entries(self, block: Mapping[str, Any]) -> tuple[str, ...]:
+        """The block's list of ignored layers, as it is written; () where there is none."""
+        return ()
+
+    def is_ignored(self, name: str, entries: Collection[str]) -> bool:
+        """Whether a list of ignored layers covers a layer's name."""
+        return name in entries
+
+    def is_dequantized_by_vllm_omni(self, methods: Collection[str]) -> bool:
+        """Whether vLLM-Omni dequantizes such layers where it builds them unquantized."""
+        return False

@@ -24,9 +24,17 @@ import torch
 from omni_convert.formats.containers.json_file import parse_json
 from omni_convert.formats.dialects.base import Dialect, Found, StoredLayer, WrittenSpelling
 from omni_convert.formats.dialects.codec import SwappedNibbles, Swizzled
-from omni_convert.formats.dialects.detection import Signature, read_signature
-from omni_convert.formats.dialects.unmarked import parts_of, stored_layer, unknown_format
+from omni_convert.formats.dialects.detection import (
+    Signature,
+    parts_of,
+    read_signature,
+    stored_layer,
+    unknown_format,
+)
+from omni_convert.formats.dialects.verdict import COMFYUI as RUNTIME
+from omni_convert.formats.dialects.verdict import CONVERT_FIRST, DIFFUSERS, NO_BLOCK, Verdict
 from omni_convert.formats.errors import CheckpointError
+from omni_convert.formats.finding import Finding
 from omni_convert.formats.foreign import Rotated
 from omni_convert.formats.format import Format, QuantizingFormat
 from omni_convert.formats.fp8 import FP8
@@ -41,7 +49,23 @@ MARK = "comfy_quant"
 LEGACY_MARK = "scaled_fp8"
 NAMES = {"mul_scale": "pre_quant_scale"}
 LEGACY_NAMES = {"weight_scale": "scale_weight", "input_scale": "scale_input"}
-READABLE = ("float8_e4m3fn", "float8_e5m2", "mxfp8", "nvfp4", "int8_tensorwise")
+# What a mark may say, and the method that it stands for.
+METHODS = {
+    "float8_e4m3fn": "fp8",
+    "float8_e5m2": "fp8",
+    "mxfp8": "mxfp8",
+    "nvfp4": "nvfp4",
+    "int8_tensorwise": "int8",
+}
+ELEMENTS = {"float8_e4m3fn": torch.float8_e4m3fn, "float8_e5m2": torch.float8_e5m2}
+# Hardware on which ComfyUI runs a method without dequantizing it.
+HARDWARE = {
+    "fp8": "a GPU with FP8 (SM 8.9)",
+    "int8": "a GPU with INT8 (SM 7.5)",
+    "mxfp8": "Blackwell (SM 10.0)",
+    "nvfp4": "Blackwell (SM 10.0)",
+}
+STABLE_DIFFUSION_CPP_METHODS = ("fp8", "int8")
 SWIZZLED = ("mxfp8", "nvfp4")
 MAX_MARK_BYTES = 4096
 PREFIXES = ("model.diffusion_model.", "diffusion_model.")
@@ -55,6 +79,13 @@ class ComfyUi(Dialect):
     """See the module."""
 
     name = "comfyui"
+    consumers = "ComfyUI"
+    usual_verdicts = (
+        NO_BLOCK,
+        Verdict(DIFFUSERS, "wrong", "no reader of ComfyUI's scales; omni-convert dequantize gives BF16"),
+        CONVERT_FIRST,
+    )
+    declared_by = "marks"
     is_single_file = True
     has_diffusers_names = False
 
@@ -95,6 +126,57 @@ class ComfyUi(Dialect):
     def metadata(self, layers: Mapping[str, Format]) -> dict[str, str]:
         marks = {stem: {"format": _format_name(layers[stem])} for stem in sorted(layers)}
         return {METADATA: json.dumps({"format_version": "1.0", "layers": marks})}
+
+    def verdicts(self, layers: Mapping[str, Format], refusal: str | None = None) -> list[Verdict]:
+        methods = {fmt.method for fmt in layers.values()}
+        needs = ", ".join(f"{method} on {HARDWARE[method]}" for method in sorted(methods & HARDWARE.keys()))
+        found = [Verdict(RUNTIME, "loads", f"as it is marked; runs {needs}, else dequantizes"), *self.usual_verdicts]
+        if methods <= {*STABLE_DIFFUSION_CPP_METHODS}:
+            why = "in versions that do not drop the scales of scaled FP8 (white images)"
+            found.append(Verdict("stable-diffusion.cpp", "loads", why))
+        return found
+
+    def check(self, found: Found, layers: Mapping[str, StoredLayer], config: Mapping[str, Any]) -> Iterator[Finding]:
+        in_header = _marks_in_header(found) if layers else {}
+        for stem, layer in layers.items():
+            place = layer.place or stem
+            mark = _mark(found, place) if found.get(place, MARK) is not None else None
+            yield from _check_marks(stem, layer, mark, in_header.get(place, in_header.get(stem)))
+        yield from _check_legacy_mark(found, layers)
+
+
+def _check_marks(
+    stem: str, layer: StoredLayer, mark: Mapping[str, Any] | None, in_header: Mapping[str, Any] | None
+) -> Iterator[Finding]:
+    """The marks of a layer, beside it and in the header, against each other and against its tensors."""
+    beside, above = (None if each is None else str(each.get("format")) for each in (mark, in_header))
+    if beside is not None and above is not None and beside != above:
+        what = f"found {beside} in comfy_quant, {above} in the header"
+        yield _bad_mark(stem, what, "ComfyUI: which of them counts depends on the version")
+    declared = beside or above
+    dtype = layer.format.layout(*layer.shape)["weight"].dtype
+    if declared is not None and (
+        METHODS.get(declared) != layer.format.method or ELEMENTS.get(declared) not in (None, dtype)
+    ):
+        what = f"found {layer.format.label} in {dtype}, but its mark says {declared}".replace("torch.", "")
+        yield _bad_mark(stem, what, "ComfyUI: noise")
+
+
+def _check_legacy_mark(found: Found, layers: Mapping[str, StoredLayer]) -> Iterator[Finding]:
+    """The legacy mark of a whole file has the dtype of its weights."""
+    name = _legacy_mark(found)
+    if name is None:
+        return
+    declared = found.checkpoint[name].dtype
+    for stem, layer in layers.items():
+        dtype = layer.format.layout(*layer.shape)["weight"].dtype
+        if dtype is not declared:
+            what = f"found {dtype}, but {name} is {declared}".replace("torch.", "")
+            yield _bad_mark(stem, what, "ComfyUI: takes codes for those of the other", "convert it again")
+
+
+def _bad_mark(stem: str, what: str, hurts: str, remedy: str = "-m keep --dialect comfyui") -> Finding:
+    return Finding("error", "bad-mark", stem, what, hurts, remedy)
 
 
 def _format_name(fmt: Format) -> str | None:
@@ -146,10 +228,10 @@ def _mark(found: Found, stem: str) -> Mapping[str, Any]:
 
 def _marked_layer(found: Found, stem: str, mark: Mapping[str, Any]) -> StoredLayer:
     name = mark.get("format")
-    if not isinstance(name, str) or name not in READABLE:
+    if not isinstance(name, str) or name not in METHODS:
         raise CheckpointError(
             f"{found.checkpoint.path}: layer '{stem}': found ComfyUI's format {str(name)[:40]!r}, expected one of "
-            f"{', '.join(READABLE)}; others are not read"
+            f"{', '.join(METHODS)}; others are not read"
         )
     if found.get(stem, "weight") is None:
         raise CheckpointError(

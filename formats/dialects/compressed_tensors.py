@@ -23,11 +23,19 @@ import torch
 
 from omni_convert.formats.arithmetic.mx import MX_BLOCK
 from omni_convert.formats.dialects.base import Dialect, Found, StoredLayer, WrittenSpelling
+from omni_convert.formats.dialects.block_findings import block_mismatch, unknown_keys
 from omni_convert.formats.dialects.codec import PackedValues, Plain, Reciprocal
-from omni_convert.formats.dialects.detection import Signature
+from omni_convert.formats.dialects.detection import Signature, parts_of, signed_layers, stored_layer
 from omni_convert.formats.dialects.packed_words import PackedRows
-from omni_convert.formats.dialects.unmarked import parts_of, signed_layers, stored_layer
+from omni_convert.formats.dialects.verdict import (
+    CONVERT_FIRST,
+    UNKNOWN_METHOD,
+    UNMARKED,
+    VLLM_OMNI,
+    Verdict,
+)
 from omni_convert.formats.errors import CheckpointError
+from omni_convert.formats.finding import Finding
 from omni_convert.formats.foreign import Scaled
 from omni_convert.formats.format import Format
 from omni_convert.formats.fp8 import FP8, FP8_PER_ROW, fp8_block_size
@@ -44,12 +52,32 @@ PACKED_NAMES = {"weight": PACKED, "weight_scale_2": "weight_global_scale", "inpu
 RECIPROCALS = {"weight_scale_2": Reciprocal(), "input_scale": Reciprocal()}
 READABLE_BITS = (4, 8)
 ONE, ONE_PER_ROW = Plain(shape=(1,)), Plain(shape=(-1, 1))
+KNOWN_KEYS = (
+    "quant_method", "format", "quantization_status", "config_groups", "ignore", "global_compression_ratio",
+    "kv_cache_scheme", "sparsity_config", "transform_config", "version",
+)  # fmt: skip
+#: Method to the name of its layout.
+LAYOUTS = {
+    "nvfp4": "nvfp4-pack-quantized",
+    "mxfp4": "mxfp4-pack-quantized",
+    "mxfp8": "mxfp8-quantized",
+    "int8": "int-quantized",
+    "fp8": "float-quantized",
+}
 
 
 class CompressedTensors(Dialect):
     """See the module."""
 
     name = "compressed-tensors"
+    consumers = "vLLM, transformers"
+    usual_verdicts = (
+        Verdict(VLLM_OMNI, "refuses", "the name of the method is not in its registry; -m keep --dialect vllm-omni"),
+        UNKNOWN_METHOD,
+        Verdict("vLLM, transformers", "loads", "for language models; with compressed-tensors installed"),
+        CONVERT_FIRST,
+        UNMARKED,
+    )
 
     def recognises(self, found: Found) -> bool:
         return found.quant_method.replace("_", "-") == QUANT_METHOD
@@ -100,6 +128,16 @@ class CompressedTensors(Dialect):
             "ignore": sorted(ignored),
         }
 
+    def check(self, found: Found, layers: Mapping[str, StoredLayer], config: Mapping[str, Any]) -> Iterator[Finding]:
+        yield from unknown_keys(found.block, KNOWN_KEYS, self.name, is_fatal=False)
+        declared = str(found.block.get("format"))
+        if declared not in LAYOUTS.values():
+            return
+        for stem, layer in layers.items():
+            if LAYOUTS.get(layer.format.method, declared) != declared:
+                what = f"found {layer.format.label}, but the config says {declared}"
+                yield block_mismatch(stem, what, self.consumers)
+
 
 def _scheme(fmt: Format) -> dict[str, Any]:
     """The group that says what a format is: of weights, of activations, and the name of the layout."""
@@ -111,21 +149,23 @@ def _scheme(fmt: Format) -> dict[str, Any]:
             "scale_dtype": "torch.float8_e4m3fn",
         }
         inputs = _arguments(4, "float", dynamic="local", **blocks) if fmt.is_static else None
-        return _group("nvfp4-pack-quantized", _arguments(4, "float", **blocks), inputs)
+        return _group(LAYOUTS[fmt.method], _arguments(4, "float", **blocks), inputs)
     if encoding in (MXFP4, MXFP8):
-        bits, layout = (4, "mxfp4-pack-quantized") if encoding == MXFP4 else (8, "mxfp8-quantized")
+        bits = 4 if encoding == MXFP4 else 8
         blocks = {"strategy": "group", "group_size": MX_BLOCK, "scale_dtype": "torch.uint8"}
-        return _group(layout, _arguments(bits, "float", **blocks), _arguments(bits, "float", dynamic=True, **blocks))
+        return _group(
+            LAYOUTS[fmt.method], _arguments(bits, "float", **blocks), _arguments(bits, "float", dynamic=True, **blocks)
+        )
     token: dict[str, Any] = {"strategy": "token", "dynamic": True}
     if encoding == INT8:
-        return _group("int-quantized", _arguments(8, "int", strategy="channel"), _arguments(8, "int", **token))
+        return _group(LAYOUTS[fmt.method], _arguments(8, "int", strategy="channel"), _arguments(8, "int", **token))
     if (block_size := fp8_block_size(fmt)) is not None:
         weights = _arguments(8, "float", strategy="block", block_structure=list(block_size))
         inputs = _arguments(8, "float", strategy="group", group_size=block_size[1], dynamic=True)
-        return _group("float-quantized", weights, inputs)
+        return _group(LAYOUTS[fmt.method], weights, inputs)
     weights = _arguments(8, "float", strategy="tensor" if encoding == FP8 else "channel")
     inputs = _arguments(8, "float", strategy="tensor") if fmt.is_static else _arguments(8, "float", **token)
-    return _group("float-quantized", weights, inputs)
+    return _group(LAYOUTS[fmt.method], weights, inputs)
 
 
 def _arguments(num_bits: int, kind: str, *, dynamic: bool | str = False, **others: Any) -> dict[str, Any]:

@@ -15,7 +15,7 @@ the names are those of the formats here, whatever the file calls them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -23,8 +23,10 @@ import torch
 from omni_convert.formats.arithmetic.e2m1 import NibbleOrder
 from omni_convert.formats.arithmetic.mx import MX_BLOCK
 from omni_convert.formats.arithmetic.swizzle import padded_scale_shape
-from omni_convert.formats.containers.tensor_spec import TensorSpec
+from omni_convert.formats.containers.tensor_spec import DTYPE_NAMES, TensorSpec
+from omni_convert.formats.dialects.base import Found, Spelling, StoredLayer
 from omni_convert.formats.dialects.codec import Codec, OneForAll, PackedValues, Plain, SwappedNibbles, Swizzled
+from omni_convert.formats.errors import CheckpointError
 from omni_convert.formats.foreign import Scaled, Smoothed
 from omni_convert.formats.format import Format
 from omni_convert.formats.fp8 import Fp8, Fp8Block
@@ -35,7 +37,7 @@ from omni_convert.formats.mxfp8 import Mxfp8
 from omni_convert.formats.nvfp4 import Nvfp4
 from omni_convert.formats.table import block_size_of
 
-__all__ = ["ROLES", "Signature", "read_signature"]
+__all__ = ["Signature", "parts_of", "read_signature", "signed_layers", "stored_layer", "unknown_format"]
 
 #: Canonical suffixes of everything that may stand beside a weight.
 ROLES = (
@@ -50,6 +52,7 @@ ROLES = (
 
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 BYTES = (torch.uint8, torch.float8_e8m0fnu)
+EIGHT_BITS = (torch.float8_e4m3fn, torch.float8_e5m2, torch.int8, torch.uint8)
 
 
 @dataclass(frozen=True)
@@ -169,3 +172,59 @@ def _scale_columns(rows: int, columns: int, *, swizzled: bool) -> int:
 
 def _order(suffix: str, *, swizzled: bool) -> dict[str, Codec]:
     return {suffix: Swizzled()} if swizzled else {}
+
+
+def signed_layers(
+    found: Found,
+    names: Mapping[str, str] | None = None,
+    codecs: Mapping[str, Codec] | None = None,
+    even: NibbleOrder = "low",
+    *,
+    swizzled: bool = False,
+) -> Iterator[StoredLayer]:
+    """The layers whose format shows in their tensors, for dialects that add nothing but names and orders.
+
+    Args:
+        names: canonical suffix to the suffix on disk, where they differ
+        codecs: canonical suffix to codec, for those that the signature does not tell
+        even: nibble of the even element, where codes are packed
+        swizzled: block scales are in the order of cuBLAS
+
+    Raises:
+        CheckpointError: a weight has scales, but of no format that is known.
+    """
+    names, codecs = names or {}, codecs or {}
+    for stem in found.stems(names.get("weight", "weight")):
+        parts = parts_of(found, stem, names)
+        if "weight_scale" in parts and len(parts["weight"].shape) == 2 and parts["weight"].dtype in EIGHT_BITS:
+            signature = read_signature(parts, even, swizzled=swizzled)
+            if signature is None:
+                raise unknown_format(found, stem, parts)
+            yield stored_layer(stem, signature, parts, codecs)
+
+
+def parts_of(found: Found, stem: str, names: Mapping[str, str]) -> dict[str, TensorSpec]:
+    """Role to tensor, of those that a layer has."""
+    suffixes = {role: names.get(role, role) for role in ROLES}
+    parts = {role: spec for role, suffix in suffixes.items() if (spec := found.get(stem, suffix)) is not None}
+    if "weight_scale" not in parts and (inverse := found.get(stem, "weight_scale_inv")) is not None:
+        parts["weight_scale"] = inverse
+    return parts
+
+
+def stored_layer(
+    stem: str, signature: Signature, parts: Mapping[str, TensorSpec], codecs: Mapping[str, Codec] | None = None
+) -> StoredLayer:
+    """A layer of this signature, whose tensors are these."""
+    roles = {suffix: signature.renamed.get(suffix, suffix) for suffix in signature.format.layout(*signature.shape)}
+    places = {suffix: parts[role].name for suffix, role in roles.items() if role in parts}
+    spelling = Spelling(codecs={**signature.codecs, **(codecs or {})})
+    return StoredLayer(stem, signature.format, signature.shape, spelling, places=places)
+
+
+def unknown_format(found: Found, stem: str, parts: Mapping[str, TensorSpec]) -> CheckpointError:
+    """What to say about a weight whose scales fit no format."""
+    shown = ", ".join(f"{role} {DTYPE_NAMES[spec.dtype]} {list(spec.shape)}" for role, spec in parts.items())
+    return CheckpointError(
+        f"{found.checkpoint.path}: layer '{stem}': found {shown}, which is no format that is read here"
+    )

@@ -36,6 +36,8 @@ class Gguf(Dialect):
     """Known by its container."""
 
     name = "gguf"
+    consumers = "diffusers, ComfyUI-GGUF, stable-diffusion.cpp"
+    declared_by = "container"
     is_single_file = True
 
     def recognises(self, found: Found) -> bool:

@@ -15,14 +15,19 @@ Block:    {"quant_method": "modelopt", "quant_algo": ..., "config_groups": ..., 
 
 from __future__ import annotations
 
+import fnmatch
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from omni_convert.formats.dialects.base import Dialect, Found, StoredLayer, WrittenSpelling
+from omni_convert.formats.dialects.block_findings import FIX_BLOCK, block_mismatch
 from omni_convert.formats.dialects.codec import Plain, Repeated
-from omni_convert.formats.dialects.modelopt_config import MODELOPT, spell_algorithms
-from omni_convert.formats.dialects.unmarked import signed_layers
-from omni_convert.formats.errors import CheckpointError
+from omni_convert.formats.dialects.detection import signed_layers
+from omni_convert.formats.dialects.modelopt_config import MIXED_PRECISION, MODELOPT, spell_algorithms
+from omni_convert.formats.dialects.verdict import CONVERT_FIRST, DIFFUSERS, OURS, UNMARKED, VLLM_OMNI, Verdict
+from omni_convert.formats.dialects.vllm_omni import from_block, vllm_omni_verdict
+from omni_convert.formats.errors import CheckpointError, OmniConvertError
+from omni_convert.formats.finding import Finding
 from omni_convert.formats.format import Format
 from omni_convert.formats.fp8 import FP8, FP8_PER_ROW, fp8_block_size
 from omni_convert.formats.mxfp8 import MXFP8
@@ -31,12 +36,23 @@ from omni_convert.formats.nvfp4 import NVFP4
 __all__ = ["MODELOPT_DIALECT"]
 
 NAMES = {"mul_scale": "pre_quant_scale"}
+# Labels of the formats that our loader reads alone, and beside others.
+LOADED_ALONE = {"fp8", "fp8 static", "fp8 per row", "nvfp4"}
+LOADED_IN_MIXTURES = LOADED_ALONE | {"mxfp8"}
 
 
 class ModelOpt(Dialect):
     """See the module."""
 
     name = "modelopt"
+    consumers = "vLLM-Omni, vLLM, SGLang"
+    usual_verdicts = (
+        Verdict(DIFFUSERS, "refuses", "its `modelopt` is another kind of checkpoint (quant_type is missing)"),
+        Verdict("SGLang", "loads", "FP8 after a build step of its own, static if there is an input_scale; NVFP4"),
+        UNMARKED,
+    )
+    fills_vllm_omni_parameters = True
+    ignores_merged_layers_by_name = True
     lists_runtime_names = True
     is_dynamic_fp8_per_row = True
 
@@ -67,6 +83,90 @@ class ModelOpt(Dialect):
     def block(self, layers: Mapping[str, Format], ignored: Collection[str]) -> dict[str, Any]:
         algorithms = {stem: _algorithm(fmt) for stem, fmt in layers.items()}
         return spell_algorithms(algorithms, ignored, is_mixed=len(set(algorithms.values())) > 1)
+
+    def verdicts(self, layers: Mapping[str, Format], refusal: str | None = None) -> list[Verdict]:
+        methods, labels = {fmt.method for fmt in layers.values()}, {fmt.label for fmt in layers.values()}
+        is_loaded = labels <= LOADED_ALONE or (len(labels) > 1 and labels <= LOADED_IN_MIXTURES)
+        return [
+            Verdict(VLLM_OMNI, "loads", "on CUDA; it dequantizes layers that it builds unquantized; not Wan")
+            if self.is_dequantized_by_vllm_omni(methods)
+            else vllm_omni_verdict(methods, refusal),
+            *self.usual_verdicts,
+            Verdict(OURS, "loads", "FP8, NVFP4 and mixtures") if is_loaded else CONVERT_FIRST,
+        ]
+
+    def check(self, found: Found, layers: Mapping[str, StoredLayer], config: Mapping[str, Any]) -> Iterator[Finding]:
+        block = found.block
+        if "_class_name" in config and "quantization_config" not in config:
+            yield Finding(
+                "error", "no-block", "",
+                "found the block in a file beside config.json, expected it in quantization_config",
+                "vLLM-Omni: reads config.json only, and takes codes for weights", "-m keep --dialect modelopt",
+            )  # fmt: skip
+        if (what := _flaw_of(block)) is not None:
+            yield Finding("error", "bad-block", "", what, "vLLM-Omni", FIX_BLOCK)
+            return
+        for stem, layer in layers.items():
+            if (declared := _declared_algorithm(block, stem)) is not None:
+                yield from _check_algorithm(stem, layer, declared, block)
+
+    def ignored_entries(self, block: Mapping[str, Any]) -> tuple[str, ...]:
+        listed = block.get("ignored_layers", block.get("ignore", _flat(block).get("exclude_modules")))
+        return tuple(name for name in listed if isinstance(name, str)) if isinstance(listed, list) else ()
+
+    def is_ignored(self, name: str, entries: Collection[str]) -> bool:
+        return any(entry in name or fnmatch.fnmatchcase(name, entry) for entry in entries)
+
+    def is_dequantized_by_vllm_omni(self, methods: Collection[str]) -> bool:
+        return set(methods) == {"fp8"}
+
+
+def _flat(block: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What describes the layers: the block itself, or in the older shape an object inside it."""
+    nested = block.get("quantization")
+    return nested if isinstance(nested, Mapping) else block
+
+
+def _flaw_of(block: Mapping[str, Any]) -> str | None:
+    """Why vLLM-Omni refuses a block in the newer shape, or None."""
+    is_described = block.get("quant_method") == MODELOPT and "config_groups" in block
+    if _flat(block).get("quant_algo") not in ("FP8", "NVFP4") or not is_described:
+        return None
+    try:
+        from_block(block, "config.json")
+    except OmniConvertError as error:
+        return str(error).removeprefix("config.json: ")
+    return None
+
+
+def _declared_algorithm(block: Mapping[str, Any], stem: str) -> str | None:
+    """The algorithm that a block names for a layer; None if it names none."""
+    algorithm = _flat(block).get("quant_algo")
+    if algorithm != MIXED_PRECISION:
+        return None if algorithm is None else str(algorithm)
+    layers = block.get("quantized_layers")
+    entry = layers.get(stem) if isinstance(layers, Mapping) else None
+    return str(entry.get("quant_algo")) if isinstance(entry, Mapping) else None
+
+
+def _check_algorithm(stem: str, layer: StoredLayer, declared: str, block: Mapping[str, Any]) -> Iterator[Finding]:
+    fmt = layer.format.innermost
+    if ("NVFP4" in declared) != (fmt.method == "nvfp4") or ("MXFP8" in declared) != (fmt.method == "mxfp8"):
+        yield block_mismatch(stem, f"found {fmt.label}, but the config says {declared}", "vLLM-Omni, vLLM")
+    elif fmt.encoding in (FP8, NVFP4) and not fmt.is_static and _needs_input_scale(block, declared):
+        yield Finding(
+            "error", "missing-companion", f"{stem}.input_scale", f"found none, expected it with {declared}",
+            "vLLM-Omni, vLLM: only warn, and quantize inputs with an unset scale", "calibrate, with --calib",
+        )  # fmt: skip
+
+
+def _needs_input_scale(block: Mapping[str, Any], declared: str) -> bool:
+    if declared == "FP8":
+        return True
+    groups = block.get("config_groups")
+    if declared != "NVFP4" or not isinstance(groups, Mapping):
+        return False
+    return any(isinstance(group, Mapping) and group.get("input_activations") for group in groups.values())
 
 
 def _algorithm(fmt: Format) -> str:

@@ -20,6 +20,7 @@ from omni_convert.formats.config import MIXED, QuantizationConfig
 from omni_convert.formats.errors import CheckpointError, RecipeError
 
 __all__ = [
+    "MIXED_PRECISION",
     "MODELOPT",
     "algorithm_of",
     "as_whole_name",

@@ -21,11 +21,13 @@ from typing import Any
 
 from omni_convert.formats.arithmetic.mx import MX_BLOCK
 from omni_convert.formats.dialects.base import Dialect, Found, StoredLayer, WrittenSpelling
+from omni_convert.formats.dialects.block_findings import block_mismatch
 from omni_convert.formats.dialects.codec import PackedValues
-from omni_convert.formats.dialects.detection import read_signature
-from omni_convert.formats.dialects.unmarked import parts_of, stored_layer, unknown_format
+from omni_convert.formats.dialects.detection import parts_of, read_signature, stored_layer, unknown_format
+from omni_convert.formats.dialects.verdict import CONVERT_FIRST, DIFFUSERS, UNMARKED, VLLM_OMNI, Verdict
 from omni_convert.formats.errors import CheckpointError
 from omni_convert.formats.families.wan import has_original_wan_names, wan_diffusers_name
+from omni_convert.formats.finding import Finding
 from omni_convert.formats.format import Format
 from omni_convert.formats.int8 import INT8
 from omni_convert.formats.mxfp4 import MXFP4
@@ -34,7 +36,14 @@ from omni_convert.formats.mxfp8 import MXFP8
 __all__ = ["MSMODELSLIM"]
 
 FLOAT = "FLOAT"
-READABLE = ("W8A8_DYNAMIC", "WFP8AFP8_DYNAMIC", "W8A8_MXFP8", "W4A4_MXFP4", "W4A4_MXFP4_DUALSCALE")
+#: Labels that are read, and the method that each stands for.
+METHODS = {
+    "W8A8_DYNAMIC": "int8",
+    "WFP8AFP8_DYNAMIC": "fp8",
+    "W8A8_MXFP8": "mxfp8",
+    "W4A4_MXFP4": "mxfp4",
+    "W4A4_MXFP4_DUALSCALE": "mxfp4_dualscale",
+}
 LABEL = re.compile(r"W\d+A\d+\w*|WFP8\w*")
 DESCRIPTION = "quant_model_description.json"
 # The type of a model of several is the last of these.
@@ -48,6 +57,14 @@ class MsModelSlim(Dialect):
     """See the module."""
 
     name = "msmodelslim"
+    consumers = "vLLM-Ascend, MindIE"
+    usual_verdicts = (
+        Verdict(VLLM_OMNI, "refuses", "reads the description for HunyuanImage-3.0 only; -m keep --dialect vllm-omni"),
+        Verdict(DIFFUSERS, "refuses", "neither the names of the files nor the scales are known to it"),
+        CONVERT_FIRST,
+        UNMARKED,
+    )
+    declared_by = "marks"
     has_diffusers_names = False
 
     def recognises(self, found: Found) -> bool:
@@ -91,6 +108,17 @@ class MsModelSlim(Dialect):
         }
         return {DESCRIPTION: dict(sorted(labels.items())) | model}
 
+    def check(self, found: Found, layers: Mapping[str, StoredLayer], config: Mapping[str, Any]) -> Iterator[Finding]:
+        for name, label in found.labels.items():
+            if name not in found.checkpoint and "." in name and label in (*METHODS, FLOAT):
+                what = f"found the label {label} for no tensor"
+                yield Finding("error", "bad-mark", name, what, self.consumers, "label it again")
+        for stem, layer in layers.items():
+            declared = METHODS.get(found.labels.get(layer.name_of("weight"), ""))
+            if declared is not None and declared != layer.format.method:
+                what = f"found {layer.format.label}, but its label says {declared}"
+                yield block_mismatch(stem, what, self.consumers)
+
 
 def _label(fmt: Format) -> str | None:
     """The type of a format that is written, or None."""
@@ -110,8 +138,8 @@ def _renamed(found: Found, name: str) -> str:
 
 def _layer(found: Found, place: str, label: str) -> StoredLayer:
     where = f"{found.checkpoint.path}: layer '{place}'"
-    if label not in READABLE:
-        raise CheckpointError(f"{where}: found type {label[:40]!r}, expected one of {', '.join(READABLE)}")
+    if label not in METHODS:
+        raise CheckpointError(f"{where}: found type {label[:40]!r}, expected one of {', '.join(METHODS)}")
     stem = place.removesuffix(LINEAR)
     parts = parts_of(found, place, {})
     divided = found.checkpoint.get(f"{stem}{DIVISION}")

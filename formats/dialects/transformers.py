@@ -21,28 +21,42 @@ import torch
 
 from omni_convert.formats.arithmetic.mx import MX_BLOCK
 from omni_convert.formats.dialects.base import Dialect, Found, StoredLayer, WrittenSpelling
+from omni_convert.formats.dialects.block_findings import block_mismatch, unknown_keys
 from omni_convert.formats.dialects.codec import Plain
-from omni_convert.formats.dialects.unmarked import signed_layers
+from omni_convert.formats.dialects.detection import signed_layers
+from omni_convert.formats.dialects.verdict import (
+    CONVERT_FIRST,
+    UNKNOWN_METHOD,
+    UNMARKED,
+    VLLM_OMNI,
+    Verdict,
+)
+from omni_convert.formats.dialects.vllm_omni import missing_flag
 from omni_convert.formats.errors import RecipeError
+from omni_convert.formats.finding import Finding
 from omni_convert.formats.format import Format
 from omni_convert.formats.fp8 import fp8_block_size
 from omni_convert.formats.mxfp8 import MXFP8
 
-__all__ = ["BYTE_SCALES", "TRANSFORMERS", "block_size", "cut_short"]
+__all__ = ["TRANSFORMERS"]
 
-#: `scale_fmt` of scales that are powers of two.
+KNOWN_KEYS = (
+    "quant_method", "activation_scheme", "weight_block_size", "modules_to_not_convert", "ignored_layers",
+    "modules_to_convert", "dequantize", "fmt", "scale_fmt", "expert_dtype",
+)  # fmt: skip
+# `scale_fmt` of scales that are powers of two.
 BYTE_SCALES = "ue8m0"
 NAMES = {"weight_scale": "weight_scale_inv", "input_scale": "activation_scale"}
 
 
-def block_size(fmt: Format) -> tuple[int, int] | None:
+def _block_size(fmt: Format) -> tuple[int, int] | None:
     """Rows and columns that share a scale, as the block says it; None for formats that have no such blocks."""
     return (1, MX_BLOCK) if fmt.encoding == MXFP8 else fp8_block_size(fmt)
 
 
-def cut_short(fmt: Format, shape: tuple[int, int]) -> str | None:
+def _cut_short(fmt: Format, shape: tuple[int, int]) -> str | None:
     """Why transformers takes another size of blocks than the block says for a weight, or None."""
-    sizes = block_size(fmt)
+    sizes = _block_size(fmt)
     if sizes is None or all(length <= size or length % size == 0 for length, size in zip(shape, sizes, strict=True)):
         return None
     return (
@@ -55,6 +69,16 @@ class Transformers(Dialect):
     """See the module."""
 
     name = "transformers"
+    consumers = "transformers"
+    usual_verdicts = (
+        Verdict(
+            VLLM_OMNI, "refuses", "unknown keys, or without its flag quantized online; -m keep --dialect vllm-omni"
+        ),
+        UNKNOWN_METHOD,
+        Verdict("transformers", "loads", "on a GPU with FP8; elsewhere as dequantized BF16"),
+        CONVERT_FIRST,
+        UNMARKED,
+    )
 
     def recognises(self, found: Found) -> bool:
         if found.quant_method == "mxfp8":
@@ -66,9 +90,9 @@ class Transformers(Dialect):
         return signed_layers(found, NAMES if _has_inverse_scales(found) else None)
 
     def spelling(self, fmt: Format, shape: tuple[int, int]) -> WrittenSpelling | str:
-        if block_size(fmt) is None:
+        if _block_size(fmt) is None:
             return "transformers' fp8 is FP8 in blocks, --weight-block-size, or MXFP8"
-        if (reason := cut_short(fmt, shape)) is not None:
+        if (reason := _cut_short(fmt, shape)) is not None:
             return reason
         if fmt.encoding == MXFP8:
             return WrittenSpelling(NAMES, {"weight_scale": Plain(torch.float8_e8m0fnu)})
@@ -80,7 +104,7 @@ class Transformers(Dialect):
         Raises:
             RecipeError: the layers have blocks of several sizes, which one block cannot say.
         """
-        sizes = {sizes for fmt in layers.values() if (sizes := block_size(fmt)) is not None}
+        sizes = {sizes for fmt in layers.values() if (sizes := _block_size(fmt)) is not None}
         if len(sizes) > 1:
             raise RecipeError(f"found blocks of {sorted(sizes)}, expected one size; transformers knows one for all")
         block: dict[str, Any] = {
@@ -92,6 +116,29 @@ class Transformers(Dialect):
         if any(fmt.encoding == MXFP8 for fmt in layers.values()):
             block["scale_fmt"] = BYTE_SCALES
         return block
+
+    def check(self, found: Found, layers: Mapping[str, StoredLayer], config: Mapping[str, Any]) -> Iterator[Finding]:
+        if not _has_inverse_scales(found):
+            yield missing_flag(found.quant_method)
+        yield from unknown_keys(found.block, KNOWN_KEYS, self.name, is_fatal=False)
+        for stem, layer in layers.items():
+            yield from _check_blocks(stem, layer, found.block)
+
+
+def _check_blocks(stem: str, layer: StoredLayer, block: Mapping[str, Any]) -> Iterator[Finding]:
+    """The blocks and scales of a layer against the config block, and against what transformers can run."""
+    sizes, declared, scale_format = _block_size(layer.format), block.get("weight_block_size"), block.get("scale_fmt")
+    if sizes is not None and isinstance(declared, list) and tuple(declared) != sizes:
+        what = f"found blocks of {list(sizes)}, but the config says {declared}"
+        yield block_mismatch(stem, what, "transformers")
+    if layer.format.encoding == MXFP8 and scale_format != BYTE_SCALES:
+        what = f"found scales that are powers of two, but the config says scale_fmt {str(scale_format)[:40]}"
+        yield block_mismatch(stem, what, "transformers, on a GPU")
+    if (reason := _cut_short(layer.format, layer.shape)) is not None:
+        yield Finding(
+            "warning", "indivisible-width", stem, reason, "transformers without a GPU for FP8: wrong or refused",
+            "leave the layer unquantized, or use a GPU",
+        )  # fmt: skip
 
 
 def _has_inverse_scales(found: Found) -> bool:

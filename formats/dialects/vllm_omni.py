@@ -24,6 +24,7 @@ from typing import Any
 
 from omni_convert.formats.config import ACTIVATION_SCHEMES, MIXED, QuantizationConfig
 from omni_convert.formats.dialects.base import Dialect, Found, StoredLayer, WrittenSpelling
+from omni_convert.formats.dialects.block_findings import FIX_BLOCK, block_mismatch, unknown_keys
 from omni_convert.formats.dialects.modelopt_config import (
     MODELOPT,
     from_modelopt,
@@ -31,8 +32,11 @@ from omni_convert.formats.dialects.modelopt_config import (
     shown,
     to_modelopt,
 )
-from omni_convert.formats.errors import CheckpointError, RecipeError, did_you_mean
+from omni_convert.formats.dialects.verdict import DIFFUSERS, OURS, UNMARKED, Verdict
+from omni_convert.formats.dialects.verdict import VLLM_OMNI as RUNTIME
+from omni_convert.formats.errors import CheckpointError, OmniConvertError, RecipeError, did_you_mean
 from omni_convert.formats.families.layers import LayerGroup
+from omni_convert.formats.finding import Finding
 from omni_convert.formats.format import Format, QuantizingFormat
 from omni_convert.formats.fp8 import FP8_PER_ROW, Fp8, fp8_block_size
 from omni_convert.formats.table import layer_formats
@@ -43,11 +47,17 @@ __all__ = [
     "config_of",
     "from_block",
     "ignored_names",
-    "known_keys",
     "meant_options",
+    "missing_flag",
     "serialized_flag",
     "to_block",
+    "vllm_omni_verdict",
 ]
+
+CONSUMER = "vLLM-Omni"
+# `quant_method` of the block that wraps ours for components that transformers loads; see `omni_convert.py`.
+WRAPPED = "omni_convert"
+ASCEND_METHODS = ("mxfp8", "mxfp4", "mxfp4_dualscale")
 
 
 @dataclass(frozen=True)
@@ -109,7 +119,32 @@ def serialized_flag(method: str) -> str | None:
     return _SPELLINGS[method].flag if method in _SPELLINGS else None
 
 
-def known_keys(method: str) -> tuple[str, ...]:
+def missing_flag(method: str) -> Finding:
+    """A block of a method that has a `serialized_flag`, without it."""
+    return Finding(
+        "error", "no-serialized-flag", "", f"found {method} without {serialized_flag(method)}: true",
+        f"{CONSUMER}: quantizes online, that is, takes the codes for weights and quantizes them again", FIX_BLOCK,
+    )  # fmt: skip
+
+
+def vllm_omni_verdict(methods: Collection[str], refusal: str | None) -> Verdict:
+    """What vLLM-Omni does with a component in a dialect that it reads.
+
+    Args:
+        methods: of its layers
+        refusal: why it refuses or misreads the component, or None
+    """
+    if "fp8_storage" in methods:
+        return Verdict(RUNTIME, "wrong", "quantizes encoders and VAEs in memory only, and takes codes for weights")
+    if refusal is not None:
+        return Verdict(RUNTIME, "wrong", refusal)
+    ascend = sorted(set(methods) & {*ASCEND_METHODS})
+    if ascend:
+        return Verdict(RUNTIME, "loads", f"{', '.join(ascend)} on Ascend 950 only")
+    return Verdict(RUNTIME, "loads", "nvfp4 on Blackwell" if "nvfp4" in methods else "on CUDA")
+
+
+def _known_keys(method: str) -> tuple[str, ...]:
     """Every key that the runtime takes in the block of a method that has a `serialized_flag`."""
     spelling = _SPELLINGS[method]
     return ("quant_method", spelling.flag, *spelling.keys, *spelling.idle)
@@ -211,7 +246,7 @@ def _from_keywords(method: str, block: Mapping[str, Any], where: str) -> Quantiz
 
 
 def _check_keys(method: str, spelling: _Spelling, block: Mapping[str, Any], where: str) -> None:
-    known = {"method", *known_keys(method)}
+    known = {"method", *_known_keys(method)}
     for key in block:
         if key not in known:
             hint = did_you_mean(str(key), [spelling.flag, *spelling.keys])
@@ -245,10 +280,19 @@ class VllmOmni(Dialect):
     """The names and layouts of the formats themselves."""
 
     name = "vllm-omni"
+    consumers = CONSUMER
+    usual_verdicts = (
+        Verdict(DIFFUSERS, "loads", "after `import omni_convert.loaders`; else it does not know the quant_method"),
+        Verdict(OURS, "loads", "its own spelling"),
+        UNMARKED,
+    )
+    strict_runtimes = (OURS, RUNTIME, DIFFUSERS)  # in which our loader reads it
+    fills_vllm_omni_parameters = True
+    has_exact_shapes = True
 
     def recognises(self, found: Found) -> bool:
         method = found.quant_method
-        return method == "omni_convert" or (method in _SPELLINGS and _SPELLINGS[method].flag in found.block)
+        return method == WRAPPED or (method in _SPELLINGS and _SPELLINGS[method].flag in found.block)
 
     def stored_layers(self, found: Found) -> Iterator[StoredLayer]:
         method = str(found.block.get("method", found.quant_method))
@@ -275,6 +319,61 @@ class VllmOmni(Dialect):
             RecipeError: the layers have several formats, which one block cannot say.
         """
         return to_block(config_of(layers, ignored))
+
+    def verdicts(self, layers: Mapping[str, Format], refusal: str | None = None) -> list[Verdict]:
+        return [vllm_omni_verdict({fmt.method for fmt in layers.values()}, refusal), *self.usual_verdicts]
+
+    def check(self, found: Found, layers: Mapping[str, StoredLayer], config: Mapping[str, Any]) -> Iterator[Finding]:
+        block = dict(found.block)
+        if found.quant_method == WRAPPED:
+            block["quant_method"] = block.pop("method", None)
+        method = block.get("quant_method")
+        if method == MODELOPT:
+            return
+        flag = serialized_flag(method) if isinstance(method, str) else None
+        if not isinstance(method, str) or flag is None:
+            yield _bad_block(f"found method {str(method)[:40]!r}")
+            return
+        known = _known_keys(method)
+        yield from unknown_keys(block, known, CONSUMER, is_fatal=True)
+        if block.get(flag) is not True:
+            yield missing_flag(method)
+            return
+        try:
+            declared = from_block({key: value for key, value in block.items() if key in known}, "config.json")
+        except OmniConvertError as error:
+            yield _bad_block(str(error).removeprefix("config.json: "))
+            return
+        for stem, layer in layers.items():
+            if (difference := _difference(declared, layer.format)) is not None:
+                yield block_mismatch(stem, difference, CONSUMER)
+
+    def ignored_entries(self, block: Mapping[str, Any]) -> tuple[str, ...]:
+        listed = block.get("ignored_layers")
+        return tuple(name for name in listed if isinstance(name, str)) if isinstance(listed, list) else ()
+
+
+def _bad_block(what: str) -> Finding:
+    return Finding("error", "bad-block", "", what, CONSUMER, FIX_BLOCK)
+
+
+def _difference(declared: QuantizationConfig, fmt: Format) -> str | None:
+    """How a layer differs from what the block declares for all layers."""
+    if fmt.method != declared.method:
+        return f"found {fmt.label}, but the config says {declared.method}"
+    if fmt.is_static != declared.is_static:
+        what = "an input_scale" if fmt.is_static else "no input_scale"
+        return f"found {what}, but the config says {declared.activation_scheme} activations"
+    block_size = fp8_block_size(fmt)
+    if block_size != declared.weight_block_size:
+        found, stated = (
+            "one scale" if sizes is None else f"blocks of {list(sizes)}"
+            for sizes in (block_size, declared.weight_block_size)
+        )
+        return f"found {found}, but the config says {stated}"
+    if declared.require_smooth_scale and not fmt.is_smoothed:
+        return "found no mul_scale, but the config says require_smooth_scale"
+    return None
 
 
 def config_of(layers: Mapping[str, Format], ignored: Collection[str]) -> QuantizationConfig:

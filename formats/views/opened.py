@@ -25,7 +25,7 @@ from omni_convert.formats.containers.checkpoint import Checkpoint
 from omni_convert.formats.containers.json_file import parse_json, read_json
 from omni_convert.formats.containers.tensor_spec import DTYPE_NAMES
 from omni_convert.formats.dialects.base import Dialect, Found, StoredLayer
-from omni_convert.formats.dialects.table import DIALECTS
+from omni_convert.formats.dialects.table import find_dialect
 from omni_convert.formats.errors import CheckpointError
 from omni_convert.formats.format import Format
 from omni_convert.formats.rows import TensorLayout
@@ -36,7 +36,6 @@ __all__ = [
     "QuantizedCheckpoint",
     "QuantizedLayer",
     "describe",
-    "find_dialect",
     "open_quantized",
     "read_quantized",
 ]
@@ -181,11 +180,6 @@ def describe(checkpoint: Checkpoint, folder: Path) -> Found:
         CheckpointError: one of these is no JSON object.
     """
     return Found(checkpoint, _block(folder, checkpoint), _metadata(checkpoint), _labels(folder))
-
-
-def find_dialect(found: Found) -> Dialect | None:
-    """The first dialect that recognises a checkpoint, in the order of the table."""
-    return next((dialect for dialect in DIALECTS.values() if dialect.recognises(found)), None)
 
 
 def _checked(checkpoint: Checkpoint, stored: StoredLayer, dialect: Dialect) -> QuantizedLayer:

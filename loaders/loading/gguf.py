@@ -8,8 +8,8 @@ import diffusers
 import torch
 from torch import nn
 
-from omni_convert.formats.checks.gguf_verdicts import DIFFUSERS_TYPES
 from omni_convert.formats.containers.checkpoint import Checkpoint
+from omni_convert.formats.dialects.gguf_verdicts import DIFFUSERS_TYPES
 from omni_convert.formats.errors import CheckpointError
 
 __all__ = ["load_gguf"]

@@ -8,20 +8,19 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
-from omni_convert.formats.checks.verdicts import DIFFUSERS, OURS, verdicts
 from omni_convert.formats.containers.checkpoint import Checkpoint
 from omni_convert.formats.containers.json_file import read_json
 from omni_convert.formats.containers.names import CODES, COMPANIONS, LOW_BIT
 from omni_convert.formats.containers.tensor_spec import DTYPE_NAMES, TensorSpec
+from omni_convert.formats.dialects.table import find_dialect
+from omni_convert.formats.dialects.verdict import DIFFUSERS, OURS
 from omni_convert.formats.errors import CheckpointError
-from omni_convert.formats.views.opened import describe, find_dialect
+from omni_convert.formats.views.opened import describe
 from omni_convert.loaders.loading.pipeline_files import INDEX, loaded_files, open_weights
 
 __all__ = ["refuse_undeclared"]
 
 CONFIG, BLOCK = "config.json", "quantization_config"
-# Dialects that mark quantized layers elsewhere than in a block; others without one could be any that has lost it.
-MARKED = ("comfyui", "msmodelslim")
 
 
 def refuse_undeclared(folder: Path, given: Collection[str] = (), variant: str | None = None) -> None:
@@ -56,9 +55,10 @@ def refuse_undeclared(folder: Path, given: Collection[str] = (), variant: str | 
 
 def _refuse_spelling(checkpoint: Checkpoint, folder: Path, is_declared: bool) -> None:
     dialect = find_dialect(describe(checkpoint, folder))
-    if dialect is None or not (is_declared or dialect.name in MARKED):
+    # Without a block or marks it could be any dialect that has lost its block.
+    if dialect is None or not (is_declared or dialect.declared_by == "marks"):
         return
-    readers = [each for each in verdicts(dialect.name, {}, None) if each.runtime in (OURS, DIFFUSERS)]
+    readers = [each for each in dialect.verdicts({}) if each.runtime in (OURS, DIFFUSERS)]
     if all(each.outcome != "loads" for each in readers):
         raise CheckpointError(
             f"{folder}: found the spelling of {dialect.name}, which this loader does not read; `omni-convert "

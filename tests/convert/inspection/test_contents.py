@@ -12,7 +12,6 @@ from safetensors.torch import load_file, save_file
 
 from omni_convert.convert import Recipe, convert_checkpoint
 from omni_convert.convert.cli.main import main
-from omni_convert.formats.checks.verdicts import BY_DIALECT, CONSUMERS, verdicts
 from omni_convert.formats.dialects.table import DIALECTS
 from omni_convert.formats.errors import OmniConvertError
 from omni_convert.formats.foreign import Scaled
@@ -37,27 +36,30 @@ def outcomes(component: dict) -> dict[str, str]:  # type: ignore[type-arg]  # JS
 
 
 def test_every_dialect_has_verdicts_and_readers() -> None:
-    assert BY_DIALECT.keys() | {"gguf"} == DIALECTS.keys() == CONSUMERS.keys()  # whose depend on names and types
+    for name, dialect in DIALECTS.items():
+        assert dialect.name == name
+        assert dialect.consumers
+        assert dialect.verdicts({}) or name == "gguf"  # whose depend on names and types
 
 
-@pytest.mark.parametrize("dialect", BY_DIALECT)
+@pytest.mark.parametrize("dialect", [name for name in DIALECTS if name != "gguf"])
 @pytest.mark.parametrize("method", FORMATS)
 def test_every_format_of_every_dialect_has_one_verdict_of_each_runtime(dialect: str, method: str) -> None:
-    found = verdicts(dialect, {"a": FORMATS[method].build(FormatOptions())}, None)
+    found = DIALECTS[dialect].verdicts({"a": FORMATS[method].build(FormatOptions())})
     runtimes = [verdict.runtime.split()[0] for verdict in found]
     assert len(runtimes) == len(set(runtimes))
     assert {"vLLM-Omni", "diffusers", "omni_convert.loaders", "ComfyUI"} <= {*runtimes}
 
 
 def test_what_only_our_loader_reads_loads_wrong_elsewhere() -> None:
-    found = {each.runtime.split()[0]: each.outcome for each in verdicts("vllm-omni", {"a": Fp8Storage()}, None)}
+    found = {each.runtime.split()[0]: each.outcome for each in DIALECTS["vllm-omni"].verdicts({"a": Fp8Storage()})}
     assert found["vLLM-Omni"] == "wrong"
     assert found["omni_convert.loaders"] == "loads"
 
 
 def test_diffusers_reads_only_some_formats_of_black_forest_labs() -> None:
     for fmt, outcome in ((Nvfp4(static=True), "loads"), (Scaled("fp8"), "loads"), (Int8(), "wrong")):
-        (found,) = [each for each in verdicts("bfl", {"a": fmt}, None) if each.runtime.startswith("diffusers")]
+        (found,) = [each for each in DIALECTS["bfl"].verdicts({"a": fmt}) if each.runtime.startswith("diffusers")]
         assert found.outcome == outcome
 
 

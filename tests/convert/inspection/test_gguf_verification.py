@@ -16,7 +16,7 @@ from omni_convert.convert.conversion import convert_checkpoint
 from omni_convert.convert.inspection.verification import verify_source
 from omni_convert.convert.recipe import Recipe
 from omni_convert.convert.source.location import Source, resolve_source
-from omni_convert.formats.checks.finding import Finding
+from omni_convert.formats.finding import Finding
 
 LAYER = "transformer_blocks.0.attn.to_q.weight"
 

@@ -22,9 +22,9 @@ from omni_convert.convert.inspection.name_check import MOST_FINDINGS
 from omni_convert.convert.inspection.verification import verify_source
 from omni_convert.convert.output.folder import MANIFEST
 from omni_convert.convert.source.location import Source
-from omni_convert.formats.checks.finding import Finding
 from omni_convert.formats.containers.checkpoint import Checkpoint
 from omni_convert.formats.families.table import find_family
+from omni_convert.formats.finding import Finding
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 NORM, BIAS = "layers.0.attention.norm_q.weight", "t_embedder.mlp.0.bias"

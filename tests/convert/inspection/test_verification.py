@@ -20,12 +20,12 @@ from omni_convert.convert.inspection.verification import verify_source
 from omni_convert.convert.source.location import Source
 from omni_convert.formats.arithmetic.e2m1 import encode_e2m1, pack_nibbles
 from omni_convert.formats.arithmetic.swizzle import swizzle_scales, unswizzle_scales
-from omni_convert.formats.checks.finding import CHECKS, Finding
 from omni_convert.formats.containers.tensor_spec import TensorSpec
 from omni_convert.formats.dialects.codec import Reciprocal
 from omni_convert.formats.dialects.table import DIALECTS
 from omni_convert.formats.dialects.vllm_omni import ignored_names
 from omni_convert.formats.families.table import find_family
+from omni_convert.formats.finding import CHECKS, Finding
 from omni_convert.formats.format import Format
 from omni_convert.formats.fp8 import Fp8, Fp8Block
 from omni_convert.formats.int4 import Int4

@@ -14,9 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from omni_convert.convert import Recipe, convert_checkpoint
 from omni_convert.convert.cli.main import main
-from omni_convert.convert.recipe import DIALECT_NAMES
 from omni_convert.formats.containers.writer import bytes_of
-from omni_convert.formats.dialects.table import DIALECTS
+from omni_convert.formats.dialects.table import DIALECTS, WRITTEN
 from omni_convert.formats.errors import CheckpointError, OmniConvertError, OutputError, RecipeError
 from omni_convert.formats.int8 import Int8
 from omni_convert.formats.views.opened import open_quantized
@@ -67,7 +66,7 @@ def test_the_command_line_knows_the_dialects_that_are_written() -> None:
     written = {
         name for name, dialect in DIALECTS.items() if not f"{dialect.spelling(Int8(), (64, 64))}".endswith("only read")
     }
-    assert set(DIALECT_NAMES) == written
+    assert set(WRITTEN) == written
 
 
 @pytest.mark.parametrize(("dialect", "method"), CASES)

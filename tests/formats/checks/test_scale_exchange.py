@@ -11,11 +11,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from omni_convert.formats.checks.finding import Finding
 from omni_convert.formats.checks.scale_exchange import exchanged_scales, trace_of
 from omni_convert.formats.config import QuantizationConfig
 from omni_convert.formats.dialects import omni_convert
 from omni_convert.formats.dialects.vllm_omni import config_of, to_block
+from omni_convert.formats.finding import Finding
 from omni_convert.formats.format import QuantizingFormat
 from omni_convert.formats.fp8 import Fp8, Fp8Channel
 from omni_convert.formats.int8 import Int8

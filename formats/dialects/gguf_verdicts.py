@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from omni_convert.formats.checks.verdicts import DIFFUSERS, OURS, VLLM_OMNI, Verdict
+from omni_convert.formats.containers.checkpoint import Checkpoint
 from omni_convert.formats.dialects.gguf import gguf_file_of
+from omni_convert.formats.dialects.verdict import DIFFUSERS, OURS, VLLM_OMNI, Verdict
 from omni_convert.formats.families.family import Family
 from omni_convert.formats.families.table import FAMILIES
-from omni_convert.formats.views.opened import QuantizedCheckpoint
 
 __all__ = ["COMFYUI_ARCHITECTURES", "DIFFUSERS_TYPES", "gguf_verdicts", "has_diffusers_names"]
 
@@ -38,13 +38,13 @@ def has_diffusers_names(architecture: str | None, names: Mapping[str, object]) -
     return any(name.startswith(prefixes) for name in names)
 
 
-def gguf_verdicts(opened: QuantizedCheckpoint, family: Family | None) -> Iterator[Verdict]:
+def gguf_verdicts(checkpoint: Checkpoint, family: Family | None) -> Iterator[Verdict]:
     """What each runtime does with a GGUF file.
 
     Args:
         family: of the model; None if no config tells it
     """
-    file = gguf_file_of(opened.checkpoint)
+    file = gguf_file_of(checkpoint)
     assert file is not None, "a checkpoint in GGUF"
     types = {entry.type.name for entry in file.entries.values()} - {"F32", "F16", "BF16"}
     unknown = ", ".join(sorted(types - {*DIFFUSERS_TYPES}))

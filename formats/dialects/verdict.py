@@ -1,0 +1,84 @@
+"""What runtimes do with a quantized component, as far as their code or their users tell.
+
+`wrong` is the dangerous outcome: the file loads without an error and the runtime computes something else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, replace
+from typing import Literal
+
+__all__ = [
+    "COMFYUI",
+    "CONVERT_FIRST",
+    "DIFFUSERS",
+    "NO_BLOCK",
+    "OURS",
+    "UNKNOWN_METHOD",
+    "UNMARKED",
+    "VLLM_OMNI",
+    "Verdict",
+    "if_incomplete",
+    "lost_block_verdicts",
+]
+
+Outcome = Literal["loads", "wrong", "refuses"]
+
+VLLM_OMNI = "vLLM-Omni 0.30"
+DIFFUSERS = "diffusers 0.42"
+OURS = "omni_convert.loaders"
+COMFYUI = "ComfyUI"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a runtime does with a component, and why."""
+
+    runtime: str
+    outcome: Outcome
+    why: str
+
+
+#: Verdicts that several dialects share.
+UNMARKED = Verdict(
+    COMFYUI,
+    "wrong",
+    "no comfy_quant marks: it takes the codes for weights and drops the scales; --dialect comfyui adds them",
+)
+NO_BLOCK = Verdict(
+    VLLM_OMNI,
+    "wrong",
+    "no block in config.json that it knows: the codes are taken for weights; -m keep --dialect vllm-omni",
+)
+UNKNOWN_METHOD = Verdict(DIFFUSERS, "refuses", "its quantizers do not know this quant_method")
+CONVERT_FIRST = Verdict(
+    OURS, "refuses", "reads vLLM-Omni's spelling, and ModelOpt's FP8 and NVFP4: -m keep --dialect vllm-omni first"
+)
+
+
+def lost_block_verdicts() -> list[Verdict]:
+    """The verdicts on a component that we wrote and whose config.json has lost its block."""
+    why = "config.json lost its quantization_config; restore the file, or convert again"
+    return [
+        Verdict(VLLM_OMNI, "wrong", f"takes the codes for weights: {why}"),
+        Verdict(DIFFUSERS, "wrong", f"takes the codes for weights: {why}"),
+        Verdict(OURS, "refuses", why),
+        UNMARKED,
+    ]
+
+
+def if_incomplete(found: Iterable[Verdict], strict: Collection[str], reason: str) -> list[Verdict]:
+    """The verdicts on a component that lacks a tensor or has one too many.
+
+    Args:
+        found: the verdicts if it were complete
+        strict: runtimes that refuse it; others load it without a word
+        reason: what is missing, or without a use
+    """
+    return [
+        replace(verdict, outcome="refuses" if verdict.runtime in strict else "wrong", why=reason)
+        if verdict.outcome == "loads"
+        else verdict
+        for verdict in found
+    ]
