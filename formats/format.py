@@ -103,6 +103,18 @@ class Format(ABC):
     def dequantize(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """The weight that the tensors stand for, float32 [out, in]."""
 
+    def round_inputs(self, inputs: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
+        """Inputs as the runtime's GEMM sees them, quantized and restored: as they are, unless the format says so.
+
+        Args:
+            inputs: any float dtype [rows, in], already multiplied by `mul_scale` if there is one
+            tensors: of the layer
+
+        Returns:
+            float32 [rows, in]
+        """
+        return inputs.float()
+
     def flaw(self, tensors: Mapping[str, Tensor]) -> str | None:
         """What makes the values of these tensors impossible in this format, or None; layouts are not looked at.
 

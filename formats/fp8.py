@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 
 from omni_convert.formats.arithmetic.encoding import PER_ROW, Encoding
-from omni_convert.formats.arithmetic.float8 import E4M3, E4M3_MAX, round_to_e4m3
+from omni_convert.formats.arithmetic.float8 import E4M3, E4M3_MAX, round_e4m3_, round_to_e4m3
+from omni_convert.formats.arithmetic.input_codes import fp8_per_group, fp8_per_token, fp8_static
 from omni_convert.formats.arithmetic.scalar_scale import SCALAR, scalars, static_scale
 from omni_convert.formats.arithmetic.tiling import quantize_in_tiles
 from omni_convert.formats.format import ElementFormat, Format
@@ -91,6 +92,11 @@ class Fp8(ElementFormat):
     def dequantize(self, tensors: Mapping[str, Tensor]) -> Tensor:
         return tensors["weight"].float() * tensors["weight_scale"].float()
 
+    def round_inputs(self, inputs: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
+        if self.static:
+            return fp8_static(inputs, tensors["input_scale"], round_e4m3_).mul_(tensors["input_scale"])
+        return _round_per_token(inputs)
+
     def element_scale(self, tensors: Mapping[str, Tensor]) -> Tensor:
         return tensors["weight_scale"].float()
 
@@ -126,6 +132,9 @@ class Fp8Channel(ElementFormat):
 
     def dequantize(self, tensors: Mapping[str, Tensor]) -> Tensor:
         return tensors["weight"].float() * self.element_scale(tensors)
+
+    def round_inputs(self, inputs: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
+        return _round_per_token(inputs)
 
     def element_scale(self, tensors: Mapping[str, Tensor]) -> Tensor:
         return tensors["weight_scale"].float()[:, None]
@@ -184,6 +193,10 @@ class Fp8Block(ElementFormat):
         blocks = self._blocks(weight.float()) * tensors["weight_scale_inv"].float()[:, None, :, None]
         return self._unblock(blocks, weight.shape)
 
+    def round_inputs(self, inputs: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
+        values, scale = fp8_per_group(inputs, self.block_size[1], round_e4m3_)
+        return values.mul_(scale).flatten(1)[:, : inputs.shape[1]]
+
     def element_scale(self, tensors: Mapping[str, Tensor]) -> Tensor:
         rows, columns = tensors["weight"].shape
         scale = tensors["weight_scale_inv"].float().repeat_interleave(self.block_size[1], dim=1)[:, :columns]
@@ -206,3 +219,8 @@ class Fp8Block(ElementFormat):
     def _unblock(blocks: Tensor, shape: torch.Size) -> Tensor:
         rows, columns = shape
         return blocks.flatten(2, 3).flatten(0, 1)[:rows, :columns].contiguous()
+
+
+def _round_per_token(inputs: Tensor) -> Tensor:
+    values, scale = fp8_per_token(inputs, round_e4m3_)
+    return values.mul_(scale)

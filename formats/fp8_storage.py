@@ -66,5 +66,8 @@ class Fp8Storage(Fp8):
     def dequantize(self, tensors: Mapping[str, Tensor]) -> Tensor:
         return super().dequantize({**tensors, "weight": tensors["weight"].flatten(1)})
 
+    def round_inputs(self, inputs: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
+        return inputs.float()
+
     def encode_elements(self, elements: Tensor) -> Tensor:
         return elements.to(torch.float8_e4m3fn).view(len(elements), *(self.kernel or elements.shape[1:]))

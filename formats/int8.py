@@ -20,14 +20,14 @@ from torch import Tensor
 
 from omni_convert.formats.arithmetic.element import IntegerType
 from omni_convert.formats.arithmetic.encoding import PER_ROW, Encoding
+from omni_convert.formats.arithmetic.input_codes import INT8_MAX, int8_per_token
 from omni_convert.formats.arithmetic.tiling import quantize_in_tiles
 from omni_convert.formats.format import ElementFormat
 from omni_convert.formats.rows import InputStatistics, TensorLayout, WeightRows, weight_amax
 
-__all__ = ["INT8", "INT8_MAX", "Int8"]
+__all__ = ["INT8", "Int8"]
 
 INT8 = Encoding(IntegerType(8), block=PER_ROW)
-INT8_MAX = 127
 # 127 over it is still a normal float32 number; rows below are all but zero.
 SMALLEST_AMAX = 2.0**-119
 ASCEND_MAX_ROWS = 65535
@@ -69,6 +69,10 @@ class Int8(ElementFormat):
 
     def dequantize(self, tensors: Mapping[str, Tensor]) -> Tensor:
         return tensors["weight"].float() * tensors["weight_scale"].float()
+
+    def round_inputs(self, inputs: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
+        codes, scale = int8_per_token(inputs)
+        return codes.float() * scale
 
     def element_scale(self, tensors: Mapping[str, Tensor]) -> Tensor:
         return tensors["weight_scale"].float()

@@ -17,10 +17,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from omni_convert.formats.activation import quantize_mxfp4_input
 from omni_convert.formats.arithmetic.e2m1 import E2M1, grid_flaw, round_to_e2m1
 from omni_convert.formats.arithmetic.e8m0 import encode_e8m0, is_msmodelslim
 from omni_convert.formats.arithmetic.encoding import E8M0, Encoding
+from omni_convert.formats.arithmetic.input_values import quantize_mxfp4_input
 from omni_convert.formats.arithmetic.mx import (
     MX_BLOCK,
     check_scale_rule,
@@ -97,6 +97,9 @@ class Mxfp4(ElementFormat):
     def dequantize(self, tensors: Mapping[str, Tensor]) -> Tensor:
         values = dequantize_mx(tensors["weight"], tensors["weight_scale"])
         return values * tensors["mul_scale"].float() if "mul_scale" in tensors else values
+
+    def round_inputs(self, inputs: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
+        return quantize_mxfp4_input(inputs)
 
     def element_scale(self, tensors: Mapping[str, Tensor]) -> Tensor:
         return element_scale_mx(tensors["weight_scale"], tensors["weight"].shape[1])

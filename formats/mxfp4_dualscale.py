@@ -19,11 +19,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from omni_convert.formats.activation import quantize_mxfp4_dualscale_input
 from omni_convert.formats.arithmetic.dualscale_search import search_coarse_scale
 from omni_convert.formats.arithmetic.e2m1 import E2M1, grid_flaw, round_to_e2m1
 from omni_convert.formats.arithmetic.e8m0 import encode_e8m0, is_msmodelslim
 from omni_convert.formats.arithmetic.encoding import E8M0, Encoding
+from omni_convert.formats.arithmetic.input_values import quantize_mxfp4_dualscale_input
 from omni_convert.formats.arithmetic.mx import (
     COARSE_BLOCK,
     MX_BLOCK,
@@ -108,6 +108,9 @@ class Mxfp4DualScale(ElementFormat):
         fine = dequantize_mx(weight, tensors["weight_scale"])
         coarse = split_blocks(fine, COARSE_BLOCK).mul_(tensors["weight_dual_scale"].float())
         return join_blocks(coarse, columns) * tensors["mul_scale"].float()
+
+    def round_inputs(self, inputs: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
+        return quantize_mxfp4_dualscale_input(inputs)
 
     def element_scale(self, tensors: Mapping[str, Tensor]) -> Tensor:
         columns = tensors["weight"].shape[1]

@@ -18,6 +18,7 @@ from torch import Tensor
 from omni_convert.formats.arithmetic.e8m0 import encode_e8m0, is_msmodelslim
 from omni_convert.formats.arithmetic.encoding import E8M0, Encoding
 from omni_convert.formats.arithmetic.float8 import E4M3, round_to_e4m3
+from omni_convert.formats.arithmetic.input_values import quantize_mxfp8_input
 from omni_convert.formats.arithmetic.mx import (
     MX_BLOCK,
     check_scale_rule,
@@ -72,6 +73,9 @@ class Mxfp8(ElementFormat):
 
     def dequantize(self, tensors: Mapping[str, Tensor]) -> Tensor:
         return dequantize_mx(tensors["weight"], tensors["weight_scale"])
+
+    def round_inputs(self, inputs: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
+        return quantize_mxfp8_input(inputs)
 
     def element_scale(self, tensors: Mapping[str, Tensor]) -> Tensor:
         return element_scale_mx(tensors["weight_scale"], tensors["weight"].shape[1])

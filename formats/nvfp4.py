@@ -21,21 +21,17 @@ from torch import Tensor
 
 from omni_convert.formats.arithmetic.e2m1 import E2M1, decode_packed, encode_e2m1, pack_nibbles, round_to_e2m1
 from omni_convert.formats.arithmetic.encoding import PER_TENSOR, Encoding
-from omni_convert.formats.arithmetic.float8 import E4M3_MAX, round_to_e4m3
+from omni_convert.formats.arithmetic.input_values import quantize_nvfp4_input
 from omni_convert.formats.arithmetic.mx import block_amax, block_error, join_blocks, split_blocks
+from omni_convert.formats.arithmetic.nvfp4_scale import NVFP4_BLOCK, NVFP4_LARGEST, nvfp4_block_scale
 from omni_convert.formats.arithmetic.scalar_scale import SCALAR, scalars, static_scale
 from omni_convert.formats.arithmetic.tiling import quantize_in_tiles
 from omni_convert.formats.format import ElementFormat
 from omni_convert.formats.rows import InputStatistics, TensorLayout, WeightRows, sample_rows, weight_amax
 
-__all__ = ["NVFP4", "NVFP4_BLOCK", "NVFP4_LARGEST", "Nvfp4", "nvfp4_block_scale"]
+__all__ = ["NVFP4", "Nvfp4"]
 
-#: Elements along K that share an E4M3 scale.
-NVFP4_BLOCK = 16
 NVFP4 = Encoding(E2M1, torch.float8_e4m3fn, (1, NVFP4_BLOCK), outer_block=PER_TENSOR)
-#: Largest magnitude in units of the global scale.
-NVFP4_LARGEST = E4M3_MAX * E2M1.largest
-SMALLEST_SCALE = 2.0**-9
 # Below, the product of both scales would leave the normal float32 numbers.
 SMALLEST_GLOBAL_SCALE = 2.0**-117
 
@@ -45,13 +41,6 @@ CODE_OFFSETS = range(-2, 7)
 # Above amax / 2688 the largest block, too, may take a larger scale, and all scales move within E4M3's binades.
 GLOBAL_FACTORS = (1.0, 1.25, 1.5, 1.75)
 SEARCH_ROWS = 64
-
-
-def nvfp4_block_scale(amax: Tensor, global_scale: Tensor) -> Tensor:
-    """E4M3 scale of each block, kept in float32, as ModelOpt chooses it: amax / (6 * global scale), 1 for zeros."""
-    scale = amax / (E2M1.largest * global_scale)
-    scale = torch.where(scale == 0, 1.0, scale).clamp(SMALLEST_SCALE, E4M3_MAX)
-    return round_to_e4m3(scale).float()
 
 
 @dataclass(frozen=True)
@@ -118,6 +107,9 @@ class Nvfp4(ElementFormat):
         values = decode_packed(tensors["weight"])
         scale = tensors["weight_scale"].float() * tensors["weight_scale_2"].float()
         return join_blocks(split_blocks(values, NVFP4_BLOCK).mul_(scale[..., None]), values.shape[1])
+
+    def round_inputs(self, inputs: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
+        return quantize_nvfp4_input(inputs, tensors["input_scale"].float()) if self.static else inputs.float()
 
     def element_scale(self, tensors: Mapping[str, Tensor]) -> Tensor:
         return (tensors["weight_scale"].float() * tensors["weight_scale_2"].float()).repeat_interleave(

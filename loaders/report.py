@@ -9,12 +9,12 @@ from typing import Any
 from diffusers.quantizers.gguf.utils import GGUFLinear
 from torch import nn
 
+from omni_convert.formats.config import ACTIVATION_SCHEMES
 from omni_convert.formats.errors import KernelError, RecipeError, listed
 from omni_convert.loaders.attention.backend import is_fp8_backend
 from omni_convert.loaders.attention.fp8_attention import count_attention_backends
 from omni_convert.loaders.layers.fp8_storage import Fp8WeightStorage
 from omni_convert.loaders.layers.quantized_linear import QuantizedLinear
-from omni_convert.loaders.memory.packed_int4 import PackedInt4
 
 __all__ = ["KernelReport", "LayerReport", "kernel_report", "require_scaled_gemm"]
 
@@ -135,7 +135,8 @@ def _describe(name: str, layer: QuantizedLinear | Fp8WeightStorage | GGUFLinear)
     if isinstance(layer, GGUFLinear):
         return _describe_gguf(name, layer)
     selection = layer.selection
-    is_weight_only = isinstance(layer.format, PackedInt4)  # with any kernel: its name asks for bf16 activations
+    # With any kernel: a method that never quantizes inputs asks for bf16 activations.
+    is_weight_only = ACTIVATION_SCHEMES[layer.format.method] == ("none",)
     return LayerReport(
         name=name,
         format=layer.format.label,

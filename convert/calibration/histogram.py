@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from omni_convert.formats.arithmetic.float8 import E4M3_MAX, round_to_e4m3
-from omni_convert.formats.int8 import INT8_MAX
+from omni_convert.formats.arithmetic.input_codes import INT8_MAX
 
 __all__ = ["BINS", "CODES", "count_floats", "count_words", "fold_codes", "mse_clip", "percentile", "upper_edges"]
 

@@ -22,7 +22,7 @@ from omni_convert.convert.calibration.moments import InputMoments, Moments
 from omni_convert.convert.recipe import Recipe
 from omni_convert.convert.workers import one_thread
 from omni_convert.formats.arithmetic.encoding import Encoding
-from omni_convert.formats.arithmetic.smoothing import split_input_rows
+from omni_convert.formats.arithmetic.smoothing import smoothed_input, split_input_rows
 from omni_convert.formats.errors import CalibrationError
 from omni_convert.formats.families.layers import LayerGroup
 from omni_convert.formats.format import ElementFormat, QuantizingFormat
@@ -156,10 +156,8 @@ class CompensatedFormat(QuantizingFormat):
 
     def _seen(self, inputs: Tensor, constants: Mapping[str, Tensor]) -> Tensor:
         """Inputs [samples, in] as the runtime's GEMM sees them: smoothed and rounded, float32."""
-        from omni_convert.loaders.kernels.reference import rounded_input  # seconds of imports
-
         on_device = {suffix: tensor.to(inputs.device) for suffix, tensor in constants.items()}
-        return rounded_input(inputs, on_device, self.base) if len(inputs) else inputs.float()
+        return self.base.round_inputs(smoothed_input(inputs, on_device), on_device) if len(inputs) else inputs.float()
 
     def _is_better(self, fitted: _Fitted, other: _Fitted, weights: Sequence[WeightRows], held_out: Tensor) -> bool:
         """Whether the outputs of a group are closer to those of the weights that were given."""

@@ -10,13 +10,22 @@ import torch
 from torch import Tensor
 
 from omni_convert.formats.arithmetic.element import ElementType
+from omni_convert.formats.arithmetic.scratch import Scratch
 
-__all__ = ["E4M3", "E4M3_MAX", "E5M2", "E5M2_MAX", "round_to_e4m3", "round_to_e5m2"]
+__all__ = ["E4M3", "E4M3_MAX", "E5M2", "E5M2_MAX", "round_e4m3_", "round_to_e4m3", "round_to_e5m2"]
 
 E4M3 = ElementType("E4M3", 448.0, max_exponent=8, min_exponent=-6, mantissa_bits=3)
 E5M2 = ElementType("E5M2", 57344.0, max_exponent=15, min_exponent=-14, mantissa_bits=2)
 E4M3_MAX = E4M3.largest
 E5M2_MAX = E5M2.largest
+
+_SCRATCH = Scratch()
+
+
+def round_e4m3_(values: Tensor) -> Tensor:
+    """Rounds float32 numbers to E4M3 in place, which a CPU does faster than it makes codes."""
+    scratch = _SCRATCH.take(values.numel(), values.dtype, values.device).view(values.shape)
+    return E4M3.round(values, out=values, scratch=scratch)
 
 
 def round_to_e4m3(values: Tensor, half_away: bool = False) -> Tensor:

@@ -8,7 +8,7 @@ is kept only if it beats mul_scale = 1 on inputs and over rows of the weight tha
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from omni_convert.formats.rows import InputStatistics, WeightRows, iterate_rows, sample_rows
 
-__all__ = ["Quantizers", "channel_amax", "output_error", "search_mul_scale", "split_input_rows"]
+__all__ = ["Quantizers", "channel_amax", "output_error", "search_mul_scale", "smoothed_input", "split_input_rows"]
 
 EXPONENTS = tuple(step / 10 for step in range(11))
 #: Bounds on how far s may lie from its geometric mean, tried at the best exponent.
@@ -70,6 +70,11 @@ def search_mul_scale(weights: Sequence[WeightRows], inputs: InputStatistics, qua
         for mul_scale in (ones, found)
     )
     return found if after < before else ones
+
+
+def smoothed_input(inputs: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
+    """Inputs [rows, in] times the layer's mul_scale, if it has one, in the dtype of the inputs, as the runtime does."""
+    return inputs * tensors["mul_scale"].to(inputs.dtype) if "mul_scale" in tensors else inputs
 
 
 def split_input_rows(rows: Tensor) -> tuple[Tensor, Tensor]:

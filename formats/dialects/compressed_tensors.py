@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from omni_convert.formats.arithmetic.mx import MX_BLOCK
+from omni_convert.formats.arithmetic.nvfp4_scale import NVFP4_BLOCK
 from omni_convert.formats.dialects.base import Dialect, Found, StoredLayer, WrittenSpelling
 from omni_convert.formats.dialects.block_findings import block_mismatch, unknown_keys
 from omni_convert.formats.dialects.codec import PackedValues, Plain, Reciprocal
@@ -42,7 +43,7 @@ from omni_convert.formats.fp8 import FP8, FP8_PER_ROW, fp8_block_size
 from omni_convert.formats.int8 import INT8
 from omni_convert.formats.mxfp4 import MXFP4
 from omni_convert.formats.mxfp8 import MXFP8
-from omni_convert.formats.nvfp4 import NVFP4, NVFP4_BLOCK
+from omni_convert.formats.nvfp4 import NVFP4
 
 __all__ = ["COMPRESSED_TENSORS"]
 

@@ -15,18 +15,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from omni_convert.formats.arithmetic.scratch import Scratch
+from omni_convert.formats.arithmetic.smoothing import smoothed_input
 from omni_convert.formats.format import Format
-from omni_convert.formats.fp8 import Fp8, Fp8Block, Fp8Channel
-from omni_convert.formats.mxfp4 import Mxfp4
-from omni_convert.formats.mxfp4_dualscale import Mxfp4DualScale
-from omni_convert.formats.mxfp8 import Mxfp8
-from omni_convert.formats.nvfp4 import Nvfp4
-from omni_convert.formats.table import FORMATS, FormatOptions
-from omni_convert.loaders.kernels.decoding import DECODABLE, decode_rows, padded_columns, weight_unit
+from omni_convert.formats.int8 import Int8
+from omni_convert.loaders.kernels.decoding import DECODERS, decode_rows, padded_columns, weight_unit
 from omni_convert.loaders.kernels.kernel import Kernel, Requirements
-from omni_convert.loaders.kernels.reference import rounded_input, smoothed_input
-from omni_convert.loaders.memory.packed_int4 import PackedInt4, as_loaded, weight_shape
-from omni_convert.loaders.memory.scratch import Scratch
+from omni_convert.loaders.kernels.reference import rounded_input
+from omni_convert.loaders.memory.packed_int4 import weight_shape
 
 __all__ = ["CPU_DECODE_MM", "DECODE_MM", "DECODE_WEIGHT_MM"]
 
@@ -85,20 +81,23 @@ def _decode(fmt: Format, tensors: Mapping[str, Tensor], start: int, stop: int, c
     return weight
 
 
+# Formats of the layers that were compiled, by what an operator's argument can hold.
+_COMPILED: dict[str, Format] = {}
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator,unused-ignore]  # torch leaves it untyped
+def _key(fmt: Format) -> str:
+    key = repr(fmt)
+    _COMPILED[key] = fmt
+    return key
+
+
 # torch.compile would unroll the loops over tiles, and a graph has no place for a format: to it, this is one operator.
 @torch.library.custom_op("omni_convert::decode_mm", mutates_args=())
 def _decode_mm_op(
-    x: Tensor, tensors: list[Tensor], suffixes: str, method: str, blocks: list[int], bias: Tensor | None, rounded: bool
+    x: Tensor, tensors: list[Tensor], suffixes: str, fmt: str, bias: Tensor | None, rounded: bool
 ) -> Tensor:
-    by_suffix = dict(zip(suffixes.split(), tensors, strict=True))
-    options = FormatOptions(
-        static="input_scale" in by_suffix,
-        per_channel="weight_scale" in by_suffix
-        and by_suffix["weight_scale"].numel() > 1,  # of fp8, the others have no choice
-        weight_block_size=(blocks[0], blocks[1]) if len(blocks) > 1 else None,
-        group_size=blocks[0] if len(blocks) == 1 else None,
-    )
-    return _decode_mm(x, by_suffix, as_loaded(FORMATS[method].build(options)), bias, rounded)
+    return _decode_mm(x, dict(zip(suffixes.split(), tensors, strict=True)), _COMPILED[fmt], bias, rounded)
 
 
 @_decode_mm_op.register_fake
@@ -112,23 +111,22 @@ def _run(x: Tensor, tensors: Mapping[str, Tensor], fmt: Format, bias: Tensor | N
     needs_gradient = torch.is_grad_enabled() and x.requires_grad
     if not (needs_gradient or torch.compiler.is_compiling()):
         return _decode_mm(x, tensors, fmt, bias, is_rounded)
-    blocks = list(fmt.block_size) if isinstance(fmt, Fp8Block) else [fmt.group] if isinstance(fmt, PackedInt4) else []
-    suffixes = " ".join(tensors)
-    out: Tensor = _decode_mm_op(x, list(tensors.values()), suffixes, fmt.method, blocks, bias, is_rounded)
+    out: Tensor = _decode_mm_op(x, list(tensors.values()), " ".join(tensors), _key(fmt), bias, is_rounded)
     return out
 
 
-ROUNDABLE = (Fp8, Fp8Channel, Fp8Block, Mxfp8, Mxfp4, Mxfp4DualScale, Nvfp4, PackedInt4)
+# All with a decoder of their own but INT8, whose GEMM in integers is faster.
+FASTER_DECODED = tuple(fmt for fmt in DECODERS if fmt is not Int8)
 CPU_DECODE_MM = Kernel(
     "cpu_decode_mm",
     is_scaled_gemm=False,
-    requirements=Requirements(ROUNDABLE, devices=("cpu",)),
+    requirements=Requirements(FASTER_DECODED, devices=("cpu",)),
     run=_run,
 )
-DECODE_MM = Kernel("decode_mm", is_scaled_gemm=False, requirements=Requirements(DECODABLE), run=_run)
+DECODE_MM = Kernel("decode_mm", is_scaled_gemm=False, requirements=Requirements((Format,)), run=_run)
 DECODE_WEIGHT_MM = Kernel(
     "decode_weight_mm",
     is_scaled_gemm=False,
-    requirements=Requirements(DECODABLE, activations=("bf16",)),
+    requirements=Requirements((Format,), activations=("bf16",)),
     run=partial(_run, is_rounded=False),
 )

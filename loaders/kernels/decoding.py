@@ -13,22 +13,26 @@ codes is 2^-4). W4A16 weights are exact products, rounded once.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from omni_convert.formats.arithmetic.encoding import PER_TENSOR
 from omni_convert.formats.arithmetic.mx import COARSE_BLOCK, MX_BLOCK
+from omni_convert.formats.arithmetic.nvfp4_scale import NVFP4_BLOCK
+from omni_convert.formats.arithmetic.scratch import Scratch
 from omni_convert.formats.format import Format
 from omni_convert.formats.fp8 import Fp8, Fp8Block, Fp8Channel
 from omni_convert.formats.int8 import Int8
 from omni_convert.formats.mxfp4 import Mxfp4
 from omni_convert.formats.mxfp4_dualscale import Mxfp4DualScale
 from omni_convert.formats.mxfp8 import Mxfp8
-from omni_convert.formats.nvfp4 import NVFP4_BLOCK, Nvfp4
+from omni_convert.formats.nvfp4 import Nvfp4
+from omni_convert.loaders.memory.layout import disk_tensors
 from omni_convert.loaders.memory.packed_int4 import CODES, CODES_PER_WORD, SCALES, ZERO_POINTS, PackedInt4
-from omni_convert.loaders.memory.scratch import Scratch
 
-__all__ = ["DECODABLE", "decode_rows", "padded_columns", "weight_unit"]
+__all__ = ["DECODERS", "Decoder", "Operands", "decode_rows", "padded_columns", "weight_unit"]
 
 # Bias of bfloat16 less that of E4M3: what the shifted bits lack in the exponent.
 E4M3_REBIAS = 127 - 7
@@ -45,30 +49,44 @@ _SCRATCH = Scratch()
 
 def padded_columns(fmt: Format, columns: int) -> int:
     """Width of decoded rows: `columns` up to a whole block; the filling is zeros."""
-    block = _BLOCK[type(fmt)](fmt)
-    return -(-columns // block) * block
+    _, block = fmt.encoding.block if fmt.encoding is not None else PER_TENSOR
+    return -(-columns // (block or 1)) * (block or 1)
 
 
 def weight_unit(fmt: Format, tensors: Mapping[str, Tensor]) -> Tensor | float:
-    """What the decoded weights are still to be multiplied with; a number or float32 [] or [1]."""
-    if isinstance(fmt, Fp8):
-        return tensors["weight_scale"].float().reshape(())
-    if isinstance(fmt, Nvfp4):
-        return tensors["weight_scale_2"].float().reshape(())
-    return 2.0**HEADROOM if isinstance(fmt, Fp8Block | Fp8Channel | Mxfp8) else 1.0
+    """What the decoded weights are still to be multiplied by: a number, or float32 []."""
+    decoder = DECODERS.get(type(fmt))
+    unit = 1.0 if decoder is None else decoder.unit
+    return tensors[unit].float().reshape(()) if isinstance(unit, str) else unit
 
 
 def decode_rows(fmt: Format, tensors: Mapping[str, Tensor], start: int, columns: int, out: Tensor) -> None:
     """Rows of the weight over `weight_unit`, without mul_scale.
 
     Args:
-        fmt: one of `DECODABLE`
+        fmt: any format
         tensors: of the layer, as in memory
         start: first row
         columns: in_features
         out: where to, contiguous bfloat16 [rows, padded_columns(fmt, columns)]
     """
-    _DECODERS[type(fmt)](fmt, tensors, slice(start, start + len(out)), columns, out)
+    rows = slice(start, start + len(out))
+    decoder = DECODERS.get(type(fmt))
+    (decoder.decode if decoder is not None else _dequantize_rows)(fmt, tensors, rows, columns, out)
+
+
+def _dequantize_rows(fmt: Format, tensors: Mapping[str, Tensor], rows: slice, columns: int, out: Tensor) -> None:
+    multiple = fmt.row_multiple
+    first = rows.start // multiple * multiple
+    last = -(-rows.stop // multiple) * multiple
+    tile = {}
+    for suffix, layout in fmt.layout(len(tensors["weight"]), columns).items():
+        share = layout.rows_per_entry
+        tile[suffix] = tensors[suffix][first // share : -(-last // share)] if share else tensors[suffix]
+    if "mul_scale" in tile:
+        tile["mul_scale"] = torch.ones_like(tile["mul_scale"])
+    out[:, columns:] = 0
+    out[:, :columns] = fmt.dequantize(disk_tensors(fmt, tile, columns))[rows.start - first : rows.stop - first]
 
 
 def _decode_fp8(_fmt: Fp8, tensors: Mapping[str, Tensor], rows: slice, _columns: int, out: Tensor) -> None:
@@ -185,29 +203,57 @@ def _scale_(values: Tensor, scale: Tensor, block: int) -> None:
     values.mul_(spread.view(*scale.shape, block).copy_(scale[..., None]).view(values.shape))
 
 
-_BLOCK: dict[type[Format], Callable[..., int]] = {
-    Fp8: lambda _fmt: 1,
-    Fp8Channel: lambda _fmt: 1,
-    Fp8Block: lambda fmt: int(fmt.block_size[1]),
-    Int8: lambda _fmt: 1,
-    Mxfp8: lambda _fmt: MX_BLOCK,
-    Mxfp4: lambda _fmt: MX_BLOCK,
-    Mxfp4DualScale: lambda _fmt: MX_BLOCK,
-    Nvfp4: lambda _fmt: NVFP4_BLOCK,
-    PackedInt4: lambda _fmt: 1,
-}
+@dataclass(frozen=True)
+class Operands:
+    """Suffixes of the tensors that the fused kernel takes, "" for none; see `triton/matmul.py`.
 
-_DECODERS: dict[type[Format], Callable[..., None]] = {
-    Fp8: _decode_fp8,
-    Fp8Channel: _decode_fp8_channel,
-    Fp8Block: _decode_fp8_block,
-    Int8: _decode_int8,
-    Mxfp8: _decode_mxfp8,
-    Mxfp4: _decode_mxfp4,
-    Mxfp4DualScale: _decode_mxfp4_dualscale,
-    Nvfp4: _decode_nvfp4,
-    PackedInt4: _decode_packed_int4,
-}
+    Attributes:
+        weight: codes
+        block_scale: one byte for each block of columns
+        group_scale: a number with more bits than bfloat16 has, for each group of rows or columns
+        zero_points: of each group
+        unit: one number for the whole weight or for each row
+        is_turned: the group scales are [groups, rows]
+    """
 
-#: Formats whose weights this module decodes.
-DECODABLE = tuple(_DECODERS)
+    weight: str = "weight"
+    block_scale: str = ""
+    group_scale: str = ""
+    zero_points: str = ""
+    unit: str = ""
+    is_turned: bool = False
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """How kernels read a format faster than through `Format.dequantize`.
+
+    Attributes:
+        decode: fills bfloat16 rows: (format, tensors, rows, columns, out)
+        unit: the number, or the suffix of the number, by which decoded weights are still to be multiplied
+        operands: for the kernel that decodes inside the GEMM
+    """
+
+    decode: Callable[..., None]
+    unit: float | str
+    operands: Operands
+
+
+#: The formats with a decoder of their own. Any other is decoded by `Format.dequantize`.
+DECODERS: dict[type[Format], Decoder] = {
+    Fp8: Decoder(_decode_fp8, "weight_scale", Operands(unit="weight_scale")),
+    Fp8Channel: Decoder(_decode_fp8_channel, 2.0**HEADROOM, Operands(unit="weight_scale")),
+    Fp8Block: Decoder(_decode_fp8_block, 2.0**HEADROOM, Operands(group_scale="weight_scale_inv")),
+    Int8: Decoder(_decode_int8, 1.0, Operands(unit="weight_scale")),
+    Mxfp8: Decoder(_decode_mxfp8, 2.0**HEADROOM, Operands(block_scale="weight_scale")),
+    Mxfp4: Decoder(_decode_mxfp4, 1.0, Operands(block_scale="weight_scale")),
+    Mxfp4DualScale: Decoder(
+        _decode_mxfp4_dualscale, 1.0, Operands(block_scale="weight_scale", group_scale="weight_dual_scale")
+    ),
+    Nvfp4: Decoder(_decode_nvfp4, "weight_scale_2", Operands(block_scale="weight_scale", unit="weight_scale_2")),
+    PackedInt4: Decoder(
+        _decode_packed_int4,
+        1.0,
+        Operands(weight=CODES, group_scale=SCALES, zero_points=ZERO_POINTS, is_turned=True),
+    ),
+}

@@ -1,8 +1,8 @@
-"""Activation quantization as one kernel each on a CUDA device with Triton, and as `activation.py` has it elsewhere.
+"""Activation quantization: one Triton kernel each on a CUDA device, `formats/arithmetic/input_codes.py` elsewhere.
 
-Both give the same codes and scales. To torch.compile the kernels are operators that it does not look into; only the
-static scale, which needs no reduction, it is given to fuse with what comes before. Triton launches on the current
-device, wherever its arguments are: operators make that of their input current.
+Both give the same codes and scales. To torch.compile each kernel is an opaque operator. The static scale is the
+exception: it needs no reduction, so the compiler fuses plain torch with the operations before it. Triton launches on
+the current device, wherever its arguments are, so each operator makes the device of its input current.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
+from omni_convert.formats.arithmetic import input_codes
 from omni_convert.formats.arithmetic.mx import MX_BLOCK
+from omni_convert.formats.arithmetic.nvfp4_scale import NVFP4_BLOCK
 from omni_convert.formats.arithmetic.swizzle import padded_scale_shape, swizzle_scales
-from omni_convert.formats.nvfp4 import NVFP4_BLOCK
-from omni_convert.loaders.kernels import activation
 
 __all__ = [
     "LONGEST_ROW",
@@ -41,25 +41,25 @@ LONGEST_ROW = 1 << 15
 
 
 def fp8_static(x: Tensor, input_scale: Tensor) -> Tensor:
-    """As `activation.fp8_static`."""
+    """As `input_codes.fp8_static`."""
     if not _has_kernels(x) or torch.compiler.is_compiling():
-        return activation.fp8_static(x, input_scale)
+        return input_codes.fp8_static(x, input_scale)
     codes: Tensor = fp8_static_op(x, input_scale)
     return codes
 
 
 def fp8_per_token(x: Tensor) -> tuple[Tensor, Tensor]:
-    """As `activation.fp8_per_token`."""
+    """As `input_codes.fp8_per_token`."""
     if not (_has_kernels(x) and x.shape[1] <= LONGEST_ROW):
-        return activation.fp8_per_token(x)
+        return input_codes.fp8_per_token(x)
     codes, scale = fp8_per_token_op(x)
     return codes, scale
 
 
 def int8_per_token(x: Tensor) -> tuple[Tensor, Tensor]:
-    """As `activation.int8_per_token`."""
+    """As `input_codes.int8_per_token`."""
     if not (_has_kernels(x) and x.shape[1] <= LONGEST_ROW):
-        return activation.int8_per_token(x)
+        return input_codes.int8_per_token(x)
     codes, scale = int8_per_token_op(x)
     return codes, scale
 
@@ -69,7 +69,7 @@ def fp8_per_group(x: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
     if _has_kernels(x):
         codes, scale = fp8_per_group_op(x, group_size)
         return codes, scale
-    blocks, scale = activation.fp8_per_group(x, group_size)
+    blocks, scale = input_codes.fp8_per_group(x, group_size)
     return blocks.flatten(1)[:, : x.shape[1]].contiguous(), scale.squeeze(2).t().contiguous().t()
 
 
@@ -78,7 +78,7 @@ def mxfp8_swizzled(x: Tensor) -> tuple[Tensor, Tensor]:
     if _has_kernels(x):
         codes, scale = mxfp8_swizzled_op(x)
         return codes, scale
-    codes, scale = activation.mxfp8(x)
+    codes, scale = input_codes.mxfp8(x)
     return codes, swizzle_scales(scale).flatten()
 
 
@@ -87,7 +87,7 @@ def nvfp4_swizzled(x: Tensor, input_scale: Tensor) -> tuple[Tensor, Tensor]:
     if _has_kernels(x):
         codes, scale = nvfp4_swizzled_op(x, input_scale)
         return codes, scale
-    codes, scale = activation.nvfp4(x, input_scale)
+    codes, scale = input_codes.nvfp4(x, input_scale)
     return codes, swizzle_scales(scale).flatten()
 
 

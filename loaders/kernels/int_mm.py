@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from omni_convert.formats.arithmetic.input_codes import int8_per_token
+from omni_convert.formats.arithmetic.scratch import Scratch
 from omni_convert.formats.format import Format
 from omni_convert.formats.int8 import Int8
 from omni_convert.loaders.kernels import fused_activation
-from omni_convert.loaders.kernels.activation import int8_per_token
 from omni_convert.loaders.kernels.kernel import Kernel, Requirements
-from omni_convert.loaders.memory.scratch import Scratch
 
 __all__ = ["INT_MM"]
 

@@ -13,20 +13,20 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from omni_convert.formats.arithmetic.e2m1 import E2M1
 from omni_convert.formats.arithmetic.e2m1_container import pack_container, unpack_container
 from omni_convert.formats.format import Format
-from omni_convert.formats.mxfp4 import Mxfp4
-from omni_convert.formats.mxfp4_dualscale import Mxfp4DualScale
 
-__all__ = ["CONTAINER_FORMATS", "disk_tensors", "resident_tensors"]
+__all__ = ["disk_tensors", "resident_tensors"]
 
-#: Formats whose `weight` is a container on disk and packed in memory.
-CONTAINER_FORMATS = (Mxfp4, Mxfp4DualScale)
+
+def _has_e2m1(fmt: Format) -> bool:
+    return fmt.encoding is not None and fmt.encoding.element == E2M1
 
 
 def resident_tensors(fmt: Format, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Tensors of a layer, by suffix, from disk to memory; what is on the meta device has nothing to pack yet."""
-    if not isinstance(fmt, CONTAINER_FORMATS):
+    if not _has_e2m1(fmt):
         return dict(tensors)
     weight = tensors["weight"]
     is_container = weight.dtype is torch.float8_e4m3fn and not weight.is_meta
@@ -35,8 +35,9 @@ def resident_tensors(fmt: Format, tensors: Mapping[str, Tensor]) -> dict[str, Te
 
 def disk_tensors(fmt: Format, tensors: Mapping[str, Tensor], in_features: int) -> dict[str, Tensor]:
     """Inverse of `resident_tensors`, bit for bit."""
-    if not isinstance(fmt, CONTAINER_FORMATS):
+    if not _has_e2m1(fmt):
         return dict(tensors)
     weight = tensors["weight"]
-    is_packed = weight.dtype is torch.uint8
+    on_disk = fmt.layout(len(weight), in_features)["weight"].dtype
+    is_packed = on_disk is torch.float8_e4m3fn and weight.dtype is torch.uint8
     return {**tensors, "weight": unpack_container(weight, in_features) if is_packed else weight}

@@ -14,9 +14,8 @@ import triton  # type: ignore[import-not-found,import-untyped,unused-ignore]  # 
 import triton.language as tl  # type: ignore[import-not-found,import-untyped,unused-ignore]
 from torch import Tensor
 
+from omni_convert.formats.arithmetic.input_codes import INT8_MAX, SMALLEST_INT8_AMAX, SMALLEST_TOKEN_SCALE
 from omni_convert.formats.fp8 import E4M3_MAX
-from omni_convert.formats.int8 import INT8_MAX
-from omni_convert.loaders.kernels.activation import SMALLEST_INT8_AMAX, SMALLEST_TOKEN_SCALE
 
 __all__ = [
     "divide",

@@ -16,10 +16,10 @@ import triton.language as tl  # type: ignore[import-not-found,import-untyped,unu
 from torch import Tensor
 
 from omni_convert.formats.arithmetic.float8 import E4M3_MAX
+from omni_convert.formats.arithmetic.input_codes import SMALLEST_GROUP_AMAX
 from omni_convert.formats.arithmetic.mx import MX_BLOCK
+from omni_convert.formats.arithmetic.nvfp4_scale import NVFP4_BLOCK
 from omni_convert.formats.arithmetic.swizzle import padded_scale_shape
-from omni_convert.formats.nvfp4 import NVFP4_BLOCK
-from omni_convert.loaders.kernels.activation import SMALLEST_GROUP_AMAX
 from omni_convert.loaders.kernels.triton.activation import divide, e4m3, has_type, largest_magnitude
 
 __all__ = [

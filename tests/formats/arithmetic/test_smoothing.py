@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from omni_convert.formats.activation import quantize_mxfp4_dualscale_input, quantize_mxfp4_input
+from omni_convert.formats.arithmetic.input_values import quantize_mxfp4_dualscale_input, quantize_mxfp4_input
 from omni_convert.formats.arithmetic.smoothing import channel_amax, split_input_rows
 from omni_convert.formats.format import Format
 from omni_convert.formats.mxfp4 import Mxfp4

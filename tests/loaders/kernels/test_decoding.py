@@ -5,12 +5,15 @@ import torch
 
 from omni_convert.formats.format import Format
 from omni_convert.formats.fp8 import Fp8, Fp8Block, Fp8Channel
+from omni_convert.formats.gguf import Gguf
 from omni_convert.formats.int8 import Int8
 from omni_convert.formats.mxfp4 import Mxfp4
 from omni_convert.formats.mxfp4_dualscale import Mxfp4DualScale
 from omni_convert.formats.mxfp8 import Mxfp8
 from omni_convert.formats.nvfp4 import Nvfp4
-from omni_convert.loaders.kernels.decoding import DECODABLE, decode_rows, padded_columns, weight_unit
+from omni_convert.loaders.kernels.decode_mm import DECODE_MM
+from omni_convert.loaders.kernels.decoding import DECODERS, decode_rows, padded_columns, weight_unit
+from omni_convert.loaders.kernels.reference import REFERENCE
 from omni_convert.loaders.memory.layout import disk_tensors, resident_tensors
 from omni_convert.loaders.memory.packed_int4 import PackedInt4, weight_shape
 
@@ -69,4 +72,15 @@ def test_every_pair_of_e2m1_codes_is_exact_in_its_place():
 
 
 def test_every_format_that_can_be_loaded_can_be_decoded():
-    assert {type(fmt) for fmt in FORMATS} == set(DECODABLE)
+    assert {type(fmt) for fmt in FORMATS} == set(DECODERS)
+
+
+def test_a_format_without_a_decoder_is_decoded_by_its_own_dequantization():
+    fmt = Gguf("Q8_0")
+    assert type(fmt) not in DECODERS
+    weight = torch.randn(24, 64, generator=torch.Generator().manual_seed(0))
+    tensors = fmt.quantize(weight)
+    assert torch.equal(decode(fmt, tensors, 64), fmt.dequantize(tensors).bfloat16().float())
+    x = torch.randn(3, 64, generator=torch.Generator().manual_seed(1)).bfloat16()
+    expected = REFERENCE.run(x, tensors, fmt, None).float()
+    assert (DECODE_MM.run(x, tensors, fmt, None).float() - expected).norm() <= 2**-8 * expected.norm()

@@ -9,7 +9,7 @@ from omni_convert.formats.mxfp4 import Mxfp4
 from omni_convert.formats.mxfp4_dualscale import Mxfp4DualScale
 from omni_convert.formats.mxfp8 import Mxfp8
 from omni_convert.formats.nvfp4 import Nvfp4
-from omni_convert.loaders.kernels.decoding import DECODABLE
+from omni_convert.loaders.kernels.decoding import DECODERS
 from omni_convert.loaders.kernels.fused_decode_mm import TRITON_DECODE_MM, run_fused
 from omni_convert.loaders.kernels.kernel import LayerTraits
 from omni_convert.loaders.kernels.reference import rounded_input
@@ -114,7 +114,7 @@ def test_weights_far_from_one_are_decoded_all_the_same(fmt, magnitude):
 
 
 def test_it_runs_every_format_that_can_be_decoded():
-    assert set(TRITON_DECODE_MM.requirements.formats) == set(DECODABLE)
+    assert set(TRITON_DECODE_MM.requirements.formats) == set(DECODERS)
 
 
 @pytest.mark.parametrize("fmt", [PackedInt4(24), Fp8Block((128, 40))], ids=str)

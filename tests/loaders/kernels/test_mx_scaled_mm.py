@@ -6,12 +6,13 @@ from torch._subclasses import FakeTensorMode
 from torch.nn import functional as F
 from torch.nn.functional import ScalingType, SwizzleType
 
-from omni_convert.formats.activation import quantize_mxfp8_input, quantize_nvfp4_input
 from omni_convert.formats.arithmetic.e2m1 import decode_e2m1, unpack_nibbles
 from omni_convert.formats.arithmetic.e8m0 import decode_e8m0
+from omni_convert.formats.arithmetic.input_values import quantize_mxfp8_input, quantize_nvfp4_input
+from omni_convert.formats.arithmetic.nvfp4_scale import NVFP4_LARGEST
 from omni_convert.formats.arithmetic.swizzle import unswizzle_scales
 from omni_convert.formats.mxfp8 import Mxfp8
-from omni_convert.formats.nvfp4 import NVFP4_LARGEST, Nvfp4
+from omni_convert.formats.nvfp4 import Nvfp4
 from omni_convert.loaders.kernels.mx_scaled_mm import run_mxfp8, run_nvfp4
 
 ROWS, OUT, IN = 5, 64, 160

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from omni_convert.formats.activation import quantize_mxfp4_dualscale_input
+from omni_convert.formats.arithmetic.input_values import quantize_mxfp4_dualscale_input
+from omni_convert.formats.arithmetic.nvfp4_scale import NVFP4_LARGEST
 from omni_convert.formats.errors import KernelError
 from omni_convert.formats.format import Format
 from omni_convert.formats.fp8 import Fp8, Fp8Block, Fp8Channel
@@ -16,7 +17,7 @@ from omni_convert.formats.int8 import Int8
 from omni_convert.formats.mxfp4 import Mxfp4
 from omni_convert.formats.mxfp4_dualscale import Mxfp4DualScale
 from omni_convert.formats.mxfp8 import Mxfp8
-from omni_convert.formats.nvfp4 import NVFP4_LARGEST, Nvfp4
+from omni_convert.formats.nvfp4 import Nvfp4
 from omni_convert.loaders.kernels import decode_mm, int_mm
 from omni_convert.loaders.kernels.decode_mm import DECODE_MM
 from omni_convert.loaders.kernels.int_mm import INT_MM

@@ -1,10 +1,11 @@
-"""The fused kernels give, bit for bit, what `activation.py` gives: in Triton's interpreter, where there is no GPU."""
+"""The fused kernels give, bit for bit, what `input_codes.py` gives: in Triton's interpreter, where there is no GPU."""
 
 import pytest
 import torch
 from torch._subclasses import FakeTensorMode
 
-from omni_convert.loaders.kernels import activation, fused_activation
+from omni_convert.formats.arithmetic import input_codes
+from omni_convert.loaders.kernels import fused_activation
 from omni_convert.loaders.kernels.fused_activation import LONGEST_ROW, fp8_per_token_op, int8_per_token_op
 
 pytest.importorskip("triton", reason="triton is not installed: its kernels cannot run")
@@ -30,8 +31,8 @@ def nvfp4(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
 
 # Each kernel, and what `fused_activation.py` computes on a device without kernels.
 PER_TOKEN = [
-    pytest.param(fp8_per_token_op, activation.fp8_per_token, id="fp8"),
-    pytest.param(int8_per_token_op, activation.int8_per_token, id="int8"),
+    pytest.param(fp8_per_token_op, input_codes.fp8_per_token, id="fp8"),
+    pytest.param(int8_per_token_op, input_codes.int8_per_token, id="int8"),
 ]
 PAIRS = [
     *PER_TOKEN,

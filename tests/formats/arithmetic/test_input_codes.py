@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from omni_convert.loaders.kernels.activation import fp8_per_group, fp8_per_token, fp8_static, int8_per_token
+from omni_convert.formats.arithmetic.input_codes import fp8_per_group, fp8_per_token, fp8_static, int8_per_token
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ from omni_convert.formats.arithmetic.mx import (
     scale_blocks_,
     split_blocks,
 )
-from omni_convert.formats.nvfp4 import NVFP4_BLOCK, nvfp4_block_scale
+from omni_convert.formats.arithmetic.nvfp4_scale import NVFP4_BLOCK, nvfp4_block_scale
 
 __all__ = ["quantize_mxfp4_dualscale_input", "quantize_mxfp4_input", "quantize_mxfp8_input", "quantize_nvfp4_input"]
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from omni_convert.formats.activation import (
+from omni_convert.formats.arithmetic.input_values import (
     quantize_mxfp4_dualscale_input,
     quantize_mxfp4_input,
     quantize_mxfp8_input,

@@ -14,13 +14,12 @@ from torch.nn import functional as F
 
 from omni_convert.formats.arithmetic.e2m1 import E2M1, encode_e2m1, pack_nibbles
 from omni_convert.formats.arithmetic.e8m0 import encode_e8m0
-from omni_convert.formats.arithmetic.float8 import E4M3
+from omni_convert.formats.arithmetic.float8 import E4M3, E4M3_MAX, round_to_e4m3
 from omni_convert.formats.arithmetic.mx import MX_BLOCK, block_amax, join_blocks, scale_blocks_, split_blocks
-from omni_convert.formats.fp8 import E4M3_MAX, round_to_e4m3
-from omni_convert.formats.int8 import INT8_MAX
-from omni_convert.formats.nvfp4 import NVFP4_BLOCK, nvfp4_block_scale
+from omni_convert.formats.arithmetic.nvfp4_scale import NVFP4_BLOCK, nvfp4_block_scale
 
 __all__ = [
+    "INT8_MAX",
     "SMALLEST_GROUP_AMAX",
     "SMALLEST_INT8_AMAX",
     "SMALLEST_TOKEN_SCALE",
@@ -32,6 +31,7 @@ __all__ = [
     "nvfp4",
 ]
 
+INT8_MAX = 127
 # Lowest per-token scale of vLLM: keeps the scale of an all-zero token above zero.
 SMALLEST_TOKEN_SCALE = 1.0 / (E4M3_MAX * 512.0)
 # Lowest amax of a group in vLLM's per-token-group kernel, for the same reason.

@@ -5,8 +5,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
+from omni_convert.formats.arithmetic.scratch import MOST_BYTES, Scratch
 from omni_convert.loaders.layers.quantized_linear import QuantizedLinear, quantize_linear
-from omni_convert.loaders.memory.scratch import MOST_BYTES, Scratch
 
 
 @pytest.fixture(params=["int8", "fp8"])
