@@ -1,6 +1,6 @@
 """GGUF: the types of tensors that the `gguf` package can make, for diffusers, ComfyUI-GGUF and their like.
 
-Tensors:    NAME.weight  U8 [out, in / 32 * bytes]   blocks of `arithmetic/ggml_blocks.py`; BF16 or F16 [out, in]
+Tensors:    NAME.weight  U8 [out, in / 32 * bytes]   blocks of `arithmetic/ggml/`; BF16 or F16 [out, in]
 Arithmetic: of each type; the runtime dequantizes a weight before every use, and activations stay as they are.
 Consumers:  diffusers' `GGUFQuantizationConfig` (all but MXFP4), ComfyUI-GGUF.
 Limits:     in a multiple of 32, but for BF16 and F16; scales are FP16 and end at 65504.
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from omni_convert.formats.arithmetic.ggml_blocks import BLOCK, BLOCK_TYPES
+from omni_convert.formats.arithmetic.ggml.blocks import BLOCK, BLOCK_TYPES
 from omni_convert.formats.errors import RecipeError
 from omni_convert.formats.format import QuantizingFormat
 from omni_convert.formats.rows import TensorLayout
@@ -73,7 +73,7 @@ class Gguf(QuantizingFormat):
         stored = torch.empty(len(blocks), kind.size, dtype=torch.uint8, device=rows.device)
         count = CACHED_BLOCKS if rows.device.type == "cpu" else max(1, len(blocks))
         for start in range(0, len(blocks), count):
-            stored[start : start + count] = kind.quantize(blocks[start : start + count].float())
+            stored[start : start + count] = kind.quantize(blocks[start : start + count].float(), search=False)
         return {"weight": stored.view(len(rows), -1)}
 
     def dequantize(self, tensors: Mapping[str, Tensor]) -> Tensor:

@@ -20,6 +20,7 @@ ROOMS = (
     "formats.errors",
     "formats.rows",
     "formats.arithmetic",
+    "formats.arithmetic.ggml",
     "formats.containers",
     "formats",
     "formats.families",

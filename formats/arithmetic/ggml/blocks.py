@@ -1,4 +1,4 @@
-"""The block types of GGUF: 32 numbers along K in a few bytes, exactly as the `gguf` package quantizes them.
+"""The simple block types of GGUF: 32 numbers along K in a few bytes; unsearched, as the `gguf` package makes them.
 
 Type    bytes   what is in them                                                       number
 Q8_0    34      FP16 scale d; 32 INT8                                                 d * q
@@ -9,18 +9,23 @@ Q4_0    18      FP16 scale d; 16 bytes                                          
 MXFP4   17      E8M0 byte; 16 bytes of E2M1 codes                                     2^(byte - 127) * E2M1
 
 A byte of low bits holds number i in its low half and number i + 16 in its high half; bit i of the high bits is number
-i's. Scales are rounded to FP16 after the numbers were divided by them, as upstream does.
+i's. Scales are rounded to FP16 after the numbers were divided by them, as upstream does; a search, which Q4_0 to Q5_1
+have, divides by what is stored. Types of super-blocks are in `k_quants.py`.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-__all__ = ["BLOCK", "BLOCK_TYPES", "BlockType"]
+from omni_convert.formats.arithmetic.ggml.affine_search import fit_one_affine
+from omni_convert.formats.arithmetic.ggml.block_type import BlockType, half_at, half_bytes
+from omni_convert.formats.arithmetic.ggml.groups import Groups
+from omni_convert.formats.arithmetic.ggml.scaled_search import IntegerValues, fit_one_scale
+
+__all__ = ["BLOCK", "BLOCK_TYPES"]
 
 BLOCK = 32
 HALF = BLOCK // 2
@@ -28,25 +33,10 @@ HALF = BLOCK // 2
 E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 E2M1_MIDDLES = (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)
 E2M1_SIGN = 8
-
-
-class BlockType(ABC):
-    """One type of blocks."""
-
-    #: Bytes of a block.
-    size: int
-
-    @abstractmethod
-    def quantize(self, blocks: Tensor) -> Tensor:
-        """Float32 [n, 32] to uint8 [n, size]."""
-
-    @abstractmethod
-    def dequantize(self, blocks: Tensor) -> Tensor:
-        """Uint8 [n, size] to float32 [n, 32]."""
-
-    @abstractmethod
-    def is_finite(self, blocks: Tensor) -> bool:
-        """Whether all scales and minima are numbers."""
+# Of a search: how far beyond the last code the largest number may come to lie, and how often the fit is repeated.
+SCALED_STARTS = tuple(0.2 * i for i in range(-5, 6))
+AFFINE_STARTS = tuple(0.2 * i for i in range(-5, 6))
+REPEATS = 2
 
 
 def _inverse(scale: Tensor) -> Tensor:
@@ -56,16 +46,6 @@ def _inverse(scale: Tensor) -> Tensor:
 def _codes(numbers: Tensor, largest: int) -> Tensor:
     """Numbers without their fraction, as codes; what a denormal scale made infinite is 0."""
     return torch.where(numbers.isfinite(), numbers, 0.0).trunc_().clamp_(0, largest).to(torch.uint8)
-
-
-def _half_bytes(numbers: Tensor) -> Tensor:
-    """Float32 [n, 1] to the two bytes of FP16 [n, 2]."""
-    return numbers.to(torch.float16).view(torch.uint8)
-
-
-def _half(blocks: Tensor, at: int) -> Tensor:
-    """The FP16 at a byte of each block, float32 [n, 1]."""
-    return blocks[:, at : at + 2].contiguous().view(torch.float16).float()
 
 
 def _pack(codes: Tensor) -> Tensor:
@@ -82,20 +62,20 @@ def _unpack(packed: Tensor) -> Tensor:
 class _Q8(BlockType):
     size: int = 34
 
-    def quantize(self, blocks: Tensor) -> Tensor:
+    def quantize(self, blocks: Tensor, importance: Tensor | None = None, *, search: bool = True) -> Tensor:
         scale = blocks.abs().amax(dim=1, keepdim=True) / 127
         numbers = blocks * _inverse(scale)
         magnitude = numbers.abs()
         floor = magnitude.floor()
         away = floor + ((magnitude - floor) * 2).floor()  # halves go away from zero
         rounded = torch.where(away.isfinite(), numbers.sign() * away, 0.0)
-        return torch.cat([_half_bytes(scale), rounded.to(torch.int8).view(torch.uint8)], dim=1)
+        return torch.cat([half_bytes(scale), rounded.to(torch.int8).view(torch.uint8)], dim=1)
 
     def dequantize(self, blocks: Tensor) -> Tensor:
-        return blocks[:, 2:].view(torch.int8).float() * _half(blocks, 0)
+        return blocks[:, 2:].view(torch.int8).float() * half_at(blocks, 0)
 
     def is_finite(self, blocks: Tensor) -> bool:
-        return bool(_half(blocks, 0).isfinite().all())
+        return bool(half_at(blocks, 0).isfinite().all())
 
 
 @dataclass(frozen=True)
@@ -118,22 +98,39 @@ class _Integer(BlockType):
     def _codes_at(self) -> int:
         return 4 if self.has_minimum else 2
 
-    def quantize(self, blocks: Tensor) -> Tensor:
+    def quantize(self, blocks: Tensor, importance: Tensor | None = None, *, search: bool = True) -> Tensor:
+        codes, head = self._search(blocks, importance) if search else self._nearest(blocks)
+        if self.bits > 4:
+            high = (codes >> 4).view(-1, BLOCK // 8, 8) << torch.arange(8, dtype=torch.uint8, device=codes.device)
+            head.append(high.sum(dim=2, dtype=torch.uint8))
+        return torch.cat([*head, _pack(codes)], dim=1)
+
+    def _search(self, blocks: Tensor, importance: Tensor | None) -> tuple[Tensor, list[Tensor]]:
+        """Codes uint8 [n, 32], and the bytes of scales and minima, with a small squared error."""
+        groups, levels = Groups.of_blocks(blocks, importance, BLOCK), 1 << self.bits
+        if self.has_minimum:
+            scale, minimum, codes = fit_one_affine(groups, levels - 1, AFFINE_STARTS, REPEATS)
+            head = [half_bytes(scale[0, :, None]), half_bytes(-minimum[0, :, None])]
+        else:
+            values = IntegerValues(-levels // 2, levels // 2 - 1)
+            scale, codes = fit_one_scale(groups, values, [-(levels // 2 + beyond) for beyond in SCALED_STARTS], REPEATS)
+            codes, head = values.codes(codes), [half_bytes(scale[0, :, None])]
+        return codes[:, 0].t().to(torch.uint8), head
+
+    def _nearest(self, blocks: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """As `_search`, but bit-equal to the `gguf` package."""
         levels = 1 << self.bits
         if self.has_minimum:
             minimum = blocks.amin(dim=1, keepdim=True)
             scale = (blocks.amax(dim=1, keepdim=True) - minimum) / (levels - 1)
             codes = _codes((blocks - minimum) * _inverse(scale) + 0.5, levels - 1)
-            head = [_half_bytes(scale), _half_bytes(minimum)]
+            head = [half_bytes(scale), half_bytes(minimum)]
         else:
             largest = blocks.gather(1, blocks.abs().argmax(dim=1, keepdim=True))
             scale = largest / -(levels // 2)  # the largest magnitude takes the one code that has no negative
             codes = _codes(blocks * _inverse(scale) + (levels // 2 + 0.5), levels - 1)
-            head = [_half_bytes(scale)]
-        if self.bits > 4:
-            high = (codes >> 4).view(-1, BLOCK // 8, 8) << torch.arange(8, dtype=torch.uint8, device=codes.device)
-            head.append(high.sum(dim=2, dtype=torch.uint8))
-        return torch.cat([*head, _pack(codes)], dim=1)
+            head = [half_bytes(scale)]
+        return codes, head
 
     def dequantize(self, blocks: Tensor) -> Tensor:
         codes = _unpack(blocks[:, -HALF:])
@@ -141,18 +138,18 @@ class _Integer(BlockType):
             high = blocks[:, self._codes_at : -HALF, None] >> torch.arange(8, dtype=torch.uint8, device=blocks.device)
             codes |= (high & 1).flatten(1) << 4
         if self.has_minimum:
-            return codes.float() * _half(blocks, 0) + _half(blocks, 2)
-        return (codes.float() - (1 << self.bits - 1)) * _half(blocks, 0)
+            return codes.float() * half_at(blocks, 0) + half_at(blocks, 2)
+        return (codes.float() - (1 << self.bits - 1)) * half_at(blocks, 0)
 
     def is_finite(self, blocks: Tensor) -> bool:
-        return all(bool(_half(blocks, at).isfinite().all()) for at in range(0, self._codes_at, 2))
+        return all(bool(half_at(blocks, at).isfinite().all()) for at in range(0, self._codes_at, 2))
 
 
 @dataclass(frozen=True)
 class _Mxfp4(BlockType):
     size: int = 17
 
-    def quantize(self, blocks: Tensor) -> Tensor:
+    def quantize(self, blocks: Tensor, importance: Tensor | None = None, *, search: bool = True) -> Tensor:
         amax = blocks.abs().amax(dim=1, keepdim=True)
         # Upstream takes the logarithm in float32, and just below a power of two it is that of the power.
         exponent = amax.double().log2().float().floor() - 2 + 127

@@ -1,0 +1,87 @@
+"""What a block type of GGUF is: so many numbers along K that become so many bytes."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+__all__ = ["BitPlane", "BlockType", "half_at", "half_bytes"]
+
+
+class BlockType(ABC):
+    """One type of blocks."""
+
+    #: Numbers of a block.
+    numbers: int = 32
+    #: Bytes of a block.
+    size: int
+
+    @abstractmethod
+    def quantize(self, blocks: Tensor, importance: Tensor | None = None, *, search: bool = True) -> Tensor:
+        """Blocks of numbers as bytes; the same bytes for a block whatever blocks stand beside it.
+
+        Args:
+            blocks: float [n, numbers]
+            importance: what the square of an error at each number counts, float [n, numbers]; None where all count the
+                same. Types whose scale is given by the largest number alone ignore it.
+            search: look for the scales with the smallest error; else the fastest good ones
+
+        Returns:
+            uint8 [n, size]
+        """
+
+    @abstractmethod
+    def dequantize(self, blocks: Tensor) -> Tensor:
+        """Uint8 [n, size] to float32 [n, numbers], exactly as the `gguf` package computes them."""
+
+    @abstractmethod
+    def is_finite(self, blocks: Tensor) -> bool:
+        """Whether all scales and minima are numbers."""
+
+
+def half_bytes(numbers: Tensor) -> Tensor:
+    """Float32 [n, 1] to the two bytes of FP16 [n, 2]."""
+    return numbers.to(torch.float16).view(torch.uint8)
+
+
+def half_at(blocks: Tensor, at: int) -> Tensor:
+    """The FP16 at a byte of each block, float32 [n, 1]."""
+    return blocks[:, at : at + 2].contiguous().view(torch.float16).float()
+
+
+@dataclass(frozen=True)
+class BitPlane:
+    """Where some bits of the codes of a block lie: codes that share a byte differ in one index.
+
+    Attributes:
+        shape: the codes of a block in this shape, in their order
+        axis: the index by which the codes of a byte differ; the first has the lowest bits
+    """
+
+    shape: tuple[int, ...]
+    axis: int
+
+    @property
+    def bits(self) -> int:
+        """Of each code."""
+        return 8 // self.shape[self.axis]
+
+    def pack(self, codes: Tensor) -> Tensor:
+        """The low bits of codes uint8 [codes, n] in bytes [codes * bits / 8, n]."""
+        together = codes.view(*self.shape, -1).movedim(self.axis, 0)
+        mask = (1 << self.bits) - 1
+        packed = together[0] & mask
+        for i in range(1, len(together)):
+            packed |= (together[i] & mask) << (i * self.bits)
+        return packed.reshape(-1, codes.shape[1])
+
+    def unpack(self, packed: Tensor) -> Tensor:
+        """The inverse of `pack`, uint8 [codes, n]."""
+        rest = [size for axis, size in enumerate(self.shape) if axis != self.axis]
+        together = packed.reshape(*rest, -1)
+        mask = (1 << self.bits) - 1
+        parts = [(together >> (i * self.bits)) & mask for i in range(self.shape[self.axis])]
+        return torch.stack(parts, dim=self.axis).reshape(-1, packed.shape[1])
