@@ -1,8 +1,8 @@
 """A checkpoint becomes a running pipeline. Importing this registers our quantizers with diffusers and transformers."""
 
 from omni_convert.loaders import lora
-from omni_convert.loaders.attention import backend as attention_backend
-from omni_convert.loaders.attention.fp8_attention import disable_fp8_attention, enable_fp8_attention
+from omni_convert.loaders.attention import diffusers_backends
+from omni_convert.loaders.attention.enable import disable_fp8_attention, enable_fp8_attention
 from omni_convert.loaders.layers.fp8_storage import apply_fp8_weight_storage
 from omni_convert.loaders.layers.quantized_linear import QuantizedLinear, quantize_linear
 from omni_convert.loaders.loading import diffusers_quantizer, transformers_quantizer
@@ -29,7 +29,7 @@ __all__ = [
     "resolve_component_quant_config",
 ]
 
-attention_backend.register()
+diffusers_backends.register()
 diffusers_quantizer.register()
 transformers_quantizer.register()
 lora.register()

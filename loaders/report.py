@@ -11,8 +11,8 @@ from torch import nn
 
 from omni_convert.formats.config import ACTIVATION_SCHEMES
 from omni_convert.formats.errors import KernelError, RecipeError, listed
-from omni_convert.loaders.attention.backend import is_fp8_backend
-from omni_convert.loaders.attention.fp8_attention import count_attention_backends
+from omni_convert.loaders.attention.diffusers_backends import is_fp8_backend
+from omni_convert.loaders.attention.enable import count_attention_backends
 from omni_convert.loaders.layers.fp8_storage import Fp8WeightStorage
 from omni_convert.loaders.layers.quantized_linear import QuantizedLinear
 

@@ -1,7 +1,7 @@
-"""The kernels that compute attention in FP8: which one runs where, and why another does not.
+"""The kernels that compute attention in FP8, the devices that run each, and why another does not.
 
-FlashAttention-3 on Hopper multiplies the codes of `attention_codes`; SageAttention 2 quantizes by itself, P and V to
-FP8 as well, but Q and K to INT8. Both are called as documented and have not been run on a GPU by us.
+FlashAttention-3 on Hopper multiplies the codes of `arithmetic`. SageAttention 2 quantizes by itself: P and V to FP8,
+but Q and K to INT8. Both are called as documented and have not been run on a GPU by us.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from diffusers.utils import (
 from torch import Tensor
 
 from omni_convert.formats.errors import KernelError
-from omni_convert.loaders.attention.codes import attend, quantize_per_head
+from omni_convert.loaders.attention.arithmetic import attend, quantize_per_head
 
 __all__ = ["ATTENTION_KERNELS", "AttentionKernel", "select_attention_kernel"]
 
@@ -46,8 +46,8 @@ class AttentionKernel:
         name: as users ask for it
         unmet: why a device cannot run it, or None
         run: see `RunAttention`
-        is_automatic: whether it may be chosen unasked
-        prepare: fetches what must be there before the first call
+        is_automatic: whether it may be chosen when no kernel is named
+        prepare: fetches everything that the first call needs
     """
 
     name: str
@@ -84,7 +84,7 @@ def select_attention_kernel(name: str | None, device: torch.device) -> Attention
 def _flash_attention_3(
     q: Tensor, k: Tensor, v: Tensor, q_descale: Tensor, k_descale: Tensor, v_descale: Tensor, scale: float, hub: bool
 ) -> Tensor:
-    """An operator of ours: what diffusers declares of its own one is an output in the dtype of the codes."""
+    """Our own operator, because diffusers declares for its one that the output has the dtype of the codes."""
     attend_flash_3 = _hub_function() if hub else importlib.import_module("flash_attn_interface").flash_attn_func
     out: Any = attend_flash_3(
         q, k, v, softmax_scale=scale, q_descale=q_descale, k_descale=k_descale, v_descale=v_descale
@@ -95,7 +95,7 @@ def _flash_attention_3(
 
 @_flash_attention_3.register_fake
 def _(q: Tensor, *_others: Any) -> Tensor:
-    return q.new_empty(q.shape, dtype=torch.bfloat16)  # contiguous, as the kernel's
+    return q.new_empty(q.shape, dtype=torch.bfloat16)  # contiguous, like the kernel's
 
 
 def _run_flash_3(query: Tensor, key: Tensor, value: Tensor, scale: float, hub: bool = False) -> Tensor:
@@ -107,25 +107,25 @@ def _run_flash_3(query: Tensor, key: Tensor, value: Tensor, scale: float, hub: b
 
 @torch.library.custom_op("omni_convert::sage_attention", mutates_args=())
 def _sage_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-    """An operator, because the package's own functions break graphs. It picks the GPU's kernel and quantizes itself."""
+    """An operator, because the package's functions break graphs. They pick the GPU's kernel and quantize themselves."""
     out: Tensor = dispatch_attention_fn(query, key, value, scale=scale, backend=AttentionBackendName.SAGE)
     return out.contiguous()
 
 
 @_sage_attention.register_fake
 def _(query: Tensor, *_others: Any) -> Tensor:
-    return query.new_empty(query.shape)  # likewise
+    return query.new_empty(query.shape)  # contiguous, as above
 
 
 def _hub_function() -> Any:
-    kept = attention_dispatch._HUB_KERNELS_REGISTRY[FLASH_3_HUB]  # noqa: SLF001  # only what it keeps takes scales
-    if kept.kernel_fn is None:  # in another process than the one that enabled it
+    kept = attention_dispatch._HUB_KERNELS_REGISTRY[FLASH_3_HUB]  # noqa: SLF001  # only the function kept there accepts scales
+    if kept.kernel_fn is None:  # this is another process than the one that enabled it
         _prepare_hub()
     return kept.kernel_fn
 
 
 def _prepare_hub() -> None:
-    """Downloads the kernel once, with diffusers' own checks of who published it."""
+    """Downloads the kernel once; diffusers checks who published it."""
     try:
         with attention_backend(FLASH_3_HUB):
             return

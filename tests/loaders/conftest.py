@@ -12,6 +12,7 @@ from diffusers import (
     AutoencoderKL,
     FlowMatchEulerDiscreteScheduler,
     FluxTransformer2DModel,
+    HunyuanVideo15Transformer3DModel,
     QwenImageTransformer2DModel,
     WanTransformer3DModel,
     ZImagePipeline,
@@ -257,6 +258,37 @@ def _z_image() -> tuple[nn.Module, Callable[[int], Inputs]]:
     return model, inputs
 
 
+def _hunyuan_video_15() -> tuple[nn.Module, Callable[[int], Inputs]]:
+    """Of its two prompts, one is shorter than its tokens and one is empty; there is no image."""
+    model = HunyuanVideo15Transformer3DModel(
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=32,
+        num_layers=2,
+        num_refiner_layers=1,
+        patch_size=1,
+        patch_size_t=1,
+        text_embed_dim=32,
+        text_embed_2_dim=32,
+        image_embed_dim=32,
+        rope_axes_dim=(8, 12, 12),
+    )
+
+    def inputs(step: int) -> Inputs:
+        return {
+            "hidden_states": _noise(1, 4, 1, 8, 8, seed=step),
+            "timestep": torch.tensor([step / 4]).bfloat16(),
+            "encoder_hidden_states": _noise(1, 8, 32, seed=1),
+            "encoder_attention_mask": torch.arange(8)[None] < 6,
+            "encoder_hidden_states_2": _noise(1, 4, 32, seed=2),
+            "encoder_attention_mask_2": torch.zeros(1, 4, dtype=torch.bool),
+            "image_embeds": torch.zeros(1, 3, 32).bfloat16(),
+        }
+
+    return model, inputs
+
+
 class Denoiser(NamedTuple):
     """A tiny model, what runs it or a copy at a denoising step, and its inputs there."""
 
@@ -267,8 +299,15 @@ class Denoiser(NamedTuple):
 
 @pytest.fixture(scope="session")
 def make_denoiser() -> Callable[[str], Denoiser]:
-    """Builds `flux`, `wan`, `qwen`, `qwen_masked` or `z_image` with random weights, in bfloat16."""
-    builders = {"flux": _flux, "wan": _wan, "qwen": _qwen, "qwen_masked": _qwen_masked, "z_image": _z_image}
+    """Builds one of these models with random weights, in bfloat16."""
+    builders = {
+        "flux": _flux,
+        "wan": _wan,
+        "qwen": _qwen,
+        "qwen_masked": _qwen_masked,
+        "z_image": _z_image,
+        "hunyuan_video_15": _hunyuan_video_15,
+    }
 
     def make(name: str) -> Denoiser:
         torch.manual_seed(0)

@@ -5,7 +5,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from omni_convert.formats.table import LOADABLE
-from omni_convert.loaders.attention.codes import rotate_heads
+from omni_convert.loaders.attention.arithmetic import rotate_heads
 from omni_convert.loaders.layers.quantized_linear import QuantizedLinear, quantize_linear
 
 METHODS = [method for method in LOADABLE if method != "fp8_storage"]

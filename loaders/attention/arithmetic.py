@@ -1,11 +1,11 @@
-"""FP8 attention in plain torch: the rotation, the codes of Q, K and V, and what kernels do with them.
+"""The arithmetic of FP8 attention in plain torch: the rotation, the codes of Q, K and V, and their attention.
 
 Tensors:    query [B, Sq, H, D], key and value [B, Sk, Hkv, D], H % Hkv == 0
-Arithmetic: Q ≈ q * q_descale, and so K and V: E4M3, descale = amax / 448 of a head, float32 [B, Hkv]
+Arithmetic: Q ≈ q * q_descale, likewise K and V; q is E4M3, descale = amax / 448 of a head, float32 [B, Hkv]
             S = q·kᵀ * q_descale * k_descale * scale;  P = exp(S - rowmax S)
             O = E4M3(256 P)·v * v_descale / 256 / rowsum P, as FlashAttention-3 on Hopper
-Rotation:   Q and K times R = diag(±1)·H/√D, H the Walsh-Hadamard matrix: Q·Kᵀ stays, outliers spread over the head
-Limits:     no mask, no causal order, no dropout; rotated, D must be a power of two
+Rotation:   Q and K times R = diag(±1)·H/√D, H the Walsh-Hadamard matrix: Q·Kᵀ is unchanged, outliers spread out
+Limits:     no mask (see `padding`), no causal order, no dropout; rotated heads have a power of two as D
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ SMALLEST_AMAX = 1e-12
 
 
 def rotate_heads(x: Tensor) -> Tensor:
-    """`[..., D]` times the rotation, over √2 where D is an odd power of two (see `rotated_scale`).
+    """`[..., D]` times the rotation, divided by √2 if D is an odd power of two (see `rotated_scale`).
 
     Raises:
-        KernelError: D is no power of two.
+        KernelError: D is not a power of two.
     """
     head_dim = x.shape[-1]
     if head_dim & (head_dim - 1):
@@ -50,13 +50,13 @@ def _(x: Tensor) -> Tensor:
 
 
 def rotated_scale(scale: float, head_dim: int) -> float:
-    """The softmax scale that takes the factor back: entries of the matrix are powers of two, so that they are exact."""
+    """The softmax scale that undoes the factor of √2, without which the matrix would not be exact in bfloat16."""
     return scale * 4.0 ** (head_dim.bit_length() // 2) / head_dim
 
 
 @functools.cache
 def _rotation(head_dim: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    with torch.inference_mode(False):  # it is kept, and calls outside of that mode use it too
+    with torch.inference_mode(False):  # it is cached, and calls outside of that mode use it too
         generator = torch.Generator().manual_seed(HADAMARD_SEED)
         signs = torch.randint(2, (head_dim, 1), generator=generator, device="cpu") * 2 - 1
         matrix = torch.ones(1, 1, device="cpu")
@@ -69,7 +69,7 @@ def quantize_per_head(x: Tensor, heads: int) -> tuple[Tensor, Tensor]:
     """E4M3 codes in the shape of x, `[B, S, H, D]`, and their descale, float32 `[B, heads]`.
 
     Args:
-        heads: groups of consecutive heads that share a scale; of grouped queries, the heads of K
+        heads: number of groups of consecutive heads that share a scale; for grouped queries, the heads of K
     """
     groups = x.float().reshape(*x.shape[:2], heads, -1, x.shape[3])  # [B, S, heads, H / heads, D]
     descale = groups.abs().amax((1, 3, 4)).clamp_min(SMALLEST_AMAX) / E4M3_MAX
@@ -77,7 +77,7 @@ def quantize_per_head(x: Tensor, heads: int) -> tuple[Tensor, Tensor]:
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-    """The arithmetic in float32, all scores at once: to test and to try, not to be fast."""
+    """The arithmetic in float32, all scores at once; a reference for tests and trials, not fast."""
     heads = key.shape[2]
     group = query.shape[2] // heads
     (q, q_descale), (k, k_descale), (v, v_descale) = (quantize_per_head(x, heads) for x in (query, key, value))

@@ -1,7 +1,7 @@
-"""FP8 attention for pipelines: which layers and which denoising steps run it. Off until it is asked for.
+"""Switches FP8 attention on and off, for chosen layers and denoising steps. It is off by default.
 
-A layer runs in FP8 while its processor names one of the backends of `attention_backend`; there is no other state on a
-model, so copies, pickles and compiled blocks keep it, and the state dict does not know of it.
+A layer runs in FP8 while its processor names one of the backends of `diffusers_backends`. A model has no other state,
+so copies, pickles and compiled blocks keep it, and the state dict is unchanged.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from torch import nn
 
 from omni_convert.formats.containers.component import DENOISERS
 from omni_convert.formats.errors import RecipeError
-from omni_convert.loaders.attention.backend import backend_of, is_fp8_backend
+from omni_convert.loaders.attention.diffusers_backends import backend_of, is_fp8_backend
+from omni_convert.loaders.attention.index_ranges import IndexRanges, IndexSpec
 from omni_convert.loaders.attention.kernels import select_attention_kernel
-from omni_convert.loaders.attention.selector import Selector, SelectorSpec
 
 __all__ = ["count_attention_backends", "disable_fp8_attention", "enable_fp8_attention"]
 
 logger = logging.getLogger(__name__)
 
-#: Where a processor of diffusers names its backend, and where it keeps the one from before.
+#: Attributes of a diffusers processor: the backend it names, and the one it named before.
 CURRENT, NATIVE = "_attention_backend", "_native_attention_backend"
 
 BLOCK_INDEX = re.compile(r"(?:^|\.)(\d+)(?:\.|$)")
@@ -40,35 +40,35 @@ def enable_fp8_attention(
     *,
     backend: str | None = None,
     rotate: bool = False,
-    skip_layers: SelectorSpec = None,
-    skip_steps: SelectorSpec = None,
+    skip_layers: IndexSpec = None,
+    skip_steps: IndexSpec = None,
     device: str | torch.device | None = None,
 ) -> None:
-    """Quantizes Q, K and V per head to FP8 in the attention of the denoising model(s), for a kernel that takes codes.
+    """Runs the attention of the denoising model(s) in FP8, with Q, K and V quantized per head.
 
-    Cross attention to the text (`attn2`) stays as it is, as in vLLM-Omni. Enabled anew, what was asked for before is
-    forgotten.
+    Cross attention to the text (`attn2`) stays as it is, as in vLLM-Omni. A second call replaces the choices of the
+    first one.
 
     Args:
         pipe_or_model: a pipeline of diffusers, or one of its transformers
         backend: `flash_3`, `sage`, `flash_3_hub` (downloads it) or `reference` (plain torch: the arithmetic, no
-            speed); None for the first of the installed ones that the device runs
-        rotate: multiply Q and K by one orthogonal matrix first, as vLLM-Omni does, which leaves their product. It
-            helps where a channel is large in both, and harms where one is in K alone: E4M3 is a float, which large
-            numbers cost little, and a number that all keys share drops out of the softmax unless it is mixed; heads
-            must be a power of two wide
+            speed); None for the first installed one that the device runs
+        rotate: multiply Q and K by one orthogonal matrix first, as vLLM-Omni does; their product stays the same. This
+            helps if a channel is large in both. It harms if a channel is large in K alone: a number that all keys
+            share drops out of the softmax, but only until the rotation mixes it. Heads must be a power of two wide
         skip_layers: blocks that stay as they are, as `0-9,20,25-30` or a list; counted from zero in each of a model's
             lists of blocks
-        skip_steps: denoising steps that stay as they are, likewise; counted by the scheduler of a pipeline
-        device: where it will run, if the model is elsewhere now; needed only to choose a kernel
+        skip_steps: denoising steps that stay as they are, in the same notation; the pipeline's scheduler counts them
+        device: the device that will run the model, if the model is elsewhere now; needed only to choose a kernel
 
     Raises:
-        KernelError: no kernel runs on the device; gives every kernel's reason. When it runs: a mask, causal order,
-            dropout, context parallelism, or heads that cannot be rotated.
-        RecipeError: a selector is malformed or leaves nothing, the model does not go through diffusers' attention
-            dispatch, or nothing counts the steps.
+        KernelError: no kernel runs on the device; gives every kernel's reason. The model raises it when it runs with
+            a mask that hides more than padding, causal order, dropout, context parallelism, or heads that cannot be
+            rotated.
+        RecipeError: `skip_layers` or `skip_steps` is malformed or leaves nothing, the model does not use diffusers'
+            attention dispatch, or nothing counts the steps.
     """
-    layers, steps = Selector.parse(skip_layers, "skip_layers"), Selector.parse(skip_steps, "skip_steps")
+    layers, steps = IndexRanges.parse(skip_layers, "skip_layers"), IndexRanges.parse(skip_steps, "skip_steps")
     models = _denoisers(pipe_or_model)
     kernel = select_attention_kernel(backend, _device(pipe_or_model, device))
     if steps:
@@ -86,9 +86,9 @@ def enable_fp8_attention(
 
 
 def disable_fp8_attention(pipe_or_model: Any) -> None:
-    """Gives every layer back the backend that it had; does nothing where FP8 attention is off."""
+    """Gives every layer back the backend that it had; does nothing if FP8 attention is off."""
     for model in _denoisers(pipe_or_model).values():
-        hooks = model._forward_pre_hooks  # noqa: SLF001  # a handle kept on the model would not survive its copies
+        hooks = model._forward_pre_hooks  # noqa: SLF001  # a handle on the model would not survive copies
         for key in [key for key, hook in hooks.items() if isinstance(hook, StepSwitch)]:
             del hooks[key]
         for processor in _enabled(model):
@@ -98,14 +98,14 @@ def disable_fp8_attention(pipe_or_model: Any) -> None:
 
 
 def count_attention_backends(modules: Iterable[nn.Module]) -> dict[str, int]:
-    """How many attention layers name which backend of diffusers; what names none runs its active one."""
+    """Counts attention layers by the backend of diffusers that they name, or else by the active one."""
     active = AttentionBackendName(_AttentionBackendRegistry.get_active_backend()[0])
     named = (backend for module in modules for backend in _backends(module))
     return dict(Counter(AttentionBackendName(backend or active).value for backend in named))
 
 
 def _backends(model: nn.Module) -> Iterator[AttentionBackendName | str | None]:
-    """What each layer names; of one that is in FP8 at some steps, that."""
+    """The backend that each layer names; the FP8 one for a layer that is in FP8 at some steps."""
     hooks = model._forward_pre_hooks.values()  # noqa: SLF001  # as in `disable_fp8_attention`
     at_some_steps = next((hook.fp8 for hook in hooks if isinstance(hook, StepSwitch)), None)
     for _, layer in _attention_layers(model):
@@ -113,13 +113,13 @@ def _backends(model: nn.Module) -> Iterator[AttentionBackendName | str | None]:
 
 
 class StepSwitch:
-    """A forward pre-hook of a denoising model: at the listed steps, layers run what they ran before.
+    """A forward pre-hook of a denoising model: at the listed steps, layers run the backend that they had before.
 
-    Asks the scheduler of the pipeline, so a step counts once however often it runs the model (guidance), and two
-    experts share one count. Holds the pipeline weakly: a copied pipeline finds itself, an unpickled one does not.
+    It asks the scheduler of the pipeline. So a step counts once even if guidance runs the model twice, and two experts
+    share one count. It holds the pipeline weakly: a copied pipeline finds itself, an unpickled one does not.
     """
 
-    def __init__(self, pipeline: Any, fp8: AttentionBackendName, steps: Selector, is_on: bool = True) -> None:
+    def __init__(self, pipeline: Any, fp8: AttentionBackendName, steps: IndexRanges, is_on: bool = True) -> None:
         self._pipeline = None if pipeline is None else weakref.ref(pipeline)
         self.fp8 = fp8
         self._steps = steps
@@ -145,7 +145,7 @@ class StepSwitch:
 
 
 def _current_step(pipeline: Any) -> int:
-    """How many denoising steps this run of the pipeline has done.
+    """The number of denoising steps that this run of the pipeline has done.
 
     Raises:
         RecipeError: nothing counts them.
@@ -157,7 +157,7 @@ def _current_step(pipeline: Any) -> int:
             f"skip_steps: found {found}, expected a pipeline whose scheduler has a step_index; "
             "call enable_fp8_attention with such a pipeline, or leave skip_steps out"
         )
-    begin = getattr(scheduler, "begin_index", None) or 0  # after it, a run that starts from an image begins
+    begin = getattr(scheduler, "begin_index", None) or 0  # a run that starts from an image begins there
     return 0 if scheduler.step_index is None else int(scheduler.step_index - begin)
 
 
@@ -178,7 +178,7 @@ def _device(pipe_or_model: Any, device: str | torch.device | None) -> torch.devi
     if isinstance(pipe_or_model, nn.Module):
         tensors = itertools.chain(pipe_or_model.parameters(), pipe_or_model.buffers())
         return next((tensor.device for tensor in tensors), torch.device("cpu"))
-    return torch.device(pipe_or_model._execution_device)  # noqa: SLF001  # `device` is where an offloaded one waits
+    return torch.device(pipe_or_model._execution_device)  # noqa: SLF001  # `device` is where an offloaded model waits
 
 
 def _attention_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
@@ -187,11 +187,11 @@ def _attention_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
             yield name, module
 
 
-def _select(name: str, model: nn.Module, skipped: Selector) -> list[Any]:
+def _select(name: str, model: nn.Module, skipped: IndexRanges) -> list[Any]:
     """The layers to run in FP8.
 
     Raises:
-        RecipeError: there are none, or layers are to be skipped and none is.
+        RecipeError: there are none, or layers should be skipped and none of the model is.
     """
     layers = [(path, layer) for path, layer in _attention_layers(model) if not path.endswith("attn2")]
     if not layers:
@@ -208,13 +208,13 @@ def _select(name: str, model: nn.Module, skipped: Selector) -> list[Any]:
 
 
 def _block_index(path: str) -> int:
-    """Of `transformer_blocks.3.attn`: 3. Of a layer outside any list: -1, which no selector has."""
+    """3 for `transformer_blocks.3.attn`; -1, which no range contains, for a layer outside any list."""
     match = BLOCK_INDEX.search(path)
     return int(match[1]) if match else -1
 
 
 def _set_apart(model: nn.Module, layers: list[Any]) -> None:
-    """Gives layers a processor of their own, which remembers its backend: one may serve many layers."""
+    """Gives each layer its own processor, which remembers its backend, because one may serve many layers."""
     owners = Counter(id(layer.processor) for _, layer in _attention_layers(model))
     for layer in layers:
         if owners[id(layer.processor)] > 1:
@@ -228,6 +228,6 @@ def _enabled(model: nn.Module) -> list[Any]:
 
 
 def _use(model: nn.Module, fp8: AttentionBackendName | None) -> None:
-    """Points the chosen layers at a backend, or at the one from before."""
+    """Points the chosen layers at an FP8 backend, or at the one that they had before."""
     for processor in _enabled(model):
         setattr(processor, CURRENT, getattr(processor, NATIVE) if fp8 is None else fp8)

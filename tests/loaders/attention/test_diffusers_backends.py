@@ -9,7 +9,7 @@ from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_a
 from torch.nn.functional import scaled_dot_product_attention
 
 from omni_convert.formats.errors import KernelError
-from omni_convert.loaders.attention.codes import attend, quantize_per_head, rotate_heads, rotated_scale
+from omni_convert.loaders.attention.arithmetic import attend, quantize_per_head, rotate_heads, rotated_scale
 from omni_convert.loaders.attention.kernels import ATTENTION_KERNELS, select_attention_kernel
 
 CPU = torch.device("cpu")
@@ -108,7 +108,6 @@ def test_the_scale_of_the_softmax_is_kept():
 @pytest.mark.parametrize(
     ("option", "found"),
     [
-        ({"attn_mask": torch.ones(2, 1, 1, 96, dtype=torch.bool)}, "an attention mask"),
         ({"is_causal": True}, "causal order"),
         ({"dropout_p": 0.1}, "dropout"),
         ({"parallel_config": object()}, "context parallelism"),
@@ -117,6 +116,46 @@ def test_the_scale_of_the_softmax_is_kept():
 def test_what_the_kernels_cannot_is_refused(option, found):
     with pytest.raises(KernelError, match=f"found {found}, expected none"):
         run("fp8_reference", heads(0), heads(1), heads(2), **option)
+
+
+@pytest.mark.parametrize(
+    ("mask", "found"),
+    [
+        (torch.ones(96, 96, dtype=torch.bool).tril()[None, None], "an attention mask that shows different keys"),
+        (torch.ones(2, 4, 96, 96, dtype=torch.bool), r"an attention mask of bool \[2, 4, 96, 96\]"),
+        (torch.zeros(2, 1, 1, 96), r"an attention mask of float32 \[2, 1, 1, 96\]"),
+    ],
+    ids=["causal", "for each head", "added"],
+)
+def test_a_mask_that_hides_more_than_padding_is_refused(mask, found):
+    with pytest.raises(KernelError, match=f"found {found}.*, expected .*; skip_layers"):
+        run("fp8_reference", heads(0), heads(1), heads(2), attn_mask=mask)
+
+
+@pytest.mark.parametrize("backend", ["fp8_reference", "fp8_reference_rotated"])
+@pytest.mark.parametrize("kind", ["keys", "every query", "padded queries see nothing"])
+def test_a_mask_hides_padding(backend, kind):
+    """The hidden tokens are so large that a scale with them in it would lose all others."""
+    query, key, value = (heads(seed) for seed in range(3))
+    is_token = torch.arange(96) < torch.tensor([[96], [61]])
+    for x in (key, value):
+        x[1, 61:] *= 1e6
+    masks = {
+        "keys": is_token,
+        "every query": is_token[:, None, None],
+        "padded queries see nothing": is_token[:, None, None] & is_token[:, None, :, None],
+    }
+    out = run(backend, query, key, value, attn_mask=masks[kind])
+    for item, count in enumerate((96, 61)):
+        expected = exact(query[item : item + 1], key[item : item + 1, :count], value[item : item + 1, :count])
+        seen = count if kind == "padded queries see nothing" else 96
+        assert error(out[item : item + 1, :seen], expected[:, :seen]) < 0.06
+        assert not out[item, seen:].any()
+
+
+def test_a_mask_that_hides_every_key_gives_zeros():
+    nothing = torch.zeros(2, 1, 1, 96, dtype=torch.bool)
+    assert not run("fp8_reference", heads(0), heads(1), heads(2), attn_mask=nothing).any()
 
 
 def test_a_device_without_a_kernel_hears_every_reason():

@@ -3,7 +3,7 @@
 import pytest
 
 from omni_convert.formats.errors import RecipeError
-from omni_convert.loaders.attention.selector import Selector
+from omni_convert.loaders.attention.index_ranges import IndexRanges
 
 
 @pytest.mark.parametrize(
@@ -18,13 +18,13 @@ from omni_convert.loaders.attention.selector import Selector
     ],
 )
 def test_numbers_and_ranges_with_both_ends(spec, expected):
-    selector = Selector.parse(spec, "skip_layers")
+    selector = IndexRanges.parse(spec, "skip_layers")
     assert {number for number in range(-1, 100) if number in selector} == expected
     assert bool(selector) == bool(expected)
 
 
 def test_it_is_printed_as_it_is_written():
-    assert str(Selector.parse(" 0-9,20, 25-30", "skip_layers")) == "0-9,20,25-30"
+    assert str(IndexRanges.parse(" 0-9,20, 25-30", "skip_layers")) == "0-9,20,25-30"
 
 
 @pytest.mark.parametrize(
@@ -32,8 +32,8 @@ def test_it_is_printed_as_it_is_written():
 )
 def test_anything_else_is_an_error_that_names_the_option(spec):
     with pytest.raises(RecipeError, match=r"^skip_steps: found .*expected numbers and ranges"):
-        Selector.parse(spec, "skip_steps")
+        IndexRanges.parse(spec, "skip_steps")
 
 
 def test_a_range_takes_no_memory_for_its_length():
-    assert 999_999_998 in Selector.parse("0-999999999", "skip_layers")
+    assert 999_999_998 in IndexRanges.parse("0-999999999", "skip_layers")

@@ -1,4 +1,4 @@
-"""Which steps and layers are meant, as users of serving engines write it: `0-9,20,25-30`."""
+"""Reads the numbers of layers or denoising steps as users of serving engines write them: `0-9,20,25-30`."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ from dataclasses import dataclass
 
 from omni_convert.formats.errors import RecipeError
 
-__all__ = ["Selector", "SelectorSpec"]
+__all__ = ["IndexRanges", "IndexSpec"]
 
 #: `"0-9,20,25-30"`, a number, or a list of numbers and such texts; None selects nothing
-SelectorSpec = str | int | Iterable[int | str] | None
+IndexSpec = str | int | Iterable[int | str] | None
 
 PART = re.compile(r"\s*(\d{1,9})\s*(?:-\s*(\d{1,9})\s*)?")
 
 
 @dataclass(frozen=True)
-class Selector:
-    """A set of numbers from zero, kept as ranges. Empty, it is false."""
+class IndexRanges:
+    """A set of numbers from zero, kept as ranges. The empty set is false."""
 
     ranges: tuple[range, ...] = ()
 
     @classmethod
-    def parse(cls, spec: SelectorSpec, where: str) -> Selector:
-        """Reads what the user wrote; both ends of a range belong to it.
+    def parse(cls, spec: IndexSpec, where: str) -> IndexRanges:
+        """Reads what the user wrote. Both ends of a range belong to it.
 
         Args:
             where: the option, for messages
