@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from omni_convert.formats.config import check_group_size
-from omni_convert.formats.dialects.table import WRITTEN
+from omni_convert.formats.dialects.table import DIALECTS, WRITTEN
 from omni_convert.formats.errors import RecipeError, did_you_mean
 
 __all__ = [
@@ -33,7 +33,7 @@ STORAGE_METHODS = ("fp8_storage",)
 # What may be done with a quantized model without quantizing it again.
 TRANSCODINGS = ("keep", "dequantize")
 ACTIVATION_SCHEMES = ("dynamic", "static")
-RUNTIMES = ("vllm-omni", "diffusers")
+RUNTIMES = ("vllm-omni", "diffusers", "comfyui")
 ROUNDINGS = ("nearest", "gptq", "auto")
 # Options that mean nothing to other methods; ignored without a word they would promise what the file does not hold.
 METHODS_OF_OPTION = {
@@ -92,6 +92,9 @@ class LoraRequest:
 class Recipe:
     """A conversion, as asked for. What it means for a given checkpoint is decided by `convert.plan`.
 
+    Attributes:
+        runtime: whose layer scope to obey; left empty, it becomes that of the dialect
+
     Raises:
         RecipeError: an option has a value that no checkpoint could satisfy.
     """
@@ -103,7 +106,7 @@ class Recipe:
     ignored_layers: tuple[str, ...] = ()
     component: dict[str, str] = field(default_factory=dict)
     recommended: bool = False
-    runtime: str = "vllm-omni"
+    runtime: str = ""
     dialect: str = "vllm-omni"
     int8_fused_scales: str = "shared"
     scale_rule: str | None = None
@@ -146,13 +149,12 @@ class Recipe:
         _check_choice("activation-scheme", self.activation_scheme, ACTIVATION_SCHEMES)
         _check_choice("gguf-type", self.gguf_type, GGUF_TYPES)
         _check_choice("gguf-names", self.gguf_names, GGUF_NAMES)
-        _check_choice("runtime", self.runtime, RUNTIMES)
+        _check_choice("runtime", self.runtime or None, RUNTIMES)
         _check_choice("int8-fused-scales", self.int8_fused_scales, ("shared", "per-row"))
         _check_choice("rounding", self.rounding, ROUNDINGS)
         _check_choice("dtype", self.dtype, DTYPES)
         for name, method in self.component.items():
             _check_choice(f"component {name}", method, ("none", *METHODS, *STORAGE_METHODS))
-        self._check_storage()
         self._check_gguf()
         if self.weight_block_size is not None:
             self._check_block_size(self.weight_block_size)
@@ -169,6 +171,17 @@ class Recipe:
         if self.calib is not None and self.calibration:
             raise RecipeError("--calib and --calibration: found both, expected one; --calibration reuses a --calib run")
         self._check_lora()
+        self._settle_runtime()  # which imports torch, so that other mistakes are told at once
+        self._check_storage()
+
+    def _settle_runtime(self) -> None:
+        runtimes = DIALECTS[self.dialect].runtimes
+        if not self.runtime:
+            object.__setattr__(self, "runtime", runtimes[0])
+        elif self.runtime not in runtimes:
+            raise RecipeError(
+                f"--runtime {self.runtime}: found with --dialect {self.dialect}, expected {' or '.join(runtimes)}"
+            )
 
     def _check_lora(self) -> None:
         if self.lora and (self.is_calibrated or self.moments):
@@ -276,7 +289,7 @@ class Recipe:
             "ignored_layers": sorted(self.ignored_layers),
             "component": dict(sorted(self.component.items())),
             "recommended": self.recommended,
-            "runtime": self.runtime,
+            "runtime": "" if self.runtime == RUNTIMES[0] else self.runtime,  # manifests that name none mean this one
             "dialect": self.dialect,
             "int8_fused_scales": self.int8_fused_scales,
             "scale_rule": self.scale_rule,

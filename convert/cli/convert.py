@@ -58,9 +58,7 @@ __all__ = ["convert_command", "dequantize_command", "push_command"]
 )
 @click.option("--component", multiple=True, metavar="NAME=METHOD", help="e.g. text_encoder=fp8, transformer_2=none.")
 @click.option("--recommended", is_flag=True, help="Apply the ignored layers recommended for this model family.")
-@click.option(
-    "--runtime", type=click.Choice(RUNTIMES), default="vllm-omni", show_default=True, help="Whose layer scope to obey."
-)
+@click.option("--runtime", type=click.Choice(RUNTIMES), help="Whose layer scope to obey. Default: the dialect's.")
 @click.option("--int8-fused-scales", type=click.Choice(("shared", "per-row")), default="shared", show_default=True)
 @click.option("--scale-rule", metavar="NAME", help="MX exponent rule: floor, ceil, rceil, even, uos, mse, msmodelslim.")
 @click.option("--group-size", type=int, metavar="N", help="Columns that share a scale with w4a16: 32, 64 or 128.")

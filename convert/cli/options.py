@@ -106,6 +106,7 @@ def recipe_of(model: str | None, options: dict[str, Any]) -> Recipe:
         components[name] = method
     patterns = [pattern for text in options.pop("ignored_layers") for pattern in _patterns(text)]
     options["calib"] = _prompts_file(model, options["calib"])
+    options["runtime"] = options.get("runtime") or ""
     options["lora"] = tuple(LoraRequest.parse(text) for text in options.get("lora", ()))
     return Recipe(component=components, ignored_layers=tuple(patterns), **options)
 

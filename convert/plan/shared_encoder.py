@@ -11,6 +11,7 @@ from omni_convert.convert.source.weights import model_class
 from omni_convert.formats.containers.json_file import read_json
 from omni_convert.formats.errors import RecipeError
 from omni_convert.formats.families.family import Family
+from omni_convert.formats.families.layers import COMFYUI, VLLM_OMNI
 from omni_convert.formats.families.table import find_family
 
 __all__ = ["check_encoder", "unquantized_encoder_layers"]
@@ -29,13 +30,15 @@ def check_encoder(source: Source, methods: Mapping[str, str], recipe: Recipe) ->
     encoder, denoiser = methods.get("text_encoder"), methods.get("transformer")
     if recipe.is_transcoding or encoder is None or not (source.path / "transformer").is_dir():
         return
+    if recipe.runtime == COMFYUI:  # it loads each component from a file of its own
+        return
     is_shared = bool(_shared_layers(source, find_family(model_class(component_config(source, "transformer")))))
     if is_shared and encoder != denoiser:
         raise RecipeError(
             f"--component text_encoder={encoder}: the runtime builds this text encoder with the transformer's method, "
             f"found {denoiser or 'none'}; use the same one for both"
         )
-    if not is_shared and recipe.runtime == "vllm-omni":
+    if not is_shared and recipe.runtime == VLLM_OMNI:
         raise RecipeError(
             f"--component text_encoder={encoder}: vllm-omni runs this text encoder unquantized; "
             "use --runtime diffusers for our loader"

@@ -150,6 +150,8 @@ class Dialect(ABC):
     name: str
     #: The programs that read it, as findings name them.
     consumers: str
+    #: Runtimes whose scope a conversion may obey: which layers to quantize. The first is the default.
+    runtimes: tuple[str, ...] = ("vllm-omni", "diffusers")
     #: Verdicts that hold for every format.
     usual_verdicts: tuple[Verdict, ...] = ()
     #: Runtimes that refuse a component with a tensor missing or too many; others load it without a word.

@@ -80,6 +80,7 @@ class ComfyUi(Dialect):
 
     name = "comfyui"
     consumers = "ComfyUI"
+    runtimes = ("comfyui", *Dialect.runtimes)
     usual_verdicts = (
         NO_BLOCK,
         Verdict(DIFFUSERS, "wrong", "no reader of ComfyUI's scales; omni-convert dequantize gives BF16"),

@@ -14,6 +14,7 @@ from omni_convert.formats.errors import CheckpointError
 from omni_convert.formats.families.generic_rule import generic_groups
 from omni_convert.formats.families.layers import (
     EVERY_RUNTIME,
+    VLLM_OMNI,
     LayerGroup,
     LayerPattern,
     linear_widths,
@@ -42,11 +43,13 @@ class MethodNote:
     Attributes:
         methods: the methods that the note is about; empty for all
         layer: a layer that a model must have for the note to apply; "" for the whole family
+        runtimes: the runtimes that the note is about
     """
 
     methods: tuple[str, ...]
     text: str
     layer: str = ""
+    runtimes: tuple[str, ...] = EVERY_RUNTIME
 
 
 @dataclass(frozen=True)
@@ -155,7 +158,7 @@ class Family:
 
         Args:
             specs: tensors of the checkpoint, by name
-            runtime: `vllm-omni` or `diffusers`
+            runtime: one of `EVERY_RUNTIME`
 
         Raises:
             CheckpointError: a member of a fused group is missing or has another input width; or the checkpoint holds
@@ -188,9 +191,11 @@ class Family:
         notes = [
             note.text
             for note in self.method_notes
-            if (method in note.methods or not note.methods) and (not note.layer or f"{note.layer}.weight" in tensors)
+            if (method in note.methods or not note.methods)
+            and (not note.layer or f"{note.layer}.weight" in tensors)
+            and runtime in note.runtimes
         ]
-        if self.is_generic and runtime != "diffusers":
+        if self.is_generic and runtime == VLLM_OMNI:
             notes.append(
                 f"{self.model_classes[0] or 'this model'} is unknown here: a generic rule chose the layers, and "
                 f"{runtime} may build others quantized; check that it does before serving the result"

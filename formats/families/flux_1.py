@@ -3,7 +3,15 @@
 from __future__ import annotations
 
 from omni_convert.formats.families.family import Family, GgufFacts, MethodNote
-from omni_convert.formats.families.layers import ADDED_QKV, DIFFUSERS, QKV, linears, merged
+from omni_convert.formats.families.layers import (
+    ADDED_QKV,
+    DIFFUSERS,
+    QKV,
+    VLLM_OMNI,
+    WHOLE_BLOCK_RUNTIMES,
+    linears,
+    merged,
+)
 from omni_convert.formats.families.original_names import OriginalName, joined, renamed
 
 __all__ = [
@@ -53,17 +61,20 @@ FLUX_1 = Family(
     layers=(
         merged("single_transformer_blocks.{}.attn", "to_qkv", QKV, loads_merged=False),
         *linears("single_transformer_blocks.{}", "proj_mlp", "proj_out"),
-        merged("transformer_blocks.{}.attn", "to_qkv", QKV, loads_merged=False, runtimes=(DIFFUSERS,)),
-        merged("transformer_blocks.{}.attn", "add_kv_proj", ADDED_QKV, loads_merged=False, runtimes=(DIFFUSERS,)),
-        *linears("transformer_blocks.{}.attn", "to_out.0", "to_add_out", runtimes=(DIFFUSERS,)),
-        *linears("transformer_blocks.{}.ff", "net.0.proj", "net.2", runtimes=(DIFFUSERS,)),
-        *linears("transformer_blocks.{}.ff_context", "net.0.proj", "net.2", runtimes=(DIFFUSERS,)),
+        merged("transformer_blocks.{}.attn", "to_qkv", QKV, loads_merged=False, runtimes=WHOLE_BLOCK_RUNTIMES),
+        merged(
+            "transformer_blocks.{}.attn", "add_kv_proj", ADDED_QKV, loads_merged=False, runtimes=WHOLE_BLOCK_RUNTIMES
+        ),
+        *linears("transformer_blocks.{}.attn", "to_out.0", "to_add_out", runtimes=WHOLE_BLOCK_RUNTIMES),
+        *linears("transformer_blocks.{}.ff", "net.0.proj", "net.2", runtimes=WHOLE_BLOCK_RUNTIMES),
+        *linears("transformer_blocks.{}.ff_context", "net.0.proj", "net.2", runtimes=WHOLE_BLOCK_RUNTIMES),
     ),
     method_notes=(
         MethodNote(
             (),
             "vLLM-Omni runs only the single blocks of FLUX.1 quantized; --runtime diffusers quantizes the double "
             "blocks as well, for omni_convert.loaders alone",
+            runtimes=(VLLM_OMNI, DIFFUSERS),
         ),
     ),
     original_names=(

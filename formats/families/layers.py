@@ -15,11 +15,13 @@ from omni_convert.formats.errors import CheckpointError
 
 __all__ = [
     "ADDED_QKV",
+    "COMFYUI",
     "DIFFUSERS",
     "DOUBLE_STREAM_ATTENTION",
     "EVERY_RUNTIME",
     "QKV",
     "VLLM_OMNI",
+    "WHOLE_BLOCK_RUNTIMES",
     "LayerGroup",
     "LayerPattern",
     "kept",
@@ -32,7 +34,10 @@ __all__ = [
 
 VLLM_OMNI = "vllm-omni"
 DIFFUSERS = "diffusers"
-EVERY_RUNTIME = (VLLM_OMNI, DIFFUSERS)
+COMFYUI = "comfyui"
+EVERY_RUNTIME = (VLLM_OMNI, DIFFUSERS, COMFYUI)
+#: Runtimes that run any linear of a block quantized, not only those that they build so.
+WHOLE_BLOCK_RUNTIMES = (DIFFUSERS, COMFYUI)
 
 QKV = ("to_q", "to_k", "to_v")
 ADDED_QKV = ("add_q_proj", "add_k_proj", "add_v_proj")

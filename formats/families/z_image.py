@@ -3,7 +3,14 @@
 from __future__ import annotations
 
 from omni_convert.formats.families.family import EncoderLayers, Family, GgufFacts, MethodNote
-from omni_convert.formats.families.layers import DIFFUSERS, EVERY_RUNTIME, QKV, LayerPattern, linears, merged
+from omni_convert.formats.families.layers import (
+    EVERY_RUNTIME,
+    QKV,
+    WHOLE_BLOCK_RUNTIMES,
+    LayerPattern,
+    linears,
+    merged,
+)
 from omni_convert.formats.families.original_names import OriginalName, joined, renamed, same
 
 __all__ = ["Z_IMAGE"]
@@ -35,7 +42,7 @@ Z_IMAGE = Family(
     layers=(
         *_block("noise_refiner.{}"),
         *_block("context_refiner.{}"),
-        *_block("siglip_refiner.{}", (DIFFUSERS,)),  # only in models that also see pictures
+        *_block("siglip_refiner.{}", WHOLE_BLOCK_RUNTIMES),  # only in models that also see pictures
         *_block("layers.{}"),
     ),
     method_notes=(

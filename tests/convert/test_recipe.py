@@ -5,8 +5,9 @@ from typing import Any
 
 import pytest
 
-from omni_convert.convert.recipe import METHODS, STORAGE_METHODS, Recipe
+from omni_convert.convert.recipe import METHODS, RUNTIMES, STORAGE_METHODS, Recipe
 from omni_convert.formats.errors import RecipeError
+from omni_convert.formats.families.layers import EVERY_RUNTIME
 from omni_convert.formats.table import FORMATS
 
 
@@ -38,9 +39,28 @@ def test_input_scale_rules_are_accepted(rule: str) -> None:
     assert Recipe(input_scale=rule).input_scale == rule
 
 
+@pytest.mark.parametrize(
+    ("dialect", "runtime"), [("comfyui", "comfyui"), ("vllm-omni", "vllm-omni"), ("modelopt", "vllm-omni")]
+)
+def test_the_runtime_is_the_dialects_unless_another_is_named(dialect: str, runtime: str) -> None:
+    assert Recipe(dialect=dialect).runtime == runtime
+    assert Recipe(dialect=dialect, runtime="diffusers").runtime == "diffusers"
+
+
+def test_a_runtime_that_does_not_read_the_dialect_is_refused() -> None:
+    with pytest.raises(RecipeError, match="--runtime comfyui: found with --dialect vllm-omni, expected vllm-omni or d"):
+        Recipe(runtime="comfyui")
+
+
+def test_runtimes_are_those_that_families_know() -> None:
+    assert RUNTIMES == EVERY_RUNTIME
+
+
 def test_the_manifest_names_what_decides_the_bytes_and_nothing_else() -> None:
     recipe = Recipe(method="int8", ignored_layers=("b", "a"), device="cuda", overwrite=True, calib=Path("prompts.txt"))
     assert recipe.of_the_bytes() == {"method": "int8", "ignored_layers": ["a", "b"]}
+    marked = Recipe(method="int8", dialect="comfyui").of_the_bytes()
+    assert marked == {"method": "int8", "dialect": "comfyui", "runtime": "comfyui"}
 
 
 @pytest.mark.parametrize(

@@ -91,6 +91,32 @@ def test_flux_double_blocks_are_for_our_loader_only(tmp_path: Path) -> None:
     }
 
 
+def test_a_file_for_comfyui_obeys_the_scope_of_comfyui(tmp_path: Path) -> None:
+    source = flux(tmp_path / "flux")
+    report = convert_checkpoint(source, tmp_path / "comfyui", Recipe(dialect="comfyui"))
+    convert_checkpoint(source, tmp_path / "ours", Recipe(runtime="diffusers"))
+    assert quantized_layers(tmp_path / "comfyui") == quantized_layers(tmp_path / "ours")
+    assert not any("vLLM-Omni" in note for note in report.notes)
+    convert_checkpoint(source, tmp_path / "vllm", Recipe(dialect="comfyui", runtime="vllm-omni"))
+    assert {name.partition(".")[0] for name in quantized_layers(tmp_path / "vllm")} == {"single_transformer_blocks"}
+
+
+def test_wan_in_nvfp4_is_refused_by_the_runtime_that_cannot_load_it_alone(tmp_path: Path) -> None:
+    source = wan(tmp_path / "wan", num_layers=1)
+    with pytest.raises(RecipeError, match=r"vLLM-Omni 0\.30\.0 cannot load ModelOpt blocks"):
+        convert_checkpoint(source, tmp_path / "vllm", Recipe(method="nvfp4", search=False))
+    convert_checkpoint(source, tmp_path / "comfyui", Recipe(method="nvfp4", dialect="comfyui", search=False))
+    layers = {name.removesuffix(".weight_scale_2") for name in load_all(tmp_path / "comfyui") if "scale_2" in name}
+    assert {"blocks.0.attn1.to_q", "blocks.0.attn2.to_out.0", "blocks.0.ffn.net.2"} <= layers
+
+
+def test_layers_that_comfyui_would_pad_stay_as_they_are(tmp_path: Path) -> None:
+    source = wan(tmp_path / "wan", num_layers=1, ffn_dim=72)
+    report = convert_checkpoint(source, tmp_path / "out", Recipe(method="nvfp4", dialect="comfyui", search=False))
+    assert {layer.name for layer in report.kept} == {"blocks.0.ffn.net.0.proj", "blocks.0.ffn.net.2"}
+    assert any("ComfyUI pads nvfp4 to multiples of 16" in layer.reason for layer in report.kept)
+
+
 def test_a_family_that_the_runtime_does_not_quantize_is_refused(tmp_path: Path) -> None:
     model = diffusers.SD3Transformer2DModel(
         sample_size=8, num_layers=1, attention_head_dim=32, num_attention_heads=2, joint_attention_dim=32,
