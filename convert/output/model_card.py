@@ -32,22 +32,9 @@ SHA-256 of each file.
 {run}
 """
 
-RUN_GGUF = """A `.gguf` file holds a model of diffusers, and is read beside its `config.json`:
-
-```python
-import torch
-from diffusers import GGUFQuantizationConfig, {model_class}
-
-model = {model_class}.from_single_file(
-    "{folder}/{file}",
-    config="{folder}",
-    quantization_config=GGUFQuantizationConfig(compute_dtype=torch.bfloat16),
-    torch_dtype=torch.bfloat16,
-)
-```
-"""
-
-RUN = """With vLLM-Omni:
+# Dialect → how to run a result that is spelled so.
+RUN = {
+    "vllm-omni": """With vLLM-Omni:
 
 ```bash
 vllm serve {title} --omni
@@ -60,8 +47,22 @@ from omni_convert.loaders import load_pipeline
 
 pipe = load_pipeline("{title}", device="cuda")
 image = pipe("a prompt").images[0]
-```
-"""
+```""",
+    "gguf": """A `.gguf` file holds a model of diffusers, and is read beside its `config.json`:
+
+```python
+import torch
+from diffusers import GGUFQuantizationConfig, {model_class}
+
+model = {model_class}.from_single_file(
+    "{folder}/{file}",
+    config="{folder}",
+    quantization_config=GGUFQuantizationConfig(compute_dtype=torch.bfloat16),
+    torch_dtype=torch.bfloat16,
+)
+```""",
+}
+RUN_OTHER = "The files are spelled for {dialect}; `omni-convert inspect` tells which runtimes load them."
 
 
 def model_card(plan: Plan, results: dict[str, Sequence[LayerResult]]) -> str:
@@ -125,17 +126,15 @@ def _run(plan: Plan, title: str) -> str:
         return "As the model that it was before."
     if plan.recipe.method == "dequantize":
         return "As the model that it was before it was quantized."
-    if plan.recipe.dialect != "vllm-omni":
-        return (
-            f"The files are spelled for {plan.recipe.dialect}; `omni-convert inspect` tells which runtimes load them."
-        )
-    for component in plan.components:
-        if component.shards.gguf is not None:
-            (file,) = component.shards.files
-            folder = f"{title}/{component.name}".rstrip("/")
-            name = component.config.get("_class_name", "ModelMixin")
-            return RUN_GGUF.format(model_class=name, folder=folder, file=file).strip()
-    return RUN.format(title=title).strip()
+    usual = plan.recipe.dialect
+    component = next((each for each in plan.components if each.dialect != usual), plan.components[0])
+    return RUN.get(component.dialect, RUN_OTHER).format(
+        title=title,
+        dialect=component.dialect,
+        model_class=component.config.get("_class_name", "ModelMixin"),
+        folder=f"{title}/{component.name}".rstrip("/"),
+        file=next(iter(component.shards.files)),
+    )
 
 
 INHERITED = ("license", "license_name", "license_link", "pipeline_tag")
@@ -156,8 +155,8 @@ def _rows(plan: Plan, results: dict[str, Sequence[LayerResult]]) -> list[str]:
         layers = results[component.name]
         errors = [layer.relative_error for layer in layers]
         worst = max(layers, key=lambda layer: layer.relative_error, default=None)
-        default = "none" if component.shards.gguf is not None else "dynamic"
-        scheme = component.config.get("quantization_config", {}).get("activation_scheme", default)
+        declared = component.config.get("quantization_config", {}).get("activation_scheme", "dynamic")
+        scheme = component.scheme.name if component.scheme is not None else declared
         shown = (
             f"{statistics.median(errors):.4f} | {worst.relative_error:.4f} ({worst.name})" if worst else "kept | kept"
         )

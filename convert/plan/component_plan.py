@@ -10,6 +10,8 @@ from omni_convert.convert.calibration.activation_scheme import ActivationScheme
 from omni_convert.convert.plan.steps import KeptLayer, QuantizeStep, Step, outputs
 from omni_convert.convert.recipe import Recipe
 from omni_convert.formats.containers.checkpoint import Checkpoint
+from omni_convert.formats.containers.safetensors_header import FORMAT_PT
+from omni_convert.formats.containers.safetensors_writer import Safetensors
 from omni_convert.formats.containers.shards import Shards, plan_shards
 from omni_convert.formats.dialects.table import DIALECTS
 
@@ -25,6 +27,7 @@ class ComponentPlan:
 
     Attributes:
         name: the component's folder, or "" when the model is a single component
+        dialect: name of the dialect that it is written in
         config: config.json as it will be written, with its `quantization_config`
         shards: output files and the tensors of each
         transcoded: layers that were quantized and are not quantized again → what they were
@@ -35,6 +38,7 @@ class ComponentPlan:
 
     name: str
     method: str
+    dialect: str
     checkpoint: Checkpoint
     steps: tuple[Step, ...]
     kept: tuple[KeptLayer, ...]
@@ -95,8 +99,7 @@ def plan_files(steps: Sequence[Step], recipe: Recipe, metadata: Mapping[str, str
     is_single = DIALECTS[recipe.dialect].is_single_file and recipe.method != "dequantize"
     limit = sum(spec.nbytes for spec in specs) + 1 if is_single else recipe.max_shard_size
     weights_name = "model.safetensors" if is_transformers else "diffusion_pytorch_model.safetensors"
-    shards = plan_shards(specs, limit, weights_name)
-    return replace(shards, metadata={**shards.metadata, **metadata})
+    return replace(plan_shards(specs, limit, weights_name), container=Safetensors({**FORMAT_PT, **metadata}))
 
 
 def replace_config(config: Mapping[str, Any], block: Mapping[str, Any] | None) -> dict[str, Any]:

@@ -90,7 +90,7 @@ class GgufTarget(Target):
         quantized = [weight for step in steps if isinstance(step, QuantizeStep) for weight in step.weights]
         shapes = {weight.name: weight.shape for weight in quantized}
         content = GgufFile(self.component.family.gguf.architecture, kind, shapes)
-        return Shards({f"{self.component.source.short_name}-{kind}.gguf": outputs(steps)}, None, "", {}, content)
+        return Shards({f"{self.component.source.short_name}-{kind}.gguf": outputs(steps)}, None, "", content)
 
     @property
     def notes(self) -> tuple[str, ...]:

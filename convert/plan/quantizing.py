@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from omni_convert.convert.calibration.activation_scheme import choose_activation_scheme
 from omni_convert.convert.calibration.moments import Moments
 from omni_convert.convert.calibration.rounding import compensated
 from omni_convert.convert.plan.component_plan import ComponentPlan, replace_config
 from omni_convert.convert.plan.gguf_target import GgufTarget
-from omni_convert.convert.plan.selection import Selection, format_for, hardware_notes
+from omni_convert.convert.plan.selection import Selection, hardware_notes
 from omni_convert.convert.plan.steps import KeptLayer, QuantizeStep, matrix_shape, ordered_steps, outputs
 from omni_convert.convert.plan.target import RuntimeTarget, StorageTarget, Target
 from omni_convert.convert.recipe import STORAGE_METHODS, Recipe
@@ -46,12 +45,8 @@ def plan_quantized(
         RecipeError: the recipe cannot be carried out on this model.
         CalibrationError: static activations without statistics, or GPTQ without the moments of a layer.
     """
-    component, method, recipe = target.component, target.method, target.recipe
-    scheme = choose_activation_scheme(method, recipe)
-    formats = {
-        group: format_for(method, recipe, group, component.weights, calibrated=scheme.is_calibrated)
-        for group in selection.chosen
-    }
+    component, method = target.component, target.method
+    formats = {group: target.format_of(group) for group in selection.chosen}
     steps = [_quantize_step(target, group, fmt, moments) for group, fmt in formats.items()]
     format_of = {stem: fmt for group, fmt in formats.items() for stem in target.written_group(group).members}
     kept = [(target.written_group(group), reason) for group, reason in selection.kept]
@@ -65,6 +60,7 @@ def plan_quantized(
     return ComponentPlan(
         component.name,
         method,
+        target.dialect.name,
         target.weights,
         ordered,
         KeptLayer.of(kept),
@@ -73,12 +69,12 @@ def plan_quantized(
         sidecars=target.dialect.sidecars(format_of, [spec.name for spec in outputs(ordered)]),
         notes=(
             *_requantizing_notes(component, method),
-            *filter(None, [scheme.note]),
+            *filter(None, [target.scheme.note]),
             *selection.scope.notes,
             *hardware_notes(selection.chosen, component.weights, method),
             *target.notes,
         ),
-        scheme=scheme,
+        scheme=target.scheme,
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from omni_convert.convert.plan.steps import matrix_shape
@@ -11,17 +11,13 @@ from omni_convert.convert.recipe import Recipe
 from omni_convert.formats.arithmetic.mx import COARSE_BLOCK
 from omni_convert.formats.containers.checkpoint import Checkpoint
 from omni_convert.formats.containers.names import WEIGHT
-from omni_convert.formats.containers.tensor_spec import DTYPE_NAMES, TensorSpec
-from omni_convert.formats.dialects.table import DIALECTS
+from omni_convert.formats.containers.tensor_spec import DTYPE_NAMES
 from omni_convert.formats.errors import RecipeError
 from omni_convert.formats.families.layers import LayerGroup
 from omni_convert.formats.families.patterns import matches, suggestion_for
-from omni_convert.formats.format import QuantizingFormat
-from omni_convert.formats.fp8_storage import Fp8Storage
 from omni_convert.formats.mxfp4_dualscale import Mxfp4DualScale
-from omni_convert.formats.table import FORMATS, FormatOptions
 
-__all__ = ["Selection", "check_patterns", "choose_layers", "format_for", "hardware_notes"]
+__all__ = ["Selection", "check_patterns", "choose_layers", "hardware_notes"]
 
 
 @dataclass(frozen=True)
@@ -87,32 +83,6 @@ def hardware_notes(chosen: Iterable[LayerGroup], checkpoint: Checkpoint, method:
     ]
 
 
-def format_for(
-    method: str, recipe: Recipe, group: LayerGroup, checkpoint: Mapping[str, TensorSpec], *, calibrated: bool
-) -> QuantizingFormat:
-    """The format of a group's weights.
-
-    Args:
-        calibrated: there are statistics of the group's inputs, and the method uses them
-    """
-    if method == Fp8Storage.method:
-        return Fp8Storage().for_weight(checkpoint[f"{group.members[0]}.weight"].shape)
-    return FORMATS[method].build(
-        FormatOptions(
-            static=calibrated,
-            smooth=calibrated,
-            input_scale_rule=recipe.input_scale,
-            weight_block_size=recipe.weight_block_size,
-            per_channel=not calibrated and DIALECTS[recipe.dialect].is_dynamic_fp8_per_row,
-            shared_in_group=group.is_fused and recipe.int8_fused_scales == "shared",
-            scale_rule=recipe.scale_rule,
-            search=recipe.search,
-            group_size=recipe.group_size,
-            gguf_type=recipe.gguf_type,
-        )
-    )
-
-
 def _names(group: LayerGroup) -> tuple[str, ...]:
     """Every name that a pattern may give a group."""
     return group.runtime_name, *group.members
@@ -131,7 +101,7 @@ def _unsupported(group: LayerGroup, target: Target) -> str | None:
         if not spec.dtype.is_floating_point or spec.dtype.itemsize < 2:
             return f"found {DTYPE_NAMES[spec.dtype]} weights, expected F32, F16 or BF16"
         rows, columns = matrix_shape(spec)
-        fmt = format_for(target.method, recipe, group, weights, calibrated=False)
+        fmt = target.format_of(group)
         spelling = target.dialect.spelling(fmt, (rows, columns))
         reason = fmt.unsupported(rows, columns) or (spelling if isinstance(spelling, str) else None)
         if reason is not None:

@@ -7,10 +7,12 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
 
+from omni_convert.convert.calibration.activation_scheme import ActivationScheme, choose_activation_scheme
 from omni_convert.convert.plan.component_plan import plan_files
 from omni_convert.convert.plan.shared_encoder import unquantized_encoder_layers
 from omni_convert.convert.plan.steps import Step, dtype_of_copy
@@ -26,7 +28,8 @@ from omni_convert.formats.dialects.table import DIALECTS
 from omni_convert.formats.errors import CheckpointError, RecipeError
 from omni_convert.formats.families.generic_rule import generic_groups
 from omni_convert.formats.families.layers import LayerGroup, linear_widths
-from omni_convert.formats.format import Format
+from omni_convert.formats.format import Format, QuantizingFormat
+from omni_convert.formats.table import FORMATS, FormatOptions
 
 __all__ = ["RuntimeTarget", "Scope", "StorageTarget", "Target", "config_block", "linears_in_blocks", "other_linears"]
 
@@ -71,6 +74,34 @@ class Target(ABC):
     def weights(self) -> Checkpoint:
         """The tensors of the component under the names that they have in the result."""
         return self.component.weights
+
+    @cached_property
+    def scheme(self) -> ActivationScheme:
+        """How activations are quantized.
+
+        Raises:
+            RecipeError: the method does not support the scheme that the recipe asks for.
+            CalibrationError: the scheme needs statistics, and the recipe names none.
+        """
+        return choose_activation_scheme(self.method, self.recipe)
+
+    def format_of(self, group: LayerGroup) -> QuantizingFormat:
+        """The format of the weights of a group."""
+        recipe, is_calibrated = self.recipe, self.scheme.is_calibrated
+        options = FormatOptions(
+            static=is_calibrated,
+            smooth=is_calibrated,
+            input_scale_rule=recipe.input_scale,
+            weight_block_size=recipe.weight_block_size,
+            per_channel=not is_calibrated and self.dialect.is_dynamic_fp8_per_row,
+            shared_in_group=group.is_fused and recipe.int8_fused_scales == "shared",
+            scale_rule=recipe.scale_rule,
+            search=recipe.search,
+            group_size=recipe.group_size,
+            gguf_type=recipe.gguf_type,
+        )
+        shape = self.component.weights[f"{group.members[0]}{WEIGHT}"].shape
+        return FORMATS[self.method].build(options).for_weight(shape)
 
     @abstractmethod
     def scope(self) -> Scope:

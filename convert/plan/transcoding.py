@@ -54,6 +54,7 @@ def plan_transcoded(component: SourceComponent, recipe: Recipe, encoder: Compone
     return ComponentPlan(
         component.name,
         recipe.method,
+        recipe.dialect,
         view,
         steps,
         (),

@@ -19,10 +19,10 @@ import torch
 
 from omni_convert.formats.containers.header import FileHeader
 from omni_convert.formats.containers.tensor_spec import TensorSpec
-from omni_convert.formats.containers.writer import TensorWriter
+from omni_convert.formats.containers.writer import Container, TensorWriter
 from omni_convert.formats.errors import CheckpointError, quoted
 
-__all__ = ["GgufFile", "GgufWriter", "check_gguf"]
+__all__ = ["GgufFile", "GgufWriter"]
 
 ALIGNMENT = gguf.GGUF_DEFAULT_ALIGNMENT
 FIRST_BYTES = 8  # magic and version
@@ -40,7 +40,7 @@ TYPE_NAMES = {
 
 
 @dataclass(frozen=True)
-class GgufFile:
+class GgufFile(Container):
     """What a GGUF file says beside its tensors' bytes.
 
     Attributes:
@@ -68,6 +68,31 @@ class GgufFile:
                 f"({', '.join(TYPE_NAMES.values())})"
             )
         return name, spec.shape or (1,), gguf.GGMLQuantizationType[TYPE_NAMES[spec.dtype]]
+
+    def open_writer(
+        self, path: Path, specs: Iterable[TensorSpec], *, resume: bool = False, join: bool = False
+    ) -> GgufWriter:
+        return GgufWriter(path, specs, self, resume=resume, join=join)
+
+    def check(self, path: Path, specs: Iterable[TensorSpec]) -> None:
+        """Reads the header back with the `gguf` package's reader.
+
+        Raises:
+            CheckpointError: it reads other tensors.
+        """
+        planned = {}
+        for spec in specs:
+            name, shape, kind = self.entry(spec)
+            planned[name] = (tuple(reversed(shape)), kind, spec.nbytes)
+        found = {
+            tensor.name: (tuple(tensor.shape.tolist()), tensor.tensor_type, tensor.n_bytes)
+            for tensor in gguf.GGUFReader(path).tensors
+        }
+        if found != planned:
+            differing = sorted({*found.items()} ^ {*planned.items()})
+            raise CheckpointError(
+                f"{path}: found other tensors than planned, first {differing[0][0]}; please report this"
+            )
 
 
 class GgufWriter(TensorWriter):
@@ -117,22 +142,3 @@ def _build_header(specs: list[TensorSpec], content: GgufFile) -> tuple[FileHeade
 
 def _file_type(type_name: str) -> str:
     return {"MXFP4": "MOSTLY_MXFP4_MOE"}.get(type_name, f"MOSTLY_{type_name}")
-
-
-def check_gguf(path: Path, specs: Iterable[TensorSpec], content: GgufFile) -> None:
-    """Reads the header back with the `gguf` package's reader.
-
-    Raises:
-        CheckpointError: it reads other tensors.
-    """
-    planned = {}
-    for spec in specs:
-        name, shape, kind = content.entry(spec)
-        planned[name] = (tuple(reversed(shape)), kind, spec.nbytes)
-    found = {
-        tensor.name: (tuple(tensor.shape.tolist()), tensor.tensor_type, tensor.n_bytes)
-        for tensor in gguf.GGUFReader(path).tensors
-    }
-    if found != planned:
-        differing = sorted({*found.items()} ^ {*planned.items()})
-        raise CheckpointError(f"{path}: found other tensors than planned, first {differing[0][0]}; please report this")

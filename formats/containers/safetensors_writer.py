@@ -3,15 +3,40 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from omni_convert.formats.containers.header import MAX_HEADER_BYTES
+from omni_convert.formats.containers.safetensors_file import SafetensorsFile
 from omni_convert.formats.containers.safetensors_header import FORMAT_PT, LENGTH_BYTES, build_header
 from omni_convert.formats.containers.tensor_spec import TensorSpec
-from omni_convert.formats.containers.writer import TensorWriter
-from omni_convert.formats.errors import OutputError
+from omni_convert.formats.containers.writer import Container, TensorWriter
+from omni_convert.formats.errors import CheckpointError, OutputError
 
-__all__ = ["SafetensorsWriter"]
+__all__ = ["Safetensors", "SafetensorsWriter"]
+
+
+@dataclass(frozen=True)
+class Safetensors(Container):
+    """A safetensors file.
+
+    Attributes:
+        metadata: free text that travels with the tensors
+    """
+
+    metadata: Mapping[str, str] = field(default_factory=lambda: dict(FORMAT_PT))
+
+    def open_writer(
+        self, path: Path, specs: Iterable[TensorSpec], *, resume: bool = False, join: bool = False
+    ) -> SafetensorsWriter:
+        return SafetensorsWriter(path, specs, self.metadata, resume=resume, join=join)
+
+    def check(self, path: Path, specs: Iterable[TensorSpec]) -> None:
+        with SafetensorsFile(path) as file:
+            found, planned = file.specs, {spec.name: spec for spec in specs}
+        if found != planned:
+            differing = sorted(name for name in found.keys() | planned.keys() if found.get(name) != planned.get(name))
+            raise CheckpointError(f"{path}: found other tensors than planned, first {differing[0]}; please report this")
 
 
 class SafetensorsWriter(TensorWriter):

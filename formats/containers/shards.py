@@ -8,21 +8,17 @@ NAME.safetensors.index.json             {"metadata": {"total_size": BYTES}, "wei
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from huggingface_hub import split_state_dict_into_shards_factory
 
-from omni_convert.formats.containers.safetensors_header import FORMAT_PT
-from omni_convert.formats.containers.safetensors_writer import SafetensorsWriter
+from omni_convert.formats.containers.safetensors_writer import Safetensors
 from omni_convert.formats.containers.tensor_spec import TensorSpec
-from omni_convert.formats.containers.writer import TensorWriter
+from omni_convert.formats.containers.writer import Container, TensorWriter
 from omni_convert.formats.errors import CheckpointError, RecipeError
-
-if TYPE_CHECKING:
-    from omni_convert.formats.containers.gguf_writer import GgufFile
 
 __all__ = ["WEIGHTS_NAMES", "ShardName", "Shards", "check_shard_names", "index_name", "open_shard", "plan_shards"]
 
@@ -49,9 +45,7 @@ class ShardName:
 
 @dataclass(frozen=True)
 class Shards:
-    """Files and the tensors of each, in the order given; the index if there is more than one file; text for headers.
-
-    With `gguf` the one file is GGUF, which says that, and else safetensors.
+    """Files and the tensors of each, in the order given; the index if there is more than one file; what the files are.
 
     `index` has its keys in the order in which diffusers writes them, so that written as they come they are its bytes.
     """
@@ -59,8 +53,7 @@ class Shards:
     files: dict[str, list[TensorSpec]]
     index: dict[str, Any] | None
     index_name: str
-    metadata: Mapping[str, str] = field(default_factory=lambda: dict(FORMAT_PT))
-    gguf: GgufFile | None = None
+    container: Container = field(default_factory=Safetensors)
 
 
 def index_name(weights_name: str) -> str:
@@ -128,9 +121,4 @@ def open_shard(folder: Path, file: str, shards: Shards, *, resume: bool = False,
     Raises:
         OutputError: the file exists, cannot be created, or the disk has no room for all of it; there is none to join.
     """
-    specs = shards.files[file]
-    if shards.gguf is None:
-        return SafetensorsWriter(folder / file, specs, shards.metadata, resume=resume, join=join)
-    from omni_convert.formats.containers.gguf_writer import GgufWriter
-
-    return GgufWriter(folder / file, specs, shards.gguf, resume=resume, join=join)
+    return shards.container.open_writer(folder / file, shards.files[file], resume=resume, join=join)

@@ -12,7 +12,9 @@ import errno
 import os
 import platform
 import threading
+from abc import ABC, abstractmethod
 from bisect import bisect_left
+from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -26,7 +28,7 @@ from omni_convert.formats.containers.open_file import FileDescriptor
 from omni_convert.formats.containers.tensor_spec import TensorSpec
 from omni_convert.formats.errors import OutputError, quoted
 
-__all__ = ["TensorWriter", "bytes_of"]
+__all__ = ["Container", "TensorWriter", "bytes_of"]
 
 # So many new bytes are worth a write to the disk; with less to do at the end, `fsync` is quick.
 WRITEBACK_BYTES = 64 << 20
@@ -330,6 +332,29 @@ def _preallocate(number: int, size: int) -> None:
         else:
             return
     os.ftruncate(number, size)
+
+
+class Container(ABC):
+    """A kind of file, and all that one says beside its tensors."""
+
+    @abstractmethod
+    def open_writer(
+        self, path: Path, specs: Iterable[TensorSpec], *, resume: bool = False, join: bool = False
+    ) -> TensorWriter:
+        """The writer of a file with these tensors; `resume` and `join` as for `TensorWriter`.
+
+        Raises:
+            OutputError: the file exists, cannot be created, or the disk has no room for all of it; there is none to
+                join.
+        """
+
+    @abstractmethod
+    def check(self, path: Path, specs: Iterable[TensorSpec]) -> None:
+        """Reads the header of a finished file back.
+
+        Raises:
+            CheckpointError: the file holds other tensors than these.
+        """
 
 
 def bytes_of(tensor: Tensor) -> memoryview:

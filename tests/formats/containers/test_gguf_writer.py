@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from omni_convert.formats.containers.gguf_writer import GgufFile, GgufWriter, check_gguf
+from omni_convert.formats.containers.gguf_writer import GgufFile, GgufWriter
 from omni_convert.formats.containers.tensor_spec import TensorSpec
 from omni_convert.formats.errors import CheckpointError
 from omni_convert.formats.gguf import Gguf
@@ -81,9 +81,9 @@ def test_an_unfinished_file_is_read_by_nobody_and_can_be_taken_up(tmp_path: Path
 
 def test_a_file_with_other_tensors_than_planned_is_refused(tmp_path: Path) -> None:
     written(tmp_path / "a.gguf")
-    check_gguf(tmp_path / "a.gguf", SPECS, CONTENT)
+    CONTENT.check(tmp_path / "a.gguf", SPECS)
     with pytest.raises(CheckpointError, match=r"found other tensors than planned, first last"):
-        check_gguf(tmp_path / "a.gguf", SPECS[:-1], CONTENT)
+        CONTENT.check(tmp_path / "a.gguf", SPECS[:-1])
 
 
 def test_a_dtype_that_gguf_has_not_is_refused(tmp_path: Path) -> None:
