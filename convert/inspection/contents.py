@@ -16,34 +16,26 @@ from omni_convert.convert.inspection.lost_block import dialect_of_lost_block
 from omni_convert.convert.plan.respelling import vllm_omni_refusal
 from omni_convert.convert.recipe import Recipe
 from omni_convert.convert.report import size_text
-from omni_convert.convert.source.component import open_component
+from omni_convert.convert.source.component_folder import ComponentFolder, folders_with_weights
 from omni_convert.convert.source.location import Source
 from omni_convert.convert.terminal import MAX_WIDTH, terminal_width, wrapped
 from omni_convert.formats.checks.completeness import incomplete
-from omni_convert.formats.containers.json_file import read_json
 from omni_convert.formats.containers.tensor_spec import DTYPE_NAMES
 from omni_convert.formats.dialects.gguf import GGUF
 from omni_convert.formats.dialects.gguf_verdicts import gguf_verdicts
 from omni_convert.formats.dialects.table import DIALECTS
 from omni_convert.formats.dialects.verdict import VLLM_OMNI, Verdict, if_incomplete, lost_block_verdicts
-from omni_convert.formats.errors import CheckpointError
-from omni_convert.formats.families.family import Family
-from omni_convert.formats.families.table import find_family
 from omni_convert.formats.views.opened import QuantizedCheckpoint, QuantizedLayer
 
 __all__ = [
-    "WEIGHT_PATTERNS",
     "InspectedComponent",
     "InspectedLayer",
-    "component_names",
     "inspect_source",
     "inspection_report",
 ]
 
 NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 PLAIN = "not quantized"
-#: Files of weights that are read.
-WEIGHT_PATTERNS = ("*.safetensors", "*.gguf")
 
 
 @dataclass(frozen=True)
@@ -89,44 +81,24 @@ def inspect_source(source: Source) -> list[InspectedComponent]:
     Raises:
         CheckpointError: a file is damaged, or not what it says.
     """
-    return [_inspect(source, name) for name in component_names(source)]
+    return [_inspect(component) for component in folders_with_weights(source)]
 
 
-def component_names(source: Source) -> list[str]:
-    """Components that have weights; [""] for a model that is one.
-
-    Raises:
-        CheckpointError: there are none.
-    """
-    if not source.is_pipeline:
-        return [""]
-    names = [name for name in source.components() if _has_weights(source, name)]
-    if not names:
-        raise CheckpointError(f"{source.path}: found no component with .safetensors or .gguf files, expected some")
-    return names
-
-
-def _has_weights(source: Source, name: str) -> bool:
-    on_hub = source.hub_files.streamed if source.hub_files is not None else ()
-    on_disk = [file for pattern in WEIGHT_PATTERNS for file in (source.path / name).glob(pattern)]
-    return bool(on_disk) or any(file.startswith(f"{name}/") for file in on_hub)
-
-
-def _inspect(source: Source, name: str) -> InspectedComponent:
-    with open_component(source, name) as opened:
-        lost = dialect_of_lost_block(opened, source.path / name if name else source.path)
+def _inspect(component: ComponentFolder) -> InspectedComponent:
+    with component.open() as opened:
+        lost = dialect_of_lost_block(component, opened)
         kept: dict[str, tuple[int, int]] = {}
         for stored in opened.kept.values():
             spec = opened.checkpoint[stored]
             count, nbytes = kept.get(DTYPE_NAMES[spec.dtype], (0, 0))
             kept[DTYPE_NAMES[spec.dtype]] = (count + 1, nbytes + spec.nbytes)
         return InspectedComponent(
-            name,
+            component.name,
             lost or (opened.dialect if opened.layers or opened.dialect == GGUF.name else None),
             sum(spec.nbytes for spec in opened.checkpoint.values()),
             tuple(_inspect_layer(layer) for layer in opened.layers.values()),
             kept,
-            tuple(lost_block_verdicts() if lost else _runtimes(source, name, opened)),
+            tuple(lost_block_verdicts() if lost else _runtimes(component, opened)),
         )
 
 
@@ -136,27 +108,20 @@ def _inspect_layer(layer: QuantizedLayer) -> InspectedLayer:
     return InspectedLayer(layer.stem, layer.format.label, layer.shape, tensors, layer.nbytes)
 
 
-def _runtimes(source: Source, name: str, opened: QuantizedCheckpoint) -> list[Verdict]:
+def _runtimes(component: ComponentFolder, opened: QuantizedCheckpoint) -> list[Verdict]:
     if opened.dialect == GGUF.name:
-        return list(gguf_verdicts(opened.checkpoint, _family(source, name)))
+        return list(gguf_verdicts(opened.checkpoint, component.diffusers_family))
     if opened.dialect is None or not opened.layers:
         return []
     formats = {stem: layer.format for stem, layer in opened.layers.items()}
     dialect = DIALECTS[opened.dialect]
-    found = dialect.verdicts(formats, vllm_omni_refusal(opened, _family(source, name), Recipe()))
+    found = dialect.verdicts(formats, vllm_omni_refusal(opened, component.diffusers_family, Recipe()))
     flaw = incomplete(opened)
     if flaw is None:
         return found
     # vLLM-Omni leaves a missing scale unset, with a warning.
     strict = {*dialect.strict_runtimes} - ({VLLM_OMNI} if flaw.is_scale else set())
     return if_incomplete(found, strict, flaw.reason)
-
-
-def _family(source: Source, name: str) -> Family | None:
-    folder = source.path / name if name else source.path
-    path = (folder if folder.is_dir() else folder.parent) / "config.json"
-    class_name = read_json(path).get("_class_name") if path.is_file() else None
-    return find_family(class_name) if isinstance(class_name, str) else None
 
 
 def inspection_report(source: Source, components: list[InspectedComponent], *, as_json: bool) -> Iterator[str]:

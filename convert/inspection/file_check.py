@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from threading import Event
 
-from omni_convert.convert.output.folder import MANIFEST
+from omni_convert.convert.source.component_folder import MANIFEST
 from omni_convert.formats.containers.json_file import read_json
 from omni_convert.formats.containers.weight_files import checked_path
 from omni_convert.formats.errors import CheckpointError

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from omni_convert.convert.source.original_names import shapes_of, under_diffusers_names
-from omni_convert.convert.source.weights import model_class, renamed
+from omni_convert.convert.source.component_folder import model_class
+from omni_convert.convert.source.original_names import convert_names, shapes_of, under_diffusers_names
 from omni_convert.formats.checks.reading import LenientReading
 from omni_convert.formats.containers.checkpoint import Checkpoint
 from omni_convert.formats.dialects.gguf import gguf_file_of
@@ -86,7 +86,7 @@ def _names(quantized: QuantizedCheckpoint, config: Mapping[str, Any]) -> Iterato
 
     view = dequantized_view(quantized)
     try:
-        converted = under_diffusers_names(view, config, model_class(config))
+        converted = convert_names(view, config)
     except CheckpointError as error:
         what = str(error).removeprefix(f"{quantized.checkpoint.path}: ")
         yield Finding("error", "unknown-names", "", what, f"{READERS}: refuse it or miss weights", AGAIN)
@@ -109,7 +109,7 @@ def compare_gguf(
     """
     findings: list[Finding] = []
     limit = max((_limit(layer.nbytes * 8 / _elements(layer.shape)) for layer in quantized.layers.values()), default=0)
-    view = renamed(dequantized_view(quantized), config, [])
+    view = under_diffusers_names(dequantized_view(quantized), config)[0]
     storage = getattr(view, "storage", {})
     for name, spec in view.items():
         other = reference.get(name)

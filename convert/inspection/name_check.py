@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch.nn.modules.module import register_module_module_registration_hook
 
+from omni_convert.convert.source.component_folder import model_class
 from omni_convert.convert.source.original_names import has_original_files
-from omni_convert.convert.source.weights import model_class
 from omni_convert.formats.checks.reading import LenientReading
 from omni_convert.formats.containers.names import COMPANIONS
 from omni_convert.formats.finding import Finding

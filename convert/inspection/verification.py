@@ -16,15 +16,15 @@ from pathlib import Path
 from threading import Event
 from typing import Any
 
-from omni_convert.convert.inspection.contents import WEIGHT_PATTERNS, component_names
 from omni_convert.convert.inspection.file_check import check_files
 from omni_convert.convert.inspection.gguf_verification import check_gguf, compare_gguf
 from omni_convert.convert.inspection.lost_block import dialect_of_lost_block
 from omni_convert.convert.inspection.name_check import check_names
 from omni_convert.convert.inspection.reference_check import bits_of, check_against, check_kept
-from omni_convert.convert.output.folder import MANIFEST
+from omni_convert.convert.source.component import plain_weights
+from omni_convert.convert.source.component_folder import ComponentFolder, folders_with_weights
 from omni_convert.convert.source.location import Source
-from omni_convert.convert.source.weights import as_weights, renamed
+from omni_convert.convert.source.original_names import under_diffusers_names
 from omni_convert.formats.checks.block import check_block
 from omni_convert.formats.checks.reading import LenientReading, read_leniently
 from omni_convert.formats.checks.scale_exchange import ScaleTrace, exchanged_scales, trace_of
@@ -32,15 +32,13 @@ from omni_convert.formats.checks.scope import check_scope
 from omni_convert.formats.checks.values import check_finite, check_values
 from omni_convert.formats.containers.checkpoint import Checkpoint
 from omni_convert.formats.containers.component import DENOISERS
-from omni_convert.formats.containers.json_file import read_json
 from omni_convert.formats.dialects.gguf import GGUF
 from omni_convert.formats.dialects.table import DIALECTS
 from omni_convert.formats.errors import CheckpointError
 from omni_convert.formats.families.family import Family
-from omni_convert.formats.families.table import find_family
 from omni_convert.formats.finding import Finding
 from omni_convert.formats.rows import tile_ranges
-from omni_convert.formats.views.opened import describe, read_quantized
+from omni_convert.formats.views.opened import describe
 
 __all__ = ["VerifiedComponent", "verify_source", "weight_bytes"]
 
@@ -70,10 +68,7 @@ class VerifiedComponent:
 
 def weight_bytes(source: Source) -> int:
     """Bytes that `verify_source` looks at, for a bar."""
-    paths = [source.path / name if name else source.path for name in component_names(source)]
-    folders = [path for path in paths if path.is_dir()]
-    found = [file for folder in folders for pattern in WEIGHT_PATTERNS for file in folder.glob(pattern)]
-    return sum(file.stat().st_size for file in (*found, *(path for path in paths if path.is_file())))
+    return sum(file.stat().st_size for folder in folders_with_weights(source) for file in folder.weight_files())
 
 
 def verify_source(
@@ -88,11 +83,11 @@ def verify_source(
     Raises:
         CheckpointError: there are no weights; or the reference cannot be read, or is another model.
     """
-    names, stop = component_names(source), Event()
+    folders, stop = folders_with_weights(source), Event()
     with ThreadPoolExecutor(1) as beside:  # while the system has the bytes in memory that the checks of values read
         hashing = beside.submit(check_files, source.path, stop)
         try:
-            components = [_verify(source, name, reference, progress) for name in names]
+            components = [_verify(folder, reference, progress) for folder in folders]
             return _with_files(components, hashing.result())
         finally:
             stop.set()
@@ -112,28 +107,26 @@ def _with_files(
     return [replace(component, findings=(*component.findings, *of(component))) for component in components]
 
 
-def _verify(source: Source, name: str, reference: Source | None, progress: Callable[[int], None]) -> VerifiedComponent:
-    path = source.path / name if name else source.path
-    folder = path if path.is_dir() else path.parent
+def _verify(component: ComponentFolder, reference: Source | None, progress: Callable[[int], None]) -> VerifiedComponent:
     try:
-        checkpoint = Checkpoint.open(path)
+        checkpoint = component.checkpoint()
     except CheckpointError as error:
-        return _unopened(name, path, error)
+        return _unopened(component, error)
     with checkpoint:
         try:
-            reading = read_leniently(describe(checkpoint, folder))
-            config = _config(folder)
+            reading = read_leniently(describe(checkpoint, component.folder))
+            config = component.config_if_any
         except CheckpointError as error:
-            return _unopened(name, path, error)
+            return _unopened(component, error)
         is_gguf = reading.quantized.dialect == GGUF.name
         findings = [*reading.findings, *(check_gguf(reading, config) if is_gguf else check_block(reading, config))]
-        findings += _scope(source, reading, config)
-        if not is_gguf and not _is_recorded(source, name, checkpoint):
+        findings += _scope(component, reading)
+        if not is_gguf and not _is_in_manifest(component, checkpoint):
             findings += check_names(reading, config)
         quantized = reading.quantized
         errors: dict[str, float] = {}
         compared = reference if quantized.layers or is_gguf else None
-        with _open_reference(compared, name, config) if compared is not None else nullcontext() as original:
+        with _open_reference(compared, component.name, config) if compared is not None else nullcontext() as original:
             values, untraced = _values(reading, progress, None if is_gguf else original, errors)
             findings += values
             if is_gguf and original is not None:
@@ -144,8 +137,8 @@ def _verify(source: Source, name: str, reference: Source | None, progress: Calla
                 "expected the model that it was made of"
             )
         return VerifiedComponent(
-            name,
-            dialect_of_lost_block(quantized, path)
+            component.name,
+            dialect_of_lost_block(component, quantized)
             or (quantized.dialect if reading.shapes or reading.findings or is_gguf else None),
             len(quantized.layers),
             tuple(dict.fromkeys(findings)),
@@ -174,61 +167,39 @@ def _unchecked(reading: LenientReading, untraced: int) -> Iterator[str]:
         yield "scales exchanged between layers that have one each"
 
 
-def _unopened(name: str, path: Path, error: CheckpointError) -> VerifiedComponent:
-    what = str(error).removeprefix(f"{path}: ")
+def _unopened(component: ComponentFolder, error: CheckpointError) -> VerifiedComponent:
+    what = str(error).removeprefix(f"{component.path}: ")
     found = Finding("error", "damaged-file", "", what, "every runtime", "")  # the error says which file, and what to do
-    return VerifiedComponent(name, None, 0, (found,), is_unreadable=True)
+    return VerifiedComponent(component.name, None, 0, (found,), is_unreadable=True)
 
 
-def _config(folder: Path) -> dict[str, Any]:
-    path = folder / "config.json"
-    return read_json(path) if path.is_file() else {}
-
-
-def _scope(source: Source, reading: LenientReading, config: dict[str, Any]) -> list[Finding]:
+def _scope(component: ComponentFolder, reading: LenientReading) -> list[Finding]:
     """What vLLM-Omni would make of the layers, if the component is for it."""
-    class_name = config.get("_class_name")
-    dialect = reading.quantized.dialect
+    family, dialect = component.diffusers_family, reading.quantized.dialect
     is_for_vllm_omni = dialect is not None and DIALECTS[dialect].fills_vllm_omni_parameters
-    if not is_for_vllm_omni or not isinstance(class_name, str) or not reading.shapes:
+    if not is_for_vllm_omni or family is None or not reading.shapes:
         return []
-    family = find_family(class_name)
-    if family.is_generic or _is_for_our_loader(source):
+    recipe, _ = component.manifest_entry
+    if family.is_generic or recipe.get("runtime") == "diffusers":  # chosen for our loader
         return []
-    return list(check_scope(reading, family, _encoder_layers(source, family)))
+    return list(check_scope(reading, family, _encoder_layers(component.source, family)))
 
 
-def _is_for_our_loader(source: Source) -> bool:
-    """Whether the manifest says that the layers were chosen for diffusers."""
-    recipe = _manifest(source).get("recipe")
-    return isinstance(recipe, dict) and recipe.get("runtime") == "diffusers"
-
-
-def _manifest(source: Source) -> dict[str, Any]:
-    """{} if there is none."""
-    path = source.path / MANIFEST
-    try:
-        return read_json(path) if path.is_file() else {}
-    except CheckpointError:  # the check of the files reports it
-        return {}
-
-
-def _is_recorded(source: Source, name: str, checkpoint: Checkpoint) -> bool:
+def _is_in_manifest(component: ComponentFolder, checkpoint: Checkpoint) -> bool:
     """Whether the manifest has a SHA-256 of every file of the component, which says more than names do."""
-    files = _manifest(source).get("files")
-    return isinstance(files, dict) and all((Path(name) / file).as_posix() in files for file in checkpoint.files)
+    files = component.manifest.get("files")
+    return isinstance(files, dict) and all(
+        (Path(component.name) / file).as_posix() in files for file in checkpoint.files
+    )
 
 
 def _encoder_layers(source: Source, family: Family) -> tuple[str, ...]:
     """Linears of an unquantized text encoder that the runtime builds from the transformer's block."""
-    path = source.path / "text_encoder" / "config.json"
-    if not path.is_file():
-        return ()
     try:
-        config = read_json(path)
-        return () if "quantization_config" in config else family.shared_encoder_layers(config)
+        config = ComponentFolder(source, "text_encoder").config_if_any
     except CheckpointError:  # of the text encoder, which reports it
         return ()
+    return () if not config or "quantization_config" in config else family.shared_encoder_layers(config)
 
 
 def _values(
@@ -284,7 +255,6 @@ def _open_reference(reference: Source, name: str, config: dict[str, Any]) -> Che
     """The component in plain numbers, under the names of diffusers where the config tells which model it is."""
     component = name
     if reference.is_pipeline and not name:
-        component = next((each for each in DENOISERS if each in reference.components()), "")
-    path = reference.path / component if reference.is_pipeline else reference.path
-    opened = read_quantized(Checkpoint.open(path), path if path.is_dir() else path.parent)
-    return renamed(as_weights(opened), config, [])
+        component = next((each for each in DENOISERS if each in reference.components), "")
+    opened = ComponentFolder(reference, component if reference.is_pipeline else "").open()
+    return under_diffusers_names(plain_weights(opened), config)[0]

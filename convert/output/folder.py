@@ -15,10 +15,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from omni_convert.convert.execution.journal import JOURNAL
+from omni_convert.convert.source.component_folder import MANIFEST
 from omni_convert.formats.errors import OutputError
 
 __all__ = [
-    "MANIFEST",
     "check_output",
     "clear_folder",
     "is_finished",
@@ -29,8 +29,6 @@ __all__ = [
     "tidy",
     "write_text",
 ]
-
-MANIFEST = "omni_convert.json"
 
 
 def check_output(output: Path, *, overwrite: bool, resume: bool = False) -> None:

@@ -15,9 +15,10 @@ import torch
 
 from omni_convert.convert.execution.component_result import LayerResult
 from omni_convert.convert.execution.journal import JOURNAL
-from omni_convert.convert.output.folder import MANIFEST, write_text
+from omni_convert.convert.output.folder import write_text
 from omni_convert.convert.plan.component_plan import ComponentPlan
 from omni_convert.convert.plan.plan import Plan
+from omni_convert.convert.source.component_folder import MANIFEST
 from omni_convert.convert.source.file_hash import file_sha256
 from omni_convert.formats.containers.json_file import read_json
 from omni_convert.formats.errors import OutputError

@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from omni_convert.convert.execution.journal import JOURNAL
-from omni_convert.convert.output.folder import MANIFEST, clear_folder, locked_folder
+from omni_convert.convert.output.folder import clear_folder, locked_folder
+from omni_convert.convert.source.component_folder import MANIFEST
 from omni_convert.formats.containers.json_file import read_json
 from omni_convert.formats.errors import OutputError, RecipeError
 

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from omni_convert.convert.execution.journal import JOURNAL
-from omni_convert.convert.output.folder import MANIFEST, is_finished
+from omni_convert.convert.output.folder import is_finished
+from omni_convert.convert.source.component_folder import MANIFEST
 from omni_convert.formats.containers.json_file import read_json
 from omni_convert.formats.errors import CheckpointError, HubError, OutputError
 

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from omni_convert.convert.recipe import Recipe
+from omni_convert.convert.source.component_folder import model_class
 from omni_convert.convert.source.original_names import trace_conversion
-from omni_convert.convert.source.weights import model_class
 from omni_convert.formats.containers.checkpoint import Checkpoint
 from omni_convert.formats.containers.names import WEIGHT
 from omni_convert.formats.containers.tensor_spec import Run
@@ -107,7 +107,7 @@ def _trouble(checkpoint: Checkpoint, runs: Mapping[str, list[Run]], config: Mapp
         return {name: _joined(numbers, found) for name, found in runs.items()}
 
     try:
-        back = trace_conversion(checkpoint, config, model_class(config), joined)
+        back = trace_conversion(checkpoint, config, joined)
     except CheckpointError as error:
         return str(error)
     if back is None:

@@ -22,6 +22,7 @@ from omni_convert.convert.plan.shared_encoder import check_encoder
 from omni_convert.convert.plan.transcoding import plan_transcoded
 from omni_convert.convert.recipe import Recipe
 from omni_convert.convert.source.component import SourceComponent, open_components
+from omni_convert.convert.source.component_folder import MANIFEST
 from omni_convert.convert.source.component_methods import component_methods
 from omni_convert.convert.source.location import Source
 from omni_convert.formats.containers.checkpoint import Checkpoint
@@ -38,7 +39,6 @@ __all__ = ["Plan", "plan_conversion"]
 
 WEIGHT_SUFFIXES = (".safetensors", ".gguf", ".index.json", ".bin", ".pt", ".pth", ".ckpt", ".msgpack", ".h5", ".onnx")
 ROOT_FILES = ("*.json", "LICENSE*", "NOTICE*")
-OUR_FILES = ("omni_convert.json",)
 
 
 @dataclass(frozen=True)
@@ -167,7 +167,7 @@ def _files_to_copy(source: Source, rewritten: Collection[str]) -> dict[str, Path
     if not source.is_pipeline:
         return {}
     root_files = [path for pattern in ROOT_FILES for path in source.path.glob(pattern)]
-    folders = [source.path / name for name in source.components()]
+    folders = [source.path / name for name in source.components]
     files = root_files + [path for folder in folders if folder.is_dir() for path in folder.rglob("*")]
     on_disk = [checked_path(path.parent, path.name) for path in files if path.is_file()]
     streamed = [source.path / name for name in (source.hub_files.streamed if source.hub_files is not None else ())]
@@ -176,7 +176,7 @@ def _files_to_copy(source: Source, rewritten: Collection[str]) -> dict[str, Path
     return {
         name: path
         for name, path in copies.items()
-        if name not in OUR_FILES and not _is_rewritten(name, rewritten) and "/." not in f"/{name}"
+        if name != MANIFEST and not _is_rewritten(name, rewritten) and "/." not in f"/{name}"
     }
 
 

@@ -5,14 +5,11 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 
 from omni_convert.convert.recipe import Recipe
-from omni_convert.convert.source.component import component_config
+from omni_convert.convert.source.component_folder import ComponentFolder
 from omni_convert.convert.source.location import Source
-from omni_convert.convert.source.weights import model_class
-from omni_convert.formats.containers.json_file import read_json
 from omni_convert.formats.errors import RecipeError
 from omni_convert.formats.families.family import Family
 from omni_convert.formats.families.layers import COMFYUI, VLLM_OMNI
-from omni_convert.formats.families.table import find_family
 
 __all__ = ["check_encoder", "unquantized_encoder_layers"]
 
@@ -32,7 +29,7 @@ def check_encoder(source: Source, methods: Mapping[str, str], recipe: Recipe) ->
         return
     if recipe.runtime == COMFYUI:  # it loads each component from a file of its own
         return
-    is_shared = bool(_shared_layers(source, find_family(model_class(component_config(source, "transformer")))))
+    is_shared = bool(_shared_layers(source, ComponentFolder(source, "transformer").family))
     if is_shared and encoder != denoiser:
         raise RecipeError(
             f"--component text_encoder={encoder}: the runtime builds this text encoder with the transformer's method, "
@@ -59,5 +56,5 @@ def unquantized_encoder_layers(source: Source, family: Family, quantized: Collec
 
 def _shared_layers(source: Source, family: Family) -> list[str]:
     """Text encoder linears that the runtime builds from the transformer's block: unlisted, they load as garbage."""
-    config_path = source.path / "text_encoder" / "config.json"
-    return list(family.shared_encoder_layers(read_json(config_path))) if config_path.is_file() else []
+    encoder = ComponentFolder(source, "text_encoder")
+    return list(family.shared_encoder_layers(encoder.config)) if encoder.has_config else []

@@ -58,7 +58,7 @@ def plan_transcoded(component: SourceComponent, recipe: Recipe, encoder: Compone
         view,
         steps,
         (),
-        replace_config(component.config if component.has_config else {}, block),
+        replace_config(component.config_if_any, block),
         plan_files(steps, recipe, metadata, is_transformers=component.is_transformers),
         {stem: layer.format.label for stem, layer in quantized.items()},
         sidecars,

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from omni_convert.convert.recipe import Recipe
+from omni_convert.convert.source.component_folder import ComponentFolder
 from omni_convert.convert.source.location import Source
 from omni_convert.formats.containers.component import DENOISERS
-from omni_convert.formats.containers.json_file import read_json
 from omni_convert.formats.errors import RecipeError, did_you_mean
 
 __all__ = ["component_methods"]
@@ -19,7 +19,7 @@ def component_methods(source: Source, recipe: Recipe) -> dict[str, str]:
         if recipe.component:
             raise RecipeError(f"--component: found {next(iter(recipe.component))}, but {source.path} has no components")
         return {"": recipe.method}
-    present = source.components()
+    present = source.components
     for name in recipe.component:
         if name not in present:
             raise RecipeError(
@@ -40,13 +40,9 @@ def _transcoded_components(source: Source, recipe: Recipe, present: Collection[s
             raise RecipeError(
                 f"--component {name}={method}: found with -m {recipe.method}, expected {name}=none or nothing"
             )
-
-    def says_so(name: str) -> bool:
-        config = source.path / name / "config.json"
-        return config.is_file() and bool(read_json(config).get("quantization_config"))
-
+    folders = [ComponentFolder(source, name) for name in present if name not in recipe.component]
     return {
-        name: recipe.method
-        for name in present
-        if (source.path / name).is_dir() and (name in DENOISERS or says_so(name)) and name not in recipe.component
+        folder.name: recipe.method
+        for folder in folders
+        if folder.path.is_dir() and (folder.is_denoiser or folder.config_if_any.get("quantization_config"))
     }

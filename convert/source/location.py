@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -47,8 +48,9 @@ class Source:
     def is_pipeline(self) -> bool:
         return (self.path / "model_index.json").is_file()
 
+    @cached_property
     def components(self) -> dict[str, str]:
-        """Of a pipeline, as its model_index.json lists them: name, which is that of its folder, to library.
+        """The components that model_index.json lists: name, which is that of the folder, to library.
 
         Raises:
             CheckpointError: the file is damaged, or a name would lead out of the pipeline's folder.

@@ -10,7 +10,7 @@ import importlib
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,9 +24,9 @@ from omni_convert.formats.containers.checkpoint import Checkpoint
 from omni_convert.formats.containers.json_file import read_json
 from omni_convert.formats.containers.tensor_spec import TensorSpec
 from omni_convert.formats.errors import CheckpointError, RecipeError, listed
-from omni_convert.formats.views.lora import LowRank, Update
+from omni_convert.formats.views.lora import LowRank, Update, baked_view
 
-__all__ = ["Lora", "check_requests", "read_lora"]
+__all__ = ["Lora", "bake", "check_requests", "read_lora"]
 
 # A pair is named by the layer that it belongs to and one of each of these.
 DOWN = (".lora_A.weight", ".lora_A.default.weight", ".lora_down.weight", ".lora.down.weight")
@@ -70,6 +70,22 @@ class Lora:
             "tensors": len(self.added),
             **({"left_out": list(self.left_out)} if self.left_out else {}),
         }
+
+
+def bake(
+    checkpoint: Checkpoint, requests: Sequence[LoraRequest], model_class: str, *, force: bool
+) -> tuple[Checkpoint, list[Lora]]:
+    """The checkpoint with all the files baked in, in their order, and what they are.
+
+    Raises:
+        CheckpointError: a file is damaged, or does not belong to this model.
+    """
+    loras = [read_lora(request, checkpoint, model_class, force=force) for request in requests]
+    added: dict[str, list[LowRank | Update]] = {}
+    for lora in loras:
+        for name, updates in lora.added.items():
+            added.setdefault(name, []).extend(updates)
+    return (baked_view(checkpoint, added) if added else checkpoint), loras
 
 
 def read_lora(

@@ -11,15 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from omni_convert.convert.source.component_folder import model_class
 from omni_convert.formats.containers.checkpoint import Checkpoint
 from omni_convert.formats.containers.tensor_spec import Run, TensorSpec
-from omni_convert.formats.errors import CheckpointError
+from omni_convert.formats.errors import CheckpointError, counted
 from omni_convert.formats.views.base import CheckpointView, dequantized_view
 from omni_convert.formats.views.opened import QuantizedCheckpoint
 from omni_convert.formats.views.renamed import gathered_view, trace_rows
 from omni_convert.formats.views.renamed_layers import gathered_layers
 
 __all__ = [
+    "convert_names",
     "has_original_files",
     "layers_under_diffusers_names",
     "missing_config",
@@ -37,35 +39,55 @@ def has_original_files(checkpoint: Checkpoint) -> bool:
     return not all(name.startswith(DIFFUSERS_FILES) for name in checkpoint.files)
 
 
-def under_diffusers_names(
-    checkpoint: Checkpoint, config: Mapping[str, Any], model_class: str
-) -> tuple[CheckpointView, list[str]] | None:
-    """The checkpoint as diffusers would load it, and names of tensors that the model has no use for.
+def under_diffusers_names(checkpoint: Checkpoint, config: Mapping[str, Any]) -> tuple[Checkpoint, list[str]]:
+    """The checkpoint as diffusers would load it, and notes; as it is, if there is nothing to rename.
 
     Args:
         config: of the model in diffusers
-        model_class: what it names
-
-    Returns:
-        None if it has diffusers' names already, or diffusers knows no conversion
 
     Raises:
         CheckpointError: the conversion fails, or what comes of it is not the model of the config.
     """
-    traced = _trace(checkpoint, config, model_class)
-    return None if traced is None else (gathered_view(checkpoint, traced.runs, traced.shapes), traced.unused)
+    if not has_original_files(checkpoint):
+        return checkpoint, []
+    renamed = convert_names(checkpoint, config)
+    return (checkpoint, []) if renamed is None else (renamed[0], [_note(checkpoint, config, renamed[1])])
 
 
 def layers_under_diffusers_names(
-    quantized: QuantizedCheckpoint, config: Mapping[str, Any], model_class: str
-) -> tuple[QuantizedCheckpoint, list[str]] | None:
+    quantized: QuantizedCheckpoint, config: Mapping[str, Any]
+) -> tuple[QuantizedCheckpoint, list[str]]:
     """As `under_diffusers_names`, with quantized layers as they are: codes and scales are only cut and joined.
 
     Raises:
         CheckpointError: see there; or a layer cannot be cut or joined without a change.
     """
-    traced = _trace(dequantized_view(quantized), config, model_class)
-    return None if traced is None else (gathered_layers(quantized, traced.runs, traced.shapes), traced.unused)
+    checkpoint = quantized.checkpoint
+    traced = _trace(dequantized_view(quantized), config) if has_original_files(checkpoint) else None
+    if traced is None:
+        return quantized, []
+    renamed = gathered_layers(quantized, traced.runs, traced.shapes)
+    return renamed, [_note(checkpoint, config, traced.unused)]
+
+
+def convert_names(checkpoint: Checkpoint, config: Mapping[str, Any]) -> tuple[CheckpointView, list[str]] | None:
+    """The checkpoint under diffusers' names, and names of tensors that the model has no use for.
+
+    Returns:
+        None if it has diffusers' names already, or diffusers knows no conversion
+
+    Raises:
+        CheckpointError: see `under_diffusers_names`.
+    """
+    traced = _trace(checkpoint, config)
+    return None if traced is None else (gathered_view(checkpoint, traced.runs, traced.shapes), traced.unused)
+
+
+def _note(checkpoint: Checkpoint, config: Mapping[str, Any], unused: Sequence[str]) -> str:
+    left_out = (
+        f"; left out {counted(len(unused), 'tensor')} that the model has no use for, as '{unused[0]}'" if unused else ""
+    )
+    return f"{checkpoint.path.name}: renamed by diffusers' own conversion for {model_class(config)}{left_out}"
 
 
 @dataclass(frozen=True)
@@ -89,7 +111,6 @@ class _Traced:
 def trace_conversion(
     specs: Mapping[str, TensorSpec],
     config: Mapping[str, Any],
-    model_class: str,
     prepare: Callable[[dict[str, Tensor]], dict[str, Tensor]] = lambda tensors: tensors,
 ) -> dict[str, list[Run]] | None:
     """Diffusers' name → the rows that its conversion of single files makes the tensor of; None if it has none.
@@ -102,7 +123,8 @@ def trace_conversion(
     """
     from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
 
-    known = SINGLE_FILE_LOADABLE_CLASSES.get(model_class)
+    kind = model_class(config)
+    known = SINGLE_FILE_LOADABLE_CLASSES.get(kind)
     if known is None:
         return None
 
@@ -118,22 +140,23 @@ def trace_conversion(
     except (ValueError, KeyError, IndexError, RuntimeError, AttributeError, TypeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise CheckpointError(
-            f"found names that diffusers cannot convert to those of {model_class} "
+            f"found names that diffusers cannot convert to those of {kind} "
             f"({type(error).__name__}: {reason}); expected that model, in its original names or diffusers'"
         ) from None
 
 
-def _trace(checkpoint: Checkpoint, config: Mapping[str, Any], model_class: str) -> _Traced | None:
+def _trace(checkpoint: Checkpoint, config: Mapping[str, Any]) -> _Traced | None:
     import diffusers
     from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
 
-    if model_class not in SINGLE_FILE_LOADABLE_CLASSES:
+    kind = model_class(config)
+    if kind not in SINGLE_FILE_LOADABLE_CLASSES:
         return None
-    shapes = shapes_of(getattr(diffusers, model_class), config)
+    shapes = shapes_of(getattr(diffusers, kind), config)
     if shapes.keys() <= checkpoint.keys():
         return None
     try:
-        runs = trace_conversion(checkpoint, config, model_class)
+        runs = trace_conversion(checkpoint, config)
     except CheckpointError as error:
         raise CheckpointError(f"{checkpoint.path}: {error}") from None
     assert runs is not None, "the class is known"
@@ -141,7 +164,7 @@ def _trace(checkpoint: Checkpoint, config: Mapping[str, Any], model_class: str) 
     if missing:
         raise CheckpointError(
             f"{checkpoint.path}: tensor '{missing[0]}': found neither it nor what diffusers makes it of, expected all "
-            f"{len(shapes)} tensors of {model_class} as config.json describes it; {len(missing)} are missing"
+            f"{len(shapes)} tensors of {kind} as config.json describes it; {len(missing)} are missing"
         )
     return _Traced(runs, shapes)
 

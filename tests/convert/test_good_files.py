@@ -13,7 +13,7 @@ from diffusers import ModelMixin
 
 from omni_convert.convert import Recipe, convert_checkpoint
 from omni_convert.convert.inspection.verification import verify_source
-from omni_convert.convert.output.folder import MANIFEST
+from omni_convert.convert.source.component_folder import MANIFEST
 from omni_convert.convert.source.location import Source
 
 # Widths are multiples of 128 where the family quantizes, 512 where MXFP4's double scales need it.

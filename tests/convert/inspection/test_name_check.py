@@ -20,7 +20,7 @@ from omni_convert.convert import Recipe, convert_checkpoint
 from omni_convert.convert.cli.main import main
 from omni_convert.convert.inspection.name_check import MOST_FINDINGS
 from omni_convert.convert.inspection.verification import verify_source
-from omni_convert.convert.output.folder import MANIFEST
+from omni_convert.convert.source.component_folder import MANIFEST
 from omni_convert.convert.source.location import Source
 from omni_convert.formats.containers.checkpoint import Checkpoint
 from omni_convert.formats.families.table import find_family

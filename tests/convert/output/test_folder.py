@@ -7,7 +7,8 @@ import pytest
 
 from omni_convert.convert import Recipe, convert_checkpoint
 from omni_convert.convert.execution.journal import JOURNAL
-from omni_convert.convert.output.folder import MANIFEST, check_output, partial_folder
+from omni_convert.convert.output.folder import check_output, partial_folder
+from omni_convert.convert.source.component_folder import MANIFEST
 from omni_convert.formats.errors import OutputError
 
 

@@ -1,0 +1,174 @@
+"""A component of a model on the disk: its folder, its config and class, its files, and its entry in the manifest."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from omni_convert.convert.source.location import Source
+from omni_convert.formats.containers.checkpoint import Checkpoint
+from omni_convert.formats.containers.component import DENOISERS
+from omni_convert.formats.containers.json_file import read_json
+from omni_convert.formats.containers.reader import TensorFile
+from omni_convert.formats.errors import CheckpointError
+from omni_convert.formats.families.family import Family
+from omni_convert.formats.families.table import find_family
+from omni_convert.formats.views.opened import QuantizedCheckpoint, read_quantized
+
+__all__ = ["MANIFEST", "ComponentFolder", "folders_with_weights", "model_class"]
+
+#: The manifest that a conversion leaves beside the model.
+MANIFEST = "omni_convert.json"
+WEIGHT_PATTERNS = ("*.safetensors", "*.gguf")
+
+
+@dataclass(frozen=True)
+class ComponentFolder:
+    """A component of a model.
+
+    Attributes:
+        source: the model
+        name: the component's folder, or "" for a model that is a single component
+    """
+
+    source: Source
+    name: str
+
+    @property
+    def path(self) -> Path:
+        """Its folder, or the file of weights of a model that is only that."""
+        return self.source.path / self.name if self.name else self.source.path
+
+    @property
+    def folder(self) -> Path:
+        """Where its config is, or would be."""
+        return self.path if self.path.is_dir() else self.path.parent
+
+    @property
+    def label(self) -> str:
+        """Its name in notes."""
+        return self.name or self.source.name
+
+    @property
+    def config_path(self) -> Path:
+        return self.folder / "config.json"
+
+    @property
+    def has_config(self) -> bool:
+        return self.config_path.is_file()
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """Its config.json; raises CheckpointError if that is missing or damaged."""
+        return read_json(self.config_path)
+
+    @property
+    def config_if_any(self) -> dict[str, Any]:
+        """Its config.json, or {} if there is none; raises CheckpointError if it is damaged."""
+        return self.config if self.has_config else {}
+
+    @property
+    def model_class(self) -> str:
+        """The class that its config names, or "unknown"."""
+        return model_class(self.config_if_any)
+
+    @cached_property
+    def family(self) -> Family:
+        """The family of its class; raises CheckpointError if its config is missing or damaged."""
+        return find_family(model_class(self.config))
+
+    @property
+    def diffusers_family(self) -> Family | None:
+        """The family of its class, or None unless its config names a class of diffusers."""
+        class_name = self.config_if_any.get("_class_name")
+        return find_family(class_name) if isinstance(class_name, str) else None
+
+    @property
+    def is_denoiser(self) -> bool:
+        return self.name in DENOISERS
+
+    @property
+    def is_transformers(self) -> bool:
+        """Whether transformers loads it, not diffusers."""
+        return bool(self.name) and self.source.components[self.name] == "transformers"
+
+    @property
+    def has_weights(self) -> bool:
+        on_hub = self.source.hub_files.streamed if self.source.hub_files is not None else ()
+        return bool(self.weight_files()) or any(file.startswith(f"{self.name}/") for file in on_hub)
+
+    def weight_files(self) -> list[Path]:
+        """Files of weights on the disk, whether or not they belong together."""
+        if not self.path.is_dir():
+            return [self.path] if self.path.is_file() else []
+        return [file for pattern in WEIGHT_PATTERNS for file in self.path.glob(pattern)]
+
+    def checkpoint(self) -> Checkpoint:
+        """Its tensors as they are stored; raises CheckpointError if a file is damaged."""
+        return Checkpoint.open(self.path, _streamed_files(self.source, self.name))
+
+    def open(self) -> QuantizedCheckpoint:
+        """Its tensors and quantized layers, in any dialect; raises CheckpointError if a file is not what it says."""
+        return read_quantized(self.checkpoint(), self.folder)
+
+    @cached_property
+    def manifest(self) -> Mapping[str, Any]:
+        """The manifest of the model, or {} if there is none or it is damaged, which the check of files reports."""
+        return _manifest(self.source.path)
+
+    @cached_property
+    def manifest_entry(self) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+        """The recipe of the conversion that wrote it and what the manifest says of it; ({}, {}) if nothing does."""
+        for folder, name in ((self.folder, ""), (self.folder.parent, self.folder.name)):
+            manifest = _manifest(folder)
+            recipe, components = manifest.get("recipe"), manifest.get("components")
+            entry = components.get(name) if isinstance(components, dict) else None
+            if isinstance(recipe, dict) and isinstance(entry, dict):
+                return recipe, entry
+        return {}, {}
+
+
+def folders_with_weights(source: Source) -> list[ComponentFolder]:
+    """The components that have weights; the only one of a model that is no pipeline.
+
+    Raises:
+        CheckpointError: no component has weights.
+    """
+    if not source.is_pipeline:
+        return [ComponentFolder(source, "")]
+    found = [folder for name in source.components if (folder := ComponentFolder(source, name)).has_weights]
+    if not found:
+        raise CheckpointError(f"{source.path}: found no component with .safetensors or .gguf files, expected some")
+    return found
+
+
+def model_class(config: Mapping[str, Any]) -> str:
+    """The class that a config names, or "unknown"."""
+    architectures = config.get("architectures")
+    named = [config.get("_class_name"), *(architectures if isinstance(architectures, list) else [])]
+    return next((name for name in named if isinstance(name, str) and name), "unknown")
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    path = folder / MANIFEST
+    try:
+        return read_json(path) if path.is_file() else {}
+    except CheckpointError:
+        return {}
+
+
+def _streamed_files(source: Source, name: str) -> dict[str, Callable[[], TensorFile]]:
+    """The weights of a component that are still on the Hub."""
+    if source.hub_files is None:
+        return {}
+    from omni_convert.convert.source.streamed_file import StreamedFile  # the Hub's client, for nobody else
+
+    streamed = [PurePosixPath(file) for file in source.hub_files.streamed]
+    return {
+        file.name: partial(StreamedFile, source.hub_files, str(file))
+        for file in streamed
+        if file.parent == PurePosixPath(name)
+    }
