@@ -1,10 +1,11 @@
-"""The README's commands and Python lines do what they say: run on the demo pipeline, in order, in one folder."""
+"""The commands and Python lines of all pages do what they say: run on the demo pipeline, in order, in one folder."""
 
 from __future__ import annotations
 
 import re
 import shlex
 from pathlib import Path
+from typing import NamedTuple
 
 import click
 import pytest
@@ -12,12 +13,26 @@ from click.testing import CliRunner
 
 from omni_convert.convert.cli.main import main
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
-BLOCKS = re.findall(r"^```(bash|console|python)\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
+ROOT = Path(__file__).parent.parent
+# README.md first: the other pages use what its commands make.
+FIRST = ("README.md", "convert/README.md", "formats/README.md", "loaders/README.md", "scripts/README.md")
+ROOMS = sorted(path for layer in ("convert", "formats", "loaders") for path in (ROOT / layer).rglob("*/README.md"))
+PAGES = [*(ROOT / name for name in (*FIRST, "CONTRIBUTING.md")), *ROOMS]
 # Commands for another program, or of the development of this one: nothing here can say whether they work.
 FOREIGN = ("pip ", "git ", "vllm ", "ray ", "./scripts/", "cd ")
 # Models on the Hub, and places that only a cluster has.
 ELSEWHERE = re.compile(r"\b(Tongyi-MAI|Qwen|black-forest-labs|Wan-AI)/|/shared/")
+LINK = re.compile(r"\]\(([^)#]*)(?:#([^)]*))?\)")
+FENCED = re.compile(r"^```(bash|console|python)\n(.*?)^```", re.DOTALL | re.MULTILINE)
+
+
+class Block(NamedTuple):
+    page: str
+    language: str
+    text: str
+
+
+BLOCKS = [Block(str(page.relative_to(ROOT)), *found) for page in PAGES for found in FENCED.findall(page.read_text())]
 
 
 def commands(language: str, text: str) -> list[str]:
@@ -28,12 +43,34 @@ def commands(language: str, text: str) -> list[str]:
     return [line for line in lines if line and not line.startswith("#")]
 
 
-SHELL_COMMANDS = [command for language, text in BLOCKS if language != "python" for command in commands(language, text)]
+SHELL_COMMANDS = [
+    command for block in BLOCKS if block.language != "python" for command in commands(block.language, block.text)
+]
 
 
-def test_the_readme_has_commands_and_python() -> None:
-    assert len(SHELL_COMMANDS) >= 8
-    assert {language for language, _ in BLOCKS} == {"bash", "console", "python"}
+def anchors(page: Path) -> set[str]:
+    """What GitHub calls the headings of a page."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_the_pages_have_commands_and_python() -> None:
+    assert len(SHELL_COMMANDS) >= 20
+    assert {block.language for block in BLOCKS if block.page == "README.md"} == {"bash", "console", "python"}
+
+
+def test_the_first_page_is_short() -> None:
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 160
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_link_leads_somewhere(page: Path) -> None:
+    for target, anchor in LINK.findall(page.read_text()):
+        if target.startswith("http"):
+            continue
+        path = (page.parent / target) if target else page
+        assert path.exists(), target
+        assert not anchor or anchor in anchors(path), f"{target}#{anchor}"
 
 
 @pytest.mark.parametrize("command", SHELL_COMMANDS)
@@ -48,9 +85,11 @@ def test_every_command_can_be_parsed(command: str) -> None:
     found.make_context(name, list(rest), parent=context)
 
 
-@pytest.mark.parametrize("text", [text for language, text in BLOCKS if language == "python"])
-def test_python_lines_compile(text: str) -> None:
-    assert compile(text, "README.md", "exec")
+@pytest.mark.parametrize(
+    "block", [block for block in BLOCKS if block.language == "python"], ids=lambda block: block.page
+)
+def test_python_lines_compile(block: Block) -> None:
+    assert compile(block.text, block.page, "exec")
 
 
 @pytest.mark.slow
@@ -58,18 +97,18 @@ def test_everything_runs_on_the_demo(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.chdir(tmp_path)
     namespace: dict[str, object] = {}
     ran = 0
-    for language, text in BLOCKS:
+    for page, language, text in BLOCKS:
         if ELSEWHERE.search(text):
             continue
         if language == "python":
-            exec(compile(text, "README.md", "exec"), namespace)
+            exec(compile(text, page, "exec"), namespace)
             ran += 1
             continue
         for command in commands(language, text):
             if command.startswith(FOREIGN):
                 continue
             result = CliRunner().invoke(main, shlex.split(command)[1:])
-            assert result.exit_code == 0, f"{command}\n{result.output}"
+            assert result.exit_code == 0, f"{page}: {command}\n{result.output}"
             ran += 1
-    assert ran >= 10
+    assert ran >= 20
     assert {"circle.png", "star.png", "report.json", "pictures"} <= {path.name for path in tmp_path.iterdir()}
