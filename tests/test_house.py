@@ -96,6 +96,11 @@ def test_a_room_can_be_taken_in_at_a_glance(folder: Path) -> None:
         assert len(found) <= MOST_MODULES
 
 
+@pytest.mark.parametrize("folder", sorted({path.parent for path in modules()}), ids=lambda path: str(path.name))
+def test_every_room_has_a_page(folder: Path) -> None:
+    assert (folder / "README.md").is_file(), "write a page: what lives here, what it may import, how to add one more"
+
+
 def test_declared_packages_are_the_folders_on_disk() -> None:
     declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
     on_disk = {f"omni_convert.{'.'.join(path.parent.relative_to(ROOT).parts)}" for path in modules()}
