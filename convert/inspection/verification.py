@@ -8,7 +8,7 @@ Beside it, a thread hashes the files and holds them against the manifest, if the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
@@ -182,7 +182,7 @@ def _scope(component: ComponentFolder, reading: LenientReading) -> list[Finding]
     recipe, _ = component.manifest_entry
     if family.is_generic or recipe.get("runtime") == "diffusers":  # chosen for our loader
         return []
-    return list(check_scope(reading, family, _encoder_layers(component.source, family)))
+    return list(check_scope(reading, family, *_encoder_layers(component.source, family)))
 
 
 def _is_in_manifest(component: ComponentFolder, checkpoint: Checkpoint) -> bool:
@@ -193,13 +193,21 @@ def _is_in_manifest(component: ComponentFolder, checkpoint: Checkpoint) -> bool:
     )
 
 
-def _encoder_layers(source: Source, family: Family) -> tuple[str, ...]:
-    """Linears of an unquantized text encoder that the runtime builds from the transformer's block."""
+def _encoder_layers(source: Source, family: Family) -> tuple[list[str], list[str]]:
+    """Linears of the text encoder that the runtime builds from the transformer's block: unquantized and quantized."""
+    encoder = ComponentFolder(source, "text_encoder")
     try:
-        config = ComponentFolder(source, "text_encoder").config_if_any
-    except CheckpointError:  # of the text encoder, which reports it
-        return ()
-    return () if not config or "quantization_config" in config else family.shared_encoder_layers(config)
+        if family.shared_encoder is None or not encoder.has_config:
+            return [], []
+        stored: Collection[str] = ()
+        if "quantization_config" in encoder.config:
+            with encoder.open() as opened:
+                stored = opened.layers.keys()
+        every = family.shared_encoder_layers(encoder.config)
+        unquantized = list(family.shared_encoder_layers(encoder.config, stored))
+        return unquantized, [name for name in every if name not in unquantized]
+    except CheckpointError:  # the check of the text encoder reports it
+        return [], []
 
 
 def _values(

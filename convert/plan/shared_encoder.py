@@ -29,7 +29,7 @@ def check_encoder(source: Source, methods: Mapping[str, str], recipe: Recipe) ->
         return
     if recipe.runtime == COMFYUI:  # it loads each component from a file of its own
         return
-    is_shared = bool(_shared_layers(source, ComponentFolder(source, "transformer").family))
+    is_shared = bool(unquantized_encoder_layers(source, ComponentFolder(source, "transformer").family))
     if is_shared and encoder != denoiser:
         raise RecipeError(
             f"--component text_encoder={encoder}: the runtime builds this text encoder with the transformer's method, "
@@ -42,19 +42,12 @@ def check_encoder(source: Source, methods: Mapping[str, str], recipe: Recipe) ->
         )
 
 
-def unquantized_encoder_layers(source: Source, family: Family, quantized: Collection[str]) -> list[str]:
-    """The encoder's layers that the transformer's block must list, since they are not stored quantized.
+def unquantized_encoder_layers(source: Source, family: Family, quantized: Collection[str] = ()) -> list[str]:
+    """The text encoder's layers that the transformer's block must list, since they are not stored quantized.
 
     Args:
         family: of the transformer
-        quantized: layers of the encoder that are
+        quantized: stems of the encoder's layers that are
     """
-    # transformers' base models store `layers.0...`, the same model with its head `model.layers.0...`.
-    spelled = {*quantized, *(f"model.{stem}" for stem in quantized)}
-    return [layer for layer in _shared_layers(source, family) if layer not in spelled]
-
-
-def _shared_layers(source: Source, family: Family) -> list[str]:
-    """Text encoder linears that the runtime builds from the transformer's block: unlisted, they load as garbage."""
     encoder = ComponentFolder(source, "text_encoder")
-    return list(family.shared_encoder_layers(encoder.config)) if encoder.has_config else []
+    return list(family.shared_encoder_layers(encoder.config, quantized)) if encoder.has_config else []

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Iterator, Sequence
 
 import torch
@@ -29,12 +28,15 @@ VLLM_OMNI = "vLLM-Omni"
 ANEW = "convert the original with omni-convert, which knows the model"
 
 
-def check_scope(reading: LenientReading, family: Family, encoder_layers: Sequence[str]) -> Iterator[Finding]:
+def check_scope(
+    reading: LenientReading, family: Family, encoder_layers: Sequence[str], stored_encoder_layers: Sequence[str] = ()
+) -> Iterator[Finding]:
     """Everything that is wrong with the choice of layers.
 
     Args:
         family: of the model; not the generic one
         encoder_layers: unquantized linears of the text encoder that the runtime builds from the same block
+        stored_encoder_layers: its linears that are stored quantized
     """
     quantized = reading.quantized
     methods = {layer.format.method for layer in quantized.layers.values()}
@@ -65,6 +67,13 @@ def check_scope(reading: LenientReading, family: Family, encoder_layers: Sequenc
         if not any(name == stem or name.startswith(f"{stem}.") for name in damaged for stem in group.members):
             yield from _group(reading, group, ignored, dialect)
     yield from _names(reading, groups, ignored, dialect, family, encoder_layers)
+    wrong = [name for name in stored_encoder_layers if dialect.is_ignored(name, ignored)]
+    if wrong:
+        yield Finding(
+            "error", "ignored-but-quantized", wrong[0],
+            f"found {listed(['this layer of the text encoder', *wrong[1:]], 1)} in the ignored list, but quantized",
+            f"{VLLM_OMNI}: takes the codes for weights", "remove the names from the list",
+        )  # fmt: skip
 
 
 def _weights(reading: LenientReading) -> dict[str, TensorSpec]:
@@ -198,9 +207,5 @@ def _names(
 
 
 def _is_of_encoder(entry: str, family: Family) -> bool:
-    encoder = family.shared_encoder
-    if encoder is None:
-        return False
-    patterns = [re.escape(name).replace(re.escape("{}"), "[0-9]+") for name in (*encoder.per_layer, *encoder.others)]
-    plain = entry.replace("[", "").replace("]", "")
-    return any(re.fullmatch(pattern, plain) for pattern in patterns)
+    plain = entry.replace("[", "").replace("]", "")  # with which ModelOpt's patterns match one name alone
+    return family.shared_encoder is not None and family.shared_encoder.is_name(plain)

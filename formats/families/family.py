@@ -6,7 +6,7 @@ without its scales. Stated layers match state-dict names exactly; a family witho
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping
+from collections.abc import Collection, Container, Iterator, Mapping
 from dataclasses import dataclass
 
 from omni_convert.formats.containers.tensor_spec import Run, TensorSpec
@@ -17,6 +17,7 @@ from omni_convert.formats.families.layers import (
     VLLM_OMNI,
     LayerGroup,
     LayerPattern,
+    block_number,
     linear_widths,
     matching_groups,
 )
@@ -68,13 +69,27 @@ class EncoderLayers:
 
     Attributes:
         model_types: the encoders (`model_type` of their config) for which it does so; empty for all
-        per_layer: runtime and state-dict names of the linears of a decoder layer
-        others: names of linears outside the layers
+        layers: the linears, with the names of the encoder's checkpoint
+        prefix: what the runtime puts before these names
     """
 
     model_types: tuple[str, ...]
-    per_layer: tuple[str, ...]
-    others: tuple[str, ...] = ()
+    layers: tuple[LayerPattern, ...]
+    prefix: str = ""
+
+    def groups(self, count: int) -> Iterator[LayerGroup]:
+        """Every layer of an encoder with `count` decoder layers."""
+        for pattern in self.layers:
+            for index in range(count if "{}" in pattern.runtime_name else 1):
+                yield pattern.numbered(str(index))
+
+    def is_name(self, name: str) -> bool:
+        """Whether the runtime may look up a layer of such an encoder, of whatever depth, by this name."""
+        return any(
+            block_number(template, name.removeprefix(self.prefix)) is not None
+            for pattern in self.layers
+            for template in (pattern.runtime_name, *pattern.members)
+        )
 
 
 @dataclass(frozen=True)
@@ -202,13 +217,16 @@ class Family:
             )
         return tuple(notes)
 
-    def shared_encoder_layers(self, text_encoder_config: Mapping[str, object]) -> tuple[str, ...]:
+    def shared_encoder_layers(
+        self, text_encoder_config: Mapping[str, object], quantized: Collection[str] = ()
+    ) -> tuple[str, ...]:
         """Linears of the text encoder that vLLM-Omni builds from the transformer's block, as it calls them.
 
-        Those that are not stored quantized must be in the block's list of ignored layers, or they load as garbage.
+        The block must list them as ignored, or they load as garbage.
 
         Args:
             text_encoder_config: `text_encoder/config.json`
+            quantized: stems that the encoder stores quantized; they are left out, since they must not be listed
 
         Raises:
             CheckpointError: the config does not say how many layers there are.
@@ -218,9 +236,14 @@ class Family:
             return ()
         if encoder.model_types and text_encoder_config.get("model_type") not in encoder.model_types:
             return ()
-        count = _encoder_layer_count(text_encoder_config)
-        layers = (name.replace("{}", str(index)) for index in range(count) for name in encoder.per_layer)
-        return (*layers, *encoder.others)
+        # transformers' base models store `layers.0...`, the same model with its head `model.layers.0...`.
+        stored = {*quantized, *(f"model.{stem}" for stem in quantized)}
+        return tuple(
+            f"{encoder.prefix}{name}"
+            for group in encoder.groups(_encoder_layer_count(text_encoder_config))
+            if not stored.issuperset(group.members)
+            for name in dict.fromkeys((group.runtime_name, *group.members))
+        )
 
     def original_runs(self, specs: Mapping[str, TensorSpec]) -> dict[str, list[Run]] | None:
         """Original name → the rows of diffusers' tensors that the tensor consists of.

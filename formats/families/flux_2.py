@@ -14,10 +14,12 @@ from omni_convert.formats.families.flux_1 import (
     ORIGINAL_SINGLE_NORMS,
     SINGLE,
 )
-from omni_convert.formats.families.layers import DOUBLE_STREAM_ATTENTION, LayerPattern, linears
+from omni_convert.formats.families.layers import DOUBLE_STREAM_ATTENTION, LayerPattern, linears, merged
 from omni_convert.formats.families.original_names import renamed
 
 __all__ = ["FLUX_2"]
+
+_ENCODER = "language_model.model.layers.{}"
 
 
 def _gate_up(stem: str) -> LayerPattern:
@@ -39,13 +41,13 @@ FLUX_2 = Family(
     # Only dev shares its encoder; the Qwen3 encoder of klein is a plain transformers module.
     shared_encoder=EncoderLayers(
         model_types=("mistral3", "mistral"),
-        per_layer=tuple(
-            f"text_encoder.language_model.model.layers.{{}}.{leaf}"
-            for leaf in (
-                *(f"self_attn.{part}_proj" for part in ("qkv", "q", "k", "v", "o")),
-                *(f"mlp.{part}_proj" for part in ("gate_up", "gate", "up", "down")),
-            )
+        layers=(
+            merged(f"{_ENCODER}.self_attn", "qkv_proj", ("q_proj", "k_proj", "v_proj")),
+            *linears(f"{_ENCODER}.self_attn", "o_proj"),
+            merged(f"{_ENCODER}.mlp", "gate_up_proj", ("gate_proj", "up_proj")),
+            *linears(f"{_ENCODER}.mlp", "down_proj"),
         ),
+        prefix="text_encoder.",
     ),
     original_names=(
         *ORIGINAL_EMBEDDERS,

@@ -24,6 +24,7 @@ __all__ = [
     "WHOLE_BLOCK_RUNTIMES",
     "LayerGroup",
     "LayerPattern",
+    "block_number",
     "kept",
     "linear_widths",
     "linears",
@@ -62,6 +63,15 @@ class LayerPattern:
     loads_merged: bool = False
     runtimes: tuple[str, ...] = EVERY_RUNTIME
     keep_reason: str | None = None
+
+    def numbered(self, number: str, members: tuple[str, ...] | None = None) -> LayerGroup:
+        """The layer in the block of this number.
+
+        Args:
+            members: what the checkpoint holds instead of the pattern's members
+        """
+        members = members or tuple(member.replace("{}", number) for member in self.members)
+        return LayerGroup(self.runtime_name.replace("{}", number), members, self.is_fused, self.keep_reason)
 
 
 @dataclass(frozen=True)
@@ -164,7 +174,7 @@ def _compiled(template: str) -> re.Pattern[str]:
     return re.compile(re.escape(template).replace(re.escape("{}"), "([0-9]+)"))
 
 
-def _block_number(template: str, stem: str) -> str | None:
+def block_number(template: str, stem: str) -> str | None:
     """The number that `{}` stands for in `stem` ("" if there is no `{}`), or None if the template does not match."""
     match = _compiled(template).fullmatch(stem)
     return None if match is None else "".join(match.groups())
@@ -173,18 +183,18 @@ def _block_number(template: str, stem: str) -> str | None:
 def _group_of(stem: str, patterns: Collection[LayerPattern], widths: Mapping[str, int]) -> LayerGroup | None:
     for pattern in patterns:
         for template in pattern.members:
-            number = _block_number(template, stem)
+            number = block_number(template, stem)
             if number is not None:
                 return _complete_group(pattern, number, stem, widths)
-        number = _block_number(pattern.runtime_name, stem)
+        number = block_number(pattern.runtime_name, stem)
         if number is not None and len(pattern.members) > 1:
             return _merged_group(pattern, number, stem)
     return None
 
 
 def _complete_group(pattern: LayerPattern, number: str, stem: str, widths: Mapping[str, int]) -> LayerGroup:
-    members = tuple(template.replace("{}", number) for template in pattern.members)
-    for member in members:
+    group = pattern.numbered(number)
+    for member in group.members:
         if member not in widths:
             raise CheckpointError(
                 f"{member}.weight: found no such matrix, expected it beside '{stem}.weight', with which it is fused; "
@@ -195,7 +205,7 @@ def _complete_group(pattern: LayerPattern, number: str, stem: str, widths: Mappi
                 f"{member}.weight: found in_features {widths[member]}, expected {widths[stem]} as in '{stem}.weight', "
                 f"with which it is fused"
             )
-    return LayerGroup(pattern.runtime_name.replace("{}", number), members, pattern.is_fused, pattern.keep_reason)
+    return group
 
 
 def _merged_group(pattern: LayerPattern, number: str, stem: str) -> LayerGroup:
@@ -203,4 +213,4 @@ def _merged_group(pattern: LayerPattern, number: str, stem: str) -> LayerGroup:
     if not pattern.loads_merged:
         parts = ", ".join(template.rpartition(".")[2] for template in pattern.members)
         raise CheckpointError(f"{stem}.weight: found a merged layer, expected its parts ({parts}); split it first")
-    return LayerGroup(pattern.runtime_name.replace("{}", number), (stem,), pattern.is_fused, pattern.keep_reason)
+    return pattern.numbered(number, (stem,))

@@ -55,14 +55,11 @@ Z_IMAGE = Family(
     ),
     shared_encoder=EncoderLayers(
         model_types=(),
-        per_layer=tuple(
-            f"model.layers.{{}}.{leaf}"
-            for leaf in (
-                *(f"self_attn.{part}_proj" for part in "qkvo"),
-                *(f"mlp.{part}_proj" for part in ("gate", "up", "down")),
-            )
+        layers=(
+            *linears("model.layers.{}.self_attn", "q_proj", "k_proj", "v_proj", "o_proj"),
+            *linears("model.layers.{}.mlp", "gate_proj", "up_proj", "down_proj"),
+            LayerPattern("lm_head", ("lm_head",)),
         ),
-        others=("lm_head",),
     ),
     original_names=(
         *renamed({"x_embedder": "all_x_embedder.2-1", "final_layer": "all_final_layer.2-1"}),

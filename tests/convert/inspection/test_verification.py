@@ -926,6 +926,20 @@ def test_layers_of_the_text_encoder_must_be_ignored_as_well(tiny_pipeline_folder
     assert found == {("not-ignored", "lm_head"), ("changed-file", "transformer/config.json")}
 
 
+def test_layers_of_a_quantized_text_encoder_must_not_be_ignored(tiny_pipeline_folder: Path, tmp_path: Path) -> None:
+    convert_checkpoint(tiny_pipeline_folder, tmp_path / "out", Recipe(component={"text_encoder": "fp8"}))
+    path = tmp_path / "out" / "transformer" / "config.json"
+    config = json.loads(path.read_text())
+    config["quantization_config"]["ignored_layers"] += ["model.layers.0.mlp.up_proj", "model.layers.1.mlp.up_proj"]
+    path.write_text(json.dumps(config))
+    findings = [f for component in verify_source(Source(tmp_path / "out", "out")) for f in component.findings]
+    assert {(finding.check, finding.layer) for finding in findings} == {
+        ("ignored-but-quantized", "model.layers.0.mlp.up_proj"),
+        ("changed-file", "transformer/config.json"),
+    }
+    assert any("text encoder and 1 more in the ignored list" in finding.what for finding in findings)
+
+
 def test_the_command_tells_what_where_whom_and_what_to_do(tmp_path: Path) -> None:
     model = written(OMNI, "mxfp8")
     everywhere("weight_scale", swizzle_scales)(model)

@@ -52,6 +52,18 @@ def test_encoder_names_of_dev_come_from_the_nested_text_config() -> None:
     assert len(names) == 9 * count
 
 
+def test_layers_that_the_encoder_stores_quantized_are_not_listed() -> None:
+    config = Mistral3Config(text_config={"model_type": "mistral", "num_hidden_layers": 1}).to_dict()
+    layer = "language_model.model.layers.0"
+    attention = {f"{layer}.self_attn.{part}_proj" for part in "qkvo"}
+    mlp = {f"{layer}.mlp.{part}_proj" for part in ("gate", "up", "down")}
+    assert FLUX_2.shared_encoder_layers(config, attention | mlp) == ()
+    # A merged layer that is not stored quantized as a whole is not stored quantized at all.
+    assert set(FLUX_2.shared_encoder_layers(config, (attention | mlp) - {f"{layer}.mlp.up_proj"})) == {
+        f"text_encoder.{layer}.mlp.{part}_proj" for part in ("gate_up", "gate", "up")
+    }
+
+
 def test_the_encoder_of_klein_shares_nothing(tiny_model: Callable[[str, str], nn.Module]) -> None:
     klein = tiny_model("transformers", "Qwen3ForCausalLM").config.to_dict()
     assert FLUX_2.shared_encoder_layers(klein) == ()
