@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from omni_convert.formats.config import check_group_size
 from omni_convert.formats.dialects.table import DIALECTS, WRITTEN
 from omni_convert.formats.errors import RecipeError, did_you_mean
+from omni_convert.formats.options import FormatChoices, check_group_size
 
 __all__ = [
-    "GGUF_NAMES",
-    "GGUF_TYPES",
     "METHODS",
     "STORAGE_METHODS",
     "TRANSCODINGS",
@@ -24,10 +22,6 @@ __all__ = [
 
 # The names alone: `--help` and a mistyped method must not import torch. A test holds them equal to `FORMATS`.
 METHODS = ("fp8", "int8", "mxfp8", "mxfp4", "mxfp4_dualscale", "nvfp4", "w4a16", "gguf")
-# As METHODS: a test holds them equal to the types of `formats/gguf.py`.
-GGUF_TYPES = ("Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0", "MXFP4", "BF16", "F16")
-#: Whose names the tensors of a GGUF file have.
-GGUF_NAMES = ("original", "diffusers")
 # What only components beside the transformers may be: not run quantized, but stored so.
 STORAGE_METHODS = ("fp8_storage",)
 # What may be done with a quantized model without quantizing it again.
@@ -35,15 +29,6 @@ TRANSCODINGS = ("keep", "dequantize")
 ACTIVATION_SCHEMES = ("dynamic", "static")
 RUNTIMES = ("vllm-omni", "diffusers", "comfyui")
 ROUNDINGS = ("nearest", "gptq", "auto")
-# Options that mean nothing to other methods; ignored without a word they would promise what the file does not hold.
-METHODS_OF_OPTION = {
-    "scale_rule": ("mxfp8", "mxfp4", "mxfp4_dualscale"),
-    "input_scale": ("fp8", "nvfp4"),
-    "int8_fused_scales": ("int8",),
-    "group_size": ("w4a16",),
-    "gguf_type": ("gguf",),
-    "gguf_names": ("gguf",),
-}
 LORA_COMPONENT = re.compile(r"([A-Za-z]\w*)=")
 ENGINE = re.compile(r"local|ray|(ray://)?[\w.-]+:\d+|ray://[\w.-]+")
 DTYPES = ("bfloat16", "float16", "float32")
@@ -89,7 +74,7 @@ class LoraRequest:
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Recipe(FormatChoices):
     """A conversion, as asked for. What it means for a given checkpoint is decided by `convert.plan`.
 
     Attributes:
@@ -101,19 +86,11 @@ class Recipe:
 
     method: str = "fp8"
     activation_scheme: str | None = None
-    input_scale: str = "max"
-    weight_block_size: tuple[int, int] | None = None
     ignored_layers: tuple[str, ...] = ()
     component: dict[str, str] = field(default_factory=dict)
     recommended: bool = False
     runtime: str = ""
     dialect: str = "vllm-omni"
-    int8_fused_scales: str = "shared"
-    scale_rule: str | None = None
-    group_size: int | None = None
-    gguf_type: str | None = None
-    gguf_names: str | None = None
-    search: bool = True
     rounding: str | None = None
     bf16_blocks: int | None = None
     dtype: str | None = None
@@ -147,10 +124,7 @@ class Recipe:
         if self.method == "w4a16" and self.dialect == "vllm-omni":
             object.__setattr__(self, "dialect", "auto-round")  # whose spelling of it vLLM-Omni reads
         _check_choice("activation-scheme", self.activation_scheme, ACTIVATION_SCHEMES)
-        _check_choice("gguf-type", self.gguf_type, GGUF_TYPES)
-        _check_choice("gguf-names", self.gguf_names, GGUF_NAMES)
         _check_choice("runtime", self.runtime or None, RUNTIMES)
-        _check_choice("int8-fused-scales", self.int8_fused_scales, ("shared", "per-row"))
         _check_choice("rounding", self.rounding, ROUNDINGS)
         _check_choice("dtype", self.dtype, DTYPES)
         for name, method in self.component.items():
@@ -159,7 +133,7 @@ class Recipe:
         if self.weight_block_size is not None:
             self._check_block_size(self.weight_block_size)
         self._check_input_scale()
-        self._check_options_of_methods()
+        self._check_format_choices()
         if self.bf16_blocks is not None and self.bf16_blocks < 0:
             raise RecipeError(f"--bf16-blocks: found {self.bf16_blocks}, expected 0 or more")
         if not ENGINE.fullmatch(self.engine):
@@ -217,15 +191,25 @@ class Recipe:
         if self.method == "gguf" and self.is_calibrated:
             raise RecipeError("--calib, --calibration: found with method 'gguf', which nothing is calibrated for")
 
-    def _check_options_of_methods(self) -> None:
+    def _check_format_choices(self) -> None:
         check_group_size(self.group_size, "--group-size")
-        methods = {self.method, *self.component.values()}
-        for name, honouring in METHODS_OF_OPTION.items():
-            if getattr(self, name) != Recipe.__dataclass_fields__[name].default and methods.isdisjoint(honouring):
-                raise RecipeError(
-                    f"--{name.replace('_', '-')}: found with method '{self.method}', which has no such choice, "
-                    f"expected method {' or '.join(honouring)}"
-                )
+        for choice in fields(FormatChoices):
+            value, option = getattr(self, choice.name), choice.name.replace("_", "-")
+            if choice.metadata["choices"]:
+                _check_choice(option, value, choice.metadata["choices"])
+            if value != choice.default:
+                self._check_is_honoured(choice.name, option)
+
+    def _check_is_honoured(self, name: str, option: str) -> None:
+        """Refuses a choice that no method of the recipe has: ignored, it would promise what the file does not hold."""
+        from omni_convert.formats.table import FORMATS  # torch
+
+        honouring = [method for method, kind in FORMATS.items() if name in kind.options]
+        if honouring and {self.method, *self.component.values()}.isdisjoint(honouring):
+            raise RecipeError(
+                f"--{option}: found with method '{self.method}', which has no such choice, expected method "
+                f"{' or '.join(honouring)}"
+            )
 
     def _check_input_scale(self) -> None:
         rule, _, argument = self.input_scale.partition(":")
@@ -239,6 +223,11 @@ class Recipe:
         raise RecipeError(
             f"--input-scale: found '{self.input_scale}', expected max, mse or percentile:P with 0 < P <= 100"
         )
+
+    @property
+    def format_choices(self) -> dict[str, Any]:
+        """The fields that are `FormatChoices`."""
+        return {choice.name: getattr(self, choice.name) for choice in fields(FormatChoices)}
 
     @property
     def outcome(self) -> str:
@@ -302,6 +291,7 @@ class Recipe:
             "dtype": self.dtype,
             "max_shard_size": self.max_shard_size,
         }
+        options = {**options, **self.format_choices, "weight_block_size": options["weight_block_size"]}
         defaults = {name: Recipe.__dataclass_fields__[name].default for name in options}
         return {
             name: value for name, value in options.items() if name == "method" or value not in (defaults[name], [], {})

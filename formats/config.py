@@ -7,43 +7,16 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from omni_convert.formats.errors import RecipeError
+from omni_convert.formats.table import FORMATS
 
-__all__ = ["ACTIVATION_SCHEMES", "MIXED", "QuantizationConfig", "check_group_size"]
+__all__ = ["ACTIVATION_SCHEMES", "MIXED", "QuantizationConfig"]
 
 #: Method to the ways in which its activations may be quantized, the default first. `static` means that each layer
 #: stores an `input_scale`; `none`, that activations stay as they are.
-ACTIVATION_SCHEMES: dict[str, tuple[str, ...]] = {
-    "fp8": ("dynamic", "static"),
-    "int8": ("dynamic",),
-    "mxfp8": ("dynamic",),
-    "mxfp4": ("dynamic",),
-    "mxfp4_dualscale": ("dynamic",),
-    "nvfp4": ("static", "none"),
-    "fp8_storage": ("none",),
-    "w4a16": ("none",),
-    "gguf": ("none",),
-}
-
+ACTIVATION_SCHEMES = {method: kind.activation_schemes for method, kind in FORMATS.items()}
 
 #: In place of a method, where layers have several.
 MIXED = "mixed"
-
-#: Columns that share a scale of w4a16, as a user may choose: those of Marlin's kernels. Others' files may have any.
-GROUP_SIZES = (32, 64, 128)
-
-
-def check_group_size(size: object, where: str) -> None:
-    """Accepts what a user may ask for.
-
-    Args:
-        size: None for the default
-        where: the name under which the user gave it
-
-    Raises:
-        RecipeError: it is none of `GROUP_SIZES`.
-    """
-    if size is not None and (type(size) is not int or size not in GROUP_SIZES):
-        raise RecipeError(f"{where}: found {size!r:.40}, expected one of {', '.join(map(str, GROUP_SIZES))}")
 
 
 @dataclass(frozen=True)

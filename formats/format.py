@@ -12,15 +12,18 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, Self
+from dataclasses import fields
+from enum import Enum
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
 
 from omni_convert.formats.arithmetic.encoding import Encoding
+from omni_convert.formats.options import FormatOptions
 from omni_convert.formats.rows import InputStatistics, TensorLayout, TensorRows, WeightRows, iterate_rows
 
-__all__ = ["ElementFormat", "Format", "QuantizingFormat"]
+__all__ = ["Calibration", "ElementFormat", "Format", "QuantizingFormat"]
 
 
 def _scale_flaw(suffix: str, scale: Tensor) -> str | None:
@@ -128,6 +131,14 @@ class Format(ABC):
         )
 
 
+class Calibration(Enum):
+    """What a method does with statistics of the activations."""
+
+    UNUSED = "activations are quantized at run time, statistics are not needed"
+    INPUT_SCALE = "static activation scales"
+    MUL_SCALE = "smoothing of activations into weights"
+
+
 class QuantizingFormat(Format):
     """A format that we can bring a weight to."""
 
@@ -136,6 +147,19 @@ class QuantizingFormat(Format):
 
     #: What `fit` makes is so large, or takes so much memory to make, that only one may exist at a time.
     fits_alone: bool = False
+
+    #: Schemes of activations that the method offers, the default first; see `activation_scheme`.
+    activation_schemes: ClassVar[tuple[str, ...]] = ("dynamic",)
+    #: What statistics of the activations are for.
+    calibration: ClassVar[Calibration] = Calibration.UNUSED
+    #: The fields of `FormatChoices` that change the format. All formats honour `search`, if they search at all.
+    options: ClassVar[tuple[str, ...]] = ()
+
+    @classmethod
+    def build(cls, options: FormatOptions) -> QuantizingFormat:
+        """The format with those options that are fields of it."""
+        own = {each.name for each in fields(cls) if hasattr(options, each.name)}  # type: ignore[arg-type]  # dataclasses all
+        return cls(**{name: getattr(options, name) for name in own})
 
     def for_weight(self, shape: tuple[int, ...]) -> Self:
         """The format of a weight of this shape: the same for every matrix."""

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -26,7 +27,8 @@ from omni_convert.formats.arithmetic.float8 import E4M3, E4M3_MAX, round_e4m3_, 
 from omni_convert.formats.arithmetic.input_codes import fp8_per_group, fp8_per_token, fp8_static
 from omni_convert.formats.arithmetic.scalar_scale import SCALAR, scalars, static_scale
 from omni_convert.formats.arithmetic.tiling import quantize_in_tiles
-from omni_convert.formats.format import ElementFormat, Format
+from omni_convert.formats.format import Calibration, ElementFormat, Format, QuantizingFormat
+from omni_convert.formats.options import FormatOptions
 from omni_convert.formats.rows import InputStatistics, TensorLayout, WeightRows, weight_amax
 
 __all__ = ["E4M3_MAX", "FP8", "FP8_PER_ROW", "Fp8", "Fp8Block", "Fp8Channel", "fp8_block_size", "round_to_e4m3"]
@@ -58,6 +60,18 @@ class Fp8(ElementFormat):
 
     method = "fp8"
     largest_input = E4M3_MAX
+    activation_schemes: ClassVar[tuple[str, ...]] = ("dynamic", "static")
+    calibration = Calibration.INPUT_SCALE
+    options: ClassVar[tuple[str, ...]] = ("input_scale", "weight_block_size")
+
+    @classmethod
+    def build(cls, options: FormatOptions) -> QuantizingFormat:
+        """FP8 in blocks or per row where the options say so."""
+        if options.weight_block_size is not None:
+            return Fp8Block(options.weight_block_size)
+        if options.per_channel:
+            return Fp8Channel()
+        return cls(options.static, options.input_scale)
 
     @property
     def encoding(self) -> Encoding:

@@ -18,7 +18,9 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from omni_convert.formats.format import Calibration
 from omni_convert.formats.fp8 import Fp8
+from omni_convert.formats.options import FormatOptions
 from omni_convert.formats.rows import TensorLayout
 
 __all__ = ["Fp8Storage"]
@@ -38,6 +40,13 @@ class Fp8Storage(Fp8):
 
     method = "fp8_storage"
     is_storage = True
+    activation_schemes = ("none",)
+    calibration = Calibration.UNUSED
+    options = ()
+
+    @classmethod
+    def build(cls, options: FormatOptions) -> Fp8Storage:  # noqa: ARG003  # it has none
+        return cls()
 
     @property
     def activation_scheme(self) -> str:

@@ -17,6 +17,7 @@ from torch import Tensor
 from omni_convert.formats.arithmetic.ggml.blocks import BLOCK, BLOCK_TYPES
 from omni_convert.formats.errors import RecipeError
 from omni_convert.formats.format import QuantizingFormat
+from omni_convert.formats.options import FormatOptions
 from omni_convert.formats.rows import TensorLayout
 
 __all__ = ["CACHED_BLOCKS", "DEFAULT_TYPE", "GGUF_TYPES", "PLAIN_TYPES", "Gguf"]
@@ -42,6 +43,12 @@ class Gguf(QuantizingFormat):
     type: str = DEFAULT_TYPE
 
     method = "gguf"
+    activation_schemes = ("none",)
+    options = ("gguf_type", "gguf_names")
+
+    @classmethod
+    def build(cls, options: FormatOptions) -> Gguf:
+        return cls(options.gguf_type or DEFAULT_TYPE)
 
     def __post_init__(self) -> None:
         if self.type not in GGUF_TYPES:

@@ -22,6 +22,7 @@ from omni_convert.formats.arithmetic.element import IntegerType
 from omni_convert.formats.arithmetic.encoding import Encoding
 from omni_convert.formats.arithmetic.tiling import quantize_in_tiles
 from omni_convert.formats.format import ElementFormat
+from omni_convert.formats.options import FormatOptions
 from omni_convert.formats.rows import TensorLayout
 
 __all__ = ["DEFAULT_GROUP", "PACKED_ROWS", "ZERO_POINT", "Int4"]
@@ -53,6 +54,12 @@ class Int4(ElementFormat):
     search: bool = True
 
     method = "w4a16"
+    activation_schemes = ("none",)
+    options = ("group_size",)
+
+    @classmethod
+    def build(cls, options: FormatOptions) -> Int4:
+        return cls(options.group_size or DEFAULT_GROUP, options.search)
 
     @property
     def encoding(self) -> Encoding:

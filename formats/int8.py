@@ -45,6 +45,7 @@ class Int8(ElementFormat):
     shared_in_group: bool = False
 
     method = "int8"
+    options = ("int8_fused_scales",)
 
     @property
     def encoding(self) -> Encoding:

@@ -32,7 +32,7 @@ from omni_convert.formats.arithmetic.mx import (
 )
 from omni_convert.formats.arithmetic.smoothing import Quantizers, search_mul_scale
 from omni_convert.formats.arithmetic.tiling import quantize_in_tiles
-from omni_convert.formats.format import ElementFormat
+from omni_convert.formats.format import Calibration, ElementFormat
 from omni_convert.formats.rows import InputStatistics, TensorLayout, WeightRows
 
 __all__ = ["MXFP4", "Mxfp4"]
@@ -59,6 +59,8 @@ class Mxfp4(ElementFormat):
     smooth: bool = False
 
     method = "mxfp4"
+    calibration = Calibration.MUL_SCALE
+    options = ("scale_rule",)
 
     def __post_init__(self) -> None:
         check_scale_rule(self.scale_rule, E2M1, self.method)

@@ -37,7 +37,7 @@ from omni_convert.formats.arithmetic.mx import (
 )
 from omni_convert.formats.arithmetic.smoothing import Quantizers, search_mul_scale
 from omni_convert.formats.arithmetic.tiling import quantize_in_tiles
-from omni_convert.formats.format import ElementFormat
+from omni_convert.formats.format import Calibration, ElementFormat
 from omni_convert.formats.rows import InputStatistics, TensorLayout, WeightRows
 
 __all__ = ["Mxfp4DualScale"]
@@ -63,6 +63,8 @@ class Mxfp4DualScale(ElementFormat):
     smooth: bool = True
 
     method = "mxfp4_dualscale"
+    calibration = Calibration.MUL_SCALE
+    options = ("scale_rule",)
 
     def __post_init__(self) -> None:
         check_scale_rule(self.scale_rule, E2M1, self.method)

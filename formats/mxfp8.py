@@ -54,6 +54,7 @@ class Mxfp8(ElementFormat):
     search: bool = True
 
     method = "mxfp8"
+    options = ("scale_rule",)
 
     def __post_init__(self) -> None:
         check_scale_rule(self.scale_rule, E4M3, self.method)

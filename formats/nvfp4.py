@@ -26,7 +26,8 @@ from omni_convert.formats.arithmetic.mx import block_amax, block_error, join_blo
 from omni_convert.formats.arithmetic.nvfp4_scale import NVFP4_BLOCK, NVFP4_LARGEST, nvfp4_block_scale
 from omni_convert.formats.arithmetic.scalar_scale import SCALAR, scalars, static_scale
 from omni_convert.formats.arithmetic.tiling import quantize_in_tiles
-from omni_convert.formats.format import ElementFormat
+from omni_convert.formats.format import Calibration, ElementFormat
+from omni_convert.formats.options import FormatOptions
 from omni_convert.formats.rows import InputStatistics, TensorLayout, WeightRows, sample_rows, weight_amax
 
 __all__ = ["NVFP4", "Nvfp4"]
@@ -64,6 +65,14 @@ class Nvfp4(ElementFormat):
     search: bool = True
 
     method = "nvfp4"
+    activation_schemes = ("static", "none")
+    calibration = Calibration.INPUT_SCALE
+    options = ("input_scale",)
+
+    @classmethod
+    def build(cls, options: FormatOptions) -> Nvfp4:
+        return cls(options.static, options.input_scale, options.search)
+
     elements_per_entry = 2
     largest_input = NVFP4_LARGEST
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from enum import Enum
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 
@@ -14,106 +13,37 @@ from omni_convert.formats.containers.tensor_spec import TensorSpec
 from omni_convert.formats.format import Format, QuantizingFormat
 from omni_convert.formats.fp8 import Fp8, Fp8Block, Fp8Channel
 from omni_convert.formats.fp8_storage import Fp8Storage
-from omni_convert.formats.gguf import DEFAULT_TYPE, Gguf
-from omni_convert.formats.int4 import DEFAULT_GROUP, Int4
+from omni_convert.formats.gguf import Gguf
+from omni_convert.formats.int4 import Int4
 from omni_convert.formats.int8 import Int8
 from omni_convert.formats.mxfp4 import Mxfp4
 from omni_convert.formats.mxfp4_dualscale import Mxfp4DualScale
 from omni_convert.formats.mxfp8 import Mxfp8
 from omni_convert.formats.nvfp4 import Nvfp4
+from omni_convert.formats.options import FormatOptions
 
-__all__ = ["FORMATS", "LOADABLE", "Calibration", "FormatOptions", "Method", "block_size_of", "layer_formats"]
-
-
-@dataclass(frozen=True)
-class FormatOptions:
-    """Choices of a recipe (or of a checkpoint's config block) that a format can honour; it ignores the others."""
-
-    static: bool = False
-    smooth: bool = False
-    input_scale_rule: str = "max"
-    weight_block_size: tuple[int, int] | None = None
-    per_channel: bool = False
-    shared_in_group: bool = False
-    scale_rule: str | None = None
-    search: bool = True
-    group_size: int | None = None
-    gguf_type: str | None = None
+__all__ = ["FORMATS", "LOADABLE", "block_size_of", "build_format", "layer_formats"]
 
 
 # Rows or columns of a block of FP8, the likely ones first.
 BLOCK_SIZES = (128, 64, 32, 16, 256, 512, 1024)
 
-
-class Calibration(Enum):
-    """What a method does with statistics of the activations."""
-
-    UNUSED = "activations are quantized at run time, statistics are not needed"
-    INPUT_SCALE = "static activation scales"
-    MUL_SCALE = "smoothing of activations into weights"
-
-
-@dataclass(frozen=True)
-class Method:
-    """A method: how it builds a format, and what it can do with calibration."""
-
-    build: Callable[[FormatOptions], QuantizingFormat]
-    calibration: Calibration
-    summary: str
-
-
-def _build_fp8(options: FormatOptions) -> QuantizingFormat:
-    if options.weight_block_size is not None:
-        return Fp8Block(options.weight_block_size)
-    if options.per_channel:
-        return Fp8Channel()
-    return Fp8(options.static, options.input_scale_rule)
-
-
-FORMATS: dict[str, Method] = {
-    "fp8": Method(_build_fp8, Calibration.INPUT_SCALE, "8-bit floats, one scale per weight or block"),
-    "int8": Method(
-        lambda options: Int8(options.shared_in_group), Calibration.UNUSED, "8-bit integers, one scale per output row"
-    ),
-    "mxfp8": Method(
-        lambda options: Mxfp8(options.scale_rule, options.search),
-        Calibration.UNUSED,
-        "8-bit floats, a power-of-two scale per 32",
-    ),
-    "mxfp4": Method(
-        lambda options: Mxfp4(options.scale_rule, options.search, options.smooth),
-        Calibration.MUL_SCALE,
-        "4-bit floats, a power-of-two scale per 32",
-    ),
-    "mxfp4_dualscale": Method(
-        lambda options: Mxfp4DualScale(options.scale_rule, options.search, options.smooth),
-        Calibration.MUL_SCALE,
-        "4-bit floats, a power-of-two scale per 32 and a float scale per 512",
-    ),
-    "nvfp4": Method(
-        lambda options: Nvfp4(options.static, options.input_scale_rule, options.search),
-        Calibration.INPUT_SCALE,
-        "4-bit floats, an 8-bit float scale per 16",
-    ),
-    "fp8_storage": Method(
-        lambda _: Fp8Storage(),
-        Calibration.UNUSED,
-        "8-bit floats, one scale per weight, dequantized before use; linears and convolutions of encoders and VAEs",
-    ),
-    "w4a16": Method(
-        lambda options: Int4(options.group_size or DEFAULT_GROUP, options.search),
-        Calibration.UNUSED,
-        "4-bit integers, a float scale per 32 to 128; activations stay as they are",
-    ),
-    "gguf": Method(
-        lambda options: Gguf(options.gguf_type or DEFAULT_TYPE),
-        Calibration.UNUSED,
-        "one of GGUF's types, in a GGUF file; dequantized before use",
-    ),
+#: Method to the class that holds its facts and builds its format.
+FORMATS: dict[str, type[QuantizingFormat]] = {
+    kind.method: kind for kind in (Fp8, Int8, Mxfp8, Mxfp4, Mxfp4DualScale, Nvfp4, Fp8Storage, Int4, Gguf)
 }
 
 #: Methods that our loader runs. GGUF is for others' kernels.
 LOADABLE = tuple(name for name in FORMATS if name != Gguf.method)
+
+
+def build_format(method: str, **options: Any) -> QuantizingFormat:
+    """The format of a method.
+
+    Args:
+        options: fields of `FormatOptions`; a format ignores those that mean nothing to it
+    """
+    return FORMATS[method].build(FormatOptions(**options))
 
 
 def layer_formats(specs: Mapping[str, TensorSpec], method: str | None = None) -> dict[str, Format]:

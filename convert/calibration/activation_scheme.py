@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from omni_convert.convert.recipe import Recipe
 from omni_convert.formats.config import ACTIVATION_SCHEMES
 from omni_convert.formats.errors import CalibrationError, RecipeError
-from omni_convert.formats.table import FORMATS, Calibration
+from omni_convert.formats.format import Calibration
+from omni_convert.formats.table import FORMATS
 
 __all__ = ["ActivationScheme", "choose_activation_scheme"]
 

@@ -9,14 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from omni_convert.convert.cli.options import Pair, calibration_options, engine_option, recipe_of
+from omni_convert.convert.cli.options import calibration_options, engine_option, format_options, recipe_of
 from omni_convert.convert.cli.output import announce_demo, print_lines, quieten_hub, silence_libraries
 from omni_convert.convert.progress_bar import progress_bar
 from omni_convert.convert.recipe import (
     ACTIVATION_SCHEMES,
     DTYPES,
-    GGUF_NAMES,
-    GGUF_TYPES,
     METHODS,
     ROUNDINGS,
     RUNTIMES,
@@ -51,24 +49,13 @@ __all__ = ["convert_command", "dequantize_command", "push_command"]
 )
 @calibration_options
 @click.option("--activation-scheme", type=click.Choice(ACTIVATION_SCHEMES), help="Default: static with statistics.")
-@click.option("--input-scale", default="max", show_default=True, help="max, mse or percentile:P.")
-@click.option("--weight-block-size", type=Pair(",", "N,K"), metavar="N,K", help="Block-wise FP8, e.g. 128,128.")
+@format_options
 @click.option(
     "--ignored-layers", multiple=True, metavar="PATTERN", help="Name, fnmatch pattern or dotted part; or a JSON list."
 )
 @click.option("--component", multiple=True, metavar="NAME=METHOD", help="e.g. text_encoder=fp8, transformer_2=none.")
 @click.option("--recommended", is_flag=True, help="Apply the ignored layers recommended for this model family.")
 @click.option("--runtime", type=click.Choice(RUNTIMES), help="Whose layer scope to obey. Default: the dialect's.")
-@click.option("--int8-fused-scales", type=click.Choice(("shared", "per-row")), default="shared", show_default=True)
-@click.option("--scale-rule", metavar="NAME", help="MX exponent rule: floor, ceil, rceil, even, uos, mse, msmodelslim.")
-@click.option("--group-size", type=int, metavar="N", help="Columns that share a scale with w4a16: 32, 64 or 128.")
-@click.option("--gguf-type", type=click.Choice(GGUF_TYPES), help="Of quantized tensors with gguf. Default: Q8_0.")
-@click.option(
-    "--gguf-names",
-    type=click.Choice(GGUF_NAMES),
-    help="Of tensors with gguf. Default: original, which ComfyUI needs, where diffusers reads them too.",
-)
-@click.option("--no-search", "search", flag_value=False, default=True, help="Take scales by rule, do not search them.")
 @click.option("--moments", type=click.Path(path_type=Path), multiple=True, help="Second moments for --rounding.")
 @click.option("--rounding", type=click.Choice(ROUNDINGS), help="Of weights. Default: auto with moments, else nearest.")
 @click.option(

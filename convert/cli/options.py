@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import Field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -11,8 +12,18 @@ import click
 
 from omni_convert.convert.recipe import LoraRequest, Recipe
 from omni_convert.formats.errors import CalibrationError, RecipeError
+from omni_convert.formats.options import FormatChoices
 
-__all__ = ["Pair", "calibration_options", "engine_option", "generation_options", "given", "json_option", "recipe_of"]
+__all__ = [
+    "Pair",
+    "calibration_options",
+    "engine_option",
+    "format_options",
+    "generation_options",
+    "given",
+    "json_option",
+    "recipe_of",
+]
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -51,6 +62,28 @@ def calibration_options(command: Command) -> Command:
     ):
         command = option(command)
     return command
+
+
+def format_options(command: Command) -> Command:
+    """The options of `FormatChoices`, which formats declare."""
+    for choice in reversed(fields(FormatChoices)):
+        command = _format_option(choice)(command)
+    return command
+
+
+def _format_option(choice: Field[Any]) -> Callable[[Command], Command]:
+    name, declared = choice.name.replace("_", "-"), choice.metadata
+    if choice.default is True:
+        return click.option(f"--no-{name}", choice.name, flag_value=False, default=True, help=declared["help"])
+    kinds = {"int | None": click.INT, "tuple[int, int] | None": Pair(",", "N,K")}
+    return click.option(
+        f"--{name}",
+        type=click.Choice(declared["choices"]) if declared["choices"] else kinds.get(str(choice.type)),
+        default=choice.default,
+        show_default=choice.default is not None,
+        metavar=declared["metavar"],
+        help=declared["help"],
+    )
 
 
 def engine_option(command: Command) -> Command:

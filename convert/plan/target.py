@@ -29,7 +29,7 @@ from omni_convert.formats.errors import CheckpointError, RecipeError
 from omni_convert.formats.families.generic_rule import generic_groups
 from omni_convert.formats.families.layers import LayerGroup, linear_widths
 from omni_convert.formats.format import Format, QuantizingFormat
-from omni_convert.formats.table import FORMATS, FormatOptions
+from omni_convert.formats.table import build_format
 
 __all__ = ["RuntimeTarget", "Scope", "StorageTarget", "Target", "config_block", "linears_in_blocks", "other_linears"]
 
@@ -88,20 +88,15 @@ class Target(ABC):
     def format_of(self, group: LayerGroup) -> QuantizingFormat:
         """The format of the weights of a group."""
         recipe, is_calibrated = self.recipe, self.scheme.is_calibrated
-        options = FormatOptions(
+        fmt = build_format(
+            self.method,
             static=is_calibrated,
             smooth=is_calibrated,
-            input_scale_rule=recipe.input_scale,
-            weight_block_size=recipe.weight_block_size,
             per_channel=not is_calibrated and self.dialect.is_dynamic_fp8_per_row,
             shared_in_group=group.is_fused and recipe.int8_fused_scales == "shared",
-            scale_rule=recipe.scale_rule,
-            search=recipe.search,
-            group_size=recipe.group_size,
-            gguf_type=recipe.gguf_type,
+            **recipe.format_choices,
         )
-        shape = self.component.weights[f"{group.members[0]}{WEIGHT}"].shape
-        return FORMATS[self.method].build(options).for_weight(shape)
+        return fmt.for_weight(self.component.weights[f"{group.members[0]}{WEIGHT}"].shape)
 
     @abstractmethod
     def scope(self) -> Scope:

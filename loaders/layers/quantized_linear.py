@@ -10,12 +10,11 @@ from typing import Any, Self, get_args
 import torch
 from torch import Tensor, nn
 
-from omni_convert.formats.config import check_group_size
 from omni_convert.formats.errors import CheckpointError, KernelError, RecipeError
 from omni_convert.formats.format import Format, QuantizingFormat
-from omni_convert.formats.fp8_storage import Fp8Storage
+from omni_convert.formats.options import FormatOptions, check_group_size
 from omni_convert.formats.rows import InputStatistics
-from omni_convert.formats.table import FORMATS, LOADABLE, FormatOptions
+from omni_convert.formats.table import FORMATS, LOADABLE, build_format
 from omni_convert.loaders.kernels.kernel import Activations, LayerTraits
 from omni_convert.loaders.kernels.table import Selection, select_kernel
 from omni_convert.loaders.memory.layout import disk_tensors, resident_tensors
@@ -211,12 +210,12 @@ def quantize_linear(
 
 
 def _format(method: str, options: Mapping[str, Any]) -> QuantizingFormat:
-    if method not in LOADABLE or method == Fp8Storage.method:  # which is no linear that is run quantized
+    if method not in LOADABLE or FORMATS[method].is_storage:  # which is no linear that is run quantized
         raise RecipeError(f"quantize_linear: found method '{method}', expected one of {', '.join(LOADABLE)}")
     _check_options(options)
     if options.get("static"):
         raise RecipeError("quantize_linear: static activations need calibration, convert the model instead")
-    return FORMATS[method].build(FormatOptions(**options))
+    return build_format(method, **options)
 
 
 def _check_options(options: Mapping[str, Any]) -> None:

@@ -23,8 +23,7 @@ from omni_convert.formats.format import Format, QuantizingFormat
 from omni_convert.formats.fp8 import FP8, FP8_PER_ROW
 from omni_convert.formats.fp8_storage import Fp8Storage
 from omni_convert.formats.int4 import Int4
-from omni_convert.formats.int8 import Int8
-from omni_convert.formats.table import FORMATS, LOADABLE, FormatOptions, layer_formats
+from omni_convert.formats.table import LOADABLE, build_format, layer_formats
 from omni_convert.loaders.layers.fp8_storage import storage_layers
 from omni_convert.loaders.memory.packed_int4 import as_loaded, packed_layers
 from omni_convert.loaders.request.per_layer import requested_configs
@@ -40,8 +39,11 @@ class PlannedLayer:
     group: LayerGroup
 
 
-def declared_format(config: QuantizationConfig) -> QuantizingFormat:
+def declared_format(config: QuantizationConfig, *, is_fused: bool = False) -> QuantizingFormat:
     """The format that a config block promises.
+
+    Args:
+        is_fused: the layer belongs to a fused group, in which INT8 shares scales as it does in conversions
 
     Raises:
         RecipeError: the method is not one of ours.
@@ -49,14 +51,14 @@ def declared_format(config: QuantizationConfig) -> QuantizingFormat:
     if config.method not in LOADABLE:
         raise RecipeError(f"quantization: found method '{config.method}', expected one of {', '.join(LOADABLE)}")
     return as_loaded(
-        FORMATS[config.method].build(
-            FormatOptions(
-                static=config.is_static,
-                smooth=config.require_smooth_scale,
-                weight_block_size=config.weight_block_size,
-                per_channel=config.per_channel,
-                group_size=config.group_size,
-            )
+        build_format(
+            config.method,
+            static=config.is_static,
+            smooth=config.require_smooth_scale,
+            weight_block_size=config.weight_block_size,
+            per_channel=config.per_channel,
+            group_size=config.group_size,
+            shared_in_group=is_fused,
         )
     )
 
@@ -128,11 +130,11 @@ def select_layers(model: nn.Module, config: QuantizationConfig) -> tuple[dict[st
     layers: dict[str, PlannedLayer] = {}
     chosen: list[tuple[str, QuantizationConfig]] = []
     for group, said in zip(groups, asked_for, strict=True):
-        fmt = None if said is None or group in ignored else _quantizing_format(said)
+        fmt = None if said is None or group in ignored else _quantizing_format(said, group)
         if said is None or fmt is None or _must_stay(fmt, group, specs):
             ignored += [group] if group not in ignored else []
             continue
-        layers |= {stem: PlannedLayer(_shared(fmt, group), group) for stem in group.members}
+        layers |= {stem: PlannedLayer(fmt, group) for stem in group.members}
         chosen += [(name, said) for name in group.names]
     if not layers:
         raise RecipeError(_nothing_selected(model, config, groups, asked_for, specs))
@@ -159,19 +161,14 @@ def _nothing_selected(
     return where + (f" ({reason})" if reason else "") + ", expected some"
 
 
-def _quantizing_format(config: QuantizationConfig) -> QuantizingFormat:
+def _quantizing_format(config: QuantizationConfig, group: LayerGroup) -> QuantizingFormat:
     """The format to quantize to while loading."""
     if config.is_static:
         raise RecipeError(
             f"quantization: static activations need calibration, found them of {config.method}; convert the model, or "
             "use 'dynamic', which is FP8_PER_CHANNEL_PER_TOKEN in ModelOpt's words"
         )
-    return declared_format(config)
-
-
-def _shared(fmt: QuantizingFormat, group: LayerGroup) -> QuantizingFormat:
-    """INT8 shares scales in a fused group where it is told to, as conversions do."""
-    return replace(fmt, shared_in_group=group.is_fused) if isinstance(fmt, Int8) else fmt
+    return declared_format(config, is_fused=group.is_fused)
 
 
 def _select_stored(model: nn.Module, config: QuantizationConfig) -> tuple[dict[str, PlannedLayer], QuantizationConfig]:

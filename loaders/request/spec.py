@@ -7,10 +7,11 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from omni_convert.formats.config import ACTIVATION_SCHEMES, QuantizationConfig, check_group_size
+from omni_convert.formats.config import ACTIVATION_SCHEMES, QuantizationConfig
 from omni_convert.formats.dialects import auto_round, modelopt_config
 from omni_convert.formats.dialects.vllm_omni import meant_options
 from omni_convert.formats.errors import CheckpointError, RecipeError, did_you_mean
+from omni_convert.formats.options import check_group_size
 from omni_convert.formats.table import LOADABLE
 
 __all__ = [

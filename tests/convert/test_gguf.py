@@ -11,10 +11,11 @@ from diffusers.quantizers.gguf.utils import GGUFParameter, dequantize_gguf_tenso
 from safetensors.torch import load_file
 
 from omni_convert.convert.conversion import convert_checkpoint
-from omni_convert.convert.recipe import GGUF_TYPES, Recipe
+from omni_convert.convert.recipe import Recipe
 from omni_convert.formats import gguf as gguf_format
 from omni_convert.formats.errors import RecipeError
 from omni_convert.formats.families.table import find_family
+from omni_convert.formats.options import GGUF_TYPES
 
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
 # diffusers dequantizes these; MXFP4 it does not know.

@@ -12,7 +12,7 @@ import torch
 from omni_convert.convert import Recipe, convert_checkpoint
 from omni_convert.formats.containers.safetensors_file import SafetensorsFile
 from omni_convert.formats.errors import OutputError
-from omni_convert.formats.table import FORMATS, FormatOptions
+from omni_convert.formats.table import FORMATS, build_format
 from omni_convert.formats.views.opened import open_quantized
 
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
@@ -101,7 +101,7 @@ def test_a_reader_finds_every_tensor_of_every_layer(tiny_pipeline_folder: Path, 
 
 
 def impossible(method: str, suffix: str, value: torch.Tensor) -> str | None:
-    fmt = FORMATS[method].build(FormatOptions(smooth=True))
+    fmt = build_format(method, smooth=True)
     tensors = fmt.quantize(torch.randn(4, 64))
     assert fmt.flaw(tensors) is None
     tensors[suffix].view(torch.uint8 if tensors[suffix].dtype.itemsize == 1 else tensors[suffix].dtype).flatten()[

@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 
-from omni_convert.formats.config import ACTIVATION_SCHEMES, MIXED, QuantizationConfig, check_group_size
+from omni_convert.formats.config import ACTIVATION_SCHEMES, MIXED, QuantizationConfig
 from omni_convert.formats.errors import RecipeError
-from omni_convert.formats.table import FORMATS, Calibration
+from omni_convert.formats.format import Calibration
+from omni_convert.formats.options import check_group_size
+from omni_convert.formats.table import FORMATS
 
 
 @pytest.mark.parametrize(

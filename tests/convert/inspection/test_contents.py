@@ -18,7 +18,7 @@ from omni_convert.formats.foreign import Scaled
 from omni_convert.formats.fp8_storage import Fp8Storage
 from omni_convert.formats.int8 import Int8
 from omni_convert.formats.nvfp4 import Nvfp4
-from omni_convert.formats.table import FORMATS, FormatOptions
+from omni_convert.formats.table import FORMATS, build_format
 from omni_convert.loaders import load_pipeline
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -45,7 +45,7 @@ def test_every_dialect_has_verdicts_and_readers() -> None:
 @pytest.mark.parametrize("dialect", [name for name in DIALECTS if name != "gguf"])
 @pytest.mark.parametrize("method", FORMATS)
 def test_every_format_of_every_dialect_has_one_verdict_of_each_runtime(dialect: str, method: str) -> None:
-    found = DIALECTS[dialect].verdicts({"a": FORMATS[method].build(FormatOptions())})
+    found = DIALECTS[dialect].verdicts({"a": build_format(method)})
     runtimes = [verdict.runtime.split()[0] for verdict in found]
     assert len(runtimes) == len(set(runtimes))
     assert {"vLLM-Omni", "diffusers", "omni_convert.loaders", "ComfyUI"} <= {*runtimes}

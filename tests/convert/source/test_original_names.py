@@ -22,7 +22,7 @@ from omni_convert.formats.format import QuantizingFormat
 from omni_convert.formats.fp8 import Fp8, Fp8Block
 from omni_convert.formats.int8 import Int8
 from omni_convert.formats.rows import TensorRows
-from omni_convert.formats.table import FORMATS, FormatOptions
+from omni_convert.formats.table import build_format
 from omni_convert.formats.views.opened import open_quantized
 from omni_convert.formats.views.renamed import trace_rows
 from omni_convert.formats.views.renamed_layers import gathered_layers
@@ -115,7 +115,7 @@ def quantized_single_file(source: Path, folder: Path, fmt: QuantizingFormat, dia
 def test_layers_kept_quantized_are_cut_as_diffusers_cuts_them_bit_for_bit(
     tiny_pipeline_folder: Path, tmp_path: Path, method: str, dialect: str
 ) -> None:
-    fmt = FORMATS[method].build(FormatOptions())
+    fmt = build_format(method)
     if isinstance(DIALECTS[dialect].spelling(fmt, (192, 192)), str):
         pytest.skip(f"{dialect} has no {method}")
     tensors = quantized_single_file(tiny_pipeline_folder, tmp_path, fmt, "comfyui")

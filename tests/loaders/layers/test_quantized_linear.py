@@ -268,7 +268,7 @@ def test_quantize_linear_refuses_what_is_no_linear_layer_of_floats(layer, found)
 @pytest.mark.parametrize(
     ("options", "found"),
     [
-        ({"group": 3}, "option 'group', expected one of static"),
+        ({"group": 3}, "option 'group', expected one of input_scale, .*, static"),
         ({"weight_block_size": (0, 128)}, "weight_block_size"),
         ({"weight_block_size": "128,128"}, "weight_block_size"),
         ({"activations": "fp4"}, "activations 'fp4', expected quantized or bf16"),

@@ -1,0 +1,90 @@
+"""The choices that formats offer, under the names of the command line's long options. Importing it needs no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from omni_convert.formats.errors import RecipeError
+
+__all__ = ["GGUF_TYPES", "GROUP_SIZES", "FormatChoices", "FormatOptions", "check_group_size"]
+
+#: Columns that share a scale of w4a16, as a user may choose: those of Marlin's kernels. Others' files may have any.
+GROUP_SIZES = (32, 64, 128)
+# The names alone, since `formats/gguf.py` imports torch; a test holds both equal.
+GGUF_TYPES = ("Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0", "MXFP4", "BF16", "F16")
+
+
+def _choice(
+    default: Any,
+    help_text: str | None = None,
+    choices: tuple[str, ...] = (),
+    metavar: str | None = None,
+    dialects: Mapping[str, tuple[str, ...]] | None = None,
+) -> Any:
+    """A field that is a long option.
+
+    Args:
+        choices: every value, if they are few
+        dialects: value to the only dialects that can hold it
+    """
+    return field(
+        default=default,
+        metadata={"help": help_text, "choices": choices, "metavar": metavar, "dialects": dialects or {}},
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class FormatChoices:
+    """What a user may choose. A format names the choices that it honours in `QuantizingFormat.options`."""
+
+    input_scale: str = _choice("max", "max, mse or percentile:P.")
+    weight_block_size: tuple[int, int] | None = _choice(None, "Block-wise FP8, e.g. 128,128.", metavar="N,K")
+    int8_fused_scales: str = _choice("shared", choices=("shared", "per-row"))
+    scale_rule: str | None = _choice(
+        None, "MX exponent rule: floor, ceil, rceil, even, uos, mse, msmodelslim.", metavar="NAME"
+    )
+    group_size: int | None = _choice(None, "Columns that share a scale with w4a16: 32, 64 or 128.", metavar="N")
+    gguf_type: str | None = _choice(
+        None,
+        "Type of quantized tensors with gguf. Default: Q8_0.",
+        choices=GGUF_TYPES,
+    )
+    gguf_names: str | None = _choice(
+        None,
+        "Names of tensors with gguf. Default: original, which ComfyUI needs, where diffusers reads them too.",
+        choices=("original", "diffusers"),
+    )
+    search: bool = _choice(True, "Take scales by rule, do not search them.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FormatOptions(FormatChoices):
+    """Everything that a format is built from: the user's choices, and what follows from the model and its statistics.
+
+    Attributes:
+        static: the layer stores an `input_scale`
+        smooth: the layer stores a `mul_scale`
+        per_channel: each row of an FP8 weight has its own scale
+        shared_in_group: an INT8 weight has one scale for its whole fused group
+    """
+
+    static: bool = False
+    smooth: bool = False
+    per_channel: bool = False
+    shared_in_group: bool = False
+
+
+def check_group_size(size: object, where: str) -> None:
+    """Accepts what a user may ask for.
+
+    Args:
+        size: None for the default
+        where: the name under which the user gave it
+
+    Raises:
+        RecipeError: the size is none of `GROUP_SIZES`.
+    """
+    if size is not None and (type(size) is not int or size not in GROUP_SIZES):
+        raise RecipeError(f"{where}: found {size!r:.40}, expected one of {', '.join(map(str, GROUP_SIZES))}")
