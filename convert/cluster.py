@@ -1,11 +1,11 @@
-"""A Ray cluster: how to reach it, how much of it there is, and how to have it call functions in bounded numbers.
+"""A Ray cluster: how to reach it, how large it is, and how to run a bounded number of calls on it.
 
     ray                the cluster that this machine belongs to; without one, all cores of this machine
-    ray://HOST:PORT    the cluster whose head listens there (`ray start --head` says where, the port is 6379), from one
-                       of its machines; with port 10001, which is that of Ray's client, from any machine
-    HOST:PORT          likewise
+    ray://HOST:PORT    the cluster whose head listens there (`ray start --head` prints the address, the port is 6379),
+                       from one of its machines; with port 10001, that of Ray's client, from any machine
+    HOST:PORT          the same
 
-Ray is an extra and takes a second to import: nobody imports it who does not ask for it.
+Ray is an optional dependency and takes a second to import, so it is imported only for `--engine ray`.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ Result = TypeVar("Result")
 
 CLIENT_PORT = "10001"
 DEFAULT_PORT = "6379"
-# Of the machine alone, without a cluster: what passes through is small.
+# Size of the object store when this machine works alone, without a cluster: little data passes through it.
 LOCAL_STORE_BYTES = 256 << 20
 # How often a task may lose its process or its machine.
 MAX_RETRIES = 5
@@ -41,13 +41,13 @@ VERSIONED_PACKAGES = ("omni-convert", "torch")
 
 @dataclass(frozen=True)
 class Slots:
-    """How a cluster takes equal tasks.
+    """The equal slots into which a cluster is divided; each runs one task at a time.
 
     Attributes:
-        count: how many run at once
-        cores: of each, which are all on one machine
-        gpus: of each, 0 or 1
-        memory: that Ray has to give on the machine that has the least, bytes
+        count: number of slots
+        cores: cores of each slot, all on one machine
+        gpus: GPUs of each slot, 0 or 1
+        memory: bytes that Ray can reserve on the machine that has the least
     """
 
     count: int
@@ -57,13 +57,13 @@ class Slots:
 
 
 class Cluster:
-    """A cluster that this process is connected to."""
+    """A cluster to which this process is connected."""
 
     def __init__(self, ray: ModuleType) -> None:
         self._ray = ray
 
     def device(self, name: str) -> torch.device:
-        """`auto` is a GPU if a machine of the cluster has one; whether the device works shows where it is used.
+        """The device of a name; `auto` is a GPU if any machine has one. The device is first tried where it is used.
 
         Raises:
             RecipeError: there is no such device.
@@ -79,11 +79,11 @@ class Cluster:
         """Divides the cluster into equal slots, none of which spans two machines.
 
         Args:
-            cores: of each; None for all that the smallest machine has (for each of its GPUs)
-            needs_gpu: whether each must have one
+            cores: cores of each slot; None for all of the smallest machine (divided by its GPUs, if they are needed)
+            needs_gpu: whether each slot must have a GPU
 
         Raises:
-            ClusterError: no machine has such a slot.
+            ClusterError: no machine has room for such a slot.
         """
         sizes = [_cores_and_gpus(node) for node in self._nodes()]
         if needs_gpu:
@@ -100,7 +100,7 @@ class Cluster:
         return Slots(count, cores, int(needs_gpu), memory)
 
     def share(self, value: bytes) -> Any:
-        """A reference to a value for many tasks, which travels to each machine once."""
+        """A reference to a value that many tasks use; the value is sent to each machine once."""
         return self._ray.put(value)
 
     def in_order(
@@ -110,16 +110,16 @@ class Cluster:
         slots: Slots,
         memory: int,
     ) -> Generator[Result]:
-        """Results of `function(*arguments)` for each call, in order; as many later ones wait as there are slots.
+        """Results of `function(*arguments)` for each call, in order; as many later calls wait as there are slots.
 
-        What a lost process or machine was at is done again. The function returns errors of ours instead of raising
-        them: they are raised here, as they are.
+        Calls that a lost process or machine was working on are repeated. The function returns an `OmniConvertError`
+        instead of raising it, and the error is raised here.
 
         Args:
-            function: of a module, so that other machines have it
-            calls: the arguments of each
-            slots: what each takes
-            memory: that Ray sets aside for each, bytes
+            function: a function of a module, so that other machines can import it
+            calls: the arguments of each call
+            slots: the slots; each call occupies one
+            memory: bytes that Ray reserves for each call
 
         Raises:
             ClusterError: a task was lost too often.
@@ -146,14 +146,14 @@ class Cluster:
     def on_actors(
         self, kind: type, arguments: Sequence[Any], calls: Sequence[Sequence[Any]], slots: Slots, memory: int
     ) -> Generator[Any]:
-        """Results of `kind(*arguments).run(*call)` for each call, as they come; the objects live on the machines.
+        """Results of `kind(*arguments).run(*call)` for each call, in any order; the objects live on the machines.
 
         Args:
-            kind: of a module; its method `run` returns errors of ours instead of raising them
-            arguments: of its constructor, which should leave what takes long, or fails, to the first call
-            calls: the arguments of each
-            slots: what each object takes
-            memory: that Ray sets aside for each, bytes
+            kind: a class of a module; its method `run` returns an `OmniConvertError` instead of raising it
+            arguments: arguments of its constructor, which should leave slow or failing work to the first call
+            calls: the arguments of each call
+            slots: the slots; each object occupies one
+            memory: bytes that Ray reserves for each object
 
         Raises:
             ClusterError: an object was lost too often.
@@ -167,7 +167,7 @@ class Cluster:
             scheduling_strategy="SPREAD",
         )
         actors = [remote.remote(*arguments) for _ in range(min(slots.count, len(calls)))]
-        # Work goes to those that have come up: one that finds no place on the cluster holds up nothing.
+        # Work goes to objects that have started, so that one without a place on the cluster delays nothing.
         starting = {actor.__ray_ready__.remote(): actor for actor in actors}
         running: dict[Any, Any] = {}
         left = deque(calls)
@@ -186,10 +186,10 @@ class Cluster:
                 self._ray.kill(actor)
 
     def result(self, reference: Any) -> Any:
-        """What a task returned.
+        """The result of a task.
 
         Raises:
-            OmniConvertError: what the task returned as its result.
+            OmniConvertError: the task returned this error as its result.
             ClusterError: the task was lost too often, or a machine cannot run it.
         """
         exceptions = self._ray.exceptions
@@ -204,7 +204,7 @@ class Cluster:
         except exceptions.RayError as error:
             raise ClusterError(
                 f"the Ray cluster lost a part of the work {MAX_RETRIES + 1} times ({type(error).__name__}: "
-                f"{_first_line(error)}); see to its machines, then start again (--resume keeps what is done)"
+                f"{_first_line(error)}); check its machines, then start again (--resume keeps finished work)"
             ) from None
         if isinstance(result, OmniConvertError):
             raise result
@@ -222,8 +222,8 @@ def connect(engine: str) -> Iterator[Cluster]:
         RecipeError: Ray is not installed.
         ClusterError: the cluster does not answer.
     """
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is reported to anybody
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # as Ray will have it, without a warning
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray sends no usage reports
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # Ray's future default, which silences its warning
     try:
         import ray
     except ImportError as error:
@@ -254,7 +254,7 @@ def _connect(ray: ModuleType, engine: str) -> None:
 
 
 def _address(engine: str) -> str:
-    """As `ray.init` takes it."""
+    """The address in the form that `ray.init` accepts."""
     host, _, port = engine.removeprefix("ray").removeprefix("://").partition(":")
     if not host or host == "auto":
         return "auto"
@@ -282,19 +282,19 @@ def _first_line(error: Exception) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Of what the bytes of a result depend on."""
+    """Versions of the packages on which the bytes of a result depend."""
     return {package: importlib.metadata.version(package).partition("+")[0] for package in VERSIONED_PACKAGES}
 
 
 def check_versions(expected: dict[str, str], machine: str) -> None:
-    """Refuses to take part in the work of another version.
+    """Checks that this machine has the versions with which the work was begun.
 
     Raises:
-        ClusterError: this machine has another one.
+        ClusterError: a version differs.
     """
     for package, version in versions().items():
         if version != expected[package]:
             raise ClusterError(
-                f"{machine}: found {package} {version}, expected {expected[package]} as where the work was begun; "
+                f"{machine}: found {package} {version}, expected {expected[package]}, which began the work; "
                 "install the same version on all machines of the Ray cluster"
             )

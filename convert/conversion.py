@@ -1,4 +1,4 @@
-"""`convert_checkpoint`: the whole job, from what the user asked for to a folder that a runtime loads."""
+"""One conversion as a whole: from a model and a recipe to a folder that a runtime loads."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ from omni_convert.formats.errors import OutputError, RecipeError
 
 __all__ = ["Conversion", "convert_checkpoint"]
 
-# Of what comes from the Hub, inside OUT.partial; gone before that becomes OUT.
+# Folder inside OUT.partial for files from the Hub; it is removed before OUT.partial becomes OUT.
 DOWNLOADS = ".downloads"
 
 
@@ -52,10 +52,10 @@ def convert_checkpoint(
         model: pipeline folder, Hub repo id, component folder or .safetensors file; None for the bundled demo
         output: folder to create, or a URL for fsspec (`s3://bucket/out`)
         recipe: what to do; FP8 by default
-        progress: called with the number of source bytes that each step has dealt with
+        progress: called after each step with the number of source bytes that it has processed
 
     Raises:
-        OmniConvertError: anything that the user can do something about; `output` then does not exist.
+        OmniConvertError: the user can fix the cause; `output` then does not exist.
     """
     conversion = Conversion.prepare(model, output, recipe or Recipe())
     conversion.calibrate()
@@ -71,7 +71,7 @@ class Conversion:
     Attributes:
         plan: what becomes of every tensor
         target: where the output goes
-        repository: where on the Hub the output goes as well, found to be ready for it
+        repository: the repository on the Hub to upload to, already checked and open; None if there is none
         calibration_seconds: time that recording statistics took; None if none were recorded
     """
 
@@ -84,12 +84,12 @@ class Conversion:
     def prepare(
         cls, model: str | Path | None, output: str | Path | None, recipe: Recipe, *, dry_run: bool = False
     ) -> Conversion:
-        """Finds the model, plans the conversion and opens the repository; every mistake of the user shows here.
+        """Finds the model, plans the conversion and opens the repository; all errors of the user are raised here.
 
         Args:
             model, output: see `convert_checkpoint`; output None is a folder named after model and method
             recipe: what to do
-            dry_run: only the plan is wanted: whatever is at the output may stay, and the Hub is left alone
+            dry_run: make the plan alone: the output is not checked, and no repository is opened
 
         Raises:
             OmniConvertError: the recipe cannot be carried out, or the output is in the way.
@@ -113,7 +113,7 @@ class Conversion:
         return cls(plan, target, open_repository(recipe.push_to_hub, private=recipe.private))
 
     def calibrate(self) -> None:
-        """Records the statistics that the recipe has prompts for, and attaches them to the plan.
+        """Records statistics if the recipe names prompts, and attaches them to the plan.
 
         Raises:
             OmniConvertError: the pipeline cannot be run, or computes NaN.
@@ -127,7 +127,7 @@ class Conversion:
         self.calibration_seconds = time.monotonic() - started
 
     def execute(self, progress: Progress) -> ConversionReport:
-        """Makes the output; raises as `convert_checkpoint`."""
+        """Writes the output; raises the same errors as `convert_checkpoint`."""
         started = time.monotonic()
         plan, recipe = self.plan, self.plan.recipe
         if recipe.resume and (finished := _results_of_finished(self.target, plan)) is not None:
@@ -144,10 +144,10 @@ class Conversion:
         return self._report(results, time.monotonic() - started, peak)
 
     def push(self) -> str | None:
-        """Uploads the output if the recipe says so; returns the address of the commit.
+        """Uploads the output if the recipe asks for it, and returns the commit's address.
 
         Raises:
-            HubError: the Hub refuses it, or cannot be reached.
+            HubError: the Hub refuses the upload, or cannot be reached.
         """
         if self.repository is None or not isinstance(self.target, Path):
             return None
@@ -171,11 +171,11 @@ class Conversion:
 
 
 def check_target(output: Path | RemoteFolder, recipe: Recipe) -> None:
-    """Refuses an output that is in the way, before any work is done.
+    """Checks before any work that the output can be written.
 
     Raises:
-        OutputError: something is there.
-        RecipeError: what is at a URL cannot be pushed to the Hub.
+        OutputError: something else is there already.
+        RecipeError: the output is a URL and is to be pushed to the Hub, which needs local files.
     """
     if isinstance(output, Path):
         check_output(output, overwrite=recipe.overwrite, resume=recipe.resume)
@@ -194,7 +194,7 @@ def _refuse_source(target: Path | RemoteFolder, source: Source) -> None:
 
 
 def _results_of_finished(output: Path | RemoteFolder, plan: Plan) -> dict[str, list[LayerResult]] | None:
-    """The layers of an output that is there already; None if it is not."""
+    """The layers of an output that an earlier run finished; None if there is no such output."""
     if isinstance(output, Path):
         if not is_finished(output):
             return None
@@ -205,7 +205,7 @@ def _results_of_finished(output: Path | RemoteFolder, plan: Plan) -> dict[str, l
 
 
 def _folder_of(output: Path | RemoteFolder, recipe: Recipe) -> AbstractContextManager[Path]:
-    """Where to make the files of an output, until it is whole."""
+    """The folder in which the files of an output are made until it is complete."""
     if isinstance(output, Path):
         return partial_folder(output, overwrite=recipe.overwrite, resume=recipe.resume)
     return published_folder(output, overwrite=recipe.overwrite, resume=recipe.resume)
@@ -213,7 +213,7 @@ def _folder_of(output: Path | RemoteFolder, recipe: Recipe) -> AbstractContextMa
 
 @contextmanager
 def _opened_engine(recipe: Recipe) -> Iterator[Callable[[Workers, Journal], Engine]]:
-    """What makes the engine of the threads and the journal; a cluster is connected to meanwhile."""
+    """Yields a function that makes the engine; holds the connection to a cluster meanwhile, if there is one."""
     if not recipe.is_distributed:
         device = resolve_device(recipe.device)
         yield lambda workers, journal: Engine(workers, device, journal)
@@ -228,12 +228,12 @@ def _opened_engine(recipe: Recipe) -> Iterator[Callable[[Workers, Journal], Engi
 
 
 def _streaming(source: Source, folder: Path) -> AbstractContextManager[None]:
-    """Has weights come from the Hub while they are needed, if that is where they are."""
+    """Downloads weights while they are needed, if they are still on the Hub."""
     return source.hub_files.kept_in(folder / DOWNLOADS) if source.hub_files is not None else nullcontext()
 
 
 def _threads(recipe: Recipe) -> int:
-    """Of this process; `--workers` of a cluster are those of each task."""
+    """Number of threads of this process; with a cluster, `--workers` counts the threads of each task."""
     return available_cores() if recipe.is_distributed or not recipe.workers else recipe.workers
 
 
@@ -244,7 +244,7 @@ def _fill(
     make: Callable[[ComponentPlan, Path, Engine, Progress], ComponentResult],
     progress: Progress,
 ) -> tuple[dict[str, list[LayerResult]], int]:
-    """Makes every file of the output; returns the layers of each component, and the peak of memory."""
+    """Writes every file of the output; returns the layers of each component, and the peak memory in bytes."""
     hub_files = plan.source.hub_files
     on_hub = [name for name in plan.copies if hub_files is not None and name in hub_files.streamed]
     copies = {
@@ -295,7 +295,7 @@ def _write_config(component: ComponentPlan, folder: Path) -> None:
 
 
 def _verify(component: ComponentPlan, folder: Path) -> None:
-    """Reopens what was written: every planned tensor is there, in the planned dtype and shape."""
+    """Reopens the written files and checks that they hold every planned tensor in its dtype and shape."""
     Checkpoint.open(folder).close()
     for file, specs in component.shards.files.items():
         component.shards.container.check(folder / file, specs)

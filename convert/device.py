@@ -1,4 +1,4 @@
-"""Where torch computes."""
+"""Chooses the device on which torch computes."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ __all__ = ["resolve_device"]
 
 
 def resolve_device(name: str) -> torch.device:
-    """`auto` is the first CUDA device, or the CPU.
+    """The device of a name; `auto` is the first CUDA device, or else the CPU.
 
     Raises:
-        RecipeError: torch does not know the device or has none of that kind.
+        RecipeError: torch does not know the device, or the machine has none.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")

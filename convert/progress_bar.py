@@ -1,4 +1,4 @@
-"""Bars on standard error, of work that takes a while."""
+"""Progress bars on standard error for work that takes longer than two seconds."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 __all__ = ["progress_bar"]
 
-# A bar appears when the work has taken this many seconds.
+# Seconds of work after which the bar appears.
 PROGRESS_DELAY = 2.0
 
 
@@ -15,17 +15,17 @@ PROGRESS_DELAY = 2.0
 def progress_bar(
     what: str, total: int | None, unit: str = "B", *, hidden: bool, stays: bool = True
 ) -> Iterator[Callable[[int], None]]:
-    """A bar, if standard error is a terminal and the work is not done in two seconds.
+    """Shows a bar if standard error is a terminal and the work takes longer than two seconds.
 
     Args:
-        what: is done
-        total: how many there are to do; None if nobody knows
-        unit: of these; bytes are shown in MB and GB
-        hidden: no bar
-        stays: on the screen when the work is done
+        what: text before the bar, for example "converting"
+        total: number of units to do; None if it is unknown
+        unit: name of a unit; bytes are shown in MB and GB
+        hidden: show no bar
+        stays: leave the bar on the screen when the work is done
 
     Yields:
-        What is called with how many more are done.
+        A function to call with the number of units that were done since the last call.
     """
     from tqdm import tqdm
 

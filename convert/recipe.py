@@ -1,4 +1,4 @@
-"""What the user asks for, as one frozen object whose fields are the long options of the command line."""
+"""The recipe: everything that the user asks for, with one field for each long option of the command line."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ __all__ = [
     "Recipe",
 ]
 
-# The names alone: `--help` and a mistyped method must not import torch. A test holds them equal to `FORMATS`.
+# Names alone, since `--help` and a mistyped method must not import torch. A test keeps them equal to `FORMATS`.
 METHODS = ("fp8", "int8", "mxfp8", "mxfp4", "mxfp4_dualscale", "nvfp4", "w4a16", "gguf")
-# What only components beside the transformers may be: not run quantized, but stored so.
+# Methods for components beside the transformers, which are stored quantized but run in BF16.
 STORAGE_METHODS = ("fp8_storage",)
-# What may be done with a quantized model without quantizing it again.
+# Methods that treat a quantized model without quantizing it again.
 TRANSCODINGS = ("keep", "dequantize")
 ACTIVATION_SCHEMES = ("dynamic", "static")
 RUNTIMES = ("vllm-omni", "diffusers", "comfyui")
@@ -46,8 +46,8 @@ class LoraRequest:
     """A LoRA file to bake in.
 
     Attributes:
-        scale: strength, over that which the file itself says (alpha / rank)
-        component: to bake it into; None for the one denoiser
+        scale: strength relative to the file's own (alpha / rank)
+        component: the component to bake it into; None for the only denoiser
     """
 
     path: Path
@@ -56,7 +56,7 @@ class LoraRequest:
 
     @classmethod
     def parse(cls, text: str) -> LoraRequest:
-        """`[COMPONENT=]FILE[:SCALE]`; a number after the last colon is the scale.
+        """Parses `[COMPONENT=]FILE[:SCALE]`; a number after the last colon is the scale.
 
         Raises:
             RecipeError: the scale is not a finite number.
@@ -75,13 +75,13 @@ class LoraRequest:
 
 @dataclass(frozen=True)
 class Recipe(FormatChoices):
-    """A conversion, as asked for. What it means for a given checkpoint is decided by `convert.plan`.
+    """A conversion as the user asks for it; `convert.plan` decides what it means for a given checkpoint.
 
     Attributes:
         runtime: whose layer scope to obey; left empty, it becomes that of the dialect
 
     Raises:
-        RecipeError: an option has a value that no checkpoint could satisfy.
+        RecipeError: no checkpoint could be converted with these options.
     """
 
     method: str = "fp8"
@@ -231,14 +231,14 @@ class Recipe(FormatChoices):
 
     @property
     def outcome(self) -> str:
-        """What to call the result beside the model's name."""
+        """The suffix of the result's name, after the model's name."""
         if self.method == "keep" and self.lora:
             return "baked"
         return {"keep": self.dialect, "dequantize": "dequantized"}.get(self.method, self.method)
 
     @property
     def is_transcoding(self) -> bool:
-        """Whether a quantized model is only spelled anew, or dequantized."""
+        """Whether a quantized model is only re-encoded or dequantized."""
         return self.method in TRANSCODINGS
 
     @property
@@ -253,23 +253,23 @@ class Recipe(FormatChoices):
 
     @property
     def streams_source(self) -> bool:
-        """Whether a model on the Hub need not be on the disk as a whole.
+        """Whether a model on the Hub can be streamed, so that the disk never holds all of it.
 
-        A pipeline that is run needs all of it, statistics are compared with every tensor of it before anything is
-        written, and the machines of a cluster share files, not downloads.
+        Running a pipeline needs all files, statistics are compared with every tensor before anything is written, and
+        the machines of a cluster share files but not downloads.
         """
         needs_all = self.is_calibrated or self.moments or self.is_distributed
         return not self.keep_source and not needs_all
 
     @property
     def effective_rounding(self) -> str:
-        """How weights are rounded: without moments there is nothing to choose from."""
+        """How weights are rounded; `auto` without moments is nearest rounding."""
         if not self.moments:
             return "nearest" if self.rounding == "auto" else self.rounding or "nearest"
         return self.rounding or "auto"
 
     def of_the_bytes(self) -> dict[str, Any]:
-        """The options that decide the output's bytes, for the manifest: no paths, devices or ways of getting there."""
+        """The options on which the output's bytes depend, for the manifest; paths and devices are not among them."""
         options = {
             "method": self.method,
             "activation_scheme": self.activation_scheme,

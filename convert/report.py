@@ -1,4 +1,4 @@
-"""What a conversion will do and what it has done, as data and as lines for a terminal."""
+"""Reports: the plan of a conversion, and its result, as data and as lines for a terminal."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ from omni_convert.formats.containers.tensor_spec import DTYPE_NAMES
 
 __all__ = ["ConversionReport", "conversion_report", "plan_report", "size_text"]
 
-#: Above this relative error a layer keeps next to nothing of its weight: no format here comes near it with weights that
-#: it can hold (four bits lose some 12 %).
+#: Above this relative error, almost nothing of a weight is left. Every format here stays far below it with weights in
+#: its range: four bits lose about 12 %.
 LARGEST_ERROR = 0.5
 UNITS = {"GB": 1e9, "MB": 1e6, "kB": 1e3}
 
 
 @dataclass(frozen=True)
 class ConversionReport:
-    """What was done and what it cost.
+    """The result of a conversion, and its cost.
 
     Attributes:
         layers: every quantized layer, named `component.layer`
-        kept: layers that the runtime could run quantized but that stay, with the reason
-        notes: how the recipe was read, and what to watch
-        bytes_before, bytes_after: of the weights of the quantized components
-        seconds: of the conversion, without calibration
-        calibration_seconds: None if no prompts were run
-        peak_memory: largest `RssAnon` seen, bytes; None if the output was finished before, and nothing was done
+        kept: layers that the runtime could run quantized but that stay as they are, with the reason
+        notes: how the recipe was interpreted, and what to watch
+        bytes_before, bytes_after: size of the weights of the quantized components
+        seconds: time of the conversion without calibration
+        calibration_seconds: time of the calibration; None if no prompts were run
+        peak_memory: largest `RssAnon` in bytes; None if an earlier run had finished the output
     """
 
     output: Path | RemoteFolder
@@ -59,20 +59,20 @@ class ConversionReport:
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """What went through and cannot have been meant."""
+        """Results that were written but are probably not wanted."""
         lost = [layer for layer in self.layers if not layer.relative_error <= LARGEST_ERROR]
         if not lost:
             return ()
         worst = self.worst
         others = f", and {len(lost) - 1} more above {LARGEST_ERROR}" if len(lost) > 1 else ""
         return (
-            f"{worst.name}: found a relative error of {worst.relative_error:.3g}{others}, expected what {worst.method} "
-            "can give: the weights lie outside of its range, or far from others that share their scale (a LoRA's "
-            "SCALE?); --ignored-layers leaves layers as they are",
+            f"{worst.name}: found a relative error of {worst.relative_error:.3g}{others}, far more than {worst.method} "
+            "causes: the weights lie outside its range, or far from others that share their scale (is a LoRA's "
+            "SCALE too large?); --ignored-layers leaves layers as they are",
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """For `--json`."""
+        """The document that `--json` prints."""
         return {**asdict(self), "output": str(self.output), "warnings": self.warnings}
 
 
@@ -112,7 +112,7 @@ def _errors(report: ConversionReport) -> str:
 
 
 def plan_report(plan: Plan, *, as_json: bool) -> Iterator[str]:
-    """What `--dry-run` prints: every layer, from, to, bytes, why kept; then the totals."""
+    """The plan as `--dry-run` prints it: for every layer its dtypes, bytes and reason to stay; then the totals."""
     rows = [row for component in plan.components for row in _plan_rows(component)]
     if as_json:
         document = {
@@ -129,12 +129,12 @@ def plan_report(plan: Plan, *, as_json: bool) -> Iterator[str]:
         yield f"{row['layer']:<{width}}  {change}  {row['why']}".rstrip()
     for note in plan.notes:
         yield f"Note: {note}"
-    memory = "memory a few tiles of 2 MiB beside torch itself, whatever the sizes"
+    memory = "needs the memory of torch itself and a few tiles of 2 MiB, whatever the size of the model"
     yield f"weights {size_text(plan.bytes_before)} → {size_text(plan.bytes_after)}; {memory}; nothing was written"
 
 
 def _plan_rows(component: ComponentPlan) -> Iterator[dict[str, Any]]:
-    """Every linear that is, or could be, quantized."""
+    """One row for every linear that is, or could be, quantized."""
     prefix = f"{component.name}." if component.name else ""
     for step in component.steps:
         if isinstance(step, QuantizeStep):
@@ -155,6 +155,6 @@ def _plan_rows(component: ComponentPlan) -> Iterator[dict[str, Any]]:
 
 
 def size_text(count: float) -> str:
-    """Bytes in the unit that gives one to three digits before the point."""
+    """A number of bytes, in the unit that leaves one to three digits before the point."""
     unit = next((unit for unit, size in UNITS.items() if count >= size), "B")
     return f"{count:.0f} B" if unit == "B" else f"{count / UNITS[unit]:.1f} {unit}"

@@ -1,4 +1,4 @@
-"""How wide lines are on a terminal, and lines that are no wider."""
+"""The width of the terminal, and text wrapped to it."""
 
 from __future__ import annotations
 
@@ -7,25 +7,25 @@ import textwrap
 
 __all__ = ["MAX_WIDTH", "terminal_width", "wrapped"]
 
-# Narrower, lines break inside names.
+# In narrower lines, names would break.
 MIN_WIDTH, MAX_WIDTH = 80, 140
 
 
 def terminal_width(otherwise: int) -> int:
-    """Columns of the terminal, or of the variable COLUMNS.
+    """Columns of the terminal, or the value of the variable COLUMNS.
 
     Args:
-        otherwise: of an output that is no terminal
+        otherwise: columns of an output that is no terminal
     """
     return shutil.get_terminal_size((otherwise, 24)).columns
 
 
 def wrapped(text: str, first: str, others: str, otherwise: int = MIN_WIDTH) -> list[str]:
-    """A text in lines that fit the terminal; names stay whole.
+    """Wraps a text to the terminal without breaking names.
 
     Args:
-        first: what the first line begins with
-        others: what each further line begins with
+        first: prefix of the first line
+        others: prefix of each further line
         otherwise: see `terminal_width`
     """
     return textwrap.wrap(

@@ -1,4 +1,4 @@
-"""Threads that share the work of a conversion; torch, hashing and files all let go of the interpreter."""
+"""Threads that share the work of a conversion; torch, hashing and file I/O all release the interpreter lock."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ __all__ = ["Workers", "available_cores", "keep_freed_memory", "one_thread"]
 
 Result = TypeVar("Result")
 
-# glibc's numbers of three options of its allocator, the largest threshold that all its releases take (more than any
-# tensor of a tile has), and what may stay free at the end of the heap.
+# glibc's numbers for three options of its allocator; the largest threshold that all its releases accept, which is more
+# than any tensor of a tile; and the bytes that may stay free at the end of the heap.
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_ARENA_MAX = -1, -3, -8
 MMAP_THRESHOLD = 32 << 20
 KEPT_BYTES = 256 << 20
 
 
 def available_cores() -> int:
-    """Cores that this process may use."""
+    """Number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class Workers:
-    """A number of threads, in each of which torch uses one core.
+    """A pool of threads, in each of which torch uses one core.
 
-    As a context manager it waits for its tasks; left through an exception, it drops those that have not begun and ends
-    those that ask `check`.
+    As a context manager it waits for its tasks. After an exception it drops tasks that have not begun, and ends those
+    that call `check`.
     """
 
     def __init__(self, count: int) -> None:
@@ -51,21 +51,21 @@ class Workers:
     ) -> None:
         self._is_stopped = kind is not None
         self._pool.shutdown(cancel_futures=self._is_stopped)
-        torch.set_num_threads(self._torch_threads)  # threads yet to come take over what was set last
+        torch.set_num_threads(self._torch_threads)  # new threads inherit the last setting
 
     def check(self) -> None:
-        """Ends the task that asks, when nobody waits for it any more."""
+        """Ends the calling task if its result is no longer needed."""
         if self._is_stopped:
             raise CancelledError
 
     def submit(self, task: Callable[..., Result], *arguments: Any) -> Future[Result]:
-        """Has a thread call `task(*arguments)`."""
+        """Calls `task(*arguments)` in a thread."""
         return self._pool.submit(task, *arguments)
 
     def in_order(self, tasks: Iterable[Callable[[], Result]], ahead: int) -> Iterator[Result]:
-        """Results of tasks in their order, while up to `ahead` later ones are under way.
+        """Results of tasks in their order, while up to `ahead` later tasks are running.
 
-        `tasks` is asked for the next one only then: it may itself wait for what these threads do.
+        The next task is taken from `tasks` only then, so that `tasks` may itself wait for these threads.
         """
         pending: deque[Future[Result]] = deque()
         for task in tasks:
@@ -78,7 +78,7 @@ class Workers:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Has torch use one thread for what this one computes."""
+    """Limits torch to one thread for what the calling thread computes."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -88,13 +88,13 @@ def one_thread() -> Iterator[None]:
 
 
 def _use_one_core() -> None:
-    torch.get_num_threads()  # takes over the setting of the process, which torch would else do at the first operation
+    torch.get_num_threads()  # reads the setting of the process now, which the first operation would otherwise do later
     torch.set_num_threads(1)
 
 
 def keep_freed_memory() -> None:
-    """Has the allocator reuse the memory of one tile for the next, which the system would else map and clear anew."""
+    """Makes the allocator reuse the memory of a tile for the next, which the system would otherwise map and clear."""
     if (mallopt := getattr(ctypes.CDLL(None), "mallopt", None)) is not None:
         mallopt(M_MMAP_THRESHOLD, MMAP_THRESHOLD)
         mallopt(M_TRIM_THRESHOLD, KEPT_BYTES)
-        mallopt(M_ARENA_MAX, 1)  # the heaps of threads have 64 MiB, and go back to the system whatever else is set
+        mallopt(M_ARENA_MAX, 1)  # heaps of threads have 64 MiB and return to the system whatever else is set

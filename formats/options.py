@@ -53,10 +53,10 @@ class FormatChoices:
     )
     gguf_names: str | None = _choice(
         None,
-        "Names of tensors with gguf. Default: original, which ComfyUI needs, where diffusers reads them too.",
+        "Names of tensors with gguf. Default: original, which ComfyUI needs, if diffusers can read them too.",
         choices=("original", "diffusers"),
     )
-    search: bool = _choice(True, "Take scales by rule, do not search them.")
+    search: bool = _choice(True, "Compute scales by rule instead of searching for the best.")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -65,7 +65,7 @@ def _read(path: Path) -> str:
             raise CalibrationError(f"{path}: found {path.stat().st_size} bytes, expected a file of prompts")
         data = path.read_bytes()
     except FileNotFoundError:
-        raise CalibrationError(f"{path}: file missing, expected prompts, one a line or JSON Lines") from None
+        raise CalibrationError(f"{path}: file missing, expected prompts, one per line or JSON Lines") from None
     except OSError as error:
         raise CalibrationError(f"{path}: cannot be read ({error.strerror}), expected prompts, one a line") from None
     return _decoded(path, data)

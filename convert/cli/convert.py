@@ -1,4 +1,4 @@
-"""Commands that make a model of a model: convert, dequantize, push."""
+"""Commands that write a model: convert, dequantize, push."""
 
 from __future__ import annotations
 
@@ -36,16 +36,18 @@ __all__ = ["convert_command", "dequantize_command", "push_command"]
     "--method",
     default="fp8",
     show_default=True,
-    help=f"One of {', '.join(METHODS)}; or keep: spell a quantized model in another --dialect.",
+    help=f"One of {', '.join(METHODS)}; or keep: write a quantized model in another --dialect.",
 )
-@click.option("--dialect", type=click.Choice(WRITTEN), default="vllm-omni", show_default=True, help="On-disk spelling.")
+@click.option(
+    "--dialect", type=click.Choice(WRITTEN), default="vllm-omni", show_default=True, help="Names and layout on disk."
+)
 @click.option("-o", "--output", help="Folder, or a URL for fsspec. Default: ./<model name>-<method>.")
-@click.option("--calib", type=click.Path(path_type=Path), help="Prompts to calibrate on: one a line, or JSON Lines.")
+@click.option("--calib", type=click.Path(path_type=Path), help="Prompts to calibrate on: one per line, or JSON Lines.")
 @click.option(
     "--calibration",
     type=click.Path(path_type=Path),
     multiple=True,
-    help="Statistics file to reuse; several are merged.",
+    help="Statistics file to reuse; repeatable, files are merged.",
 )
 @calibration_options
 @click.option("--activation-scheme", type=click.Choice(ACTIVATION_SCHEMES), help="Default: static with statistics.")
@@ -56,10 +58,19 @@ __all__ = ["convert_command", "dequantize_command", "push_command"]
 @click.option("--component", multiple=True, metavar="NAME=METHOD", help="e.g. text_encoder=fp8, transformer_2=none.")
 @click.option("--recommended", is_flag=True, help="Apply the ignored layers recommended for this model family.")
 @click.option("--runtime", type=click.Choice(RUNTIMES), help="Whose layer scope to obey. Default: the dialect's.")
-@click.option("--moments", type=click.Path(path_type=Path), multiple=True, help="Second moments for --rounding.")
-@click.option("--rounding", type=click.Choice(ROUNDINGS), help="Of weights. Default: auto with moments, else nearest.")
 @click.option(
-    "--bf16-blocks", type=click.IntRange(0), help="Leading blocks kept in BF16; Wan with dual-scale: 5, else 0."
+    "--moments",
+    type=click.Path(path_type=Path),
+    multiple=True,
+    help="File of second moments for --rounding; repeatable.",
+)
+@click.option(
+    "--rounding", type=click.Choice(ROUNDINGS), help="Rounding of weights. Default: auto with --moments, else nearest."
+)
+@click.option(
+    "--bf16-blocks",
+    type=click.IntRange(0),
+    help="Leading blocks kept in BF16. Default: 5 for Wan with mxfp4_dualscale, else 0.",
 )
 @click.option("--force", is_flag=True, help="Override a refusal that names this option.")
 @click.option(
@@ -70,27 +81,27 @@ __all__ = ["convert_command", "dequantize_command", "push_command"]
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
 @engine_option
 @click.option("--revision", help="Branch, tag or commit on the Hub.")
-@click.option("--workers", type=int, metavar="N", help="Threads to use; default: one a core.")
-@click.option("--resume", is_flag=True, help="Go on where an interrupted run stopped.")
+@click.option("--workers", type=int, metavar="N", help="Number of threads. Default: one per core.")
+@click.option("--resume", is_flag=True, help="Continue an interrupted run.")
 @click.option("--overwrite", is_flag=True, help="Replace an earlier output.")
-@click.option("--verify-source", is_flag=True, help="Put the full hashes of the source into the manifest.")
+@click.option("--verify-source", is_flag=True, help="Record the SHA-256 of every source file in the manifest.")
 @click.option(
     "--keep-source",
     is_flag=True,
-    help="Download a model on the Hub as a whole, and keep it; implied by --calib, --calibration and --engine ray.",
+    help="Download all of a Hub model and keep it; implied by --calib, --calibration and --engine ray.",
 )
 @click.option("--push-to-hub", metavar="REPO_ID", help="Upload the result to the Hub.")
-@click.option("--private", is_flag=True, help="With --push-to-hub: only you see it.")
+@click.option("--private", is_flag=True, help="With --push-to-hub: make the repository private.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and write nothing.")
 @click.option("--quiet", is_flag=True, help="No progress, no table.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 def convert_command(
     model: str | None, output: str | None, dry_run: bool, quiet: bool, as_json: bool, **options: Any
 ) -> None:
-    """Convert MODEL to one in fewer bits.
+    """Quantize MODEL and write the result.
 
-    MODEL is a diffusers folder, a Hub repo id, a component folder, or a .safetensors or .gguf file; left out, it is the
-    bundled demo pipeline.
+    MODEL is a diffusers folder, a Hub repo id, a component folder, or a .safetensors or .gguf file. Without MODEL, the
+    bundled demo pipeline is converted.
     """
     _convert(model, output, recipe_of(model, options), dry_run=dry_run, quiet=quiet, as_json=as_json)
 
@@ -102,11 +113,15 @@ def convert_command(
 @click.option(
     "--lora", multiple=True, metavar="[NAME=]FILE[:SCALE]", help="Bake this LoRA in, into component NAME; repeatable."
 )
-@click.option("--dtype", type=click.Choice(DTYPES), help="Of the result; default: bfloat16, and the rest as it is.")
+@click.option(
+    "--dtype",
+    type=click.Choice(DTYPES),
+    help="Dtype of the result. Default: bfloat16 for dequantized layers; other tensors keep theirs.",
+)
 @click.option("--max-shard-size", default="5GB", show_default=True)
 @click.option("--revision", help="Branch, tag or commit on the Hub.")
-@click.option("--workers", type=int, metavar="N", help="Threads to use; default: one a core.")
-@click.option("--resume", is_flag=True, help="Go on where an interrupted run stopped.")
+@click.option("--workers", type=int, metavar="N", help="Number of threads. Default: one per core.")
+@click.option("--resume", is_flag=True, help="Continue an interrupted run.")
 @click.option("--overwrite", is_flag=True, help="Replace an earlier output.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and write nothing.")
 @click.option("--quiet", is_flag=True, help="No progress, no table.")
@@ -114,9 +129,9 @@ def convert_command(
 def dequantize_command(
     model: str, output: str | None, dry_run: bool, quiet: bool, as_json: bool, **options: Any
 ) -> None:
-    """Give the quantized model at PATH back in BF16.
+    """Turn the quantized model at PATH back into BF16.
 
-    Whatever tool made it: `inspect` tells what is read.
+    The model may come from any tool whose files `inspect` can read.
     """
     recipe = recipe_of(model, {"method": "dequantize", "ignored_layers": (), "calib": None, **options})
     _convert(model, output, recipe, dry_run=dry_run, quiet=quiet, as_json=as_json)
@@ -125,14 +140,14 @@ def dequantize_command(
 @click.command("push")
 @click.argument("path", type=click.Path(path_type=Path))
 @click.argument("repo_id")
-@click.option("--private", is_flag=True, help="Only you see it.")
+@click.option("--private", is_flag=True, help="Create a private repository.")
 @click.option("--revision", help="Branch to upload to; default: main.")
 @click.option("--quiet", is_flag=True, help="No progress.")
 def push_command(path: Path, repo_id: str, private: bool, revision: str | None, quiet: bool) -> None:
     """Upload PATH, a finished conversion, to the Hub.
 
-    The repository is created if it is not there, and shows the model when all of it has arrived. After an interruption
-    the same command sends what is missing.
+    The repository is created if it does not exist, and shows the model only when all files have arrived. After an
+    interruption, the same command uploads the missing files.
     """
     from omni_convert.convert.output.upload import push_to_hub
 
@@ -175,12 +190,12 @@ def _convert(
 
 @contextmanager
 def _told_how_to_resume(target: Path | RemoteFolder) -> Iterator[None]:
-    """Says after an interruption where the finished part of the work is."""
+    """Prints after an interruption where the finished part of the work is."""
     from omni_convert.convert.output.folder import partial_path
 
     try:
         yield
     except KeyboardInterrupt:
         if isinstance(target, Path) and partial_path(target).exists():
-            click.echo(f"{partial_path(target)} holds what is done; --resume goes on from there", err=True)
+            click.echo(f"{partial_path(target)} holds the finished work; --resume continues from there", err=True)
         raise

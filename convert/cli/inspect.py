@@ -1,4 +1,4 @@
-"""Commands that tell what is in a file: inspect, verify."""
+"""Commands that examine a model: inspect, verify."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["inspect_command", "verify_command"]
 def inspect_command(model: str, revision: str | None, as_json: bool) -> None:
     """Show what is inside the model at PATH.
 
-    Every quantized layer, and what runtimes would do with the model; no weight is read.
+    Lists every quantized layer, and which runtimes load the model. No weight is read.
     """
     quieten_hub(hide_bars=True)
     from omni_convert.convert.inspection.contents import inspect_source, inspection_report
@@ -29,14 +29,15 @@ def inspect_command(model: str, revision: str | None, as_json: bool) -> None:
 
 @click.command("verify")
 @click.argument("model", metavar="PATH")
-@click.option("--reference", metavar="MODEL", help="The model it was made of; every layer is compared with it.")
-@click.option("--revision", help="Branch, tag or commit on the Hub, of PATH.")
+@click.option("--reference", metavar="MODEL", help="The original model; every layer is compared with it.")
+@click.option("--revision", help="Branch, tag or commit of PATH on the Hub.")
 @click.option("--quiet", is_flag=True, help="Only the exit status.")
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
 def verify_command(model: str, reference: str | None, revision: str | None, quiet: bool, as_json: bool) -> None:
     """Check every value and name of the model at PATH.
 
-    Whatever tool quantized it. Exit status 1 if a runtime would fail with it or compute something else, 0 else.
+    The model may come from any tool. The exit status is 1 if a runtime would fail or compute wrong results with it,
+    and 0 otherwise.
     """
     quieten_hub(hide_bars=quiet or as_json)
     from omni_convert.convert.inspection.verification import verify_source, weight_bytes

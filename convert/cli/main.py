@@ -1,4 +1,4 @@
-"""The command line. Every import of torch waits until a command needs it."""
+"""The command line; torch is imported only when a command needs it."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from omni_convert.formats.errors import OmniConvertError, nearest
 
 __all__ = ["main"]
 
-# diffusers imports torchao where it is installed; these say what it cannot do here, which nobody asked for.
+# diffusers imports torchao where it is installed; these loggers then report features that nobody asked for.
 NEEDLESS_WARNINGS = ("torchao", "torch.utils._pytree", "diffusers.quantizers.torchao")
-# A word that is less like a command may well be the name of a model.
+# A word that is less similar to a command may be the name of a model.
 COMMAND_SIMILARITY = 0.75
 
 
 class _Group(DefaultGroup):  # type: ignore[misc]  # click-default-group has no types
-    """Turns the user's errors into one line and exit status 1, an interruption into 130."""
+    """Reports errors of the user as one line with exit status 1, and an interruption with status 130."""
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
         name = args[0]
@@ -48,7 +48,7 @@ class _Group(DefaultGroup):  # type: ignore[misc]  # click-default-group has no 
     cls=_Group, default="convert", default_if_no_args=True, context_settings={"help_option_names": ["-h", "--help"]}
 )
 @click.version_option(package_name="omni-convert")
-@click.option("-v", "--verbose", is_flag=True, help="Log what is done.")
+@click.option("-v", "--verbose", is_flag=True, help="Log each step.")
 def main(verbose: bool) -> None:
     """Quantize diffusion pipelines offline, and run the result.
 

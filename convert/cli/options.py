@@ -1,4 +1,4 @@
-"""Options that several commands have, and what the command line makes of their texts."""
+"""Options that several commands share, and the parsing of their values."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ __all__ = [
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
-#: Of the README: runs without a model and without the file.
+#: The file in the README's example, which runs without a model even if the file is missing.
 EXAMPLE_PROMPTS = "prompts.txt"
 SETTINGS = ("steps", "width", "height", "frames", "guidance_scale", "negative_prompt")
 
@@ -50,7 +50,7 @@ class Pair(click.ParamType):  # type: ignore[type-arg]  # generic only since cli
 
 
 def calibration_options(command: Command) -> Command:
-    """The options that say how the pipeline runs while statistics are recorded."""
+    """Adds the options for running a pipeline while statistics are recorded."""
     for option in reversed(
         [
             click.option("--calib-steps", type=click.IntRange(1), help="Denoising steps per prompt."),
@@ -87,6 +87,7 @@ def _format_option(choice: Field[Any]) -> Callable[[Command], Command]:
 
 
 def engine_option(command: Command) -> Command:
+    """Adds `--engine`."""
     return click.option(
         "--engine",
         default="local",
@@ -96,7 +97,7 @@ def engine_option(command: Command) -> Command:
 
 
 def generation_options(command: Command) -> Command:
-    """The options that say how a pipeline runs; left out, the pipeline's own defaults hold."""
+    """Adds the options for generating images; the pipeline's own defaults replace missing ones."""
     for option in reversed(
         [
             click.option("--steps", "--num-inference-steps", "steps", type=click.IntRange(1), help="Denoising steps."),
@@ -114,11 +115,12 @@ def generation_options(command: Command) -> Command:
 
 
 def given(options: dict[str, Any]) -> dict[str, Any]:
+    """The generation settings that the user gave."""
     return {name: options[name] for name in SETTINGS if options.get(name) is not None}
 
 
 def json_option(option: str, text: str) -> dict[str, Any]:
-    """A JSON object given on the command line, or a file that holds one."""
+    """A JSON object from the command line, or from a file that is named there."""
     from omni_convert.formats.containers.json_file import read_json
 
     if not text.lstrip().startswith("{"):
@@ -130,7 +132,7 @@ def json_option(option: str, text: str) -> dict[str, Any]:
 
 
 def recipe_of(model: str | None, options: dict[str, Any]) -> Recipe:
-    """The options as a `Recipe`; they have the same names."""
+    """A `Recipe` from the options of a command, which have the names of its fields."""
     components = {}
     for item in options.pop("component"):
         name, equals, method = item.partition("=")
@@ -145,7 +147,7 @@ def recipe_of(model: str | None, options: dict[str, Any]) -> Recipe:
 
 
 def _patterns(text: str) -> list[str]:
-    """One pattern, or a JSON list of them as serving engines take it."""
+    """One pattern, or the patterns of a JSON list, which serving engines accept too."""
     if not text.startswith("["):
         return [text]
     try:
@@ -158,7 +160,7 @@ def _patterns(text: str) -> list[str]:
 
 
 def _prompts_file(model: str | None, calib: Path | None) -> Path | None:
-    """The prompts to use; the bundled ones where the README's example runs as it stands."""
+    """The file of prompts; the bundled one if the README's example is run without the file."""
     from omni_convert.convert.source.location import DEMO_PROMPTS
 
     if calib is None or calib.exists():
@@ -166,4 +168,4 @@ def _prompts_file(model: str | None, calib: Path | None) -> Path | None:
     if model is None and calib == Path(EXAMPLE_PROMPTS):
         click.echo(f"{calib} does not exist: using the demo's own calibration prompts", err=True)
         return DEMO_PROMPTS
-    raise CalibrationError(f"{calib}: file missing, expected prompts, one a line or JSON Lines")
+    raise CalibrationError(f"{calib}: file missing, expected prompts, one per line or JSON Lines")

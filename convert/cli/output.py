@@ -1,4 +1,4 @@
-"""What commands print, and what they keep other libraries from printing."""
+"""Prints the lines of commands, and silences other libraries."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def print_lines(lines: Iterable[str]) -> None:
 
 
 def quieten_hub(*, hide_bars: bool) -> None:
-    """The client's warnings about what it tries again hold URLs, which may be signed; ours say what is left to say."""
+    """Silences the Hub client, whose warnings about retries show URLs that may be signed."""
     from huggingface_hub.utils.logging import set_verbosity
     from huggingface_hub.utils.tqdm import disable_progress_bars
 
@@ -34,7 +34,7 @@ def quieten_hub(*, hide_bars: bool) -> None:
 
 
 def silence_libraries() -> None:
-    """No bars of other libraries while a pipeline loads: ours tell what there is to tell."""
+    """Hides the progress bars of diffusers and transformers while a pipeline loads."""
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 

@@ -26,20 +26,20 @@ if TYPE_CHECKING:
 __all__ = ["calibrate_command", "compare_command", "generate_command"]
 
 RISKY_LAYERS_SHOWN = 8
-# What vLLM-Omni's tool of the same purpose draws when it is told nothing.
+# The default prompt of vLLM-Omni's comparison tool.
 DEFAULT_PROMPT = "a cup of coffee on the table"
 
 
 @click.command("calibrate")
 @click.argument("model", required=False)
 @click.option(
-    "--calib", type=click.Path(path_type=Path), help="Prompts: one a line, or JSON Lines with prompt and image."
+    "--calib", type=click.Path(path_type=Path), help="Prompts: one per line, or JSON Lines with prompt and image."
 )
 @click.option("-o", "--output", type=click.Path(path_type=Path), default="stats.safetensors", show_default=True)
-@click.option("--moments", type=click.Path(path_type=Path), help="Record second moments, too, into this (large) file.")
+@click.option("--moments", type=click.Path(path_type=Path), help="Also record second moments, into this (large) file.")
 @calibration_options
 @click.option(
-    "--component", multiple=True, metavar="NAME=METHOD", help="Record another component too: text_encoder=fp8."
+    "--component", multiple=True, metavar="NAME=METHOD", help="Also record this component, e.g. text_encoder=fp8."
 )
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
 @engine_option
@@ -48,7 +48,7 @@ DEFAULT_PROMPT = "a cup of coffee on the table"
 def calibrate_command(model: str | None, output: Path, moments: Path | None, **options: Any) -> None:
     """Record the inputs of every linear layer of MODEL.
 
-    It runs over the prompts; the statistics that are written serve any later conversion.
+    The pipeline runs over the prompts. Any later conversion can use the statistics.
     """
     recipe = recipe_of(model, {"ignored_layers": (), **options})
     from omni_convert.convert.calibration.recording import record_source
@@ -59,7 +59,7 @@ def calibrate_command(model: str | None, output: Path, moments: Path | None, **o
             raise OutputError(f"{path}: file exists; use --overwrite, or name another --{option}")
     if recipe.calib is None:
         if model is not None:
-            raise CalibrationError("--calib: found no prompts, expected a file with one a line or JSON Lines")
+            raise CalibrationError("--calib: found no prompts, expected a file with one per line, or JSON Lines")
         recipe = replace(recipe, calib=DEMO_PROMPTS)
     silence_libraries()
     recording = record_source(resolve_source(model, recipe.revision), recipe, with_moments=moments is not None)
@@ -79,9 +79,9 @@ def calibrate_command(model: str | None, output: Path, moments: Path | None, **o
 @click.command("generate")
 @click.argument("model", required=False)
 @click.option("--prompt", required=True)
-@click.option("--image", type=click.Path(exists=True, path_type=Path), help="For pipelines that take an image.")
+@click.option("--image", type=click.Path(exists=True, path_type=Path), help="Input image, for pipelines that need one.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), default="out.png", show_default=True)
-@click.option("--quantization", help="Quantize while loading: a method.")
+@click.option("--quantization", help="Method to quantize with while loading.")
 @click.option("--strict", is_flag=True, help="Fail unless every quantized layer runs a scaled GEMM.")
 @generation_options
 def generate_command(
@@ -95,12 +95,12 @@ def generate_command(
     device: str,
     **options: Any,
 ) -> None:
-    """Make an image with MODEL.
+    """Generate an image with MODEL.
 
-    Its kernels, and why they are not faster ones, are printed.
+    Also prints which kernel each layer runs, and why not a faster one.
     """
     announce_demo(model, "running", quiet=False)
-    _check_picture_path(output)
+    _check_image_path(output)
     from omni_convert.convert.calibration.generation import GenerationSettings, run_pipeline
     from omni_convert.convert.calibration.prompts import Prompt
     from omni_convert.convert.device import resolve_device
@@ -117,37 +117,41 @@ def generate_command(
     except (OSError, ValueError) as error:
         raise OutputError(f"{output}: cannot be written ({error})") from None
     report = kernel_report(pipe)
-    click.echo(str(report) if report.layers else "no quantized layers: everything ran as it is stored")
+    click.echo(
+        str(report) if report.layers else "no quantized layers: every layer ran in the dtype in which it is stored"
+    )
     click.echo(f"{output}: {frame.width}x{frame.height}, {settings.steps} steps, seed {seed}")
 
 
-def _check_picture_path(path: Path) -> None:
-    """What is wrong with it must show before minutes of work."""
+def _check_image_path(path: Path) -> None:
+    """Checks before minutes of work that an image can be written to the path."""
     from PIL import Image
 
     if Image.registered_extensions().get(path.suffix.lower()) not in Image.SAVE:
-        raise OutputError(f"{path}: found no ending of a picture, expected one like .png")
+        raise OutputError(f"{path}: found no file extension of an image format, expected one like .png")
     if not path.absolute().parent.is_dir():
         raise OutputError(f"{path}: found no folder {path.parent}, expected an existing one; create it first")
 
 
 @click.command("compare")
 @click.option("--task", type=click.Choice(("t2i", "t2v")), default="t2i", show_default=True)
-@click.option("--model", help="Used for a side that names no model of its own.")
+@click.option("--model", help="Model for each side that names none of its own.")
 @click.option("--reference-model")
 @click.option("--candidate-model")
-@click.option("--reference-quantization", help="Quantize the reference while loading: a method.")
-@click.option("--candidate-quantization", help="Quantize the candidate while loading: a method.")
+@click.option("--reference-quantization", help="Method to quantize the reference with while loading.")
+@click.option("--candidate-quantization", help="Method to quantize the candidate with while loading.")
 @click.option("--reference-quantization-config-json", help="JSON object or file; overrides --reference-quantization.")
 @click.option("--candidate-quantization-config-json", help="JSON object or file; overrides --candidate-quantization.")
 @click.option("--reference-ignored-layers", help="Comma-separated.")
 @click.option("--candidate-ignored-layers", "--ignored-layers", help="Comma-separated.")
 @click.option("--prompt", multiple=True, help="Repeatable.")
-@click.option("--prompts", "prompts_file", type=click.Path(path_type=Path), help="A file of prompts, as for --calib.")
+@click.option(
+    "--prompts", "prompts_file", type=click.Path(path_type=Path), help="File of prompts in the format of --calib."
+)
 @click.option("--warmup-runs", type=click.IntRange(0), default=0, show_default=True)
 @click.option("--measure-runs", type=click.IntRange(1), default=1, show_default=True)
 @click.option("--output-json", type=click.Path(path_type=Path), required=True)
-@click.option("--save-output-dir", type=click.Path(path_type=Path), help="For the images and comparison.png.")
+@click.option("--save-output-dir", type=click.Path(path_type=Path), help="Folder for the images and comparison.png.")
 @generation_options
 def compare_command(
     task: str,
@@ -161,10 +165,10 @@ def compare_command(
     device: str,
     **options: Any,
 ) -> None:
-    """Measure how far apart two models' images are.
+    """Measure how much the images of two models differ.
 
-    The same prompts, seeds and settings run through both. The report goes into --output-json, its main figures to the
-    terminal; null stands for the infinite PSNR of equal images.
+    Both models run with the same prompts, seeds and settings. The report is written to --output-json, and its main
+    figures are printed; null stands for the infinite PSNR of equal images.
     """
     from omni_convert.convert.calibration.prompts import Prompt, read_prompts
     from omni_convert.convert.comparison.comparison import compare, settings_of
@@ -199,7 +203,7 @@ def compare_command(
 
 
 def _variant(label: str, options: dict[str, Any]) -> Variant:
-    """One side of a comparison from its options."""
+    """One side of the comparison, from its options."""
     from omni_convert.convert.comparison.comparison import Variant
 
     quantization: str | dict[str, Any] | None = options[f"{label}_quantization"]

@@ -1,4 +1,4 @@
-"""Files that a conversion takes over as they are, hashed on the way through."""
+"""Copies the files that a conversion does not change, and hashes them on the way."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ def copy_file(engine: Engine, name: str, source: Path, target: Path) -> str:
     """Copies a file, unless an earlier run did; returns its SHA-256.
 
     Args:
-        engine: where the work is noted
-        name: of the file inside the output
-        source: the file
-        target: where to
+        engine: its journal records the copy
+        name: path of the file inside the output
+        source: the file to copy
+        target: path of the copy
 
     Raises:
         CheckpointError: the source cannot be read.
@@ -35,7 +35,7 @@ def copy_file(engine: Engine, name: str, source: Path, target: Path) -> str:
 
 
 def _copied_before(engine: Engine, name: str, target: Path) -> str | None:
-    """SHA-256 of a copy that an earlier run made and that is still the same."""
+    """SHA-256 of a copy that an earlier run made, if the copy is unchanged; else None."""
     before = engine.journal.get(name)
     if before is None or not target.is_file():
         return None
@@ -85,7 +85,7 @@ def _read(source: Path, descriptor: int, block: memoryview) -> int:
 
 
 def take_files(engine: Engine, hub_files: HubFiles, names: Sequence[str], folder: Path) -> dict[str, str]:
-    """Copies files from the Hub as `copy_file` does, one after the other; returns their SHA-256."""
+    """Copies files from the Hub one after the other, as `copy_file` does; returns their SHA-256 by name."""
     return {
         name: _copied_before(engine, name, folder / name) or _take(engine, hub_files, name, folder / name)
         for name in names

@@ -1,7 +1,7 @@
 """The output folder: it appears whole or not at all.
 
-Work goes to OUT.partial, which is renamed to OUT when nothing was raised. A killed run leaves OUT.partial, and the old
-OUT if there was one. The journal in OUT.partial is also what keeps a second run out: it is locked while one is at work,
+All work is done in OUT.partial, which is renamed to OUT if nothing was raised. A killed run leaves OUT.partial, and the
+old OUT if there was one. The journal in OUT.partial also keeps a second run out: it is locked while a run works there,
 and removed only after the rename.
 """
 
@@ -35,8 +35,8 @@ def check_output(output: Path, *, overwrite: bool, resume: bool = False) -> None
     """Refuses an output folder that already holds something, before any work is done.
 
     Raises:
-        OutputError: OUT or OUT.partial is in the way. With `overwrite` only what this tool wrote is replaced; with
-            `resume` a finished OUT, or the work in OUT.partial, may be there.
+        OutputError: OUT or OUT.partial is in the way. With `overwrite`, output of this tool may be there, which is then
+            replaced. With `resume`, a finished OUT or the work in OUT.partial may be there.
     """
     partial = partial_path(output)
     if output.exists() and not output.is_dir():
@@ -58,7 +58,7 @@ def check_output(output: Path, *, overwrite: bool, resume: bool = False) -> None
 
 
 def _check_ours(folder: Path, mark: str) -> None:
-    """Refuses to touch a folder that holds something, but not the file that all of ours have."""
+    """Refuses to touch a folder that is not empty and lacks the file by which outputs of this tool are recognised."""
     if folder.is_dir() and any(folder.iterdir()) and not (folder / mark).is_file():
         raise OutputError(
             f"{folder}: found a folder without {mark}, so not made by omni-convert, which would delete it; "
@@ -76,18 +76,18 @@ def _previous_path(output: Path) -> Path:
 
 
 def is_finished(output: Path) -> bool:
-    """Whether a conversion ended here, and no later one was begun."""
+    """Whether a conversion was finished here, and no later one has begun."""
     return (output / MANIFEST).is_file() and not partial_path(output).exists()
 
 
 @contextmanager
 def partial_folder(output: Path, *, overwrite: bool, resume: bool = False) -> Iterator[Path]:
-    """OUT.partial to work in, renamed to OUT on success and left as it is on any failure.
+    """Yields OUT.partial to work in; renames it to OUT on success, and leaves it as it is on failure.
 
     Args:
         output: OUT
-        overwrite: replace an earlier OUT, and an earlier OUT.partial unless that is resumed
-        resume: keep what an earlier run left in OUT.partial
+        overwrite: replace an earlier OUT, and an earlier OUT.partial unless it is resumed
+        resume: keep the work of an earlier run in OUT.partial
 
     Raises:
         OutputError: the folder is in the way or in use, or cannot be created or renamed.
@@ -116,7 +116,7 @@ def locked_folder(partial: Path) -> Iterator[None]:
     """Holds the lock on the work in a folder.
 
     Raises:
-        OutputError: another process has it.
+        OutputError: another process holds it.
     """
     path = partial / JOURNAL
     try:
@@ -132,7 +132,7 @@ def locked_folder(partial: Path) -> Iterator[None]:
 
 
 def _lock(descriptor: int) -> bool:
-    """Takes the lock; False if another process has it. File systems without locks let everybody in."""
+    """Takes the lock; False if another process holds it. File systems without locks let every process in."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -143,7 +143,7 @@ def _lock(descriptor: int) -> bool:
 
 
 def clear_folder(partial: Path) -> None:
-    """Empties the folder, but for the journal, which is locked: that only forgets."""
+    """Empties the folder; the journal, which is locked, is kept and truncated."""
     try:
         for path in partial.iterdir():
             if path.is_dir() and not path.is_symlink():
@@ -156,9 +156,9 @@ def clear_folder(partial: Path) -> None:
 
 
 def _replace(partial: Path, output: Path) -> None:
-    """Renames `partial` to `output`. An older output is set aside first and removed last.
+    """Renames `partial` to `output`; an older output is first moved to OUT.previous, and removed last.
 
-    A kill between the two renames leaves it as OUT.previous beside a whole OUT.partial, which --resume puts in place.
+    After a kill between the two renames, --resume puts the complete OUT.partial in place.
     """
     previous = _previous_path(output)
     if output.exists():
@@ -171,10 +171,10 @@ def _replace(partial: Path, output: Path) -> None:
 
 
 def tidy(output: Path) -> None:
-    """Removes what a conversion needs until its output is in place; a kill may have left it.
+    """Removes the journal and OUT.previous, which are needed until the output is in place; a kill may leave them.
 
     Raises:
-        OSError: it cannot be removed.
+        OSError: they cannot be removed.
     """
     (output / JOURNAL).unlink(missing_ok=True)
     sync_folder(output)
@@ -184,13 +184,14 @@ def tidy(output: Path) -> None:
 
 
 def sync_tree(folder: Path) -> None:
-    """Makes a folder's files and names survive a power cut."""
+    """Flushes a folder's files and names to the disk, so that they survive a power failure."""
     for path in sorted(folder.rglob("*")):
         sync_folder(path)  # a file is synced by the same call
     sync_folder(folder)
 
 
 def sync_folder(path: Path) -> None:
+    """Flushes a folder or a file to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,6 +1,6 @@
-"""omni_convert.json: what was made of what, and how; the same job gives the same bytes.
+"""The manifest, omni_convert.json: the source, the recipe, every layer, and the SHA-256 of every other file.
 
-No times, paths, devices or worker counts. `files` holds the SHA-256 of every other file of the output.
+It holds no times, paths, devices or worker counts, so that the same job gives the same bytes.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ ERROR_DIGITS = 6
 
 
 def describe_job(plan: Plan) -> dict[str, Any]:
-    """What must not change between the runs that make one output; for the journal, which may hold times."""
+    """Everything that must not change between the runs that make one output, for the journal, which may hold times."""
     files = {
         f"{component.name}/{name}": [
             file.size,
@@ -64,14 +64,14 @@ def write_manifest(
     known: Mapping[str, str],
     source_sha256: Mapping[Path, str],
 ) -> None:
-    """Writes the manifest into a finished output folder; it must come last, since it holds the other files' hashes.
+    """Writes the manifest, which must be the last file of the output, since it holds the hashes of the others.
 
     Args:
         folder: the output
-        plan: what was done
+        plan: the plan that was carried out
         results: component name → its quantized layers
-        known: file name inside the output → its SHA-256, wherever the file is; others in the folder are hashed now
-        source_sha256: of the source's files, where they were asked for
+        known: path inside the output → SHA-256 that is known already; other files in the folder are hashed now
+        source_sha256: path → SHA-256 of files of the source, if the recipe asks for them
     """
     paths = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
     names = sorted((paths.keys() | known.keys()) - {MANIFEST, JOURNAL}, key=lambda name: Path(name).parts)
@@ -118,11 +118,11 @@ def _layers(results: Sequence[LayerResult]) -> dict[str, Any]:
 
 
 def read_results(folder: Path, plan: Plan) -> dict[str, list[LayerResult]]:
-    """The layers of a finished output, component by component, if it is what the plan would make.
+    """The layers of each component of a finished output, which must be the one that the plan would make.
 
     Raises:
         CheckpointError: the manifest is damaged.
-        OutputError: it is that of another conversion.
+        OutputError: the manifest belongs to another conversion.
     """
     manifest = read_json(folder / MANIFEST)
     try:
@@ -150,11 +150,11 @@ def _results_of(folder: Path, component: ComponentPlan, manifest: Mapping[str, A
 
 
 def _another(folder: Path) -> OutputError:
-    return OutputError(f"{folder}: found another conversion, which is finished; use --overwrite to replace it")
+    return OutputError(f"{folder}: found the finished output of another conversion; use --overwrite to replace it")
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """UTF-8, two spaces, a newline at the end; keys in the order given.
+    """Writes JSON in UTF-8, indented by two spaces, with a final newline; keys keep their order.
 
     Raises:
         OutputError: the file cannot be written.

@@ -1,4 +1,4 @@
-"""OUT/README.md: a model card with metadata that the Hub accepts, and what a user needs to know to run the result."""
+"""The model card, OUT/README.md: metadata in the Hub's format, what was done, and how to run the result."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def model_card(plan: Plan, results: dict[str, Sequence[LayerResult]]) -> str:
     """The text of README.md.
 
     Args:
-        plan: what was done
+        plan: the plan that was carried out
         results: component name → its quantized layers
     """
     declared = _inherited(plan.source.path)
@@ -108,7 +108,7 @@ def _tags(plan: Plan) -> set[str]:
 
 
 def _what(plan: Plan) -> str:
-    """What was done to the source."""
+    """A phrase for what was done to the source."""
     recipe = plan.recipe
     if not recipe.is_transcoding:
         return f"quantized to **{recipe.method}**"
@@ -117,15 +117,15 @@ def _what(plan: Plan) -> str:
         return "converted"
     if recipe.method == "dequantize":
         return f"dequantized (it was {', '.join(labels)})"
-    return f"which is quantized ({', '.join(labels)}), spelled for **{recipe.dialect}** without changing a value,"
+    return f"which is quantized ({', '.join(labels)}), written for **{recipe.dialect}** without changing a value,"
 
 
 def _run(plan: Plan, title: str) -> str:
-    """How to run the result."""
+    """Instructions for running the result."""
     if not any(component.quantized_stems or component.transcoded for component in plan.components):
-        return "As the model that it was before."
+        return "Run it like the original model."
     if plan.recipe.method == "dequantize":
-        return "As the model that it was before it was quantized."
+        return "Run it like the model before it was quantized."
     usual = plan.recipe.dialect
     component = next((each for each in plan.components if each.dialect != usual), plan.components[0])
     return RUN.get(component.dialect, RUN_OTHER).format(
@@ -141,7 +141,7 @@ INHERITED = ("license", "license_name", "license_link", "pipeline_tag")
 
 
 def _inherited(folder: Path) -> dict[str, str]:
-    """What the source's own card declares and holds for the quantized model, too; a license may be named by a link."""
+    """Metadata of the source's card that also applies to the quantized model, such as the license."""
     card = folder / "README.md"
     if not card.is_file():
         return {}

@@ -1,9 +1,9 @@
-"""An output that is no folder of this machine but a URL that `fsspec` knows: `s3://bucket/out`, `gs://`, `file://`, ...
+"""An output at a URL that `fsspec` can open: `s3://bucket/out`, `gs://`, `file://`, ...
 
-Nothing there can be renamed, nor written in pieces. So shards are finished elsewhere and sent as a whole, then what
-else there is, and last the files by which readers find the rest: the configs and indexes of the components,
-model_index.json, and the manifest. What was cut off before that is no model. Journal and small files wait in a folder
-NAME.upload of the current directory, which is removed when all has arrived.
+Files there can be neither renamed nor written in pieces. So shards are finished on a local disk and uploaded whole,
+followed by the other files. The files by which readers find the rest come last: configs and indexes of the components,
+model_index.json, and the manifest. An interrupted upload is therefore never mistaken for a model. The journal and small
+files wait in a folder NAME.upload of the current directory, which is removed when all files have arrived.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ READ_BLOCK = 1 << 20
 
 @dataclass(frozen=True)
 class RemoteFolder:
-    """A folder behind a URL; any process may open it."""
+    """A folder at a URL; any process may open it."""
 
     url: str
 
@@ -46,14 +46,14 @@ class RemoteFolder:
 
     @property
     def staging(self) -> Path:
-        """Where this machine keeps the journal, and what is sent last."""
+        """The local folder for the journal, and for the files that are uploaded last."""
         return Path(f"{self.name}.upload")
 
     def send(self, file: Path, name: str) -> None:
-        """Uploads a file, which is there as a whole or not at all.
+        """Uploads a file, which then exists as a whole or not at all.
 
         Raises:
-            OutputError: it did not arrive.
+            OutputError: the file did not arrive.
         """
 
         def put(filesystem: Any, path: str) -> None:
@@ -65,10 +65,10 @@ class RemoteFolder:
         self._do(name, put)
 
     def sha256(self, name: str) -> str | None:
-        """Of a file, all of which is read for it; None if there is none.
+        """SHA-256 of a file, which is read completely; None if there is no such file.
 
         Raises:
-            OutputError: it cannot be read.
+            OutputError: the file cannot be read.
         """
 
         def hash_of(filesystem: Any, path: str) -> str | None:
@@ -83,7 +83,7 @@ class RemoteFolder:
         return self._do(name, hash_of)
 
     def fetch(self, name: str, file: Path) -> bool:
-        """Downloads a file; False if there is none.
+        """Downloads a file; False if there is no such file.
 
         Raises:
             OutputError: it cannot be read.
@@ -98,7 +98,7 @@ class RemoteFolder:
         return self._do(name, get)
 
     def remove(self, name: str) -> None:
-        """Removes a file, if it is there.
+        """Removes a file if it exists.
 
         Raises:
             OutputError: it cannot be removed.
@@ -106,7 +106,7 @@ class RemoteFolder:
         self._do(name, lambda filesystem, path: filesystem.rm_file(path) if filesystem.exists(path) else None)
 
     def is_empty(self) -> bool:
-        """Whether nothing is there.
+        """Whether the folder has no files.
 
         Raises:
             OutputError: the URL does not answer.
@@ -142,18 +142,18 @@ def output_of(output: str | Path) -> Path | RemoteFolder:
 
 
 def check_remote(remote: RemoteFolder, *, overwrite: bool, resume: bool) -> None:
-    """Refuses a URL where something is already, before any work is done.
+    """Checks before any work that nothing is at the URL yet.
 
     Raises:
-        OutputError: as it says.
-        RecipeError: no library for this kind of URL.
+        OutputError: something is there, or an unfinished run left its work.
+        RecipeError: no library for this kind of URL is installed.
     """
     if overwrite or resume:
         return
     if not remote.is_empty():
         raise OutputError(
-            f"{remote}: found something there; use --resume to go on with what an unfinished run left, --overwrite "
-            "to replace an earlier output, or name another --output"
+            f"{remote}: found something there; use --resume to continue an unfinished run, --overwrite to replace an "
+            "earlier output, or name another --output"
         )
     if remote.staging.exists():
         raise OutputError(
@@ -162,13 +162,13 @@ def check_remote(remote: RemoteFolder, *, overwrite: bool, resume: bool) -> None
 
 
 def finished_manifest(remote: RemoteFolder, folder: Path) -> bool:
-    """Whether a conversion ended there, and none goes on; then fetches its manifest into a folder."""
+    """Whether a conversion was finished there, and none is under way; if so, fetches its manifest into a folder."""
     return not remote.staging.exists() and remote.fetch(MANIFEST, folder / MANIFEST)
 
 
 @contextmanager
 def published_folder(remote: RemoteFolder, *, overwrite: bool, resume: bool) -> Iterator[Path]:
-    """A folder for all that is not sent at once; sent on success, and left as it is on any failure.
+    """Yields a local folder for files that are not uploaded at once; uploads them on success, keeps them on failure.
 
     Raises:
         OutputError: the URL or the folder is in the way, in use, or cannot be written.
@@ -192,7 +192,7 @@ def published_folder(remote: RemoteFolder, *, overwrite: bool, resume: bool) -> 
 
 
 def _rank(name: str) -> tuple[int, str]:
-    """Readers find a model by what has the highest."""
+    """Sort key: the files by which readers find a model come last."""
     if name == MANIFEST:
         return 3, name
     if name == "model_index.json":
@@ -201,7 +201,7 @@ def _rank(name: str) -> tuple[int, str]:
 
 
 def _remove_earlier(remote: RemoteFolder) -> None:
-    """Removes what an earlier conversion put there; by which readers find it, first."""
+    """Removes the files of an earlier conversion, those by which readers find the model first."""
     with tempfile.TemporaryDirectory() as folder:
         manifest = Path(folder) / MANIFEST
         files = read_json(manifest).get("files", {}) if remote.fetch(MANIFEST, manifest) else {}

@@ -1,6 +1,6 @@
-"""A component whose output is a URL: shard by shard, each made on some machine's own disk, sent, and forgotten.
+"""Writes a component to a URL: each shard is made on the disk of some machine, uploaded, and removed.
 
-A group of layers that lies in two shards is prepared for both. The journal names the shards that have arrived.
+Scales of a fused group that lies in two shards are computed for each. The journal names the shards that have arrived.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ __all__ = ["upload_component"]
 
 @dataclass(frozen=True)
 class _Sent:
-    """A shard that has arrived: its hash, and the records of the tiles that it has a part of, by name."""
+    """A shard that has arrived: its SHA-256, and the records of the tiles that it contains parts of, by name."""
 
     sha256: str
     records: dict[str, Record]
@@ -34,7 +34,7 @@ class _Sent:
 def upload_component(
     remote: RemoteFolder, component: ComponentPlan, _folder: Path, engine: Engine, progress: Progress
 ) -> ComponentResult:
-    """Makes and sends the shards of one component; those that the journal has and that are still there stay.
+    """Makes and uploads the shards of one component, except those that an earlier run uploaded and that are unchanged.
 
     Raises:
         CheckpointError: the source is damaged or a weight is not finite.
@@ -63,10 +63,10 @@ def upload_component(
 
 
 def _check_fits(component: ComponentPlan, records: Mapping[str, Record]) -> None:
-    """A group that lies in two shards was decided on twice, maybe by machines that do not compute alike.
+    """Checks that machines agree on the scales of a fused group that lies in two shards.
 
     Raises:
-        OutputError: with another outcome.
+        OutputError: they computed different scales.
     """
     for step in component.quantize_steps:
         if len({records[name_of(component, tile)].fit for tile in tiles_of(step)}) > 1:
@@ -82,7 +82,7 @@ def _finish(component: ComponentPlan, tile: Tile, progress: Progress) -> None:
 
 
 def _arrived(component: ComponentPlan, remote: RemoteFolder, engine: Engine) -> dict[str, str]:
-    """SHA-256 of the shards that an earlier run has sent, if they are still as they were."""
+    """SHA-256 of the shards that an earlier run uploaded, if they are unchanged."""
     sha256 = {}
     for file in component.shards.files:
         record = engine.journal.get(f"{component.name}/{file}")
@@ -92,7 +92,7 @@ def _arrived(component: ComponentPlan, remote: RemoteFolder, engine: Engine) -> 
 
 
 def _send_shard(remote: RemoteFolder, component: ComponentPlan, file: str, engine: Engine) -> _Sent:
-    """Makes a shard with the threads of this machine, and sends it."""
+    """Makes a shard with the threads of this machine, and uploads it."""
     specs = component.shards.files[file]
     names = {spec.name for spec in specs}
     steps = tuple(step for step in component.steps if not names.isdisjoint(spec.name for spec in step.outputs()))

@@ -1,8 +1,8 @@
-"""`push_to_hub`: a finished output becomes a repository, in one commit.
+"""`push_to_hub`: uploads a finished output to a repository on the Hub in one commit.
 
-Weights are sent first and belong to no commit yet; then one commit names all of them together with the configs, the
-manifest and the card. So there is never half a model to be seen: what was cut off is as if it had not begun, but what
-was sent by then is not sent again. Weights of an earlier push that this one has no more go in the same commit.
+Weights are uploaded first and belong to no commit yet. One commit then adds all of them with the configs, the manifest
+and the card, and deletes weights of an earlier push that are no longer part of the model. So half a model is never
+visible. After an interruption, files that have arrived are not uploaded again.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ DEFAULT_BRANCH = "main"
 
 @dataclass(frozen=True)
 class Repository:
-    """Where an output goes, found to be ready for it.
+    """A repository that an output can be uploaded to.
 
     Attributes:
-        weights: the names of those that it holds already
+        weights: names of the files of weights that it holds already
     """
 
     repo_id: str
@@ -42,21 +42,21 @@ class Repository:
 
 
 def push_to_hub(path: str | Path, repo_id: str, *, private: bool = False, revision: str | None = None) -> str:
-    """Uploads a finished output; begun again after an interruption it sends only what is missing.
+    """Uploads a finished output; when repeated after an interruption, uploads only the missing files.
 
     Args:
         path: the output of a conversion
-        repo_id: NAMESPACE/NAME, or a name in the login's own namespace; created if it is not there
-        private: create it so that only its owner sees it; one that is public already is refused
-        revision: branch, created if it is not there; main by default
+        repo_id: NAMESPACE/NAME, or a name in the login's own namespace; created if it does not exist
+        private: create a private repository; a public one that exists is refused
+        revision: branch, created if it does not exist; main by default
 
     Returns:
         The commit's address.
 
     Raises:
-        OutputError: the folder is not a finished output; nothing was sent.
-        CheckpointError: a file is not what the manifest says; nothing was sent.
-        HubError: there is no login, it may not write there, or the Hub cannot be reached; the repository shows nothing.
+        OutputError: the folder is not a finished output; nothing was uploaded.
+        CheckpointError: a file differs from the manifest; nothing was uploaded.
+        HubError: there is no login, it may not write there, or the Hub cannot be reached; the repository is unchanged.
     """
     folder = Path(path)
     additions = _additions(folder)
@@ -64,7 +64,7 @@ def push_to_hub(path: str | Path, repo_id: str, *, private: bool = False, revisi
 
 
 def open_repository(repo_id: str, *, private: bool = False, revision: str | None = None) -> Repository:
-    """Logs in, creates the repository unless it is there, and looks whether it may be filled; see `push_to_hub`."""
+    """Checks the login, creates the repository if needed, and checks that it may be filled; see `push_to_hub`."""
     from huggingface_hub import HfApi
 
     from omni_convert.convert.source.hub import ask_hub
@@ -92,7 +92,7 @@ def open_repository(repo_id: str, *, private: bool = False, revision: str | None
 
 
 def push_output(folder: Path, repository: Repository) -> str:
-    """As `push_to_hub`, into a repository that was opened before the conversion began."""
+    """Uploads a finished output to a repository that was opened before the conversion; see `push_to_hub`."""
     return _upload(folder, _additions(folder), repository)
 
 
@@ -100,7 +100,7 @@ def _declared_files(folder: Path) -> Mapping[str, str]:
     """SHA-256 of the files of a finished output, by name.
 
     Raises:
-        OutputError: it is none.
+        OutputError: the folder is not a finished output.
     """
     if folder.name.endswith(".partial") or not folder.is_dir() or (folder / JOURNAL).exists():
         raise OutputError(
@@ -121,7 +121,7 @@ def _declared_files(folder: Path) -> Mapping[str, str]:
 
 
 def _additions(folder: Path) -> list[CommitOperationAdd]:
-    """Every file of a finished output, found to be what the manifest says."""
+    """Every file of a finished output, checked against the manifest."""
     from huggingface_hub import CommitOperationAdd
 
     declared = _declared_files(folder)

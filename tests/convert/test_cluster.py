@@ -54,5 +54,5 @@ def test_without_the_extra(tiny_pipeline_folder: Path, tmp_path: Path, monkeypat
 
 def test_machines_with_another_version_take_no_part() -> None:
     check_versions(versions(), "node")
-    with pytest.raises(ClusterError, match=r"node: found torch .*, expected 1.0 as where the work was begun"):
+    with pytest.raises(ClusterError, match=r"node: found torch .*, expected 1.0, which began the work"):
         check_versions({**versions(), "torch": "1.0"}, "node")

@@ -357,7 +357,7 @@ def test_a_finished_output_has_nothing_to_resume(tiny_pipeline_folder: Path, tmp
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")} == times
     assert [layer.name for layer in again.layers] == [layer.name for layer in first.layers]
     assert again.worst.relative_error == pytest.approx(first.worst.relative_error, rel=1e-3)
-    with pytest.raises(OutputError, match="found another conversion, which is finished; use --overwrite"):
+    with pytest.raises(OutputError, match="found the finished output of another conversion; use --overwrite"):
         convert_checkpoint(tiny_pipeline_folder, tmp_path / "out", Recipe(method="int8", resume=True))
 
 

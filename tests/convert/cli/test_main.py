@@ -168,7 +168,11 @@ def test_calibrate_then_convert_static(tiny_pipeline_folder: Path, tmp_path: Pat
 
 @pytest.mark.parametrize(
     ("output", "message"),
-    [("out.tensor", "no ending of a picture"), ("out.mpeg", "no ending of a picture"), ("none/out.png", "no folder")],
+    [
+        ("out.tensor", "no file extension of an image"),
+        ("out.mpeg", "no file extension of an image"),
+        ("none/out.png", "no folder"),
+    ],
 )
 def test_generate_looks_at_its_output_before_it_runs(
     tiny_pipeline_folder: Path, tmp_path: Path, output: str, message: str
@@ -265,7 +269,7 @@ def test_an_interruption_leaves_the_work_but_no_output(larger_pipeline: Path, tm
     assert process.returncode == 130, errors
     told, last = errors.decode().splitlines()[-2:]
     assert last == "Error: interrupted"
-    assert told == f"{tmp_path / 'out.partial'} holds what is done; --resume goes on from there"
+    assert told == f"{tmp_path / 'out.partial'} holds the finished work; --resume continues from there"
     assert not (tmp_path / "out").exists()
     assert (tmp_path / "out.partial").exists()
 
