@@ -42,6 +42,7 @@ CHECKS = {
     "ignored-unmatched": "an ignored name that is no layer of the runtime",
     "not-built-quantized": "a quantized layer that the runtime builds unquantized",
     "unsupported-family": "a model that the runtime does not run quantized",
+    "unknown-scope": "a model whose quantized layers in the runtime are not known here",
     "bad-block": "a config block that the runtime refuses",
     "unknown-key": "a key of the config block that the runtime does not know",
     "no-serialized-flag": "a block that makes the runtime quantize codes again",

@@ -180,7 +180,7 @@ def _scope(component: ComponentFolder, reading: LenientReading) -> list[Finding]
     if not is_for_vllm_omni or family is None or not reading.shapes:
         return []
     recipe, _ = component.manifest_entry
-    if family.is_generic or recipe.get("runtime") == "diffusers":  # chosen for our loader
+    if recipe.get("runtime") == "diffusers":  # chosen for our loader
         return []
     return list(check_scope(reading, family, *_encoder_layers(component.source, family)))
 

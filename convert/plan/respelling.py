@@ -141,10 +141,8 @@ def _merged_names(quantized: QuantizedCheckpoint, family: Family | None, recipe:
 
 
 def _groups(quantized: QuantizedCheckpoint, family: Family | None, recipe: Recipe) -> list[LayerGroup]:
-    """Layers that the recipe's runtime builds quantized; none where nobody knows them."""
-    if family is None or family.unsupported(recipe.runtime) is not None:
-        return []
-    return family.layer_groups(dequantized_view(quantized), recipe.runtime)
+    """Layers that the recipe's runtime builds quantized; none where nobody knows the model."""
+    return [] if family is None else family.layer_groups(dequantized_view(quantized), recipe.runtime)
 
 
 def _scope(quantized: QuantizedCheckpoint, family: Family | None, recipe: Recipe, notes: list[str]) -> list[str]:
@@ -156,9 +154,9 @@ def _scope(quantized: QuantizedCheckpoint, family: Family | None, recipe: Recipe
             "builds quantized depends on the model"
         )
     method = next(iter(quantized.layers.values())).format.method
-    refusal = None if recipe.force else family.unsupported(recipe.runtime, method)
+    refusal = None if recipe.force else family.refusal(recipe.runtime, method, recipe.dialect)
     if refusal is not None:
-        raise RecipeError(f"{where}: {refusal}; --runtime diffusers is for our loader, --force converts all the same")
+        raise RecipeError(f"{where}: {refusal.advice}")
     groups = family.layer_groups(dequantized_view(quantized), recipe.runtime)
     built = {stem for group in groups for stem in group.members}
     for stem in quantized.layers:

@@ -151,8 +151,7 @@ class RuntimeTarget(Target):
 
     def scope(self) -> Scope:
         component, recipe, family = self.component, self.recipe, self.component.family
-        if not recipe.force:
-            self._refuse()
+        self._refuse()
         groups = family.layer_groups(component.weights, recipe.runtime)
         if not groups:
             raise RecipeError(
@@ -170,15 +169,15 @@ class RuntimeTarget(Target):
     def _refuse(self) -> None:
         """Raises RecipeError if the runtime cannot run the result, or if it would be too bad."""
         component, family = self.component, self.component.family
-        refusal = family.unsupported(self.recipe.runtime, self.method)
+        refusal = family.refusal(self.recipe.runtime, self.method, self.dialect.name)
+        is_forced = self.recipe.force and not (refusal is not None and refusal.is_final)
+        if is_forced or component.is_transformers:  # what a runtime does with an encoder, the transformer's family says
+            return
         if refusal is not None:
-            raise RecipeError(
-                f"{component.config_path}: {refusal}; --runtime diffusers is for our loader, --force converts all the "
-                "same"
-            )
-        refusal = family.refused_variant(component.config, self.method)
-        if refusal is not None:
-            raise RecipeError(f"{component.config_path}: {refusal}; choose another method, or --force")
+            raise RecipeError(f"{component.config_path}: {refusal.advice}")
+        reason = family.refused_variant(component.config, self.method)
+        if reason is not None:
+            raise RecipeError(f"{component.config_path}: {reason}; choose another method, or --force")
 
     def _without_leading_blocks(self, groups: Sequence[LayerGroup]) -> Iterator[LayerGroup]:
         """The groups; those of the leading blocks that stay in BF16 have that as their reason."""

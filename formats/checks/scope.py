@@ -34,16 +34,18 @@ def check_scope(
     """Everything that is wrong with the choice of layers.
 
     Args:
-        family: of the model; not the generic one
+        family: of the model
         encoder_layers: unquantized linears of the text encoder that the runtime builds from the same block
         stored_encoder_layers: its linears that are stored quantized
     """
     quantized = reading.quantized
     methods = {layer.format.method for layer in quantized.layers.values()}
-    refusal = next(filter(None, (family.unsupported(RUNTIME, method) for method in sorted(methods))), None)
+    refusals = (family.refusal(RUNTIME, method, quantized.dialect) for method in sorted(methods))
+    refusal = next(filter(None, refusals), None)
     if refusal is not None:
+        check = "unknown-scope" if family.is_generic else "unsupported-family"
         yield Finding(
-            "error", "unsupported-family", "", refusal, VLLM_OMNI, "use another method, or omni_convert.loaders"
+            "error", check, "", refusal.reason, VLLM_OMNI, "use another method or dialect, or omni_convert.loaders"
         )
         return
     try:

@@ -23,7 +23,16 @@ from omni_convert.formats.families.layers import (
 )
 from omni_convert.formats.families.original_names import OriginalName, original_runs
 
-__all__ = ["EncoderLayers", "Family", "GgufFacts", "MethodNote", "Recommendation", "VariantRefusal"]
+__all__ = [
+    "EncoderLayers",
+    "Family",
+    "GgufFacts",
+    "MethodNote",
+    "Recommendation",
+    "RuntimeRefusal",
+    "VariantRefusal",
+    "unknown_scope",
+]
 
 MAX_ENCODER_LAYERS = 1024
 
@@ -51,6 +60,41 @@ class MethodNote:
     text: str
     layer: str = ""
     runtimes: tuple[str, ...] = EVERY_RUNTIME
+
+
+@dataclass(frozen=True)
+class RuntimeRefusal:
+    """Why a runtime cannot run a family quantized.
+
+    Attributes:
+        methods: the methods that are refused; empty for all
+        dialects: the dialects in which they are refused; empty for all
+        is_final: no layer may be stored quantized for the runtime, so that --force cannot help
+    """
+
+    runtime: str
+    reason: str
+    methods: tuple[str, ...] = ()
+    dialects: tuple[str, ...] = ()
+    is_final: bool = False
+
+    @property
+    def advice(self) -> str:
+        """The reason, and what the user can do instead."""
+        others = "--runtime diffusers is for our loader"
+        return (
+            f"{self.reason}; {others}" if self.is_final else f"{self.reason}; {others}, --force converts all the same"
+        )
+
+    def concerns(self, runtime: str, method: str | None, dialect: str | None) -> bool:
+        is_method = not self.methods or method in self.methods
+        return runtime == self.runtime and is_method and (not self.dialects or dialect in self.dialects)
+
+
+def unknown_scope(model: str) -> tuple[RuntimeRefusal, ...]:
+    """The refusal of a model whose layers in vLLM-Omni nobody has tabulated."""
+    reason = f"which layers vLLM-Omni builds quantized for {model} is not known here"
+    return (RuntimeRefusal(VLLM_OMNI, reason),)
 
 
 @dataclass(frozen=True)
@@ -116,8 +160,7 @@ class Family:
     Attributes:
         model_classes: names of the model's classes in diffusers
         layers: the linears that each runtime builds quantized; without any, the generic rule chooses
-        refused_runtimes: runtime to the reason why none of the family's layers may be stored quantized for it
-        refused_methods: runtime and method to the reason why the runtime cannot load the family in that method
+        refusals: why runtimes cannot run the family quantized
         refused_variants: models of the family that a method harms too much
         leading_blocks: method to the number of leading blocks that the runtime's own quantizing leaves in BF16
         original_names: what the model's own code calls its tensors; empty where that is not known
@@ -130,8 +173,7 @@ class Family:
     recommendations: tuple[Recommendation, ...] = ()
     method_notes: tuple[MethodNote, ...] = ()
     shared_encoder: EncoderLayers | None = None
-    refused_runtimes: tuple[tuple[str, str], ...] = ()
-    refused_methods: tuple[tuple[str, str, str], ...] = ()
+    refusals: tuple[RuntimeRefusal, ...] = ()
     refused_variants: tuple[VariantRefusal, ...] = ()
     leading_blocks: tuple[tuple[str, int], ...] = ()
     original_names: tuple[OriginalName, ...] = ()
@@ -141,18 +183,12 @@ class Family:
     @property
     def is_generic(self) -> bool:
         """Whether nothing is known about its layers in any serving runtime."""
-        return not self.layers and not self.refused_runtimes
+        return not self.layers and not any(refusal.is_final for refusal in self.refusals)
 
-    def unsupported(self, runtime: str, method: str | None = None) -> str | None:
-        """Why the runtime cannot run this family quantized (in `method`, if given), or None."""
+    def refusal(self, runtime: str, method: str | None = None, dialect: str | None = None) -> RuntimeRefusal | None:
+        """Why the runtime cannot run this family quantized (in a method and dialect, if given), or None."""
         assert runtime in EVERY_RUNTIME, runtime
-        for refusing, reason in self.refused_runtimes:
-            if refusing == runtime:
-                return reason
-        for refusing, refused, reason in self.refused_methods:
-            if (refusing, refused) == (runtime, method):
-                return reason
-        return None
+        return next((each for each in self.refusals if each.concerns(runtime, method, dialect)), None)
 
     def refused_variant(self, config: Mapping[str, object], method: str) -> str | None:
         """Why the model of this config should not be converted to this method, or None."""
@@ -168,7 +204,7 @@ class Family:
     def layer_groups(self, specs: Mapping[str, TensorSpec], runtime: str) -> list[LayerGroup]:
         """Groups of linears that the runtime builds quantized, in checkpoint order.
 
-        Empty if the runtime runs nothing of this family quantized; `unsupported` then says why. Groups with a
+        Empty if the runtime runs nothing of this family quantized; `refusal` then says why. Groups with a
         `keep_reason` are among them, for the list of ignored layers.
 
         Args:
@@ -179,7 +215,8 @@ class Family:
             CheckpointError: a member of a fused group is missing or has another input width; or the checkpoint holds
                 none of the family's layers.
         """
-        if self.unsupported(runtime) is not None:
+        refusal = self.refusal(runtime)
+        if refusal is not None and refusal.is_final:
             return []
         widths = linear_widths(specs)
         if not self.layers:
@@ -203,19 +240,13 @@ class Family:
         Args:
             tensors: names of the model's tensors
         """
-        notes = [
+        return tuple(
             note.text
             for note in self.method_notes
             if (method in note.methods or not note.methods)
             and (not note.layer or f"{note.layer}.weight" in tensors)
             and runtime in note.runtimes
-        ]
-        if self.is_generic and runtime == VLLM_OMNI:
-            notes.append(
-                f"{self.model_classes[0] or 'this model'} is unknown here: a generic rule chose the layers, and "
-                f"{runtime} may build others quantized; check that it does before serving the result"
-            )
-        return tuple(notes)
+        )
 
     def shared_encoder_layers(
         self, text_encoder_config: Mapping[str, object], quantized: Collection[str] = ()

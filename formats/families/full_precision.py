@@ -1,31 +1,33 @@
-"""Families that vLLM-Omni builds in full precision: nothing of them may be stored quantized for it."""
+"""Families of which nothing may be stored quantized for vLLM-Omni."""
 
 from __future__ import annotations
 
-from omni_convert.formats.families.family import Family, GgufFacts
+from omni_convert.formats.families.family import Family, GgufFacts, RuntimeRefusal
 from omni_convert.formats.families.layers import VLLM_OMNI
 
-__all__ = ["HELIOS", "LONGCAT_IMAGE", "OVIS_IMAGE", "SANA_VIDEO", "SDXL", "SD_3"]
+__all__ = ["ERNIE_IMAGE", "HELIOS", "LONGCAT_IMAGE", "OVIS_IMAGE", "SANA_VIDEO", "SDXL", "SD_3"]
 
-_REFUSED = ((VLLM_OMNI, "vLLM-Omni 0.30.0 builds every layer of this model in full precision"),)
+_IN_FULL_PRECISION = (
+    RuntimeRefusal(VLLM_OMNI, "vLLM-Omni 0.30.0 builds every layer of this model in full precision", is_final=True),
+)
+# helios_transformer.py and ernie_image_transformer.py pass `quant_config` to their linears, and no `prefix`.
+_WITHOUT_NAMES = (
+    RuntimeRefusal(
+        VLLM_OMNI,
+        "vLLM-Omni 0.30.0 builds this model's linears without names, so that no layer could be left in BF16",
+        is_final=True,
+    ),
+)
 
 SD_3 = Family(
     "Stable Diffusion 3",
     ("SD3Transformer2DModel",),
-    refused_runtimes=_REFUSED,
+    refusals=_IN_FULL_PRECISION,
     gguf=GgufFacts("sd3", diffusers_prefixes=("transformer_blocks.",)),
 )
-SDXL = Family("SDXL", ("UNet2DConditionModel",), refused_runtimes=_REFUSED)
-LONGCAT_IMAGE = Family("LongCat-Image", ("LongCatImageTransformer2DModel",), refused_runtimes=_REFUSED)
-OVIS_IMAGE = Family("Ovis-Image", ("OvisImageTransformer2DModel",), refused_runtimes=_REFUSED)
-SANA_VIDEO = Family("SANA-Video", ("SanaVideoTransformer3DModel",), refused_runtimes=_REFUSED)
-HELIOS = Family(
-    "Helios",
-    ("HeliosTransformer3DModel",),
-    refused_runtimes=(
-        (
-            VLLM_OMNI,
-            "vLLM-Omni 0.30.0 builds this model's linears without names, so that no layer could be left in BF16",
-        ),
-    ),
-)
+SDXL = Family("SDXL", ("UNet2DConditionModel",), refusals=_IN_FULL_PRECISION)
+LONGCAT_IMAGE = Family("LongCat-Image", ("LongCatImageTransformer2DModel",), refusals=_IN_FULL_PRECISION)
+OVIS_IMAGE = Family("Ovis-Image", ("OvisImageTransformer2DModel",), refusals=_IN_FULL_PRECISION)
+SANA_VIDEO = Family("SANA-Video", ("SanaVideoTransformer3DModel",), refusals=_IN_FULL_PRECISION)
+HELIOS = Family("Helios", ("HeliosTransformer3DModel",), refusals=_WITHOUT_NAMES)
+ERNIE_IMAGE = Family("ERNIE-Image", ("ErnieImageTransformer2DModel",), refusals=_WITHOUT_NAMES)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from omni_convert.formats.families.family import Family, GgufFacts
+from omni_convert.formats.families.family import Family, GgufFacts, unknown_scope
 from omni_convert.formats.families.layers import QKV, linears, merged
 from omni_convert.formats.families.original_names import renamed, same
 
@@ -31,6 +31,7 @@ LTX_2 = Family(
 LTX_VIDEO = Family(
     name="LTX-Video",
     model_classes=("LTXVideoTransformer3DModel",),
+    refusals=unknown_scope("LTX-Video"),
     original_names=(
         *renamed({"patchify_proj": "proj_in", "adaln_single": "time_embed"}),
         *same("caption_projection", "proj_out", "scale_shift_table"),

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from omni_convert.formats.families.family import Family, GgufFacts
-from omni_convert.formats.families.layers import VLLM_OMNI
+from omni_convert.formats.families.family import Family, GgufFacts, unknown_scope
 
 __all__ = [
     "AURA_FLOW",
     "COSMOS",
-    "ERNIE_IMAGE",
     "FRAMEPACK",
     "HIDREAM_I1",
     "HUNYUAN_VIDEO",
@@ -18,28 +16,28 @@ __all__ = [
     "SANA_WM",
 ]
 
-_REFUSED = ((VLLM_OMNI, "which layers vLLM-Omni builds quantized for this model is not known here"),)
+_UNKNOWN = unknown_scope("this model")
 
-ERNIE_IMAGE = Family("ERNIE-Image", ("ErnieImageTransformer2DModel",), refused_runtimes=_REFUSED)
 HIDREAM_I1 = Family(
     "HiDream-I1",
     ("HiDreamImageTransformer2DModel",),
-    refused_runtimes=_REFUSED,
+    refusals=_UNKNOWN,
     has_original_names=True,
     gguf=GgufFacts("hidream", kept_layers=("gate",)),
 )
-KREA_2 = Family("Krea 2", ("Krea2Transformer2DModel",), refused_runtimes=_REFUSED)
-MINIMAX_H3 = Family("MiniMax-H3", ("MiniMaxH3Transformer3DModel",), refused_runtimes=_REFUSED)
-SANA_WM = Family("SANA-WM", ("SanaWMTransformer3DModel",), refused_runtimes=_REFUSED)
+KREA_2 = Family("Krea 2", ("Krea2Transformer2DModel",), refusals=_UNKNOWN)
+MINIMAX_H3 = Family("MiniMax-H3", ("MiniMaxH3Transformer3DModel",), refusals=_UNKNOWN)
+SANA_WM = Family("SANA-WM", ("SanaWMTransformer3DModel",), refusals=_UNKNOWN)
 
-AURA_FLOW = Family("AuraFlow", ("AuraFlowTransformer2DModel",), gguf=GgufFacts("aura"))
-COSMOS = Family("Cosmos", ("CosmosTransformer3DModel",), gguf=GgufFacts("cosmos"))
-_HUNYUAN_VIDEO_GGUF = GgufFacts("hyvid", diffusers_prefixes=("context_embedder.",))
-HUNYUAN_VIDEO = Family("HunyuanVideo", ("HunyuanVideoTransformer3DModel",), gguf=_HUNYUAN_VIDEO_GGUF)
-FRAMEPACK = Family("FramePack", ("HunyuanVideoFramepackTransformer3DModel",), gguf=_HUNYUAN_VIDEO_GGUF)
+AURA_FLOW = Family("AuraFlow", ("AuraFlowTransformer2DModel",), refusals=_UNKNOWN, gguf=GgufFacts("aura"))
+COSMOS = Family("Cosmos", ("CosmosTransformer3DModel",), refusals=_UNKNOWN, gguf=GgufFacts("cosmos"))
+_HYVID = GgufFacts("hyvid", diffusers_prefixes=("context_embedder.",))
+HUNYUAN_VIDEO = Family("HunyuanVideo", ("HunyuanVideoTransformer3DModel",), refusals=_UNKNOWN, gguf=_HYVID)
+FRAMEPACK = Family("FramePack", ("HunyuanVideoFramepackTransformer3DModel",), refusals=_UNKNOWN, gguf=_HYVID)
 LUMINA_2 = Family(
     "Lumina 2",
     ("Lumina2Transformer2DModel",),
+    refusals=_UNKNOWN,
     gguf=GgufFacts(
         "lumina2", kept_layers=("noise_refiner", "context_refiner"), diffusers_prefixes=("time_caption_embed.",)
     ),

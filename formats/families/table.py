@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-from omni_convert.formats.families.family import Family
+from omni_convert.formats.families.family import Family, unknown_scope
 from omni_convert.formats.families.flux_1 import FLUX_1
 from omni_convert.formats.families.flux_2 import FLUX_2
-from omni_convert.formats.families.full_precision import HELIOS, LONGCAT_IMAGE, OVIS_IMAGE, SANA_VIDEO, SD_3, SDXL
+from omni_convert.formats.families.full_precision import (
+    ERNIE_IMAGE,
+    HELIOS,
+    LONGCAT_IMAGE,
+    OVIS_IMAGE,
+    SANA_VIDEO,
+    SD_3,
+    SDXL,
+)
 from omni_convert.formats.families.glm_image import GLM_IMAGE
 from omni_convert.formats.families.hunyuan_video import HUNYUAN_VIDEO_15
 from omni_convert.formats.families.ltx import LTX_2, LTX_VIDEO
 from omni_convert.formats.families.not_tabulated import (
     AURA_FLOW,
     COSMOS,
-    ERNIE_IMAGE,
     FRAMEPACK,
     HIDREAM_I1,
     HUNYUAN_VIDEO,
@@ -57,8 +64,8 @@ FAMILIES = (
 
 
 def find_family(model_class: str) -> Family:
-    """The family of a model class (`_class_name` or `architectures` of its config); one without facts if unknown."""
+    """The family of a model class (`_class_name` or `architectures` of its config); the generic rule's if unknown."""
     for family in FAMILIES:
         if model_class in family.model_classes:
             return family
-    return Family("generic", (model_class,))
+    return Family("generic", (model_class,), refusals=unknown_scope(model_class or "this model"))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Container
 
-from omni_convert.formats.families.family import Family, GgufFacts, VariantRefusal
+from omni_convert.formats.families.family import Family, GgufFacts, RuntimeRefusal, VariantRefusal
 from omni_convert.formats.families.layers import QKV, VLLM_OMNI, LayerPattern, linears, merged
 from omni_convert.formats.families.layers import renamed as renamed_layer
 from omni_convert.formats.families.original_names import OriginalName, diffusers_name, renamed, same
@@ -81,8 +81,18 @@ WAN = Family(
     name="Wan",
     model_classes=("WanTransformer3DModel", "WanVACETransformer3DModel"),
     layers=(*_block("blocks.{}"), *_block("vace_blocks.{}")),
-    refused_methods=(
-        (VLLM_OMNI, "nvfp4", "vLLM-Omni 0.30.0 cannot load ModelOpt blocks (nvfp4) for Wan; on CUDA use fp8"),
+    refusals=(
+        RuntimeRefusal(
+            VLLM_OMNI,
+            "vLLM-Omni 0.30.0 cannot load ModelOpt blocks (nvfp4) for Wan; on CUDA use fp8",
+            methods=("nvfp4",),
+        ),
+        RuntimeRefusal(
+            VLLM_OMNI,
+            "vLLM-Omni 0.30.0 cannot load ModelOpt blocks for Wan; --dialect vllm-omni writes one that it reads",
+            methods=("fp8", "mxfp8"),
+            dialects=("modelopt",),
+        ),
     ),
     refused_variants=(
         VariantRefusal(

@@ -478,6 +478,12 @@ BROKEN: dict[str, Case] = {
     "a method that the model has no loader for": (
         on("modelopt", "nvfp4"), of_class("WanTransformer3DModel"), "unsupported-family", "",
     ),
+    "a block that the model has no loader for": (
+        on("modelopt", "fp8"), of_class("WanTransformer3DModel"), "unsupported-family", "",
+    ),
+    "a model whose layers in the runtime nobody knows": (
+        on(OMNI, "fp8"), of_class("PixArtTransformer2DModel"), "unknown-scope", "",
+    ),
     # companions
     "fp8 without scale": (on(OMNI, "fp8"), change(f"{Q}.weight_scale", remove), "missing-companion", Q),
     "int8 without scale": (on(OMNI, "int8"), change(f"{W2}.weight_scale", remove), "missing-companion", W2),

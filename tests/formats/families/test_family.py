@@ -103,11 +103,15 @@ def test_merged_layer_beside_its_parts_is_refused(tiny_specs: Specs) -> None:
         find_family(Z_IMAGE).layer_groups(specs, "vllm-omni")
 
 
-def test_unknown_class_is_generic_and_warns_for_another_runtime() -> None:
+def test_unknown_class_is_generic_and_refused_for_vllm_omni() -> None:
     family = find_family("SomethingNew2DModel")
     assert family.is_generic
-    assert any("SomethingNew2DModel is unknown here" in note for note in family.notes("fp8", "vllm-omni", ()))
-    assert family.notes("fp8", "diffusers", ()) == ()
+    refusal = family.refusal("vllm-omni", "fp8")
+    assert refusal is not None
+    assert "builds quantized for SomethingNew2DModel is not known here" in refusal.reason
+    assert "--runtime diffusers" in refusal.advice
+    assert "--force" in refusal.advice
+    assert family.refusal("diffusers", "fp8") is None
 
 
 @pytest.mark.parametrize(

@@ -55,9 +55,11 @@ def test_families_that_the_runtime_builds_in_full_precision_yield_nothing_and_sa
 ) -> None:
     family = find_family(model_class)
     assert not family.is_generic
-    assert family.unsupported("vllm-omni")
+    refusal = family.refusal("vllm-omni")
+    assert refusal is not None
+    assert "--force" not in refusal.advice  # no layer would be left to quantize
     assert family.layer_groups(tiny_specs(model_class), "vllm-omni") == []
-    assert family.unsupported("diffusers") is None
+    assert family.refusal("diffusers") is None
     assert family.layer_groups(tiny_specs(model_class), "diffusers")
 
 

@@ -45,6 +45,8 @@ def test_layers_of_vace(check_layers: CheckLayers) -> None:
 
 
 def test_modelopt_blocks_are_refused_and_nothing_else() -> None:
-    assert "fp8" in str(WAN.unsupported("vllm-omni", "nvfp4"))
-    assert WAN.unsupported("vllm-omni", "fp8") is None
-    assert WAN.unsupported("diffusers", "nvfp4") is None
+    assert "fp8" in str(WAN.refusal("vllm-omni", "nvfp4"))
+    assert "--dialect vllm-omni" in str(WAN.refusal("vllm-omni", "fp8", "modelopt"))
+    assert WAN.refusal("vllm-omni", "fp8", "vllm-omni") is None
+    assert WAN.refusal("diffusers", "nvfp4") is None
+    assert WAN.refusal("diffusers", "fp8", "modelopt") is None
