@@ -14,19 +14,21 @@ from torch import nn
 
 from omni_convert.formats.config import QuantizationConfig
 from omni_convert.formats.containers.component import DENOISERS
-from omni_convert.formats.containers.json_file import read_json
 from omni_convert.formats.errors import CheckpointError, RecipeError
 from omni_convert.formats.fp8_storage import Fp8Storage
+from omni_convert.formats.gguf import Gguf
 from omni_convert.loaders.kernels.kernel import Activations
 from omni_convert.loaders.layers.quantized_linear import QuantizedLinear
 from omni_convert.loaders.loading.diffusers_quantizer import DiffusersConfig
 from omni_convert.loaders.loading.gguf import load_gguf
-from omni_convert.loaders.loading.pipeline_files import INDEX, find_gguf_components, require_pipeline, shared_readers
+from omni_convert.loaders.loading.hub import fetch_gguf_file
+from omni_convert.loaders.loading.pipeline_files import find_gguf_components, require_pipeline, shared_readers
 from omni_convert.loaders.loading.refusal import refuse_undeclared
 from omni_convert.loaders.loading.transformers_quantizer import TransformersConfig
 from omni_convert.loaders.report import kernel_report, require_scaled_gemm
 from omni_convert.loaders.request.spec import (
     ComponentQuantizationConfig,
+    GgufModel,
     QuantizationSpec,
     build_quant_config,
     resolve_component_quant_config,
@@ -51,17 +53,18 @@ def load_pipeline(
     activations: Activations = "quantized",
     **kwargs: Any,
 ) -> DiffusionPipeline:
-    """Loads a pipeline: a quantized one as it is, or any other, quantizing it on the way if asked to.
+    """Loads a pipeline. A quantized one is loaded as it is; any other is quantized while it loads, if asked to.
 
     Args:
         model: a folder or a Hub repository; its denoising models may be in GGUF, which diffusers runs
-        device: where to put it; where `from_pretrained` leaves it, if None
+        device: where to put it; None leaves it where `from_pretrained` puts it
         torch_dtype: dtype of everything that is not quantized
-        quantization: what `build_quant_config` takes. One method means the denoising model(s); a text encoder is
-            quantized if it is named. Layers are quantized one by one as they are read.
+        quantization: a spec that `build_quant_config` accepts. One method means the denoising model(s); a text encoder
+            is quantized if it is named. Layers are quantized one by one as they are read. `gguf` loads a denoising
+            model from the file `gguf_model` instead.
         strict: run a scaled GEMM in every quantized layer, even where decoding is faster (FP8 on a CPU), or refuse
             (see `kernel_report`)
-        activations: `quantized` as at the serving runtime, or `bf16` to quantize weights only
+        activations: `quantized`, as the serving runtime does, or `bf16` to quantize weights only
         kwargs: passed to `DiffusionPipeline.from_pretrained`
 
     Raises:
@@ -69,11 +72,11 @@ def load_pipeline(
         RecipeError: the request does not fit the model.
         KernelError: `strict`, and a layer has no scaled GEMM on this device.
     """
-    config = build_quant_config(quantization)
+    hub_options = _hub_options(kwargs)
     try:
-        require_pipeline(model, _hub_options(kwargs))
-        requested = _requested_configs(str(model), config, kwargs)
-        kwargs = _load_gguf_components(model, torch_dtype, requested, kwargs) | kwargs
+        require_pipeline(model, hub_options)
+        requested, in_gguf = _requested_configs(str(model), quantization, hub_options)
+        kwargs = _load_gguf_components(model, torch_dtype, requested, in_gguf, hub_options) | kwargs
         with shared_readers():
             _check_files(model, kwargs)
             pipeline = DiffusionPipeline.from_pretrained(
@@ -97,23 +100,46 @@ def load_pipeline(
 
 
 def _load_gguf_components(
-    model: str | Path, torch_dtype: torch.dtype, requested: Mapping[str, Any], kwargs: Mapping[str, Any]
+    model: str | Path,
+    torch_dtype: torch.dtype,
+    requested: Mapping[str, Any],
+    in_gguf: Mapping[str, GgufModel],
+    hub_options: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """The denoising models that are in GGUF; diffusers' pipelines do not look for these files."""
-    folders = find_gguf_components(model, _hub_options(kwargs))
-    index = read_json(folders[0].parent / INDEX) if folders else {}
-    listed = {folder.name: folder for folder in folders if isinstance(index.get(folder.name), list)}
-    loaded = {name: load_gguf(folder, index[name][1], torch_dtype) for name, folder in listed.items()}
-    for name in loaded.keys() & requested.keys():
+    """The denoising models whose weights are in GGUF, in the pipeline or in files that a request names.
+
+    diffusers' pipelines load neither.
+    """
+    folders = {folder.name: folder for folder in find_gguf_components(model, hub_options)}
+    for name in folders.keys() & {*requested, *in_gguf}:
+        method = Gguf.method if name in in_gguf else requested[name].meaning.method
         raise RecipeError(
-            f"quantization: {name} is stored in GGUF, found a request for {requested[name].meaning.method}; leave "
-            "quantization out, or start from the unquantized model"
+            f"quantization: {name} is stored in GGUF, found a request for {method}; leave quantization out, or start "
+            "from the unquantized model"
         )
+    if not folders and not in_gguf:
+        return {}
+    index = DiffusionPipeline.load_config(str(model), **hub_options)
+    classes = {name: entry[1] for name, entry in index.items() if isinstance(entry, list)}
+    loaded = {
+        name: load_gguf(folder, classes[name], torch_dtype, config=str(folder))
+        for name, folder in folders.items()
+        if name in classes
+    }
+    elsewhere = {key: value for key, value in hub_options.items() if key != "revision"}  # another repository's
+    for name, request in in_gguf.items():
+        file = Path(request.gguf_model)
+        file = file if file.is_file() else fetch_gguf_file(request.gguf_model, elsewhere)
+        is_local = Path(model).is_dir()
+        config = (
+            {"config": str(Path(model) / name)} if is_local else {"config": model, "subfolder": name, **hub_options}
+        )
+        loaded[name] = load_gguf(file, classes[name], torch_dtype, **config)
     return loaded
 
 
 def _check_files(model: str | Path, kwargs: dict[str, Any]) -> None:
-    """Looks at the files on the disk before they are loaded; what is on the Hub, diffusers fetches for that."""
+    """Looks at the headers of the files before they are loaded; diffusers downloads a repository for that."""
     folder = Path(model)
     if not folder.is_dir():
         folder = Path(DiffusionPipeline.download(str(model), **kwargs))
@@ -123,24 +149,37 @@ def _check_files(model: str | Path, kwargs: dict[str, Any]) -> None:
 
 
 def _requested_configs(
-    model: str, config: QuantizationConfig | ComponentQuantizationConfig | None, kwargs: Mapping[str, Any]
-) -> dict[str, DiffusersConfig | TransformersConfig]:
-    """Component to the configuration in the wrapping that its library wants."""
+    model: str, quantization: QuantizationSpec, hub_options: Mapping[str, Any]
+) -> tuple[dict[str, DiffusersConfig | TransformersConfig], dict[str, GgufModel]]:
+    """Component to its configuration, as an object of its library; and the components to load from GGUF."""
+    config = None if quantization is None else build_quant_config(quantization)
     if config is None:
-        return {}
-    index = DiffusionPipeline.load_config(model, **_hub_options(kwargs))
+        return {}, {}
+    index = DiffusionPipeline.load_config(model, **hub_options)
     libraries = {name: entry[0] for name, entry in index.items() if isinstance(entry, list) and entry[0] is not None}
     _refuse_unknown_components(config, libraries)
+    configs = {name: found for name in libraries if (found := _config_for(config, name)) is not None}
+    in_gguf = {name: found for name, found in configs.items() if isinstance(found, GgufModel)}
+    _check_gguf(in_gguf)
     requested = {}
-    for name, library in libraries.items():
-        meaning = _config_for(config, name)
-        if meaning is None:
-            continue
-        is_storage = meaning.method == Fp8Storage.method
-        if library not in CONFIG_CLASSES or ("vae" in name and not is_storage):
-            raise RecipeError(f"quantization: {name} cannot be quantized to {meaning.method}, use None or fp8_storage")
-        requested[name] = CONFIG_CLASSES[library].of(meaning)
-    return requested
+    for name in [name for name in configs if name not in in_gguf]:
+        library, method = libraries[name], configs[name].method
+        if library not in CONFIG_CLASSES or ("vae" in name and method != Fp8Storage.method):
+            raise RecipeError(f"quantization: {name} cannot be quantized to {method}, use None or fp8_storage")
+        requested[name] = CONFIG_CLASSES[library].of(configs[name])
+    return requested, in_gguf
+
+
+def _check_gguf(in_gguf: Mapping[str, GgufModel]) -> None:
+    """Refuses components that diffusers cannot load from GGUF, and one file for several of them."""
+    for name in in_gguf.keys() - {*DENOISERS}:
+        raise RecipeError(f"quantization: found gguf for {name}, expected it for one of {', '.join(DENOISERS)}")
+    by_file = {request.gguf_model: name for name, request in in_gguf.items()}
+    if len(by_file) < len(in_gguf):
+        raise RecipeError(
+            f"quantization: found one gguf_model for {' and '.join(in_gguf)}, expected a file for each, as "
+            "{'transformer': {'method': 'gguf', 'gguf_model': ...}, 'transformer_2': ...}"
+        )
 
 
 def _hub_options(kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -148,7 +187,7 @@ def _hub_options(kwargs: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _config_for(config: QuantizationConfig | ComponentQuantizationConfig, name: str) -> QuantizationConfig | None:
-    """A config that names no component, and the default of one that does, mean the denoising models."""
+    """The configuration of a component. A config that names no component, and a default, mean the denoising models."""
     is_named = isinstance(config, ComponentQuantizationConfig) and any(map(name.startswith, config.component_configs))
     return resolve_component_quant_config(config, name) if is_named or name in DENOISERS else None
 
@@ -167,7 +206,7 @@ def _quantization_argument(requested: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _refuse_other_method(requested: Mapping[str, Any], modules: Mapping[str, nn.Module]) -> None:
-    """A checkpoint that is quantized already stays so; asking it to be something else is a mistake."""
+    """Refuses a request for another method than that of a component that is stored quantized."""
     for name, config in requested.items():
         quantizer = getattr(modules.get(name), "hf_quantizer", None)
         if quantizer is None or not quantizer.pre_quantized:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import torch
@@ -18,22 +19,24 @@ __all__ = ["load_gguf"]
 PLAIN = ("F32", "F16", "BF16")
 
 
-def load_gguf(folder: Path, class_name: str, torch_dtype: torch.dtype) -> nn.Module:
-    """A component whose folder holds a GGUF file and its config.
+def load_gguf(path: Path, class_name: str, torch_dtype: torch.dtype, **config: Any) -> nn.Module:
+    """A model whose weights are in a GGUF file.
 
     Args:
-        folder: that of the component
-        class_name: its class in diffusers
+        path: the file, or a folder that holds one
+        class_name: the model's class in diffusers
         torch_dtype: the dtype in which it computes
+        config: `config` and what else `from_single_file` needs to find the model's config.json
 
     Raises:
         CheckpointError: the file is damaged, of a type that diffusers does not dequantize, or one of several.
     """
     from omni_convert.formats.dialects.gguf import gguf_file_of  # the gguf package is slow to import
 
-    with Checkpoint.open(folder) as checkpoint:
+    with Checkpoint.open(path) as checkpoint:
         file = gguf_file_of(checkpoint)
-        assert file is not None, "the folder holds one"
+        if file is None:
+            raise CheckpointError(f"{path}: found no GGUF, expected a .gguf file")
         unknown = sorted({entry.type.name for entry in file.entries.values()} - {*DIFFUSERS_TYPES, *PLAIN})
     if unknown:
         raise CheckpointError(
@@ -42,8 +45,8 @@ def load_gguf(folder: Path, class_name: str, torch_dtype: torch.dtype) -> nn.Mod
         )
     model: nn.Module = getattr(diffusers, class_name).from_single_file(
         str(file.path),
-        config=str(folder),
         quantization_config=diffusers.GGUFQuantizationConfig(compute_dtype=torch_dtype),
         torch_dtype=torch_dtype,
+        **config,
     )
     return model

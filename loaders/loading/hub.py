@@ -14,9 +14,11 @@ from huggingface_hub import HfApi, hf_hub_download, snapshot_download, try_to_lo
 from omni_convert.formats.containers.component import DENOISERS, GGUF_SUFFIX
 from omni_convert.formats.errors import CheckpointError, quoted
 
-__all__ = ["EXPECTED", "fetch_gguf", "fetch_index"]
+__all__ = ["EXPECTED", "fetch_gguf", "fetch_gguf_file", "fetch_index"]
 
 REPO_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+# `OWNER/NAME/PATH.gguf` or `OWNER/NAME:TYPE`.
+GGUF_MODEL = re.compile(rf"(?P<repo_id>{REPO_ID.pattern})(?:/(?P<file>.+\.gguf)|:(?P<type>[\w.-]+))")
 EXPECTED = "expected the folder of a pipeline, or a repository on the Hub as Qwen/Qwen-Image"
 # The client is built on httpx or httpx2, whose errors have no common base class.
 REQUEST_ERRORS: type[Exception] = client.HTTPError  # type: ignore[attr-defined]  # imported there, not exported
@@ -75,6 +77,40 @@ def fetch_gguf(repo_id: str, index: str, options: Mapping[str, Any]) -> Path | N
         return Path(snapshot_download(repo_id, allow_patterns=[glob.escape(file) for file in files], **options))
     except (REQUEST_ERRORS, OSError, ValueError):
         return None
+
+
+def fetch_gguf_file(gguf_model: str, options: Mapping[str, Any]) -> Path:
+    """Downloads one GGUF file, named as in vLLM-Omni.
+
+    Args:
+        gguf_model: `OWNER/NAME/PATH.gguf`, or `OWNER/NAME:TYPE` for the repository's file of that type
+        options: `token`, `cache_dir`, `local_files_only` of `from_pretrained`
+
+    Raises:
+        CheckpointError: there is no such file, the type does not name one file, or the Hub fails.
+    """
+    named = GGUF_MODEL.fullmatch(gguf_model)
+    if named is None:
+        raise CheckpointError(
+            f"{gguf_model}: found no such file, expected a .gguf file, or OWNER/NAME/FILE.gguf or OWNER/NAME:TYPE"
+        )
+    try:
+        file = named["file"] or _file_of_type(named["repo_id"], named["type"], options)
+        return Path(hf_hub_download(named["repo_id"], file, **options))
+    except (REQUEST_ERRORS, OSError, ValueError) as error:
+        raise CheckpointError(f"{gguf_model}: {_reason(error, 'such a file')}") from error
+
+
+def _file_of_type(repo_id: str, kind: str, options: Mapping[str, Any]) -> str:
+    names = HfApi(token=options.get("token")).list_repo_files(repo_id)
+    of_type = re.compile(rf".*-{re.escape(kind)}(-.*)?\.gguf", re.IGNORECASE)
+    found = [name for name in names if of_type.fullmatch(name.rpartition("/")[2])]
+    if len(found) != 1:
+        raise CheckpointError(
+            f"{repo_id}: found {len(found)} .gguf files of type {quoted(kind)}, expected one; name the file, as "
+            f"{repo_id}/FILE.gguf"
+        )
+    return found[0]
 
 
 def _only_gguf(repo_id: str, component: str, names: Iterable[str]) -> str | None:

@@ -5,17 +5,20 @@ from __future__ import annotations
 import inspect
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
+from os import PathLike
 from typing import Any
 
 from omni_convert.formats.config import ACTIVATION_SCHEMES, QuantizationConfig
 from omni_convert.formats.dialects import auto_round, modelopt_config
 from omni_convert.formats.dialects.vllm_omni import meant_options
 from omni_convert.formats.errors import CheckpointError, RecipeError, did_you_mean
+from omni_convert.formats.gguf import Gguf
 from omni_convert.formats.options import check_group_size
 from omni_convert.formats.table import LOADABLE
 
 __all__ = [
     "ComponentQuantizationConfig",
+    "GgufModel",
     "QuantConfigTypeError",
     "QuantConfigValueError",
     "QuantizationSpec",
@@ -39,6 +42,17 @@ class QuantConfigValueError(RecipeError, ValueError):
 
 class QuantConfigTypeError(RecipeError, TypeError):
     """A quantization spec of a wrong type or with unknown options; vLLM-Omni raises TypeError."""
+
+
+@dataclass(frozen=True)
+class GgufModel(QuantizationConfig):
+    """A component whose weights come from a GGUF file elsewhere.
+
+    Attributes:
+        gguf_model: the path of a file, or on the Hub `OWNER/NAME/PATH.gguf` or `OWNER/NAME:TYPE`
+    """
+
+    gguf_model: str = ""
 
 
 @dataclass(frozen=True)
@@ -185,6 +199,8 @@ def _build_single(name: str, options: Mapping[str, Any]) -> QuantizationConfig:
     method = _normalised(name)
     if method in AUTO_ROUND_ALIASES:
         return _build_auto_round(name, options)
+    if method == Gguf.method:
+        return _build_gguf(options)
     if method not in LOADABLE:
         expected = (
             f"expected one of {', '.join((*LOADABLE, *AUTO_ROUND_ALIASES))}, or what ModelOpt or vLLM-Omni writes"
@@ -208,6 +224,21 @@ def _build_single(name: str, options: Mapping[str, Any]) -> QuantizationConfig:
         raise QuantConfigTypeError(
             f"quantization: found {dict(options)!r:.80} of wrong types, expected {signature}"
         ) from None
+
+
+def _build_gguf(options: Mapping[str, Any]) -> GgufModel:
+    model, *others = options.get("gguf_model"), *sorted(options.keys() - {"gguf_model"})
+    if others:
+        raise QuantConfigTypeError(
+            f"quantization: 'gguf' has no option {', '.join(others)}, expected gguf_model alone"
+            f"{_suggested(others, ['gguf_model'])}"
+        )
+    if not isinstance(model, str | PathLike) or not str(model):
+        raise QuantConfigValueError(
+            f"quantization: found method 'gguf' with gguf_model {model!r:.40}, expected the path of a .gguf file, or "
+            "OWNER/NAME/FILE.gguf or OWNER/NAME:TYPE on the Hub"
+        )
+    return GgufModel(Gguf.method, "none", gguf_model=str(model))
 
 
 def _build_auto_round(name: str, options: Mapping[str, Any]) -> QuantizationConfig:

@@ -853,6 +853,35 @@ except CheckpointError as error:
 
 
 @pytest.mark.slow
+def test_a_request_names_a_gguf_file_on_the_hub_by_its_path_or_its_type(
+    hub: HubServer, in_gguf: Path, tiny_pipeline_folder: Path, tmp_path: Path
+) -> None:
+    hub.add("someone/gguf", in_gguf)
+    hub.add("someone/plain", tiny_pipeline_folder)
+    code = """
+from omni_convert.formats.errors import CheckpointError
+from omni_convert.loaders import kernel_report, load_pipeline
+for name in ("transformer/tiny-Q4_0.gguf", ":Q8_0", "transformer/tiny-Q5_0.gguf", ":Q5_0"):
+    spec = {"method": "gguf", "gguf_model": f"someone/gguf{'' if name[0] == ':' else '/'}{name}"}
+    try:
+        layers = kernel_report(load_pipeline("someone/plain", quantization=spec))
+        print({layer.format for layer in layers if "Q" in layer.format})
+    except CheckpointError as error:
+        print(error)
+"""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "HUGGING"))}
+    environment |= {"HF_ENDPOINT": hub.address, "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1"}
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=120
+    )
+    assert result.returncode == 0, result.stderr
+    by_path, by_type, no_path, no_type = result.stdout.splitlines()
+    assert (by_path, by_type) == ("{'gguf Q4_0'}", "{'gguf Q8_0'}")
+    assert "found a repository without such a file" in no_path
+    assert "someone/gguf: found 0 .gguf files of type 'Q5_0', expected one" in no_type
+
+
+@pytest.mark.slow
 def test_the_loader_checks_what_it_fetches_and_fetches_nothing_twice(
     hub: HubServer, tiny_pipeline_folder: Path, tmp_path: Path
 ) -> None:

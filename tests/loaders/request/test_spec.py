@@ -5,6 +5,7 @@ import pytest
 from omni_convert.formats.config import QuantizationConfig
 from omni_convert.formats.errors import RecipeError
 from omni_convert.loaders import ComponentQuantizationConfig, build_quant_config, resolve_component_quant_config
+from omni_convert.loaders.request.spec import GgufModel
 
 FP8 = QuantizationConfig("fp8")
 INT8 = QuantizationConfig("int8")
@@ -73,6 +74,7 @@ MIXED = QuantizationConfig("mixed", layers=(("a.to_q", PER_CHANNEL), ("b", Quant
         ("mxfp4-dualscale", QuantizationConfig("mxfp4_dualscale")),
         ("fp8_storage", QuantizationConfig("fp8_storage", "none")),
         ("w4a16", QuantizationConfig("w4a16", "none")),
+        ({"method": "gguf", "gguf_model": "a.gguf"}, GgufModel("gguf", "none", gguf_model="a.gguf")),
         ({"method": "w4a16", "group_size": 32}, QuantizationConfig("w4a16", "none", group_size=32)),
         (
             {"quant_method": "auto-round", "bits": 4, "group_size": 64, "extra_config": {"a": {"bits": 16}}},
@@ -165,7 +167,8 @@ def test_components_resolve_by_longest_prefix_and_none_is_final():
             "AutoRoundConfig",
         ),
         ({"method": "torchao"}, ValueError, "found method 'torchao'"),
-        ({"method": "gguf"}, ValueError, "found method 'gguf'"),
+        ({"method": "gguf"}, ValueError, "found method 'gguf' with gguf_model None, expected the path of a .gguf file"),
+        ({"method": "gguf", "gguf_file": "x"}, TypeError, r"no option gguf_file, .*did you mean 'gguf_model'\?"),
         ({"method": "fp8", "quant_method": "fp8"}, TypeError, "no option quant_method"),
         ({"quant_algo": "FP8"}, ValueError, "no 'method'"),
         ("modelopt", ValueError, "found method 'modelopt'"),
