@@ -199,6 +199,12 @@ class Recipe(FormatChoices):
                 _check_choice(option, value, choice.metadata["choices"])
             if value != choice.default:
                 self._check_is_honoured(choice.name, option)
+            dialects = choice.metadata["dialects"].get(value, (self.dialect,))
+            if self.dialect not in dialects:
+                raise RecipeError(
+                    f"--{option} {value}: found with --dialect {self.dialect}, expected --dialect "
+                    f"{' or '.join(dialects)}: no other dialect has it"
+                )
 
     def _check_is_honoured(self, name: str, option: str) -> None:
         """Refuses a choice that no method of the recipe has: ignored, it would promise what the file does not hold."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from omni_convert.formats.errors import CheckpointError, KernelError, RecipeError
 from omni_convert.formats.format import Format, QuantizingFormat
-from omni_convert.formats.options import FormatOptions, check_group_size
+from omni_convert.formats.options import FormatChoices, FormatOptions, check_group_size
 from omni_convert.formats.rows import InputStatistics
 from omni_convert.formats.table import FORMATS, LOADABLE, build_format
 from omni_convert.loaders.kernels.kernel import Activations, LayerTraits
@@ -225,6 +225,11 @@ def _check_options(options: Mapping[str, Any]) -> None:
     for name in FLAGS:
         if not isinstance(options.get(name, False), bool):
             raise RecipeError(f"quantize_linear: found {name} {options[name]!r:.40}, expected True or False")
+    for choice in fields(FormatChoices):
+        value, choices = options.get(choice.name), choice.metadata["choices"]
+        if value is not None and choices and value not in choices:
+            expected = f"expected one of {', '.join(choices)}"
+            raise RecipeError(f"quantize_linear: found {choice.name} {value!r:.40}, {expected}")
     size = options.get("weight_block_size")
     if size is not None and not _is_block_size(size):
         raise RecipeError(f"quantize_linear: found weight_block_size {size!r:.40}, expected two sizes as (128, 128)")
