@@ -5,11 +5,12 @@ Tensors:    NAME.weight            F8_E4M3 [out, in]
             NAME.weight_scale      F32 [out]                              per channel: amax of the row / 448
             NAME.weight_scale_inv  F32 [ceil(out / N), ceil(in / K)]      per N x K block: amax / 448
             NAME.input_scale       F32 []                                 static activations: clip / 448
+            E5M2                   the same per tensor with F8_E5M2 and amax / 57344
 Arithmetic: W ≈ E4M3(code) * weight_scale; for blocks * weight_scale_inv, which multiplies despite its name.
             Codes are rounded half to even and saturate at ±448.
 Consumers:  vLLM and vLLM-Omni `fp8`. Fused linears are requantized to the largest scale of their members, hence one
             scale for the group; static fused linears use the largest `input_scale`. Per channel: ModelOpt's
-            FP8_PER_CHANNEL_PER_TOKEN, which vLLM and vLLM-Omni read as `modelopt`.
+            FP8_PER_CHANNEL_PER_TOKEN, which vLLM and vLLM-Omni read as `modelopt`. E5M2: ComfyUI.
 Limits:     per tensor none. Channels and blocks: activations are dynamic always (vLLM refuses static).
 """
 
@@ -23,17 +24,30 @@ import torch
 from torch import Tensor
 
 from omni_convert.formats.arithmetic.encoding import PER_ROW, Encoding
-from omni_convert.formats.arithmetic.float8 import E4M3, E4M3_MAX, round_e4m3_, round_to_e4m3
+from omni_convert.formats.arithmetic.float8 import E4M3, E4M3_MAX, E5M2, E5M2_MAX, round_e4m3_, round_to_e4m3
 from omni_convert.formats.arithmetic.input_codes import fp8_per_group, fp8_per_token, fp8_static
 from omni_convert.formats.arithmetic.scalar_scale import SCALAR, scalars, static_scale
 from omni_convert.formats.arithmetic.tiling import quantize_in_tiles
+from omni_convert.formats.errors import RecipeError
 from omni_convert.formats.format import Calibration, ElementFormat, Format, QuantizingFormat
 from omni_convert.formats.options import FormatOptions
 from omni_convert.formats.rows import InputStatistics, TensorLayout, WeightRows, weight_amax
 
-__all__ = ["E4M3_MAX", "FP8", "FP8_PER_ROW", "Fp8", "Fp8Block", "Fp8Channel", "fp8_block_size", "round_to_e4m3"]
+__all__ = [
+    "E4M3_MAX",
+    "FP8",
+    "FP8_E5M2",
+    "FP8_PER_ROW",
+    "Fp8",
+    "Fp8Block",
+    "Fp8Channel",
+    "Fp8E5m2",
+    "fp8_block_size",
+    "round_to_e4m3",
+]
 
 FP8 = Encoding(E4M3)
+FP8_E5M2 = Encoding(E5M2)
 FP8_PER_ROW = Encoding(E4M3, block=PER_ROW)
 
 
@@ -52,56 +66,40 @@ class _Fitted:
 
 
 @dataclass(frozen=True)
-class Fp8(ElementFormat):
-    """FP8 with one scale per weight (shared by a fused group)."""
+class _PerTensor(ElementFormat):
+    """8-bit floats with one scale per weight (shared by a fused group).
+
+    Attributes:
+        static: store input_scale (static activations); needs statistics of the inputs
+        input_scale_rule: how input_scale is chosen, see `InputStatistics.clip`
+    """
 
     static: bool = False
     input_scale_rule: str = "max"
 
     method = "fp8"
     largest_input = E4M3_MAX
-    activation_schemes: ClassVar[tuple[str, ...]] = ("dynamic", "static")
-    calibration = Calibration.INPUT_SCALE
-    options: ClassVar[tuple[str, ...]] = ("input_scale", "weight_block_size")
-
-    @classmethod
-    def build(cls, options: FormatOptions) -> QuantizingFormat:
-        """FP8 in blocks or per row where the options say so."""
-        if options.weight_block_size is not None:
-            return Fp8Block(options.weight_block_size)
-        if options.per_channel:
-            return Fp8Channel()
-        return cls(options.static, options.input_scale)
-
-    @property
-    def encoding(self) -> Encoding:
-        return FP8
+    dtype: ClassVar[torch.dtype]
+    largest: ClassVar[float]
 
     @property
     def activation_scheme(self) -> str:
         return "static" if self.static else "dynamic"
 
-    @property
-    def label(self) -> str:
-        return "fp8 static" if self.static else "fp8"
-
     def layout(self, out_features: int, in_features: int) -> dict[str, TensorLayout]:
-        layout = {
-            "weight": TensorLayout(torch.float8_e4m3fn, (out_features, in_features)),
-            "weight_scale": SCALAR,
-        }
+        layout = {"weight": TensorLayout(self.dtype, (out_features, in_features)), "weight_scale": SCALAR}
         return layout | ({"input_scale": SCALAR} if self.static else {})
 
     def fit(self, weights: Sequence[WeightRows], inputs: InputStatistics | None) -> _Fitted:
         input_scale = static_scale(inputs, self.input_scale_rule, E4M3_MAX) if self.static else None
-        return _Fitted(weight_amax(weights) / E4M3_MAX or 1.0, input_scale)
+        return _Fitted(weight_amax(weights) / self.largest or 1.0, input_scale)
 
     def constants(self, fitted: _Fitted) -> dict[str, Tensor]:
         return scalars(weight_scale=fitted.weight_scale, input_scale=fitted.input_scale)
 
     def quantize_rows(self, rows: Tensor, fitted: _Fitted) -> dict[str, Tensor]:
         scale = torch.tensor(fitted.weight_scale, dtype=torch.float32, device=rows.device)
-        return quantize_in_tiles(rows, lambda tile: {"weight": round_to_e4m3(tile.float() / scale)})
+        return quantize_in_tiles(rows, lambda tile: {"weight": self._round(tile.float() / scale)})
 
     def dequantize(self, tensors: Mapping[str, Tensor]) -> Tensor:
         return tensors["weight"].float() * tensors["weight_scale"].float()
@@ -115,10 +113,66 @@ class Fp8(ElementFormat):
         return tensors["weight_scale"].float()
 
     def round_elements(self, values: Tensor) -> Tensor:
-        return round_to_e4m3(values).float()
+        return self._round(values).float()
 
     def encode_elements(self, elements: Tensor) -> Tensor:
-        return elements.to(torch.float8_e4m3fn)
+        return elements.to(self.dtype)
+
+    def _round(self, values: Tensor) -> Tensor:
+        """The nearest codes, half to even; not every torch release saturates in the cast."""
+        return values.clamp(-self.largest, self.largest).to(self.dtype)
+
+
+@dataclass(frozen=True)
+class Fp8(_PerTensor):
+    """FP8 with one scale per weight, in E4M3."""
+
+    dtype = torch.float8_e4m3fn
+    largest = E4M3_MAX
+    activation_schemes: ClassVar[tuple[str, ...]] = ("dynamic", "static")
+    calibration = Calibration.INPUT_SCALE
+    options: ClassVar[tuple[str, ...]] = ("input_scale", "weight_block_size", "element")
+
+    @classmethod
+    def build(cls, options: FormatOptions) -> QuantizingFormat:
+        """E5M2, and FP8 in blocks or per row, where the options say so.
+
+        Raises:
+            RecipeError: E5M2 in blocks.
+        """
+        if options.element == "e5m2":
+            if options.weight_block_size is not None:
+                raise RecipeError("--element e5m2: found with --weight-block-size, expected one of the two")
+            return Fp8E5m2(options.static, options.input_scale)
+        if options.weight_block_size is not None:
+            return Fp8Block(options.weight_block_size)
+        if options.per_channel:
+            return Fp8Channel()
+        return cls(options.static, options.input_scale)
+
+    @property
+    def encoding(self) -> Encoding:
+        return FP8
+
+    @property
+    def label(self) -> str:
+        return "fp8 static" if self.static else "fp8"
+
+
+@dataclass(frozen=True)
+class Fp8E5m2(_PerTensor):
+    """FP8 with one scale per weight, in E5M2: more range, which a scale makes up for, and fewer digits."""
+
+    dtype = torch.float8_e5m2
+    largest = E5M2_MAX
+
+    @property
+    def encoding(self) -> Encoding:
+        return FP8_E5M2
+
+    @property
+    def label(self) -> str:
+        return "fp8 e5m2 static" if self.static else "fp8 e5m2"
 
 
 @dataclass(frozen=True)

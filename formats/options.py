@@ -56,6 +56,12 @@ class FormatChoices:
         "Names of tensors with gguf. Default: original, which ComfyUI needs, if diffusers can read them too.",
         choices=("original", "diffusers"),
     )
+    element: str | None = _choice(
+        None,
+        "Element type of fp8; e5m2 is for --dialect comfyui alone. Default: e4m3.",
+        choices=("e4m3", "e5m2"),
+        dialects={"e5m2": ("comfyui",)},
+    )
     search: bool = _choice(True, "Compute scales by rule instead of searching for the best.")
 
 

@@ -37,7 +37,7 @@ from omni_convert.formats.errors import CheckpointError
 from omni_convert.formats.finding import Finding
 from omni_convert.formats.foreign import Rotated
 from omni_convert.formats.format import Format, QuantizingFormat
-from omni_convert.formats.fp8 import FP8
+from omni_convert.formats.fp8 import FP8, FP8_E5M2
 from omni_convert.formats.int8 import INT8
 from omni_convert.formats.mxfp8 import MXFP8
 from omni_convert.formats.nvfp4 import NVFP4
@@ -69,7 +69,7 @@ STABLE_DIFFUSION_CPP_METHODS = ("fp8", "int8")
 SWIZZLED = ("mxfp8", "nvfp4")
 MAX_MARK_BYTES = 4096
 PREFIXES = ("model.diffusion_model.", "diffusion_model.")
-FORMAT_NAMES = {FP8: "float8_e4m3fn", MXFP8: "mxfp8", NVFP4: "nvfp4", INT8: "int8_tensorwise"}
+FORMAT_NAMES = {FP8: "float8_e4m3fn", FP8_E5M2: "float8_e5m2", MXFP8: "mxfp8", NVFP4: "nvfp4", INT8: "int8_tensorwise"}
 #: Rows and columns are padded to multiples of this.
 PADDING = {"mxfp8": 32, "nvfp4": 16}
 DEFAULT_ROTATION = 256

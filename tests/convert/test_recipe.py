@@ -71,6 +71,9 @@ def test_the_manifest_names_what_decides_the_bytes_and_nothing_else() -> None:
         ("mxfp8", {"input_scale": "mse"}, "--input-scale"),
         ("mxfp8", {"int8_fused_scales": "per-row"}, "--int8-fused-scales"),
         ("fp8", {"bf16_blocks": -3}, "--bf16-blocks"),
+        ("int8", {"element": "e5m2", "dialect": "comfyui"}, "--element"),
+        ("fp8", {"element": "e6m1"}, "--element"),
+        ("fp8", {"element": "e5m2"}, "--element e5m2"),
     ],
 )
 def test_options_that_mean_nothing_are_refused(method: str, options: dict[str, Any], option: str) -> None:

@@ -1,10 +1,15 @@
 from __future__ import annotations
 
+from dataclasses import fields
+
 import pytest
 import torch
 
-from omni_convert.formats.fp8 import E4M3_MAX, Fp8, Fp8Block, Fp8Channel, round_to_e4m3
+from omni_convert.formats.errors import RecipeError
+from omni_convert.formats.fp8 import E4M3_MAX, Fp8, Fp8Block, Fp8Channel, Fp8E5m2, round_to_e4m3
+from omni_convert.formats.options import FormatChoices
 from omni_convert.formats.rows import TensorRows
+from omni_convert.formats.table import FORMATS, build_format
 
 
 def test_rounding_saturates_instead_of_overflowing() -> None:
@@ -18,8 +23,8 @@ def test_a_fused_group_shares_the_scale_of_its_largest_member() -> None:
     assert Fp8().constants(fitted)["weight_scale"].item() == pytest.approx(7.0 / E4M3_MAX)
 
 
-@pytest.mark.parametrize("fmt", [Fp8(), Fp8Channel(), Fp8Block((128, 128)), Fp8Block((16, 64))])
-def test_a_zero_weight_keeps_finite_positive_scales(fmt: Fp8 | Fp8Channel | Fp8Block) -> None:
+@pytest.mark.parametrize("fmt", [Fp8(), Fp8E5m2(), Fp8Channel(), Fp8Block((128, 128)), Fp8Block((16, 64))])
+def test_a_zero_weight_keeps_finite_positive_scales(fmt: Fp8 | Fp8E5m2 | Fp8Channel | Fp8Block) -> None:
     tensors = fmt.quantize(torch.zeros(40, 200))
     scale = tensors.get("weight_scale", tensors.get("weight_scale_inv"))
     assert scale is not None
@@ -55,3 +60,21 @@ def test_an_outlier_spoils_only_its_own_row() -> None:
     assert tensors["weight"].float().abs().amax(1).tolist() == [E4M3_MAX] * 64
     error = (Fp8Channel().dequantize(tensors) - weight)[1:]
     assert error.norm() / weight[1:].norm() < 0.03
+
+
+def test_e5m2_fills_its_own_grid_and_rounds_half_to_even() -> None:
+    weight = torch.tensor([[57344.0, 1.125, 1.375, -1.625, 0.0]])
+    tensors = build_format("fp8", element="e5m2").quantize(weight)
+    assert tensors["weight"].dtype is torch.float8_e5m2
+    assert tensors["weight_scale"].item() == 1.0
+    assert tensors["weight"].float().tolist() == [[57344.0, 1.0, 1.5, -1.5, 0.0]]
+
+
+def test_e5m2_in_blocks_is_refused() -> None:
+    with pytest.raises(RecipeError, match=r"^--element e5m2: found with --weight-block-size"):
+        build_format("fp8", element="e5m2", weight_block_size=(128, 128))
+
+
+def test_options_that_formats_name_are_declared() -> None:
+    declared = {choice.name for choice in fields(FormatChoices)}
+    assert {name for kind in FORMATS.values() for name in kind.options} == declared - {"search"}

@@ -11,6 +11,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from omni_convert.convert import Recipe, convert_checkpoint
+from omni_convert.convert.inspection.verification import verify_source
+from omni_convert.convert.source.location import Source
 from omni_convert.formats.views.opened import open_quantized
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -108,3 +110,25 @@ def test_our_files_are_unpacked_by_their_kernels(  # type: ignore[no-untyped-def
             parts = (tensors.get(f"{stem}.{suffix}") for suffix in ("weight", "weight_scale", "weight_scale_2"))
             theirs = unpack(*parts).to(torch.bfloat16)
             assert theirs.equal(layer.dequantize(0, layer.shape[0]).to(torch.bfloat16)), stem
+
+
+def test_our_e5m2_file_is_unpacked_by_their_kernels_and_found_sound(  # type: ignore[no-untyped-def]
+    kitchen, tiny_pipeline_folder: Path, tmp_path: Path
+) -> None:
+    recipe = Recipe(method="fp8", dialect="comfyui", element="e5m2")
+    convert_checkpoint(tiny_pipeline_folder, tmp_path / "out", recipe)
+    folder = tmp_path / "out" / "transformer"
+    tensors = load_file(folder / WEIGHTS)
+    with open_quantized(tiny_pipeline_folder / "transformer") as source, open_quantized(folder) as ours:
+        assert ours.layers
+        for stem, layer in ours.layers.items():
+            codes, scale = tensors[f"{stem}.weight"], tensors[f"{stem}.weight_scale"]
+            assert codes.dtype is torch.float8_e5m2
+            assert json.loads(bytes(tensors[f"{stem}.comfy_quant"].tolist())) == {"format": "float8_e5m2"}
+            theirs = kitchen.dequantize_per_tensor_fp8(codes, scale, torch.float32)
+            assert theirs.equal(layer.dequantize(0, layer.shape[0]))
+            original = source.checkpoint.read(f"{stem}.weight").float()
+            assert (theirs - original).norm() < 0.06 * original.norm()
+    verified = verify_source(Source(tmp_path / "out", "out"), Source(tiny_pipeline_folder, "source"))
+    assert any(component.layers for component in verified)
+    assert all(component.findings == () for component in verified)
