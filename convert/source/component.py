@@ -1,4 +1,4 @@
-"""A component of the model as it is found: its config, its files, and its weights in plain numbers."""
+"""A component that is converted: its files as stored, and its weights in plain numbers under diffusers' names."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ class SourceComponent(ComponentFolder):
     """A component of the model that is converted.
 
     Attributes:
-        opened: its files, in whatever dialect
-        weights: what every method starts from: plain numbers under diffusers' names, with LoRA files baked in
-        loras: the files that are baked in
-        notes: what the user should know about how `weights` came about
+        opened: its tensors and quantized layers as they are stored, in any dialect
+        weights: the input of every method: plain numbers under diffusers' names, with LoRA files baked in
+        loras: the LoRA files that are baked in
+        notes: notes for the user on how `weights` were derived
     """
 
     opened: QuantizedCheckpoint
@@ -50,19 +50,19 @@ class SourceComponent(ComponentFolder):
 
     @property
     def is_changed(self) -> bool:
-        """Whether a conversion that quantizes nothing has something to do here."""
+        """Whether a conversion that quantizes nothing would change this component."""
         return (
             bool(self.opened.layers) or self.opened.dialect == GGUF.name or self.weights is not self.opened.checkpoint
         )
 
     @property
     def counted_layers(self) -> str:
-        """`24 layers (nvfp4 as modelopt spells it)`."""
+        """The number of quantized layers and their formats: `24 layers (nvfp4 as modelopt spells it)`."""
         labels = dict.fromkeys(layer.format.label for layer in self.opened.layers.values())
         return f"{len(self.opened.layers)} layers ({', '.join(labels)} as {self.opened.dialect} spells it)"
 
     def refuse_unread(self) -> None:
-        """Raises CheckpointError if it is quantized in a way that nobody here reads, or a layer's scale is gone."""
+        """Raises CheckpointError if it is quantized in a way that is not supported, or a layer lacks its scale."""
         for name, spec in self.weights.items():
             if name.endswith(".weight") and len(spec.shape) == 2 and spec.dtype in INTEGER_CODES:
                 scales = [leaf for leaf in COMPANIONS if f"{name.removesuffix('weight')}{leaf}" in self.weights]
@@ -87,21 +87,21 @@ def plain_weights(opened: QuantizedCheckpoint) -> Checkpoint:
 
 
 def open_components(source: Source, names: Iterable[str], recipe: Recipe) -> dict[str, SourceComponent]:
-    """Components by name, each as plain numbers under diffusers' names with the recipe's LoRA files baked in.
+    """Opens components: each as plain numbers under diffusers' names with the recipe's LoRA files baked in.
 
     Raises:
-        CheckpointError: a file is damaged, or is not of the model that the config describes.
-        RecipeError: a LoRA file is for no component, or would change what is to be kept.
+        CheckpointError: a file is damaged, or does not belong to the model that the config describes.
+        RecipeError: a LoRA file fits no component, or would change layers that `-m keep` must not change.
     """
     opened = {name: ComponentFolder(source, name).open() for name in names}
     components = {name: SourceComponent(source, name, opened[name], plain_weights(opened[name])) for name in opened}
     components = {name: _under_diffusers_names(component, recipe) for name, component in components.items()}
-    requests = check_requests(recipe.lora, dict.fromkeys(opened, recipe.method))
+    requests = check_requests(recipe.lora, opened)
     return components | {name: _baked(components[name], requests[name], recipe) for name in requests}
 
 
 def _under_diffusers_names(component: SourceComponent, recipe: Recipe) -> SourceComponent:
-    """A component that is the whole model may have the names of the model's own code, and one in GGUF."""
+    """Renames tensors of a GGUF file or of a model that is a single component, if they have their original names."""
     if component.name and component.opened.dialect != GGUF.name:
         return component
     is_kept = recipe.method == "keep" and bool(component.opened.layers)
@@ -123,8 +123,8 @@ def _unknown_names(component: SourceComponent) -> tuple[str, ...]:
     if not has_original_files(component.opened.checkpoint):
         return ()
     return (
-        f"{component.label}: names of tensors stay as they are, since no config.json beside it says which model it is; "
-        "if they are those of the model's own code, put that of its transformer in diffusers there",
+        f"{component.label}: names of tensors stay as they are, since there is no config.json that names the model; if "
+        "they are the model's original names, add the config.json of its transformer in diffusers",
     )
 
 

@@ -1,4 +1,4 @@
-"""Which components of a model are converted, and by which method each."""
+"""Decides which components of a model are converted, and by which method."""
 
 from __future__ import annotations
 
@@ -14,7 +14,11 @@ __all__ = ["component_methods"]
 
 
 def component_methods(source: Source, recipe: Recipe) -> dict[str, str]:
-    """Component name to method, for the components that are quantized; {"": method} for a model that is no pipeline."""
+    """The method of each component that is converted, by name; {"": method} for a model that is no pipeline.
+
+    Raises:
+        RecipeError: the recipe names a component that the model does not have, or no component is left.
+    """
     if not source.is_pipeline:
         if recipe.component:
             raise RecipeError(f"--component: found {next(iter(recipe.component))}, but {source.path} has no components")
@@ -34,7 +38,7 @@ def component_methods(source: Source, recipe: Recipe) -> dict[str, str]:
 
 
 def _transcoded_components(source: Source, recipe: Recipe, present: Collection[str]) -> dict[str, str]:
-    """Components that may be quantized: all whose config says so, and the denoisers, whose files may say it."""
+    """Components that may be quantized already: those whose config says so, and the denoisers, whose files may."""
     for name, method in recipe.component.items():
         if method != "none":
             raise RecipeError(

@@ -20,10 +20,10 @@ def file_sha256(path: Path) -> str:
 
 
 class SourceHashes:
-    """SHA-256 of each file of weights of the source, taken when its last tensor was read: it is still there then."""
+    """SHA-256 of each file of weights of the source, computed when its last tensor was read, before it is removed."""
 
     def __init__(self, files: Sequence[TensorFile], workers: Workers) -> None:
-        """Has threads hash files, of which nothing was read yet."""
+        """Starts to watch files, of which nothing was read yet; threads hash them later."""
         self._files = files
         self._workers = workers
         self._hashes: dict[Path, Future[str]] = {}
@@ -31,7 +31,7 @@ class SourceHashes:
             file.at_end(self._start)
 
     def results(self) -> dict[Path, str]:
-        """Path to hash, of those too of which a tensor was never read."""
+        """Path → SHA-256, also of files with tensors that were never read."""
         for file in self._files:
             if file.path not in self._hashes:
                 self._start(file)

@@ -1,7 +1,7 @@
-"""Talking to the Hub: what is worth another try is tried again, and what is not becomes one line without secrets.
+"""Requests to the Hub: failures that may pass are retried, others become one line without secrets.
 
-The client itself repeats some requests and not others (whoami, the listing of a repository, creating one), hence
-`ask_hub` around all of them. No text of the client is passed on as it is: it holds URLs, which may be signed.
+The client itself repeats some requests and not others (whoami, listing and creating a repository), so all of them go
+through `ask_hub`. Messages of the client are never passed on unchanged: they contain URLs, which may be signed.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ __all__ = ["ask_hub"]
 
 Answer = TypeVar("Answer")
 
-# httpx's or httpx2's, whichever the client is built on: the base of everything that can happen to a request.
+# The base class of all request errors, from httpx or httpx2, whichever the client uses.
 REQUEST_ERRORS: type[Exception] = client.HTTPError  # type: ignore[attr-defined]  # imported there, not exported
 ERRORS = (REQUEST_ERRORS, OSError, RuntimeError, ValueError, client.EntryNotFoundError)
 
@@ -31,14 +31,14 @@ SHOWN_CHARACTERS = 200
 
 
 def ask_hub(where: str, call: Callable[[], Answer]) -> Answer:
-    """The result of `call`, which uses the client; repeated after a failure that may pass.
+    """Returns `call()`, which uses the client; repeats it after a failure that may pass.
 
     Args:
         where: the repository, for messages
-        call: may be made again after it failed half-way
+        call: may be repeated after it failed half-way
 
     Raises:
-        HubError: the Hub refuses, fails for good, cannot be reached, or has no such thing.
+        HubError: the Hub refuses, fails for good, cannot be reached, or lacks what was asked for.
         OutputError: the disk is full.
     """
     waits = iter(WAITS)
@@ -54,7 +54,7 @@ def ask_hub(where: str, call: Callable[[], Answer]) -> Answer:
 
 
 def _cause(error: BaseException) -> BaseException:
-    """What went wrong with a request, which the client wraps in errors of its own."""
+    """The original error of a request, which the client wraps in errors of its own."""
     seen = [error]
     while not isinstance(seen[-1], client.HfHubHTTPError) and (inner := seen[-1].__cause__ or seen[-1].__context__):
         if inner in seen:
@@ -78,7 +78,7 @@ def _may_pass(error: BaseException) -> bool:
 
 
 def _asked_to_wait(error: BaseException) -> float:
-    """Seconds, from `Retry-After`."""
+    """Seconds to wait according to the header `Retry-After`, or 0."""
     response = getattr(error, "response", None)
     try:
         return float(response.headers.get("Retry-After", 0)) if response is not None else 0.0
@@ -98,7 +98,7 @@ def _one_line(where: str, error: BaseException) -> HubError | OutputError:
     if isinstance(error, client.HfHubHTTPError):
         return HubError(f"{where}: {_refusal(error)}")
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        return OutputError(f"{where}: the disk is full; free some space, then go on with --resume")
+        return OutputError(f"{where}: the disk is full; free some space, then continue with --resume")
     if isinstance(error, client.HFValidationError):
         return HubError(f"{where}: found no valid name of a repository, expected one like Qwen/Qwen-Image")
     if _may_pass(error) or isinstance(error, client.OfflineModeIsEnabled):
@@ -106,7 +106,7 @@ def _one_line(where: str, error: BaseException) -> HubError | OutputError:
             f"{where}: the Hub does not answer ({type(error).__name__}); check the network, then try again",
             is_unreachable=True,
         )
-    return HubError(f"{where}: found an answer of the Hub that its client does not take ({_shown(str(error))})")
+    return HubError(f"{where}: found an answer of the Hub that its client cannot read ({_shown(str(error))})")
 
 
 def _refusal(error: client.HfHubHTTPError) -> str:
@@ -124,7 +124,7 @@ def _refusal(error: client.HfHubHTTPError) -> str:
 
 
 def _shown(text: str) -> str:
-    """Text of others: one short line, and never the token, whatever they repeat."""
+    """A foreign text as one short line, in which the token is masked."""
     token = get_token()
     line = " ".join((text.replace(token, "***") if token else text).split())
     return line if len(line) <= SHOWN_CHARACTERS else f"{line[:SHOWN_CHARACTERS]}..."

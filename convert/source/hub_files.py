@@ -1,7 +1,7 @@
-"""The weights of a repository on the Hub, at one commit: a file comes when it is read and goes when it was.
+"""The weights of a repository on the Hub at one commit: a file is downloaded when it is read, and removed afterwards.
 
-So the disk holds a file or two of the source, never all of it. A file that the Hub's cache has is read there and stays.
-One that is read again after it went is fetched again: whoever counts wrongly loses time, not correctness.
+So the disk holds one or two files of the source, never all of them. A file in the Hub's cache is read there and stays.
+A file that is read again after its removal is downloaded again: a wrong count costs time, not correctness.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from omni_convert.formats.errors import CheckpointError, HubError
 __all__ = ["HubFile", "HubFiles"]
 
 POLL_SECONDS = 0.2
-# Every header of the Hub's popular models but a few fits into this.
+# Bytes of the first request; the headers of most popular models fit into them.
 FIRST_BYTES = 128 << 10
 LENGTH_BYTES = 8
 
@@ -38,21 +38,21 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class HubFile:
-    """What the Hub says about a file: bytes, and the hash by which it knows the content."""
+    """A file on the Hub: its size in bytes, and the Hub's hash of its content."""
 
     size: int
     identity: str
 
 
 class HubFiles:
-    """Files of a repository, any thread's to ask for.
+    """The files of a repository; all methods may be called from any thread.
 
     Attributes:
         repo_id: the repository
-        commit: to which all of this belongs
-        known: every file of it, by name
-        streamed: the names of those that come when they are read
-        peak: most bytes of them that were on the disk at once
+        commit: the commit of all files
+        known: every file of the repository, by name
+        streamed: names of the files that are downloaded when they are read
+        peak: most bytes of streamed files that were on the disk at once
     """
 
     def __init__(self, repo_id: str, commit: str, known: Mapping[str, HubFile], streamed: frozenset[str]) -> None:
@@ -69,15 +69,15 @@ class HubFiles:
         self._gone: set[str] = set()
 
     def where(self, name: str) -> str:
-        """A file, for messages."""
+        """The name of a file in messages."""
         return f"{self.repo_id}/{name}"
 
     def header(self, name: str) -> bytes:
-        """The JSON of a safetensors file's header; no more of the file is fetched.
+        """The JSON of a safetensors file's header; the rest of the file is not downloaded.
 
         Raises:
-            CheckpointError: there is none.
-            HubError: the Hub does not deliver it.
+            CheckpointError: the file has no complete header.
+            HubError: the Hub cannot deliver it.
         """
         if name not in self._headers:
             self._headers[name] = self._fetch_header(name)
@@ -89,7 +89,7 @@ class HubFiles:
         length = int.from_bytes(start[:LENGTH_BYTES], "little")
         if not 2 <= length <= min(MAX_HEADER_BYTES, size - LENGTH_BYTES):
             raise CheckpointError(
-                f"{self.where(name)}: found a header of {length} bytes in a file of {size}; this is no complete "
+                f"{self.where(name)}: found a header of {length} bytes in a file of {size}; this is not a complete "
                 "safetensors file"
             )
         end = LENGTH_BYTES + length
@@ -114,18 +114,18 @@ class HubFiles:
 
     @contextmanager
     def kept_in(self, folder: Path) -> Iterator[None]:
-        """Has files come into a folder; after a failure they stay there for a later run."""
+        """Downloads files into a folder while it is entered; after a failure they stay there for a later run."""
         self._folder = folder.resolve()
         try:
             yield
         except BaseException:
-            self._folder = None  # whoever waits for a file shall no longer
+            self._folder = None  # ends every wait for a file
             raise
         self._folder = None
         log.info("%s: at most %d of %d bytes of weights were on the disk", self.repo_id, self.peak, self._total())
 
     def clear(self) -> None:
-        """Removes everything that came; the next to ask for it has it fetched again."""
+        """Removes every downloaded file; a later read downloads its file again."""
         wait(self._started)
         with self._lock:
             self._fetched.clear()
@@ -133,11 +133,11 @@ class HubFiles:
                 shutil.rmtree(self._folder, ignore_errors=True)
 
     def path(self, name: str) -> Path:
-        """A file on the disk; waits until it is there.
+        """The path of a file on the disk; waits until it is downloaded.
 
         Raises:
-            HubError: the Hub does not deliver it.
-            CancelledError: nobody needs it any more.
+            HubError: the Hub cannot deliver it.
+            CancelledError: the conversion has ended meanwhile.
         """
         with self._lock:
             if self._folder is None:
@@ -152,7 +152,7 @@ class HubFiles:
         raise CancelledError
 
     def release(self, name: str) -> None:
-        """Removes a file, which is not needed any more."""
+        """Removes a file that is no longer needed."""
         with self._lock:
             self._gone.add(name)
             fetched = self._fetched.pop(name, None)
@@ -163,7 +163,7 @@ class HubFiles:
                 path.unlink(missing_ok=True)
 
     def _start(self, name: str, folder: Path) -> Future[Path]:
-        """Begins to fetch a file; a thread of its own, which need not end for the process to end."""
+        """Starts the download of a file in a daemon thread, which does not keep the process alive."""
         fetched: Future[Path] = Future()
         self._fetched[name] = fetched
         self._started.append(fetched)
@@ -190,7 +190,7 @@ class HubFiles:
         )
 
     def _following(self, name: str) -> str | None:
-        """The next file of weights of the component, if it may come already: half of the source stays away."""
+        """The component's next file of weights, if it may be downloaded now: half of the source stays on the Hub."""
         component = name.rpartition("/")[0]
         later = [other for other in sorted(self._headers) if other > name and other.rpartition("/")[0] == component]
         if not later or later[0] in self._fetched or later[0] in self._gone:

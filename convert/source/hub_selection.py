@@ -1,4 +1,4 @@
-"""Which files of a repository on the Hub a conversion needs: a pipeline's, a component's, or one and its config."""
+"""Selects the files of a Hub repository that a conversion needs: a pipeline, or one file and its config."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ REPO_ID = re.compile(REPO_NAME)
 REPO_FILE = re.compile(rf"({REPO_NAME})/((?:[^/]+/)*[^/]+\.(?:gguf|safetensors))")
 CONFIG = "config.json"
 INDEX = "model_index.json"
-# What a diffusers pipeline consists of; repositories also hold single-file duplicates of tens of gigabytes beside it.
+# The files of a diffusers pipeline; repositories often also hold single-file duplicates of tens of gigabytes.
 PATTERNS = (
     "*.json",
     "LICENSE*",
@@ -31,19 +31,19 @@ PATTERNS = (
     "*/*.model",
     "*/*.jinja",
 )
-# One file of a folder is read, and several are the same model in several types.
+# Only one file of a folder is read; several are usually the same model in several types.
 GGUF_PATTERN = f"transformer*/*{GGUF_SUFFIX}"
 
 
 def needed_files(repo_id: str, names: Collection[str], file: str | None = None) -> set[str]:
-    """Of a repository's files, those to download.
+    """The files of a repository to download.
 
     Args:
-        names: all of them
-        file: the one that is meant, if the user named one
+        names: all files of the repository
+        file: the file that the user named, if any
 
     Raises:
-        CheckpointError: it is not there; or several files in GGUF could be meant.
+        CheckpointError: that file does not exist; or there are several GGUF files to choose from.
     """
     if file is not None:
         if file not in names:
@@ -75,7 +75,7 @@ def _only_one(repo_id: str, files: list[str]) -> str:
 
 
 def cached_patterns(file: str | None = None) -> list[str]:
-    """As patterns, what of a repository may be needed, where nobody says which files it has."""
+    """Patterns of the files that may be needed, for a repository whose list of files is unknown."""
     if file is not None:
         return [file, (PurePosixPath(file).parent / CONFIG).as_posix()]
     return [*PATTERNS, GGUF_PATTERN]

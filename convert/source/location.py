@@ -1,4 +1,4 @@
-"""Finds the checkpoint that the user means: a folder, a file, a Hub repo id, or the bundled demo pipeline."""
+"""Finds the model that the user names: a folder, a file, a Hub repo id, or the bundled demo pipeline."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ DEMO_PIPELINE = Path(__file__).parents[1] / "demo" / "pipeline"
 DEMO_PROMPTS = Path(__file__).parents[1] / "demo" / "prompts.txt"
 DEMO_EVALUATION_PROMPTS = Path(__file__).parents[1] / "demo" / "evaluation_prompts.txt"
 
-# Of a file, in bytes, on the usual file systems.
+# Limit of a file's name on common file systems, in bytes.
 LONGEST_NAME = 255
 
 
 @dataclass(frozen=True)
 class Source:
-    """A checkpoint on the local disk.
+    """A model on the local disk, or one whose weights are still on the Hub.
 
     Attributes:
         path: pipeline folder (it has a model_index.json), component folder (config.json and weights) or weights file
         name: repo id, or the folder's name
-        revision: commit of the Hub repository, if it came from there
-        hub_files: those of the Hub repository, if its weights are still there
+        revision: commit of the Hub repository, if the model came from there
+        hub_files: files of the Hub repository, if the weights are still there
     """
 
     path: Path
@@ -74,7 +74,7 @@ class Source:
         return self.name if self.revision is not None else None
 
     def state(self, name: str, path: Path) -> list[int | str]:
-        """Of a file, the size and what else shows that it is another one: its time, or the hash that the Hub has."""
+        """Size plus mtime or Hub hash of a file, to detect a changed file."""
         if self.hub_files is not None and name.lstrip("/") in self.hub_files.known:
             file = self.hub_files.known[name.lstrip("/")]
             return [file.size, file.identity]
@@ -83,21 +83,21 @@ class Source:
 
 
 def _is_component(value: object) -> bool:
-    """Whether it is [library, class]; both are null for a component that a pipeline goes without."""
+    """Whether an entry is [library, class]; both are null for a component that the pipeline does without."""
     return isinstance(value, list) and len(value) == 2 and all(isinstance(part, str) for part in value)
 
 
 def resolve_source(model: str | Path | None, revision: str | None = None, *, stream: bool = False) -> Source:
-    """Turns what the user typed into files on the disk, downloading from the Hub where it is a repo id.
+    """Finds the model of a path or repo id; a repository is downloaded from the Hub.
 
     Args:
-        model: what was typed
+        model: path or repo id, or None for the demo pipeline
         revision: branch, tag or commit on the Hub
         stream: leave the weights on the Hub until they are read
 
     Raises:
         CheckpointError: nothing is there, or it is a pickle checkpoint.
-        HubError: the Hub does not deliver it.
+        HubError: the Hub cannot deliver the files.
     """
     if model is None:
         return Source(DEMO_PIPELINE, "omni-convert-demo")
@@ -122,7 +122,7 @@ def resolve_source(model: str | Path | None, revision: str | None = None, *, str
 
 
 def _stream(repo_id: str, revision: str | None) -> Source:
-    """The repository at the commit that the revision is now: its configs on the disk, its weights where they are."""
+    """The repository at the current commit of a revision: configs are downloaded, weights stay on the Hub."""
     from omni_convert.convert.source.hub_files import HubFiles
 
     try:
@@ -148,7 +148,7 @@ def _ask_for_files(repo_id: str, revision: str | None) -> ModelInfo:
 
 
 def _fetch(repo_id: str, commit: str, names: Iterable[str]) -> Path:
-    """The folder of a repository with these files of it."""
+    """Downloads files of a repository and returns its folder."""
     from huggingface_hub import snapshot_download
 
     from omni_convert.convert.source.hub import ask_hub
@@ -168,7 +168,7 @@ def _described(repo_id: str, file: RepoSibling) -> HubFile:
 
 
 def _download(repo_id: str, revision: str | None, file: str | None = None) -> Source:
-    """The repository, or one of its files with the config beside it."""
+    """Downloads a repository, or one of its files and the config beside it."""
     try:
         info = _ask_for_files(repo_id, revision)
         names = [sibling.rfilename for sibling in info.siblings or ()]
@@ -181,7 +181,7 @@ def _download(repo_id: str, revision: str | None, file: str | None = None) -> So
 
 
 def _cached(repo_id: str, revision: str | None, error: HubError, file: str | None = None) -> Source:
-    """What the cache has of a repository, since the Hub does not answer."""
+    """The repository in the local cache, for when the Hub does not answer."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 

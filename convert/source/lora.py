@@ -1,4 +1,4 @@
-"""Reads LoRA files, and finds the weight that each of their tensors belongs to; nothing is left out in silence.
+"""Reads LoRA files and matches each of their tensors with a weight; nothing is left out silently.
 
 file ─► pairs named as PEFT does ─► matched by name and shape with the component's tensors ─► what is added to which
          │ as they are, or through diffusers' own conversion for the family (kohya, ComfyUI, original names)
@@ -10,7 +10,7 @@ import importlib
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from torch import Tensor
 from omni_convert.convert.recipe import LoraRequest
 from omni_convert.convert.source.file_hash import file_sha256
 from omni_convert.formats.containers.checkpoint import Checkpoint
+from omni_convert.formats.containers.component import DENOISERS
 from omni_convert.formats.containers.json_file import read_json
 from omni_convert.formats.containers.tensor_spec import TensorSpec
 from omni_convert.formats.errors import CheckpointError, RecipeError, listed
@@ -28,31 +29,31 @@ from omni_convert.formats.views.lora import LowRank, Update, baked_view
 
 __all__ = ["Lora", "bake", "check_requests", "read_lora"]
 
-# A pair is named by the layer that it belongs to and one of each of these.
+# The name of a pair's tensors is the layer's name and one suffix from each of these lists.
 DOWN = (".lora_A.weight", ".lora_A.default.weight", ".lora_down.weight", ".lora.down.weight")
 UP = (".lora_B.weight", ".lora_B.default.weight", ".lora_up.weight", ".lora.up.weight")
 ALPHA = ".alpha"
 BIASES = (".lora_B.bias", ".diff_b")
 DIFFERENCE = ".diff"
 PREFIXES = ("base_model.model.", "diffusion_model.", "transformer.", "unet.")
-# kohya's trainers write these and the layer's name with underscores for dots.
+# kohya's trainers write one of these, and then the layer's name with underscores for dots.
 UNDERSCORED = ("lora_unet_", "lora_transformer_")
 # PEFT's description of an adapter: beside the file, or in its header as diffusers writes it.
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_METADATA = "lora_adapter_metadata"
-# In a folder, what diffusers' save_lora_weights and PEFT's save_pretrained write.
+# Files that diffusers' save_lora_weights and PEFT's save_pretrained write into a folder.
 FILES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")
 NAMES_SHOWN = 3
 
 
 @dataclass(frozen=True)
 class Lora:
-    """A file, matched with a component.
+    """A LoRA file that is matched with a component.
 
     Attributes:
-        added: name of a tensor of the component → what is added to it
-        left_out: names in the file that match nothing, which only --force lets pass
-        sha256: of the file
+        added: name of a tensor of the component → the updates that are added to it
+        left_out: names in the file that match nothing, which are accepted only with --force
+        sha256: SHA-256 of the file
     """
 
     request: LoraRequest
@@ -62,7 +63,7 @@ class Lora:
 
     @property
     def description(self) -> dict[str, Any]:
-        """For the manifest: no paths."""
+        """The entry in the manifest, without paths."""
         return {
             "name": self.request.path.name,
             "sha256": self.sha256,
@@ -75,7 +76,7 @@ class Lora:
 def bake(
     checkpoint: Checkpoint, requests: Sequence[LoraRequest], model_class: str, *, force: bool
 ) -> tuple[Checkpoint, list[Lora]]:
-    """The checkpoint with all the files baked in, in their order, and what they are.
+    """Bakes LoRA files into a checkpoint in their order; returns the result and the files.
 
     Raises:
         CheckpointError: a file is damaged, or does not belong to this model.
@@ -94,13 +95,13 @@ def read_lora(
     """Matches a file with the tensors of a component.
 
     Args:
-        request: of a file, or of a folder with one
-        checkpoint: the component's tensors, as diffusers names them
-        model_class: the component's class in diffusers, whose conversion of names may be needed
-        force: leave out what matches nothing
+        request: names a file, or a folder with one
+        checkpoint: the component's tensors under diffusers' names
+        model_class: the component's class, which selects diffusers' conversion of names
+        force: leave out tensors that match nothing
 
     Raises:
-        CheckpointError: the file is damaged, is no LoRA, or tensors of it match nothing.
+        CheckpointError: the file is damaged or is no LoRA, or tensors of it match nothing.
     """
     request = replace(request, path=_file_at(request.path))
     with Checkpoint.open(request.path) as file:
@@ -127,7 +128,7 @@ def read_lora(
 
 
 def _file_at(path: Path) -> Path:
-    """The file itself; of a folder, the one LoRA in it."""
+    """The path itself if it is a file; the only LoRA of a folder."""
     if path.is_file():
         return path
     if not path.is_dir():
@@ -149,7 +150,7 @@ def _finite(path: Path, name: str, tensor: Tensor) -> Tensor:
 
 
 def _is_empty_difference(name: str, tensor: Tensor) -> bool:
-    """Whether it adds nothing: trainers write zeros for layers that they leave alone."""
+    """Whether a difference adds nothing: trainers write zeros for layers that they do not train."""
     return name.endswith((DIFFERENCE, ".diff_b")) and not bool(tensor.any())
 
 
@@ -163,7 +164,7 @@ def _refuse_other_kinds(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def _adapter_config(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
-    """PEFT's description, without the component's name before its keys; {} if there is none."""
+    """PEFT's description of the adapter, without the component's prefix in its keys; {} if there is none."""
     if ADAPTER_METADATA in metadata:
         try:
             described = json.loads(metadata[ADAPTER_METADATA])
@@ -179,7 +180,7 @@ def _adapter_config(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _strength(stem: str, rank: int, alpha: Tensor | None, adapter: Mapping[str, Any]) -> float:
-    """Alpha over rank, as PEFT computes it; 1 where nothing says alpha."""
+    """Alpha over rank, as PEFT computes it; 1 if no alpha is given."""
     if alpha is not None:
         return float(alpha) / rank
     patterns = adapter.get("alpha_pattern") or {}
@@ -196,7 +197,7 @@ def _matched(
     request: LoraRequest,
     adapter: Mapping[str, Any],
 ) -> tuple[dict[str, list[LowRank | Update]], list[str]]:
-    """What is added to which tensor, and the names that found none."""
+    """The updates of each tensor, and the names in the file that match none."""
     added: dict[str, list[LowRank | Update]] = {}
     used: set[str] = set()
     dotted = _dotted(checkpoint)
@@ -225,20 +226,20 @@ def _matched(
 
 
 def _split(name: str) -> tuple[str, str]:
-    """Layer, and which of its tensors."""
+    """The layer's name, and the suffix of its tensor."""
     leaf = next((leaf for leaf in (*DOWN, *UP, ALPHA, *BIASES, DIFFERENCE) if name.endswith(leaf)), "")
     return name.removesuffix(leaf), leaf
 
 
 def _bare(stem: str) -> str:
-    """A layer's name without what stands for the component."""
+    """A layer's name without the prefix of its component."""
     for prefix in PREFIXES:
         stem = stem.removeprefix(prefix)
     return stem
 
 
 def _dotted(checkpoint: Mapping[str, TensorSpec]) -> dict[str, str]:
-    """Layers by their names as kohya's trainers write them, without those that two layers would have."""
+    """Maps names of kohya's trainers to layers, without names that two layers would share."""
     stems = dict.fromkeys(name.rpartition(".")[0] for name in checkpoint)
     written = Counter(stem.replace(".", "_") for stem in stems)
     return {
@@ -251,7 +252,7 @@ def _target(stems: Iterable[str], leaf: str, checkpoint: Mapping[str, TensorSpec
 
 
 def _fits(down: Tensor, up: Tensor, weight: TensorSpec) -> bool:
-    """Whether up @ down has the shape of the weight; of convolutions with a kernel in `down` alone, too."""
+    """Whether up @ down has the shape of the weight; `down` may hold the kernel of a convolution."""
     if down.dim() < 2 or up.dim() < 2 or len(weight.shape) < 2:
         return False
     down, up = down.flatten(1), up.flatten(1)
@@ -260,14 +261,14 @@ def _fits(down: Tensor, up: Tensor, weight: TensorSpec) -> bool:
 
 
 def _converted_by_diffusers(path: Path, tensors: Mapping[str, Tensor], model_class: str) -> dict[str, Tensor] | None:
-    """The pairs under diffusers' names, if it has a conversion for this model."""
+    """The pairs under diffusers' names, or None if diffusers has no conversion for the class."""
     family = re.sub(r"Transformer\w*$|2DConditionModel$", "", model_class)
     mixin = getattr(importlib.import_module("diffusers.loaders.lora_pipeline"), f"{family}LoraLoaderMixin", None)
     if mixin is None:
         return None
     try:
         converted = mixin.lora_state_dict(dict(tensors))
-    # Conversions fail in whatever way a file that they do not know makes them.
+    # Conversions raise all kinds of errors on files that they were not written for.
     except (ValueError, KeyError, IndexError, RuntimeError, AttributeError, TypeError, AssertionError) as error:
         reason = " ".join(str(error).split())[:200]
         raise CheckpointError(
@@ -279,7 +280,7 @@ def _converted_by_diffusers(path: Path, tensors: Mapping[str, Tensor], model_cla
 
 
 def _check_complete(path: Path, tensors: Mapping[str, Tensor], converted: Mapping[str, Tensor]) -> None:
-    """Conversion splits pairs, and never joins two: fewer than before means that some were dropped."""
+    """Refuses a conversion that dropped pairs: it may split pairs but never joins two."""
     for kind, leaves in (("pairs", DOWN), ("biases", BIASES), ("differences of whole weights", (DIFFERENCE,))):
         before, after = (sum(name.endswith(leaves) for name in names) for names in (tensors, converted))
         if after < before:
@@ -289,11 +290,11 @@ def _check_complete(path: Path, tensors: Mapping[str, Tensor], converted: Mappin
             )
 
 
-def check_requests(requests: tuple[LoraRequest, ...], components: Mapping[str, str]) -> dict[str, list[LoraRequest]]:
-    """Component name → the files to bake into it.
+def check_requests(requests: Sequence[LoraRequest], components: Collection[str]) -> dict[str, list[LoraRequest]]:
+    """Assigns LoRA files to components: component name → its files.
 
     Raises:
-        RecipeError: a file names no component where there are several, or one that is not converted.
+        RecipeError: a file names no component although there are several, or one that is not converted.
     """
     sorted_out: dict[str, list[LoraRequest]] = {}
     for request in requests:
@@ -301,7 +302,7 @@ def check_requests(requests: tuple[LoraRequest, ...], components: Mapping[str, s
         if name is None and len(components) == 1:
             name = next(iter(components))
         if name is None:
-            denoisers = [each for each in components if each.startswith(("transformer", "unet"))]
+            denoisers = [each for each in components if each in DENOISERS]
             if len(denoisers) != 1:
                 raise RecipeError(
                     f"--lora {request.path}: found {', '.join(components)} to bake it into, expected a choice: "

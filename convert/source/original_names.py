@@ -1,4 +1,4 @@
-"""Single files and original checkpoints under diffusers' names, through diffusers' own conversion for the family."""
+"""Renames single files and original checkpoints with diffusers' own conversion for the model class."""
 
 from __future__ import annotations
 
@@ -30,23 +30,23 @@ __all__ = [
     "under_diffusers_names",
 ]
 
-# What diffusers calls its own files; any other may hold the names of another code.
+# The prefix of files that diffusers writes; any other file may have the model's original names.
 DIFFUSERS_FILES = "diffusion_pytorch_model"
 
 
 def has_original_files(checkpoint: Checkpoint) -> bool:
-    """Whether the files have other names than diffusers gives them."""
+    """Whether the files are named differently from those that diffusers writes."""
     return not all(name.startswith(DIFFUSERS_FILES) for name in checkpoint.files)
 
 
 def under_diffusers_names(checkpoint: Checkpoint, config: Mapping[str, Any]) -> tuple[Checkpoint, list[str]]:
-    """The checkpoint as diffusers would load it, and notes; as it is, if there is nothing to rename.
+    """The checkpoint as diffusers would load it, and notes; the same checkpoint if there is nothing to rename.
 
     Args:
-        config: of the model in diffusers
+        config: the model's config in diffusers
 
     Raises:
-        CheckpointError: the conversion fails, or what comes of it is not the model of the config.
+        CheckpointError: the conversion fails, or its result is not the model of the config.
     """
     if not has_original_files(checkpoint):
         return checkpoint, []
@@ -57,10 +57,10 @@ def under_diffusers_names(checkpoint: Checkpoint, config: Mapping[str, Any]) -> 
 def layers_under_diffusers_names(
     quantized: QuantizedCheckpoint, config: Mapping[str, Any]
 ) -> tuple[QuantizedCheckpoint, list[str]]:
-    """As `under_diffusers_names`, with quantized layers as they are: codes and scales are only cut and joined.
+    """Like `under_diffusers_names`, but keeps layers quantized: codes and scales are only split and joined.
 
     Raises:
-        CheckpointError: see there; or a layer cannot be cut or joined without a change.
+        CheckpointError: as there; or a layer cannot be split or joined without changing values.
     """
     checkpoint = quantized.checkpoint
     traced = _trace(dequantized_view(quantized), config) if has_original_files(checkpoint) else None
@@ -71,13 +71,13 @@ def layers_under_diffusers_names(
 
 
 def convert_names(checkpoint: Checkpoint, config: Mapping[str, Any]) -> tuple[CheckpointView, list[str]] | None:
-    """The checkpoint under diffusers' names, and names of tensors that the model has no use for.
+    """The checkpoint under diffusers' names, and the names of tensors that the model does not use.
 
     Returns:
-        None if it has diffusers' names already, or diffusers knows no conversion
+        None if it has diffusers' names already, or diffusers has no conversion for the class
 
     Raises:
-        CheckpointError: see `under_diffusers_names`.
+        CheckpointError: as `under_diffusers_names`.
     """
     traced = _trace(checkpoint, config)
     return None if traced is None else (gathered_view(checkpoint, traced.runs, traced.shapes), traced.unused)
@@ -85,18 +85,20 @@ def convert_names(checkpoint: Checkpoint, config: Mapping[str, Any]) -> tuple[Ch
 
 def _note(checkpoint: Checkpoint, config: Mapping[str, Any], unused: Sequence[str]) -> str:
     left_out = (
-        f"; left out {counted(len(unused), 'tensor')} that the model has no use for, as '{unused[0]}'" if unused else ""
+        f"; left out {counted(len(unused), 'tensor')} that the model does not use, such as '{unused[0]}'"
+        if unused
+        else ""
     )
     return f"{checkpoint.path.name}: renamed by diffusers' own conversion for {model_class(config)}{left_out}"
 
 
 @dataclass(frozen=True)
 class _Traced:
-    """What diffusers' conversion of names does.
+    """The effect of diffusers' conversion of names.
 
     Attributes:
-        runs: new name → the rows that its tensor consists of
-        shapes: of the model's tensors
+        runs: new name → the rows of old tensors that make up its tensor
+        shapes: name → shape, for each of the model's tensors
     """
 
     runs: Mapping[str, Sequence[Run]]
@@ -104,7 +106,7 @@ class _Traced:
 
     @property
     def unused(self) -> list[str]:
-        """Names of what the model has no use for."""
+        """Names of tensors that the model does not use."""
         return sorted(self.runs.keys() - self.shapes.keys())
 
 
@@ -113,13 +115,16 @@ def trace_conversion(
     config: Mapping[str, Any],
     prepare: Callable[[dict[str, Tensor]], dict[str, Tensor]] = lambda tensors: tensors,
 ) -> dict[str, list[Run]] | None:
-    """Diffusers' name → the rows that its conversion of single files makes the tensor of; None if it has none.
+    """Diffusers' name → the rows of old tensors from which its single-file conversion makes the tensor.
 
     Args:
-        prepare: makes what the conversion is given of the tensors
+        prepare: applied to the tensors before the conversion
+
+    Returns:
+        None if diffusers has no conversion for the class
 
     Raises:
-        CheckpointError: the conversion fails, or computes a tensor.
+        CheckpointError: the conversion fails, or computes values instead of moving them.
     """
     from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
 
@@ -136,7 +141,7 @@ def trace_conversion(
 
     try:
         return trace_rows(specs, convert)
-    # Conversions fail in whatever way a file that they do not know makes them.
+    # Conversions raise all kinds of errors on files that they were not written for.
     except (ValueError, KeyError, IndexError, RuntimeError, AttributeError, TypeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise CheckpointError(
@@ -163,29 +168,29 @@ def _trace(checkpoint: Checkpoint, config: Mapping[str, Any]) -> _Traced | None:
     missing = [name for name in shapes if name not in runs]
     if missing:
         raise CheckpointError(
-            f"{checkpoint.path}: tensor '{missing[0]}': found neither it nor what diffusers makes it of, expected all "
-            f"{len(shapes)} tensors of {kind} as config.json describes it; {len(missing)} are missing"
+            f"{checkpoint.path}: tensor '{missing[0]}': found neither it nor the tensors that diffusers makes it from, "
+            f"expected all {len(shapes)} tensors of {kind} as config.json describes it; {len(missing)} are missing"
         )
     return _Traced(runs, shapes)
 
 
 def shapes_of(model: Any, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Every tensor of the model that a config describes."""
+    """Name → shape of every tensor of the model that a config describes."""
     plain = {key: value for key, value in config.items() if key != "quantization_config"}
     with torch.device("meta"), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of initialisations that do nothing on this device
+        warnings.simplefilter("ignore")  # initialisations have no effect on this device
         built = model.from_config(plain)
     return {name: tuple(tensor.shape) for name, tensor in built.state_dict().items()}
 
 
 def missing_config(checkpoint: Checkpoint, path: Path) -> CheckpointError:
-    """What to say where a single file has no config beside it: which one, as diffusers tells models apart."""
+    """The error for a single file without a config beside it; names the likely model, as diffusers detects it."""
     from diffusers.loaders.single_file_utils import DIFFUSERS_DEFAULT_PIPELINE_PATHS, infer_diffusers_model_type
 
     tensors = {name: torch.empty(spec.shape, device="meta") for name, spec in checkpoint.items()}
     kind = infer_diffusers_model_type(tensors)
     default = DIFFUSERS_DEFAULT_PIPELINE_PATHS.get(kind, {}).get("pretrained_model_name_or_path")
-    # diffusers says "v1" of whatever it does not know.
+    # diffusers answers "v1" for every model that it does not know.
     whose = f", by its tensors perhaps that of {default}" if default and kind != "v1" else ""
     return CheckpointError(
         f"{path}: file missing, expected the config.json of the model in diffusers (its transformer folder){whose}"

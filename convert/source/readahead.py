@@ -1,4 +1,4 @@
-"""Reading ahead of everything: the disk can work while Python still imports torch, which takes seconds."""
+"""Reads weights into the page cache while Python still imports torch, which takes seconds."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from omni_convert.formats.containers.component import DENOISERS
 
 __all__ = ["start_reading"]
 
-# More than a disk reads in that time, less than any machine's memory that could be meant for something else.
+# More than a disk reads in that time, and little enough not to displace other data from memory.
 LIMIT = 2 << 30
 BLOCK = 8 << 20
 
 
 def start_reading(model: Path) -> None:
-    """Has the system read the first weights of a model, if one is there; a hint, which finds no mistakes."""
+    """Asks the system to read the first weights of a model; this is only a hint, and errors are ignored."""
     threading.Thread(target=_read_ahead, args=(model,), daemon=True).start()
 
 
@@ -31,7 +31,7 @@ def _read_ahead(model: Path) -> None:
             return
         try:
             size = min(left, os.fstat(descriptor).st_size)
-            for start in range(0, size, BLOCK):  # the system takes no more than a few at once
+            for start in range(0, size, BLOCK):  # the system accepts only a few MiB per call
                 os.posix_fadvise(descriptor, start, BLOCK, os.POSIX_FADV_WILLNEED)
             left -= size
         except OSError:

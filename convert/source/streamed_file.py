@@ -1,4 +1,4 @@
-"""A safetensors file on the Hub, read like one on the disk: its header comes alone, the rest when a tensor is read."""
+"""A safetensors file on the Hub that reads like a local one: the header is fetched first, the rest on demand."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ __all__ = ["StreamedFile"]
 
 
 class StreamedFile(TensorFile):
-    """See `TensorFile`; `path` is only a name here."""
+    """A `TensorFile` on the Hub; its `path` serves only as a name in messages."""
 
     def __init__(self, hub_files: HubFiles, name: str) -> None:
         """Fetches the header and checks it.
 
         Raises:
-            CheckpointError: it is damaged.
-            HubError: the Hub does not deliver it.
+            CheckpointError: the header is damaged.
+            HubError: the Hub cannot deliver it.
         """
         path, text = Path(hub_files.where(name)), hub_files.header(name)
         super().__init__(path, parse_header(text, hub_files.known[name].size, path), text, None)
@@ -32,18 +32,18 @@ class StreamedFile(TensorFile):
         self._lock = threading.Lock()
 
     def _forget(self, _name: str) -> None:
-        """Removes the file when all of its bytes were dealt with."""
+        """Removes the file when all of its bytes have been processed."""
         if self._bytes_left == 0:
             self.release()
 
     def release(self) -> None:
-        """Removes the file; a read fetches it again."""
+        """Removes the file; the next read downloads it again."""
         with self._lock:
             self._opened = None
             self._hub_files.release(self._name)
 
     def on_disk(self) -> Path:
-        """The whole file."""
+        """The path of the downloaded file."""
         return self._hub_files.path(self._name)
 
     def _file(self) -> OpenFile:
@@ -59,5 +59,7 @@ class StreamedFile(TensorFile):
     def _checked(self, path: Path) -> OpenFile:
         file = SafetensorsFile(path)
         if (file.header_sha256, file.size) != (self.header_sha256, self.size):
-            raise CheckpointError(f"{self.path}: found another header in the file than before it came; start again")
+            raise CheckpointError(
+                f"{self.path}: found another header in the downloaded file than on the Hub before; start again"
+            )
         return file._file()  # noqa: SLF001 - of the same base
