@@ -10,7 +10,6 @@ __all__ = [
     "FRAMEPACK",
     "HIDREAM_I1",
     "HUNYUAN_VIDEO",
-    "KREA_2",
     "LUMINA_2",
     "MINIMAX_H3",
     "SANA_WM",
@@ -25,7 +24,6 @@ HIDREAM_I1 = Family(
     has_original_names=True,
     gguf=GgufFacts("hidream", kept_layers=("gate",)),
 )
-KREA_2 = Family("Krea 2", ("Krea2Transformer2DModel",), refusals=_UNKNOWN)
 MINIMAX_H3 = Family("MiniMax-H3", ("MiniMaxH3Transformer3DModel",), refusals=_UNKNOWN)
 SANA_WM = Family("SANA-WM", ("SanaWMTransformer3DModel",), refusals=_UNKNOWN)
 

@@ -16,6 +16,7 @@ from omni_convert.formats.families.full_precision import (
 )
 from omni_convert.formats.families.glm_image import GLM_IMAGE
 from omni_convert.formats.families.hunyuan_video import HUNYUAN_VIDEO_15
+from omni_convert.formats.families.krea_2 import KREA_2
 from omni_convert.formats.families.ltx import LTX_2, LTX_VIDEO
 from omni_convert.formats.families.not_tabulated import (
     AURA_FLOW,
@@ -23,7 +24,6 @@ from omni_convert.formats.families.not_tabulated import (
     FRAMEPACK,
     HIDREAM_I1,
     HUNYUAN_VIDEO,
-    KREA_2,
     LUMINA_2,
     MINIMAX_H3,
     SANA_WM,
