@@ -1,20 +1,25 @@
-"""GGUF: the types of tensors that the `gguf` package can make, for diffusers, ComfyUI-GGUF and their like.
+"""GGUF: the types of tensors that diffusers, ComfyUI-GGUF and their like dequantize.
 
-Tensors:    NAME.weight  U8 [out, in / 32 * bytes]   blocks of `arithmetic/ggml/`; BF16 or F16 [out, in]
+Tensors:    NAME.weight  U8 [out, in / block * bytes]   blocks of `arithmetic/ggml/`; BF16 or F16 [out, in]
 Arithmetic: of each type; the runtime dequantizes a weight before every use, and activations stay as they are.
 Consumers:  diffusers' `GGUFQuantizationConfig` (all but MXFP4), ComfyUI-GGUF.
-Limits:     in a multiple of 32, but for BF16 and F16; scales are FP16 and end at 65504.
+Limits:     in a multiple of 32, but for BF16 and F16; scales are FP16 and end at 65504. Types of super-blocks need a
+            multiple of 256; other weights get another type instead, as llama.cpp gives them: see `FALLBACKS`.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Self
 
 import torch
 from torch import Tensor
 
-from omni_convert.formats.arithmetic.ggml.blocks import BLOCK, BLOCK_TYPES
+from omni_convert.formats.arithmetic.ggml.blocks import BLOCK
+from omni_convert.formats.arithmetic.ggml.blocks import BLOCK_TYPES as SIMPLE_TYPES
+from omni_convert.formats.arithmetic.ggml.k_quants import K_QUANTS, SUPER_BLOCK
 from omni_convert.formats.errors import RecipeError
 from omni_convert.formats.format import QuantizingFormat
 from omni_convert.formats.options import FormatOptions
@@ -23,9 +28,14 @@ from omni_convert.formats.rows import TensorLayout
 __all__ = ["CACHED_BLOCKS", "DEFAULT_TYPE", "GGUF_TYPES", "PLAIN_TYPES", "Gguf"]
 
 PLAIN_TYPES = {"BF16": torch.bfloat16, "F16": torch.float16}
+BLOCK_TYPES = {**SIMPLE_TYPES, **K_QUANTS}
 GGUF_TYPES = (*BLOCK_TYPES, *PLAIN_TYPES)
 DEFAULT_TYPE = "Q8_0"
-#: So many at a time stay in a core's cache from one operation to the next: up to three times as fast.
+#: Type of super-blocks → the type of rows that consist of smaller blocks only.
+FALLBACKS = {"Q6_K": "Q8_0", "Q5_K": "Q5_1", "Q4_K": "Q5_0", "Q3_K": "IQ4_NL", "Q2_K": "IQ4_NL", "IQ4_XS": "IQ4_NL"}
+#: The type of rows that consist of no blocks at all, where one of super-blocks was asked for.
+LAST_TYPE = "F16"
+#: So many blocks of 32 at a time stay in a core's cache from one operation to the next: up to three times as fast.
 CACHED_BLOCKS = 8192
 
 
@@ -35,12 +45,14 @@ class Gguf(QuantizingFormat):
 
     Attributes:
         type: one of `GGUF_TYPES`
+        search: choose scales by the squared error; else Q4_0 to Q5_1 are bit-equal to the `gguf` package's
 
     Raises:
         RecipeError: there is no such type here.
     """
 
     type: str = DEFAULT_TYPE
+    search: bool = True
 
     method = "gguf"
     activation_schemes = ("none",)
@@ -48,7 +60,7 @@ class Gguf(QuantizingFormat):
 
     @classmethod
     def build(cls, options: FormatOptions) -> Gguf:
-        return cls(options.gguf_type or DEFAULT_TYPE)
+        return cls(options.gguf_type or DEFAULT_TYPE, options.search)
 
     def __post_init__(self) -> None:
         if self.type not in GGUF_TYPES:
@@ -62,25 +74,33 @@ class Gguf(QuantizingFormat):
     def label(self) -> str:
         return f"{self.method} {self.type}"
 
+    def for_weight(self, shape: tuple[int, ...]) -> Self:
+        columns = math.prod(shape[1:])
+        if self.type not in FALLBACKS or columns % SUPER_BLOCK == 0:
+            return self
+        return replace(self, type=FALLBACKS[self.type] if columns % BLOCK == 0 else LAST_TYPE)
+
     def unsupported(self, out_features: int, in_features: int) -> str | None:
-        if self.type in PLAIN_TYPES or in_features % BLOCK == 0:
+        if self.type in PLAIN_TYPES or in_features % BLOCK_TYPES[self.type].numbers == 0:
             return None
-        return f"{in_features} columns are no multiple of {BLOCK}"
+        return f"{in_features} columns are no multiple of {BLOCK_TYPES[self.type].numbers}"
 
     def layout(self, out_features: int, in_features: int) -> dict[str, TensorLayout]:
         if self.type in PLAIN_TYPES:
             return {"weight": TensorLayout(PLAIN_TYPES[self.type], (out_features, in_features))}
-        columns = in_features // BLOCK * BLOCK_TYPES[self.type].size
+        kind = BLOCK_TYPES[self.type]
+        columns = in_features // kind.numbers * kind.size
         return {"weight": TensorLayout(torch.uint8, (out_features, columns))}
 
     def quantize_rows(self, rows: Tensor, fitted: None) -> dict[str, Tensor]:
         if self.type in PLAIN_TYPES:
             return {"weight": rows.to(PLAIN_TYPES[self.type])}
-        kind, blocks = BLOCK_TYPES[self.type], rows.reshape(-1, BLOCK)
+        kind = BLOCK_TYPES[self.type]
+        blocks = rows.reshape(-1, kind.numbers)
         stored = torch.empty(len(blocks), kind.size, dtype=torch.uint8, device=rows.device)
-        count = CACHED_BLOCKS if rows.device.type == "cpu" else max(1, len(blocks))
+        count = CACHED_BLOCKS * BLOCK // kind.numbers if rows.device.type == "cpu" else max(1, len(blocks))
         for start in range(0, len(blocks), count):
-            stored[start : start + count] = kind.quantize(blocks[start : start + count].float(), search=False)
+            stored[start : start + count] = kind.quantize(blocks[start : start + count].float(), search=self.search)
         return {"weight": stored.view(len(rows), -1)}
 
     def dequantize(self, tensors: Mapping[str, Tensor]) -> Tensor:

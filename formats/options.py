@@ -13,7 +13,10 @@ __all__ = ["GGUF_TYPES", "GROUP_SIZES", "FormatChoices", "FormatOptions", "check
 #: Columns that share a scale of w4a16, as a user may choose: those of Marlin's kernels. Others' files may have any.
 GROUP_SIZES = (32, 64, 128)
 # The names alone, since `formats/gguf.py` imports torch; a test holds both equal.
-GGUF_TYPES = ("Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0", "MXFP4", "BF16", "F16")
+GGUF_TYPES = (
+    "Q8_0", "Q6_K", "Q5_K", "Q4_K", "Q3_K", "Q2_K", "IQ4_XS", "IQ4_NL",
+    "Q5_1", "Q5_0", "Q4_1", "Q4_0", "MXFP4", "BF16", "F16",
+)  # fmt: skip
 
 
 def _choice(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import cast
 
 import torch
 
@@ -21,7 +22,7 @@ from omni_convert.formats.errors import RecipeError
 from omni_convert.formats.families.layers import LayerGroup
 from omni_convert.formats.families.patterns import matches
 from omni_convert.formats.format import Format
-from omni_convert.formats.gguf import DEFAULT_TYPE
+from omni_convert.formats.gguf import DEFAULT_TYPE, Gguf
 
 __all__ = ["GgufTarget"]
 
@@ -87,9 +88,13 @@ class GgufTarget(Target):
         from omni_convert.formats.containers.gguf_writer import GgufFile
 
         kind = self.recipe.gguf_type or DEFAULT_TYPE
-        quantized = [weight for step in steps if isinstance(step, QuantizeStep) for weight in step.weights]
-        shapes = {weight.name: weight.shape for weight in quantized}
-        content = GgufFile(self.component.family.gguf.architecture, kind, shapes)
+        quantized = {
+            weight.name: (cast("Gguf", formats[stem]).type, weight.shape)
+            for step in steps
+            if isinstance(step, QuantizeStep)
+            for stem, weight in zip(step.group.members, step.weights, strict=True)
+        }
+        content = GgufFile(self.component.family.gguf.architecture, kind, quantized)
         return Shards({f"{self.component.source.short_name}-{kind}.gguf": outputs(steps)}, None, "", content)
 
     @property

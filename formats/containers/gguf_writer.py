@@ -27,6 +27,8 @@ __all__ = ["GgufFile", "GgufWriter"]
 ALIGNMENT = gguf.GGUF_DEFAULT_ALIGNMENT
 FIRST_BYTES = 8  # magic and version
 QUANTIZATION_VERSION = 2
+# Types that have another name where a file says what most of its tensors are.
+FILE_TYPES = {"MXFP4": "MXFP4_MOE", "Q5_K": "Q5_K_S", "Q4_K": "Q4_K_S", "Q3_K": "Q3_K_S"}
 TYPE_NAMES = {
     torch.float32: "F32",
     torch.float16: "F16",
@@ -45,13 +47,13 @@ class GgufFile(Container):
 
     Attributes:
         architecture: `general.architecture`
-        type: of the quantized tensors
-        shapes: quantized tensor → its shape; the others have theirs and the type of their dtype
+        file_type: the type that most quantized tensors have, or the name of a mixture
+        quantized: quantized tensor → its type and shape; the others have the type of their dtype
     """
 
     architecture: str
-    type: str
-    shapes: Mapping[str, tuple[int, ...]]
+    file_type: str
+    quantized: Mapping[str, tuple[str, tuple[int, ...]]]
 
     def entry(self, spec: TensorSpec) -> tuple[str, tuple[int, ...], gguf.GGMLQuantizationType]:
         """Name, shape and type in the file.
@@ -60,8 +62,9 @@ class GgufFile(Container):
             CheckpointError: GGUF has no such type.
         """
         name = spec.name
-        if spec.name in self.shapes:
-            return name, self.shapes[spec.name], gguf.GGMLQuantizationType[self.type]
+        if name in self.quantized:
+            kind, shape = self.quantized[name]
+            return name, shape, gguf.GGMLQuantizationType[kind]
         if spec.dtype not in TYPE_NAMES:
             raise CheckpointError(
                 f"tensor {quoted(spec.name)}: found {spec.dtype}, expected a type that GGUF has "
@@ -122,7 +125,7 @@ def _build_header(specs: list[TensorSpec], content: GgufFile) -> tuple[FileHeade
     """Where everything is, and all bytes before the first tensor."""
     writer = gguf.GGUFWriter(None, content.architecture)
     writer.add_quantization_version(QUANTIZATION_VERSION)
-    writer.add_file_type(gguf.LlamaFileType[_file_type(content.type)])
+    writer.add_file_type(gguf.LlamaFileType[_file_type(content.file_type)])
     for spec in specs:
         name, shape, kind = content.entry(spec)
         writer.add_tensor_info(name, shape, np.dtype(np.float32), spec.nbytes, raw_dtype=kind)
@@ -141,4 +144,4 @@ def _build_header(specs: list[TensorSpec], content: GgufFile) -> tuple[FileHeade
 
 
 def _file_type(type_name: str) -> str:
-    return {"MXFP4": "MOSTLY_MXFP4_MOE"}.get(type_name, f"MOSTLY_{type_name}")
+    return f"MOSTLY_{FILE_TYPES.get(type_name, type_name)}"

@@ -154,7 +154,8 @@ def fit_one_scale(groups: Groups, values: Values, starts: Sequence[float], repea
     scale = round_to_half(_fit_scales(groups, values, starts))
     for _ in range(repeats):
         by_number, squares = _moments(groups, _nearest(groups, values, safe_inverse(scale)))
-        scale = round_to_half(by_number * safe_inverse(squares))
+        fitted = round_to_half(by_number * safe_inverse(squares))
+        scale = torch.where(squares == 0, scale, fitted)  # as with a scale beyond FP16, which has to show
     return scale, _nearest(groups, values, safe_inverse(scale))
 
 

@@ -176,7 +176,7 @@ def test_good_files_are_not_flagged(kind: str, flux_folder: Path, tmp_path: Path
     assert findings_of(folder, flux_folder) == ()
 
 
-@pytest.mark.parametrize("kind", ["Q8_0", "Q4_0"])
+@pytest.mark.parametrize("kind", ["Q8_0", "Q4_0", "Q3_K", "Q5_K", "IQ4_XS"])
 def test_what_we_write_is_right_and_near_what_it_was_made_of(kind: str, flux_folder: Path, tmp_path: Path) -> None:
     convert_checkpoint(flux_folder, tmp_path / "out", Recipe("gguf", gguf_type=kind, device="cpu"))
     result = CliRunner().invoke(main, ["verify", str(tmp_path / "out"), "--reference", str(flux_folder)])

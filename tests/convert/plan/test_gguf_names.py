@@ -99,7 +99,7 @@ def hollow_checkpoint(model_class: Any, config: dict[str, Any], folder: Path) ->
 
 
 def converted(source: Path, output: Path, names: str | None = None, kind: str = "Q8_0", *, force: bool = False) -> Path:
-    recipe = Recipe("gguf", gguf_type=kind, gguf_names=names, device="cpu", force=force)
+    recipe = Recipe("gguf", gguf_type=kind, gguf_names=names, device="cpu", force=force, search=False)
     convert_checkpoint(source, output, recipe)
     (file,) = output.glob("*.gguf")
     return file

@@ -16,7 +16,7 @@ STORED = Gguf("Q4_0").quantize(WEIGHT)["weight"]
 CONV = torch.arange(2 * 3 * 1 * 2 * 2, dtype=torch.float32).view(2, 3, 1, 2, 2)
 TENSORS: dict[str, Tensor] = {"bias": torch.ones(5), "a.weight": STORED, "conv.weight": CONV, "last": torch.ones(1)}
 SPECS = [TensorSpec(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in TENSORS.items()]
-CONTENT = GgufFile("flux", "Q4_0", {"a.weight": (5, 64)})
+CONTENT = GgufFile("flux", "Q4_0", {"a.weight": ("Q4_0", (5, 64))})
 
 
 def written(path: Path) -> str:
