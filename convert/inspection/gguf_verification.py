@@ -10,7 +10,7 @@ import torch
 
 from omni_convert.convert.source.component_folder import model_class
 from omni_convert.convert.source.original_names import convert_names, shapes_of, under_diffusers_names
-from omni_convert.formats.checks.reading import LenientReading
+from omni_convert.formats.checks.reading import TolerantReading
 from omni_convert.formats.containers.checkpoint import Checkpoint
 from omni_convert.formats.dialects.gguf import gguf_file_of
 from omni_convert.formats.dialects.gguf_verdicts import COMFYUI_ARCHITECTURES
@@ -34,7 +34,7 @@ LIMITS = ((8.0, 0.03), (4.0, 0.3), (0.0, 1.0))
 PLAIN_LIMIT = 0.01
 
 
-def check_gguf(reading: LenientReading, config: Mapping[str, Any]) -> Iterator[Finding]:
+def check_gguf(reading: TolerantReading, config: Mapping[str, Any]) -> Iterator[Finding]:
     """Everything that is wrong with what a file says.
 
     Args:

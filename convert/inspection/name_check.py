@@ -19,7 +19,7 @@ from torch.nn.modules.module import register_module_module_registration_hook
 
 from omni_convert.convert.source.component_folder import model_class
 from omni_convert.convert.source.original_names import has_original_files
-from omni_convert.formats.checks.reading import LenientReading
+from omni_convert.formats.checks.reading import TolerantReading
 from omni_convert.formats.containers.names import COMPANIONS
 from omni_convert.formats.finding import Finding
 
@@ -54,7 +54,7 @@ class _Expected:
     is_of_diffusers: bool
 
 
-def check_names(reading: LenientReading, config: Mapping[str, Any]) -> Iterator[Finding]:
+def check_names(reading: TolerantReading, config: Mapping[str, Any]) -> Iterator[Finding]:
     """Tensors that are missing, and tensors that the model has no use for.
 
     Args:

@@ -26,19 +26,19 @@ from omni_convert.convert.source.component_folder import ComponentFolder, folder
 from omni_convert.convert.source.location import Source
 from omni_convert.convert.source.original_names import under_diffusers_names
 from omni_convert.formats.checks.block import check_block
-from omni_convert.formats.checks.reading import LenientReading, read_leniently
+from omni_convert.formats.checks.reading import TolerantReading, read_tolerantly
 from omni_convert.formats.checks.scale_exchange import ScaleTrace, exchanged_scales, trace_of
 from omni_convert.formats.checks.scope import check_scope
 from omni_convert.formats.checks.values import check_finite, check_values
 from omni_convert.formats.containers.checkpoint import Checkpoint
 from omni_convert.formats.containers.component import DENOISERS
+from omni_convert.formats.dialects.found import describe
 from omni_convert.formats.dialects.gguf import GGUF
 from omni_convert.formats.dialects.table import DIALECTS
 from omni_convert.formats.errors import CheckpointError
 from omni_convert.formats.families.family import Family
 from omni_convert.formats.finding import Finding
 from omni_convert.formats.rows import tile_ranges
-from omni_convert.formats.views.opened import describe
 
 __all__ = ["VerifiedComponent", "verify_source", "weight_bytes"]
 
@@ -114,7 +114,7 @@ def _verify(component: ComponentFolder, reference: Source | None, progress: Call
         return _unopened(component, error)
     with checkpoint:
         try:
-            reading = read_leniently(describe(checkpoint, component.folder))
+            reading = read_tolerantly(describe(checkpoint, component.folder))
             config = component.config_if_any
         except CheckpointError as error:
             return _unopened(component, error)
@@ -147,7 +147,7 @@ def _verify(component: ComponentFolder, reference: Source | None, progress: Call
         )
 
 
-def _unchecked(reading: LenientReading, untraced: int) -> Iterator[str]:
+def _unchecked(reading: TolerantReading, untraced: int) -> Iterator[str]:
     """Swapped nibbles leave all statistics of blocks as they are; a common factor looks like another model.
 
     So does a scale of another layer, where a weight has one, or a few that are alike: codes are as large as they can be
@@ -173,7 +173,7 @@ def _unopened(component: ComponentFolder, error: CheckpointError) -> VerifiedCom
     return VerifiedComponent(component.name, None, 0, (found,), is_unreadable=True)
 
 
-def _scope(component: ComponentFolder, reading: LenientReading) -> list[Finding]:
+def _scope(component: ComponentFolder, reading: TolerantReading) -> list[Finding]:
     """What vLLM-Omni would make of the layers, if the component is for it."""
     family, dialect = component.diffusers_family, reading.quantized.dialect
     is_for_vllm_omni = dialect is not None and DIALECTS[dialect].fills_vllm_omni_parameters
@@ -211,7 +211,7 @@ def _encoder_layers(source: Source, family: Family) -> tuple[list[str], list[str
 
 
 def _values(
-    reading: LenientReading, progress: Callable[[int], None], original: Checkpoint | None, errors: dict[str, float]
+    reading: TolerantReading, progress: Callable[[int], None], original: Checkpoint | None, errors: dict[str, float]
 ) -> tuple[list[Finding], int]:
     """What is wrong with values, and then what differs from the original, which fills `errors`.
 

@@ -28,8 +28,8 @@ from omni_convert.convert.source.location import Source
 from omni_convert.formats.containers.checkpoint import Checkpoint
 from omni_convert.formats.containers.component import DENOISERS
 from omni_convert.formats.containers.weight_files import checked_path
+from omni_convert.formats.dialects.found import DESCRIPTIONS, SIDECARS
 from omni_convert.formats.errors import RecipeError
-from omni_convert.formats.views.opened import DESCRIPTIONS, SIDECARS
 
 if TYPE_CHECKING:
     from omni_convert.convert.calibration.statistics import Statistics

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from omni_convert.formats.checks.reading import LenientReading
+from omni_convert.formats.checks.reading import TolerantReading
 from omni_convert.formats.dialects.block_findings import FIX_BLOCK
 from omni_convert.formats.dialects.table import DIALECTS
 from omni_convert.formats.dialects.vllm_omni import missing_flag, serialized_flag
@@ -14,7 +14,7 @@ from omni_convert.formats.finding import Finding
 __all__ = ["check_block"]
 
 
-def check_block(reading: LenientReading, config: Mapping[str, Any]) -> Iterator[Finding]:
+def check_block(reading: TolerantReading, config: Mapping[str, Any]) -> Iterator[Finding]:
     """Everything that is wrong with what is declared about a component.
 
     Args:
@@ -28,7 +28,7 @@ def check_block(reading: LenientReading, config: Mapping[str, Any]) -> Iterator[
         yield from dialect.check(reading.found, stored, config)
 
 
-def _unexplained_block(reading: LenientReading, config: Mapping[str, Any], *, is_bare: bool) -> Iterator[Finding]:
+def _unexplained_block(reading: TolerantReading, config: Mapping[str, Any], *, is_bare: bool) -> Iterator[Finding]:
     """A block that is not the dialect's, or none where nothing else declares the layers.
 
     Args:

@@ -7,8 +7,9 @@ from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 
+from omni_convert.formats.checks.undeclared import holds_codes
 from omni_convert.formats.containers.checkpoint import Checkpoint
-from omni_convert.formats.containers.names import CODES, COMPANIONS, LOW_BIT, WEIGHT
+from omni_convert.formats.containers.names import CODES, COMPANIONS, WEIGHT
 from omni_convert.formats.containers.tensor_spec import DTYPE_NAMES
 from omni_convert.formats.dialects.gguf import GGUF
 from omni_convert.formats.dialects.table import DIALECTS
@@ -81,7 +82,7 @@ def _stray(quantized: QuantizedCheckpoint, name: str) -> Flaw | None:
             return Flaw(f"layer '{stem}': {bare}")
         what = f"found '{name}', which belongs to no quantized layer"
         return Flaw(what) if is_strict else None
-    if is_strict and leaf in CODES and spec.dtype in LOW_BIT and len(spec.shape) == 2:
+    if is_strict and holds_codes(name, spec) and len(spec.shape) == 2:
         return Flaw(f"found '{name}' in {DTYPE_NAMES[spec.dtype]} without the scales that it needs", is_scale=True)
     return None
 

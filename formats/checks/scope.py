@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from omni_convert.formats.checks.reading import LenientReading
+from omni_convert.formats.checks.reading import TolerantReading
 from omni_convert.formats.containers.tensor_spec import TensorSpec
 from omni_convert.formats.dialects.base import Dialect
 from omni_convert.formats.dialects.table import DIALECTS
@@ -29,7 +29,7 @@ ANEW = "convert the original with omni-convert, which knows the model"
 
 
 def check_scope(
-    reading: LenientReading, family: Family, encoder_layers: Sequence[str], stored_encoder_layers: Sequence[str] = ()
+    reading: TolerantReading, family: Family, encoder_layers: Sequence[str], stored_encoder_layers: Sequence[str] = ()
 ) -> Iterator[Finding]:
     """Everything that is wrong with the choice of layers.
 
@@ -78,14 +78,16 @@ def check_scope(
         )  # fmt: skip
 
 
-def _weights(reading: LenientReading) -> dict[str, TensorSpec]:
+def _weights(reading: TolerantReading) -> dict[str, TensorSpec]:
     """Every layer as one weight, and what is not quantized."""
     checkpoint = reading.quantized.checkpoint
     layers = {f"{stem}.weight": TensorSpec(f"{stem}.weight", torch.float32, s) for stem, s in reading.shapes.items()}
     return layers | {name: checkpoint[stored] for name, stored in reading.quantized.kept.items() if name not in layers}
 
 
-def _group(reading: LenientReading, group: LayerGroup, ignored: Collection[str], dialect: Dialect) -> Iterator[Finding]:
+def _group(
+    reading: TolerantReading, group: LayerGroup, ignored: Collection[str], dialect: Dialect
+) -> Iterator[Finding]:
     layers = reading.quantized.layers
     stored = [stem for stem in group.members if stem in layers]
     names = (group.runtime_name, *group.members)
@@ -180,7 +182,7 @@ def _differ(layer: QuantizedLayer, suffix: str, group: LayerGroup, severity: str
 
 
 def _names(
-    reading: LenientReading,
+    reading: TolerantReading,
     groups: Sequence[LayerGroup],
     ignored: Sequence[str],
     dialect: Dialect,

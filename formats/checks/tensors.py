@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 
 import torch
 
-from omni_convert.formats.arithmetic.swizzle import padded_scale_shape
 from omni_convert.formats.containers.tensor_spec import DTYPE_NAMES, TensorSpec
-from omni_convert.formats.dialects.codec import Plain, Swizzled, Transposed
+from omni_convert.formats.dialects.codec import Plain, Transposed
 from omni_convert.formats.dialects.table import DIALECTS
 from omni_convert.formats.finding import Finding
 from omni_convert.formats.format import QuantizingFormat
@@ -22,49 +20,20 @@ AGAIN = "convert the model again"
 
 
 def check_layer(layer: QuantizedLayer, dialect: str) -> Iterator[Finding]:
-    """Everything that is wrong with a layer's tensors but their values."""
+    """What readers stumble over in a layer whose tensors we can read, but their values."""
     consumer = DIALECTS[dialect].consumers
     reason = layer.format.unsupported(*layer.shape) if isinstance(layer.format, QuantizingFormat) else None
     if reason is not None:
         yield Finding("error", "indivisible-width", layer.stem, reason, consumer, "leave the layer unquantized")
-    for suffix, layout in layer.tensors.items():
+    for suffix in layer.tensors:
         if suffix in layer.stored.ones:
             continue
-        name = layer.stored.name_of(suffix)
-        spec = layer.checkpoint.get(name)
-        if spec is None:
-            yield Finding(
-                "error", "missing-companion", name, f"found none, expected it with {layer.format.label}",
-                f"{consumer}: fails to load, or multiplies with whatever the parameter was filled with", AGAIN,
-            )  # fmt: skip
-            continue
-        if layer.stored.spelling.codec(suffix).mismatch(spec, layout) is not None:
-            is_cast = spec.dtype is torch.float8_e8m0fnu and DIALECTS[dialect].fills_vllm_omni_parameters
-            yield _cast_by_value(spec) if is_cast else _mismatch(layer, suffix, spec, consumer)
-            continue
-        yield from _tolerated(layer, suffix, spec, dialect)
+        spec = layer.checkpoint.get(layer.stored.name_of(suffix))
+        if spec is not None and layer.stored.spelling.codec(suffix).mismatch(spec, layer.tensors[suffix]) is None:
+            yield from _tolerated(layer, suffix, spec, dialect)
     for name in layer.stored.unused:
         if name not in layer.checkpoint:
             yield Finding("error", "bad-mark", name, "found no such tensor, expected the layer's mark", consumer, AGAIN)
-
-
-def _mismatch(layer: QuantizedLayer, suffix: str, spec: TensorSpec, consumer: str) -> Finding:
-    """A tensor that cannot be what it should be: by order, by dtype or by shape."""
-    codec, layout = layer.stored.spelling.codec(suffix), layer.tensors[suffix]
-    stored = codec.stored(layout)
-    found, expected = (f"{DTYPE_NAMES[each.dtype]} {list(each.shape)}" for each in (spec, stored))
-    what = f"found {found}, expected {expected}"
-    is_matrix = len(layout.shape) == 2 and suffix == "weight_scale"
-    if is_matrix and isinstance(codec, Swizzled) and spec.shape == layout.shape != stored.shape:
-        what += ": this is the linear shape, swizzled scales are due"
-        return Finding("error", "scale-order", spec.name, what, consumer, "write it with --dialect for this runtime")
-    padded = padded_scale_shape(layout.shape[0], layout.shape[1]) if is_matrix else None
-    if padded is not None and spec.shape == padded and spec.shape != stored.shape:
-        what += ": this is the shape of swizzled scales, linear ones are due"
-        return Finding("error", "scale-order", spec.name, what, consumer, "write it with --dialect for this runtime")
-    is_another_size = spec.elements != math.prod(stored.shape)
-    check = "wrong-shape" if is_another_size or spec.dtype is stored.dtype else "wrong-dtype"
-    return Finding("error", check, spec.name, what, f"{consumer}: refuses it or reads other numbers", AGAIN)
 
 
 def _cast_by_value(spec: TensorSpec) -> Finding:

@@ -20,7 +20,15 @@ import torch
 
 from omni_convert.formats.arithmetic.element import IntegerType
 from omni_convert.formats.config import QuantizationConfig
-from omni_convert.formats.dialects.base import Dialect, Found, Spelling, StoredLayer, WrittenSpelling
+from omni_convert.formats.dialects.base import (
+    Dialect,
+    Found,
+    LayerError,
+    Spelling,
+    StoredLayer,
+    WrittenSpelling,
+    attempt,
+)
 from omni_convert.formats.dialects.block_findings import block_mismatch
 from omni_convert.formats.dialects.codec import Reciprocal, Transposed
 from omni_convert.formats.dialects.detection import signed_layers
@@ -72,9 +80,9 @@ class AutoRound(Dialect):
     def recognises(self, found: Found) -> bool:
         return found.quant_method.replace("_", "-") in METHODS
 
-    def stored_layers(self, found: Found) -> Iterator[StoredLayer]:
+    def stored_layers(self, found: Found) -> Iterator[StoredLayer | LayerError]:
         _check_elements(found)
-        yield from (_integers(found, stem) for stem in found.stems("qweight"))
+        yield from (attempt(_integers, found, stem) for stem in found.stems("qweight"))
         yield from signed_layers(found, PACKED_NAMES, {"weight_scale_2": Reciprocal(), "input_scale": Reciprocal()})
         yield from signed_layers(found)
 
@@ -202,18 +210,19 @@ def _check_elements(found: Found) -> None:
 
 
 def _integers(found: Found, stem: str) -> StoredLayer:
-    where = f"{found.checkpoint.path}: layer '{stem}'"
+    where = f"layer '{stem}'"
     packing = str(found.block.get("packing_format", PACKING))
     bits = found.block.get("bits", 4)
     if "awq" in packing or found.get(stem, "g_idx") is not None:
-        raise CheckpointError(
-            f"{where}: found AWQ's packing or reordered columns (g_idx), expected GPTQ's without them"
-        )
+        what = "found AWQ's packing or reordered columns (g_idx), expected GPTQ's without them"
+        raise LayerError(found, stem, f"{where}: {what}")
     if bits not in READABLE_BITS:
-        raise CheckpointError(f"{where}: found bits {bits!r:.20} in the config block, expected 2, 4 or 8")
+        what = f"found bits {bits!r:.20} in the config block, expected 2, 4 or 8"
+        raise LayerError(found, stem, f"{where}: {what}")
     words, scales = found.checkpoint[f"{stem}.qweight"], found.get(stem, "scales")
     if len(words.shape) != 2 or scales is None or len(scales.shape) != 2 or not scales.shape[0]:
-        raise CheckpointError(f"{where}: found qweight without scales [in / group, out], expected both")
+        what = "found qweight without scales [in / group, out], expected both"
+        raise LayerError(found, stem, f"{where}: {what}", "missing-companion")
     rows, columns = words.shape[1], words.shape[0] * (32 // bits)
     group = None if scales.shape[0] == 1 else -(-columns // scales.shape[0])
     offset = 1 if "gptq" in packing or found.quant_method == "gptq" else 0

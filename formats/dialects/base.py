@@ -7,51 +7,24 @@ Writing:  spelling(format, shape) for each layer; config block, marker tensors a
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, ParamSpec
 
 import torch
 from torch import Tensor
 
-from omni_convert.formats.containers.checkpoint import Checkpoint
-from omni_convert.formats.containers.tensor_spec import TensorSpec
 from omni_convert.formats.dialects.codec import PLAIN, Codec, WritableCodec
+from omni_convert.formats.dialects.found import Found
 from omni_convert.formats.dialects.verdict import OURS, VLLM_OMNI, Verdict
+from omni_convert.formats.errors import CheckpointError
 from omni_convert.formats.finding import Finding
 from omni_convert.formats.format import Format
 from omni_convert.formats.rows import TensorLayout
 
-__all__ = ["Dialect", "Found", "Spelling", "StoredLayer", "WrittenSpelling"]
+__all__ = ["Dialect", "Found", "LayerError", "Spelling", "StoredLayer", "WrittenSpelling", "attempt"]
 
-
-@dataclass(frozen=True)
-class Found:
-    """Everything that tells how a component is stored, before any weight is read.
-
-    Attributes:
-        checkpoint: its tensors
-        block: `quantization_config` of its config.json, or of a sidecar; {} if there is none
-        metadata: free text in the headers of its files
-        labels: tensor name to quantization type, from msModelSlim's description
-    """
-
-    checkpoint: Checkpoint
-    block: Mapping[str, Any] = field(default_factory=dict)
-    metadata: Mapping[str, str] = field(default_factory=dict)
-    labels: Mapping[str, str] = field(default_factory=dict)
-
-    def stems(self, leaf: str = "weight") -> Iterator[str]:
-        """Names without `.leaf` of the tensors that end so, in checkpoint order."""
-        ending = f".{leaf}"
-        return (name.removesuffix(ending) for name in self.checkpoint if name.endswith(ending))
-
-    def get(self, stem: str, suffix: str) -> TensorSpec | None:
-        return self.checkpoint.get(f"{stem}.{suffix}")
-
-    @property
-    def quant_method(self) -> str:
-        return str(self.block.get("quant_method", ""))
+P = ParamSpec("P")
 
 
 @dataclass(frozen=True)
@@ -143,6 +116,32 @@ class StoredLayer:
         return self.places.get(suffix) or f"{prefix}.{self.spelling.name(suffix)}"
 
 
+class LayerError(CheckpointError):
+    """A layer that its dialect cannot read: strict reading raises the first, `verify` reports them all.
+
+    Attributes:
+        layer: name of the layer or tensor
+        what: what was found and expected
+        check: the check of `verify` that reports it
+        effect: what its readers do with it, where that is known
+    """
+
+    def __init__(
+        self, found: Found, layer: str, message: str, check: str = "unreadable-layer", effect: str | None = None
+    ) -> None:
+        super().__init__(f"{found.checkpoint.path}: {message}")
+        self.layer, self.check, self.effect = layer, check, effect
+        self.what = message.removeprefix(f"layer '{layer}': ")
+
+
+def attempt(read: Callable[P, StoredLayer], *arguments: P.args, **options: P.kwargs) -> StoredLayer | LayerError:
+    """What `read` returns, or the error that it raises about its layer."""
+    try:
+        return read(*arguments, **options)
+    except LayerError as error:
+        return error
+
+
 class Dialect(ABC):
     """One spelling; one instance each, in a file of its own."""
 
@@ -179,12 +178,11 @@ class Dialect(ABC):
         """Whether a checkpoint is spelled so."""
 
     @abstractmethod
-    def stored_layers(self, found: Found) -> Iterator[StoredLayer]:
-        """Every quantized layer.
+    def stored_layers(self, found: Found) -> Iterator[StoredLayer | LayerError]:
+        """Every quantized layer; in place of one that cannot be read, the error that says why.
 
         Raises:
-            CheckpointError: a tensor is missing or is not what the dialect says, or a layer is in a format that cannot
-                be read; the message names it.
+            CheckpointError: the component as a whole cannot be read.
         """
 
     def kept_names(self, found: Found, stored: Collection[str]) -> dict[str, str]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from omni_convert.formats.dialects.base import Dialect, Found, StoredLayer
+from omni_convert.formats.dialects.base import Dialect, Found, LayerError, StoredLayer
 from omni_convert.formats.dialects.detection import signed_layers
 from omni_convert.formats.dialects.verdict import CONVERT_FIRST, DIFFUSERS, NO_BLOCK, UNMARKED, Verdict
 from omni_convert.formats.format import Format
@@ -30,7 +30,7 @@ class BlackForestLabs(Dialect):
     def recognises(self, found: Found) -> bool:
         return any(True for leaf in ("weight_scale", "weight_scale_inv") for _ in found.stems(leaf))
 
-    def stored_layers(self, found: Found) -> Iterator[StoredLayer]:
+    def stored_layers(self, found: Found) -> Iterator[StoredLayer | LayerError]:
         return signed_layers(found)
 
     def verdicts(self, layers: Mapping[str, Format], refusal: str | None = None) -> list[Verdict]:

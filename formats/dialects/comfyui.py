@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from omni_convert.formats.containers.json_file import parse_json
-from omni_convert.formats.dialects.base import Dialect, Found, StoredLayer, WrittenSpelling
+from omni_convert.formats.dialects.base import Dialect, Found, LayerError, StoredLayer, WrittenSpelling, attempt
 from omni_convert.formats.dialects.codec import SwappedNibbles, Swizzled
 from omni_convert.formats.dialects.detection import (
     Signature,
@@ -97,15 +97,19 @@ class ComfyUi(Dialect):
             or next(iter(found.stems(MARK)), None) is not None
         )
 
-    def stored_layers(self, found: Found) -> Iterator[StoredLayer]:
-        marks = {**_marks_in_header(found), **{stem: _mark(found, stem) for stem in found.stems(MARK)}}
-        prefix = _prefix(found)
+    def stored_layers(self, found: Found) -> Iterator[StoredLayer | LayerError]:
+        prefix, in_header = _prefix(found), _marks_in_header(found)
+        marked = dict.fromkeys((*in_header, *found.stems(MARK)))
         layers = (
-            [_marked_layer(found, _place(found, stem, prefix), mark) for stem, mark in marks.items()]
-            if marks
-            else [_layer(found, stem, LEGACY_NAMES, {}) for stem in found.stems(LEGACY_NAMES["weight_scale"])]
+            (attempt(_marked_layer, found, stem, prefix, in_header.get(stem)) for stem in marked)
+            if marked
+            else (attempt(_layer, found, stem, LEGACY_NAMES, {}) for stem in found.stems(LEGACY_NAMES["weight_scale"]))
         )
-        return (replace(layer, stem=layer.stem.removeprefix(prefix), place=layer.stem) for layer in layers)
+        for layer in layers:
+            if isinstance(layer, LayerError):
+                yield layer
+            else:
+                yield replace(layer, stem=layer.stem.removeprefix(prefix), place=layer.stem)
 
     def kept_names(self, found: Found, stored: Collection[str]) -> dict[str, str]:
         mark, prefix = _legacy_mark(found), _prefix(found)
@@ -222,22 +226,21 @@ def _mark(found: Found, stem: str) -> Mapping[str, Any]:
             mark = None
         if isinstance(mark, Mapping):
             return mark
-    raise CheckpointError(
-        f"{found.checkpoint.path}: tensor '{name}': found no JSON object, expected {{\"format\": ...}}"
-    )
+    what = 'found no JSON object, expected {"format": ...}'
+    raise LayerError(found, stem, f"tensor '{name}': {what}", "bad-mark")
 
 
-def _marked_layer(found: Found, stem: str, mark: Mapping[str, Any]) -> StoredLayer:
+def _marked_layer(found: Found, stem: str, prefix: str, in_header: Mapping[str, Any] | None) -> StoredLayer:
+    """A layer that is marked beside its weight, or else in the header."""
+    mark = _mark(found, stem) if in_header is None or found.get(stem, MARK) is not None else in_header
+    stem = _place(found, stem, prefix)
     name = mark.get("format")
     if not isinstance(name, str) or name not in METHODS:
-        raise CheckpointError(
-            f"{found.checkpoint.path}: layer '{stem}': found ComfyUI's format {str(name)[:40]!r}, expected one of "
-            f"{', '.join(METHODS)}; others are not read"
-        )
+        what = f"found ComfyUI's format {str(name)[:40]!r}, expected one of {', '.join(METHODS)}; others are not read"
+        raise LayerError(found, stem, f"layer '{stem}': {what}", "bad-mark")
     if found.get(stem, "weight") is None:
-        raise CheckpointError(
-            f"{found.checkpoint.path}: tensor '{stem}.weight' is missing, expected with the layer's mark {name}"
-        )
+        what = f"tensor '{stem}.weight' is missing, expected with the layer's mark {name}"
+        raise LayerError(found, stem, what, "missing-companion")
     return _layer(found, stem, NAMES, mark)
 
 
@@ -246,7 +249,8 @@ def _layer(found: Found, stem: str, names: Mapping[str, str], mark: Mapping[str,
     name = mark.get("format")
     parts = parts_of(found, stem, names)
     if "weight" not in parts:
-        raise CheckpointError(f"{found.checkpoint.path}: tensor '{stem}.weight' is missing, expected with its scale")
+        what = f"tensor '{stem}.weight' is missing, expected with its scale"
+        raise LayerError(found, stem, what, "missing-companion")
     signature = read_signature(parts, "high" if name == "nvfp4" else "low", swizzled=name in SWIZZLED)
     if signature is None:
         raise unknown_format(found, stem, parts)
@@ -263,10 +267,9 @@ def _rotated(found: Found, stem: str, signature: Signature, group: Any) -> Signa
     while power > 1 and power % 4 == 0:
         power //= 4
     if power != 1 or signature.shape[1] % size:
-        raise CheckpointError(
-            f"{found.checkpoint.path}: layer '{stem}': found convrot_groupsize {group!r:.20} for {signature.shape[1]} "
-            "columns, expected a power of four that divides them"
-        )
+        what = f"found convrot_groupsize {group!r:.20} for {signature.shape[1]} columns"
+        message = f"layer '{stem}': {what}, expected a power of four that divides them"
+        raise LayerError(found, stem, message, "bad-mark")
     return replace(signature, format=Rotated(signature.format, size))
 
 

@@ -23,7 +23,7 @@ import torch
 
 from omni_convert.formats.arithmetic.mx import MX_BLOCK
 from omni_convert.formats.arithmetic.nvfp4_scale import NVFP4_BLOCK
-from omni_convert.formats.dialects.base import Dialect, Found, StoredLayer, WrittenSpelling
+from omni_convert.formats.dialects.base import Dialect, Found, LayerError, StoredLayer, WrittenSpelling, attempt
 from omni_convert.formats.dialects.block_findings import block_mismatch, unknown_keys
 from omni_convert.formats.dialects.codec import PackedValues, Plain, Reciprocal
 from omni_convert.formats.dialects.detection import Signature, parts_of, signed_layers, stored_layer
@@ -35,7 +35,6 @@ from omni_convert.formats.dialects.verdict import (
     VLLM_OMNI,
     Verdict,
 )
-from omni_convert.formats.errors import CheckpointError
 from omni_convert.formats.finding import Finding
 from omni_convert.formats.foreign import Scaled
 from omni_convert.formats.format import Format
@@ -83,13 +82,13 @@ class CompressedTensors(Dialect):
     def recognises(self, found: Found) -> bool:
         return found.quant_method.replace("_", "-") == QUANT_METHOD
 
-    def stored_layers(self, found: Found) -> Iterator[StoredLayer]:
+    def stored_layers(self, found: Found) -> Iterator[StoredLayer | LayerError]:
         integers = {stem for stem in found.stems(PACKED) if found.checkpoint[f"{stem}.{PACKED}"].dtype is torch.int32}
         floats = signed_layers(found, PACKED_NAMES, RECIPROCALS)
-        yield from (layer for layer in floats if layer.stem not in integers)
+        yield from (each for each in floats if isinstance(each, LayerError) or each.stem not in integers)
         yield from signed_layers(found)
         for stem in integers:
-            yield _packed_integers(found, stem)
+            yield attempt(_packed_integers, found, stem)
 
     def spelling(self, fmt: Format, shape: tuple[int, int]) -> WrittenSpelling | str:
         encoding = fmt.encoding
@@ -180,18 +179,17 @@ def _group(layout: str, weights: dict[str, Any], inputs: dict[str, Any] | None) 
 def _packed_integers(found: Found, stem: str) -> StoredLayer:
     """A layer of `pack-quantized`."""
     parts = parts_of(found, stem, {"weight": PACKED})
-    where = f"{found.checkpoint.path}: layer '{stem}'"
     shape_name = f"{stem}.weight_shape"
     shape_spec = found.checkpoint.get(shape_name)
     if "weight_scale" not in parts or shape_spec is None or shape_spec.elements != 2:
-        raise CheckpointError(f"{where}: found {PACKED} alone, expected weight_scale and weight_shape beside it")
+        what = f"found {PACKED} alone, expected weight_scale and weight_shape beside it"
+        raise LayerError(found, stem, f"layer '{stem}': {what}", "missing-companion")
     rows, columns = (int(size) for size in found.checkpoint.read(shape_name).flatten().tolist())
     words = parts["weight"].shape
     bits = words[1] * 32 // columns if columns > 0 and len(words) == 2 else 0
     if bits not in READABLE_BITS or "weight_zero_point" in parts:
-        raise CheckpointError(
-            f"{where}: found integers of {bits} bits or zero points, expected 4 or 8 bits without any"
-        )
+        what = f"found integers of {bits} bits or zero points, expected 4 or 8 bits without any"
+        raise LayerError(found, stem, f"layer '{stem}': {what}")
     groups = parts["weight_scale"].elements // rows if rows > 0 else 0
     group = None if groups == 1 else -(-columns // groups) if groups else None
     fmt = Scaled(f"int{bits}", torch.int8, group)

@@ -24,9 +24,8 @@ from omni_convert.formats.arithmetic.e2m1 import NibbleOrder
 from omni_convert.formats.arithmetic.mx import MX_BLOCK
 from omni_convert.formats.arithmetic.swizzle import padded_scale_shape
 from omni_convert.formats.containers.tensor_spec import DTYPE_NAMES, TensorSpec
-from omni_convert.formats.dialects.base import Found, Spelling, StoredLayer
+from omni_convert.formats.dialects.base import Found, LayerError, Spelling, StoredLayer
 from omni_convert.formats.dialects.codec import Codec, OneForAll, PackedValues, Plain, SwappedNibbles, Swizzled
-from omni_convert.formats.errors import CheckpointError
 from omni_convert.formats.foreign import Scaled, Smoothed
 from omni_convert.formats.format import Format
 from omni_convert.formats.fp8 import Fp8, Fp8Block
@@ -181,7 +180,7 @@ def signed_layers(
     even: NibbleOrder = "low",
     *,
     swizzled: bool = False,
-) -> Iterator[StoredLayer]:
+) -> Iterator[StoredLayer | LayerError]:
     """The layers whose format shows in their tensors, for dialects that add nothing but names and orders.
 
     Args:
@@ -190,8 +189,8 @@ def signed_layers(
         even: nibble of the even element, where codes are packed
         swizzled: block scales are in the order of cuBLAS
 
-    Raises:
-        CheckpointError: a weight has scales, but of no format that is known.
+    Returns:
+        in place of a weight whose scales are of no known format, the error that says so
     """
     names, codecs = names or {}, codecs or {}
     for stem in found.stems(names.get("weight", "weight")):
@@ -199,8 +198,9 @@ def signed_layers(
         if "weight_scale" in parts and len(parts["weight"].shape) == 2 and parts["weight"].dtype in EIGHT_BITS:
             signature = read_signature(parts, even, swizzled=swizzled)
             if signature is None:
-                raise unknown_format(found, stem, parts)
-            yield stored_layer(stem, signature, parts, codecs)
+                yield unknown_format(found, stem, parts)
+            else:
+                yield stored_layer(stem, signature, parts, codecs)
 
 
 def parts_of(found: Found, stem: str, names: Mapping[str, str]) -> dict[str, TensorSpec]:
@@ -222,9 +222,11 @@ def stored_layer(
     return StoredLayer(stem, signature.format, signature.shape, spelling, places=places)
 
 
-def unknown_format(found: Found, stem: str, parts: Mapping[str, TensorSpec]) -> CheckpointError:
-    """What to say about a weight whose scales fit no format."""
+def unknown_format(found: Found, stem: str, parts: Mapping[str, TensorSpec]) -> LayerError:
+    """The error about a weight whose scales fit no format."""
+    scale = parts.get("weight_scale")
+    # NVFP4's block scales mean nothing without the scale above them.
+    is_complete = scale is not None and (scale.dtype is not torch.float8_e4m3fn or "weight_scale_2" in parts)
+    check = "unreadable-layer" if is_complete else "missing-companion"
     shown = ", ".join(f"{role} {DTYPE_NAMES[spec.dtype]} {list(spec.shape)}" for role, spec in parts.items())
-    return CheckpointError(
-        f"{found.checkpoint.path}: layer '{stem}': found {shown}, which is no format that is read here"
-    )
+    return LayerError(found, stem, f"layer '{stem}': found {shown}, which is no format that is read here", check)

@@ -17,8 +17,7 @@ from omni_convert.formats.containers.checkpoint import Checkpoint
 from omni_convert.formats.containers.component import GGUF_SUFFIX
 from omni_convert.formats.containers.names import WEIGHT
 from omni_convert.formats.containers.tensor_spec import TensorSpec
-from omni_convert.formats.dialects.base import Dialect, Found, StoredLayer, WrittenSpelling
-from omni_convert.formats.errors import CheckpointError
+from omni_convert.formats.dialects.base import Dialect, Found, LayerError, StoredLayer, WrittenSpelling, attempt
 from omni_convert.formats.format import Format
 
 if TYPE_CHECKING:  # the gguf package is slow to import, and few need it
@@ -43,7 +42,7 @@ class Gguf(Dialect):
     def recognises(self, found: Found) -> bool:
         return gguf_file_of(found.checkpoint) is not None
 
-    def stored_layers(self, found: Found) -> Iterator[StoredLayer]:
+    def stored_layers(self, found: Found) -> Iterator[StoredLayer | LayerError]:
         from omni_convert.formats.containers.gguf_file import PLAIN_DTYPES
 
         file = gguf_file_of(found.checkpoint)
@@ -51,7 +50,7 @@ class Gguf(Dialect):
         for name in found.checkpoint:
             entry = file.entries[name]
             if entry.type.name not in PLAIN_DTYPES:
-                yield _stored_layer(entry, found)
+                yield attempt(_stored_layer, entry, found)
 
     def spelling(self, fmt: Format, shape: tuple[int, int]) -> WrittenSpelling | str:
         return WrittenSpelling() if fmt.method == self.name else super().spelling(fmt, shape)
@@ -72,17 +71,14 @@ class Gguf(Dialect):
 def _stored_layer(entry: GgufEntry, found: Found) -> StoredLayer:
     from omni_convert.formats.gguf_stored import StoredGguf, is_dequantized
 
-    where = f"{found.checkpoint.path}: tensor '{entry.name}'"
+    stem = entry.name.rpartition(".")[0]
+    where = f"tensor '{entry.name}'"
     if not is_dequantized(entry.type.name):
-        raise CheckpointError(
-            f"{where}: found type {entry.type.name}, expected one that the gguf package dequantizes; convert the "
-            "original again"
-        )
+        what = "expected one that the gguf package dequantizes; convert the original again"
+        raise LayerError(found, stem, f"{where}: found type {entry.type.name}, {what}")
     if not entry.name.endswith(WEIGHT):
-        raise CheckpointError(
-            f"{where}: found {entry.type.name}, expected blocks in a tensor called NAME{WEIGHT} only; convert the "
-            "original again"
-        )
+        what = f"expected blocks in a tensor called NAME{WEIGHT} only; convert the original again"
+        raise LayerError(found, stem, f"{where}: found {entry.type.name}, {what}")
     shape = (entry.shape[0], math.prod(entry.shape[1:]))
     return StoredLayer(entry.name.removesuffix(WEIGHT), StoredGguf(entry.type.name, entry.shape), shape)
 

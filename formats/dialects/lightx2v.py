@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 import torch
 
-from omni_convert.formats.dialects.base import Dialect, Found, StoredLayer
+from omni_convert.formats.dialects.base import Dialect, Found, LayerError, StoredLayer
 from omni_convert.formats.dialects.codec import Reciprocal
 from omni_convert.formats.dialects.detection import signed_layers
 from omni_convert.formats.dialects.verdict import CONVERT_FIRST, DIFFUSERS, NO_BLOCK, UNMARKED, Verdict
@@ -42,7 +42,7 @@ class LightX2V(Dialect):
         scales = (spec for name, spec in found.checkpoint.items() if name.endswith(".weight_scale"))
         return any(spec.dtype is torch.float8_e8m0fnu for spec in scales)
 
-    def stored_layers(self, found: Found) -> Iterator[StoredLayer]:
+    def stored_layers(self, found: Found) -> Iterator[StoredLayer | LayerError]:
         codecs = {"weight_scale_2": Reciprocal(), "input_scale": Reciprocal()}
         return signed_layers(found, NAMES, codecs, swizzled=True)
 

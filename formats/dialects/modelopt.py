@@ -19,14 +19,14 @@ import fnmatch
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
-from omni_convert.formats.dialects.base import Dialect, Found, StoredLayer, WrittenSpelling
+from omni_convert.formats.dialects.base import Dialect, Found, LayerError, StoredLayer, WrittenSpelling
 from omni_convert.formats.dialects.block_findings import FIX_BLOCK, block_mismatch
 from omni_convert.formats.dialects.codec import Plain, Repeated
 from omni_convert.formats.dialects.detection import signed_layers
 from omni_convert.formats.dialects.modelopt_config import MIXED_PRECISION, MODELOPT, spell_algorithms
 from omni_convert.formats.dialects.verdict import CONVERT_FIRST, DIFFUSERS, OURS, UNMARKED, VLLM_OMNI, Verdict
 from omni_convert.formats.dialects.vllm_omni import from_block, vllm_omni_verdict
-from omni_convert.formats.errors import CheckpointError, OmniConvertError
+from omni_convert.formats.errors import OmniConvertError
 from omni_convert.formats.finding import Finding
 from omni_convert.formats.format import Format
 from omni_convert.formats.fp8 import FP8, FP8_PER_ROW, fp8_block_size
@@ -61,13 +61,13 @@ class ModelOpt(Dialect):
         is_theirs = isinstance(producer, Mapping) and producer.get("name") == MODELOPT
         return is_theirs or found.quant_method.startswith(MODELOPT) or isinstance(found.block.get("quantization"), dict)
 
-    def stored_layers(self, found: Found) -> Iterator[StoredLayer]:
-        for stem in found.stems("svdquant_lora_a"):
-            raise CheckpointError(
-                f"{found.checkpoint.path}: tensor '{stem}.svdquant_lora_a': found SVDQuant's low-rank branch, expected "
-                "a plain linear; export without SVDQuant"
-            )
-        return signed_layers(found, NAMES)
+    def stored_layers(self, found: Found) -> Iterator[StoredLayer | LayerError]:
+        branched = list(found.stems("svdquant_lora_a"))
+        for stem in branched:
+            what = "found SVDQuant's low-rank branch, expected a plain linear; export without SVDQuant"
+            yield LayerError(found, stem, f"tensor '{stem}.svdquant_lora_a': {what}")
+        plain = signed_layers(found, NAMES)
+        yield from (each for each in plain if isinstance(each, LayerError) or each.stem not in branched)
 
     def spelling(self, fmt: Format, shape: tuple[int, int]) -> WrittenSpelling | str:
         if fmt.encoding == FP8 and not fmt.is_static:

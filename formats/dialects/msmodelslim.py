@@ -20,12 +20,11 @@ from dataclasses import replace
 from typing import Any
 
 from omni_convert.formats.arithmetic.mx import MX_BLOCK
-from omni_convert.formats.dialects.base import Dialect, Found, StoredLayer, WrittenSpelling
+from omni_convert.formats.dialects.base import Dialect, Found, LayerError, StoredLayer, WrittenSpelling, attempt
 from omni_convert.formats.dialects.block_findings import block_mismatch
 from omni_convert.formats.dialects.codec import PackedValues
 from omni_convert.formats.dialects.detection import parts_of, read_signature, stored_layer, unknown_format
 from omni_convert.formats.dialects.verdict import CONVERT_FIRST, DIFFUSERS, UNMARKED, VLLM_OMNI, Verdict
-from omni_convert.formats.errors import CheckpointError
 from omni_convert.formats.families.wan import has_original_wan_names, wan_diffusers_name
 from omni_convert.formats.finding import Finding
 from omni_convert.formats.format import Format
@@ -70,17 +69,15 @@ class MsModelSlim(Dialect):
     def recognises(self, found: Found) -> bool:
         return any(name in found.checkpoint and LABEL.fullmatch(label) for name, label in found.labels.items())
 
-    def stored_layers(self, found: Found) -> Iterator[StoredLayer]:
+    def stored_layers(self, found: Found) -> Iterator[StoredLayer | LayerError]:
         for leaf in ROTATIONS:
             for stem in found.stems(leaf):
-                raise CheckpointError(
-                    f"{found.checkpoint.path}: tensor '{stem}.{leaf}': found inputs that are rotated at run time, "
-                    "expected a plain linear; export without it"
-                )
+                what = "found inputs that are rotated at run time, expected a plain linear; export without it"
+                yield LayerError(found, stem, f"tensor '{stem}.{leaf}': {what}")
         for place in found.stems():
             label = found.labels.get(f"{place}.weight", FLOAT)
             if label != FLOAT:
-                yield _layer(found, place, label)
+                yield attempt(_layer, found, place, label)
 
     def kept_names(self, found: Found, stored: Collection[str]) -> dict[str, str]:
         return {_renamed(found, _unwrapped(found, name)): name for name in stored}
@@ -137,9 +134,9 @@ def _renamed(found: Found, name: str) -> str:
 
 
 def _layer(found: Found, place: str, label: str) -> StoredLayer:
-    where = f"{found.checkpoint.path}: layer '{place}'"
     if label not in METHODS:
-        raise CheckpointError(f"{where}: found type {label[:40]!r}, expected one of {', '.join(METHODS)}")
+        what = f"found type {label[:40]!r}, expected one of {', '.join(METHODS)}"
+        raise LayerError(found, place, f"layer '{place}': {what}", "bad-mark")
     stem = place.removesuffix(LINEAR)
     parts = parts_of(found, place, {})
     divided = found.checkpoint.get(f"{stem}{DIVISION}")
@@ -149,7 +146,7 @@ def _layer(found: Found, place: str, label: str) -> StoredLayer:
     unused: tuple[str, ...] = ()
     if offset in found.checkpoint:
         if bool((found.checkpoint.read(offset) != 0).any()):
-            raise CheckpointError(f"{found.checkpoint.path}: tensor '{offset}': found other numbers than 0, expected 0")
+            raise LayerError(found, place, f"tensor '{offset}': found other numbers than 0, expected 0")
         unused = (offset,)
     if label == "W4A4_MXFP4_DUALSCALE" and "weight_dual_scale" not in parts:
         raise unknown_format(found, place, parts)

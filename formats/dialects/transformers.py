@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from omni_convert.formats.arithmetic.mx import MX_BLOCK
-from omni_convert.formats.dialects.base import Dialect, Found, StoredLayer, WrittenSpelling
+from omni_convert.formats.dialects.base import Dialect, Found, LayerError, StoredLayer, WrittenSpelling
 from omni_convert.formats.dialects.block_findings import block_mismatch, unknown_keys
 from omni_convert.formats.dialects.codec import Plain
 from omni_convert.formats.dialects.detection import signed_layers
@@ -85,7 +85,7 @@ class Transformers(Dialect):
             return _has_inverse_scales(found)
         return found.quant_method == "fp8" and "is_checkpoint_fp8_serialized" not in found.block
 
-    def stored_layers(self, found: Found) -> Iterator[StoredLayer]:
+    def stored_layers(self, found: Found) -> Iterator[StoredLayer | LayerError]:
         # Without them these are vLLM's, who leave the flag out.
         return signed_layers(found, NAMES if _has_inverse_scales(found) else None)
 

@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from omni_convert.formats.config import ACTIVATION_SCHEMES, MIXED, QuantizationConfig
-from omni_convert.formats.dialects.base import Dialect, Found, StoredLayer, WrittenSpelling
+from omni_convert.formats.dialects.base import Dialect, Found, LayerError, StoredLayer, WrittenSpelling
 from omni_convert.formats.dialects.block_findings import FIX_BLOCK, block_mismatch, unknown_keys
 from omni_convert.formats.dialects.modelopt_config import (
     MODELOPT,
@@ -294,7 +294,7 @@ class VllmOmni(Dialect):
         method = found.quant_method
         return method == WRAPPED or (method in _SPELLINGS and _SPELLINGS[method].flag in found.block)
 
-    def stored_layers(self, found: Found) -> Iterator[StoredLayer]:
+    def stored_layers(self, found: Found) -> Iterator[StoredLayer | LayerError]:
         method = str(found.block.get("method", found.quant_method))
         for stem, fmt in layer_formats(found.checkpoint, method).items():
             rows, *others = found.checkpoint[f"{stem}.weight"].shape

@@ -11,8 +11,8 @@ with open_quantized("out/transformer") as quantized:
 
 from __future__ import annotations
 
-import reprlib
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -21,27 +21,25 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from omni_convert.formats.arithmetic.swizzle import padded_scale_shape
 from omni_convert.formats.containers.checkpoint import Checkpoint
-from omni_convert.formats.containers.json_file import parse_json, read_json
 from omni_convert.formats.containers.tensor_spec import DTYPE_NAMES
-from omni_convert.formats.dialects.base import Dialect, Found, StoredLayer
+from omni_convert.formats.dialects.base import Dialect, LayerError, StoredLayer
+from omni_convert.formats.dialects.codec import Swizzled
+from omni_convert.formats.dialects.found import Found, describe
 from omni_convert.formats.dialects.table import find_dialect
 from omni_convert.formats.errors import CheckpointError
 from omni_convert.formats.format import Format
 from omni_convert.formats.rows import TensorLayout
 
 __all__ = [
-    "DESCRIPTIONS",
-    "SIDECARS",
     "QuantizedCheckpoint",
     "QuantizedLayer",
-    "describe",
+    "Reading",
     "open_quantized",
+    "read_layers",
     "read_quantized",
 ]
-
-SIDECARS = ("hf_quant_config.json", "quantization_config.json")
-DESCRIPTIONS = "quant_model_description*.json"
 
 
 @dataclass(frozen=True)
@@ -139,6 +137,34 @@ class QuantizedCheckpoint:
         self.checkpoint.close()
 
 
+@dataclass(frozen=True)
+class Reading:
+    """What can be read of a checkpoint, whatever is wrong with it.
+
+    Attributes:
+        dialect: None if nothing is quantized
+        layers: stem to each layer whose tensors are what the dialect says
+        damaged: layers of which a tensor is missing or is something else
+        errors: why the others cannot be read, in the order in which strict reading comes across them
+    """
+
+    found: Found
+    dialect: Dialect | None = None
+    layers: dict[str, QuantizedLayer] = field(default_factory=dict)
+    damaged: tuple[QuantizedLayer, ...] = ()
+    errors: tuple[CheckpointError, ...] = ()
+
+    @property
+    def quantized(self) -> QuantizedCheckpoint:
+        """The checkpoint with the layers that can be read."""
+        checkpoint, block = self.found.checkpoint, self.found.block
+        if self.dialect is None:
+            return QuantizedCheckpoint(checkpoint, None, {}, {name: name for name in checkpoint}, block)
+        used = {name for layer in (*self.layers.values(), *self.damaged) for name in layer.sources}
+        kept = self.dialect.kept_names(self.found, [name for name in checkpoint if name not in used])
+        return QuantizedCheckpoint(checkpoint, self.dialect.name, self.layers, kept, block)
+
+
 def open_quantized(path: Path) -> QuantizedCheckpoint:
     """Opens a component folder or a single file; headers, configs and tiny markers are read, no weight.
 
@@ -152,85 +178,90 @@ def open_quantized(path: Path) -> QuantizedCheckpoint:
 
 
 def read_quantized(checkpoint: Checkpoint, folder: Path) -> QuantizedCheckpoint:
-    """As `open_quantized`, for a checkpoint that is open.
+    """Reads a checkpoint that is open: the first error of `read_layers` is raised.
 
     Args:
         folder: where its config.json and sidecars are, if there are some
 
     Raises:
-        CheckpointError: see there.
+        CheckpointError: as of `open_quantized`.
     """
-    found = describe(checkpoint, folder)
+    reading = read_layers(describe(checkpoint, folder))
+    if reading.errors:
+        raise reading.errors[0]
+    return reading.quantized
+
+
+def read_layers(found: Found) -> Reading:
+    """Reads every layer of a checkpoint that can be read, and collects why others cannot."""
     dialect = find_dialect(found)
     if dialect is None:
-        return QuantizedCheckpoint(checkpoint, None, {}, {name: name for name in checkpoint}, found.block)
-    layers = {stored.stem: _checked(checkpoint, stored, dialect) for stored in dialect.stored_layers(found)}
-    used = {name for layer in layers.values() for name in layer.sources}
-    kept = dialect.kept_names(found, [name for name in checkpoint if name not in used])
-    return QuantizedCheckpoint(checkpoint, dialect.name, layers, kept, found.block)
-
-
-def describe(checkpoint: Checkpoint, folder: Path) -> Found:
-    """What the files say about a checkpoint.
-
-    Args:
-        folder: where its config.json and sidecars are, if there are some
-
-    Raises:
-        CheckpointError: one of these is no JSON object.
-    """
-    return Found(checkpoint, _block(folder, checkpoint), _metadata(checkpoint), _labels(folder))
-
-
-def _checked(checkpoint: Checkpoint, stored: StoredLayer, dialect: Dialect) -> QuantizedLayer:
-    layouts = stored.format.layout(*stored.shape)
-    for suffix, layout in layouts.items():
-        name = stored.name_of(suffix)
-        if suffix in stored.ones:
-            continue
-        if name not in checkpoint:
-            raise CheckpointError(
-                f"{checkpoint.path}: tensor '{name}' is missing, expected with {stored.format.label} as {dialect.name} "
-                "spells it; the file is incomplete"
-            )
-        expected = stored.spelling.codec(suffix).mismatch(checkpoint[name], layout)
-        if expected is not None:
-            spec = checkpoint[name]
-            raise CheckpointError(
-                f"{checkpoint.path}: tensor '{name}': found {DTYPE_NAMES[spec.dtype]} {list(spec.shape)}, expected "
-                f"{expected} for {stored.format.label} as {dialect.name} spells it"
-            )
-    return QuantizedLayer(checkpoint, stored, layouts)
-
-
-def _block(folder: Path, checkpoint: Checkpoint) -> Mapping[str, Any]:
-    """The config block: of config.json, of a sidecar, or of the files' headers."""
-    block = _json(folder / "config.json").get("quantization_config")
-    if isinstance(block, dict) and block:
-        return block
-    for name in SIDECARS:
-        if sidecar := _json(folder / name):
-            return sidecar
+        return Reading(found)
+    layers: dict[str, QuantizedLayer] = {}
+    damaged: list[QuantizedLayer] = []
+    errors: list[CheckpointError] = []
     try:
-        return parse_json(_metadata(checkpoint).get("quantization_config", "{}").encode(), checkpoint.path)
-    except CheckpointError:
-        return {}
+        for stored in dialect.stored_layers(found):
+            if isinstance(stored, LayerError):
+                errors.append(stored)
+                continue
+            layer = QuantizedLayer(found.checkpoint, stored, stored.format.layout(*stored.shape))
+            if flaws := list(_tensor_errors(layer, found, dialect)):
+                damaged.append(layer)
+                errors += flaws
+            else:
+                layers[stored.stem] = layer
+    except CheckpointError as error:  # about the component as a whole
+        return Reading(found, dialect, errors=(error,))
+    return Reading(found, dialect, layers, tuple(damaged), tuple(errors))
 
 
-def _labels(folder: Path) -> dict[str, str]:
-    """MsModelSlim's description, if there is one."""
-    descriptions = sorted(folder.glob(DESCRIPTIONS))
-    if len(descriptions) != 1:
-        return {}
-    labels = _json(descriptions[0])
-    # One that is no text makes its tensor unreadable, and its reader says so.
-    return {name: label if isinstance(label, str) else reprlib.repr(label) for name, label in labels.items()}
+def _tensor_errors(layer: QuantizedLayer, found: Found, dialect: Dialect) -> Iterator[LayerError]:
+    """Tensors of a layer that are missing, or not what its dialect says."""
+    expected = f"{layer.format.label} as {dialect.name} spells it"
+    for suffix, layout in layer.tensors.items():
+        name = layer.source_of(suffix)
+        if name is None:
+            continue
+        spec = layer.checkpoint.get(name)
+        if spec is None:
+            yield LayerError(
+                found,
+                name,
+                f"tensor '{name}' is missing, expected with {expected}; the file is incomplete",
+                "missing-companion",
+                "fails to load, or multiplies with whatever the parameter was filled with",
+            )
+        elif layer.stored.spelling.codec(suffix).mismatch(spec, layout) is not None:
+            yield _mismatch(layer, suffix, found, dialect)
 
 
-def _metadata(checkpoint: Checkpoint) -> dict[str, str]:
-    return {key: text for file in checkpoint.files.values() for key, text in file.metadata.items()}
+def _mismatch(layer: QuantizedLayer, suffix: str, found: Found, dialect: Dialect) -> LayerError:
+    """A tensor that has another order, dtype or shape than it should."""
+    codec, layout = layer.stored.spelling.codec(suffix), layer.tensors[suffix]
+    name, stored = layer.stored.name_of(suffix), codec.stored(layout)
+    spec = layer.checkpoint[name]
+    shapes = [f"{DTYPE_NAMES[each.dtype]} {list(each.shape)}" for each in (spec, stored)]
+    message = (
+        f"tensor '{name}': found {shapes[0]}, expected {shapes[1]} for {layer.format.label} as {dialect.name} spells it"
+    )
+    if spec.dtype is torch.float8_e8m0fnu and dialect.fills_vllm_omni_parameters:
+        return LayerError(found, name, message, "silent-cast", "copies by value, so that 2^-7 becomes 0: zero output")
+    if order := _other_order(suffix, layout.shape, spec.shape, stored.shape, is_swizzled=isinstance(codec, Swizzled)):
+        return LayerError(found, name, f"{message}: {order}", "scale-order")
+    is_another_size = spec.elements != math.prod(stored.shape)
+    check = "wrong-shape" if is_another_size or spec.dtype is stored.dtype else "wrong-dtype"
+    return LayerError(found, name, message, check, "refuses it or reads other numbers")
 
 
-def _json(path: Path) -> dict[str, Any]:
-    """A JSON object, or {} where there is no such file."""
-    return read_json(path) if path.exists() else {}
+def _other_order(
+    suffix: str, linear: tuple[int, ...], found: tuple[int, ...], expected: tuple[int, ...], *, is_swizzled: bool
+) -> str | None:
+    """How the shape of block scales shows that they are in the other order; None if it does not."""
+    if suffix != "weight_scale" or len(linear) != 2 or found == expected:
+        return None
+    if is_swizzled and found == linear:
+        return "this is the linear shape, swizzled scales are due"
+    if found == padded_scale_shape(linear[0], linear[1]):
+        return "this is the shape of swizzled scales, linear ones are due"
+    return None

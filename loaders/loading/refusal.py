@@ -5,17 +5,17 @@ Of the former libraries would take the codes for weights; of the latter they say
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from pathlib import Path
 
+from omni_convert.formats.checks.undeclared import undeclared_codes
 from omni_convert.formats.containers.checkpoint import Checkpoint
 from omni_convert.formats.containers.json_file import read_json
-from omni_convert.formats.containers.names import CODES, COMPANIONS, LOW_BIT
-from omni_convert.formats.containers.tensor_spec import DTYPE_NAMES, TensorSpec
+from omni_convert.formats.containers.tensor_spec import DTYPE_NAMES
+from omni_convert.formats.dialects.found import describe
 from omni_convert.formats.dialects.table import find_dialect
 from omni_convert.formats.dialects.verdict import DIFFUSERS, OURS
 from omni_convert.formats.errors import CheckpointError
-from omni_convert.formats.views.opened import describe
 from omni_convert.loaders.loading.pipeline_files import INDEX, loaded_files, open_weights
 
 __all__ = ["refuse_undeclared"]
@@ -66,15 +66,14 @@ def _refuse_spelling(checkpoint: Checkpoint, folder: Path, is_declared: bool) ->
         )
 
 
-def _refuse_codes(specs: Mapping[str, TensorSpec], folder: Path) -> None:
-    for name, spec in specs.items():
-        stem, _, leaf = name.rpartition(".")
-        if leaf not in CODES or spec.dtype not in LOW_BIT or len(spec.shape) < 2:
-            continue
-        beside = [companion for companion in COMPANIONS if f"{stem}.{companion}" in specs]
-        if beside or not spec.dtype.is_floating_point:
-            found = f"{DTYPE_NAMES[spec.dtype]} codes" + (f" and {beside[0]}" if beside else "")
+def _refuse_codes(checkpoint: Checkpoint, folder: Path) -> None:
+    for codes in undeclared_codes(checkpoint):
+        if codes.companions or not codes.spec.dtype.is_floating_point:
+            found = f"{DTYPE_NAMES[codes.spec.dtype]} codes" + (
+                f" and {codes.companions[0]}" if codes.companions else ""
+            )
             raise CheckpointError(
-                f"{folder / CONFIG}: found no {BLOCK}, but '{stem}' holds {found}, which would be taken for plain "
-                "weights; expected the block that the layers were written with: restore the file, or convert again"
+                f"{folder / CONFIG}: found no {BLOCK}, but '{codes.stem}' holds {found}, which would be taken for "
+                "plain weights; expected the block that the layers were written with: restore the file, or convert "
+                "again"
             )
