@@ -1,8 +1,7 @@
-"""LoRA on quantized layers through PEFT, and so through `load_lora_weights` and `add_adapter` of diffusers.
+"""Makes PEFT accept quantized layers, and so `load_lora_weights` and `add_adapter` of diffusers.
 
-PEFT looks layers up by class, and has no public way to add one that works where another library writes its config; so
-the one function of it that makes LoRA layers is wrapped. The layer's output and the adapter's are added; the codes of
-the layer are never changed.
+PEFT looks layers up by class. Its public way to add a class does not work if another library writes the config, so its
+one function that makes LoRA layers is wrapped. The adapter's output is added to the layer's; the codes never change.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ __all__ = ["register"]
 
 
 def register() -> None:
-    """Makes PEFT, if it is installed, accept quantized layers."""
+    """Wraps PEFT's function if PEFT is installed. A second call does nothing."""
     if find_spec("peft") is None:
         return
     from peft.tuners.lora.model import LoraModel

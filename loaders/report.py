@@ -1,4 +1,4 @@
-"""Which kernel runs each layer of a pipeline, and why: what is claimed to be fast, shown."""
+"""Reports which kernel runs each layer of a pipeline, and why."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ class LayerReport:
     """One quantized layer.
 
     Attributes:
-        name: component and layer, as `transformer.layers.0.attention.to_q`
-        is_as_asked: a scaled GEMM runs, or the user asked for bf16 activations, as by choosing W4A16
-        why: what each faster kernel lacked, or that it is the fastest scaled GEMM
-        bytes: of the tensors that the layer keeps, the bias included
-        elements: of the weight that they stand for
+        name: component and layer, such as `transformer.layers.0.attention.to_q`
+        is_as_asked: a scaled GEMM runs, or the user asked for bf16 activations, for example by choosing W4A16
+        why: the reason why each faster kernel cannot run, or that this is the fastest scaled GEMM
+        bytes: size of the tensors that the layer keeps, the bias included
+        elements: number of elements of the weight
     """
 
     name: str
@@ -50,11 +50,13 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class KernelReport:
-    """All quantized layers of a pipeline. Printed, those of a format that run the same kernel for the same reason share
-    a line; one by one they are in `layers`.
+    """All quantized layers of a pipeline.
+
+    When it is printed, layers with the same format, kernel and reason share a line.
 
     Attributes:
-        attention: attention layers by the backend of diffusers that they name, if one of them runs in FP8
+        layers: the layers one by one
+        attention: number of attention layers by the diffusers backend that they name; empty if none runs in FP8
     """
 
     layers: tuple[LayerReport, ...]
@@ -76,7 +78,7 @@ class KernelReport:
 
     @property
     def fallbacks(self) -> tuple[LayerReport, ...]:
-        """Layers that run neither a scaled GEMM nor what was asked for instead."""
+        """Layers that run no scaled GEMM although the user asked for one."""
         return tuple(layer for layer in self.layers if not layer.is_as_asked)
 
     def __str__(self) -> str:
@@ -108,10 +110,10 @@ def _row(alike: list[LayerReport]) -> tuple[str, ...]:
 
 
 def kernel_report(model: Any) -> KernelReport:
-    """Looks at every quantized or stored layer of a pipeline (anything with `components`) or of a module.
+    """Reports every quantized or stored layer of a pipeline (anything with `components`) or of a module.
 
     Raises:
-        RecipeError: it is neither.
+        RecipeError: the model is neither.
     """
     components = {"": model} if isinstance(model, nn.Module) else getattr(model, "components", None)
     if not isinstance(components, Mapping):
@@ -150,7 +152,7 @@ def _describe(name: str, layer: QuantizedLinear | Fp8WeightStorage | GGUFLinear)
 
 
 def _describe_stored(name: str, layer: Fp8WeightStorage) -> LayerReport:
-    """Storage only is what was asked for: no fallback."""
+    """A layer that is only stored in FP8, as asked for, so it is not a fallback."""
     return LayerReport(
         name=name,
         format=layer.stored_format.label,
@@ -164,7 +166,7 @@ def _describe_stored(name: str, layer: Fp8WeightStorage) -> LayerReport:
 
 
 def _describe_gguf(name: str, layer: Any) -> LayerReport:
-    """Those in plain numbers are of this class, too."""
+    """A layer of diffusers' GGUF class, which also holds weights that are not quantized."""
     kind = getattr(layer.weight, "quant_type", None)
     return LayerReport(
         name=name,
@@ -179,10 +181,10 @@ def _describe_gguf(name: str, layer: Any) -> LayerReport:
 
 
 def require_scaled_gemm(report: KernelReport) -> None:
-    """Refuses fallbacks.
+    """Refuses a pipeline in which a layer falls back to decoding its weight.
 
     Raises:
-        KernelError: a layer decodes its weight; lists them with reasons. Or there is no quantized layer.
+        KernelError: layers decode their weights, which the message lists with reasons; or no layer is quantized.
     """
     if not report.layers:
         raise KernelError(

@@ -67,7 +67,7 @@ class DiffusersOmniQuantizer(LayerQuantizer, DiffusersQuantizer):  # type: ignor
         self._prepare(model, self._files)
 
     def update_missing_keys(self, model: nn.Module, missing_keys: list[str], **_: Any) -> list[str]:
-        """Raises CheckpointError where diffusers would only warn and leave tensors on the meta device."""
+        """Raises CheckpointError; diffusers would only warn and leave the tensors on the meta device."""
         if missing_keys:
             missing = ", ".join(sorted(missing_keys)[:3])
             raise CheckpointError(
@@ -120,7 +120,7 @@ class DiffusersOmniQuantizer(LayerQuantizer, DiffusersQuantizer):  # type: ignor
 
 
 def register() -> None:
-    """Enters our quantizer in diffusers' mappings, under every method's name that nobody owns yet."""
+    """Enters our quantizer in diffusers' mappings, under the names of methods that are still free."""
     for name in (omni_convert.QUANT_METHOD, *LOADABLE):
         if name not in auto.AUTO_QUANTIZATION_CONFIG_MAPPING and name not in auto.AUTO_QUANTIZER_MAPPING:
             auto.AUTO_QUANTIZATION_CONFIG_MAPPING[name] = DiffusersConfig

@@ -37,7 +37,7 @@ class _CastRows:
 
 
 class GroupFits:
-    """Quantizes layers one by one, with the scales of their groups; may be called from several threads."""
+    """Quantizes layers one by one with the scales of their groups. Several threads may call it."""
 
     def __init__(self, checkpoint: Checkpoint | None = None, names: Mapping[str, str] | None = None) -> None:
         """Starts with no group fitted.
@@ -61,7 +61,7 @@ class GroupFits:
         with self._lock:
             fitted = self._fit(stem, weight, planned)
         tensors = planned.format.quantize_fitted(weight, fitted)
-        # No two layers may hold one tensor: libraries take that for tied weights.
+        # Each layer gets its own copy, because libraries treat a shared tensor as tied weights.
         own = {suffix: tensor.clone() for suffix, tensor in planned.format.constants(fitted).items()}
         return {suffix: tensor.to(weight.device) for suffix, tensor in (tensors | own).items()}
 
@@ -80,7 +80,7 @@ class GroupFits:
         return fitted
 
     def _rows(self, stem: str, like: Tensor) -> WeightRows:
-        """Another member's weight."""
+        """The weight of another member of the group."""
         assert self._checkpoint is not None
         name = self._names.get(f"{stem}.weight", f"{stem}.weight")
         if name not in self._checkpoint:

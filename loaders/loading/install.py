@@ -93,7 +93,7 @@ def _install_empty(
 
 
 def _refuse_bare_codes(model: nn.Module, specs: Mapping[str, TensorSpec], where: str) -> None:
-    """A layer whose scale is missing does not look quantized; its codes must not pass for weights."""
+    """Refuses codes without a scale: such a layer does not look quantized, and its codes would be used as weights."""
     own = model.state_dict()
     for name, spec in specs.items():
         if name in own and own[name].dtype in PLAIN_FLOATS and spec.dtype not in PLAIN_FLOATS:
@@ -136,7 +136,7 @@ def install_quantized(
 ) -> QuantizedLinear | Fp8WeightStorage:
     """Replaces one linear by a `QuantizedLinear` made from its weight [out, in], on the weight's device.
 
-    A layer that is only stored so becomes an `Fp8WeightStorage`.
+    A layer that is only stored in FP8 becomes an `Fp8WeightStorage`.
 
     Raises:
         CheckpointError: the weight holds NaN or Inf.
@@ -148,7 +148,9 @@ def install_quantized(
         _release_scratch(weight)
         return stored
     assert isinstance(linear, nn.Linear), "only linears are selected"
-    if not all(math.isfinite(bound) for bound in torch.aminmax(weight)):  # NaN comes through, and nothing is copied
+    if not all(
+        math.isfinite(bound) for bound in torch.aminmax(weight)
+    ):  # NaN shows in both bounds, and nothing is copied
         raise CheckpointError(f"{where}: {stem}.weight holds NaN or Inf, expected finite weights")
     tensors = (fits or GroupFits()).quantize(stem, weight, planned)
     layer = QuantizedLinear(fmt, tensors, linear.bias, in_features=linear.in_features)
@@ -158,7 +160,7 @@ def install_quantized(
 
 
 def _release_scratch(weight: Tensor) -> None:
-    """After a layer that was large enough to be worth it."""
+    """Gives memory back after a layer that was large enough to be worth it."""
     if weight.device.type == "cpu" and weight.nbytes >= RELEASING_BYTES:
         release_free_memory()
 
@@ -188,7 +190,7 @@ def to_disk_state(state_dict: Mapping[str, Tensor], layers: Mapping[str, tuple[F
 
 
 def settle_compute_dtypes(model: nn.Module) -> None:
-    """Has stored layers compute in the dtype that the rest of the model was loaded in."""
+    """Makes stored layers compute in the dtype in which the rest of the model was loaded."""
     plain = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.bfloat16)
     for layer in model.modules():
         if isinstance(layer, Fp8WeightStorage):
@@ -196,7 +198,7 @@ def settle_compute_dtypes(model: nn.Module) -> None:
 
 
 def restore_linears(model: nn.Module, dtype: torch.dtype) -> None:
-    """Replaces every quantized layer by the one that it stands for."""
+    """Replaces every quantized layer by a plain one with its dequantized weight."""
     for name, layer in list(model.named_modules()):
         if isinstance(layer, Fp8WeightStorage):
             restore_weight(layer, dtype)

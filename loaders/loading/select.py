@@ -40,7 +40,7 @@ class PlannedLayer:
 
 
 def declared_format(config: QuantizationConfig, *, is_fused: bool = False) -> QuantizingFormat:
-    """The format that a config block promises.
+    """The format that a config block declares.
 
     Args:
         is_fused: the layer belongs to a fused group, in which INT8 shares scales as it does in conversions
@@ -99,45 +99,45 @@ def _stored_format(
 
 
 def _is_one_row(found: Format, declared: Format, stem: str, specs: Mapping[str, TensorSpec]) -> bool:
-    """Whether the layer is a row of FP8, whose one scale is that of the weight and of the row."""
+    """Whether an FP8 weight has one row, so that its one scale is both per weight and per row."""
     is_fp8 = found.encoding == FP8 and declared.encoding == FP8_PER_ROW
     return is_fp8 and specs[f"{stem}.weight"].shape[0] == 1
 
 
 def _with_optional_tensors(declared: QuantizingFormat, found: Format) -> QuantizingFormat:
-    """mul_scale of mxfp4 is optional, layer by layer, unless the block demands it."""
+    """Adds the `mul_scale` of a layer that has one: it is optional unless the block demands it."""
     return declared.with_mul_scale() or declared if found.is_smoothed else declared
 
 
 def select_layers(model: nn.Module, config: QuantizationConfig) -> tuple[dict[str, PlannedLayer], QuantizationConfig]:
-    """Which layers of an unquantized model a request means.
+    """Chooses the layers of an unquantized model that a request quantizes.
 
-    The layers are those that the family's rule for this loader gives, without those that a pattern in `ignored_layers`
-    matches and those whose shape the format cannot hold.
+    The family's rule for this loader gives the layers. Excluded are layers that a pattern in `ignored_layers` matches,
+    and layers whose shape the format cannot hold.
 
     Returns:
-        layer name to what it becomes; and the request with `ignored_layers` spelled out, as a config block lists them
+        the plan by layer name; and the request with every ignored layer listed, as a config block needs it
 
     Raises:
-        RecipeError: static activations, an unknown method, or a pattern that matches nothing.
+        RecipeError: activations are static, the method is unknown, or a pattern matches nothing.
     """
     if config.method == Fp8Storage.method:
         return _select_stored(model, config)
     specs = {name: TensorSpec(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in model.state_dict().items()}
     groups = find_family(type(model).__name__).layer_groups(specs, "diffusers")
     ignored = _ignored_groups(config.ignored_layers, groups, specs)
-    asked_for = requested_configs(config, groups)
+    requested = requested_configs(config, groups)
     layers: dict[str, PlannedLayer] = {}
     chosen: list[tuple[str, QuantizationConfig]] = []
-    for group, said in zip(groups, asked_for, strict=True):
-        fmt = None if said is None or group in ignored else _quantizing_format(said, group)
-        if said is None or fmt is None or _must_stay(fmt, group, specs):
+    for group, wanted in zip(groups, requested, strict=True):
+        fmt = None if wanted is None or group in ignored else _quantizing_format(wanted, group)
+        if wanted is None or fmt is None or _must_stay(fmt, group, specs):
             ignored += [group] if group not in ignored else []
             continue
         layers |= {stem: PlannedLayer(fmt, group) for stem in group.members}
-        chosen += [(name, said) for name in group.names]
+        chosen += [(name, wanted) for name in group.names]
     if not layers:
-        raise RecipeError(_nothing_selected(model, config, groups, asked_for, specs))
+        raise RecipeError(_nothing_selected(model, config, groups, requested, specs))
     spelled = replace(config, ignored_layers=tuple(ignored_names(ignored)))
     return layers, replace(spelled, layers=tuple(chosen)) if config.method == MIXED else spelled
 
@@ -146,14 +146,14 @@ def _nothing_selected(
     model: nn.Module,
     config: QuantizationConfig,
     groups: Collection[LayerGroup],
-    asked_for: Collection[QuantizationConfig | None],
+    requested: Collection[QuantizationConfig | None],
     specs: Mapping[str, TensorSpec],
 ) -> str:
-    """Why, of the first layer whose shape does not fit, if there is one."""
+    """The message, with the reason of the first layer whose shape does not fit, if there is one."""
     shapes = (
-        declared_format(said).unsupported(rows, columns)
-        for group, said in zip(groups, asked_for, strict=True)
-        if said is not None and group.keep_reason is None
+        declared_format(wanted).unsupported(rows, columns)
+        for group, wanted in zip(groups, requested, strict=True)
+        if wanted is not None and group.keep_reason is None
         for rows, columns in (specs[f"{stem}.weight"].shape for stem in group.members)
     )
     reason = next(filter(None, shapes), None)
@@ -172,7 +172,7 @@ def _quantizing_format(config: QuantizationConfig, group: LayerGroup) -> Quantiz
 
 
 def _select_stored(model: nn.Module, config: QuantizationConfig) -> tuple[dict[str, PlannedLayer], QuantizationConfig]:
-    """Every layer that can be stored, each for itself."""
+    """Every layer that can be stored, without groups."""
     layers = {
         name: PlannedLayer(
             Fp8Storage().for_weight(tuple(layer.get_parameter("weight").shape)),

@@ -76,7 +76,7 @@ class TransformersOmniQuantizer(LayerQuantizer, HfQuantizer):  # type: ignore[mi
         return [name for name in known if name.rpartition(".")[0] in stems]
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
-        """No cast for codes and scales, whatever `keep_in_fp32` lists may say."""
+        """Prevents a cast of codes and scales, whatever `keep_in_fp32` lists say."""
         if self.loaded.intersection(converter.target_patterns):
             return None
         new_dtype: torch.dtype | None = super().get_new_dtype(converter, param, dtype)
@@ -101,7 +101,7 @@ class TransformersOmniQuantizer(LayerQuantizer, HfQuantizer):  # type: ignore[mi
 
 
 class _QuantizeOp(ConversionOps):  # type: ignore[misc]  # transformers is untyped
-    """Quantizes one weight when transformers has read it."""
+    """Quantizes a weight when transformers has read it."""
 
     def __init__(self, planned: Mapping[str, PlannedLayer], fits: GroupFits | None, where: str) -> None:
         self.planned = planned
@@ -118,7 +118,7 @@ class _QuantizeOp(ConversionOps):  # type: ignore[misc]  # transformers is untyp
 
 
 def register() -> None:
-    """Registers our quantizer, once."""
+    """Registers our quantizer. A second call does nothing."""
     if omni_convert.QUANT_METHOD not in auto.AUTO_QUANTIZER_MAPPING:
         auto.register_quantizer(omni_convert.QUANT_METHOD)(TransformersOmniQuantizer)
         auto.register_quantization_config(omni_convert.QUANT_METHOD)(TransformersConfig)

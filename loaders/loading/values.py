@@ -1,8 +1,8 @@
-"""Checks what a checkpoint's quantized layers hold before anything of it is used.
+"""Checks the values of a checkpoint's quantized layers before any of them is used.
 
-A model that is loaded onto a CPU stays mapped, and its pages are read when they are first needed. To look for NaN in
-it through the mapping would cost a page fault every few kilobytes, more than reading; so the files are read here with
-plain I/O, by several threads into buffers that stay in cache.
+A model on a CPU stays mapped, and its pages are read when they are first needed. Looking for NaN through the mapping
+would cost a page fault every few kilobytes, which is more than reading. So several threads read the files with plain
+I/O, into buffers that stay in cache.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from omni_convert.formats.errors import CheckpointError
 
 __all__ = ["check_stored_values"]
 
-# Bytes that one thread looks at: they stay in cache, and Python's part of the work does not show.
+# Bytes that a thread checks at a time: few enough for the cache, and enough to hide Python's overhead.
 PIECE = 4 << 20
 MAX_THREADS = 8
 E4M3_NAN = 0x7F
@@ -42,14 +42,14 @@ class _Piece:
 
 
 class _Buffer(threading.local):
-    """One of each thread."""
+    """A buffer for each thread."""
 
     def __init__(self) -> None:
         self.elements = np.empty(PIECE, np.uint8)
 
 
 def check_stored_values(checkpoint: Checkpoint, names: Collection[str], where: str) -> None:
-    """Refuses codes that are NaN, which a kernel that shifts bits takes for numbers, and scales that are no scales.
+    """Refuses codes that are NaN, which kernels that shift bits would read as numbers, and impossible scales.
 
     Args:
         checkpoint: open, in safetensors
@@ -70,7 +70,7 @@ def check_stored_values(checkpoint: Checkpoint, names: Collection[str], where: s
 
 
 def _pieces(file: TensorFile, names: set[str]) -> Iterator[_Piece]:
-    """In the order of the file."""
+    """The pieces to check, in the order of the file."""
     for spec in file.specs.values():
         is_code_of_any_value = _is_code(spec) and spec.dtype is not torch.float8_e4m3fn
         if spec.name in names and not is_code_of_any_value:
@@ -101,6 +101,6 @@ def _is_sound(piece: _Piece, buffer: _Buffer) -> bool:
 
 def _are_scales(values: Bytes, dtype: torch.dtype) -> bool:
     if dtype is torch.float8_e4m3fn and values.max() < E4M3_NAN:
-        return True  # as all are but -0
+        return True  # -0 alone is larger
     numbers = torch.from_numpy(values).view(dtype).float()
     return bool(((numbers >= 0) & (numbers < torch.inf)).all())

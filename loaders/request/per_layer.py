@@ -1,4 +1,4 @@
-"""Which of several formats each layer of an unquantized model is to have, by a table of names."""
+"""Assigns one of several formats to each layer of an unquantized model, by a table of names."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ __all__ = ["requested_configs"]
 
 
 def requested_configs(config: QuantizationConfig, groups: Sequence[LayerGroup]) -> list[QuantizationConfig | None]:
-    """What a request says of each group of layers; None of those that it does not list.
+    """The configuration that a request has for each group of layers; None for groups that it does not list.
 
-    A name in the table means what it means in `ignored_layers`. A layer's own name counts before patterns, and of these
-    the first.
+    A name in the table matches as in `ignored_layers`. A layer's own name takes precedence over patterns, and the first
+    pattern over later ones.
 
     Raises:
-        RecipeError: a name matches no layer, or members of a group that a runtime fuses are to differ.
+        RecipeError: a name matches no layer, or members of a group that a runtime fuses would differ.
     """
     if config.method != MIXED:
         return [config] * len(groups)
@@ -33,16 +33,16 @@ def requested_configs(config: QuantizationConfig, groups: Sequence[LayerGroup]) 
 
 
 def _of_group(config: QuantizationConfig, group: LayerGroup) -> QuantizationConfig | None:
-    said = [_of_names(config, (stem, group.runtime_name)) for stem in group.members]
-    if any(each != said[0] for each in said):
+    requested = [_of_names(config, (stem, group.runtime_name)) for stem in group.members]
+    if any(each != requested[0] for each in requested):
         members = ", ".join(group.members)
         raise RecipeError(
             f"quantized_layers: {members} are fused by runtimes, found several algorithms for them, expected one"
         )
-    return said[0]
+    return requested[0]
 
 
 def _of_names(config: QuantizationConfig, names: Sequence[str]) -> QuantizationConfig | None:
-    exact = (said for name, said in config.layers if name in names)
-    by_pattern = (said for pattern, said in config.layers if any(matches(pattern, name) for name in names))
+    exact = (found for name, found in config.layers if name in names)
+    by_pattern = (found for pattern, found in config.layers if any(matches(pattern, name) for name in names))
     return next(exact, None) or next(by_pattern, None)

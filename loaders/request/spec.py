@@ -1,4 +1,4 @@
-"""From what a user writes as `quantization=` to a configuration, by the rules of vLLM-Omni's `build_quant_config`."""
+"""Turns a user's `quantization=` into a configuration, by the rules of vLLM-Omni's `build_quant_config`."""
 
 from __future__ import annotations
 
@@ -28,20 +28,20 @@ __all__ = [
 
 METHOD_KEYS = ("method", "quant_method")
 DEFAULT_COMPONENT = "default"
-# transformers' word for `ignored_layers`, which counts where that is empty.
+# transformers' word for `ignored_layers`; it counts if that is empty.
 IGNORED_ALIAS = "modules_to_not_convert"
-# Normalised names under which vLLM-Omni has one builder.
+# Normalised names for which vLLM-Omni has one builder.
 AUTO_ROUND_ALIASES = ("inc", *(method.replace("-", "_") for method in auto_round.AUTO_ROUND_METHODS))
-# Of ModelOpt's blocks; no components.
+# Keys of ModelOpt's blocks, which do not name components.
 MODELOPT_KEYS = ("producer", "quantization", "quant_algo")
 
 
 class QuantConfigValueError(RecipeError, ValueError):
-    """A quantization spec that has no or an unknown method; vLLM-Omni raises ValueError."""
+    """A quantization spec has no method or an unknown one; vLLM-Omni raises ValueError."""
 
 
 class QuantConfigTypeError(RecipeError, TypeError):
-    """A quantization spec of a wrong type or with unknown options; vLLM-Omni raises TypeError."""
+    """A quantization spec has a wrong type or unknown options; vLLM-Omni raises TypeError."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class ComponentQuantizationConfig:
     name: str = field(default="component", init=False)
 
     def resolve(self, prefix: str) -> QuantizationConfig | None:
-        """The configuration of a component: of the longest key that `prefix` starts with, else the default.
+        """The configuration under the longest key that `prefix` starts with, else the default.
 
         Keys match without regard to dots, as in vLLM-Omni: `transformer` also means `transformer_2`.
         """
@@ -88,13 +88,13 @@ def build_quant_config(
     """Builds a configuration.
 
     Args:
-        spec: None or "none"; a method's name; a dict with `method` (or `quant_method`) and options; a dict of these by
-            component, with `default` for the others; or a configuration, which is returned as it is
-        kwargs: options that override those of `spec`
+        spec: None or "none"; a method's name; a dict with `method` (or `quant_method`) and options; a dict of specs by
+            component, with `default` for the others; or a configuration, which is returned unchanged
+        kwargs: options that override the ones in `spec`
 
     Raises:
-        QuantConfigValueError: no method, or an unknown one.
-        QuantConfigTypeError: a spec of another type, or unknown options.
+        QuantConfigValueError: the spec has no method, or an unknown one.
+        QuantConfigTypeError: the spec has another type, or unknown options.
     """
     if spec is None or isinstance(spec, QuantizationConfig | ComponentQuantizationConfig):
         return spec
@@ -111,7 +111,7 @@ def build_quant_config(
 def resolve_component_quant_config(
     config: QuantizationConfig | ComponentQuantizationConfig | None, name: str
 ) -> QuantizationConfig | None:
-    """What a configuration means for one component; one that is not by component means the same for all."""
+    """The configuration of one component. A configuration that is not by component is the same for all."""
     return config.resolve(name) if isinstance(config, ComponentQuantizationConfig) else config
 
 
@@ -163,7 +163,7 @@ def _build_from_options(spec: Mapping[str, Any], kwargs: Mapping[str, Any]) -> Q
 
 
 def _found_no_method(spec: Mapping[str, Any]) -> str:
-    """Also of what was meant to be by component, and is not for vLLM-Omni: a method's name alone, a mistyped key."""
+    """The message, which also covers a spec by component with a mistyped key, or with a method's name alone."""
     suggested = _suggested(spec, METHOD_KEYS)
     is_one = bool(suggested) or not spec.keys().isdisjoint(MODELOPT_KEYS)
     for component, value in () if is_one else spec.items():
@@ -242,7 +242,7 @@ def _build_gguf(options: Mapping[str, Any]) -> GgufModel:
 
 
 def _build_auto_round(name: str, options: Mapping[str, Any]) -> QuantizationConfig:
-    """As vLLM-Omni, which takes the options that it knows and drops others."""
+    """Accepts the options that vLLM-Omni knows and drops the others, as it does."""
     block = {"bits": options.get("weight_bits"), **options, "quant_method": auto_round.AUTO_ROUND_METHODS[0]}
     if block["bits"] is None or "group_size" not in block:
         raise QuantConfigTypeError(f"quantization: found '{name}' without bits and group_size, expected both")
@@ -260,11 +260,11 @@ def _build_auto_round(name: str, options: Mapping[str, Any]) -> QuantizationConf
 
 
 def _meant_options(method: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Without those that the runtime's own constructors take and that mean nothing here.
+    """The options without those that only the runtime's constructors need.
 
     Raises:
-        QuantConfigValueError: one of these asks for something that we do not have.
-        QuantConfigTypeError: names of layers are no list.
+        QuantConfigValueError: one of those asks for a feature that we do not have.
+        QuantConfigTypeError: names of layers are not a list.
     """
     try:
         meant = meant_options(method, options)
@@ -282,5 +282,5 @@ def _meant_options(method: str, options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _uncalibrated_scheme(method: str) -> str:
-    """The default without calibration, which no request to quantize while loading has."""
+    """The default scheme that needs no calibration, since quantizing while loading has none."""
     return next(scheme for scheme in ACTIVATION_SCHEMES[method] if scheme != "static")
