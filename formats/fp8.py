@@ -16,6 +16,7 @@ Limits:     per tensor none. Channels and blocks: activations are dynamic always
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -24,7 +25,15 @@ import torch
 from torch import Tensor
 
 from omni_convert.formats.arithmetic.encoding import PER_ROW, Encoding
-from omni_convert.formats.arithmetic.float8 import E4M3, E4M3_MAX, E5M2, E5M2_MAX, round_e4m3_, round_to_e4m3
+from omni_convert.formats.arithmetic.float8 import (
+    E4M3,
+    E4M3_MAX,
+    E5M2,
+    E5M2_MAX,
+    round_e4m3_,
+    round_to_e4m3,
+    round_to_e5m2,
+)
 from omni_convert.formats.arithmetic.input_codes import fp8_per_group, fp8_per_token, fp8_static
 from omni_convert.formats.arithmetic.scalar_scale import SCALAR, scalars, static_scale
 from omni_convert.formats.arithmetic.tiling import quantize_in_tiles
@@ -118,9 +127,9 @@ class _PerTensor(ElementFormat):
     def encode_elements(self, elements: Tensor) -> Tensor:
         return elements.to(self.dtype)
 
+    @abstractmethod
     def _round(self, values: Tensor) -> Tensor:
-        """The nearest codes, half to even; not every torch release saturates in the cast."""
-        return values.clamp(-self.largest, self.largest).to(self.dtype)
+        """The nearest codes to float32 numbers, half to even, saturating."""
 
 
 @dataclass(frozen=True)
@@ -158,6 +167,9 @@ class Fp8(_PerTensor):
     def label(self) -> str:
         return "fp8 static" if self.static else "fp8"
 
+    def _round(self, values: Tensor) -> Tensor:
+        return round_to_e4m3(values)
+
 
 @dataclass(frozen=True)
 class Fp8E5m2(_PerTensor):
@@ -173,6 +185,9 @@ class Fp8E5m2(_PerTensor):
     @property
     def label(self) -> str:
         return "fp8 e5m2 static" if self.static else "fp8 e5m2"
+
+    def _round(self, values: Tensor) -> Tensor:
+        return round_to_e5m2(values)
 
 
 @dataclass(frozen=True)

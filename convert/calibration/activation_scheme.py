@@ -49,11 +49,15 @@ def choose_activation_scheme(method: str, recipe: Recipe) -> ActivationScheme:
 
 def _choose_with_input_scale(method: str, recipe: Recipe) -> ActivationScheme:
     """As above, for a method that stores an input scale where it has statistics."""
-    if method == "nvfp4":
+    if "none" in ACTIVATION_SCHEMES[method]:
         if recipe.activation_scheme == "dynamic":
-            raise RecipeError("--activation-scheme dynamic: nvfp4 has static activations, or none without statistics")
+            raise RecipeError(
+                f"--activation-scheme dynamic: {method} has static activations, or none without statistics"
+            )
         if not recipe.is_calibrated and recipe.activation_scheme is None:
-            return ActivationScheme("none", False, "nvfp4 without --calib is weight-only: activations stay as they are")
+            return ActivationScheme(
+                "none", False, f"{method} without --calib is weight-only: activations stay as they are"
+            )
     default = "static" if recipe.is_calibrated else ACTIVATION_SCHEMES[method][0]
     wanted = recipe.activation_scheme or default
     if wanted == "static" and recipe.weight_block_size is not None:

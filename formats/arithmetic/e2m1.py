@@ -18,12 +18,10 @@ __all__ = [
     "E2M1",
     "E2M1_VALUES",
     "NibbleOrder",
-    "decode_e2m1",
     "decode_packed",
     "encode_e2m1",
     "grid_flaw",
     "holds_e2m1",
-    "is_e2m1",
     "pack_nibbles",
     "round_to_e2m1",
     "unpack_nibbles",
@@ -61,11 +59,6 @@ def encode_e2m1(values: Tensor) -> Tensor:
     return index.bitwise_or_((values.view(torch.int32) >> 28).to(torch.uint8).bitwise_and_(8))
 
 
-def decode_e2m1(codes: Tensor) -> Tensor:
-    """Values of codes 0..15, float32, same shape."""
-    return torch.tensor(E2M1_VALUES, dtype=torch.float32, device=codes.device)[codes.to(torch.int32)]
-
-
 def decode_packed(packed: Tensor, even: NibbleOrder = "low") -> Tensor:
     """Values of two codes a byte, float32.
 
@@ -82,12 +75,6 @@ def decode_packed(packed: Tensor, even: NibbleOrder = "low") -> Tensor:
     # One look-up of 8 bytes, instead of two and the work of taking nibbles apart: ten times as fast.
     chosen = pairs.view(torch.int64).flatten().index_select(0, packed.flatten().to(torch.int32))
     return chosen.view(torch.float32).view(*packed.shape[:-1], 2 * packed.shape[-1])
-
-
-def is_e2m1(values: Tensor) -> Tensor:
-    """Which elements of any float tensor are E2M1 values; bool, same shape. NaN is not."""
-    numbers = values.float()
-    return round_to_e2m1(numbers) == numbers
 
 
 def grid_flaw(tensors: Mapping[str, Tensor]) -> str | None:

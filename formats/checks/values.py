@@ -93,7 +93,7 @@ def _bad_values(layer: QuantizedLayer, tensors: Mapping[str, Tensor]) -> Iterato
     """Suffix, check and number of values that cannot be."""
     fmt = layer.format.innermost
     codes = tensors["weight"]
-    if layer.stored.format.method == "gguf" and (reason := fmt.flaw(tensors)) is not None:
+    if fmt.encoding is None and (reason := fmt.flaw(tensors)) is not None:
         yield "weight", "e8m0-nan" if "255" in reason else "non-finite", 1
     if codes.dtype in (torch.float8_e4m3fn, torch.float8_e5m2):
         bits = codes.view(torch.uint8) & 0x7F

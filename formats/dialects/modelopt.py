@@ -151,7 +151,7 @@ def _declared_algorithm(block: Mapping[str, Any], stem: str) -> str | None:
 
 def _check_algorithm(stem: str, layer: StoredLayer, declared: str, block: Mapping[str, Any]) -> Iterator[Finding]:
     fmt = layer.format.innermost
-    if ("NVFP4" in declared) != (fmt.method == "nvfp4") or ("MXFP8" in declared) != (fmt.method == "mxfp8"):
+    if ("NVFP4" in declared) != (fmt.encoding == NVFP4) or ("MXFP8" in declared) != (fmt.encoding == MXFP8):
         yield block_mismatch(stem, f"found {fmt.label}, but the config says {declared}", "vLLM-Omni, vLLM")
     elif fmt.encoding in (FP8, NVFP4) and not fmt.is_static and _needs_input_scale(block, declared):
         yield Finding(

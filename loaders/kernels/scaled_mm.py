@@ -19,7 +19,7 @@ __all__ = ["SCALED_MM"]
 
 def _run(x: Tensor, tensors: Mapping[str, Tensor], fmt: Format, bias: Tensor | None) -> Tensor:
     weight_scale = tensors["weight_scale"].reshape(1, -1)  # one, or one for each row
-    if isinstance(fmt, Fp8) and fmt.static:
+    if fmt.is_static:
         recipe = ScalingType.TensorWise
         input_scale = tensors["input_scale"].reshape(1, 1)
         codes = fp8_static(x, tensors["input_scale"])
