@@ -33,6 +33,7 @@ from typing import Any
 
 import click
 from click.testing import CliRunner
+from diffusers.utils.logging import disable_progress_bar
 from tiny_models import MODELS, PIPELINES, save_model, save_pipeline  # type: ignore[import-not-found]  # beside it
 
 METHODS = {
@@ -321,18 +322,12 @@ def installed_program() -> tuple[click.Command, Path]:
 
 
 def make(arguments: argparse.Namespace) -> int:
-    import diffusers
-
-    warnings.simplefilter("ignore")
-    diffusers.utils.logging.set_verbosity_error()
-    diffusers.utils.logging.disable_progress_bar()
     program, root = installed_program()
     chosen = [case for case in every_case() if all(part in case.name for part in arguments.only)]
     if arguments.fresh:
         shutil.rmtree(arguments.folder, ignore_errors=True)
     arguments.folder.mkdir(parents=True, exist_ok=True)
     os.chdir(arguments.folder)
-    logging.disable()
     print(f"{len(chosen)} cases with {root}", flush=True)
     started = time.monotonic()
     maker = Maker(program)
@@ -480,6 +475,9 @@ def main() -> int:
     for each in (making, comparing):
         each.add_argument("--only", action="append", default=[], help="cases with this in their name; repeatable: and")
     arguments = parser.parse_args()
+    warnings.simplefilter("ignore")
+    logging.disable()
+    disable_progress_bar()
     return int(arguments.run(arguments))
 
 
