@@ -1,7 +1,8 @@
-"""Calibration on a Ray cluster: prompts are dealt to pipelines, one on each GPU (or machine), statistics are merged.
+"""Calibration on a Ray cluster: prompts are distributed over pipelines, one per GPU or machine; statistics are merged.
 
-The noise of a prompt follows from the prompt, and statistics merge exactly: they are those of one process, if all
-compute alike (kind of device, number of threads). Second moments are sums, which the order of adding rounds.
+The noise of a prompt depends only on the prompt and the seed, and statistics merge exactly. So the result is that of
+one process, provided that all use the same kind of device and number of threads. Second moments are sums, whose last
+bits depend on the order of adding.
 """
 
 from __future__ import annotations
@@ -23,12 +24,12 @@ from omni_convert.formats.errors import OmniConvertError
 
 __all__ = ["record_on_cluster"]
 
-# Each pipeline gets several shares of the prompts: none waits long for the last, and a lost one loses little.
+# Each pipeline gets several shares of the prompts, so that none waits long for the last, and a failure costs little.
 SHARES_A_PIPELINE = 4
 
 
 class _Pipeline:
-    """A pipeline on one of the machines, loaded when the first prompts come."""
+    """A pipeline on one of the machines, loaded for the first prompts."""
 
     def __init__(
         self, source: Source, recipe: Recipe, threads: int, expected: dict[str, str], with_moments: bool
@@ -40,7 +41,7 @@ class _Pipeline:
         self._recorder: PipelineRecorder | None = None
 
     def run(self, prompts: Sequence[Prompt]) -> tuple[int, Recording] | OmniConvertError:
-        """The number of prompts, and what they gave."""
+        """The number of prompts and their recording, or the error that occurred."""
         try:
             if self._recorder is None:
                 check_versions(self._versions, platform.node())

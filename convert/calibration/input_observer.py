@@ -1,8 +1,7 @@
-"""Hooks on the linears of running models record what goes into them.
+"""Records the inputs of linears with hooks while a model runs.
 
-Nothing that the model computes is kept: every input is measured where it passes and forgotten. Padding is left out
-where the model names it (a mask [batch, tokens] among the arguments of a module): the runtime computes it too, but no
-result depends on it.
+No input is kept: each is measured in passing. Padding is left out if the model marks it with a mask [batch, tokens]
+among the arguments of a module: the runtime computes padding too, but no result depends on it.
 """
 
 from __future__ import annotations
@@ -33,14 +32,14 @@ logger = logging.getLogger(__name__)
 
 Recorded = TypeVar("Recorded")
 
-#: Arguments that mark the tokens of a module's own sequence: 1 or True where they are no padding.
+#: Arguments that mask the tokens of a module's own sequence: 1 or True for tokens that are not padding.
 MASK_PARAMETERS = ("attention_mask", "attn_mask")
 
 
 def candidate_layers(model: nn.Module) -> dict[str, str]:
-    """Linears that some runtime may run quantized, each with the first member of its fused group (or itself).
+    """Maps each linear that some runtime may run quantized to the first member of its fused group, or to itself.
 
-    The members of a group read one input, so that they have their statistics in common.
+    The members of a group read one input, so they share their statistics.
     """
     specs = {
         name: TensorSpec(name, tensor.dtype, tuple(tensor.shape))
@@ -60,7 +59,7 @@ class InputObserver:
     """Records the inputs of the candidate linears of some models while it is entered.
 
     Attributes:
-        step: the denoising step that runs, from 0. Set by whoever runs the pipeline.
+        step: the current denoising step, from 0; the code that runs the pipeline sets it
     """
 
     def __init__(
@@ -70,9 +69,9 @@ class InputObserver:
 
         Args:
             models: by component name
-            counts_timesteps: a step ends when a model is called with another `timestep`; for pipelines that do not
-                tell when one is over
-            with_moments: record second moments, too
+            counts_timesteps: a step ends when a model is called with another `timestep`; for pipelines without a
+                callback at the end of a step
+            with_moments: also record second moments
 
         Raises:
             CalibrationError: a model has no linears that can be quantized.
@@ -85,7 +84,7 @@ class InputObserver:
         self._recorder_type = MomentsRecorder if with_moments else InputRecorder
         self._recorders: dict[str, InputRecorder] = {}
         self._mask: Tensor | None = None
-        # The recorder that took something in last, and what: q, k and v read one tensor, which counts once.
+        # The last recorder and its input: q, k and v read the same tensor, which must be counted once.
         self._last: tuple[InputRecorder, weakref.ref[Tensor], int] | None = None
         self._hooks = ExitStack()
         self._candidates = {component: candidate_layers(model) for component, model in self._models.items()}
@@ -96,7 +95,7 @@ class InputObserver:
                 )
 
     def start(self, prompt: Prompt) -> None:
-        """Begins another prompt: its text is encoded before the first step."""
+        """Begins another prompt; its text is encoded before the first step."""
         self.step = 0
         self._timestep = None
         self._prompt = prompt.text
@@ -121,7 +120,7 @@ class InputObserver:
         self._last = self._mask = None
 
     def statistics(self) -> dict[str, LayerStatistics]:
-        """What was recorded, by `component.stem`; layers that never ran are left out."""
+        """Statistics by `component.stem`; layers that never ran are left out."""
         found = self._by_layer({name: recorder.statistics() for name, recorder in self._recorders.items()})
         for component, layers in self._candidates.items():
             for stem in layers:
@@ -130,7 +129,7 @@ class InputObserver:
         return found
 
     def moments(self) -> dict[str, InputMoments]:
-        """Second moments, likewise, if they were recorded; those of layers that read one input are one object."""
+        """Second moments by `component.stem`, if they were recorded; layers that read one input share one object."""
         recorders = self._recorders.items()
         return self._by_layer(
             {name: recorder.moments() for name, recorder in recorders if isinstance(recorder, MomentsRecorder)}
@@ -173,7 +172,7 @@ class InputObserver:
         return False
 
     def _without_padding(self, values: Tensor) -> Tensor:
-        """An input [..., in] as rows [rows, in], those of tokens that count."""
+        """An input [..., in] as rows [rows, in], without the rows of padding."""
         rows = values.detach().reshape(-1, values.shape[-1])
         if self._mask is None or self._mask.shape != values.shape[:-1]:
             return rows
@@ -187,7 +186,7 @@ class InputObserver:
             self._timestep = timestep
 
     def _watch_mask(self, module: nn.Module, hooks: ExitStack) -> None:
-        """While a module that got a mask runs, the mask says which of the tokens inside count."""
+        """Applies a mask that a module gets to everything inside the module while it runs."""
         names = list(inspect.signature(module.forward).parameters)
         positions = {name: names.index(name) for name in MASK_PARAMETERS if name in names}
         if not positions:
@@ -209,5 +208,5 @@ class InputObserver:
 
 
 def _is_token_mask(mask: object) -> TypeGuard[Tensor]:
-    """A mask [batch, tokens]; what is added to attention scores is of a float dtype, or has more dimensions."""
+    """Whether it is a mask [batch, tokens]; masks that are added to attention scores are floats or have more axes."""
     return isinstance(mask, Tensor) and mask.dim() == 2 and not mask.is_floating_point()

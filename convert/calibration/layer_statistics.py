@@ -1,7 +1,7 @@
-"""What calibration knows about the input of one linear layer, and how it is recorded.
+"""Statistics of the input of one linear layer, and their recording.
 
-Everything here merges exactly, in any order and grouping: maxima, integer sums, and rows with the smallest hashes.
-Recording two batches in one go or apart, on one machine or on two, gives the same bits.
+Maxima, integer sums and the rows with the smallest hashes merge exactly in any order and grouping. So two batches give
+the same bits whether they are recorded together or apart, on one machine or on two.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from omni_convert.formats.errors import RecipeError
 __all__ = ["SAMPLE_ROWS", "InputRecorder", "LayerStatistics", "Observation", "observe"]
 
 SAMPLE_ROWS = 64
-#: Elements that are looked at in one go: on a CPU few enough for its cache.
+#: Elements that are measured at a time: on a CPU few enough for its cache.
 TILE_ELEMENTS = {"cpu": 1 << 18}
 DEVICE_TILE_ELEMENTS = 1 << 26
 
@@ -76,7 +76,7 @@ class LayerStatistics:
         return int(self.histogram.sum())
 
     def tensors(self) -> dict[str, Tensor]:
-        """As they are stored."""
+        """The tensors of the statistics file, by suffix."""
         return {
             "step_amax": self.step_amax,
             "channel_amax": self.channels,
@@ -86,7 +86,7 @@ class LayerStatistics:
 
     @staticmethod
     def merged(parts: Iterable[LayerStatistics]) -> LayerStatistics:
-        """The statistics of everything that the parts have seen; at least one, all of one width."""
+        """Merges statistics; there is at least one part, and all have the same width."""
         everything = list(parts)
         steps = max(part.step_amax.shape[0] for part in everything)
         step_amax = torch.zeros(steps)
@@ -115,13 +115,13 @@ def _percent(rule: str) -> float:
 
 @dataclass(frozen=True)
 class Observation:
-    """What is in an input that was seen once.
+    """The measurements of one input.
 
     Attributes:
         amax: largest magnitude; NaN or infinity if any value is
-        channels: by channel, float32 [in]
+        channels: largest magnitude by channel, float32 [in]
         codes: number of values by code, int64 [4096]
-        hashes: by row, int64 [rows]
+        hashes: hash of each row, int64 [rows]
         rows: the input itself, [rows, in]
     """
 
@@ -133,7 +133,7 @@ class Observation:
 
 
 def observe(values: Tensor) -> Observation:
-    """Measures an input, any float dtype [rows, in] with at least one row, in tiles: little memory beside it."""
+    """Measures an input, any float dtype [rows, in] with at least one row, in tiles that need little memory."""
     tiles = [_observe_tile(values[tile]) for tile in _tiles(values)]
     channels, codes, hashes = tiles[0] if len(tiles) == 1 else _joined(tiles)
     return Observation(float(channels.max()), channels, codes, hashes, values)
@@ -145,7 +145,7 @@ def _tiles(values: Tensor) -> Iterator[slice]:
 
 
 def _observe_tile(tile: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Channel amax, counts by code and hashes of some rows; NaN and infinity pass through the first."""
+    """Channel amax, counts by code and hashes of some rows; NaN and infinity show in the channel amax."""
     words = pack_rows(tile.to(torch.bfloat16))
     return tile.abs().amax(0).float(), _count(tile, words), hash_words(words)
 
@@ -164,21 +164,21 @@ def _count(tile: Tensor, words: Tensor) -> Tensor:
 
 
 class InputRecorder:
-    """Gathers the observations of one input."""
+    """Accumulates the observations of one input."""
 
     def __init__(self) -> None:
         self._step_amax: dict[int, float] = {}
         self._channels: Tensor | None = None
         self._codes: Tensor | None = None
-        # The sample so far, then rows that may belong to it: they are sorted only when there are enough of them.
+        # The sample so far, followed by candidates for it, which are sorted only when there are enough of them.
         self._rows: list[Tensor] = []
         self._hashes: list[Tensor] = []
         self._pending = 0
-        # A row with a hash that is not below has no chance; None while the sample is not full.
+        # Only rows with a smaller hash can enter the sample; None while the sample is not full.
         self._bound: int | None = None
 
     def record(self, observation: Observation, step: int) -> None:
-        """Takes in finite values that were seen during a denoising step, counted from 0."""
+        """Adds the finite values of a denoising step, counted from 0."""
         assert math.isfinite(observation.amax), "the caller refuses NaN and infinity"
         self._step_amax[step] = max(self._step_amax.get(step, 0.0), observation.amax)
         if self._channels is None or self._codes is None:
@@ -189,7 +189,7 @@ class InputRecorder:
         self._sample(observation.hashes, observation.rows)
 
     def statistics(self) -> LayerStatistics | None:
-        """What was recorded, on the CPU; None if nothing was."""
+        """The statistics so far, on the CPU; None if nothing was recorded."""
         if self._channels is None or self._codes is None:
             return None
         self._compact()

@@ -1,19 +1,19 @@
 """The moments file: second moments of every linear input, for error-compensating rounding. Large, hence a file apart.
 
-One safetensors file. For each layer NAME (`component.stem`)
+It is one safetensors file. For each layer NAME (`component.stem`) it holds
 
-    NAME.products   F32  [blocks, size, size]   X^T X over all rows X that were seen, [1, in, in] up to in = 4096; wider
-                                                inputs: the blocks of 512 x 512 on its diagonal, the last padded with 0
+    NAME.products   F32  [blocks, size, size]   X^T X over all rows X that were seen, [1, in, in] up to in = 4096; for
+                                                wider inputs its diagonal blocks of 512 x 512, the last padded with 0
     NAME.count      I64  [1]                    number of rows
     NAME.rows       BF16 [<= 64, in]            rows with the smallest hashes, as in the statistics file
 
-and in the metadata, under `omni_convert_moments`, the identity of statistics and, as `layers`, the name under which
-each layer's tensors are stored. An input of width 4096 takes 64 MiB, a wider one 1 MiB per 512 of it: the file is as
-large as the weights or smaller. Full moments are worth it: blocks leave 1 to 15 % more output error.
+The metadata holds, under `omni_convert_moments`, the identity of the recording and, as `layers`, the name under which
+each layer's tensors are stored. An input of width 4096 takes 64 MiB, a wider one 1 MiB per 512 columns: the file is at
+most as large as the weights. Full moments are worth their size: blocks leave 1 to 15 % more output error.
 
-Rows are taken as bfloat16, whose products are exact in float32; their sums are rounded. So one machine and number of
-threads gives the same bits, another may differ in the last. Files merge by sums in float64 that are rounded once:
-the order of the files does not matter, grouping (the merge of a merge) may change the last bit.
+Rows are rounded to bfloat16, whose products are exact in float32; their sums are rounded. So the last bits depend on
+the machine and the number of threads. Files are merged by sums in float64 that are rounded once: the order of the files
+does not matter, but merging a merged file may change the last bit.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ KIND = RecordingKind(METADATA_KEY, "moments", "`omni-convert calibrate --moments
 #: Up to this width all of X^T X is kept (64 MiB), beyond only blocks on its diagonal.
 MAX_FULL_WIDTH = 4096
 BLOCK = 512
-# Rows that are made float32 at a time.
+# Elements of rows that are converted to float32 at a time.
 TILE_ELEMENTS = 1 << 24
 
 
@@ -52,9 +52,9 @@ class InputMoments:
     """Second moments of one input.
 
     Attributes:
-        products: X^T X or blocks of its diagonal, float32 [blocks, size, size]
-        count: rows that were seen
-        sample: some of them, bfloat16 [<= 64, in]
+        products: X^T X or its diagonal blocks, float32 [blocks, size, size]
+        count: number of rows X
+        sample: some of the rows, bfloat16 [<= 64, in]
     """
 
     products: Tensor
@@ -66,23 +66,23 @@ class InputMoments:
         return self.sample.shape[1]
 
     def blocks(self) -> list[Tensor]:
-        """The blocks of the diagonal without padding, each float32 [columns, columns]."""
+        """The diagonal blocks without padding, each float32 [columns, columns]."""
         size = self.products.shape[1]
         widths = [min(size, self.width - start) for start in range(0, self.width, size)]
         return [block[:width, :width] for block, width in zip(self.products, widths, strict=True)]
 
     def without(self, rows: Tensor) -> InputMoments:
-        """What they would be if these rows, which they hold, had not been seen."""
+        """The moments without these rows, which they contain."""
         products = _add_products(self.products.clone(), rows, -1)
         return InputMoments(products, self.count - len(rows), self.sample)
 
     def tensors(self) -> dict[str, Tensor]:
-        """As they are stored."""
+        """The tensors of the moments file, by suffix."""
         return {"products": self.products, "count": torch.tensor([self.count]), "rows": self.sample}
 
     @staticmethod
     def merged(parts: Sequence[InputMoments]) -> InputMoments:
-        """The moments of everything that the parts have seen; at least one, all of one width."""
+        """Merges moments; there is at least one part, and all have the same width."""
         if len(parts) == 1:
             return parts[0]
         products = parts[0].products.double()
@@ -103,12 +103,12 @@ def _add_products(products: Tensor, rows: Tensor, times: int = 1) -> Tensor:
 
 
 def _shape(width: int) -> tuple[int, int, int]:
-    """Of the moments of an input of this width: [blocks, size, size]."""
+    """The shape [blocks, size, size] of the moments of an input of this width."""
     return (1, width, width) if width <= MAX_FULL_WIDTH else (-(-width // BLOCK), BLOCK, BLOCK)
 
 
 class MomentsRecorder(InputRecorder):
-    """Gathers second moments beside what every recorder gathers."""
+    """Accumulates second moments as well as statistics."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -125,7 +125,7 @@ class MomentsRecorder(InputRecorder):
         self._count += len(rows)
 
     def moments(self) -> InputMoments | None:
-        """What was recorded, on the CPU; None if nothing was."""
+        """The moments so far, on the CPU; None if nothing was recorded."""
         statistics = self.statistics()
         if statistics is None or self._products is None:
             return None
@@ -138,14 +138,14 @@ Reader = Callable[[], InputMoments]
 
 @dataclass(frozen=True, eq=False)
 class Moments:
-    """Second moments of the linear inputs of a pipeline; read when they are asked for.
+    """Second moments of the linear inputs of a pipeline; each layer's are read on demand.
 
     Attributes:
-        identity: where they come from
-        owners: `component.stem` to the layer under whose name its moments are stored; layers that read the same input
-            have one owner
-        readers: owner to what reads its moments
-        fingerprints: of the files that these moments come from
+        identity: the model and the runs that they come from
+        owners: `component.stem` → the layer under whose name its moments are stored; layers that read the same input
+            have the same owner
+        readers: owner → function that reads its moments
+        fingerprints: identities of the files that they come from
     """
 
     identity: Identity
@@ -155,13 +155,13 @@ class Moments:
 
     @classmethod
     def recorded(cls, identity: Identity, layers: Mapping[str, InputMoments]) -> Moments:
-        """Moments that are in memory; layers with the very same object have one owner."""
+        """Moments that are in memory; layers with the same object have the same owner."""
         first: dict[int, str] = {}
         owners = {name: first.setdefault(id(layers[name]), name) for name in sorted(layers)}
         return cls(identity, owners, {owner: partial(_same, layers[owner]) for owner in first.values()})
 
     def for_group(self, component: str, members: Iterable[str]) -> Reader | None:
-        """Reads the moments of the common input of a fused group; None unless every member was recorded.
+        """A function that reads the moments of a fused group's input; None unless every member was recorded.
 
         Args:
             component: `transformer`, `text_encoder`, ...
@@ -173,7 +173,7 @@ class Moments:
         return partial(_merge_read, [self.readers[owner] for owner in dict.fromkeys(self.owners[n] for n in names)])
 
     def merge(self, others: Iterable[Moments]) -> Moments:
-        """Moments of everything that these and the others have seen.
+        """Merges these moments with others.
 
         Raises:
             CalibrationError: they belong to different models.
@@ -193,12 +193,12 @@ class Moments:
         return Moments(identity, owners, readers, tuple(sorted(f for m in everything for f in m.fingerprints)))
 
     def in_memory(self) -> Moments:
-        """These moments, read and merged now: what they were read from may go."""
+        """Reads and merges these moments now, so that their sources can be freed."""
         layers = {owner: read() for owner, read in self.readers.items()}
         return Moments.recorded(self.identity, {name: layers[owner] for name, owner in self.owners.items()})
 
     def fingerprint(self) -> str:
-        """Identity of files: of their headers, numbers of rows and samples, which tell recordings apart."""
+        """Identity of the files, computed from their headers, numbers of rows and samples."""
         return hashlib.sha256("".join(self.fingerprints).encode()).hexdigest()
 
     def save(self, path: str | Path) -> None:
@@ -231,10 +231,10 @@ class Moments:
 
     @classmethod
     def load(cls, path: str | Path) -> Moments:
-        """Opens a moments file; layers are read when they are asked for.
+        """Opens a moments file; each layer is read on demand.
 
         Raises:
-            CalibrationError: missing, damaged, of a later version or no moments file.
+            CalibrationError: the file is missing, damaged, of a later version or no moments file.
         """
         path = Path(path)
         try:
@@ -264,7 +264,7 @@ def _merge_read(readers: Sequence[Reader]) -> InputMoments:
 
 
 def _check_layer(file: SafetensorsFile, owner: str) -> None:
-    """Refuses a layer whose tensors are not there, or not of the dtypes and shapes that they must have."""
+    """Refuses a layer whose tensors are missing or have other dtypes or shapes."""
     rows = file.specs.get(f"{owner}.rows")
     shape = rows.shape if rows is not None and len(rows.shape) == 2 else (0, 0)
     expected = {

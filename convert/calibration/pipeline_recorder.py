@@ -38,13 +38,13 @@ VERSIONED_PACKAGES = ("omni-convert", "torch", "diffusers", "transformers")
 
 @dataclass(frozen=True)
 class Recording:
-    """What was recorded over prompts: statistics, and second moments where they were asked for."""
+    """The result of running over prompts: statistics, and second moments if they were asked for."""
 
     statistics: Statistics
     moments: Moments | None
 
     def merge(self, other: Recording) -> Recording:
-        """The recording of everything that both have seen; its moments are in memory.
+        """The recording of the prompts of both; its moments are in memory.
 
         Raises:
             CalibrationError: they belong to different models.
@@ -73,7 +73,7 @@ def calibrate(
 class PipelineRecorder:
     """A loaded pipeline, and how to run it.
 
-    The noise of a prompt follows from the seed and the prompt, not from its place: prompts may be spread over
+    The noise of a prompt depends on the seed and the prompt, not on its position. So prompts may be distributed over
     processes in any way, and the merged statistics are those of one process.
     """
 
@@ -195,7 +195,7 @@ def _identity(
 
 
 def _as_stored(layers: Mapping[str, Layer], checkpoints: Mapping[str, Mapping[str, TensorSpec]]) -> dict[str, Layer]:
-    """The layers under the names of their checkpoints, if these are known: transformers renames some on loading."""
+    """The layers under the names in their checkpoints, if these are known; transformers renames some on loading."""
     stems = {
         component: [name.removesuffix(".weight") for name, spec in tensors.items() if len(spec.shape) == 2]
         for component, tensors in checkpoints.items()
@@ -208,7 +208,7 @@ def _as_stored(layers: Mapping[str, Layer], checkpoints: Mapping[str, Mapping[st
 
 
 def _stored_stem(stem: str, stored: Sequence[str]) -> str:
-    """The name in the checkpoint that ends like a module's name, if there is exactly one that ends most like it."""
+    """The stored name with the longest common ending, if only one has it; else the module's own name."""
     if stem in stored:
         return stem
     lengths = {name: _common_parts(stem, name) for name in stored}

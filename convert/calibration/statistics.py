@@ -1,13 +1,13 @@
-"""The statistics file: what calibration recorded about every linear input, and where it came from.
+"""The statistics file: recorded statistics of every linear input, and the runs that they come from.
 
-One safetensors file. For each layer NAME (`component.stem`)
+It is one safetensors file. For each layer NAME (`component.stem`) it holds
 
     NAME.step_amax      F32  [steps]      largest magnitude by denoising step, 0 where the layer did not run
     NAME.channel_amax   F32  [in]         largest magnitude by input channel
     NAME.histogram      I64  [1027]       number of values by magnitude, on the bins of `convert.histogram`
     NAME.rows           BF16 [<= 64, in]  rows with the smallest hashes, in the order of these
 
-and in the metadata, under `omni_convert_statistics`, a JSON object with the identity and, as `layers`, the name under
+The metadata holds, under `omni_convert_statistics`, a JSON object with the identity and, as `layers`, the name under
 which each layer's tensors are stored: layers that read the same input (q, k and v) are stored once.
 
 Files of one model merge exactly, in any order. Equal statistics are equal bytes.
@@ -46,7 +46,7 @@ RISKY_LAYERS_SHOWN = 3
 
 @dataclass(frozen=True)
 class RiskyLayer:
-    """A layer whose inputs one static scale fits badly.
+    """A layer for which one static scale is a bad fit.
 
     Attributes:
         amax: largest magnitude
@@ -64,7 +64,7 @@ class RiskyLayer:
 
     @property
     def severity(self) -> float:
-        """How many times over the limit."""
+        """The factor by which the worse ratio exceeds its limit."""
         return max(self.outlier_ratio / RISK_OUTLIER_RATIO, self.step_ratio / RISK_STEP_RATIO)
 
     def __str__(self) -> str:
@@ -109,7 +109,7 @@ class Statistics:
         return inputs
 
     def merge(self, others: Iterable[Statistics]) -> Statistics:
-        """Statistics of everything that these and the others have seen; the order does not matter.
+        """Merges these statistics with others; the order does not matter.
 
         Raises:
             CalibrationError: they belong to different models.
@@ -141,11 +141,11 @@ class Statistics:
         return sorted(risky, key=lambda layer: (-layer.severity, layer.component, layer.stem))
 
     def risk_notes(self, component: str, stems: Collection[str], input_scale: str) -> list[str]:
-        """What one static scale means for those of some layers whose inputs it fits badly.
+        """Notes on layers of a component whose inputs have a range that one static scale fits badly.
 
         Args:
-            stems: the layers of the component that get one
-            input_scale: the rule by which it is chosen
+            stems: layers of the component that get a static scale
+            input_scale: the rule by which the scale is chosen
         """
         risky = [layer for layer in self.risky_layers() if layer.component == component and layer.stem in stems]
         if not risky:
@@ -158,7 +158,7 @@ class Statistics:
         ]
 
     def fingerprint(self) -> str:
-        """SHA-256 of the content: equal for statistics that were just recorded and for the file made of them."""
+        """SHA-256 of the content, equal for statistics in memory and for their file."""
         digest = hashlib.sha256(self._header.encode())
         for name, tensor in sorted(self._stored_tensors().items()):
             digest.update(name.encode())
@@ -166,17 +166,17 @@ class Statistics:
         return digest.hexdigest()
 
     def save(self, path: str | Path) -> None:
-        """Writes the statistics file, which appears when it is whole.
+        """Writes the statistics file, which appears only when it is complete.
 
         Raises:
-            OutputError: it cannot be written.
+            OutputError: the file cannot be written.
         """
         path = Path(path)
         partial = path.with_name(f"{path.name}.partial")
         try:
             # One metadata entry: safetensors writes several in random order.
             save_file(self._stored_tensors(), partial, metadata={METADATA_KEY: self._header})
-            partial.chmod(0o644)  # which safetensors keeps to its owner; this file is meant to be passed on
+            partial.chmod(0o644)  # safetensors makes it private, but this file is meant to be shared
             partial.replace(path)
         except (OSError, SafetensorError) as error:
             with contextlib.suppress(OSError):
@@ -188,7 +188,7 @@ class Statistics:
         """Reads a statistics file.
 
         Raises:
-            CalibrationError: missing, damaged, of a later version or no statistics file.
+            CalibrationError: the file is missing, damaged, of a later version or no statistics file.
         """
         path = Path(path)
         if not path.is_file():
@@ -210,7 +210,7 @@ class Statistics:
 
     @cached_property
     def _owners(self) -> dict[str, str]:
-        """Layer to the layer under whose name equal statistics are stored: the first of those that have them."""
+        """Maps each layer to the layer under whose name its statistics are stored: the first with equal statistics."""
         first: dict[str, str] = {}
         owners = {}
         for name in sorted(self.layers):
@@ -247,10 +247,10 @@ def _risk(name: str, layer: LayerStatistics) -> RiskyLayer:
 
 
 def _layer(path: Path, name: str, tensors: Mapping[str, Tensor]) -> LayerStatistics:
-    """One layer of a file, checked.
+    """Reads and checks one layer of a file.
 
     Raises:
-        CalibrationError: a tensor is missing, has another dtype or shape, or values that no recording gives.
+        CalibrationError: a tensor is missing, has another dtype or shape, or holds impossible values.
     """
     rows = tensors.get(f"{name}.rows", torch.empty(0))
     width = rows.shape[-1] if rows.dim() == 2 else -1

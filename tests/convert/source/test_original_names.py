@@ -155,7 +155,7 @@ def test_names_that_cannot_be_converted_without_a_config_are_told_of(
     (tmp_path / "config.json").unlink()
     recipe = Recipe(method="keep", dialect="compressed-tensors")
     report = convert_checkpoint(tmp_path / "model.safetensors", tmp_path / "out", recipe)
-    assert any("no config.json beside it says which model" in note for note in report.notes)
+    assert any("there is no config.json that names the model" in note for note in report.notes)
     with pytest.raises(CheckpointError, match=r"found no config\.json that names the model"):
         convert_checkpoint(tmp_path / "model.safetensors", tmp_path / "omni", Recipe(method="keep"))
 
