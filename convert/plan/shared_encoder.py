@@ -29,12 +29,16 @@ def check_encoder(source: Source, methods: Mapping[str, str], recipe: Recipe) ->
         return
     if recipe.runtime == COMFYUI:  # it loads each component from a file of its own
         return
-    is_shared = bool(unquantized_encoder_layers(source, ComponentFolder(source, "transformer").family))
+    family = ComponentFolder(source, "transformer").family
+    is_shared = bool(unquantized_encoder_layers(source, family))
     if is_shared and encoder != denoiser:
         raise RecipeError(
             f"--component text_encoder={encoder}: the runtime builds this text encoder with the transformer's method, "
             f"found {denoiser or 'none'}; use the same one for both"
         )
+    stays = family.shared_encoder.stays if family.shared_encoder is not None else None
+    if is_shared and stays is not None and recipe.runtime == VLLM_OMNI:
+        raise RecipeError(f"--component text_encoder={encoder}: {stays}; use --runtime diffusers for our loader")
     if not is_shared and recipe.runtime == VLLM_OMNI:
         raise RecipeError(
             f"--component text_encoder={encoder}: vllm-omni runs this text encoder unquantized; "

@@ -291,5 +291,5 @@ def other_linears(tensors: Mapping[str, TensorSpec], stems: Collection[str] = ()
 
 def _block_number(group: LayerGroup) -> float:
     """The number of a group's block in the model's main stack; infinite elsewhere."""
-    match = MAIN_STACK.match(group.runtime_name)
+    match = MAIN_STACK.match(group.members[0])
     return int(match[1]) if match else math.inf

@@ -115,23 +115,32 @@ class EncoderLayers:
         model_types: the encoders (`model_type` of their config) for which it does so; empty for all
         layers: the linears, with the names of the encoder's checkpoint
         prefix: what the runtime puts before these names
+        vision_layers: linears of the blocks of its vision tower
+        stays: why the encoder cannot be stored quantized, or None
     """
 
     model_types: tuple[str, ...]
     layers: tuple[LayerPattern, ...]
     prefix: str = ""
+    vision_layers: tuple[LayerPattern, ...] = ()
+    stays: str | None = None
 
-    def groups(self, count: int) -> Iterator[LayerGroup]:
-        """Every layer of an encoder with `count` decoder layers."""
-        for pattern in self.layers:
-            for index in range(count if "{}" in pattern.runtime_name else 1):
-                yield pattern.numbered(str(index))
+    def groups(self, config: Mapping[str, object]) -> Iterator[LayerGroup]:
+        """Every layer of the encoder of this config; raises CheckpointError if it does not say how many there are."""
+        stacks = [(self.layers, "text_config", "num_hidden_layers")]
+        if self.vision_layers:
+            stacks.append((self.vision_layers, "vision_config", "depth"))
+        for patterns, part, key in stacks:
+            count = _layer_count(config, part, key)
+            for pattern in patterns:
+                for index in range(count if "{}" in pattern.runtime_name else 1):
+                    yield pattern.numbered(str(index))
 
     def is_name(self, name: str) -> bool:
         """Whether the runtime may look up a layer of such an encoder, of whatever depth, by this name."""
         return any(
             block_number(template, name.removeprefix(self.prefix)) is not None
-            for pattern in self.layers
+            for pattern in (*self.layers, *self.vision_layers)
             for template in (pattern.runtime_name, *pattern.members)
         )
 
@@ -271,7 +280,7 @@ class Family:
         stored = {*quantized, *(f"model.{stem}" for stem in quantized)}
         return tuple(
             f"{encoder.prefix}{name}"
-            for group in encoder.groups(_encoder_layer_count(text_encoder_config))
+            for group in encoder.groups(text_encoder_config)
             if not stored.issuperset(group.members)
             for name in dict.fromkeys((group.runtime_name, *group.members))
         )
@@ -288,13 +297,14 @@ class Family:
         return original_runs(self.original_names, specs) if self.original_names else None
 
 
-def _encoder_layer_count(config: Mapping[str, object]) -> int:
-    nested = config.get("text_config")
+def _layer_count(config: Mapping[str, object], part: str, key: str) -> int:
+    """The number of layers of an encoder, from the part of its config or from a config without parts."""
+    nested = config.get(part)
     source = nested if isinstance(nested, Mapping) else config
-    count = source.get("num_hidden_layers")
+    count = source.get(key)
     if type(count) is not int or not 0 < count <= MAX_ENCODER_LAYERS:
         raise CheckpointError(
-            f"text_encoder/config.json: found num_hidden_layers {count!r:.40}, expected 1 to {MAX_ENCODER_LAYERS}; "
+            f"text_encoder/config.json: found {key} {count!r:.40}, expected 1 to {MAX_ENCODER_LAYERS}; "
             f"the runtime builds these layers with the transformer's method"
         )
     return count

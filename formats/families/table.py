@@ -29,6 +29,7 @@ from omni_convert.formats.families.not_tabulated import (
     SANA_WM,
 )
 from omni_convert.formats.families.qwen_image import QWEN_IMAGE
+from omni_convert.formats.families.qwen_image_21 import QWEN_IMAGE_21
 from omni_convert.formats.families.wan import WAN
 from omni_convert.formats.families.z_image import Z_IMAGE
 
@@ -37,6 +38,7 @@ __all__ = ["FAMILIES", "find_family"]
 FAMILIES = (
     Z_IMAGE,
     QWEN_IMAGE,
+    QWEN_IMAGE_21,
     FLUX_1,
     FLUX_2,
     HUNYUAN_VIDEO_15,

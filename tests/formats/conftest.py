@@ -31,6 +31,13 @@ TINY_DIFFUSERS: dict[str, dict[str, Any]] = {
         "siglip_feat_dim": 32,
     },
     "QwenImageTransformer2DModel": {"num_layers": 2, "joint_attention_dim": 32, **HEADS, **ROPE},
+    "QwenImage21Transformer2DModel": {
+        "num_layers": 2,
+        "attention_head_dim": 16,
+        "num_attention_heads": 2,
+        "context_in_dim": 32,
+        "axes_dims_rope": (4, 6, 6),
+    },
     "FluxTransformer2DModel": {**FLUX, "pooled_projection_dim": 32, "guidance_embeds": True},
     "Flux2Transformer2DModel": {**FLUX, "axes_dims_rope": (4, 4, 4, 4)},
     "HunyuanVideo15Transformer3DModel": {
