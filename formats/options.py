@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from omni_convert.formats.errors import RecipeError
+from omni_convert.formats.gguf_mixes import MIXTURES
 
 __all__ = ["GGUF_TYPES", "GROUP_SIZES", "FormatChoices", "FormatOptions", "check_group_size"]
 
@@ -51,8 +52,8 @@ class FormatChoices:
     group_size: int | None = _choice(None, "Columns that share a scale with w4a16: 32, 64 or 128.", metavar="N")
     gguf_type: str | None = _choice(
         None,
-        "Type of quantized tensors with gguf. Default: Q8_0.",
-        choices=GGUF_TYPES,
+        "Type of quantized tensors with gguf, or a mixture such as Q4_K_M. Default: Q8_0.",
+        choices=(*GGUF_TYPES, *MIXTURES),
     )
     gguf_names: str | None = _choice(
         None,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import cast
+from typing import Any, cast
 
 import torch
 
@@ -23,6 +23,7 @@ from omni_convert.formats.families.layers import LayerGroup
 from omni_convert.formats.families.patterns import matches
 from omni_convert.formats.format import Format
 from omni_convert.formats.gguf import DEFAULT_TYPE, Gguf
+from omni_convert.formats.gguf_mixes import MIXTURES, types_of
 
 __all__ = ["GgufTarget"]
 
@@ -78,6 +79,20 @@ class GgufTarget(Target):
             return f"has {SMALL_ELEMENTS} elements or less"
         return None
 
+    @cached_property
+    def _types(self) -> dict[str, str]:
+        """The name of each weight in the file that may be quantized, and the type that it gets."""
+        weights = [f"{group.runtime_name}{WEIGHT}" for group in self.scope().groups if group.keep_reason is None]
+        return types_of(self._kind, weights)
+
+    @property
+    def _kind(self) -> str:
+        """The type or mixture asked for."""
+        return self.recipe.gguf_type or DEFAULT_TYPE
+
+    def choices_of(self, group: LayerGroup) -> dict[str, Any]:
+        return {**self.recipe.format_choices, "gguf_type": self._types[f"{group.runtime_name}{WEIGHT}"]}
+
     def written_group(self, group: LayerGroup) -> LayerGroup:
         return LayerGroup(group.runtime_name, (group.runtime_name,), is_fused=False)
 
@@ -87,17 +102,23 @@ class GgufTarget(Target):
     def files(self, steps: Sequence[Step], formats: Mapping[str, Format]) -> Shards:
         from omni_convert.formats.containers.gguf_writer import GgufFile
 
-        kind = self.recipe.gguf_type or DEFAULT_TYPE
         quantized = {
             weight.name: (cast("Gguf", formats[stem]).type, weight.shape)
             for step in steps
             if isinstance(step, QuantizeStep)
             for stem, weight in zip(step.group.members, step.weights, strict=True)
         }
-        content = GgufFile(self.component.family.gguf.architecture, kind, quantized)
-        return Shards({f"{self.component.source.short_name}-{kind}.gguf": outputs(steps)}, None, "", content)
+        content = GgufFile(self.component.family.gguf.architecture, self._kind, quantized)
+        return Shards({f"{self.component.source.short_name}-{self._kind}.gguf": outputs(steps)}, None, "", content)
 
     @property
     def notes(self) -> tuple[str, ...]:
         how_to_load = f"; {HOW_TO_LOAD}" if self.names.is_for_diffusers else ""
-        return (f"{self.component.label}: the GGUF file has {self.names.note}{how_to_load}",)
+        names = f"{self.component.label}: the GGUF file has {self.names.note}{how_to_load}"
+        if self._kind not in MIXTURES:
+            return (names,)
+        family = self.component.family
+        choice = (
+            "" if family.gguf.has_converter else f"; no other converter has types for {family.name}, this is our choice"
+        )
+        return names, f"{self._kind} is {MIXTURES[self._kind]}{choice}"

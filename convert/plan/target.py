@@ -85,6 +85,10 @@ class Target(ABC):
         """
         return choose_activation_scheme(self.method, self.recipe)
 
+    def choices_of(self, group: LayerGroup) -> dict[str, Any]:
+        """The user's choices about a group's format."""
+        return self.recipe.format_choices
+
     def format_of(self, group: LayerGroup) -> QuantizingFormat:
         """The format of the weights of a group."""
         recipe, is_calibrated = self.recipe, self.scheme.is_calibrated
@@ -94,7 +98,7 @@ class Target(ABC):
             smooth=is_calibrated,
             per_channel=not is_calibrated and self.dialect.is_dynamic_fp8_per_row,
             shared_in_group=group.is_fused and recipe.int8_fused_scales == "shared",
-            **recipe.format_choices,
+            **self.choices_of(group),
         )
         return fmt.for_weight(self.component.weights[f"{group.members[0]}{WEIGHT}"].shape)
 

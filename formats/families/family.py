@@ -154,12 +154,14 @@ class GgufFacts:
         kept_layers: layers in blocks, as patterns, that ComfyUI-GGUF's quantizer keeps in full precision
         diffusers_prefixes: beginnings of names that only diffusers gives, where the model's own code has others
         has_vllm_adapter: vLLM's GGUF plugin has an adapter for the family
+        has_converter: ComfyUI-GGUF's converter takes the family, and so says which types its mixtures consist of
     """
 
     architecture: str = "diffusion"
     kept_layers: tuple[str, ...] = ()
     diffusers_prefixes: tuple[str, ...] = ()
     has_vllm_adapter: bool = False
+    has_converter: bool = False
 
 
 @dataclass(frozen=True)

@@ -102,5 +102,7 @@ FLUX_1 = Family(
         *ORIGINAL_SINGLE_NORMS,
         ORIGINAL_MODULATION,
     ),
-    gguf=GgufFacts("flux", diffusers_prefixes=("transformer_blocks.", "single_transformer_blocks.")),
+    gguf=GgufFacts(
+        "flux", diffusers_prefixes=("transformer_blocks.", "single_transformer_blocks."), has_converter=True
+    ),
 )

@@ -23,7 +23,7 @@ SD_3 = Family(
     "Stable Diffusion 3",
     ("SD3Transformer2DModel",),
     refusals=_IN_FULL_PRECISION,
-    gguf=GgufFacts("sd3", diffusers_prefixes=("transformer_blocks.",)),
+    gguf=GgufFacts("sd3", diffusers_prefixes=("transformer_blocks.",), has_converter=True),
 )
 SDXL = Family("SDXL", ("UNet2DConditionModel",), refusals=_IN_FULL_PRECISION)
 LONGCAT_IMAGE = Family("LongCat-Image", ("LongCatImageTransformer2DModel",), refusals=_IN_FULL_PRECISION)

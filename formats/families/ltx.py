@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from omni_convert.formats.families.family import Family, GgufFacts, unknown_scope
 from omni_convert.formats.families.layers import QKV, linears, merged
 from omni_convert.formats.families.original_names import renamed, same
@@ -45,5 +47,5 @@ LTX_VIDEO = Family(
             )
         ),
     ),
-    gguf=_GGUF,
+    gguf=replace(_GGUF, has_converter=True),
 )

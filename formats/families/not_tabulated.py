@@ -22,14 +22,18 @@ HIDREAM_I1 = Family(
     ("HiDreamImageTransformer2DModel",),
     refusals=_UNKNOWN,
     has_original_names=True,
-    gguf=GgufFacts("hidream", kept_layers=("gate",)),
+    gguf=GgufFacts("hidream", kept_layers=("gate",), has_converter=True),
 )
 MINIMAX_H3 = Family("MiniMax-H3", ("MiniMaxH3Transformer3DModel",), refusals=_UNKNOWN)
 SANA_WM = Family("SANA-WM", ("SanaWMTransformer3DModel",), refusals=_UNKNOWN)
 
-AURA_FLOW = Family("AuraFlow", ("AuraFlowTransformer2DModel",), refusals=_UNKNOWN, gguf=GgufFacts("aura"))
-COSMOS = Family("Cosmos", ("CosmosTransformer3DModel",), refusals=_UNKNOWN, gguf=GgufFacts("cosmos"))
-_HYVID = GgufFacts("hyvid", diffusers_prefixes=("context_embedder.",))
+AURA_FLOW = Family(
+    "AuraFlow", ("AuraFlowTransformer2DModel",), refusals=_UNKNOWN, gguf=GgufFacts("aura", has_converter=True)
+)
+COSMOS = Family(
+    "Cosmos", ("CosmosTransformer3DModel",), refusals=_UNKNOWN, gguf=GgufFacts("cosmos", has_converter=True)
+)
+_HYVID = GgufFacts("hyvid", diffusers_prefixes=("context_embedder.",), has_converter=True)
 HUNYUAN_VIDEO = Family("HunyuanVideo", ("HunyuanVideoTransformer3DModel",), refusals=_UNKNOWN, gguf=_HYVID)
 FRAMEPACK = Family("FramePack", ("HunyuanVideoFramepackTransformer3DModel",), refusals=_UNKNOWN, gguf=_HYVID)
 LUMINA_2 = Family(
@@ -37,6 +41,9 @@ LUMINA_2 = Family(
     ("Lumina2Transformer2DModel",),
     refusals=_UNKNOWN,
     gguf=GgufFacts(
-        "lumina2", kept_layers=("noise_refiner", "context_refiner"), diffusers_prefixes=("time_caption_embed.",)
+        "lumina2",
+        kept_layers=("noise_refiner", "context_refiner"),
+        diffusers_prefixes=("time_caption_embed.",),
+        has_converter=True,
     ),
 )

@@ -104,7 +104,12 @@ WAN = Family(
     ),
     leading_blocks=(("mxfp4_dualscale", 5),),
     original_names=_ORIGINAL_NAMES,
-    gguf=GgufFacts("wan", kept_layers=("condition_embedder",), diffusers_prefixes=("condition_embedder.",)),
+    gguf=GgufFacts(
+        "wan",
+        kept_layers=("condition_embedder",),
+        diffusers_prefixes=("condition_embedder.",),
+        has_converter=True,
+    ),
 )
 
 

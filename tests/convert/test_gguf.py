@@ -7,16 +7,19 @@ from typing import Any
 import gguf
 import pytest
 import torch
+from click.testing import CliRunner
 from diffusers import FluxTransformer2DModel, GGUFQuantizationConfig, WanTransformer3DModel
 from diffusers.quantizers.gguf.utils import GGUFParameter, dequantize_gguf_tensor
 from safetensors.torch import load_file
 
+from omni_convert.convert.cli.main import main
 from omni_convert.convert.conversion import convert_checkpoint
 from omni_convert.convert.recipe import Recipe
 from omni_convert.formats import gguf as gguf_format
 from omni_convert.formats.arithmetic.ggml.k_quants import K_QUANTS
 from omni_convert.formats.errors import RecipeError
 from omni_convert.formats.families.table import find_family
+from omni_convert.formats.gguf_mixes import types_of
 from omni_convert.formats.options import GGUF_TYPES
 
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
@@ -245,6 +248,51 @@ def test_ignored_layers_stay_as_they_are(flux_folder: Path, tmp_path: Path) -> N
     assert kinds["single_transformer_blocks.0.proj_mlp.weight"] == "BF16"
     assert kinds["single_transformer_blocks.0.proj_mlp.bias"] == kinds["x_embedder.weight"] == "F32"
     assert kinds["transformer_blocks.0.attn.to_q.weight"] == "Q8_0"
+
+
+def kinds_of(file: Path) -> dict[str, str]:
+    return {tensor.name: tensor.tensor_type.name for tensor in gguf.GGUFReader(file).tensors}
+
+
+@pytest.mark.parametrize(
+    ("mixture", "file_type", "value", "down", "base"),
+    [
+        ("Q3_K_S", 11, "Q3_K", "Q3_K", "Q3_K"),
+        ("Q3_K_M", 12, "Q5_K", "Q4_K", "Q3_K"),
+        ("Q3_K_L", 13, "Q5_K", "Q5_K", "Q3_K"),
+        ("Q4_K_S", 14, "Q5_K", "Q5_K", "Q4_K"),
+        ("Q4_K_M", 15, "Q6_K", "Q6_K", "Q4_K"),
+        ("Q5_K_S", 16, "Q5_K", "Q5_K", "Q5_K"),
+        ("Q5_K_M", 17, "Q6_K", "Q6_K", "Q5_K"),
+    ],
+)
+def test_mixtures_give_values_and_down_projections_more_bits(
+    mixture: str, file_type: int, value: str, down: str, base: str, wide_folder: Path, tmp_path: Path
+) -> None:
+    file = converted(wide_folder, tmp_path / "out", mixture, search=False)
+    assert file.name == f"wide-{mixture}.gguf"
+    assert gguf.GGUFReader(file).get_field("general.file_type").contents() == file_type
+    kinds = kinds_of(file)
+    assert kinds["transformer_blocks.0.attn.to_v.weight"] == value
+    assert kinds["transformer_blocks.0.ff.net.2.weight"] == down
+    assert kinds["transformer_blocks.0.attn.to_q.weight"] == base
+
+
+def test_only_the_first_value_projections_of_some_mixtures_get_more_bits() -> None:
+    tensors = [f"blocks.{i}.self_attn.{name}.weight" for i in range(5) for name in ("q", "v")]
+    assert [*types_of("Q3_K_M", tensors).values()] == ["Q3_K", "Q5_K"] * 2 + ["Q3_K", "Q4_K"] * 3
+    assert [*types_of("Q4_K_S", tensors).values()] == ["Q4_K", "Q5_K"] * 4 + ["Q4_K", "Q4_K"]
+    assert {*types_of("Q4_K", tensors).values()} == {"Q4_K"}
+
+
+def test_a_dry_run_tells_what_a_mixture_is_and_whose_choice(wide_folder: Path) -> None:
+    result = CliRunner().invoke(main, [str(wide_folder), "-m", "gguf", "--gguf-type", "Q4_K_M", "--dry-run"])
+    assert result.exit_code == 0, result.output
+    text = " ".join(result.output.split())
+    assert "Q4_K_M is Q4_K; value projections Q6_K; joined q, k and v Q5_K; down projections Q6_K" in text
+    assert "our choice" not in text
+    assert find_family("FluxTransformer2DModel").gguf.has_converter
+    assert not find_family("QwenImageTransformer2DModel").gguf.has_converter
 
 
 def test_types_that_the_command_line_offers_are_those_there_are() -> None:
