@@ -1,4 +1,4 @@
-"""What is wrong with a file, in words that a table and a program can use."""
+"""Findings: what `verify` reports about a file, for tables and for programs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Severity = Literal["error", "warning"]
 #: Every check, and what it looks for.
 CHECKS = {
     "damaged-file": "files that cannot be read, or contradict their index",
-    "changed-file": "files that are missing, or not the bytes that omni_convert.json says were written",
+    "changed-file": "files that are missing, or not the bytes that omni_convert.json records",
     "unreadable-layer": "tensors that make up no known format",
     "missing-tensor": "a tensor that the model as its config describes it has, and no file holds",
     "missing-companion": "codes without the scale (or other tensor) that gives them their meaning",
@@ -47,8 +47,8 @@ CHECKS = {
     "unknown-key": "a key of the config block that the runtime does not know",
     "no-serialized-flag": "a block that makes the runtime quantize codes again",
     "unknown-method": "a quant_method that no reader here knows",
-    "no-block": "a diffusers folder with quantized weights and no word about them in config.json",
-    "block-mismatch": "a config block that says something else than the tensors",
+    "no-block": "a diffusers folder with quantized weights that config.json does not declare",
+    "block-mismatch": "a config block that contradicts the tensors",
     "bad-mark": "a mark or label that contradicts the tensors, or has none",
     "no-architecture": "a GGUF file that does not say what model it is of",
     "wrong-architecture": "a GGUF file of another model than the config beside it, or of none that ComfyUI knows",

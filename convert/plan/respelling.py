@@ -1,7 +1,7 @@
 """Decides how a quantized component is written in another dialect without changing a value; no weight is read.
 
-Refused, with the name of the tensor: formats that the dialect has no word for, numbers that its spelling rounds, and
-for vLLM-Omni layers that it would take for something else.
+Formats that the dialect does not have, numbers that its spelling would round, and layers that vLLM-Omni would misread
+are refused, with the name of the tensor.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from omni_convert.formats.views.opened import QuantizedCheckpoint, QuantizedLaye
 
 __all__ = ["Respelling", "respell", "vllm_omni_refusal"]
 
-INSTEAD = "-m METHOD quantizes anew"
+INSTEAD = "-m METHOD quantizes again"
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What a quantized checkpoint lacks or has too much, as far as names tell; no weight is read and no model built."""
+"""Missing and superfluous tensors of a quantized checkpoint, judged by names; no weight is read, no model built."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ LEAVES_SHOWN = 5
 
 @dataclass(frozen=True)
 class Flaw:
-    """What is missing, or without a use.
+    """A tensor that is missing, or that belongs to nothing.
 
     Attributes:
         is_scale: it is the scale of codes, which vLLM-Omni leaves unset with a warning
@@ -51,7 +51,7 @@ def block_gaps(quantized: QuantizedCheckpoint, shapes: Mapping[str, tuple[int, i
 
 
 def without_weight(checkpoint: Checkpoint, stem: str) -> str | None:
-    """What is there of a layer that has no weight: its companions, and names that may be the weight's; else None."""
+    """The tensors of a layer that has companions but no weight, as a message; None if it has a weight."""
     leaves = [name.removeprefix(f"{stem}.") for name in checkpoint if name.rpartition(".")[0] == stem]
     if any(leaf in CODES for leaf in leaves):
         return None
@@ -60,7 +60,7 @@ def without_weight(checkpoint: Checkpoint, stem: str) -> str | None:
 
 
 def incomplete(quantized: QuantizedCheckpoint) -> Flaw | None:
-    """The first of these; None if names tell nothing."""
+    """The first flaw of a checkpoint; None if its names show none."""
     if quantized.dialect in (None, GGUF.name):
         return None
     shapes = {stem: layer.shape for stem, layer in quantized.layers.items()}
@@ -71,7 +71,7 @@ def incomplete(quantized: QuantizedCheckpoint) -> Flaw | None:
 
 
 def _stray(quantized: QuantizedCheckpoint, name: str) -> Flaw | None:
-    """What is wrong with a tensor that belongs to no quantized layer."""
+    """The flaw of a tensor that belongs to no quantized layer, or None."""
     assert quantized.dialect is not None
     is_strict = DIALECTS[quantized.dialect].fills_vllm_omni_parameters
     stem, _, leaf = name.rpartition(".")
@@ -89,7 +89,7 @@ def _stray(quantized: QuantizedCheckpoint, name: str) -> Flaw | None:
 
 # The outermost number of a name; more digits would be no block's.
 NUMBERED = re.compile(r"(.+?)\.(\d{1,4})\.(.+)")
-# One of so many blocks may differ from the rest; of fewer, one.
+# One block in so many may differ from the rest; in a shorter list, one.
 ODD_IN = 8
 
 
@@ -153,14 +153,14 @@ def _of_list(prefix: str, blocks: Mapping[int, Mapping[str, Shape]]) -> Iterator
 
 
 def _misspelled(found: Mapping[str, Shape], expected: Mapping[str, Shape]) -> dict[str, str] | None:
-    """What is missing → the name that it has here; None for a block of another kind."""
+    """Missing name → the similar name that is there instead; None for a block of another kind."""
     names: dict[str, str] = {}
     for extra, shape in found.items():
         if expected.get(extra) == shape:
             continue
         absent = [rest for rest in expected if rest not in found and rest not in names]
         near = nearest(extra, absent, SIMILARITY)
-        # Rows alone, for the columns of codes may be packed.
+        # Only rows are compared: the columns of codes may be packed.
         if extra in expected or near is None or shape[:1] != expected[near][:1]:
             return None
         names[near] = extra

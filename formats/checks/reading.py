@@ -126,20 +126,20 @@ def _extra(found: Found, name: str, stem: str, *, is_quantized: bool, consumer: 
     else:
         what = f"found it beside a {DTYPE_NAMES[weight.dtype]} weight, which is not quantized"
     return Finding(
-        "error", "extra-companion", name, f"{what}, expected none", _of_strangers(consumer),
+        "error", "extra-companion", name, f"{what}, expected none", _hurt_by_extra(consumer),
         "remove the tensor, or convert the model again",
     )  # fmt: skip
 
 
 def _bare(stem: str, what: str, consumer: str) -> Finding:
     return Finding(
-        "error", "extra-companion", stem, f"{what}, expected '{stem}{WEIGHT}' beside them", _of_strangers(consumer),
+        "error", "extra-companion", stem, f"{what}, expected '{stem}{WEIGHT}' beside them", _hurt_by_extra(consumer),
         "give the weight its name, or convert the model again",
     )  # fmt: skip
 
 
-def _of_strangers(consumer: str) -> str:
-    """Whom a tensor hurts that is for nothing."""
+def _hurt_by_extra(consumer: str) -> str:
+    """The readers that suffer from a superfluous tensor, and how."""
     others = f"{consumer or 'strict loaders'}: a KeyError for some models (vLLM-Omni: Z-Image, FLUX.1), else skipped"
     return f"{OURS}: refuses the model; {others}"
 

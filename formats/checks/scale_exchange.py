@@ -34,7 +34,7 @@ MAX_ZEROS = 0.1
 
 @dataclass(frozen=True)
 class ScaleTrace:
-    """What scales and elements of a layer's first blocks look like, means of rows and columns taken away.
+    """Scales and elements of a layer's first blocks, with the means of rows and columns subtracted.
 
     Attributes:
         elements: log2 RMS of each block's elements, float32 [blocks]

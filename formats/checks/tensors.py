@@ -20,7 +20,7 @@ AGAIN = "convert the model again"
 
 
 def check_layer(layer: QuantizedLayer, dialect: str) -> Iterator[Finding]:
-    """What readers stumble over in a layer whose tensors we can read, but their values."""
+    """What readers stumble over in the tensors of a layer that we can read, their values apart."""
     consumer = DIALECTS[dialect].consumers
     reason = layer.format.unsupported(*layer.shape) if isinstance(layer.format, QuantizingFormat) else None
     if reason is not None:
@@ -44,7 +44,7 @@ def _cast_by_value(spec: TensorSpec) -> Finding:
 
 
 def _tolerated(layer: QuantizedLayer, suffix: str, spec: TensorSpec, dialect: str) -> Iterator[Finding]:
-    """What we read all the same, and others do not."""
+    """Flaws of a tensor that we read all the same, and others do not."""
     codec, layout = layer.stored.spelling.codec(suffix), layer.tensors[suffix]
     stored = codec.stored(layout)
     is_f32 = stored.dtype is torch.float32 and not isinstance(codec, Transposed)  # AutoRound's are fp16

@@ -54,8 +54,8 @@ def check_values(
                 counts.get((suffix, check), 0) + count
             )  # fmt: skip
         progress(layer.nbytes * (stop - start) // max(1, layer.shape[0]))
-    findings = [_of_values(layer, suffix, check, count, dialect) for (suffix, check), count in counts.items()]
-    return findings or list(_of_sample(layer, dialect))
+    findings = [_value_finding(layer, suffix, check, count, dialect) for (suffix, check), count in counts.items()]
+    return findings or list(_sample_findings(layer, dialect))
 
 
 def check_finite(name: str, tiles: Iterator[Tensor]) -> list[Finding]:
@@ -90,7 +90,7 @@ def _is_constant(layer: QuantizedLayer, suffix: str) -> bool:
 
 
 def _bad_values(layer: QuantizedLayer, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, str, int]]:
-    """Suffix, check and number of values that cannot be."""
+    """Suffix, check and number of impossible values."""
     fmt = layer.format.innermost
     codes = tensors["weight"]
     if fmt.encoding is None and (reason := fmt.flaw(tensors)) is not None:
@@ -127,7 +127,7 @@ def _bad_scales(fmt: Format, suffix: str, scale: Tensor, tensors: Mapping[str, T
 
 
 def _lost(fmt: Format, suffix: str, tensors: Mapping[str, Tensor]) -> int:
-    """Elements that a scale of 0 takes away; in blocks that are all zeros, it does no harm."""
+    """Number of elements that a scale of 0 erases; in blocks that are all zeros, it does no harm."""
     if suffix in ("mul_scale", "input_scale"):
         return int((tensors[suffix] == 0).sum())
     ones = {name: tensor if name == suffix else _as_one(name, tensor) for name, tensor in tensors.items()}
@@ -142,7 +142,7 @@ WORDS = {
 }
 
 
-def _of_values(layer: QuantizedLayer, suffix: str, check: str, count: int, dialect: str) -> Finding:
+def _value_finding(layer: QuantizedLayer, suffix: str, check: str, count: int, dialect: str) -> Finding:
     hurts = f"{DIALECTS[dialect].consumers}: NaN, that is black images" if check in ("non-finite", "e8m0-nan") else (
         f"{DIALECTS[dialect].consumers}: computes with other numbers"
     )  # fmt: skip
@@ -150,7 +150,7 @@ def _of_values(layer: QuantizedLayer, suffix: str, check: str, count: int, diale
     return Finding("error", check, layer.stored.name_of(suffix), what, hurts, "download the file or convert it again")
 
 
-def _of_sample(layer: QuantizedLayer, dialect: str) -> Iterator[Finding]:
+def _sample_findings(layer: QuantizedLayer, dialect: str) -> Iterator[Finding]:
     """What can be told only from many values together."""
     rows, columns = layer.shape
     most = SAMPLE_ELEMENTS // max(1, columns) // SAMPLE_MULTIPLE * SAMPLE_MULTIPLE
@@ -260,7 +260,7 @@ def _log2(scales: Tensor) -> Tensor:
 
 
 def _coarse(tensors: Mapping[str, Tensor], shape: torch.Size) -> Tensor:
-    """log2 of what dual-scale has above the blocks' scales, for each block."""
+    """log2 of the coarse scale above each block's scale; 0 without dual scales."""
     if "weight_dual_scale" not in tensors:
         return torch.zeros(shape)
     above = tensors["weight_dual_scale"].float().squeeze(-1)

@@ -1,13 +1,13 @@
 """How AutoRound spells a component; vLLM, vLLM-Omni and diffusers read it.
 
 Integers: GPTQ's packing. NAME.qweight I32 [in * bits / 32, out]; NAME.scales F16 [in / group, out];
-          NAME.qzeros I32 [in / group, out * bits / 32], zero points less 1 with "auto_gptq", as they are without
+          NAME.qzeros I32 [in / group, out * bits / 32], zero points minus 1 with "auto_gptq"
 MX:       NAME.weight_packed U8 [out, in / 2], even element in the low nibble; or NAME.weight F8_E4M3;
           NAME.weight_scale U8 [out, in / 32]. NVFP4 as compressed-tensors has it.
 Block:    {"quant_method": "auto-round", "bits": 4, "group_size": 128, "packing_format": "auto_round:auto_gptq", ...}
 Limits:   AWQ's packing, reordered columns (g_idx), bits other than 2, 4 and 8, MXINT4, NVFP4 with E5M3 scales and
-          rotated weights are not read. Of what is made here, only W4A16 is written, and integers that were read are
-          spelled anew; a weight is packed as a whole, since its rows are columns on disk.
+          rotated weights are not read. Written are W4A16, and integers with zero points that were read from a file;
+          a weight is packed as a whole, since its rows are columns on disk.
 """
 
 from __future__ import annotations
@@ -54,12 +54,12 @@ PACKED_NAMES = {
 }
 INTEGER_NAMES = {"weight": "qweight", "weight_scale": "scales", "weight_zero_point": "qzeros"}
 READABLE_BITS = (2, 4, 8)
-# Their tensors have the dtypes and shapes of MXFP4 and MXFP8, and are others.
+# Element types whose tensors look like MXFP4 or NVFP4 but hold other numbers.
 UNREAD_TYPES = ("mx_int", "nvfp4_v2")
 # Bits of the codes that are made here, and from how many on a layer is not quantized.
 WRITTEN_BITS = 4
 UNQUANTIZED_BITS = 16
-# The size of a group, where one scale serves the whole row.
+# `group_size` where one scale serves the whole row.
 WHOLE_ROW = -1
 # The name of a stack of blocks, before their numbers.
 STACK = re.compile(r"(.+?)\.\d+\.")
@@ -99,10 +99,10 @@ class AutoRound(Dialect):
         return WrittenSpelling(INTEGER_NAMES, codecs)
 
     def block(self, layers: Mapping[str, Format], ignored: Collection[str]) -> dict[str, Any]:
-        """As auto-round exports it, and vLLM-Omni and diffusers read it.
+        """The block that auto-round exports, and that vLLM-Omni and diffusers read.
 
         Raises:
-            RecipeError: the layers have groups or codes of several sizes, which one block cannot say.
+            RecipeError: the layers have groups or codes of several sizes, which one block cannot express.
         """
         kinds = {(_bits_of(fmt), fmt.encoding) for fmt in layers.values()}
         if len(kinds) != 1:
@@ -143,7 +143,7 @@ def to_block(group_size: int, layers: Collection[str], ignored: Collection[str])
     Args:
         group_size: columns that share a scale
         layers: their stems
-        ignored: names of linears that stay as they are
+        ignored: names of linears that are not quantized
     """
     stacks = sorted({match[1] for stem in layers if (match := STACK.match(stem))})
     return {
@@ -187,7 +187,7 @@ def _is_unquantized(exception: Any) -> bool:
 
 
 def _check_elements(found: Found) -> None:
-    """Refuses what has the tensors of a format that is read, and other numbers in them.
+    """Refuses a component whose tensors look like a readable format but hold other numbers.
 
     Raises:
         CheckpointError: integers with E8M0 scales, NVFP4 with E5M3 scales, or rotated weights.

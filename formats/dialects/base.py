@@ -58,8 +58,8 @@ class WrittenSpelling(Spelling):
 
     Attributes:
         extras: suffix on disk to the bytes of a tensor that only marks the layer
-        zeros: suffix on disk to the canonical suffix of a tensor like which zeros are written, to say that there is
-            no offset
+        zeros: suffix on disk of a tensor of zeros (no offset) to the canonical suffix of the tensor whose shape and
+            dtype it has
     """
 
     codecs: Mapping[str, WritableCodec] = field(default_factory=dict)
@@ -97,8 +97,8 @@ class StoredLayer:
         spelling: where they are
         place: prefix of its tensors in the file, where it is not `stem`
         places: canonical suffix to whole tensor name, for those that lie elsewhere
-        unused: names of tensors that say nothing more (markers, zero offsets)
-        ones: canonical suffixes of tensors that are left out because all of their numbers would be 1
+        unused: names of tensors that add nothing (marks, zero offsets)
+        ones: canonical suffixes of tensors that are left out because every number in them would be 1
     """
 
     stem: str
@@ -145,7 +145,7 @@ def attempt(read: Callable[P, StoredLayer], *arguments: P.args, **options: P.kwa
 class Dialect(ABC):
     """One spelling; one instance each, in a file of its own."""
 
-    #: As users call it.
+    #: The name that users give.
     name: str
     #: The programs that read it, as findings name them.
     consumers: str
@@ -168,14 +168,14 @@ class Dialect(ABC):
     is_single_file: bool = False
     #: Whether its readers expect diffusers' names, not those of the model's own code.
     has_diffusers_names: bool = True
-    #: Whether its block tells the format of each layer, and readers look it up by what a runtime calls merged layers.
+    #: Whether its block lists the format of each layer, which readers look up by the runtime's names of merged layers.
     lists_runtime_names: bool = False
     #: Whether FP8 with dynamic activations has a scale for each row.
     is_dynamic_fp8_per_row: bool = False
 
     @abstractmethod
     def recognises(self, found: Found) -> bool:
-        """Whether a checkpoint is spelled so."""
+        """Whether a checkpoint is in this dialect."""
 
     @abstractmethod
     def stored_layers(self, found: Found) -> Iterator[StoredLayer | LayerError]:
@@ -186,7 +186,7 @@ class Dialect(ABC):
         """
 
     def kept_names(self, found: Found, stored: Collection[str]) -> dict[str, str]:
-        """What the rest of the pipeline calls the tensors that are not quantized: → the name in the file.
+        """Name in the pipeline → name in the file, of every tensor that is not quantized.
 
         A tensor that only marks the file is left out.
         """
@@ -201,16 +201,16 @@ class Dialect(ABC):
 
         Args:
             layers: stem to format, and `LayerGroup.names` of what runtimes merge where the dialect lists them
-            ignored: names of linears that stay as they are
+            ignored: names of linears that are not quantized
         """
         return None
 
     def sidecars(self, layers: Mapping[str, Format], names: Collection[str]) -> dict[str, dict[str, Any]]:
-        """JSON files that stand beside the weights: name to content.
+        """JSON files to write beside the weights: name to content.
 
         Args:
             layers: stem to format
-            names: of all tensors that are written
+            names: all tensors that are written
         """
         return {}
 

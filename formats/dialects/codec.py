@@ -42,7 +42,7 @@ BYTES = (torch.uint8, torch.float8_e8m0fnu)
 
 
 class Codec(ABC):
-    """A layout on disk that is read."""
+    """A layout on disk that can be read."""
 
     #: Rows of the stored tensor and canonical rows are made from each other only in multiples of this.
     row_multiple: int = 1
@@ -52,7 +52,7 @@ class Codec(ABC):
         """What the stored tensor is, for a canonical one."""
 
     def mismatch(self, spec: TensorSpec, layout: TensorLayout) -> str | None:
-        """What a stored tensor should have been instead, if it cannot be decoded to `layout`; else None."""
+        """The dtype and shape that a stored tensor should have, if it cannot be decoded to `layout`; else None."""
         expected = self.stored(layout)
         if spec.dtype is expected.dtype and spec.shape == expected.shape:
             return None
@@ -60,11 +60,11 @@ class Codec(ABC):
 
     @abstractmethod
     def decode(self, stored: Tensor, layout: TensorLayout) -> Tensor:
-        """Stored rows to canonical ones; of `layout` only dtype and columns count."""
+        """Stored rows to canonical ones; only dtype and columns of `layout` matter."""
 
     @property
     def on_disk(self) -> Codec:
-        """What says where each number lies, without what only writing asks for."""
+        """The codec without the settings that only writing needs."""
         return self
 
     def read(self, checkpoint: Checkpoint, name: str, layout: TensorLayout, start: int, stop: int) -> Tensor:
@@ -77,9 +77,9 @@ class Codec(ABC):
 
 
 class WritableCodec(Codec):
-    """A layout on disk that is read and written."""
+    """A layout on disk that can be read and written."""
 
-    #: Rows of the stored tensor are no rows of the canonical one: it is made as a whole.
+    #: Rows of the stored tensor are not rows of the canonical one, so it is encoded as a whole.
     is_turned: bool = False
 
     @abstractmethod
@@ -87,15 +87,15 @@ class WritableCodec(Codec):
         """Canonical rows (all, of a tensor that belongs to the whole weight) to stored ones."""
 
     def loss(self, tensor: Tensor) -> str | None:
-        """Why these canonical numbers do not come back as they were, or None."""
+        """Why decoding would not give these canonical numbers back, or None."""
         return None
 
 
 @dataclass(frozen=True)
 class Plain(WritableCodec):
-    """As it is, but for the number of dimensions and the container.
+    """The canonical tensor, perhaps in another shape or container dtype.
 
-    Reading takes a tensor of as many elements in any shape, floats in any float dtype that float32 holds exactly, and
+    Reading accepts any shape with as many elements, floats in any dtype that float32 holds exactly, and
     E8M0 bytes under either name.
 
     Attributes:

@@ -8,7 +8,7 @@ Formats:  float8_e4m3fn, float8_e5m2  weight_scale F32 []; input_scale F32 [] if
           int8_tensorwise   weight_scale F32 [] or [out, 1]; with "convrot": true the weight was rotated
 Legacy:   a tensor `scaled_fp8`, whose dtype is that of the weights, and of two elements if the runtime should not
           multiply in FP8; NAME.scale_weight and NAME.scale_input F32 [], the latter absent or 1
-Names:    those of the runtime; a prefix that all tensors have, as `model.diffusion_model.`, says nothing and goes
+Names:    the runtime's; a prefix that all tensors share, such as `model.diffusion_model.`, is dropped
 Limits:   weights that ComfyUI would pad (rows or columns that 16, or 32 for mxfp8, does not divide) are not written
 """
 
@@ -49,7 +49,7 @@ MARK = "comfy_quant"
 LEGACY_MARK = "scaled_fp8"
 NAMES = {"mul_scale": "pre_quant_scale"}
 LEGACY_NAMES = {"weight_scale": "scale_weight", "input_scale": "scale_input"}
-# What a mark may say, and the method that it stands for.
+# Format in a mark → the method that it stands for.
 METHODS = {
     "float8_e4m3fn": "fp8",
     "float8_e5m2": "fp8",
@@ -185,13 +185,13 @@ def _bad_mark(stem: str, what: str, hurts: str, remedy: str = "-m keep --dialect
 
 
 def _format_name(fmt: Format) -> str | None:
-    """What ComfyUI calls a format, or None; others make integers with static activations, which it has not."""
+    """ComfyUI's name of a format, or None; it has none for integers with static activations."""
     is_ours = isinstance(fmt, QuantizingFormat) and not fmt.is_storage
     return FORMAT_NAMES.get(fmt.encoding) if is_ours and fmt.encoding is not None else None
 
 
 def _prefix(found: Found) -> str:
-    """What all names begin with, of the prefixes that single files of a whole model have."""
+    """The prefix that files of a whole model have, if every name begins with it; else empty."""
     mark = _legacy_mark(found)
     names = [name for name in found.checkpoint if name != mark]
     return next((prefix for prefix in PREFIXES if all(name.startswith(prefix) for name in names)), "")
@@ -216,7 +216,7 @@ def _marks_in_header(found: Found) -> dict[str, Mapping[str, Any]]:
 
 
 def _mark(found: Found, stem: str) -> Mapping[str, Any]:
-    """What `comfy_quant` of a layer says."""
+    """The content of a layer's `comfy_quant`."""
     name = f"{stem}.{MARK}"
     spec = found.checkpoint[name]
     if spec.dtype.itemsize == 1 and spec.nbytes <= MAX_MARK_BYTES:
@@ -245,7 +245,7 @@ def _marked_layer(found: Found, stem: str, prefix: str, in_header: Mapping[str, 
 
 
 def _layer(found: Found, stem: str, names: Mapping[str, str], mark: Mapping[str, Any]) -> StoredLayer:
-    """A layer from its tensors, and what its mark adds."""
+    """A layer, from its tensors and its mark."""
     name = mark.get("format")
     parts = parts_of(found, stem, names)
     if "weight" not in parts:

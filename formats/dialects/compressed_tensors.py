@@ -10,7 +10,7 @@ Formats:  float-quantized        E4M3; weight_scale [1], [out, 1], or [out / N, 
                                  only read, and only for 4 and 8 bits without zero points
 Block:    {"quant_method": "compressed-tensors", "format": ..., "config_groups": {GROUP: {"targets": [...], "weights":
           {...}, "input_activations": {...}, "format": ...}}, "ignore": [...]}; names exact, classes, or "re:PATTERN"
-Limits:   mul_scale has no place. A reciprocal that is no float32 changes by 2^-24; see `codec.Reciprocal`.
+Limits:   mul_scale cannot be stored. A reciprocal that float32 does not hold changes by 2^-24; see `codec.Reciprocal`.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ class CompressedTensors(Dialect):
                 return WrittenSpelling(codecs={"weight_scale": ONE_PER_ROW})
             if fp8_block_size(fmt) is not None:
                 return WrittenSpelling({"weight_scale_inv": "weight_scale"})
-        return f"compressed-tensors has no word for {fmt.label}" + (" with mul_scale" if fmt.is_smoothed else "")
+        return f"compressed-tensors has no layout for {fmt.label}" + (" with mul_scale" if fmt.is_smoothed else "")
 
     def block(self, layers: Mapping[str, Format], ignored: Collection[str]) -> dict[str, Any]:
         schemes: dict[str, dict[str, Any]] = {}
@@ -140,7 +140,7 @@ class CompressedTensors(Dialect):
 
 
 def _scheme(fmt: Format) -> dict[str, Any]:
-    """The group that says what a format is: of weights, of activations, and the name of the layout."""
+    """The `config_groups` entry of a format: weights, activations, and the name of the layout."""
     encoding = fmt.encoding
     if encoding == NVFP4:
         blocks: dict[str, Any] = {

@@ -1,7 +1,7 @@
 """What format a layer is stored in, by the dtypes and shapes of its tensors alone.
 
-Dialects agree on these signatures and differ in names, in the order of nibbles and scales, and in what they leave out;
-the names are those of the formats here, whatever the file calls them.
+Dialects agree on these signatures and differ in names, in the order of nibbles and scales, and in what they leave out.
+The names below are canonical, whatever the file calls the tensors.
 
     weight            weight_scale                  and                   format
     E4M3, E5M2        one number                                          fp8
@@ -149,7 +149,7 @@ def _packed(
         return Signature(Nvfp4(static="input_scale" in parts), shape, codecs)
     if scale.dtype not in BYTES or len(scale.shape) != 2:
         return None
-    # Codes of MXFP8 may be called bytes, too. A narrow weight may be either, as its scales are padded.
+    # MXFP8 codes may also be stored as U8. A narrow weight may be either, since its scales are padded.
     is_packed = scale.shape[1] == _scale_columns(rows, 2 * width, swizzled=swizzled)
     is_mxfp8 = scale.shape[1] == _scale_columns(rows, width, swizzled=swizzled)
     if is_packed and width % MX_BLOCK:
@@ -204,7 +204,7 @@ def signed_layers(
 
 
 def parts_of(found: Found, stem: str, names: Mapping[str, str]) -> dict[str, TensorSpec]:
-    """Role to tensor, of those that a layer has."""
+    """The tensors of a layer, by role."""
     suffixes = {role: names.get(role, role) for role in ROLES}
     parts = {role: spec for role, suffix in suffixes.items() if (spec := found.get(stem, suffix)) is not None}
     if "weight_scale" not in parts and (inverse := found.get(stem, "weight_scale_inv")) is not None:
@@ -215,7 +215,7 @@ def parts_of(found: Found, stem: str, names: Mapping[str, str]) -> dict[str, Ten
 def stored_layer(
     stem: str, signature: Signature, parts: Mapping[str, TensorSpec], codecs: Mapping[str, Codec] | None = None
 ) -> StoredLayer:
-    """A layer of this signature, whose tensors are these."""
+    """A layer with this signature and these tensors."""
     roles = {suffix: signature.renamed.get(suffix, suffix) for suffix in signature.format.layout(*signature.shape)}
     places = {suffix: parts[role].name for suffix, role in roles.items() if role in parts}
     spelling = Spelling(codecs={**signature.codecs, **(codecs or {})})

@@ -37,7 +37,7 @@ class Found:
     labels: Mapping[str, str] = field(default_factory=dict)
 
     def stems(self, leaf: str = "weight") -> Iterator[str]:
-        """Names without `.leaf` of the tensors that end so, in checkpoint order."""
+        """Stems of the tensors called STEM.leaf, in checkpoint order."""
         ending = f".{leaf}"
         return (name.removesuffix(ending) for name in self.checkpoint if name.endswith(ending))
 
@@ -50,7 +50,7 @@ class Found:
 
 
 def describe(checkpoint: Checkpoint, folder: Path) -> Found:
-    """What the files say about a checkpoint.
+    """Gathers everything that tells how a checkpoint is stored.
 
     Args:
         folder: where its config.json and sidecars are, if there are some
@@ -81,7 +81,7 @@ def _labels(folder: Path) -> dict[str, str]:
     if len(descriptions) != 1:
         return {}
     labels = _json(descriptions[0])
-    # One that is no text makes its tensor unreadable, and its reader says so.
+    # A label that is no text makes its tensor unreadable, which the dialect reports.
     return {name: label if isinstance(label, str) else reprlib.repr(label) for name, label in labels.items()}
 
 

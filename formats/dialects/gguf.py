@@ -1,4 +1,4 @@
-"""GGUF, which says of each tensor what its bytes are; there is nothing to guess.
+"""GGUF files: the container states the type of each tensor, so that nothing is guessed.
 
 Tensors:  those of blocks are layers; F32, F16, BF16, F64 and integers are plain tensors
 Names:    diffusers', those of the model's own code, and these with ComfyUI's `model.diffusion_model.` before them
@@ -32,7 +32,7 @@ HALVES = (torch.bfloat16, torch.float16)
 
 
 class Gguf(Dialect):
-    """Known by its container."""
+    """Recognised by its container."""
 
     name = "gguf"
     consumers = "diffusers, ComfyUI-GGUF, stable-diffusion.cpp"

@@ -41,12 +41,12 @@ LOADED = ("FP8", "FP8_PER_CHANNEL_PER_TOKEN", "NVFP4", MIXED_PRECISION)
 REMEDY = f"expected one of {', '.join(LOADED)}; `omni-convert MODEL -m keep --dialect vllm-omni` re-encodes it"
 NVFP4_GROUP_SIZE = 16
 GROUP_SIZES = {"NVFP4": NVFP4_GROUP_SIZE, "W4A16_NVFP4": NVFP4_GROUP_SIZE, "MXFP8": 32}
-# Its exporter describes layers of these alone also where all layers are alike.
+# Algorithms for which its exporter writes config_groups even if all layers are alike.
 WITH_GROUPS = ("FP8", "NVFP4", "W4A16_NVFP4")
-# vLLM-Omni does not know the longer name but in a mixture, and takes NVFP4 without input activations for what it says.
+# vLLM-Omni knows names with this prefix in mixtures only; elsewhere it reads NVFP4 without input activations so.
 WEIGHT_ONLY = "W4A16_"
 
-#: What ModelOpt calls it, and what it is.
+#: ModelOpt's name of an algorithm → what it means.
 ALGORITHMS = {
     "FP8": QuantizationConfig("fp8", "static"),
     "FP8_PER_CHANNEL_PER_TOKEN": QuantizationConfig("fp8", per_channel=True),
@@ -80,9 +80,9 @@ def read_names(value: Any, key: str, where: str) -> tuple[str, ...]:
 
 
 def as_whole_name(name: str) -> str:
-    """A pattern that means this name alone; a name that is a pattern already stays one.
+    """A pattern that matches this name alone; a name that is already a pattern is returned as it is.
 
-    ModelOpt's reader takes a plain entry for a part of a name as well, so that `transformer_blocks.1.attn.to_q` would
+    ModelOpt's reader also matches a plain entry with parts of names, so that `transformer_blocks.1.attn.to_q` would
     also exclude `single_transformer_blocks.1.attn.to_qkv_mlp_proj`. A pattern is matched as a whole.
     """
     return name if any(character in name for character in "*?[") else f"{name[:-1]}[{name[-1]}]"
@@ -95,7 +95,7 @@ def _as_plain_name(pattern: str) -> str:
 
 
 def to_modelopt(config: QuantizationConfig) -> dict[str, Any]:
-    """The block that says this.
+    """The block of a configuration.
 
     Raises:
         RecipeError: ModelOpt has no name for the method, or for one of a mixture.
@@ -118,7 +118,7 @@ def spell_algorithms(algorithms: Mapping[str, str], ignored: Collection[str], *,
     """The block of these layers.
 
     Args:
-        algorithms: name of each quantized layer to its algorithm; not looked at but for the algorithm if there is one
+        algorithms: name of each quantized layer to its algorithm; the names matter only with `is_mixed`
         ignored: layers that are not quantized
         is_mixed: whether to list the layers
     """
@@ -145,7 +145,7 @@ def _described(algorithm: str) -> dict[str, Any]:
 
 
 def _group(algorithm: str, targets: list[str]) -> dict[str, Any]:
-    """As its exporter says it, that is, without a word about what is dynamic."""
+    """An entry of config_groups as its exporter writes it: nothing tells which activations are dynamic."""
     weights: dict[str, Any] = {"dynamic": False, "num_bits": 4 if "NVFP4" in algorithm else 8, "type": "float"}
     if algorithm in GROUP_SIZES:
         weights["group_size"] = GROUP_SIZES[algorithm]
@@ -156,7 +156,7 @@ def _group(algorithm: str, targets: list[str]) -> dict[str, Any]:
 
 
 def from_modelopt(block: Mapping[str, Any], where: str) -> QuantizationConfig:
-    """The meaning of a block. ModelOpt's reader is tolerant: keys that it does not know are nobody's harm.
+    """Reads a block in the newer shape; unknown keys are allowed, as in ModelOpt's own reader.
 
     Raises:
         CheckpointError: another algorithm, or what belongs to it is missing.

@@ -9,7 +9,7 @@ Types:    W8A8_DYNAMIC          I8; weight_scale F32 [out, 1]; weight_offset of 
           W4A4_MXFP4_DUALSCALE  as before, or the values as E4M3 [out, in]; weight_dual_scale F32 [out, in / 512, 1]
 Wrappers: a smoothed layer is NAME.linear.* and NAME.div.mul_scale, which multiplies inputs
 Limits:   smoothed layers and dual scales are only read, and names are written as diffusers has them. Static
-          W8A8 keeps no scale of the weight alone and is not read. Wan's original names become diffusers'.
+          W8A8 stores no scale of the weight alone and is not read. Wan's original names become diffusers'.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ LABEL = re.compile(r"W\d+A\d+\w*|WFP8\w*")
 DESCRIPTION = "quant_model_description.json"
 # The type of a model of several is the last of these.
 WRITTEN = {INT8: "W8A8_DYNAMIC", MXFP8: "W8A8_MXFP8", MXFP4: "W4A4_MXFP4"}
-# What their wrappers of rotated inputs leave, whose weights are rotated, too.
+# Tensors of wrappers that rotate inputs; the weights inside them are rotated, too.
 ROTATIONS = ("heads_rotation", "kronecker_rotation_m", "kronecker_rotation_n")
 LINEAR, DIVISION = ".linear", ".div.mul_scale"
 

@@ -1,6 +1,6 @@
 """Our own spelling of the config block, for components that transformers loads (text encoders).
 
-transformers owns `fp8`, `mxfp8`, `mxfp4` and `nvfp4` as values of `quant_method`; a text encoder therefore says
+transformers owns `fp8`, `mxfp8`, `mxfp4` and `nvfp4` as values of `quant_method`; a text encoder therefore has
 
     {"quant_method": "omni_convert", "method": "fp8", ...the other keys as vLLM-Omni spells them...}
 """
@@ -26,7 +26,7 @@ def to_block(config: QuantizationConfig) -> dict[str, Any]:
 
 
 def from_block(block: Mapping[str, Any], where: str) -> QuantizationConfig:
-    """The meaning of a block written by `to_block`.
+    """Reads a block that `to_block` wrote.
 
     Raises:
         CheckpointError: not such a block, or one that vLLM-Omni's spelling does not allow.

@@ -7,9 +7,9 @@ Tensors:  NAME.weight            F8_E4M3 [out, in]
 Block:    {"quant_method": "fp8", "activation_scheme": ..., "weight_block_size": [128, 128],
           "modules_to_not_convert": [...]}, without vLLM-Omni's flag; MXFP8 has "weight_block_size": [1, 32],
           "scale_fmt": "ue8m0", and may say "mxfp8"
-Limits:   of what is made here, FP8 in blocks and MXFP8 with dynamic activations are written. Without a GPU for FP8,
-          transformers 5.23 takes the sizes of blocks from the number of scales (`Fp8Dequantize`), so a last block that
-          is cut short gives other weights there: such layers are not written.
+Limits:   written are FP8 in blocks and MXFP8 with dynamic activations. Without a GPU for FP8, transformers 5.23 derives
+          the sizes of blocks from the number of scales (`Fp8Dequantize`), so that a last block that is cut short gives
+          other weights there: such layers are not written.
 """
 
 from __future__ import annotations
@@ -50,12 +50,12 @@ NAMES = {"weight_scale": "weight_scale_inv", "input_scale": "activation_scale"}
 
 
 def _block_size(fmt: Format) -> tuple[int, int] | None:
-    """Rows and columns that share a scale, as the block says it; None for formats that have no such blocks."""
+    """Rows and columns that share a scale, as the config block declares them; None for other formats."""
     return (1, MX_BLOCK) if fmt.encoding == MXFP8 else fp8_block_size(fmt)
 
 
 def _cut_short(fmt: Format, shape: tuple[int, int]) -> str | None:
-    """Why transformers takes another size of blocks than the block says for a weight, or None."""
+    """Why transformers would read a weight in other blocks than the config block declares, or None."""
     sizes = _block_size(fmt)
     if sizes is None or all(length <= size or length % size == 0 for length, size in zip(shape, sizes, strict=True)):
         return None
@@ -86,7 +86,7 @@ class Transformers(Dialect):
         return found.quant_method == "fp8" and "is_checkpoint_fp8_serialized" not in found.block
 
     def stored_layers(self, found: Found) -> Iterator[StoredLayer | LayerError]:
-        # Without them these are vLLM's, who leave the flag out.
+        # Without inverse scales these are vLLM's files, which leave the flag out.
         return signed_layers(found, NAMES if _has_inverse_scales(found) else None)
 
     def spelling(self, fmt: Format, shape: tuple[int, int]) -> WrittenSpelling | str:
@@ -99,10 +99,10 @@ class Transformers(Dialect):
         return WrittenSpelling()
 
     def block(self, layers: Mapping[str, Format], ignored: Collection[str]) -> dict[str, Any]:
-        """As `FineGrainedFP8Config` reads it.
+        """The block that `FineGrainedFP8Config` reads.
 
         Raises:
-            RecipeError: the layers have blocks of several sizes, which one block cannot say.
+            RecipeError: the layers have blocks of several sizes, which one block cannot express.
         """
         sizes = {sizes for fmt in layers.values() if (sizes := _block_size(fmt)) is not None}
         if len(sizes) > 1:

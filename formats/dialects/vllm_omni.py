@@ -12,7 +12,7 @@ nvfp4            ModelOpt's block, see `modelopt_config.py`; so fp8 per channel,
 
 All but ModelOpt's are keyword arguments of a constructor (0.30.0): one unknown key is a TypeError, and a flag that is
 left out means *online* quantization, which takes the stored codes for weights and quantizes them again, silently.
-Names are compared exactly, except by ModelOpt, which also takes an entry for a pattern and for a *part* of a name.
+Names are compared exactly, except by ModelOpt, which also reads an entry as a pattern or a *part* of a name.
 """
 
 from __future__ import annotations
@@ -65,11 +65,10 @@ class _Spelling:
     """How a method's block is spelled.
 
     Attributes:
-        flag: the key that says that the weights are stored quantized
+        flag: the key that declares that the weights are stored quantized
         keys: the other keys that carry meaning
         idle: keys of the constructor that we never write, and the values with which they mean nothing to a loader
-        online: those of `idle` that quantization while loading looks at, where 0 alone means nothing, and what to say
-            instead
+        online: keys of `idle` that quantization while loading honours unless they are 0, and the remedy to suggest
     """
 
     flag: str
@@ -115,7 +114,7 @@ assert {*_SPELLINGS, "nvfp4", "w4a16", "gguf"} == {*ACTIVATION_SCHEMES}
 
 
 def serialized_flag(method: str) -> str | None:
-    """The key that says that weights are stored quantized; None for a method that is spelled in another way."""
+    """The key that declares that weights are stored quantized; None for a method whose block has none."""
     return _SPELLINGS[method].flag if method in _SPELLINGS else None
 
 
@@ -145,13 +144,13 @@ def vllm_omni_verdict(methods: Collection[str], refusal: str | None) -> Verdict:
 
 
 def _known_keys(method: str) -> tuple[str, ...]:
-    """Every key that the runtime takes in the block of a method that has a `serialized_flag`."""
+    """Every key that the runtime accepts in the block of a method that has a `serialized_flag`."""
     spelling = _SPELLINGS[method]
     return ("quant_method", spelling.flag, *spelling.keys, *spelling.idle)
 
 
 def meant_options(method: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Options for quantizing while loading, without those that the runtime takes and that mean nothing here.
+    """Options for quantizing while loading, without those that the runtime accepts and that mean nothing here.
 
     Raises:
         RecipeError: one of these asks for something that our loader does not have.
@@ -160,13 +159,15 @@ def meant_options(method: str, options: Mapping[str, Any]) -> dict[str, Any]:
     spelling = _SPELLINGS.get(method)
     if spelling is None:
         return meant
-    is_stored = meant.pop(spelling.flag, False) is True  # which a checkpoint shows; blocks copied from one say it
+    is_stored = meant.pop(spelling.flag, False) is True  # blocks copied from a checkpoint have it
     for key, is_idle in spelling.idle.items():
         value = meant.pop(key, None)
         counts = key in spelling.online and not is_stored
         if value is not None and not (is_idle(value) and (not counts or value == 0)):
             remedy = spelling.online.get(key, "leave it out")
-            raise RecipeError(f"found {key} {value!r:.40}, which the runtime has and this loader has not; {remedy}")
+            raise RecipeError(
+                f"found {key} {value!r:.40}, which the runtime supports and this loader does not; {remedy}"
+            )
     return meant
 
 
@@ -191,14 +192,14 @@ def to_block(config: QuantizationConfig) -> dict[str, Any]:
 
 
 def from_block(block: Mapping[str, Any], where: str) -> QuantizationConfig:
-    """The meaning of a block.
+    """Reads a block.
 
     Args:
         block: the value of `quantization_config`
         where: what to name in errors, for example the path of the config.json
 
     Raises:
-        CheckpointError: the runtime would refuse the block or take it for something else than stored weights.
+        CheckpointError: the runtime would refuse the block, or not read stored weights by it.
     """
     if not isinstance(block, Mapping):
         raise CheckpointError(f"{where}: found quantization_config {shown(block)}, expected an object")
@@ -277,7 +278,7 @@ def _block_size(value: Any, where: str) -> tuple[int, int] | None:
 
 
 class VllmOmni(Dialect):
-    """The names and layouts of the formats themselves."""
+    """The dialect whose names and layouts are those of the formats themselves."""
 
     name = "vllm-omni"
     consumers = CONSUMER
@@ -299,9 +300,8 @@ class VllmOmni(Dialect):
         for stem, fmt in layer_formats(found.checkpoint, method).items():
             rows, *others = found.checkpoint[f"{stem}.weight"].shape
             width = math.prod(others)
-            if (
-                fmt.encoding == FP8_PER_ROW and method != MODELOPT
-            ):  # which an encoder's block wraps; `fp8` has one scale
+            # Only ModelOpt's algorithms, which an encoder's block may wrap, have a scale for each row.
+            if fmt.encoding == FP8_PER_ROW and method != MODELOPT:
                 fmt = Fp8(static=f"{stem}.input_scale" in found.checkpoint)
             yield StoredLayer(stem, fmt, (rows, width * fmt.elements_per_entry))
 
@@ -313,10 +313,10 @@ class VllmOmni(Dialect):
         return fmt.unsupported(*shape) or WrittenSpelling()
 
     def block(self, layers: Mapping[str, Format], ignored: Collection[str]) -> dict[str, Any]:
-        """As of the contract.
+        """The block of layers that are all in one format.
 
         Raises:
-            RecipeError: the layers have several formats, which one block cannot say.
+            RecipeError: the layers have several formats, which one block cannot express.
         """
         return to_block(config_of(layers, ignored))
 
@@ -377,7 +377,7 @@ def _difference(declared: QuantizationConfig, fmt: Format) -> str | None:
 
 
 def config_of(layers: Mapping[str, Format], ignored: Collection[str]) -> QuantizationConfig:
-    """What a config block says about layers that are all in one format.
+    """The configuration of layers that are all in one format.
 
     Raises:
         RecipeError: they are in several.
@@ -387,7 +387,7 @@ def config_of(layers: Mapping[str, Format], ignored: Collection[str]) -> Quantiz
         if _meaning(fmt) != _meaning(first):
             raise RecipeError(
                 f"layer '{stem}': found {fmt.label} beside {first.label} ('{first_stem}'), expected one format: the "
-                "block of vLLM-Omni has one method; --dialect modelopt may hold both, or -m METHOD quantizes anew"
+                "block of vLLM-Omni has one method; --dialect modelopt may hold both, or -m METHOD quantizes again"
             )
     method, scheme, block_size, smooth = _meaning(first)
     return QuantizationConfig(method, scheme, block_size, tuple(sorted(set(ignored))), smooth)

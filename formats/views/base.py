@@ -126,7 +126,7 @@ class _Mark(ViewedTensor):
 
 @dataclass(frozen=True)
 class _Zeros(ViewedTensor):
-    """A tensor that says that there is no offset."""
+    """A tensor of zeros, where a dialect wants an offset."""
 
     spec: TensorSpec
     sources: tuple[str, ...] = ()
@@ -151,7 +151,7 @@ class ViewedRows:
 
 
 class CheckpointView(Checkpoint):
-    """See the module; files, and what is said about them, are those of the source.
+    """See the module; the files are those of the source.
 
     Attributes:
         storage: name to the dtype in which a tensor that was computed in another is best kept

@@ -41,7 +41,7 @@ class LowRank:
 
 @dataclass(frozen=True)
 class Update:
-    """What is added to a tensor as a whole, a bias say.
+    """An update of a tensor as a whole, such as a bias.
 
     Attributes:
         difference: any float dtype, of the tensor's shape
@@ -57,7 +57,7 @@ class Update:
 
 @dataclass(frozen=True)
 class _Baked(ViewedTensor):
-    """A tensor with what is added to it, float32."""
+    """A tensor with its updates added, float32."""
 
     spec: TensorSpec
     checkpoint: Checkpoint

@@ -56,10 +56,10 @@ class _Gathered(ViewedTensor):
 def trace_rows(
     specs: Mapping[str, TensorSpec], convert: Callable[[dict[str, Tensor]], Mapping[str, Tensor]]
 ) -> dict[str, list[Run]]:
-    """New name → the rows that a conversion makes the tensor of.
+    """New name → the rows of which a conversion makes the tensor.
 
     Args:
-        convert: takes and gives a state dict; it may split, join and permute along the first dimension
+        convert: maps a state dict to another; it may split, join and permute along the first dimension
 
     Raises:
         CheckpointError: it does more than that with a tensor, which is named.

@@ -1,7 +1,7 @@
 """A quantized checkpoint under other names, where a layer may consist of rows of others: split, joined, reordered.
 
 Codes and scales of rows go with their rows, those of blocks of rows with whole blocks, and what belongs to a whole
-weight with every part of it. No value is changed, and what cannot be had that way is refused.
+weight with every part of it. No value is changed; a tensor that would need a change is refused.
 """
 
 from __future__ import annotations
@@ -157,6 +157,6 @@ def _check_alike(quantized: QuantizedCheckpoint, name: str, parts: Sequence[_Par
 
 def _refusal(quantized: QuantizedCheckpoint, name: str, why: str) -> CheckpointError:
     return CheckpointError(
-        f"{quantized.checkpoint.path}: tensor '{name}': cannot be had under diffusers' names without a change: {why}; "
-        "-m METHOD quantizes anew"
+        f"{quantized.checkpoint.path}: tensor '{name}': cannot be renamed for diffusers without a change: {why}; "
+        "-m METHOD quantizes again"
     )

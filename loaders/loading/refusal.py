@@ -1,6 +1,7 @@
-"""Quantized layers that no library reads right: of which the config does not speak, or in another tool's spelling.
+"""Refuses quantized layers that no library would read right.
 
-Of the former libraries would take the codes for weights; of the latter they say less than is known here.
+Their config declares nothing, so that libraries would take the codes for weights; or they are in a dialect that this
+loader does not read.
 """
 
 from __future__ import annotations
@@ -31,11 +32,11 @@ def refuse_undeclared(folder: Path, given: Collection[str] = (), variant: str | 
     Args:
         folder: that of the pipeline
         given: components that are not loaded from the folder
-        variant: as `from_pretrained` takes it
+        variant: that of `from_pretrained`
 
     Raises:
-        CheckpointError: a component has quantized layers and no block, or is spelled as this loader does not read it;
-            or one of its files is damaged.
+        CheckpointError: a component has quantized layers and no block, or is in a dialect that is not read here; or a
+            file is damaged.
     """
     index = read_json(folder / INDEX)
     listed = {name: entry for name, entry in index.items() if isinstance(entry, list) and entry and name not in given}
@@ -48,12 +49,12 @@ def refuse_undeclared(folder: Path, given: Collection[str] = (), variant: str | 
         if is_declared and library == "transformers":  # which reads more spellings than we do
             continue
         with open_weights(files) as checkpoint:
-            _refuse_spelling(checkpoint, folder / component, is_declared)
+            _refuse_dialect(checkpoint, folder / component, is_declared)
             if not is_declared:
                 _refuse_codes(checkpoint, folder / component)
 
 
-def _refuse_spelling(checkpoint: Checkpoint, folder: Path, is_declared: bool) -> None:
+def _refuse_dialect(checkpoint: Checkpoint, folder: Path, is_declared: bool) -> None:
     dialect = find_dialect(describe(checkpoint, folder))
     # Without a block or marks it could be any dialect that has lost its block.
     if dialect is None or not (is_declared or dialect.declared_by == "marks"):
@@ -62,7 +63,7 @@ def _refuse_spelling(checkpoint: Checkpoint, folder: Path, is_declared: bool) ->
     if all(each.outcome != "loads" for each in readers):
         raise CheckpointError(
             f"{folder}: found the spelling of {dialect.name}, which this loader does not read; `omni-convert "
-            f"{folder.parent} -m keep --dialect vllm-omni` spells it anew without changing a value"
+            f"{folder.parent} -m keep --dialect vllm-omni` re-encodes it without changing a value"
         )
 
 
