@@ -1,7 +1,7 @@
-"""Runs a diffusers pipeline over prompts: the one way in which calibration, comparison and generation do it.
+"""Runs a diffusers pipeline over prompts, for calibration, comparison and generation alike.
 
-Pipelines differ in what they take; their signatures tell. One prompt runs at a time, with a generator of its own on
-the CPU, so that an image depends neither on its neighbours nor on the device that drew the noise.
+Pipelines accept different arguments, which are found in their signatures. One prompt runs at a time with its own
+generator on the CPU, so that an image depends neither on other prompts nor on the device.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["DEFAULTS_FILE", "GenerationSettings", "has_step_callback", "run_pipeline"]
 
 DEFAULTS_FILE = "generation_defaults.json"
-#: Names in that file, as diffusers calls the arguments.
+#: Names in that file, which are diffusers' names of the arguments, and our names of the settings.
 DEFAULTS_KEYS = {
     "num_inference_steps": "steps",
     "width": "width",
@@ -32,21 +32,21 @@ DEFAULTS_KEYS = {
     "guidance_scale": "guidance_scale",
     "negative_prompt": "negative_prompt",
 }
-#: What pipelines call the scale of classifier-free guidance. Some have `guidance_scale` too, as an input of distilled
-#: models that is None by default.
+#: Names of the scale of classifier-free guidance. Some pipelines also have `guidance_scale` as an input of distilled
+#: models, which is None by default.
 GUIDANCE_PARAMETERS = ("guidance_scale", "true_cfg_scale", "distilled_guidance_scale")
-#: Pipelines whose class is called so need an image even if their signature gives it a default.
+#: Parts of the names of pipeline classes that need an image even if their signature gives it a default.
 IMAGE_CLASSES = ("Edit", "Img2Img", "ImageToVideo")
 
 
 @dataclass(frozen=True)
 class GenerationSettings:
-    """How a pipeline runs; None leaves the choice to the pipeline.
+    """Settings of a pipeline run; None leaves the choice to the pipeline.
 
     Attributes:
-        width, height: in pixels
-        frames: of a video
-        guidance_scale: of classifier-free guidance, whatever the pipeline calls it
+        width, height: size in pixels
+        frames: number of frames of a video
+        guidance_scale: scale of classifier-free guidance, by whatever name the pipeline has for it
 
     Raises:
         RecipeError: a number is not positive.
@@ -67,10 +67,10 @@ class GenerationSettings:
 
     @classmethod
     def for_pipeline(cls, folder: Path, overrides: Mapping[str, Any] | None = None) -> GenerationSettings:
-        """What a pipeline folder declares in its `generation_defaults.json`, if it has one.
+        """The settings in the `generation_defaults.json` of a pipeline, if it has one.
 
         Args:
-            folder: the pipeline's
+            folder: the folder of the pipeline
             overrides: settings by field name; None counts as absent
 
         Raises:
@@ -81,7 +81,7 @@ class GenerationSettings:
         return cls(**(declared | {name: value for name, value in (overrides or {}).items() if value is not None}))
 
     def completed(self, pipe: DiffusionPipeline) -> GenerationSettings:
-        """With the defaults of the pipeline's signature where there are any."""
+        """These settings, with missing ones filled in from the defaults in the pipeline's signature."""
         parameters = _parameters(pipe)
         found: dict[str, Any] = {}
         for setting in fields(self):
@@ -104,15 +104,15 @@ def run_pipeline(
 
     Args:
         pipe: any text- or image-conditioned diffusers pipeline
-        seed: of the first prompt's noise; each further prompt's is one higher
+        seed: seed of the first prompt's noise; each further prompt's is one higher
         on_step: called after each denoising step with its number, from 0 (see `has_step_callback`)
-        decode: turn latents into images; without, every prompt gives an empty list
+        decode: turn latents into images; otherwise every prompt gives an empty list
 
     Returns:
-        for each prompt the frames of its video, or the one image
+        for each prompt, the frames of its video or its one image
 
     Raises:
-        RecipeError: the pipeline does not take a setting, or refuses its value; it takes no image, or needs one.
+        RecipeError: the pipeline does not accept a setting or its value; it accepts no image, or needs one.
     """
     progress = getattr(pipe, "_progress_bar_config", {})
     pipe.set_progress_bar_config(disable=True)
@@ -123,7 +123,7 @@ def run_pipeline(
 
 
 def has_step_callback(pipe: DiffusionPipeline) -> bool:
-    """Whether the pipeline tells when a denoising step is over."""
+    """Whether the pipeline calls back at the end of each denoising step."""
     return "callback_on_step_end" in _parameters(pipe)
 
 
@@ -139,7 +139,7 @@ def _run(
 
     parameters = _parameters(pipe)
     arguments = _setting_arguments(pipe, parameters, settings) | _image_argument(pipe, parameters, prompt)
-    # A list of its own: ZImagePipeline writes the chat template into the one it is given.
+    # A new list, since ZImagePipeline writes the chat template into the list that it gets.
     arguments["prompt"] = [prompt.text]
     arguments["generator"] = torch.Generator("cpu").manual_seed(seed)
     arguments["output_type"] = "pil" if decode else "latent"
@@ -147,7 +147,7 @@ def _run(
         arguments["callback_on_step_end"] = _step_callback(on_step)
     try:
         output = pipe(**arguments)
-    except ValueError as error:  # how pipelines refuse arguments
+    except ValueError as error:  # pipelines raise it for invalid arguments
         raise RecipeError(f"{type(pipe).__name__}: {str(error).partition(chr(10))[0]}") from error
     return list(_frames(output)) if decode else []
 
@@ -165,7 +165,7 @@ def _parameters(pipe: DiffusionPipeline) -> Mapping[str, inspect.Parameter]:
 
 
 def _parameter_name(setting: str, parameters: Mapping[str, inspect.Parameter]) -> str | None:
-    """What the pipeline calls a setting, or None if it has none of the kind."""
+    """The pipeline's name of a setting, or None if it has no such setting."""
     if setting == "guidance_scale":
         present = [name for name in GUIDANCE_PARAMETERS if name in parameters]
         return next((name for name in present if parameters[name].default is not None), None)
@@ -211,7 +211,7 @@ def _image_argument(
 
 
 def _frames(output: Any) -> Iterator[Image]:
-    """Images of a pipeline's output for one prompt; videos and layered images are nested in another list."""
+    """The images of a pipeline's output for one prompt; videos and layered images are nested one level deeper."""
     for entry in output.frames if hasattr(output, "frames") else output.images:
         if isinstance(entry, list | tuple):
             yield from entry
@@ -220,7 +220,7 @@ def _frames(output: Any) -> Iterator[Image]:
 
 
 def _declared(path: Path) -> dict[str, Any]:
-    """Settings by field name from a pipeline's file, or none if there is no such file."""
+    """Settings by field name from a pipeline's file; {} if there is no such file."""
     if not path.is_file():
         return {}
     content = read_json(path)

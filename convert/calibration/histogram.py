@@ -1,10 +1,10 @@
-"""Histograms of magnitudes on fixed bins, and what follows from them: percentiles and the best clip.
+"""Histograms of magnitudes on fixed bins; percentiles and the best clip are computed from them.
 
 The bins are the same for every layer and every run, so histograms of any two runs add up exactly. Each octave from
-2^-40 to 2^24 is cut into 16 equal parts: a bin's number is the exponent and the first four mantissa bits of a float32,
-or of a bfloat16, which is its upper half.
+2^-40 to 2^24 is divided into 16 equal parts: a bin's number is the exponent and the first four mantissa bits of a
+float32, or of a bfloat16, which is its upper half.
 
-    bin 0                  zero, and what is smaller than 2^-130
+    bin 0                  zero and magnitudes below 2^-130
     bin 1                  below 2^-40
     bins 2 to 1025         2^-40 up to 2^24
     bin 1026               2^24 and above
@@ -32,12 +32,12 @@ LAST_CODE = (FLOAT32_BIAS + 24) << MANTISSA_BITS
 BINS = LAST_CODE - FIRST_CODE + 3
 
 BFLOAT16_SHIFT = 7 - MANTISSA_BITS
-#: Keeps the code of each of the four bfloat16 of a 64-bit word that was shifted right.
+#: Mask of the codes of the four bfloat16 values in a 64-bit word, after a shift to the right.
 PACKED_CODES = 0x0FFF_0FFF_0FFF_0FFF
 
-#: Magnitudes that stand for a bin when errors are estimated; a bin is at least four int8 steps wide near the clip.
+#: Magnitudes that represent a bin in estimates of the error; near the clip a bin is at least four int8 steps wide.
 POINTS_PER_BIN = 16
-#: Clips that are tried: the largest magnitude times 2^(-k/16), down to 1/64 of it.
+#: Clips to try: the largest magnitude times 2^(-k/16), down to 1/64 of it.
 CLIP_FRACTIONS = tuple(2.0 ** (-k / 16) for k in range(97))
 
 
@@ -48,7 +48,7 @@ def count_words(words: Tensor) -> Tensor:
         words: int64, any shape, four values each
 
     Returns:
-        int64 [4096], by code (exponent and four mantissa bits)
+        number of values by code (exponent and four mantissa bits), int64 [4096]
     """
     codes = words >> BFLOAT16_SHIFT
     codes &= PACKED_CODES
@@ -63,7 +63,7 @@ def count_floats(values: Tensor) -> Tensor:
 
 
 def fold_codes(counts: Tensor) -> Tensor:
-    """Counts by code, int64 [4096], to counts by bin, int64 [1027]."""
+    """Turns counts by code, int64 [4096], into counts by bin, int64 [1027]."""
     return torch.cat(
         [
             counts[:1],
@@ -83,7 +83,7 @@ def upper_edges() -> Tensor:
 
 
 def percentile(histogram: Tensor, percent: float, amax: float) -> float:
-    """The upper edge of the bin in which a percentile lies, but never more than the largest magnitude.
+    """The upper edge of the bin that holds a percentile, but at most the largest magnitude.
 
     Args:
         histogram: int64 [1027]
@@ -97,13 +97,13 @@ def percentile(histogram: Tensor, percent: float, amax: float) -> float:
 
 
 def mse_clip(histogram: Tensor, amax: float, largest: float) -> float:
-    """The clip at which quantizing what was counted has the least squared error.
+    """The clip at which quantizing the counted values has the least squared error.
 
     Args:
         histogram: int64 [1027]
         amax: largest magnitude that was counted
-        largest: end of the grid: 448 for E4M3, 127 for int8. Other grids have block scales, which follow the values,
-            so that clipping wins nothing there: the answer is `amax`.
+        largest: largest value of the grid: 448 for E4M3, 127 for int8. Other grids have block scales, which follow
+            the values, so clipping gains nothing and the result is `amax`.
     """
     if largest not in (E4M3_MAX, INT8_MAX) or amax == 0:
         return amax
@@ -120,7 +120,7 @@ def mse_clip(histogram: Tensor, amax: float, largest: float) -> float:
 
 
 def _points(histogram: Tensor, amax: float) -> tuple[Tensor, Tensor]:
-    """Magnitudes spread evenly over the bins that are not empty, and how many values each stands for.
+    """Magnitudes spread evenly over the occupied bins, and the number of values that each represents.
 
     Returns:
         float32 [points] and float64 [points]

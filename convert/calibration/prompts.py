@@ -1,4 +1,4 @@
-"""Prompts: a text file with one a line, or JSON Lines with `prompt` and, for pipelines that take one, `image`."""
+"""Prompts: a text file with one per line, or JSON Lines with `prompt` and, for some pipelines, `image`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["Prompt", "read_prompts"]
 
 MAX_BYTES = 64 << 20
 KEYS = ("prompt", "image")
-# The mark of UTF-32 begins with that of UTF-16.
+# UTF-32 comes first, since its byte order mark begins with that of UTF-16.
 MARKS = (
     (codecs.BOM_UTF32_LE, "UTF-32"),
     (codecs.BOM_UTF32_BE, "UTF-32"),
@@ -25,26 +25,26 @@ MARKS = (
 
 @dataclass(frozen=True)
 class Prompt:
-    """What a pipeline is asked for: a text, and the image to start from if it takes one."""
+    """A text, and an image to start from for pipelines that need one."""
 
     text: str
     image: Path | None = None
 
     def fingerprint(self) -> str:
-        """SHA-256 of the text and of the image's bytes; where the image lies does not matter."""
+        """SHA-256 of the text and of the image's bytes, whatever the image's path."""
         image = None if self.image is None else hashlib.sha256(self.image.read_bytes()).hexdigest()
         return hashlib.sha256(json.dumps([self.text, image]).encode()).hexdigest()
 
 
 def read_prompts(path: str | Path) -> list[Prompt]:
-    """Reads prompts, one a line. Empty lines and lines that start with `#` do not count.
+    """Reads prompts, one per line; ignores empty lines and lines that start with `#`.
 
-    The file is JSON Lines if it is called `.jsonl` or if its first prompt starts with `{`. Images are looked for
-    beside the file.
+    The file is JSON Lines if its name ends in `.jsonl` or its first prompt starts with `{`. Paths of images are
+    relative to the file's folder.
 
     Raises:
-        CalibrationError: the file is missing, unreadable, not in UTF-8 or without prompts; a line is no valid JSON
-            object; an image is missing or none.
+        CalibrationError: the file is missing, unreadable, not in UTF-8 or without prompts; a line is not a valid JSON
+            object; an image is missing or cannot be read.
     """
     path = Path(path)
     lines = [

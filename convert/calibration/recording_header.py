@@ -1,4 +1,4 @@
-"""Where recorded inputs come from, and how the files of them say so: in JSON, in the metadata of safetensors."""
+"""The header of files of statistics and moments: JSON in the metadata of safetensors that identifies the recording."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ Setting = int | float | str | None
 
 @dataclass(frozen=True)
 class CalibrationRun:
-    """How a pipeline was run, and over which prompts.
+    """One run of a pipeline over prompts.
 
     Attributes:
-        settings: steps, size, seed, versions, ... by name, sorted
-        prompts: SHA-256 of each, sorted; a prompt that was run twice is there twice
+        settings: steps, size, seed, versions and so on by name, sorted
+        prompts: SHA-256 of each prompt, sorted; a prompt that was run twice occurs twice
     """
 
     settings: tuple[tuple[str, Setting], ...]
@@ -31,21 +31,21 @@ class CalibrationRun:
 
 @dataclass(frozen=True)
 class Identity:
-    """Where statistics come from.
+    """The model and the runs that a recording comes from.
 
     Attributes:
-        fingerprints: component to the fingerprint of its weights (`Checkpoint.fingerprint`)
-        runs: what was run, in an order that does not depend on the order of merging
+        fingerprints: component → fingerprint of its weights (`Checkpoint.fingerprint`)
+        runs: the runs, in an order that does not depend on the order of merging
     """
 
     fingerprints: Mapping[str, str]
     runs: tuple[CalibrationRun, ...]
 
     def merge(self, others: Iterable[Identity]) -> Identity:
-        """The identity of statistics that were merged.
+        """The identity of merged recordings.
 
         Raises:
-            CalibrationError: they belong to different models.
+            CalibrationError: the recordings belong to different models.
         """
         fingerprints = dict(self.fingerprints)
         prompts: dict[tuple[tuple[str, Setting], ...], list[str]] = {}
@@ -62,7 +62,7 @@ class Identity:
         return Identity(dict(sorted(fingerprints.items())), tuple(sorted(runs, key=repr)))
 
     def check_model(self, checkpoints: Mapping[str, Checkpoint]) -> None:
-        """Raises CalibrationError if this was recorded on another model than these components, by name."""
+        """Raises CalibrationError if the recording is of another model than these components, given by name."""
         for name, checkpoint in checkpoints.items():
             expected = self.fingerprints.get(name)
             if expected is not None and expected != checkpoint.fingerprint():
@@ -79,7 +79,7 @@ class Identity:
 
     @classmethod
     def from_json(cls, content: Mapping[str, Any]) -> Identity:
-        """The inverse of `to_json`; KeyError, TypeError, ValueError or AttributeError for anything else."""
+        """Inverts `to_json`; other input raises KeyError, TypeError, ValueError or AttributeError."""
         runs = []
         for run in content["runs"]:
             settings = tuple(sorted((str(name), _setting(value)) for name, value in run["settings"].items()))
@@ -95,13 +95,13 @@ def _setting(value: object) -> Setting:
 
 @dataclass(frozen=True)
 class RecordingKind:
-    """What a file holds.
+    """A kind of file.
 
     Attributes:
-        key: under which the metadata has the header
-        name: as messages call it
-        maker: the command that makes one
-        version: of its form
+        key: the key of the header in the metadata
+        name: the name of the content in messages
+        maker: the command that makes such a file
+        version: version of the file format
     """
 
     key: str
@@ -115,23 +115,24 @@ class RecordingHeader:
     """The header of a file.
 
     Attributes:
-        owners: layer to the name under which its tensors are stored; layers that read the same input share one
+        identity: the model and the runs that the file comes from
+        owners: layer → name under which its tensors are stored; layers that read the same input share one name
     """
 
     identity: Identity
     owners: Mapping[str, str]
 
     def to_text(self, kind: RecordingKind) -> str:
-        """As it is stored."""
+        """The text in the metadata."""
         content = {"version": kind.version, **self.identity.to_json(), "layers": dict(self.owners)}
         return json.dumps(content, sort_keys=True, separators=(",", ":"))
 
 
 def read_header(path: Path, metadata: Mapping[str, str], kind: RecordingKind) -> RecordingHeader:
-    """The header among the metadata of a file.
+    """Reads the header from the metadata of a file.
 
     Raises:
-        CalibrationError: there is none, it is damaged, or of another version.
+        CalibrationError: the header is missing, damaged or of another version.
     """
     text = metadata.get(kind.key)
     if text is None:

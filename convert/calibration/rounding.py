@@ -1,10 +1,11 @@
-"""How the weights of a group are rounded: to the nearest, by GPTQ, or by whichever of the two is better.
+"""Rounds the weights of a group to nearest, by GPTQ, or by whichever of the two is better.
 
-A wrapper around a format: it decides, in `fit`, what the moments of the group's input say, and leaves the rest to the
-format, whose tensors it fills. Half of the recorded rows, to which mul_scale was not fitted either, is taken
-out of the moments: `auto` compares the outputs on these, for the first thousand or so rows of each weight.
+`CompensatedFormat` wraps a format: its `fit` evaluates the moments of the group's input, and the wrapped format does
+the rest. Half of the recorded rows are held out: they are removed from the moments, and mul_scale is not fitted to
+them. With `auto` rounding, the outputs are compared on these, for about the first thousand rows of each weight.
 
-Matrices are inverted by one thread: another number gives other last bits, and one job must always give the same bytes.
+Matrices are inverted by one thread, since the last bits depend on the number of threads, and the same job must always
+give the same bytes.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ __all__ = ["CompensatedFormat", "compensated", "load_moments"]
 
 logger = logging.getLogger(__name__)
 
-# Rows of a weight that are rounded together: the work is one pass over the columns, whatever the rows.
+# Rows of a weight that are rounded together, in one pass over the columns.
 ROWS_AT_A_TIME = 1024
 
 
@@ -40,7 +41,7 @@ def load_moments(recipe: Recipe) -> tuple[Moments | None, list[str]]:
     """The moments that rounding uses, and notes; the moments of a layer are read when it is rounded.
 
     Raises:
-        CalibrationError: GPTQ is asked for without moments; a file is damaged, or of another run.
+        CalibrationError: GPTQ is asked for without moments; a file is damaged, or belongs to another model.
     """
     if recipe.effective_rounding != "nearest":
         if not recipe.moments:
@@ -56,7 +57,7 @@ def load_moments(recipe: Recipe) -> tuple[Moments | None, list[str]]:
 def compensated(
     fmt: QuantizingFormat, moments: Moments | None, group: LayerGroup, component: str, recipe: Recipe
 ) -> QuantizingFormat:
-    """The format of a group, rounded with its moments if there are some.
+    """The format of a group, with error-compensating rounding if there are moments.
 
     Raises:
         CalibrationError: the moments do not cover the group.
@@ -74,7 +75,7 @@ def compensated(
 
 @dataclass(frozen=True)
 class _Fitted:
-    """What the format decided, and how to round for it; no compensations stand for nearest rounding."""
+    """The result of the format's `fit`, and the compensations; without any, rounding is to nearest."""
 
     base: Any
     constants: dict[str, Tensor]
@@ -86,10 +87,10 @@ class CompensatedFormat(QuantizingFormat):
     """A format whose weights are rounded with second moments of their inputs.
 
     Attributes:
-        base: the format
-        moments: reads those of the group's input
-        rounding: `gptq`, or `auto`: that or nearest rounding, whichever leaves the smaller output error on held-out
-            inputs
+        base: the wrapped format
+        moments: reads the moments of the group's input
+        rounding: `gptq`; or `auto`, which is GPTQ or nearest rounding, whichever leaves the smaller output error on
+            held-out inputs
     """
 
     base: ElementFormat
@@ -155,12 +156,12 @@ class CompensatedFormat(QuantizingFormat):
         return self.base.flaw(tensors)
 
     def _seen(self, inputs: Tensor, constants: Mapping[str, Tensor]) -> Tensor:
-        """Inputs [samples, in] as the runtime's GEMM sees them: smoothed and rounded, float32."""
+        """Inputs [samples, in] as the runtime's GEMM gets them: smoothed and rounded, float32."""
         on_device = {suffix: tensor.to(inputs.device) for suffix, tensor in constants.items()}
         return self.base.round_inputs(smoothed_input(inputs, on_device), on_device) if len(inputs) else inputs.float()
 
     def _is_better(self, fitted: _Fitted, other: _Fitted, weights: Sequence[WeightRows], held_out: Tensor) -> bool:
-        """Whether the outputs of a group are closer to those of the weights that were given."""
+        """Whether `fitted` brings the group's outputs closer to those of the original weights than `other` does."""
         if len(held_out) == 0:
             return False
         seen, plain = self._seen(held_out, fitted.constants), held_out.float()
@@ -176,7 +177,7 @@ class CompensatedFormat(QuantizingFormat):
         return errors[0] < errors[1]
 
     def _multiplied(self, tensors: Mapping[str, Tensor], constants: Mapping[str, Tensor]) -> Tensor:
-        """The weight that smoothed inputs are multiplied with, float32 [rows, in]: mul_scale is in the inputs."""
+        """The weight that smoothed inputs are multiplied by, float32 [rows, in]; mul_scale is in the inputs already."""
         everything = {
             **tensors,
             **{suffix: tensor.to(tensors["weight"].device) for suffix, tensor in constants.items()},
@@ -187,7 +188,7 @@ class CompensatedFormat(QuantizingFormat):
 
 
 def _smoothed(blocks: Sequence[Tensor], constants: Mapping[str, Tensor]) -> Sequence[Tensor]:
-    """Moments [columns, columns] of the inputs times mul_scale, if there is one."""
+    """Moments of the inputs multiplied by mul_scale, if there is one, each [columns, columns]."""
     if "mul_scale" not in constants:
         return blocks
     mul_scale = constants["mul_scale"].to(blocks[0].device).float()

@@ -1,7 +1,6 @@
-"""A sample of rows that does not depend on the order in which rows are seen: those with the smallest hashes.
+"""Samples the rows with the smallest hashes, so that the sample does not depend on the order of the rows.
 
-The hash is a function of a row's bits alone. So the sample of a union is the sample of the samples' union, and equal
-rows count once.
+The hash depends only on a row's bits. So samples can be merged and sampled again, and equal rows count once.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ VALUES_PER_WORD = 4
 
 
 def pack_rows(rows: Tensor) -> Tensor:
-    """bfloat16 [rows, in] as 64-bit words, int64 [rows, ceil(in / 4)], padded with zeros. A view where it can be."""
+    """bfloat16 [rows, in] as 64-bit words, int64 [rows, ceil(in / 4)], padded with zeros; a view if possible."""
     padding = -rows.shape[1] % VALUES_PER_WORD
     if padding:
         rows = F.pad(rows, (0, padding))
@@ -29,10 +28,10 @@ def pack_rows(rows: Tensor) -> Tensor:
 
 
 def hash_words(words: Tensor) -> Tensor:
-    """One hash for each row of 64-bit words, int64 [rows].
+    """The hash of each row of 64-bit words, int64 [rows].
 
-    A sum of products with odd random coefficients, modulo 2^64, of which all rows take every value equally likely.
-    Each word is folded before: otherwise its upper bits, the fourth value's, would reach only those of the sum.
+    The hash is a sum of products with odd random coefficients, modulo 2^64. Each word is folded first: otherwise its
+    upper bits, which hold the fourth value, would affect only the upper bits of the sum.
     """
     folded = words >> 29
     folded ^= words
@@ -41,7 +40,7 @@ def hash_words(words: Tensor) -> Tensor:
 
 
 def smallest_hashes(hashes: Tensor, limit: int) -> Tensor:
-    """Positions of the `limit` smallest different hashes, in ascending order of the hash; int64 [<= limit]."""
+    """Positions of the `limit` smallest distinct hashes, in ascending order of the hash, int64 [<= limit]."""
     ordered, positions = hashes.sort(stable=True)
     is_first = torch.ones_like(ordered, dtype=torch.bool)
     is_first[1:] = ordered[1:] != ordered[:-1]
