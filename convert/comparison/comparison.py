@@ -1,4 +1,4 @@
-"""`compare`: the same prompts, seeds and settings through two pipelines, and how far apart their images are."""
+"""`compare`: runs two pipelines with the same prompts, seeds and settings, and measures how their images differ."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from omni_convert.loaders.report import kernel_report
 
 __all__ = ["Comparison", "Run", "Variant", "compare", "run_variant"]
 
-#: Pictures are enlarged to about this many pixels a side, so that small models can be judged by eye.
-PICTURE_SIZE = 128
+#: Small images are enlarged to about this many pixels a side, so that they can be judged by eye.
+IMAGE_SIZE = 128
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Variant:
 
     Attributes:
         model: pipeline folder, Hub repo id, or None for the bundled demo
-        quantization: quantize while loading; leave None for a quantized checkpoint
+        quantization: how to quantize while loading; None for a quantized checkpoint
     """
 
     label: str
@@ -43,18 +43,18 @@ class Variant:
 
     @property
     def model_name(self) -> str:
-        """What a report calls the model."""
+        """The name of the model in reports."""
         return self.model if self.model is not None else resolve_source(None).name
 
 
 @dataclass(frozen=True)
 class Run:
-    """What a variant made, and what it took.
+    """The images of a variant, and their cost.
 
     Attributes:
         images: one uint8 [height, width, 3] per image or frame, in the order of the prompts
-        seconds: per measured run, for all prompts together
-        peak_memory_mb: CUDA's peak per measured run; None on a CPU
+        seconds: time of each measured run over all prompts
+        peak_memory_mb: CUDA's peak memory in each measured run; None on a CPU
         kernels: kernel name → number of quantized layers that run it
     """
 
@@ -96,7 +96,7 @@ def run_variant(
     warmup_runs: int = 0,
     measure_runs: int = 1,
 ) -> Run:
-    """Loads one variant, runs it over the prompts and lets it go, so that two never share the memory.
+    """Loads one variant, runs it over the prompts and frees it, so that only one is in memory at a time.
 
     Raises:
         CheckpointError: the model cannot be loaded.
@@ -137,14 +137,14 @@ def compare(
     measure_runs: int = 1,
     save_to: Path | None = None,
 ) -> Comparison:
-    """Runs both variants and reports; the report has the keys of vLLM-Omni's tool of this purpose.
+    """Runs both variants and compares them; the report has the keys of vLLM-Omni's comparison tool.
 
     Args:
         save_to: folder for every image and for `comparison.png`
 
     Raises:
         CheckpointError: a model cannot be loaded.
-        RecipeError: the two do not give the same number and size of images.
+        RecipeError: the variants give different numbers or sizes of images.
     """
     runs = [
         run_variant(variant, prompts, settings, seed, device=device, warmup_runs=warmup_runs, measure_runs=measure_runs)
@@ -206,12 +206,12 @@ def _save(folder: Path, reference: Variant, candidate: Variant, runs: Sequence[R
             path = target / f"image_{index}.png"
             PillowImage.fromarray(image).save(path)
             saved[variant.label].append(str(path))
-    scale = max(1, PICTURE_SIZE // runs[0].images[0].shape[1])
+    scale = max(1, IMAGE_SIZE // runs[0].images[0].shape[1])
     picture = comparison_picture(runs[0].images, {candidate.label: runs[1].images}, scale=scale)
     picture.save(folder / "comparison.png")
     return saved
 
 
 def settings_of(variant: Variant, overrides: Mapping[str, Any]) -> GenerationSettings:
-    """The settings that the variant's pipeline declares, where the caller names none."""
+    """The caller's settings, completed by those that the variant's pipeline declares."""
     return GenerationSettings.for_pipeline(resolve_source(variant.model).path, overrides)

@@ -1,4 +1,4 @@
-"""One picture of a comparison: a row per prompt with the reference, the candidates and their amplified differences."""
+"""The image of a comparison: one row per prompt with the reference, the candidates and their amplified differences."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ MIDDLE_GREY = 128.0
 def comparison_picture(
     reference: Sequence[Image], candidates: Mapping[str, Sequence[Image]], *, amplify: float = 8.0, scale: int = 1
 ) -> PillowImage.Image:
-    """Columns: the reference; then for each candidate its image and the difference.
+    """Draws a column for the reference, and two for each candidate: its images and their differences.
 
-    A difference of zero is middle grey; `amplify` multiplies it.
+    A difference of zero is middle grey.
 
     Args:
         reference: one image per prompt, uint8 [height, width, 3]

@@ -1,4 +1,4 @@
-"""How far two images are apart: the metrics, and the thresholds that serving engines hold quantized pipelines to.
+"""Metrics of the difference between images, and the thresholds that serving engines set for quantized pipelines.
 
 All metrics are over uint8 RGB in double precision; names, definitions and thresholds are those of vLLM-Omni's
 `compare_diffusion_trajectory_similarity`, so that reports can be read side by side.
@@ -21,7 +21,7 @@ __all__ = ["METRIC_GUIDANCE", "Image", "image_metrics", "rmse", "sequence_metric
 Image = NDArray[np.uint8]
 
 PEAK = 255.0
-#: Metrics that are worth a line on a terminal.
+#: Metrics that the terminal shows.
 SHOWN = ("psnr_db", "mae", "cosine_similarity", "relative_l2")
 
 METRIC_GUIDANCE: dict[str, Any] = {
@@ -92,12 +92,12 @@ def _cosine(product: float, first_norm: float, second_norm: float) -> float:
 
 
 def sequence_metrics(reference: Sequence[Image], candidate: Sequence[Image]) -> dict[str, Any]:
-    """Metrics of the first and the middle frame and of all together, under the names for frames and for images.
+    """Metrics of the first frame, the middle frame and all frames together, under the names for frames and for images.
 
-    Each image's are in a list of their own. They are for JSON, which has no infinity: None stands for it.
+    A further list has the metrics of each image. None stands for infinity, which JSON does not have.
 
     Raises:
-        RecipeError: nothing to compare, or differing numbers or sizes of images.
+        RecipeError: there are no images, or their numbers or sizes differ.
     """
     if len(reference) != len(candidate):
         raise RecipeError(f"compare: found {len(candidate)} images for {len(reference)} of the reference")
@@ -121,9 +121,9 @@ def sequence_metrics(reference: Sequence[Image], candidate: Sequence[Image]) -> 
 
 
 def summary_of(metrics: dict[str, Any]) -> dict[str, Any]:
-    """What a terminal shows of `sequence_metrics`: every image, all together, and the worst of several.
+    """The metrics that the terminal shows: of the first image, of all together, and of the worst of several.
 
-    The PSNR of all together is that of their pooled error, so that equal images, whose own is null, count as well.
+    The PSNR of all together is that of their pooled error, so that equal images count too, whose own PSNR is null.
     """
     each = metrics["per_image_metrics"]
     summary = {f"image0_{name}": each[0][name] for name in SHOWN}
@@ -143,5 +143,5 @@ def _for_json(metrics: dict[str, float]) -> dict[str, float | None]:
 
 
 def rmse(reference: Sequence[Image], candidate: Sequence[Image]) -> float:
-    """Root mean square difference in grey levels, pooled over all pixels of all images."""
+    """Root mean square difference in grey levels over all pixels of all images."""
     return image_metrics(np.stack(reference), np.stack(candidate))["rmse"]

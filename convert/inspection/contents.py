@@ -1,6 +1,6 @@
-"""What is inside a model: each component's dialect, each layer's format, and what runtimes would do with it.
+"""`inspect`: the dialect of each component, the format of each layer, and which runtimes load the model.
 
-Headers, configs and tiny markers are read, no weight.
+Only headers, configs and tiny marker tensors are read, no weights.
 """
 
 from __future__ import annotations
@@ -43,10 +43,10 @@ class InspectedLayer:
     """A quantized layer.
 
     Attributes:
-        format: what we call it
+        format: label of its format
         shape: [out, in]
-        tensors: name in the file → dtype and shape there
-        nbytes: of all of these
+        tensors: name of each of its tensors in the file → dtype and shape there
+        nbytes: size of these tensors
     """
 
     name: str
@@ -61,10 +61,10 @@ class InspectedComponent:
     """A component of the model.
 
     Attributes:
-        name: its folder, "" for a model that is one
-        dialect: how its quantized layers are spelled; None if there are none
+        name: its folder, or "" for a model that is a single component
+        dialect: dialect of its quantized layers; None if there are none
         kept: number and bytes of its other tensors, by dtype
-        runtimes: what each would do with it; of a component that is not quantized nothing
+        runtimes: the verdict of each runtime; none for a component that is not quantized
     """
 
     name: str
@@ -76,10 +76,10 @@ class InspectedComponent:
 
 
 def inspect_source(source: Source) -> list[InspectedComponent]:
-    """Every component that has weights.
+    """Inspects every component that has weights.
 
     Raises:
-        CheckpointError: a file is damaged, or not what it says.
+        CheckpointError: a file is damaged, or contradicts its config.
     """
     return [_inspect(component) for component in folders_with_weights(source)]
 
@@ -125,7 +125,7 @@ def _runtimes(component: ComponentFolder, opened: QuantizedCheckpoint) -> list[V
 
 
 def inspection_report(source: Source, components: list[InspectedComponent], *, as_json: bool) -> Iterator[str]:
-    """A table, layers that differ only in a block's number on one line; or everything as one JSON document."""
+    """A table in which layers that differ only in a block's number share a line; or everything as one JSON document."""
     if as_json:
         document: dict[str, Any] = {
             "path": str(source.path),
@@ -150,7 +150,7 @@ def _component_lines(component: InspectedComponent, path: Path) -> Iterator[str]
 
 
 def _table(layers: Sequence[InspectedLayer]) -> list[str]:
-    """A line for all layers that differ in a block's number alone; what they are stored as, below if it is too long."""
+    """One line for all layers that differ only in a block's number; long lists of their tensors go into a legend."""
     alike: dict[tuple[str, ...], list[InspectedLayer]] = {}
     for layer in layers:
         stored = NUMBER.sub("*", ", ".join(f"{name} {what}" for name, what in _by_suffix(layer).items()))

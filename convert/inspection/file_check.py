@@ -1,4 +1,4 @@
-"""Whether the files of an output are those that its manifest says were written."""
+"""Compares the files of an output with the hashes in its manifest."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from omni_convert.formats.finding import Finding, Severity
 __all__ = ["check_files"]
 
 BLOCK = 4 << 20
-# What people may well write anew, and no runtime reads.
+# Files that people may edit, and no runtime reads.
 TEXTS = (".md",)
 
 
 def check_files(folder: Path, stop: Event) -> list[tuple[str, Finding]]:
-    """Each file of the manifest that is missing or has other bytes, with what is wrong; none without a manifest.
+    """Findings about files of the manifest that are missing or changed; none if there is no manifest.
 
     Args:
         folder: an output
-        stop: set when nobody waits for the result any more
+        stop: set when the result is no longer needed
 
     Returns:
         paths inside the folder, and findings
@@ -82,5 +82,5 @@ def _sha256(path: Path, stop: Event) -> str | None:
 
 
 def _plain(error: CheckpointError, folder: Path) -> str:
-    """What went wrong, without the folder."""
+    """The error's message without the folder."""
     return str(error).replace(f"{folder}/", "")

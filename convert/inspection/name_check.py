@@ -1,7 +1,7 @@
 """Checks that a component has the tensors of the model that its config describes: no more, no fewer.
 
-The class is built on the meta device, where weights are shapes. What cannot be built, or has other names than the class
-gives, is left alone: silence says nothing, a false alarm would say something wrong.
+The class is built on the meta device, where weights are only shapes. A component whose class cannot be built, or whose
+names differ from those of the class, is not checked: a false alarm would be worse than none.
 """
 
 from __future__ import annotations

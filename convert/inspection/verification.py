@@ -1,9 +1,9 @@
-"""`verify`: every value and name of a model against its format, its dialect and the runtimes; read once, tile by tile.
+"""`verify`: checks every value and name of a model against its format, dialect and runtimes; reads each tile once.
 
 headers ─► names, dtypes, shapes ─► config block and marks ─► layers against the family ─► tensors against the class
         ─► values ─► the reference
 
-Beside it, a thread hashes the files and holds them against the manifest, if there is one.
+Meanwhile a thread hashes the files and compares them with the manifest, if there is one.
 """
 
 from __future__ import annotations
@@ -47,14 +47,14 @@ __all__ = ["VerifiedComponent", "verify_source", "weight_bytes"]
 
 @dataclass(frozen=True)
 class VerifiedComponent:
-    """What was found in a component.
+    """The findings in a component.
 
     Attributes:
-        name: its folder, "" for a model that is one
-        dialect: how its quantized layers are spelled; None if there are none
-        layers: number of quantized layers whose values were looked at
-        errors: layer to relative error against the reference, if there is one
-        unchecked: what nothing in the files tells, so that only a reference could
+        name: its folder, or "" for a model that is a single component
+        dialect: dialect of its quantized layers; None if there are none
+        layers: number of quantized layers whose values were checked
+        errors: layer → relative error against the reference, if there is one
+        unchecked: properties that can be checked only with a reference
     """
 
     name: str
@@ -67,18 +67,18 @@ class VerifiedComponent:
 
 
 def weight_bytes(source: Source) -> int:
-    """Bytes that `verify_source` looks at, for a bar."""
+    """Number of bytes that `verify_source` reads, for a progress bar."""
     return sum(file.stat().st_size for folder in folders_with_weights(source) for file in folder.weight_files())
 
 
 def verify_source(
     source: Source, reference: Source | None = None, progress: Callable[[int], None] = lambda _: None
 ) -> list[VerifiedComponent]:
-    """Every component that has weights; what is wrong is told, not raised.
+    """Checks every component that has weights; flaws become findings, not errors.
 
     Args:
-        reference: the model that it was made of
-        progress: called with numbers of bytes that were looked at
+        reference: the original model
+        progress: called with the number of bytes that were checked since the last call
 
     Raises:
         CheckpointError: there are no weights; or the reference cannot be read, or is another model.
@@ -96,7 +96,7 @@ def verify_source(
 def _with_files(
     components: Sequence[VerifiedComponent], found: Sequence[tuple[str, Finding]]
 ) -> list[VerifiedComponent]:
-    """The components, each with what was found of the files in its folder; the first with all others."""
+    """Adds findings about files to the components in whose folders they are, and all others to the first component."""
     folders = {component.name for component in components}
     first = components[0].name if components else ""
 
@@ -174,7 +174,7 @@ def _unopened(component: ComponentFolder, error: CheckpointError) -> VerifiedCom
 
 
 def _scope(component: ComponentFolder, reading: TolerantReading) -> list[Finding]:
-    """What vLLM-Omni would make of the layers, if the component is for it."""
+    """Findings about layers that vLLM-Omni would not build as they are stored, if the component is for it."""
     family, dialect = component.diffusers_family, reading.quantized.dialect
     is_for_vllm_omni = dialect is not None and DIALECTS[dialect].fills_vllm_omni_parameters
     if not is_for_vllm_omni or family is None or not reading.shapes:
@@ -186,7 +186,7 @@ def _scope(component: ComponentFolder, reading: TolerantReading) -> list[Finding
 
 
 def _is_in_manifest(component: ComponentFolder, checkpoint: Checkpoint) -> bool:
-    """Whether the manifest has a SHA-256 of every file of the component, which says more than names do."""
+    """Whether the manifest has a SHA-256 of every file of the component, which makes a check of names unnecessary."""
     files = component.manifest.get("files")
     return isinstance(files, dict) and all(
         (Path(component.name) / file).as_posix() in files for file in checkpoint.files
@@ -213,12 +213,12 @@ def _encoder_layers(source: Source, family: Family) -> tuple[list[str], list[str
 def _values(
     reading: TolerantReading, progress: Callable[[int], None], original: Checkpoint | None, errors: dict[str, float]
 ) -> tuple[list[Finding], int]:
-    """What is wrong with values, and then what differs from the original, which fills `errors`.
+    """Findings about values, followed by differences from the original, whose errors are added to `errors`.
 
-    Each tensor is compared when it has just been looked at, and the system has its bytes in memory.
+    Each tensor is compared right after its values were checked, while the system has its bytes in memory.
 
     Returns:
-        also the number of layers whose scales show no pattern, so that they could be another's
+        findings; and the number of layers whose scales show no pattern, so that they could belong to another layer
     """
     quantized, checkpoint = reading.quantized, reading.quantized.checkpoint
     findings: list[Finding] = []
@@ -260,7 +260,7 @@ def _kept_values(checkpoint: Checkpoint, name: str) -> list[Finding]:
 
 
 def _open_reference(reference: Source, name: str, config: dict[str, Any]) -> Checkpoint:
-    """The component in plain numbers, under the names of diffusers where the config tells which model it is."""
+    """The reference's component in plain numbers, under diffusers' names if the config names the model."""
     component = name
     if reference.is_pipeline and not name:
         component = next((each for each in DENOISERS if each in reference.components), "")

@@ -1,4 +1,4 @@
-"""What `verify` found, as lines for a terminal or as JSON."""
+"""The findings of `verify`, as lines for a terminal or as JSON."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from omni_convert.formats.finding import Finding
 
 __all__ = ["count_of", "verification_report"]
 
-# What differs between layers of which the same is wrong.
+# Names and numbers, which differ between layers with the same flaw.
 PARTICULAR = re.compile(r"'[^']*'|[-+.\de]*\d")
 
 
 def count_of(components: Sequence[VerifiedComponent], severity: str) -> int:
-    """How many findings of a severity there are."""
+    """The number of findings of a severity."""
     return sum(finding.severity == severity for component in components for finding in component.findings)
 
 
 def verification_report(path: Path, components: Sequence[VerifiedComponent], *, as_json: bool) -> Iterator[str]:
-    """A list, findings that differ only in the layer in one; or everything as one JSON document."""
+    """A list in which findings that differ only in the layer share an entry; or everything as one JSON document."""
     counts = {severity: count_of(components, severity) for severity in ("error", "warning")}
     if as_json:
         document = {
