@@ -13,7 +13,7 @@ Limits:   AWQ's packing, reordered columns (g_idx), bits other than 2, 4 and 8, 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -116,6 +116,7 @@ class AutoRound(Dialect):
         return block | {"bits": bits, "sym": encoding.is_symmetric}
 
     def check(self, found: Found, layers: Mapping[str, StoredLayer], config: Mapping[str, Any]) -> Iterator[Finding]:
+        yield from _check_exceptions(found.block.get("extra_config"), layers)
         declared = found.block.get("group_size")
         for stem, layer in layers.items():
             encoding = layer.format.encoding
@@ -146,6 +147,7 @@ def to_block(group_size: int, layers: Collection[str], ignored: Collection[str])
         ignored: names of linears that are not quantized
     """
     stacks = sorted({match[1] for stem in layers if (match := STACK.match(stem))})
+    exceptions = sorted(name for name in ignored if _layer_named_so(name, layers) is None)
     return {
         "quant_method": AUTO_ROUND_METHODS[0],
         "bits": WRITTEN_BITS,
@@ -154,8 +156,17 @@ def to_block(group_size: int, layers: Collection[str], ignored: Collection[str])
         "data_type": "int",
         "packing_format": PACKING,
         "block_name_to_quantize": ",".join(stacks),
-        "extra_config": {name: {"bits": UNQUANTIZED_BITS, "data_type": "float"} for name in sorted(ignored)},
+        "extra_config": {name: {"bits": UNQUANTIZED_BITS, "data_type": "float"} for name in exceptions},
     }
+
+
+def _layer_named_so(name: str, layers: Iterable[str]) -> str | None:
+    """A layer that vLLM also takes an exception for, since it compares the ends of names.
+
+    FLUX.1's `proj_out` would leave `single_transformer_blocks.0.proj_out` unquantized. It lies outside of the blocks to
+    quantize, so that it needs no exception itself.
+    """
+    return next((stem for stem in layers if stem.endswith(f".{name}")), None)
 
 
 def from_block(block: Any) -> QuantizationConfig | None:
@@ -179,6 +190,18 @@ def from_block(block: Any) -> QuantizationConfig | None:
     if not is_written_here:
         return None
     return QuantizationConfig(Int4.method, "none", ignored_layers=tuple(map(str, exceptions)), group_size=group)
+
+
+def _check_exceptions(exceptions: Any, layers: Collection[str]) -> Iterator[Finding]:
+    if not isinstance(exceptions, Mapping):
+        return
+    for name, exception in exceptions.items():
+        stem = _layer_named_so(str(name), layers)
+        if stem is not None and _is_unquantized(exception):
+            yield Finding(
+                "error", "ignored-but-quantized", stem, f"found it quantized, but '{name}' listed in extra_config",
+                "vLLM-Omni: compares the ends of names, and finds no weight of this layer", "remove the name",
+            )  # fmt: skip
 
 
 def _is_unquantized(exception: Any) -> bool:

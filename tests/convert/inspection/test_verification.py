@@ -481,6 +481,11 @@ BROKEN: dict[str, Case] = {
     "a block that the model has no loader for": (
         on("modelopt", "fp8"), of_class("WanTransformer3DModel"), "unsupported-family", "",
     ),
+    "an exception that ends as a quantized layer does": (
+        on("auto-round", "w4a16"),
+        lambda model: model.config["quantization_config"].update(extra_config={"to_q": {"bits": 16}}),
+        "ignored-but-quantized", Q,
+    ),
     "a model whose layers in the runtime nobody knows": (
         on(OMNI, "fp8"), of_class("PixArtTransformer2DModel"), "unknown-scope", "",
     ),
