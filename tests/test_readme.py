@@ -73,6 +73,25 @@ def test_every_link_leads_somewhere(page: Path) -> None:
         assert not anchor or anchor in anchors(path), f"{target}#{anchor}"
 
 
+def listed_modules(page: Path) -> set[str]:
+    """What a page's tables name in a column that is headed `file`, `files` or `room`."""
+    names: set[str] = set()
+    for table in re.findall(r"(?:^\|.*\n)+", page.read_text(), re.MULTILINE):
+        header, _, *rows = [re.split(r"(?<!\\)\|", line)[1:-1] for line in table.splitlines()]
+        for column, title in enumerate(header):
+            if title.strip() in ("files", "room") or (title.strip() == "file" and page in ROOMS):
+                names |= {
+                    name for row in rows for name in re.findall(r"`([\w/]+)`", re.sub(r"\(.*?\)", "", row[column]))
+                }
+    return names
+
+
+@pytest.mark.parametrize("page", [*PAGES[1:4], *ROOMS], ids=lambda page: str(page.relative_to(ROOT)))
+def test_a_page_names_modules_that_are_there(page: Path) -> None:
+    missing = {name for name in listed_modules(page) if not (page.parent / name).with_suffix(".py").exists()}
+    assert {name for name in missing if not (page.parent / name).is_dir()} == set()
+
+
 @pytest.mark.parametrize("command", SHELL_COMMANDS)
 def test_every_command_can_be_parsed(command: str) -> None:
     if command.startswith(FOREIGN):
