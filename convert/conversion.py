@@ -103,7 +103,7 @@ class Conversion:
             _refuse_source(target, source)
         plan = plan_conversion(source, recipe)
         if recipe.calibration:
-            from omni_convert.convert.calibration.statistics import Statistics
+            from omni_convert.formats.statistics.statistics import Statistics
 
             plan = plan.with_statistics(Statistics.load_all(recipe.calibration))
         if dry_run and recipe.calib is not None:

@@ -42,7 +42,7 @@ class TensorLayout:
 
 
 class InputStatistics(Protocol):
-    """What calibration knows about the inputs of a group; see `convert/calibration/statistics.py`."""
+    """What calibration knows about the inputs of a group; see `formats/statistics/statistics.py`."""
 
     def amax(self) -> float:
         """Largest magnitude seen, over prompts and denoising steps."""

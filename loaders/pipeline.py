@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from omni_convert.loaders.loading.refusal import refuse_undeclared
 from omni_convert.loaders.loading.transformers_quantizer import TransformersConfig
 from omni_convert.loaders.report import kernel_report, require_scaled_gemm
 from omni_convert.loaders.request.spec import (
+    CalibratedConfig,
     ComponentQuantizationConfig,
     GgufModel,
     QuantizationSpec,
@@ -60,8 +62,8 @@ def load_pipeline(
         device: where to put it; None leaves it where `from_pretrained` puts it
         torch_dtype: dtype of everything that is not quantized
         quantization: a spec that `build_quant_config` accepts. One method means the denoising model(s); a text encoder
-            is quantized if it is named. Layers are quantized one by one as they are read. `gguf` loads a denoising
-            model from the file `gguf_model` instead.
+            is quantized if it is named. Layers are quantized one by one as they are read. With `input_scales`, a
+            statistics file, activations are static. `gguf` loads a denoising model from the file `gguf_model` instead.
         strict: run a scaled GEMM in every quantized layer, even where decoding is faster (FP8 on a CPU), or refuse
             (see `kernel_report`)
         activations: `quantized`, as the serving runtime does, or `bf16` to quantize weights only
@@ -166,7 +168,9 @@ def _requested_configs(
         library, method = libraries[name], configs[name].method
         if library not in CONFIG_CLASSES or ("vae" in name and method != Fp8Storage.method):
             raise RecipeError(f"quantization: {name} cannot be quantized to {method}, use None or fp8_storage")
-        requested[name] = CONFIG_CLASSES[library].of(configs[name])
+        config = configs[name]
+        config = replace(config, component=name) if isinstance(config, CalibratedConfig) else config
+        requested[name] = CONFIG_CLASSES[library].of(config)
     return requested, in_gguf
 
 

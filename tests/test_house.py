@@ -22,6 +22,7 @@ ROOMS = (
     "formats.arithmetic",
     "formats.arithmetic.ggml",
     "formats.containers",
+    "formats.statistics",
     "formats",
     "formats.families",
     "formats.dialects",

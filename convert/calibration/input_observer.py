@@ -18,13 +18,13 @@ from typing import Any, TypeGuard, TypeVar
 import torch
 from torch import Tensor, nn
 
-from omni_convert.convert.calibration.layer_statistics import InputRecorder, LayerStatistics, observe
 from omni_convert.convert.calibration.moments import InputMoments, MomentsRecorder
 from omni_convert.convert.calibration.prompts import Prompt
 from omni_convert.formats.containers.tensor_spec import TensorSpec
 from omni_convert.formats.errors import CalibrationError
 from omni_convert.formats.families.layers import EVERY_RUNTIME
 from omni_convert.formats.families.table import find_family
+from omni_convert.formats.statistics.layer_statistics import InputRecorder, LayerStatistics, observe
 
 __all__ = ["InputObserver", "candidate_layers"]
 

@@ -28,13 +28,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from omni_convert.convert.calibration.layer_statistics import SAMPLE_ROWS, InputRecorder, Observation
-from omni_convert.convert.calibration.recording_header import Identity, RecordingHeader, RecordingKind, read_header
-from omni_convert.convert.calibration.row_sample import hash_words, pack_rows, smallest_hashes
 from omni_convert.formats.containers.safetensors_file import SafetensorsFile
 from omni_convert.formats.containers.safetensors_writer import SafetensorsWriter
 from omni_convert.formats.containers.tensor_spec import TensorSpec
 from omni_convert.formats.errors import CalibrationError, CheckpointError, OutputError
+from omni_convert.formats.statistics.layer_statistics import SAMPLE_ROWS, InputRecorder, Observation
+from omni_convert.formats.statistics.recording_header import Identity, RecordingHeader, RecordingKind, read_header
+from omni_convert.formats.statistics.row_sample import hash_words, pack_rows, smallest_hashes
 
 __all__ = ["InputMoments", "Moments", "MomentsRecorder"]
 

@@ -14,8 +14,6 @@ from omni_convert.convert.calibration.generation import GenerationSettings, has_
 from omni_convert.convert.calibration.input_observer import InputObserver
 from omni_convert.convert.calibration.moments import Moments
 from omni_convert.convert.calibration.prompts import Prompt
-from omni_convert.convert.calibration.recording_header import CalibrationRun, Identity
-from omni_convert.convert.calibration.statistics import Statistics
 from omni_convert.convert.device import resolve_device
 from omni_convert.convert.progress_bar import progress_bar
 from omni_convert.convert.recipe import Recipe
@@ -25,6 +23,8 @@ from omni_convert.formats.containers.checkpoint import Checkpoint
 from omni_convert.formats.containers.component import DENOISERS
 from omni_convert.formats.containers.tensor_spec import TensorSpec
 from omni_convert.formats.errors import CalibrationError
+from omni_convert.formats.statistics.recording_header import CalibrationRun, Identity
+from omni_convert.formats.statistics.statistics import Statistics
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline

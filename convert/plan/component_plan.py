@@ -16,7 +16,7 @@ from omni_convert.formats.containers.shards import Shards, plan_shards
 from omni_convert.formats.dialects.table import DIALECTS
 
 if TYPE_CHECKING:
-    from omni_convert.convert.calibration.statistics import Statistics
+    from omni_convert.formats.statistics.statistics import Statistics
 
 __all__ = ["ComponentPlan", "plan_files", "replace_config"]
 

@@ -32,8 +32,8 @@ from omni_convert.formats.dialects.found import DESCRIPTIONS, SIDECARS
 from omni_convert.formats.errors import RecipeError
 
 if TYPE_CHECKING:
-    from omni_convert.convert.calibration.statistics import Statistics
     from omni_convert.formats.containers.reader import TensorFile
+    from omni_convert.formats.statistics.statistics import Statistics
 
 __all__ = ["Plan", "plan_conversion"]
 

@@ -68,10 +68,10 @@ class GroupFits:
     def _fit(self, stem: str, weight: Tensor, planned: PlannedLayer) -> Any:
         group = planned.group
         if len(group.members) == 1 or self._checkpoint is None:
-            return planned.format.fit([TensorRows(weight)], None)
+            return planned.format.fit([TensorRows(weight)], planned.inputs)
         if group.runtime_name not in self._fitted:
             rows = [TensorRows(weight) if member == stem else self._rows(member, weight) for member in group.members]
-            self._fitted[group.runtime_name] = planned.format.fit(rows, None)
+            self._fitted[group.runtime_name] = planned.format.fit(rows, planned.inputs)
             self._pending[group.runtime_name] = set(group.members)
         fitted = self._fitted[group.runtime_name]
         self._pending[group.runtime_name].discard(stem)

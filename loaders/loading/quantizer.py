@@ -18,12 +18,14 @@ from omni_convert.formats.containers.tensor_spec import TensorSpec
 from omni_convert.formats.dialects import auto_round, omni_convert
 from omni_convert.formats.dialects.config_block import read_block
 from omni_convert.formats.int4 import DEFAULT_GROUP, Int4
+from omni_convert.formats.statistics.statistics import Statistics
 from omni_convert.loaders.layers.quantized_linear import QuantizedLinear
 from omni_convert.loaders.loading.group_fit import GroupFits
 from omni_convert.loaders.loading.install import install_empty_layers, refuse_unexpected, settle_compute_dtypes
 from omni_convert.loaders.loading.pipeline_files import open_weights
 from omni_convert.loaders.loading.select import PlannedLayer, select_layers, stored_layers
 from omni_convert.loaders.loading.values import check_stored_values
+from omni_convert.loaders.request.spec import CalibratedConfig
 
 __all__ = ["ConfigBlock", "LayerQuantizer"]
 
@@ -60,7 +62,7 @@ class ConfigBlock(ABC):
     @classmethod
     def of(cls, config: QuantizationConfig) -> Self:
         """The block that declares a configuration, in the spelling of the library."""
-        return cls(cls._spelled(config, ()))
+        return cls(cls._spelled(config, ()), config)
 
     def declare(self, config: QuantizationConfig, layers: Collection[str]) -> None:
         """Replaces the block by one that declares this configuration of these layers."""
@@ -69,6 +71,7 @@ class ConfigBlock(ABC):
 
     @classmethod
     def _spelled(cls, config: QuantizationConfig, layers: Collection[str]) -> dict[str, Any]:
+        config = config.stored if isinstance(config, CalibratedConfig) else config
         if config.method != Int4.method:
             return cls.to_block(config)
         return auto_round.to_block(config.group_size or DEFAULT_GROUP, layers, config.ignored_layers)
@@ -137,13 +140,18 @@ class LayerQuantizer:
             check_stored_values(checkpoint, {stored[name].name for name in self.loaded}, self.where)
 
     def _plan(self, model: nn.Module, files: Sequence[str]) -> None:
-        self.planned, self.meaning = select_layers(model, self.meaning)
+        statistics, component = None, ""
+        if isinstance(self.meaning, CalibratedConfig):
+            statistics, component = Statistics.load(self.meaning.input_scales), self.meaning.component
+        self.planned, self.meaning = select_layers(model, self.meaning, statistics, component)
         self.quantization_config.declare(self.meaning, self.planned)
         self.fits = GroupFits()
         if files and all(Path(file).suffix == ".safetensors" for file in files):
             checkpoint = self._opened.enter_context(open_weights(files))
             stored = self._under_model_names(checkpoint, model)
             self.fits = GroupFits(checkpoint, {name: spec.name for name, spec in stored.items()})
+            if statistics is not None:
+                statistics.identity.check_model({component: checkpoint})
 
     def _under_model_names(self, specs: Mapping[str, TensorSpec], _model: nn.Module) -> Mapping[str, TensorSpec]:
         """The tensors of a checkpoint by their names in the model."""

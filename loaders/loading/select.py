@@ -23,6 +23,8 @@ from omni_convert.formats.format import Format, QuantizingFormat
 from omni_convert.formats.fp8 import FP8, FP8_PER_ROW
 from omni_convert.formats.fp8_storage import Fp8Storage
 from omni_convert.formats.int4 import Int4
+from omni_convert.formats.rows import InputStatistics
+from omni_convert.formats.statistics.statistics import Statistics
 from omni_convert.formats.table import LOADABLE, build_format, layer_formats
 from omni_convert.loaders.layers.fp8_storage import storage_layers
 from omni_convert.loaders.memory.packed_int4 import as_loaded, packed_layers
@@ -33,10 +35,11 @@ __all__ = ["PlannedLayer", "declared_format", "select_layers", "stored_layers"]
 
 @dataclass(frozen=True)
 class PlannedLayer:
-    """The format of a layer to quantize while loading, and the layers with which a runtime fuses it."""
+    """The format of a layer to quantize while loading, the layers with which a runtime fuses it, and their inputs."""
 
     format: QuantizingFormat
     group: LayerGroup
+    inputs: InputStatistics | None = None
 
 
 def declared_format(config: QuantizationConfig, *, is_fused: bool = False) -> QuantizingFormat:
@@ -109,17 +112,24 @@ def _with_optional_tensors(declared: QuantizingFormat, found: Format) -> Quantiz
     return declared.with_mul_scale() or declared if found.is_smoothed else declared
 
 
-def select_layers(model: nn.Module, config: QuantizationConfig) -> tuple[dict[str, PlannedLayer], QuantizationConfig]:
+def select_layers(
+    model: nn.Module, config: QuantizationConfig, statistics: Statistics | None = None, component: str = "transformer"
+) -> tuple[dict[str, PlannedLayer], QuantizationConfig]:
     """Chooses the layers of an unquantized model that a request quantizes.
 
     The family's rule for this loader gives the layers. Excluded are layers that a pattern in `ignored_layers` matches,
     and layers whose shape the format cannot hold.
 
+    Args:
+        statistics: inputs of the layers, for static activations
+        component: the name under which the statistics have them
+
     Returns:
         the plan by layer name; and the request with every ignored layer listed, as a config block needs it
 
     Raises:
-        RecipeError: activations are static, the method is unknown, or a pattern matches nothing.
+        RecipeError: activations are static without statistics, the method is unknown, or a pattern matches nothing.
+        CalibrationError: the statistics do not cover a layer.
     """
     if config.method == Fp8Storage.method:
         return _select_stored(model, config)
@@ -130,11 +140,12 @@ def select_layers(model: nn.Module, config: QuantizationConfig) -> tuple[dict[st
     layers: dict[str, PlannedLayer] = {}
     chosen: list[tuple[str, QuantizationConfig]] = []
     for group, wanted in zip(groups, requested, strict=True):
-        fmt = None if wanted is None or group in ignored else _quantizing_format(wanted, group)
+        fmt = None if wanted is None or group in ignored else _quantizing_format(wanted, group, statistics)
         if wanted is None or fmt is None or _must_stay(fmt, group, specs):
             ignored += [group] if group not in ignored else []
             continue
-        layers |= {stem: PlannedLayer(fmt, group) for stem in group.members}
+        inputs = None if statistics is None else statistics.inputs_of(component, group.members)
+        layers |= {stem: PlannedLayer(fmt, group, inputs) for stem in group.members}
         chosen += [(name, wanted) for name in group.names]
     if not layers:
         raise RecipeError(_nothing_selected(model, config, groups, requested, specs))
@@ -161,12 +172,15 @@ def _nothing_selected(
     return where + (f" ({reason})" if reason else "") + ", expected some"
 
 
-def _quantizing_format(config: QuantizationConfig, group: LayerGroup) -> QuantizingFormat:
+def _quantizing_format(
+    config: QuantizationConfig, group: LayerGroup, statistics: Statistics | None
+) -> QuantizingFormat:
     """The format to quantize to while loading."""
-    if config.is_static:
+    if config.is_static and statistics is None:
         raise RecipeError(
-            f"quantization: static activations need calibration, found them of {config.method}; convert the model, or "
-            "use 'dynamic', which is FP8_PER_CHANNEL_PER_TOKEN in ModelOpt's words"
+            f"quantization: static activations need calibration, found them of {config.method}; name a statistics file "
+            "in input_scales, convert the model, or use 'dynamic', which is FP8_PER_CHANNEL_PER_TOKEN in ModelOpt's "
+            "words"
         )
     return declared_format(config, is_fused=group.is_fused)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from os import PathLike
 from typing import Any
 
@@ -17,6 +17,7 @@ from omni_convert.formats.options import check_group_size
 from omni_convert.formats.table import LOADABLE
 
 __all__ = [
+    "CalibratedConfig",
     "ComponentQuantizationConfig",
     "GgufModel",
     "QuantConfigTypeError",
@@ -42,6 +43,24 @@ class QuantConfigValueError(RecipeError, ValueError):
 
 class QuantConfigTypeError(RecipeError, TypeError):
     """A quantization spec has a wrong type or unknown options; vLLM-Omni raises TypeError."""
+
+
+@dataclass(frozen=True)
+class CalibratedConfig(QuantizationConfig):
+    """A request for static activations whose scales come from a statistics file.
+
+    Attributes:
+        input_scales: path of the file that `omni-convert calibrate` writes
+        component: the component of the pipeline whose layers the file names
+    """
+
+    input_scales: str = ""
+    component: str = "transformer"
+
+    @property
+    def stored(self) -> QuantizationConfig:
+        """The configuration of the layers that result, which do not know the file."""
+        return QuantizationConfig(**{option.name: getattr(self, option.name) for option in fields(QuantizationConfig)})
 
 
 @dataclass(frozen=True)
@@ -206,7 +225,10 @@ def _build_single(name: str, options: Mapping[str, Any]) -> QuantizationConfig:
             f"expected one of {', '.join((*LOADABLE, *AUTO_ROUND_ALIASES))}, or what ModelOpt or vLLM-Omni writes"
         )
         raise QuantConfigValueError(f"quantization: found method '{name[:64]}', {expected} into config.json")
-    meant = {"activation_scheme": _uncalibrated_scheme(method)} | _meant_options(method, options)
+    meant = _meant_options(method, options)
+    if (input_scales := meant.pop("input_scales", None)) is not None:
+        return _build_calibrated(method, meant, input_scales)
+    meant = {"activation_scheme": _uncalibrated_scheme(method)} | meant
     signature = inspect.signature(QuantizationConfig)
     known = sorted(set(signature.parameters) - {"method", "layers"})
     unknown = sorted(set(meant) - {*known})
@@ -224,6 +246,19 @@ def _build_single(name: str, options: Mapping[str, Any]) -> QuantizationConfig:
         raise QuantConfigTypeError(
             f"quantization: found {dict(options)!r:.80} of wrong types, expected {signature}"
         ) from None
+
+
+def _build_calibrated(method: str, meant: Mapping[str, Any], input_scales: Any) -> CalibratedConfig:
+    if not isinstance(input_scales, str | PathLike) or not str(input_scales):
+        raise QuantConfigTypeError(f"quantization: found input_scales {input_scales!r:.40}, expected a statistics file")
+    if "static" not in ACTIVATION_SCHEMES[method] or meant.get("activation_scheme", "static") != "static":
+        found = meant.get("activation_scheme", method)
+        raise QuantConfigValueError(
+            f"quantization: found input_scales with {found}, expected a method with static activations, fp8 or nvfp4"
+        )
+    config = _build_single(method, {**meant, "activation_scheme": "static"})
+    known = {option.name: getattr(config, option.name) for option in fields(QuantizationConfig)}
+    return CalibratedConfig(**known, input_scales=str(input_scales))
 
 
 def _build_gguf(options: Mapping[str, Any]) -> GgufModel:

@@ -95,7 +95,7 @@ def test_int8_shares_a_constant_column_in_fused_groups_only(tiny_pipeline_folder
 def test_static_fp8_stores_the_calibrated_input_scale(
     tiny_pipeline_folder: Path, statistics_file: Path, tmp_path: Path
 ) -> None:
-    from omni_convert.convert.calibration.statistics import Statistics
+    from omni_convert.formats.statistics.statistics import Statistics
 
     convert_checkpoint(tiny_pipeline_folder, tmp_path / "out", Recipe(calibration=(statistics_file,)))
     assert block_of(tmp_path / "out")["activation_scheme"] == "static"

@@ -12,10 +12,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from omni_convert.convert.calibration import moments as moments_module
-from omni_convert.convert.calibration.layer_statistics import observe
 from omni_convert.convert.calibration.moments import METADATA_KEY, InputMoments, Moments, MomentsRecorder
-from omni_convert.convert.calibration.recording_header import CalibrationRun, Identity
 from omni_convert.formats.errors import CalibrationError, OutputError
+from omni_convert.formats.statistics.layer_statistics import observe
+from omni_convert.formats.statistics.recording_header import CalibrationRun, Identity
 
 Q, K, UP = "transformer.layers.0.to_q", "transformer.layers.0.to_k", "transformer.layers.0.up"
 

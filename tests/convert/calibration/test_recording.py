@@ -15,15 +15,15 @@ from transformers import Qwen3Model
 from omni_convert.convert.calibration import pipeline_recorder as calibration
 from omni_convert.convert.calibration.generation import GenerationSettings, run_pipeline
 from omni_convert.convert.calibration.input_observer import InputObserver, candidate_layers
-from omni_convert.convert.calibration.layer_statistics import LayerStatistics
 from omni_convert.convert.calibration.pipeline_recorder import calibrate
 from omni_convert.convert.calibration.prompts import Prompt
 from omni_convert.convert.calibration.recording import record_source
-from omni_convert.convert.calibration.statistics import Statistics
 from omni_convert.convert.recipe import Recipe
 from omni_convert.convert.source.location import resolve_source
 from omni_convert.formats.containers.checkpoint import Checkpoint
 from omni_convert.formats.errors import CalibrationError
+from omni_convert.formats.statistics.layer_statistics import LayerStatistics
+from omni_convert.formats.statistics.statistics import Statistics
 
 SETTINGS = GenerationSettings(steps=3, width=32, height=32, guidance_scale=2.0)
 # Of different lengths, so that the shorter half of a guided batch is padded.

@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from omni_convert.convert.calibration.layer_statistics import LayerStatistics, observe
 from omni_convert.convert.calibration.moments import InputMoments, MomentsRecorder
 from omni_convert.convert.calibration.rounding import CompensatedFormat
 from omni_convert.formats.arithmetic.smoothing import split_input_rows
@@ -18,6 +17,7 @@ from omni_convert.formats.mxfp4_dualscale import Mxfp4DualScale
 from omni_convert.formats.mxfp8 import Mxfp8
 from omni_convert.formats.nvfp4 import Nvfp4
 from omni_convert.formats.rows import TensorRows
+from omni_convert.formats.statistics.layer_statistics import LayerStatistics, observe
 from omni_convert.loaders.kernels.reference import rounded_input
 
 COLUMNS = 128

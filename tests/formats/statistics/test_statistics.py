@@ -11,10 +11,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from omni_convert.convert.calibration.layer_statistics import InputRecorder, LayerStatistics, observe
-from omni_convert.convert.calibration.recording_header import CalibrationRun, Identity
-from omni_convert.convert.calibration.statistics import METADATA_KEY, Statistics
 from omni_convert.formats.errors import CalibrationError, OutputError
+from omni_convert.formats.statistics.layer_statistics import InputRecorder, LayerStatistics, observe
+from omni_convert.formats.statistics.recording_header import CalibrationRun, Identity
+from omni_convert.formats.statistics.statistics import METADATA_KEY, Statistics
 
 Q, K, UP = "transformer.layers.0.to_q", "transformer.layers.0.to_k", "transformer.layers.0.up"
 

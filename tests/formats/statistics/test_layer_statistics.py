@@ -9,10 +9,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from omni_convert.convert.calibration import layer_statistics
-from omni_convert.convert.calibration.layer_statistics import SAMPLE_ROWS, InputRecorder, LayerStatistics, observe
 from omni_convert.formats.errors import RecipeError
 from omni_convert.formats.rows import InputStatistics
+from omni_convert.formats.statistics import layer_statistics
+from omni_convert.formats.statistics.layer_statistics import SAMPLE_ROWS, InputRecorder, LayerStatistics, observe
 
 Batches = list[tuple[int, torch.Tensor]]
 

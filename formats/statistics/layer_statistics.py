@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from omni_convert.convert.calibration import histogram
-from omni_convert.convert.calibration.row_sample import VALUES_PER_WORD, hash_words, pack_rows, smallest_hashes
 from omni_convert.formats.errors import RecipeError
+from omni_convert.formats.statistics import histogram
+from omni_convert.formats.statistics.row_sample import VALUES_PER_WORD, hash_words, pack_rows, smallest_hashes
 
 __all__ = ["SAMPLE_ROWS", "InputRecorder", "LayerStatistics", "Observation", "observe"]
 
@@ -33,7 +33,7 @@ class LayerStatistics:
         step_amax: largest magnitude by denoising step, float32 [steps]; 0 for a step in which the layer did not run.
             A text encoder runs before the first step and is recorded there.
         channels: largest magnitude by input channel, float32 [in]
-        histogram: number of values by magnitude, int64 [1027]; see `convert.histogram`
+        histogram: number of values by magnitude, int64 [1027]; see `histogram`
         sample: rows with the smallest hashes, in the order of these, bfloat16 [<= 64, in]
     """
 

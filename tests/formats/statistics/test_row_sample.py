@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from omni_convert.convert.calibration.row_sample import hash_words, pack_rows, smallest_hashes
+from omni_convert.formats.statistics.row_sample import hash_words, pack_rows, smallest_hashes
 
 
 def hashes_of(rows: torch.Tensor) -> torch.Tensor:

@@ -7,7 +7,8 @@ import math
 import pytest
 import torch
 
-from omni_convert.convert.calibration.histogram import (
+from omni_convert.formats.arithmetic.float8 import round_to_e4m3
+from omni_convert.formats.statistics.histogram import (
     BINS,
     count_floats,
     count_words,
@@ -16,7 +17,6 @@ from omni_convert.convert.calibration.histogram import (
     percentile,
     upper_edges,
 )
-from omni_convert.formats.arithmetic.float8 import round_to_e4m3
 
 
 def histogram_of(values: torch.Tensor) -> torch.Tensor:

@@ -4,7 +4,7 @@ It is one safetensors file. For each layer NAME (`component.stem`) it holds
 
     NAME.step_amax      F32  [steps]      largest magnitude by denoising step, 0 where the layer did not run
     NAME.channel_amax   F32  [in]         largest magnitude by input channel
-    NAME.histogram      I64  [1027]       number of values by magnitude, on the bins of `convert.histogram`
+    NAME.histogram      I64  [1027]       number of values by magnitude, on the bins of `histogram`
     NAME.rows           BF16 [<= 64, in]  rows with the smallest hashes, in the order of these
 
 The metadata holds, under `omni_convert_statistics`, a JSON object with the identity and, as `layers`, the name under
@@ -28,10 +28,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from omni_convert.convert.calibration.histogram import BINS
-from omni_convert.convert.calibration.layer_statistics import SAMPLE_ROWS, LayerStatistics
-from omni_convert.convert.calibration.recording_header import Identity, RecordingHeader, RecordingKind, read_header
 from omni_convert.formats.errors import CalibrationError, OutputError, listed
+from omni_convert.formats.statistics.histogram import BINS
+from omni_convert.formats.statistics.layer_statistics import SAMPLE_ROWS, LayerStatistics
+from omni_convert.formats.statistics.recording_header import Identity, RecordingHeader, RecordingKind, read_header
 
 __all__ = ["LayerStatistics", "RiskyLayer", "Statistics"]
 
