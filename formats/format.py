@@ -25,6 +25,9 @@ from omni_convert.formats.rows import InputStatistics, TensorLayout, TensorRows,
 
 __all__ = ["Calibration", "ElementFormat", "Format", "QuantizingFormat"]
 
+# Bits of an element → `Format.largest_error`.
+LARGEST_ERRORS = {8: 0.1, 4: 0.3, 2: 1.0}
+
 
 def _scale_flaw(suffix: str, scale: Tensor) -> str | None:
     """Why a tensor cannot be what its name says, if that is a scale: they are positive and finite."""
@@ -88,6 +91,12 @@ class Format(ABC):
     def with_mul_scale(self) -> Format | None:
         """This format with a `mul_scale` for its inputs, or None if it has no place for one."""
         return None
+
+    @property
+    def largest_error(self) -> float:
+        """Relative error ||W - W'|| / ||W|| of a weight that no sound quantization to this format reaches."""
+        encoding = self.innermost.encoding
+        return LARGEST_ERRORS[8 if encoding is None else encoding.element.bits]
 
     @property
     def label(self) -> str:

@@ -24,6 +24,9 @@ from omni_convert.formats.rows import TensorLayout
 
 __all__ = ["StoredGguf", "is_dequantized"]
 
+# Bits of a weight, at least → `Format.largest_error`.
+LARGEST_ERRORS = ((8.0, 0.03), (4.0, 0.3), (0.0, 1.0))
+
 
 @dataclass(frozen=True)
 class StoredGguf(Format):
@@ -50,6 +53,11 @@ class StoredGguf(Format):
     @property
     def row_multiple(self) -> int:  # type: ignore[override]  # follows the fields
         return rows_together(self._kind, self.shape)
+
+    @property
+    def largest_error(self) -> float:
+        block, size = gguf.GGML_QUANT_SIZES[self._kind]
+        return next(error for bits, error in LARGEST_ERRORS if size * 8 >= bits * block)
 
     @property
     def _kind(self) -> gguf.GGMLQuantizationType:

@@ -21,8 +21,6 @@ from omni_convert.convert.source.location import Source
 from omni_convert.convert.terminal import MAX_WIDTH, terminal_width, wrapped
 from omni_convert.formats.checks.completeness import incomplete
 from omni_convert.formats.containers.tensor_spec import DTYPE_NAMES
-from omni_convert.formats.dialects.gguf import GGUF
-from omni_convert.formats.dialects.gguf_verdicts import gguf_verdicts
 from omni_convert.formats.dialects.table import DIALECTS
 from omni_convert.formats.dialects.verdict import VLLM_OMNI, Verdict, if_incomplete, lost_block_verdicts
 from omni_convert.formats.views.opened import QuantizedCheckpoint, QuantizedLayer
@@ -94,7 +92,7 @@ def _inspect(component: ComponentFolder) -> InspectedComponent:
             kept[DTYPE_NAMES[spec.dtype]] = (count + 1, nbytes + spec.nbytes)
         return InspectedComponent(
             component.name,
-            lost or (opened.dialect if opened.layers or opened.dialect == GGUF.name else None),
+            lost or opened.shown_dialect,
             sum(spec.nbytes for spec in opened.checkpoint.values()),
             tuple(_inspect_layer(layer) for layer in opened.layers.values()),
             kept,
@@ -109,13 +107,12 @@ def _inspect_layer(layer: QuantizedLayer) -> InspectedLayer:
 
 
 def _runtimes(component: ComponentFolder, opened: QuantizedCheckpoint) -> list[Verdict]:
-    if opened.dialect == GGUF.name:
-        return list(gguf_verdicts(opened.checkpoint, component.diffusers_family))
-    if opened.dialect is None or not opened.layers:
+    if opened.shown_dialect is None:
         return []
     formats = {stem: layer.format for stem, layer in opened.layers.items()}
-    dialect = DIALECTS[opened.dialect]
-    found = dialect.verdicts(formats, vllm_omni_refusal(opened, component.diffusers_family, Recipe()))
+    dialect, family = DIALECTS[opened.shown_dialect], component.diffusers_family
+    refusal = vllm_omni_refusal(opened, family, Recipe()) if dialect.fills_vllm_omni_parameters else None
+    found = dialect.verdicts(formats, refusal, opened.checkpoint, family)
     flaw = incomplete(opened)
     if flaw is None:
         return found

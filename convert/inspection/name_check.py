@@ -7,6 +7,7 @@ names differ from those of the class, is not checked: a false alarm would be wor
 from __future__ import annotations
 
 import inspect
+import math
 import re
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -18,12 +19,15 @@ import torch
 from torch.nn.modules.module import register_module_module_registration_hook
 
 from omni_convert.convert.source.component_folder import model_class
-from omni_convert.convert.source.original_names import has_original_files
+from omni_convert.convert.source.original_names import convert_names, has_original_files, shapes_of
 from omni_convert.formats.checks.reading import TolerantReading
 from omni_convert.formats.containers.names import COMPANIONS
+from omni_convert.formats.dialects.table import DIALECTS
+from omni_convert.formats.errors import CheckpointError
 from omni_convert.formats.finding import Finding
+from omni_convert.formats.views.base import dequantized_view
 
-__all__ = ["check_names"]
+__all__ = ["check_converted_names", "check_names"]
 
 # Of layers and blocks: a config with more was not made by anybody who has such a model.
 LARGEST_COUNT = 1000
@@ -81,6 +85,31 @@ def check_names(reading: TolerantReading, config: Mapping[str, Any]) -> Iterator
     unknown = [name for name in kept if name in {*strange} and not _is_of(name, damaged)]
     yield from _first(missing, _missing, model_class(config))
     yield from _first(unknown, _unknown, model_class(config))
+
+
+def check_converted_names(reading: TolerantReading, config: Mapping[str, Any]) -> Iterator[Finding]:
+    """Whether a component whose readers convert names is the model of its config, under any names that they know."""
+    import diffusers
+
+    if model_class(config) == "unknown" or reading.findings:
+        return
+    quantized = reading.quantized
+    consumers = DIALECTS[quantized.dialect].consumers if quantized.dialect is not None else ""
+    view = dequantized_view(quantized)
+    try:
+        converted = convert_names(view, config)
+    except CheckpointError as error:
+        what = str(error).removeprefix(f"{quantized.checkpoint.path}: ")
+        yield Finding(
+            "error", "unknown-names", "", what, f"{consumers}: refuse it or miss weights", "convert the model again"
+        )
+        return
+    if converted is not None or not hasattr(diffusers, model_class(config)):
+        return
+    for name, shape in shapes_of(getattr(diffusers, model_class(config)), config).items():
+        if name in view and view[name].elements != math.prod(shape):
+            what = f"found {list(view[name].shape)}, expected {list(shape)} by the config beside it"
+            yield Finding("error", "wrong-shape", name, what, f"{consumers}: refuse it", "convert the model again")
 
 
 def _first(names: Sequence[str], finding: Callable[[str, str], Finding], class_name: str) -> Iterator[Finding]:

@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from omni_convert.convert.source.component import plain_weights
+from omni_convert.convert.source.original_names import under_diffusers_names
 from omni_convert.formats.checks.scale_order import other_order
 from omni_convert.formats.checks.values import SAMPLE_MULTIPLE, other_scale
 from omni_convert.formats.containers.checkpoint import Checkpoint
+from omni_convert.formats.containers.names import WEIGHT
 from omni_convert.formats.dialects.codec import Swizzled
 from omni_convert.formats.dialects.table import DIALECTS
-from omni_convert.formats.finding import Finding
+from omni_convert.formats.finding import Finding, Severity
 from omni_convert.formats.format import Format
 from omni_convert.formats.rows import tile_ranges
-from omni_convert.formats.views.opened import QuantizedLayer
+from omni_convert.formats.views.base import CheckpointView
+from omni_convert.formats.views.opened import QuantizedCheckpoint, QuantizedLayer
 
-__all__ = ["bits_of", "check_against", "check_kept", "relative_error"]
+__all__ = ["Comparison", "bits_of"]
 
-#: Relative error ||W - W'|| / ||W|| that no sound quantization of so many bits reaches.
-LIMITS = {8: 0.1, 4: 0.3, 2: 1.0}
+#: Relative error of a tensor that was only recast.
+RECAST_ERROR = 0.01
 
 
 def bits_of(fmt: Format) -> int:
@@ -29,46 +34,122 @@ def bits_of(fmt: Format) -> int:
     return 8 if encoding is None else encoding.element.bits
 
 
-def limit_of(fmt: Format) -> float:
-    """Largest relative error that a format explains."""
-    return LIMITS[bits_of(fmt)]
+class Comparison:
+    """A component compared with the weights that it was made of, tensor by tensor.
 
-
-def check_against(layer: QuantizedLayer, reference: Checkpoint, dialect: str) -> tuple[float | None, list[Finding]]:
-    """The relative error of a layer, None if the reference does not have it, and what is wrong.
-
-    Raises:
-        CheckpointError: a file cannot be read.
+    Attributes:
+        errors: layer to relative error, so far
+        findings: what is wrong, so far
     """
-    name = f"{layer.stem}.weight"
-    spec = reference.get(name)
-    shape = layer.format.weight_shape(*layer.shape)
-    if spec is None or spec.shape != shape:
-        found = "no such weight" if spec is None else f"{list(spec.shape)}"
-        what = f"found {found} in the reference, expected {list(shape)}"
-        return None, [Finding("warning", "not-in-reference", layer.stem, what, "", "give the model it was made of")]
-    error = relative_error(layer, reference, name)
-    limit = limit_of(layer.format)
-    if error <= limit:
-        return error, []
-    return error, [_explained(layer, reference, error, limit, dialect)]
+
+    def __init__(self, quantized: QuantizedCheckpoint, reference: Checkpoint, config: Mapping[str, Any]) -> None:
+        """Brings the component to the names of diffusers, which the reference has.
+
+        Args:
+            config: of the component; {} if there is none
+
+        Raises:
+            CheckpointError: the component is not the model of the config.
+        """
+        assert quantized.dialect is not None
+        self.errors: dict[str, float] = {}
+        self.findings: list[Finding] = []
+        weights = plain_weights(quantized)
+        self._weights, _ = under_diffusers_names(weights, config)
+        self._reference = reference
+        self._dialect = DIALECTS[quantized.dialect]
+        self._layers = quantized.layers if self._weights is weights else {}
+        self._quantized = self._weights.storage.keys() if isinstance(self._weights, CheckpointView) else frozenset()
+        self._limit = max((layer.format.largest_error for layer in quantized.layers.values()), default=0.0)
+        self._left = dict.fromkeys(self._weights)
+
+    def compare(self, name: str) -> None:
+        """Compares a tensor, unless diffusers calls it otherwise.
+
+        Raises:
+            CheckpointError: a file cannot be read.
+        """
+        if name in self._left:
+            del self._left[name]
+            self._compare(name)
+
+    def compare_rest(self) -> None:
+        """Compares what is left; raises CheckpointError if a file cannot be read."""
+        for name in list(self._left):
+            self.compare(name)
+
+    def _compare(self, name: str) -> None:
+        spec, other = self._weights[name], self._reference.get(name)
+        is_same_shape = other is not None and other.shape == spec.shape
+        if name in self._quantized:
+            stem = name.removesuffix(WEIGHT)
+            if is_same_shape:
+                self._compare_layer(stem, name)
+                return
+            what = f"found {list(other.shape) if other else 'no such weight'} in the reference"
+            what += f", expected {list(spec.shape)}"
+            self._add("warning", "not-in-reference", stem, what, "", "give the model it was made of")
+        elif is_same_shape:
+            self._compare_kept(name)
+        elif other is not None and not self._dialect.recasts_kept_tensors:
+            what = f"found {list(spec.shape)}, the reference has {list(other.shape)}"
+            self._add("error", "differs-from-reference", name, what, "every runtime", "convert the model again")
+
+    def _compare_layer(self, stem: str, name: str) -> None:
+        layer = self._layers.get(stem)
+        multiple = 1 if layer is None else max(layer.format.row_multiple, layer.stored.spelling.row_multiple)
+        limit = self._limit if layer is None else layer.format.largest_error
+        error = self.errors[stem] = relative_error(self._tiles(name, multiple))
+        if error <= limit:
+            return
+        if layer is not None:
+            self.findings.append(_explained(layer, self._reference, error, limit, self._dialect.consumers))
+            return
+        what = f"found weights {error:.0%} off the reference, expected at most {limit:.0%}"
+        hurts = f"{self._dialect.consumers}: computes with other weights"
+        self._add("error", "differs-from-reference", stem, what, hurts, "convert the model again")
+
+    def _compare_kept(self, name: str) -> None:
+        """A tensor that is not quantized is what the reference has, or what comes of recasting that."""
+        tiles = self._tiles(name)
+        if self._dialect.recasts_kept_tensors:
+            is_same = relative_error(tiles) <= RECAST_ERROR
+        else:
+            is_same = all(torch.equal(found, wanted.to(found.dtype)) for found, wanted in tiles)
+        if not is_same:
+            what = "found other values than in the reference, but it is not quantized"
+            self._add("error", "differs-from-reference", name, what, "every runtime", "convert the model again")
+
+    def _tiles(self, name: str, multiple: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
+        """Some rows of a tensor at a time, and those of the reference."""
+        shape = self._weights[name].shape
+        if not shape:
+            yield self._weights.read(name), self._reference.read(name)
+            return
+        for rows in tile_ranges(shape, multiple):
+            yield self._weights.read_rows(name, *rows), self._reference.read_rows(name, *rows)
+
+    def _add(self, severity: Severity, check: str, layer: str, what: str, hurts: str, remedy: str) -> None:
+        self.findings.append(Finding(severity, check, layer, what, hurts, remedy))
 
 
-def relative_error(layer: QuantizedLayer, reference: Checkpoint, name: str) -> float:
-    """||W - W'|| / ||W|| over the whole weight; NaN counts as infinite."""
+def relative_error(tiles: Iterable[tuple[Tensor, Tensor]]) -> float:
+    """||W - W'|| / ||W|| over the whole weight; NaN counts as infinite.
+
+    Args:
+        tiles: rows of W' and the same of W, any float dtype
+    """
     difference = total = 0.0
-    multiple = max(layer.format.row_multiple, layer.stored.spelling.row_multiple)
-    for start, stop in tile_ranges(layer.shape, multiple):
-        wanted = reference.read_rows(name, start, stop).flatten(1).float()
-        difference += float((layer.dequantize(start, stop) - wanted).square_().sum(dtype=torch.float64))
-        total += float(wanted.square_().sum(dtype=torch.float64))
+    for found, wanted in tiles:
+        weight = wanted.float()
+        difference += float((found.float() - weight).square_().sum(dtype=torch.float64))
+        total += float(weight.square().sum(dtype=torch.float64))
     ratio = (difference / total) ** 0.5 if total else (0.0 if difference == 0 else float("inf"))
     return ratio if ratio == ratio else float("inf")
 
 
-def _explained(layer: QuantizedLayer, reference: Checkpoint, error: float, limit: float, dialect: str) -> Finding:
+def _explained(layer: QuantizedLayer, reference: Checkpoint, error: float, limit: float, consumers: str) -> Finding:
     """The mistake that explains an error, if one of the known ones does."""
-    consumers = DIALECTS[dialect].consumers
     rows = min(layer.shape[0], SAMPLE_MULTIPLE)
     wanted = reference.read_rows(f"{layer.stem}.weight", 0, rows).flatten(1).float()
     tensors = layer.read(0, rows)
@@ -113,25 +194,3 @@ def _swapped(layer: QuantizedLayer, codes: Tensor) -> Tensor | None:
         return (codes << 4) | (codes >> 4)
     pairs = codes.view(torch.uint8).view(len(codes), -1, 2)
     return pairs.flip(-1).flatten(1).view(codes.dtype)
-
-
-def check_kept(checkpoint: Checkpoint, stored: str, reference: Checkpoint, name: str) -> Iterator[Finding]:
-    """Whether a tensor that is not quantized is what the reference has.
-
-    Args:
-        stored: its name in the checkpoint
-        name: that in the reference
-    """
-    spec, other = checkpoint[stored], reference.get(name)
-    if other is None or not spec.shape:
-        return
-    what = ""
-    if other.shape != spec.shape:
-        what = f"found {list(spec.shape)}, the reference has {list(other.shape)}"
-    elif not all(
-        torch.equal(checkpoint.read_rows(stored, *rows), reference.read_rows(name, *rows).to(spec.dtype))
-        for rows in tile_ranges(spec.shape)
-    ):
-        what = "found other values than in the reference, but it is not quantized"
-    if what:
-        yield Finding("error", "differs-from-reference", name, what, "every runtime", "convert the model again")

@@ -17,10 +17,9 @@ from threading import Event
 from typing import Any
 
 from omni_convert.convert.inspection.file_check import check_files
-from omni_convert.convert.inspection.gguf_verification import check_gguf, compare_gguf
 from omni_convert.convert.inspection.lost_block import dialect_of_lost_block
-from omni_convert.convert.inspection.name_check import check_names
-from omni_convert.convert.inspection.reference_check import bits_of, check_against, check_kept
+from omni_convert.convert.inspection.name_check import check_converted_names, check_names
+from omni_convert.convert.inspection.reference_check import Comparison, bits_of
 from omni_convert.convert.source.component import plain_weights
 from omni_convert.convert.source.component_folder import ComponentFolder, folders_with_weights
 from omni_convert.convert.source.location import Source
@@ -32,8 +31,8 @@ from omni_convert.formats.checks.scope import check_scope
 from omni_convert.formats.checks.values import check_finite, check_values
 from omni_convert.formats.containers.checkpoint import Checkpoint
 from omni_convert.formats.containers.component import DENOISERS
+from omni_convert.formats.containers.names import WEIGHT
 from omni_convert.formats.dialects.found import describe
-from omni_convert.formats.dialects.gguf import GGUF
 from omni_convert.formats.dialects.table import DIALECTS
 from omni_convert.formats.errors import CheckpointError
 from omni_convert.formats.families.family import Family
@@ -41,8 +40,6 @@ from omni_convert.formats.finding import Finding
 from omni_convert.formats.rows import tile_ranges
 
 __all__ = ["VerifiedComponent", "verify_source", "weight_bytes"]
-
-#: What vLLM-Omni loads by the layers that it builds; other dialects are for others, or are spelled anew first.
 
 
 @dataclass(frozen=True)
@@ -118,30 +115,26 @@ def _verify(component: ComponentFolder, reference: Source | None, progress: Call
             config = component.config_if_any
         except CheckpointError as error:
             return _unopened(component, error)
-        is_gguf = reading.quantized.dialect == GGUF.name
-        findings = [*reading.findings, *(check_gguf(reading, config) if is_gguf else check_block(reading, config))]
-        findings += _scope(component, reading)
-        if not is_gguf and not _is_in_manifest(component, checkpoint):
-            findings += check_names(reading, config)
         quantized = reading.quantized
-        errors: dict[str, float] = {}
-        compared = reference if quantized.layers or is_gguf else None
-        with _open_reference(compared, component.name, config) if compared is not None else nullcontext() as original:
-            values, untraced = _values(reading, progress, None if is_gguf else original, errors)
-            findings += values
-            if is_gguf and original is not None:
-                findings += compare_gguf(quantized, original, config, errors)
+        findings = [*reading.findings, *check_block(reading, config), *_scope(component, reading)]
+        findings += _names(component, reading, config)
+        compared = reference if quantized.shown_dialect is not None else None
+        with nullcontext() if compared is None else _open_reference(compared, component.name, config) as original:
+            comparison = None if original is None else Comparison(quantized, original, config)
+            values, untraced = _values(reading, progress, comparison)
+        errors = comparison.errors if comparison is not None else {}
         if compared is not None and quantized.layers and not errors:
             raise CheckpointError(
                 f"{compared.path}: found none of the {len(quantized.layers)} quantized layers of {checkpoint.path}, "
                 "expected the model that it was made of"
             )
+        is_damaged = bool(reading.shapes or reading.findings)
         return VerifiedComponent(
             component.name,
             dialect_of_lost_block(component, quantized)
-            or (quantized.dialect if reading.shapes or reading.findings or is_gguf else None),
+            or (quantized.dialect if is_damaged else quantized.shown_dialect),
             len(quantized.layers),
-            tuple(dict.fromkeys(findings)),
+            tuple(dict.fromkeys([*findings, *values])),
             errors,
             () if reference is not None else tuple(_unchecked(reading, untraced)),
         )
@@ -185,6 +178,15 @@ def _scope(component: ComponentFolder, reading: TolerantReading) -> list[Finding
     return list(check_scope(reading, family, *_encoder_layers(component.source, family)))
 
 
+def _names(component: ComponentFolder, reading: TolerantReading, config: dict[str, Any]) -> Iterator[Finding]:
+    """Whether names and shapes are those of the model; a SHA-256 in the manifest says more than names do."""
+    dialect = reading.quantized.dialect
+    if dialect is not None and DIALECTS[dialect].has_converted_names:
+        yield from check_converted_names(reading, config)
+    elif not _is_in_manifest(component, reading.found.checkpoint):
+        yield from check_names(reading, config)
+
+
 def _is_in_manifest(component: ComponentFolder, checkpoint: Checkpoint) -> bool:
     """Whether the manifest has a SHA-256 of every file of the component, which makes a check of names unnecessary."""
     files = component.manifest.get("files")
@@ -211,9 +213,9 @@ def _encoder_layers(source: Source, family: Family) -> tuple[list[str], list[str
 
 
 def _values(
-    reading: TolerantReading, progress: Callable[[int], None], original: Checkpoint | None, errors: dict[str, float]
+    reading: TolerantReading, progress: Callable[[int], None], comparison: Comparison | None
 ) -> tuple[list[Finding], int]:
-    """Findings about values, followed by differences from the original, whose errors are added to `errors`.
+    """Findings about values, followed by differences from the reference.
 
     Each tensor is compared right after its values were checked, while the system has its bytes in memory.
 
@@ -222,7 +224,6 @@ def _values(
     """
     quantized, checkpoint = reading.quantized, reading.quantized.checkpoint
     findings: list[Finding] = []
-    differences: list[Finding] = []
     traces: list[ScaleTrace] = []
     untraced = 0
     for stem, layer in quantized.layers.items():
@@ -237,17 +238,18 @@ def _values(
             findings.append(
                 Finding("error", "damaged-file", layer.stem, str(error), "every runtime", "download it again")
             )
-        if original is not None:
-            error_of_layer, found = check_against(layer, original, quantized.dialect)
-            differences += found
-            errors |= {} if error_of_layer is None else {stem: error_of_layer}
+        if comparison is not None:
+            comparison.compare(f"{stem}{WEIGHT}")
     findings += exchanged_scales(traces, quantized.dialect) if quantized.dialect is not None else ()
     for name, stored in quantized.kept.items():
         findings += _kept_values(checkpoint, stored)
         progress(checkpoint[stored].nbytes)
-        if original is not None:
-            differences += check_kept(checkpoint, stored, original, name)
-    return findings + differences, untraced
+        if comparison is not None:
+            comparison.compare(name)
+    if comparison is not None:
+        comparison.compare_rest()
+        findings += comparison.findings
+    return findings, untraced
 
 
 def _kept_values(checkpoint: Checkpoint, name: str) -> list[Finding]:

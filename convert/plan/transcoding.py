@@ -11,7 +11,6 @@ from omni_convert.convert.plan.steps import CopyStep, dtype_of_copy, outputs
 from omni_convert.convert.recipe import Recipe
 from omni_convert.convert.source.component import SourceComponent
 from omni_convert.formats.containers.checkpoint import Checkpoint
-from omni_convert.formats.dialects.gguf import GGUF
 from omni_convert.formats.dialects.table import DIALECTS
 from omni_convert.formats.errors import RecipeError
 
@@ -26,13 +25,14 @@ def plan_transcoded(component: SourceComponent, recipe: Recipe, encoder: Compone
 
     Raises:
         CheckpointError: the model is quantized in a way that nobody here reads, or a layer cannot be expressed.
-        RecipeError: the runtime cannot run the model, or it is to be kept and is in GGUF.
+        RecipeError: the runtime cannot run the model; or it is to be kept, and its container has no other dialect.
     """
     component.refuse_unread()
-    if recipe.method == "keep" and component.opened.dialect == GGUF.name:
+    dialect = component.opened.dialect
+    if recipe.method == "keep" and dialect is not None and DIALECTS[dialect].declared_by == "container":
         raise RecipeError(
-            f"{component.opened.checkpoint.path}: found GGUF with -m keep, which no other dialect holds; copy the file "
-            "to keep it, or use `omni-convert dequantize`, or -m METHOD, which quantizes anew"
+            f"{component.opened.checkpoint.path}: found {dialect.upper()} with -m keep, which no other dialect holds; "
+            "copy the file to keep it, or use `omni-convert dequantize`, or -m METHOD, which quantizes again"
         )
     quantized = component.opened.layers
     view: Checkpoint = component.weights

@@ -20,7 +20,6 @@ from omni_convert.convert.source.original_names import (
 from omni_convert.formats.containers.checkpoint import Checkpoint
 from omni_convert.formats.containers.names import COMPANIONS
 from omni_convert.formats.containers.tensor_spec import DTYPE_NAMES
-from omni_convert.formats.dialects.gguf import GGUF
 from omni_convert.formats.dialects.table import DIALECTS
 from omni_convert.formats.errors import CheckpointError, RecipeError, counted, quoted
 from omni_convert.formats.views.base import dequantized_view
@@ -51,9 +50,7 @@ class SourceComponent(ComponentFolder):
     @property
     def is_changed(self) -> bool:
         """Whether a conversion that quantizes nothing would change this component."""
-        return (
-            bool(self.opened.layers) or self.opened.dialect == GGUF.name or self.weights is not self.opened.checkpoint
-        )
+        return self.opened.shown_dialect is not None or self.weights is not self.opened.checkpoint
 
     @property
     def counted_layers(self) -> str:
@@ -102,7 +99,9 @@ def open_components(source: Source, names: Iterable[str], recipe: Recipe) -> dic
 
 def _under_diffusers_names(component: SourceComponent, recipe: Recipe) -> SourceComponent:
     """Renames tensors of a GGUF file or of a model that is a single component, if they have their original names."""
-    if component.name and component.opened.dialect != GGUF.name:
+    dialect = component.opened.dialect
+    is_of_pipeline = bool(component.name) and not (dialect is not None and DIALECTS[dialect].has_converted_names)
+    if is_of_pipeline:
         return component
     is_kept = recipe.method == "keep" and bool(component.opened.layers)
     is_for_diffusers = is_kept and DIALECTS[recipe.dialect].has_diffusers_names

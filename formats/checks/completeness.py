@@ -11,7 +11,6 @@ from omni_convert.formats.checks.undeclared import holds_codes
 from omni_convert.formats.containers.checkpoint import Checkpoint
 from omni_convert.formats.containers.names import CODES, COMPANIONS, WEIGHT
 from omni_convert.formats.containers.tensor_spec import DTYPE_NAMES
-from omni_convert.formats.dialects.gguf import GGUF
 from omni_convert.formats.dialects.table import DIALECTS
 from omni_convert.formats.errors import listed, nearest
 from omni_convert.formats.views.opened import QuantizedCheckpoint
@@ -39,7 +38,7 @@ def block_gaps(quantized: QuantizedCheckpoint, shapes: Mapping[str, tuple[int, i
     Args:
         shapes: stem to [out, in] of the quantized layers, those that cannot be read included
     """
-    if quantized.dialect == GGUF.name:
+    if _is_container(quantized.dialect):
         return
     codes = {f"{stem}{WEIGHT}": shape for stem, shape in shapes.items()}
     kept = {
@@ -61,13 +60,18 @@ def without_weight(checkpoint: Checkpoint, stem: str) -> str | None:
 
 def incomplete(quantized: QuantizedCheckpoint) -> Flaw | None:
     """The first flaw of a checkpoint; None if its names show none."""
-    if quantized.dialect in (None, GGUF.name):
+    if quantized.dialect is None or _is_container(quantized.dialect):
         return None
     shapes = {stem: layer.shape for stem, layer in quantized.layers.items()}
     gap = next(block_gaps(quantized, shapes), None)
     if gap is not None:
         return Flaw(gap.reason)
     return next(filter(None, (_stray(quantized, name) for name in quantized.kept.values())), None)
+
+
+def _is_container(dialect: str | None) -> bool:
+    """Whether names tell nothing more, since the container says what each tensor is."""
+    return dialect is not None and DIALECTS[dialect].declared_by == "container"
 
 
 def _stray(quantized: QuantizedCheckpoint, name: str) -> Flaw | None:

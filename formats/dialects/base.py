@@ -14,10 +14,12 @@ from typing import Any, Literal, ParamSpec
 import torch
 from torch import Tensor
 
+from omni_convert.formats.containers.checkpoint import Checkpoint
 from omni_convert.formats.dialects.codec import PLAIN, Codec, WritableCodec
 from omni_convert.formats.dialects.found import Found
 from omni_convert.formats.dialects.verdict import OURS, VLLM_OMNI, Verdict
 from omni_convert.formats.errors import CheckpointError
+from omni_convert.formats.families.family import Family
 from omni_convert.formats.finding import Finding
 from omni_convert.formats.format import Format
 from omni_convert.formats.rows import TensorLayout
@@ -168,6 +170,10 @@ class Dialect(ABC):
     is_single_file: bool = False
     #: Whether its readers expect diffusers' names, not those of the model's own code.
     has_diffusers_names: bool = True
+    #: Whether its readers, diffusers among them, convert the names of the model's own code.
+    has_converted_names: bool = False
+    #: Whether its writers recast and reshape the tensors that they do not quantize.
+    recasts_kept_tensors: bool = False
     #: Whether its block lists the format of each layer, which readers look up by the runtime's names of merged layers.
     lists_runtime_names: bool = False
     #: Whether FP8 with dynamic activations has a scale for each row.
@@ -218,11 +224,19 @@ class Dialect(ABC):
         """Free text for the file's header."""
         return {}
 
-    def verdicts(self, layers: Mapping[str, Format], refusal: str | None = None) -> list[Verdict]:
+    def verdicts(
+        self,
+        layers: Mapping[str, Format],
+        refusal: str | None = None,
+        checkpoint: Checkpoint | None = None,
+        family: Family | None = None,
+    ) -> list[Verdict]:
         """What each runtime does with a component.
 
         Args:
             layers: stem to format
+            checkpoint: the component, for dialects whose readers depend on more than formats
+            family: the model's family; None if no config names it
             refusal: why vLLM-Omni refuses or misreads a component in a dialect that it knows, or None
         """
         return list(self.usual_verdicts)

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
+from omni_convert.formats.containers.checkpoint import Checkpoint
 from omni_convert.formats.dialects.base import Dialect, Found, LayerError, StoredLayer
 from omni_convert.formats.dialects.detection import signed_layers
 from omni_convert.formats.dialects.verdict import CONVERT_FIRST, DIFFUSERS, NO_BLOCK, UNMARKED, Verdict
+from omni_convert.formats.families.family import Family
 from omni_convert.formats.format import Format
 
 __all__ = ["BFL"]
@@ -33,7 +35,13 @@ class BlackForestLabs(Dialect):
     def stored_layers(self, found: Found) -> Iterator[StoredLayer | LayerError]:
         return signed_layers(found)
 
-    def verdicts(self, layers: Mapping[str, Format], refusal: str | None = None) -> list[Verdict]:
+    def verdicts(
+        self,
+        layers: Mapping[str, Format],
+        refusal: str | None = None,
+        checkpoint: Checkpoint | None = None,
+        family: Family | None = None,
+    ) -> list[Verdict]:
         unread = sorted({fmt.label for fmt in layers.values()} - {*READ_BY_DIFFUSERS})
         reader = Verdict(
             DIFFUSERS, "loads", "from_single_file with BFLQuantizationConfig, fp8 per row and nvfp4 with input_scale"

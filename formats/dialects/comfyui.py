@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from omni_convert.formats.containers.checkpoint import Checkpoint
 from omni_convert.formats.containers.json_file import parse_json
 from omni_convert.formats.dialects.base import Dialect, Found, LayerError, StoredLayer, WrittenSpelling, attempt
 from omni_convert.formats.dialects.codec import SwappedNibbles, Swizzled
@@ -34,6 +35,7 @@ from omni_convert.formats.dialects.detection import (
 from omni_convert.formats.dialects.verdict import COMFYUI as RUNTIME
 from omni_convert.formats.dialects.verdict import CONVERT_FIRST, DIFFUSERS, NO_BLOCK, Verdict
 from omni_convert.formats.errors import CheckpointError
+from omni_convert.formats.families.family import Family
 from omni_convert.formats.finding import Finding
 from omni_convert.formats.foreign import Rotated
 from omni_convert.formats.format import Format, QuantizingFormat
@@ -132,7 +134,13 @@ class ComfyUi(Dialect):
         marks = {stem: {"format": _format_name(layers[stem])} for stem in sorted(layers)}
         return {METADATA: json.dumps({"format_version": "1.0", "layers": marks})}
 
-    def verdicts(self, layers: Mapping[str, Format], refusal: str | None = None) -> list[Verdict]:
+    def verdicts(
+        self,
+        layers: Mapping[str, Format],
+        refusal: str | None = None,
+        checkpoint: Checkpoint | None = None,
+        family: Family | None = None,
+    ) -> list[Verdict]:
         methods = {fmt.method for fmt in layers.values()}
         needs = ", ".join(f"{method} on {HARDWARE[method]}" for method in sorted(methods & HARDWARE.keys()))
         found = [Verdict(RUNTIME, "loads", f"as it is marked; runs {needs}, else dequantizes"), *self.usual_verdicts]

@@ -8,8 +8,8 @@ Limits:   a tensor of blocks is called NAME.weight; types that the `gguf` packag
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, cast
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -18,6 +18,11 @@ from omni_convert.formats.containers.component import GGUF_SUFFIX
 from omni_convert.formats.containers.names import WEIGHT
 from omni_convert.formats.containers.tensor_spec import TensorSpec
 from omni_convert.formats.dialects.base import Dialect, Found, LayerError, StoredLayer, WrittenSpelling, attempt
+from omni_convert.formats.dialects.gguf_findings import gguf_findings
+from omni_convert.formats.dialects.gguf_verdicts import gguf_verdicts
+from omni_convert.formats.dialects.verdict import Verdict
+from omni_convert.formats.families.family import Family
+from omni_convert.formats.finding import Finding
 from omni_convert.formats.format import Format
 
 if TYPE_CHECKING:  # the gguf package is slow to import, and few need it
@@ -38,6 +43,8 @@ class Gguf(Dialect):
     consumers = "diffusers, ComfyUI-GGUF, stable-diffusion.cpp"
     declared_by = "container"
     is_single_file = True
+    has_converted_names = True
+    recasts_kept_tensors = True
 
     def recognises(self, found: Found) -> bool:
         return gguf_file_of(found.checkpoint) is not None
@@ -51,6 +58,21 @@ class Gguf(Dialect):
             entry = file.entries[name]
             if entry.type.name not in PLAIN_DTYPES:
                 yield attempt(_stored_layer, entry, found)
+
+    def verdicts(
+        self,
+        layers: Mapping[str, Format],
+        refusal: str | None = None,
+        checkpoint: Checkpoint | None = None,
+        family: Family | None = None,
+    ) -> list[Verdict]:
+        file = gguf_file_of(checkpoint) if checkpoint is not None else None
+        return list(gguf_verdicts(file, family)) if file is not None else []
+
+    def check(self, found: Found, layers: Mapping[str, StoredLayer], config: Mapping[str, Any]) -> Iterator[Finding]:
+        file = gguf_file_of(found.checkpoint)
+        assert file is not None, "recognised"
+        return gguf_findings(file, layers, config)
 
     def spelling(self, fmt: Format, shape: tuple[int, int]) -> WrittenSpelling | str:
         return WrittenSpelling() if fmt.method == self.name else super().spelling(fmt, shape)

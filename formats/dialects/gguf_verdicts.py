@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING
 
-from omni_convert.formats.containers.checkpoint import Checkpoint
-from omni_convert.formats.dialects.gguf import gguf_file_of
 from omni_convert.formats.dialects.verdict import DIFFUSERS, OURS, VLLM_OMNI, Verdict
 from omni_convert.formats.families.family import Family
 from omni_convert.formats.families.table import FAMILIES
+
+if TYPE_CHECKING:  # the gguf package is slow to import, and few need it
+    from omni_convert.formats.containers.gguf_file import GgufReader
 
 __all__ = ["COMFYUI_ARCHITECTURES", "DIFFUSERS_TYPES", "gguf_verdicts", "has_diffusers_names"]
 
@@ -38,14 +40,12 @@ def has_diffusers_names(architecture: str | None, names: Mapping[str, object]) -
     return any(name.startswith(prefixes) for name in names)
 
 
-def gguf_verdicts(checkpoint: Checkpoint, family: Family | None) -> Iterator[Verdict]:
+def gguf_verdicts(file: GgufReader, family: Family | None) -> Iterator[Verdict]:
     """What each runtime does with a GGUF file.
 
     Args:
-        family: of the model; None if no config tells it
+        family: the model's family; None if no config names it
     """
-    file = gguf_file_of(checkpoint)
-    assert file is not None, "a checkpoint in GGUF"
     types = {entry.type.name for entry in file.entries.values()} - {"F32", "F16", "BF16"}
     unknown = ", ".join(sorted(types - {*DIFFUSERS_TYPES}))
     if unknown:

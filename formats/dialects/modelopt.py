@@ -19,6 +19,7 @@ import fnmatch
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
+from omni_convert.formats.containers.checkpoint import Checkpoint
 from omni_convert.formats.dialects.base import Dialect, Found, LayerError, StoredLayer, WrittenSpelling
 from omni_convert.formats.dialects.block_findings import FIX_BLOCK, block_mismatch
 from omni_convert.formats.dialects.codec import Plain, Repeated
@@ -27,6 +28,7 @@ from omni_convert.formats.dialects.modelopt_config import MIXED_PRECISION, MODEL
 from omni_convert.formats.dialects.verdict import CONVERT_FIRST, DIFFUSERS, OURS, UNMARKED, VLLM_OMNI, Verdict
 from omni_convert.formats.dialects.vllm_omni import from_block, vllm_omni_verdict
 from omni_convert.formats.errors import OmniConvertError
+from omni_convert.formats.families.family import Family
 from omni_convert.formats.finding import Finding
 from omni_convert.formats.format import Format
 from omni_convert.formats.fp8 import FP8, FP8_PER_ROW, fp8_block_size
@@ -84,7 +86,13 @@ class ModelOpt(Dialect):
         algorithms = {stem: _algorithm(fmt) for stem, fmt in layers.items()}
         return spell_algorithms(algorithms, ignored, is_mixed=len(set(algorithms.values())) > 1)
 
-    def verdicts(self, layers: Mapping[str, Format], refusal: str | None = None) -> list[Verdict]:
+    def verdicts(
+        self,
+        layers: Mapping[str, Format],
+        refusal: str | None = None,
+        checkpoint: Checkpoint | None = None,
+        family: Family | None = None,
+    ) -> list[Verdict]:
         methods, labels = {fmt.method for fmt in layers.values()}, {fmt.label for fmt in layers.values()}
         is_loaded = labels <= LOADED_ALONE or (len(labels) > 1 and labels <= LOADED_IN_MIXTURES)
         return [

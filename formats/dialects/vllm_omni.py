@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from omni_convert.formats.config import ACTIVATION_SCHEMES, MIXED, QuantizationConfig
+from omni_convert.formats.containers.checkpoint import Checkpoint
 from omni_convert.formats.dialects.base import Dialect, Found, LayerError, StoredLayer, WrittenSpelling
 from omni_convert.formats.dialects.block_findings import FIX_BLOCK, block_mismatch, unknown_keys
 from omni_convert.formats.dialects.modelopt_config import (
@@ -35,6 +36,7 @@ from omni_convert.formats.dialects.modelopt_config import (
 from omni_convert.formats.dialects.verdict import DIFFUSERS, OURS, UNMARKED, Verdict
 from omni_convert.formats.dialects.verdict import VLLM_OMNI as RUNTIME
 from omni_convert.formats.errors import CheckpointError, OmniConvertError, RecipeError, did_you_mean
+from omni_convert.formats.families.family import Family
 from omni_convert.formats.families.layers import LayerGroup
 from omni_convert.formats.finding import Finding
 from omni_convert.formats.format import Format, QuantizingFormat
@@ -320,7 +322,13 @@ class VllmOmni(Dialect):
         """
         return to_block(config_of(layers, ignored))
 
-    def verdicts(self, layers: Mapping[str, Format], refusal: str | None = None) -> list[Verdict]:
+    def verdicts(
+        self,
+        layers: Mapping[str, Format],
+        refusal: str | None = None,
+        checkpoint: Checkpoint | None = None,
+        family: Family | None = None,
+    ) -> list[Verdict]:
         return [vllm_omni_verdict({fmt.method for fmt in layers.values()}, refusal), *self.usual_verdicts]
 
     def check(self, found: Found, layers: Mapping[str, StoredLayer], config: Mapping[str, Any]) -> Iterator[Finding]:

@@ -27,7 +27,7 @@ from omni_convert.formats.containers.tensor_spec import DTYPE_NAMES
 from omni_convert.formats.dialects.base import Dialect, LayerError, StoredLayer
 from omni_convert.formats.dialects.codec import Swizzled
 from omni_convert.formats.dialects.found import Found, describe
-from omni_convert.formats.dialects.table import find_dialect
+from omni_convert.formats.dialects.table import DIALECTS, find_dialect
 from omni_convert.formats.errors import CheckpointError
 from omni_convert.formats.format import Format
 from omni_convert.formats.rows import TensorLayout
@@ -127,6 +127,12 @@ class QuantizedCheckpoint:
     layers: dict[str, QuantizedLayer] = field(default_factory=dict)
     kept: dict[str, str] = field(default_factory=dict)
     block: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def shown_dialect(self) -> str | None:
+        """The dialect if layers or the container show it; None if a block or a scale alone does."""
+        is_shown = bool(self.layers) or (self.dialect is not None and DIALECTS[self.dialect].declared_by == "container")
+        return self.dialect if is_shown else None
 
     def __enter__(self) -> Self:
         return self
