@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import re
 from dataclasses import dataclass, field, fields
@@ -100,6 +101,7 @@ class Recipe(FormatChoices):
     calib: Path | None = None
     calibration: tuple[Path, ...] = ()
     moments: tuple[Path, ...] = ()
+    imatrix: Path | None = None
     calib_steps: int | None = None
     calib_size: tuple[int, int] | None = None
     calib_frames: int | None = None
@@ -183,6 +185,8 @@ class Recipe(FormatChoices):
 
     def _check_gguf(self) -> None:
         if "gguf" not in (self.method, *self.component.values()):
+            if self.imatrix is not None:
+                raise RecipeError(f"--imatrix: found with method '{self.method}', expected method 'gguf'")
             return
         if self.dialect != "vllm-omni":
             raise RecipeError(f"--dialect {self.dialect}: found with method 'gguf', which is a kind of file by itself")
@@ -294,6 +298,7 @@ class Recipe(FormatChoices):
             "search": self.search,
             "rounding": None if self.effective_rounding == "nearest" else self.effective_rounding,
             "bf16_blocks": self.bf16_blocks,
+            "imatrix": None if self.imatrix is None else hashlib.sha256(self.imatrix.read_bytes()).hexdigest(),
             "dtype": self.dtype,
             "max_shard_size": self.max_shard_size,
         }

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Self
 
 import torch
@@ -35,6 +35,8 @@ DEFAULT_TYPE = "Q8_0"
 FALLBACKS = {"Q6_K": "Q8_0", "Q5_K": "Q5_1", "Q4_K": "Q5_0", "Q3_K": "IQ4_NL", "Q2_K": "IQ4_NL", "IQ4_XS": "IQ4_NL"}
 #: The type of rows that consist of no blocks at all, where one of super-blocks was asked for.
 LAST_TYPE = "F16"
+#: What a channel counts at least, relative to the mean of all.
+LEAST_IMPORTANCE = 1e-4
 #: So many blocks of 32 at a time stay in a core's cache from one operation to the next: up to three times as fast.
 CACHED_BLOCKS = 8192
 
@@ -46,6 +48,7 @@ class Gguf(QuantizingFormat):
     Attributes:
         type: one of `GGUF_TYPES`
         search: choose scales by the squared error; else Q4_0 to Q5_1 are bit-equal to the `gguf` package's
+        importance: what the square of an error in each column counts, float32 [in]; None where all count the same
 
     Raises:
         RecipeError: there is no such type here.
@@ -53,6 +56,7 @@ class Gguf(QuantizingFormat):
 
     type: str = DEFAULT_TYPE
     search: bool = True
+    importance: Tensor | None = field(default=None, compare=False, repr=False)
 
     method = "gguf"
     activation_schemes = ("none",)
@@ -60,7 +64,7 @@ class Gguf(QuantizingFormat):
 
     @classmethod
     def build(cls, options: FormatOptions) -> Gguf:
-        return cls(options.gguf_type or DEFAULT_TYPE, options.search)
+        return cls(options.gguf_type or DEFAULT_TYPE, options.search, options.importance)
 
     def __post_init__(self) -> None:
         if self.type not in GGUF_TYPES:
@@ -100,8 +104,23 @@ class Gguf(QuantizingFormat):
         stored = torch.empty(len(blocks), kind.size, dtype=torch.uint8, device=rows.device)
         count = CACHED_BLOCKS * BLOCK // kind.numbers if rows.device.type == "cpu" else max(1, len(blocks))
         for start in range(0, len(blocks), count):
-            stored[start : start + count] = kind.quantize(blocks[start : start + count].float(), search=self.search)
+            part = blocks[start : start + count].float()
+            importance = self._importance_of(start, part)
+            stored[start : start + count] = kind.quantize(part, importance, search=self.search)
         return {"weight": stored.view(len(rows), -1)}
+
+    def _importance_of(self, start: int, blocks: Tensor) -> Tensor | None:
+        """What the errors of some blocks count, of a weight whose rows follow each other.
+
+        Args:
+            start: number of the first block
+        """
+        if self.importance is None:
+            return None
+        # A channel that no input has reached keeps a little weight, so that its numbers are not left to chance.
+        counts = self.importance.to(blocks.device).clamp(min=float(self.importance.mean()) * LEAST_IMPORTANCE)
+        by_block = counts.view(-1, blocks.shape[1])
+        return by_block[torch.arange(start, start + len(blocks), device=blocks.device) % len(by_block)]
 
     def dequantize(self, tensors: Mapping[str, Tensor]) -> Tensor:
         weight = tensors["weight"]

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from omni_convert.formats.errors import RecipeError
 from omni_convert.formats.gguf_mixes import MIXTURES
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 __all__ = ["GGUF_TYPES", "GROUP_SIZES", "FormatChoices", "FormatOptions", "check_group_size"]
 
@@ -78,12 +81,14 @@ class FormatOptions(FormatChoices):
         smooth: the layer stores a `mul_scale`
         per_channel: each row of an FP8 weight has its own scale
         shared_in_group: an INT8 weight has one scale for its whole fused group
+        importance: mean square of each input channel of a GGUF weight, float32 [in], if that is known
     """
 
     static: bool = False
     smooth: bool = False
     per_channel: bool = False
     shared_in_group: bool = False
+    importance: Tensor | None = None
 
 
 def check_group_size(size: object, where: str) -> None:

@@ -64,6 +64,7 @@ __all__ = ["convert_command", "dequantize_command", "push_command"]
     multiple=True,
     help="File of second moments for --rounding; repeatable.",
 )
+@click.option("--imatrix", type=click.Path(path_type=Path), help="Importance matrix of llama.cpp, with gguf.")
 @click.option(
     "--rounding", type=click.Choice(ROUNDINGS), help="Rounding of weights. Default: auto with --moments, else nearest."
 )

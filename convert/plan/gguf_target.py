@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import Any, cast
 
 import torch
+from torch import Tensor
 
 from omni_convert.convert.plan.gguf_names import GgufNames, choose_names
 from omni_convert.convert.plan.steps import QuantizeStep, Step, outputs
@@ -18,7 +19,7 @@ from omni_convert.formats.containers.shards import Shards
 from omni_convert.formats.containers.tensor_spec import TensorSpec
 from omni_convert.formats.dialects.base import Dialect
 from omni_convert.formats.dialects.gguf import GGUF, SMALL_ELEMENTS
-from omni_convert.formats.errors import RecipeError
+from omni_convert.formats.errors import RecipeError, quoted
 from omni_convert.formats.families.layers import LayerGroup
 from omni_convert.formats.families.patterns import matches
 from omni_convert.formats.format import Format
@@ -90,8 +91,35 @@ class GgufTarget(Target):
         """The type or mixture asked for."""
         return self.recipe.gguf_type or DEFAULT_TYPE
 
+    @cached_property
+    def _importance(self) -> dict[str, Tensor]:
+        """Weights in the file, and the importance of their columns, as far as the recipe's file knows them.
+
+        Raises:
+            CheckpointError: the file cannot be read.
+            RecipeError: it is of another model.
+        """
+        from omni_convert.formats.containers.imatrix import read_imatrix
+
+        if self.recipe.imatrix is None:
+            return {}
+        found = {name: entry for name, entry in read_imatrix(self.recipe.imatrix).items() if name in self._types}
+        if not found:
+            raise RecipeError(
+                f"--imatrix {self.recipe.imatrix}: found none of the {len(self._types)} weights to quantize, expected "
+                f"names such as {next(iter(self._types))}"
+            )
+        for name, entry in found.items():
+            if len(entry) != (columns := self.weights[name].shape[1]):
+                raise RecipeError(
+                    f"--imatrix {self.recipe.imatrix}: {quoted(name)}: found {len(entry)} columns, expected {columns}"
+                )
+        return found
+
     def choices_of(self, group: LayerGroup) -> dict[str, Any]:
-        return {**self.recipe.format_choices, "gguf_type": self._types[f"{group.runtime_name}{WEIGHT}"]}
+        name = f"{group.runtime_name}{WEIGHT}"
+        importance = self._importance.get(name)
+        return {**self.recipe.format_choices, "gguf_type": self._types[name], "importance": importance}
 
     def written_group(self, group: LayerGroup) -> LayerGroup:
         return LayerGroup(group.runtime_name, (group.runtime_name,), is_fused=False)
@@ -114,11 +142,19 @@ class GgufTarget(Target):
     @property
     def notes(self) -> tuple[str, ...]:
         how_to_load = f"; {HOW_TO_LOAD}" if self.names.is_for_diffusers else ""
-        names = f"{self.component.label}: the GGUF file has {self.names.note}{how_to_load}"
-        if self._kind not in MIXTURES:
-            return (names,)
+        notes = [f"{self.component.label}: the GGUF file has {self.names.note}{how_to_load}"]
+        if self._kind in MIXTURES:
+            notes.append(f"{self._kind} is {MIXTURES[self._kind]}{self._whose_choice}")
+        if self.recipe.imatrix is not None and len(self._importance) < len(self._types):
+            notes.append(
+                f"--imatrix knows {len(self._importance)} of {len(self._types)} weights; in the others, all columns "
+                "count the same"
+            )
+        return tuple(notes)
+
+    @property
+    def _whose_choice(self) -> str:
         family = self.component.family
-        choice = (
-            "" if family.gguf.has_converter else f"; no other converter has types for {family.name}, this is our choice"
-        )
-        return names, f"{self._kind} is {MIXTURES[self._kind]}{choice}"
+        if family.gguf.has_converter:
+            return ""
+        return f"; this is our choice, since ComfyUI-GGUF does not convert {family.name}"

@@ -5,12 +5,14 @@ from pathlib import Path
 from typing import Any
 
 import gguf
+import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
 from diffusers import FluxTransformer2DModel, GGUFQuantizationConfig, WanTransformer3DModel
 from diffusers.quantizers.gguf.utils import GGUFParameter, dequantize_gguf_tensor
 from safetensors.torch import load_file
+from torch import Tensor
 
 from omni_convert.convert.cli.main import main
 from omni_convert.convert.conversion import convert_checkpoint
@@ -293,6 +295,60 @@ def test_a_dry_run_tells_what_a_mixture_is_and_whose_choice(wide_folder: Path) -
     assert "our choice" not in text
     assert find_family("FluxTransformer2DModel").gguf.has_converter
     assert not find_family("QwenImageTransformer2DModel").gguf.has_converter
+    assert not find_family("Flux2Transformer2DModel").gguf.has_converter
+
+
+IMPORTANT = "transformer_blocks.0.ff.net.2.weight"
+
+
+def imatrix_file(path: Path, importance: Tensor, name: str = IMPORTANT) -> Path:
+    """An importance matrix of one weight."""
+    writer = gguf.GGUFWriter(path, "imatrix")
+    writer.add_type("imatrix")
+    writer.add_tensor(f"{name}.in_sum2", importance[None].numpy() * 8)
+    writer.add_tensor(f"{name}.counts", np.full((1, 1), 8, dtype=np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+@pytest.mark.parametrize("search", [True, False])
+@pytest.mark.parametrize("kind", ["Q4_K", "IQ4_NL"])
+def test_an_importance_matrix_lowers_the_errors_that_count(
+    kind: str, search: bool, wide_folder: Path, tmp_path: Path
+) -> None:
+    weight = load_file(wide_folder / WEIGHTS_NAME)[IMPORTANT].float()
+    importance = torch.randn(weight.shape[1], generator=torch.Generator().manual_seed(0)).exp()
+    imatrix = imatrix_file(tmp_path / "imatrix.gguf", importance)
+    stored, errors = [], []
+    for name, given in (("without", None), ("with", imatrix)):
+        file = converted(wide_folder, tmp_path / name, kind, search=search, imatrix=given)
+        stored.append({tensor.name: tensor.data.tobytes() for tensor in gguf.GGUFReader(file).tensors})
+        (tensor,) = (each for each in gguf.GGUFReader(file).tensors if each.name == IMPORTANT)
+        numbers = torch.from_numpy(gguf.quants.dequantize(tensor.data.copy(), tensor.tensor_type))
+        errors.append(float(((numbers - weight).square() * importance).sum().sqrt()))
+    assert errors[1] < 0.97 * errors[0]
+    assert [name for name in stored[0] if stored[0][name] != stored[1][name]] == [IMPORTANT]
+    manifests = [json.loads((tmp_path / name / "omni_convert.json").read_text()) for name in ("without", "with")]
+    assert "imatrix" not in manifests[0]["recipe"]
+    assert manifests[1]["recipe"]["imatrix"] == hashlib.sha256(imatrix.read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize(
+    ("name", "columns", "message"),
+    [
+        ("blk.0.attn_q.weight", 1024, "found none of the 17 weights"),
+        (IMPORTANT, 512, "found 512 columns, expected 1024"),
+    ],
+)
+def test_an_importance_matrix_of_another_model_is_refused(
+    name: str, columns: int, message: str, wide_folder: Path, tmp_path: Path
+) -> None:
+    imatrix = imatrix_file(tmp_path / "imatrix.gguf", torch.ones(columns), name)
+    with pytest.raises(RecipeError, match=message):
+        converted(wide_folder, tmp_path / "out", "Q4_K", imatrix=imatrix)
 
 
 def test_types_that_the_command_line_offers_are_those_there_are() -> None:
@@ -310,6 +366,7 @@ def test_architectures_are_called_as_comfyui_gguf_does() -> None:
     [
         ({"method": "fp8", "gguf_type": "Q8_0"}, "--gguf-type: found with method 'fp8'"),
         ({"method": "gguf", "gguf_type": "Q7_K"}, "--gguf-type: found 'Q7_K', expected one of"),
+        ({"method": "fp8", "imatrix": Path("imatrix.gguf")}, "--imatrix: found with method 'fp8'"),
         ({"method": "gguf", "dialect": "comfyui"}, "--dialect comfyui: found with method 'gguf'"),
         ({"method": "gguf", "moments": (Path("moments"),)}, "--moments: found with method 'gguf'"),
         ({"method": "gguf", "calib": Path("prompts.txt")}, "--calibration: found with method 'gguf'"),
