@@ -108,7 +108,7 @@ def test_an_interrupted_upload_shows_no_model_and_is_resumed(
     before = contents(url)
     assert len(before) == 2
     assert all(name.endswith(".safetensors") for name in before)
-    with pytest.raises(OutputError, match="use --resume to go on"):
+    with pytest.raises(OutputError, match="use --resume to continue"):
         convert_checkpoint(tiny_pipeline_folder, url, RECIPE)
     monkeypatch.undo()
     monkeypatch.chdir(elsewhere)
