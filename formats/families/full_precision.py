@@ -1,11 +1,22 @@
-"""Families of which nothing may be stored quantized for vLLM-Omni."""
+"""Families of which nothing may be stored quantized for vLLM-Omni, 0.30.0 and 0.32.0rc1 alike."""
 
 from __future__ import annotations
 
 from omni_convert.formats.families.family import Family, GgufFacts, RuntimeRefusal
 from omni_convert.formats.families.layers import VLLM_OMNI
 
-__all__ = ["ERNIE_IMAGE", "HELIOS", "LONGCAT_IMAGE", "OVIS_IMAGE", "SANA_VIDEO", "SDXL", "SD_3"]
+__all__ = [
+    "CHROMA",
+    "ERNIE_IMAGE",
+    "HELIOS",
+    "HUNYUAN_IMAGE_21",
+    "LONGCAT_IMAGE",
+    "OVIS_IMAGE",
+    "SANA_VIDEO",
+    "SDXL",
+    "SD_3",
+    "WAN_ANIMATE",
+]
 
 _IN_FULL_PRECISION = (
     RuntimeRefusal(VLLM_OMNI, "vLLM-Omni 0.30.0 builds every layer of this model in full precision", is_final=True),
@@ -19,6 +30,18 @@ _WITHOUT_NAMES = (
     ),
 )
 
+_WITHOUT_CLASS = (
+    RuntimeRefusal(VLLM_OMNI, "neither vLLM-Omni 0.30.0 nor 0.32.0rc1 has a class for this model", is_final=True),
+)
+
+CHROMA = Family("Chroma", ("ChromaTransformer2DModel",), refusals=_WITHOUT_CLASS)
+HUNYUAN_IMAGE_21 = Family("HunyuanImage-2.1", ("HunyuanImageTransformer2DModel",), refusals=_WITHOUT_CLASS)
+WAN_ANIMATE = Family(
+    "Wan-Animate",
+    ("WanAnimateTransformer3DModel",),
+    refusals=_WITHOUT_CLASS,
+    gguf=GgufFacts("wan", kept_layers=("condition_embedder",), diffusers_prefixes=("condition_embedder.",)),
+)
 SD_3 = Family(
     "Stable Diffusion 3",
     ("SD3Transformer2DModel",),

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from omni_convert.formats.families.cosmos_3 import COSMOS_3
 from omni_convert.formats.families.family import Family, unknown_scope
 from omni_convert.formats.families.flux_1 import FLUX_1
 from omni_convert.formats.families.flux_2 import FLUX_2
 from omni_convert.formats.families.full_precision import (
+    CHROMA,
     ERNIE_IMAGE,
     HELIOS,
+    HUNYUAN_IMAGE_21,
     LONGCAT_IMAGE,
     OVIS_IMAGE,
     SANA_VIDEO,
     SD_3,
     SDXL,
+    WAN_ANIMATE,
 )
 from omni_convert.formats.families.glm_image import GLM_IMAGE
 from omni_convert.formats.families.hunyuan_video import HUNYUAN_VIDEO_15
@@ -39,6 +43,7 @@ FAMILIES = (
     Z_IMAGE,
     QWEN_IMAGE,
     QWEN_IMAGE_21,
+    COSMOS_3,
     FLUX_1,
     FLUX_2,
     HUNYUAN_VIDEO_15,
@@ -55,6 +60,9 @@ FAMILIES = (
     OVIS_IMAGE,
     SANA_VIDEO,
     ERNIE_IMAGE,
+    CHROMA,
+    HUNYUAN_IMAGE_21,
+    WAN_ANIMATE,
     HIDREAM_I1,
     KREA_2,
     MINIMAX_H3,

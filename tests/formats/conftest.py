@@ -99,6 +99,23 @@ TINY_DIFFUSERS: dict[str, dict[str, Any]] = {
         "num_refiner_text_blocks": 1,
         "axes_dims_rope": (4, 6, 6),
     },
+    "Cosmos3OmniTransformer": {
+        "head_dim": 16,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_attention_heads": 2,
+        "num_hidden_layers": 2,
+        "num_key_value_heads": 2,
+        "vocab_size": 64,
+    },
+    "HunyuanImageTransformer2DModel": {
+        "num_layers": 2,
+        "num_single_layers": 2,
+        "num_refiner_layers": 1,
+        "text_embed_dim": 32,
+        "rope_axes_dim": (8, 8),
+        **HEADS,
+    },
     "PixArtTransformer2DModel": {
         "num_layers": 2,
         "cross_attention_dim": 32,

@@ -20,6 +20,7 @@ ONLY_DIFFUSERS = (
     "LongCatImageTransformer2DModel",
     "OvisImageTransformer2DModel",
     "HeliosTransformer3DModel",
+    "HunyuanImageTransformer2DModel",
 )
 
 
