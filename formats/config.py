@@ -1,4 +1,4 @@
-"""What a checkpoint's config block says, free of any dialect's spelling."""
+"""The meaning of a checkpoint's config block, whatever the dialect in which it is written."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["ACTIVATION_SCHEMES", "MIXED", "QuantizationConfig"]
 #: stores an `input_scale`; `none`, that activations stay as they are.
 ACTIVATION_SCHEMES = {method: kind.activation_schemes for method, kind in FORMATS.items()}
 
-#: In place of a method, where layers have several.
+#: Stands in place of a method where layers have several.
 MIXED = "mixed"
 
 
@@ -31,7 +31,7 @@ class QuantizationConfig:
         require_smooth_scale: every layer stores a `mul_scale` (mxfp4 only)
         group_size: columns that share a scale (w4a16 only); None for the default
         per_channel: every row of a weight has its own scale (fp8 only, activations dynamic)
-        layers: name of each quantized layer, and what is said of it alone (mixed only)
+        layers: name of each quantized layer, and its own config (mixed only)
 
     Raises:
         RecipeError: the fields contradict each other.
@@ -97,7 +97,7 @@ class QuantizationConfig:
         return self.activation_scheme == "static"
 
     def of_layer(self, name: str) -> QuantizationConfig | None:
-        """What is said of one layer; None if layers are listed and it is not."""
+        """The config of one layer; None if layers are listed and it is not among them."""
         return self._by_layer.get(name) if self.layers else self
 
     @cached_property

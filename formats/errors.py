@@ -80,13 +80,13 @@ class HubError(OmniConvertError):
 
 
 def quoted(name: str) -> str:
-    """A name from a file nobody vouches for, fit for a one-line message."""
+    """An untrusted name, quoted and shortened for a one-line message."""
     shown = repr(name)
     return shown if len(shown) <= 100 else f"{shown[:60]}...{shown[-36:]}"
 
 
 def counted(number: int, noun: str) -> str:
-    """As '1 tensor' and '2 tensors'."""
+    """A number and its noun: '1 tensor', '2 tensors'."""
     return f"{number} {noun}{'' if number == 1 else 's'}"
 
 

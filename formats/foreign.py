@@ -1,4 +1,4 @@
-"""Formats that other tools write and we only read: what they stand for is known, making them is left to their owners.
+"""Formats that other tools write and that are only read here.
 
 Scaled      NAME.weight             any element type [out, in]: E4M3, E5M2, 8-bit integers, 4-bit codes one a byte
             NAME.weight_scale       F32 [out, ceil(in / group)], one number for each row and group of columns
@@ -6,7 +6,7 @@ Scaled      NAME.weight             any element type [out, in]: E4M3, E5M2, 8-bi
             W = (code - zero point) * scale
 Smoothed    another format's tensors, and
             NAME.mul_scale          F32 [in], which the runtime multiplies activations with; W = W' * mul_scale
-Rotated     another format's tensors; W' is W with its rows turned by a regular Hadamard matrix, in groups of columns
+Rotated     another format's tensors; W' is W with its rows rotated by a regular Hadamard matrix, in groups of columns
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ class Scaled(Format):
     """Elements with a scale for each row, or for each group of its columns.
 
     Attributes:
-        method: what users call it
+        method: the name that users know
         dtype: of the elements
         group: columns that share a scale; None for the whole row
         has_zero_point: there is one for each scale
-        symmetric: these are the middle code everywhere, as the file says
-        static: NAME.input_scale is there, F32 []
+        symmetric: the file says that every zero point is the middle code
+        static: the layer stores NAME.input_scale, F32 []
     """
 
     method: str
@@ -93,12 +93,12 @@ class Scaled(Format):
 
 @dataclass(frozen=True)
 class Smoothed(Format):
-    """Another format, for inputs that were divided by what columns of the weight were multiplied with."""
+    """Another format, whose layer multiplies its inputs by `mul_scale`; the weight's columns were divided by it."""
 
     inner: Format
 
     @property
-    def method(self) -> str:  # type: ignore[override]  # as of `Scaled`
+    def method(self) -> str:  # type: ignore[override]  # a class attribute elsewhere, here it follows the inner format
         return self.inner.method
 
     @property
@@ -132,7 +132,7 @@ class Smoothed(Format):
 
 @dataclass(frozen=True)
 class Rotated(Format):
-    """Another format, of a weight that was turned in groups of columns (ConvRot).
+    """Another format, for a weight that was rotated in groups of columns (ConvRot).
 
     Attributes:
         group: columns of a group, a power of four
@@ -142,7 +142,7 @@ class Rotated(Format):
     group: int
 
     @property
-    def method(self) -> str:  # type: ignore[override]  # as of `Scaled`
+    def method(self) -> str:  # type: ignore[override]  # a class attribute elsewhere, here it follows the inner format
         return self.inner.method
 
     @property
@@ -166,8 +166,8 @@ class Rotated(Format):
         return self.inner.layout(out_features, in_features)
 
     def dequantize(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        turned = self.inner.dequantize(tensors)
-        return (turned.view(len(turned), -1, self.group) @ hadamard(self.group)).flatten(1)
+        rotated = self.inner.dequantize(tensors)
+        return (rotated.view(len(rotated), -1, self.group) @ hadamard(self.group)).flatten(1)
 
 
 def hadamard(size: int) -> Tensor:

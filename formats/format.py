@@ -30,19 +30,19 @@ LARGEST_ERRORS = {8: 0.1, 4: 0.3, 2: 1.0}
 
 
 def _scale_flaw(suffix: str, scale: Tensor) -> str | None:
-    """Why a tensor cannot be what its name says, if that is a scale: they are positive and finite."""
+    """The reason why a scale is impossible, or None: scales are positive and finite. Other tensors pass."""
     if "scale" not in suffix or not scale.numel():
         return None
     if scale.dtype is torch.uint8:
         return "found the E8M0 byte 255 (NaN), expected 0 to 254" if int(scale.max()) == 255 else None
     low, high = (float(bound) for bound in torch.aminmax(scale.float()))
-    if low > 0 and high < float("inf"):  # false for NaN, which comes through
+    if low > 0 and high < float("inf"):  # false if a bound is NaN
         return None
     return f"found scales from {low:g} to {high:g}, expected positive finite ones"
 
 
 def _code_flaw(codes: Tensor) -> str | None:
-    """Why a weight cannot be what it says: E4M3 has two NaN, 0x7F and 0xFF; any byte of other codes is a number."""
+    """The reason why codes are impossible, or None. Only E4M3 is checked: its bytes 0x7F and 0xFF are NaN."""
     if codes.dtype is not torch.float8_e4m3fn or not codes.numel():
         return None
     if int(codes.view(torch.int8).max()) == 0x7F or int(codes.view(torch.uint8).max()) == 0xFF:
@@ -51,7 +51,7 @@ def _code_flaw(codes: Tensor) -> str | None:
 
 
 class Format(ABC):
-    """What the tensors of a weight mean: all that reading needs. Immutable, with the format's options."""
+    """The meaning of the tensors of a weight, which is all that reading needs. Immutable; its fields are options."""
 
     method: str
     #: Row tiles start and end (but for the last) at a multiple of this.
@@ -70,7 +70,7 @@ class Format(ABC):
 
     @property
     def activation_scheme(self) -> str:
-        """What happens to inputs: `dynamic`, `static` (the layer stores an `input_scale`) or `none`."""
+        """How inputs are quantized: `dynamic`, `static` (the layer stores an `input_scale`) or `none`."""
         return "dynamic"
 
     @property
@@ -100,15 +100,15 @@ class Format(ABC):
 
     @property
     def label(self) -> str:
-        """The method, and what reports should tell beside it."""
+        """The name in reports: the method and the variant."""
         return self.method
 
     @abstractmethod
     def layout(self, out_features: int, in_features: int) -> dict[str, TensorLayout]:
-        """Tensors of a weight of this shape: suffix (`weight`, `weight_scale`, ...) to layout."""
+        """The tensors that hold a weight of this shape, by suffix (`weight`, `weight_scale`, ...)."""
 
     def weight_shape(self, out_features: int, in_features: int) -> tuple[int, ...]:
-        """Shape of the weight that the tensors stand for, where it is not the matrix as which it is quantized."""
+        """The shape of the weight before it became a matrix to quantize; a convolution has more dimensions."""
         return out_features, in_features
 
     @abstractmethod
@@ -128,10 +128,10 @@ class Format(ABC):
         return inputs.float()
 
     def flaw(self, tensors: Mapping[str, Tensor]) -> str | None:
-        """What makes the values of these tensors impossible in this format, or None; layouts are not looked at.
+        """The reason why the values of these tensors are impossible in this format, or None. Layouts are not checked.
 
         Args:
-            tensors: of a weight or of some of its rows
+            tensors: those of a weight, or of some of its rows
         """
         if "weight" in tensors and (reason := _code_flaw(tensors["weight"])):
             return f"weight: {reason}"
@@ -141,7 +141,7 @@ class Format(ABC):
 
 
 class Calibration(Enum):
-    """What a method does with statistics of the activations."""
+    """The use that a method has for statistics of the activations."""
 
     UNUSED = "activations are quantized at run time, statistics are not needed"
     INPUT_SCALE = "static activation scales"
@@ -149,17 +149,17 @@ class Calibration(Enum):
 
 
 class QuantizingFormat(Format):
-    """A format that we can bring a weight to."""
+    """A format that weights can be converted to."""
 
     def with_mul_scale(self) -> QuantizingFormat | None:
         return None
 
-    #: What `fit` makes is so large, or takes so much memory to make, that only one may exist at a time.
+    #: The result of `fit` takes so much memory that only one may exist at a time.
     fits_alone: bool = False
 
     #: Schemes of activations that the method offers, the default first; see `activation_scheme`.
     activation_schemes: ClassVar[tuple[str, ...]] = ("dynamic",)
-    #: What statistics of the activations are for.
+    #: The use that the method has for statistics of the activations.
     calibration: ClassVar[Calibration] = Calibration.UNUSED
     #: The fields of `FormatChoices` that change the format. All formats honour `search`, if they search at all.
     options: ClassVar[tuple[str, ...]] = ()
@@ -179,7 +179,7 @@ class QuantizingFormat(Format):
         return None
 
     def fit(self, weights: Sequence[WeightRows], inputs: InputStatistics | None) -> Any:
-        """Decides what a fused group shares: nothing, unless the format says so.
+        """Computes what a fused group shares; a format that shares nothing returns None.
 
         Args:
             weights: members of the group, each [out_i, in]
@@ -200,9 +200,9 @@ class QuantizingFormat(Format):
         return self.quantize_fitted(weight, self.fit([TensorRows(weight)], inputs))
 
     def quantize_fitted(self, weight: Tensor, fitted: Any) -> dict[str, Tensor]:
-        """As `quantize`, with what `fit` made of the weight's group.
+        """All tensors of one weight [out, in] that is in memory, with the result of `fit` for its group.
 
-        Tiles go to their places in the result: in memory is no second copy of it.
+        Each tile is written to its place in the result, so that memory holds the result only once.
         """
         layouts = self.layout(*TensorRows(weight).shape)
         by_row = {
@@ -222,7 +222,7 @@ class ElementFormat(QuantizingFormat):
 
     @abstractmethod
     def element_scale(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        """What the elements in `weight` are multiplied with, mul_scale apart; float32, broadcasts to [rows, in]."""
+        """The scale of each element in `weight`, without mul_scale: float32, broadcasts to [rows, in]."""
 
     @abstractmethod
     def round_elements(self, values: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 Tensors:    NAME.weight        F8_E4M3 [out, in] or [out, in, (depth,) height, width], the shape of the layer's weight
             NAME.weight_scale  F32 []    amax / 448
-Arithmetic: W ≈ E4M3(code) * weight_scale, as of `fp8`; activations stay as they are, and the layer computes in their
+Arithmetic: W ≈ E4M3(code) * weight_scale, as in `fp8`; activations stay as they are, and the layer computes in their
             dtype. Nothing is shared between layers: each is dequantized by itself.
 Consumers:  `omni_convert.loaders`. vLLM-Omni does the same to encoders and VAEs in memory, and reads no such file.
 Limits:     none.
@@ -30,10 +30,10 @@ __all__ = ["Fp8Storage"]
 class Fp8Storage(Fp8):
     """FP8 with one scale per weight, for weights of any number of dimensions.
 
-    To everybody else a weight is the matrix [out, rest]; its layout alone shows the other dimensions.
+    Other code sees the weight as the matrix [out, rest]; only the layout shows its other dimensions.
 
     Attributes:
-        kernel: of a convolution, the dimensions of its weight after the first; () for a linear
+        kernel: dimensions of a convolution's weight after the first; () for a linear
     """
 
     kernel: tuple[int, ...] = ()

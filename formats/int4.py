@@ -7,7 +7,7 @@ Arithmetic: W ≈ (code - 8) * weight_scale
 Consumers:  as AutoRound and GPTQ pack it (`formats/dialects/auto_round.py`): vLLM, vLLM-Omni (CUDA, XPU), diffusers
             with auto-round, transformers; on CUDA by Marlin's kernels, for groups of 32, 64 or 128 columns
 Limits:     in % group == 0, out % 8 == 0
-Scales:     the best of a few around amax / 7.5 by squared error; the largest numbers of a group are cut off by some
+Scales:     the one of a few candidates around amax / 7.5 with the least squared error; some clip the largest numbers
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from omni_convert.formats.rows import TensorLayout
 
 __all__ = ["DEFAULT_GROUP", "PACKED_ROWS", "ZERO_POINT", "Int4"]
 
-#: Columns that share a scale, where nobody says how many.
+#: Columns that share a scale by default.
 DEFAULT_GROUP = 128
 #: Rows whose zero points share a word.
 PACKED_ROWS = 8
@@ -43,7 +43,7 @@ SMALLEST_SCALE = 2.0**-14
 
 @dataclass(frozen=True)
 class Int4(ElementFormat):
-    """See the module.
+    """W4A16; the module describes it.
 
     Attributes:
         group: columns that share a scale

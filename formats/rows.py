@@ -23,7 +23,7 @@ __all__ = [
 ]
 
 
-#: In float32 4 MiB: with its scratch, a tile fits the third-level cache of a few cores.
+#: Elements of a tile, 4 MiB in float32: with its scratch, it fits the third-level cache of a few cores.
 TILE_ELEMENTS = 1 << 20
 SAMPLE_RUN = 8
 
@@ -42,7 +42,7 @@ class TensorLayout:
 
 
 class InputStatistics(Protocol):
-    """What calibration knows about the inputs of a group; see `formats/statistics/statistics.py`."""
+    """Statistics of the inputs of a group, from calibration; see `formats/statistics/statistics.py`."""
 
     def amax(self) -> float:
         """Largest magnitude seen, over prompts and denoising steps."""

@@ -1,4 +1,4 @@
-"""The one list of methods: what a user asks for, and the format that it gives a weight."""
+"""The one list of methods, and the format that each gives a weight."""
 
 from __future__ import annotations
 
@@ -50,8 +50,8 @@ def layer_formats(specs: Mapping[str, TensorSpec], method: str | None = None) ->
     """The format of every quantized layer of a checkpoint, read off the names, dtypes and shapes of its tensors.
 
     Args:
-        method: what the config block says, for what tensors alone do not tell apart (mxfp8, and mxfp4 without
-            smoothing; fp8, and fp8_storage)
+        method: the one in the config block. It tells apart what tensors alone do not: mxfp8 from mxfp4 without
+            smoothing, and fp8 from fp8_storage
 
     Returns:
         state-dict stem (`layers.0.attention.to_q`) to format, in checkpoint order
@@ -95,7 +95,7 @@ def _layer_format(weight: TensorSpec, companions: Mapping[str, TensorSpec], meth
 def block_size_of(shape: tuple[int, ...], blocks: tuple[int, ...]) -> tuple[int, int]:
     """The power of two, from 16 up, that cuts `shape` into `blocks`; 128 where several do."""
     if len(blocks) != 2:
-        return BLOCK_SIZES[0], BLOCK_SIZES[0]  # whatever it is, its layout will not be found
+        return BLOCK_SIZES[0], BLOCK_SIZES[0]  # any size will do: the layout will not match
     rows, columns = (
         next((size for size in BLOCK_SIZES if -(-length // size) == count), max(1, length))
         for length, count in zip(shape, blocks, strict=True)

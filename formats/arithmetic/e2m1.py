@@ -31,7 +31,7 @@ E2M1 = ElementType("E2M1", 6.0, max_exponent=2, min_exponent=0, mantissa_bits=1,
 #: Value of each code 0..15.
 E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 
-# Their codes in an E4M3 container.
+# The E4M3 bytes of these values.
 _E2M1_IN_E4M3 = torch.tensor(E2M1_VALUES).to(torch.float8_e4m3fn).view(torch.uint8).tolist()
 
 #: Which nibble of a byte holds the even element: `low` for ModelOpt, msModelSlim and AutoRound, `high` for ComfyUI.
@@ -43,7 +43,7 @@ def round_to_e2m1(values: Tensor, half_away: bool = False) -> Tensor:
 
     Args:
         values: float32, any shape
-        half_away: ties away from zero, as msModelSlim rounds, instead of to even as hardware does
+        half_away: ties away from zero, as msModelSlim rounds, instead of to even, as hardware does
     """
     if half_away:
         return E2M1.round_half_away_(values.clone())
@@ -78,7 +78,7 @@ def decode_packed(packed: Tensor, even: NibbleOrder = "low") -> Tensor:
 
 
 def grid_flaw(tensors: Mapping[str, Tensor]) -> str | None:
-    """Why the weight among tensors is none of E2M1 values in an E4M3 container, or None."""
+    """The reason why a weight is not E2M1 values in an E4M3 container, or None."""
     if "weight" not in tensors or holds_e2m1(tensors["weight"]):
         return None
     return "weight: found E4M3 bytes off the E2M1 grid, expected 0, ±0.5, 1, 1.5, 2, 3, 4 or 6"

@@ -14,10 +14,10 @@ from omni_convert.formats.errors import CheckpointError
 
 __all__ = ["pack_container", "unpack_container"]
 
-# Bytes that are packed at once: with the words between they stay in cache.
+# Bytes that are packed at once: with the intermediate words they stay in cache.
 CPU_TILE = 1 << 20
 ACCELERATOR_TILE = 1 << 26
-# In place of the codes of a pair, where one value is not of E2M1.
+# Stands for a pair in which one value is not E2M1.
 NO_CODES = -1
 
 

@@ -42,6 +42,6 @@ def round_to_e4m3(values: Tensor, half_away: bool = False) -> Tensor:
 
 
 def round_to_e5m2(values: Tensor, half_away: bool = False) -> Tensor:
-    """float32 to E5M2, half to even, saturating (infinities too); NaN stays NaN. Arguments as of `round_to_e4m3`."""
+    """float32 to E5M2, half to even, saturating (infinities too); NaN stays NaN. Same arguments as `round_to_e4m3`."""
     rounded = E5M2.round_half_away_(values.clone()) if half_away else values.clamp(-E5M2_MAX, E5M2_MAX)
     return rounded.to(torch.float8_e5m2)

@@ -1,7 +1,7 @@
 """How runtimes quantize the input of a linear layer, in plain torch.
 
-The arithmetic is that of vLLM's CUDA kernels (`csrc/quantization`), in float32 throughout, so that a picture made here
-has the error that the served model has.
+The arithmetic is that of vLLM's CUDA kernels (`csrc/quantization`), in float32 throughout, so that an image made here
+has the error of the served model.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ SMALLEST_GROUP_AMAX = 1e-10
 SMALLEST_INT8_AMAX = 4e-37
 
 
-#: From float32 to E4M3, perhaps in place: `round_to_e4m3` into codes, or within float32, which is quicker on a CPU.
+#: Rounds float32 to E4M3: `round_to_e4m3` into codes; `round_e4m3_` in place, which is faster on a CPU.
 RoundToE4m3 = Callable[[Tensor], Tensor]
 
 
@@ -68,11 +68,11 @@ def int8_per_token(x: Tensor, values: Tensor | None = None, codes: Tensor | None
 
     Args:
         x: [M, K]
-        values: float32 [M, K] to compute in, if there is such memory
-        codes: int8 [M, K] to write to, likewise
+        values: float32 [M, K], memory to compute in; allocated if None
+        codes: int8 [M, K], memory for the result; allocated if None
     """
     amax = _token_amax(x, values).float()
-    # torch takes a number over a tensor for the number times the tensor's reciprocal, which rounds twice.
+    # torch computes number / tensor as the number times a reciprocal, which rounds twice.
     inverse = torch.full_like(amax, INT8_MAX).div_(amax.clamp(min=SMALLEST_INT8_AMAX))
     values = x.to(torch.float32, copy=True) if values is None else values.copy_(x)
     rounded = values.mul_(inverse).round_()
@@ -80,7 +80,7 @@ def int8_per_token(x: Tensor, values: Tensor | None = None, codes: Tensor | None
 
 
 def _token_amax(x: Tensor, memory: Tensor | None = None) -> Tensor:
-    """Largest magnitudes, [M, 1] in the dtype of x: they sort as their bits do, and integers are reduced faster."""
+    """Largest magnitudes, [M, 1] in the dtype of x. Their bits sort alike, and torch reduces integers faster."""
     bits = x.detach().view(torch.int16 if x.itemsize == 2 else torch.int32)
     out = None if memory is None else memory.view(bits.dtype).view(-1)[: x.numel()].view(x.shape)
     magnitudes = torch.bitwise_and(bits, torch.iinfo(bits.dtype).max, out=out)

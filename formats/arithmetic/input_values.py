@@ -1,4 +1,4 @@
-"""What the runtimes do to activations before a quantized GEMM: the reference for kernels and for calibration.
+"""How runtimes quantize activations before a GEMM: the reference for kernels and for calibration.
 
 Pure functions. Each takes activations [..., K] of any float dtype and returns the values that the GEMM multiplies,
 scales applied, in float32. All round half to even (`rint`).

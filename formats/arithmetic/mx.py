@@ -39,7 +39,7 @@ def check_scale_rule(rule: str | None, element: ElementType, method: str) -> Non
     """Refuses a rule that is not defined for the elements of a method.
 
     Raises:
-        RecipeError: as said.
+        RecipeError: the rule is not defined for them.
     """
     known = (*exponent_rules(element), "mse")
     if rule is not None and rule not in known:
@@ -47,7 +47,7 @@ def check_scale_rule(rule: str | None, element: ElementType, method: str) -> Non
 
 
 def split_blocks(values: Tensor, block: int) -> Tensor:
-    """A float32 copy in blocks along the last axis, a short last block filled with zeros.
+    """A float32 copy in blocks along the last axis, a short last block padded with zeros.
 
     Args:
         values: any float dtype [..., K]
@@ -64,7 +64,7 @@ def split_blocks(values: Tensor, block: int) -> Tensor:
 
 
 def join_blocks(blocks: Tensor, columns: int) -> Tensor:
-    """Inverse of `split_blocks`: [..., blocks, block] to [..., columns], without the filling."""
+    """Inverse of `split_blocks`: [..., blocks, block] to [..., columns], without the padding."""
     return blocks.flatten(-2)[..., :columns].contiguous()
 
 
@@ -74,12 +74,12 @@ def dequantize_mx(weight: Tensor, scale: Tensor) -> Tensor:
 
 
 def element_scale_mx(scale: Tensor, columns: int) -> Tensor:
-    """The scale of each element of rows with so many columns, float32 [rows, K]."""
+    """The scale of each element, float32 [rows, columns]."""
     return decode_e8m0(scale).repeat_interleave(MX_BLOCK, dim=1)[:, :columns]
 
 
 def block_amax(blocks: Tensor, scratch: Tensor | None = None) -> Tensor:
-    """Largest magnitude of each block, [..., block] to [...], of a power of two elements; NaN comes through."""
+    """Largest magnitude of each block, [..., block] to [...], of a power of two elements; NaN is passed on."""
     magnitude = torch.abs(blocks, out=scratch)
     if blocks.shape[-1] >= MX_BLOCK:
         return magnitude.amax(dim=-1)
@@ -94,7 +94,7 @@ def block_error(blocks: Tensor, scale: Tensor, element: ElementType, scratch: tu
 
     Args:
         blocks: float32 [..., block]
-        scale: float32 [...], what elements are multiplied with
+        scale: float32 [...], of each block
         element: type of the elements
         scratch: three float32 tensors of the shape of `blocks`, overwritten
     """
@@ -131,8 +131,7 @@ def scale_blocks_(blocks: Tensor, element: ElementType, rule: str, dtype: torch.
         blocks: float32 [..., block]
         element: type of the elements
         rule: one of `e8m0.exponent_rules(element)`, or `mse`
-        dtype: in which the numbers were stored; the msModelSlim rules find exponents in that precision, as that tool
-            does
+        dtype: of the stored numbers; the msModelSlim rules compute exponents in that precision, as that tool does
 
     Returns:
         exponents, int32 [...]

@@ -1,4 +1,4 @@
-"""Scales that are one number for a whole weight: those of weights, and those of static activations."""
+"""Scales that are one number for a whole weight, or for its static activations."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def static_scale(inputs: InputStatistics | None, rule: str, largest: float) -> f
 
 
 def scalars(**numbers: float | None) -> dict[str, Tensor]:
-    """Suffix to number, float32 []; without those that are None."""
+    """Each number as a float32 [] tensor, by suffix; None is left out."""
     return {
         suffix: torch.tensor(number, dtype=torch.float32) for suffix, number in numbers.items() if number is not None
     }

@@ -1,4 +1,4 @@
-"""Memory that CPU kernels compute in: to get it anew in each call costs more page faults than the work done there."""
+"""Memory that CPU kernels reuse: page faults of fresh memory would cost more time than the work in it."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from torch import Tensor
 
 __all__ = ["Scratch"]
 
-# Of the size of a third-level cache, not of a model.
+# About a third-level cache.
 MOST_BYTES = 8 << 20
 
 
 class Scratch(threading.local):
-    """Memory of each thread, which keeps what it has used of 8 MiB."""
+    """Memory of each thread, which keeps up to 8 MiB."""
 
     _memory: Tensor | None = None
 
@@ -24,9 +24,9 @@ class Scratch(threading.local):
         if size > MOST_BYTES or (device is not None and device.type != "cpu"):
             return torch.empty(count, dtype=dtype, device=device)
         if self._memory is None:
-            with torch.inference_mode(False):  # else it could not be written to outside of that mode
+            with torch.inference_mode(False):  # else it could be written to in that mode only
                 memory = torch.empty(MOST_BYTES, dtype=torch.uint8, device="cpu")
-            if type(memory) is not Tensor:  # of a tracer, which passes
+            if type(memory) is not Tensor:  # a tracer's tensor, which must not be kept
                 return memory[:size].view(dtype)
             self._memory = memory
         return self._memory[:size].view(dtype)

@@ -23,17 +23,17 @@ EXPONENTS = tuple(step / 10 for step in range(11))
 SPREADS = (2.0, 4.0, 16.0)
 SEARCH_WEIGHT_ROWS = 512
 MAX_INPUT_ROWS = 512
-# A channel that calibration saw (almost) silent may speak in use: its amax counts as at least this part of the median.
+# A channel that was (almost) silent in calibration may not stay so: its amax counts as this part of the median or more.
 SMALLEST_PART = 1e-3
 
 
 @dataclass(frozen=True)
 class Quantizers:
-    """What the format and its runtime do to both sides.
+    """How the format rounds weights and its runtime rounds inputs.
 
     Attributes:
-        weight: rows of a weight, already divided by mul_scale, [rows, in], to what the file will stand for, float32
-        inputs: activations, already multiplied with mul_scale, [..., in], to what the GEMM will see, float32
+        weight: maps rows of a weight [rows, in], already divided by mul_scale, to the stored values, float32
+        inputs: maps activations [..., in], already multiplied by mul_scale, to what the GEMM receives, float32
     """
 
     weight: Callable[[Tensor], Tensor]
@@ -46,7 +46,7 @@ def search_mul_scale(weights: Sequence[WeightRows], inputs: InputStatistics, qua
     Args:
         weights: members of the group, each [out_i, in]
         inputs: statistics of their common input
-        quantizers: of the format
+        quantizers: those of the format
 
     Returns:
         float32 [in], positive, every value exact in bfloat16
@@ -78,7 +78,7 @@ def smoothed_input(inputs: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
 
 
 def split_input_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Recorded inputs [samples, in] in two halves of at most 512 rows: those for the search and those held out."""
+    """Splits recorded inputs [samples, in] into those for the search and those held out, at most 512 rows each."""
     return rows[0::2][:MAX_INPUT_ROWS], rows[1::2][:MAX_INPUT_ROWS]
 
 
@@ -101,7 +101,7 @@ def output_error(
         weight_tiles: rows of the weight, each [rows, in]
         inputs: activations [samples, in] in the dtype of the model
         mul_scale: float32 [in]
-        quantizers: of the format
+        quantizers: those of the format
     """
     total = 0.0
     smoothed: Tensor | None = None
@@ -117,7 +117,7 @@ def output_error(
 
 
 def _mul_scale(input_amax: Tensor, weight_amax: Tensor, exponent: float, spread: float) -> Tensor:
-    """1 / s of geometric mean 1, s at most a factor of `spread` away from it, rounded to bfloat16."""
+    """1 / s, rounded to bfloat16; s has geometric mean 1 and stays within a factor of `spread` of it."""
     log = exponent * _log2_amax(input_amax) - (1 - exponent) * _log2_amax(weight_amax)
     log = log - log.mean()
     if spread != float("inf"):

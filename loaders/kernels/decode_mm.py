@@ -58,7 +58,7 @@ def _chunk_rows(most: int) -> int:
 
 
 def _prepare_input(x: Tensor, tensors: Mapping[str, Tensor], fmt: Format, is_rounded: bool) -> Tensor:
-    """The left operand: bfloat16 [M, padded columns], times what decoded weights lack."""
+    """The left operand, bfloat16 [M, padded columns], multiplied by the unit that decoded weights lack."""
     rows, columns = x.shape
     unit = weight_unit(fmt, tensors)
     inputs = x.new_zeros(rows, padded_columns(fmt, columns), dtype=torch.bfloat16)
@@ -81,7 +81,7 @@ def _decode(fmt: Format, tensors: Mapping[str, Tensor], start: int, stop: int, c
     return weight
 
 
-# Formats of the layers that were compiled, by what an operator's argument can hold.
+# Formats of compiled layers, each by a string, which an argument of an operator can be.
 _COMPILED: dict[str, Format] = {}
 
 
@@ -92,7 +92,7 @@ def _key(fmt: Format) -> str:
     return key
 
 
-# torch.compile would unroll the loops over tiles, and a graph has no place for a format: to it, this is one operator.
+# torch.compile would unroll the loops over tiles, and a graph cannot hold a format: the compiler sees one operator.
 @torch.library.custom_op("omni_convert::decode_mm", mutates_args=())
 def _decode_mm_op(
     x: Tensor, tensors: list[Tensor], suffixes: str, fmt: str, bias: Tensor | None, rounded: bool
@@ -107,7 +107,7 @@ def _(x: Tensor, tensors: list[Tensor], suffixes: str, *_: object) -> Tensor:
 
 
 def _run(x: Tensor, tensors: Mapping[str, Tensor], fmt: Format, bias: Tensor | None, is_rounded: bool = True) -> Tensor:
-    # An operator without a derivative says so in `backward`, where loops over tiles would give a wrong one.
+    # An operator without a derivative raises in `backward`; the loops over tiles would give a wrong derivative.
     needs_gradient = torch.is_grad_enabled() and x.requires_grad
     if not (needs_gradient or torch.compiler.is_compiling()):
         return _decode_mm(x, tensors, fmt, bias, is_rounded)

@@ -1,4 +1,4 @@
-"""Quantized weights to bfloat16, fast enough that a GEMM on the result is not held up.
+"""Decodes quantized weights to bfloat16, fast enough not to hold up a GEMM on the result.
 
 E4M3 codes are shifted: as a bfloat16 with the same sign, exponent and mantissa fields a code is too small by a power of
 two, and one multiplication, which has to bring in the scale anyway, puts that right. So that scales below 2^33 do not
@@ -48,13 +48,13 @@ _SCRATCH = Scratch()
 
 
 def padded_columns(fmt: Format, columns: int) -> int:
-    """Width of decoded rows: `columns` up to a whole block; the filling is zeros."""
+    """Width of decoded rows: `columns` up to a whole block; the padding is zeros."""
     _, block = fmt.encoding.block if fmt.encoding is not None else PER_TENSOR
     return -(-columns // (block or 1)) * (block or 1)
 
 
 def weight_unit(fmt: Format, tensors: Mapping[str, Tensor]) -> Tensor | float:
-    """What the decoded weights are still to be multiplied by: a number, or float32 []."""
+    """The factor that decoded weights still lack: a number, or float32 []."""
     decoder = DECODERS.get(type(fmt))
     unit = 1.0 if decoder is None else decoder.unit
     return tensors[unit].float().reshape(()) if isinstance(unit, str) else unit
@@ -68,7 +68,7 @@ def decode_rows(fmt: Format, tensors: Mapping[str, Tensor], start: int, columns:
         tensors: of the layer, as in memory
         start: first row
         columns: in_features
-        out: where to, contiguous bfloat16 [rows, padded_columns(fmt, columns)]
+        out: the result, contiguous bfloat16 [rows, padded_columns(fmt, columns)]
     """
     rows = slice(start, start + len(out))
     decoder = DECODERS.get(type(fmt))
@@ -198,7 +198,7 @@ def _powers_of_two(codes: Tensor, exponent: int = 0) -> Tensor:
 
 def _scale_(values: Tensor, scale: Tensor, block: int) -> None:
     """Multiplies blocks along K, [rows, K], in place with their scales, [rows, K / block]."""
-    # Spread first: an operation that repeats one operand every few elements is not vectorized.
+    # Spread first: torch does not vectorize an operation that repeats one operand every few elements.
     spread = _SCRATCH.take(values.numel(), values.dtype, values.device)
     values.mul_(spread.view(*scale.shape, block).copy_(scale[..., None]).view(values.shape))
 

@@ -1,7 +1,7 @@
 """Weights decoded inside the GEMM, for CUDA devices without a scaled GEMM for them, and for bf16 activations.
 
-As `decode_mm.py`, without the decoded weight in between, and without rounding scales to bfloat16. Not run on hardware,
-see `triton_mm.py`.
+The result is that of `decode_mm.py`, but no decoded weight is stored and no scale is rounded to bfloat16. Not run on
+hardware; see `triton/matmul.py`.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def _group_scale(tensors: Mapping[str, Tensor], operands: Operands) -> Tensor | 
     return scale.t() if operands.is_turned else scale.flatten(1)
 
 
-# What the tensor cores multiply at a time along K must lie within one group.
+# The elements along K that tensor cores multiply at once must lie within one group.
 GROUP_MULTIPLE = 16
 REQUIREMENTS = Requirements(
     tuple(DECODERS), devices=("cuda",), capability=(8, 0), module="triton", group_multiple=GROUP_MULTIPLE

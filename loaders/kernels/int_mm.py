@@ -20,8 +20,8 @@ __all__ = ["INT_MM"]
 # cuBLASLt refuses 16 rows or fewer; 32 is the next multiple of 8 that tiles well.
 FEWEST_CUDA_ROWS = 17
 PADDED_CUDA_ROWS = 32
-# On a CPU, of so many elements at a time the intermediates stay in cache: rows that are quantized, in that of a core or
-# two; codes that are multiplied and their products, in that which cores share.
+# Elements at a time on a CPU, so that intermediates stay in cache: quantized rows in that of a core or two, codes and
+# their products in that which the cores share.
 CPU_QUANTIZED, CPU_CODES, CPU_PRODUCTS = 1 << 20, 1 << 23, 1 << 21
 _CODES, _RESULTS = Scratch(), Scratch()
 
@@ -34,7 +34,7 @@ def _run(x: Tensor, tensors: Mapping[str, Tensor], _fmt: Format, bias: Tensor | 
     return _multiply_scaled(x, weight, weight_scale, bias)
 
 
-# Says so in `backward`, where the steps would give the derivative of the scales alone.
+# An operator without a derivative raises in `backward`; the steps would give the derivative of the scales alone.
 @torch.library.custom_op("omni_convert::int_mm", mutates_args=())
 def _without_derivative(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
     return _multiply_scaled(x, weight, weight_scale, bias)

@@ -1,4 +1,4 @@
-"""What a kernel is: a way to run a quantized linear layer. Its requirements are data, so it can say why it declines."""
+"""A kernel is a way to run a quantized linear layer. Its requirements are data, so it can say why it declines one."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from omni_convert.formats.format import Format
 
 __all__ = ["Activations", "Kernel", "LayerTraits", "Requirements", "RunLinear"]
 
-#: `quantized`: inputs are quantized as the serving runtimes do it. `bf16`: only weights are, inputs keep their dtype.
+#: `quantized`: inputs are quantized as serving runtimes do it. `bf16`: only weights are; inputs keep their dtype.
 Activations = Literal["quantized", "bf16"]
 
 #: (x [M, in], tensors by suffix, format, bias [out] or None) -> [M, out] in the dtype of x
@@ -23,7 +23,7 @@ RunLinear = Callable[[Tensor, Mapping[str, Tensor], Format, Tensor | None], Tens
 
 @dataclass(frozen=True)
 class LayerTraits:
-    """Everything that a choice of kernel depends on; nothing of it changes from call to call."""
+    """Everything that the choice of a kernel depends on; none of it changes between calls."""
 
     format: Format
     out_features: int
@@ -40,14 +40,14 @@ class Requirements:
         formats: classes of format
         activations: how the inputs may be treated
         devices: device types; None for any
-        capability: lowest CUDA compute capability, asked of CUDA devices only; with one, AMD GPUs decline
-        below_capability: compute capability from which on a CUDA device has other instructions than the kernel needs
-        cuda: lowest version of CUDA that torch is built for, asked of CUDA devices only
-        block_size: the one `block_size` that the format may have
-        group_multiple: what columns that share a scale, where the format leaves their number open, must be divisible by
-        multiple_of: what in_features and out_features must be divisible by, except on a CPU
+        capability: lowest CUDA compute capability, checked on CUDA devices only; AMD GPUs never have it
+        below_capability: first compute capability that no longer has the instructions which the kernel needs
+        cuda: lowest version of CUDA that torch is built for, checked on CUDA devices only
+        block_size: rows and columns that must share a scale; None for any
+        group_multiple: divisor of the number of columns that share a scale
+        multiple_of: divisor of in_features and out_features, except on a CPU
         module: a package that has the operators
-        has_input_scale: whether the layer must store the scale of its inputs, for formats that may do without
+        has_input_scale: whether the layer must store the scale of its inputs
     """
 
     formats: tuple[type[Format], ...]
@@ -71,13 +71,13 @@ class Requirements:
             return f"runs {' or '.join(self.activations)} activations, not {layer.activations}"
         if self.devices is not None and layer.device.type not in self.devices:
             return f"runs on {' and '.join(self.devices)}, not on {layer.device.type}"
-        block_size = getattr(layer.format, "block_size", None)
+        block_size = None if layer.format.encoding is None else layer.format.encoding.block_size
         if self.block_size not in (None, block_size):
             return f"needs blocks of {self.block_size}, found {block_size}"
-        group = block_size[1] if block_size else getattr(layer.format, "group", 0)
+        group = block_size[1] if block_size else 0
         if group % self.group_multiple:
             return f"needs scales of columns in multiples of {self.group_multiple}, found {group}"
-        if self.has_input_scale and not getattr(layer.format, "static", False):
+        if self.has_input_scale and not layer.format.is_static:
             return "needs input_scale, the layer stores none"
         if self.module is not None and find_spec(self.module) is None:
             return f"needs {self.module}"
@@ -94,7 +94,7 @@ class Requirements:
         return None
 
     def _unmet_on_cuda(self, capability: tuple[int, int], device: torch.device) -> str | None:
-        if torch.version.hip is not None:  # ROCm calls its devices cuda, and has other float8 and other numbers
+        if torch.version.hip is not None:  # ROCm calls its devices cuda; its float8 types and capabilities differ
             return "needs an NVIDIA GPU"
         found = torch.cuda.get_device_capability(device)
         if found < capability:

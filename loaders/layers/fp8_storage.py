@@ -1,6 +1,6 @@
 """FP8 as storage only: weights lie in memory as E4M3 and are dequantized around the forward, in the dtype they had.
 
-For text encoders and VAEs. No scaled GEMM runs; memory is what is gained. The format is `Fp8Storage`.
+It saves memory in text encoders and VAEs; no scaled GEMM runs. The format is `Fp8Storage`.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Fp8WeightStorage(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """What the codes stand for, in the dtype in which the layer computes."""
+        """The dequantized weight, in the dtype in which the layer computes."""
         return self.codes.to(self.compute_dtype) * self.weight_scale.to(self.compute_dtype)
 
     @property

@@ -15,16 +15,16 @@ __all__ = ["QuantizedLoraLinear", "StoredLoraLinear"]
 
 
 class StoredLoraLinear(Linear):  # type: ignore[misc]  # peft is untyped
-    """A layer that reads as a plain one and its adapters, whose output is added to the layer's. Its codes never change.
+    """A stored layer and its adapters, whose output is added to the layer's. Its codes never change.
 
-    To PEFT its weight is a plain one, but what is written to that is lost.
+    PEFT sees a plain weight, but what it writes there is lost.
     """
 
     def update_layer(self, adapter_name: str, *args: Any, config: Any, **kwargs: Any) -> None:
         """Adds an adapter.
 
         Raises:
-            RecipeError: one that changes the weight to start from.
+            RecipeError: the adapter changes the weight when it is initialized.
         """
         start = config.init_lora_weights
         if isinstance(start, str) and start != "gaussian":
@@ -32,7 +32,7 @@ class StoredLoraLinear(Linear):  # type: ignore[misc]  # peft is untyped
         super().update_layer(adapter_name, *args, config=config, **kwargs)
 
     def merge(self, *_: Any, **__: Any) -> NoReturn:
-        """Always raises RecipeError: the sum would be rounded anew, and no subtraction would bring the codes back."""
+        """Always raises RecipeError: the sum would be rounded again, and no subtraction could restore the codes."""
         raise RecipeError(
             f"fuse_lora: found {self.get_base_layer()}, expected unquantized layers; leave the adapter unfused, "
             "or fuse it into the unquantized model and quantize that"
@@ -46,7 +46,7 @@ class QuantizedLoraLinear(StoredLoraLinear):
         """Adds an adapter.
 
         Raises:
-            RecipeError: one that needs more than the output of the layer, as DoRA does.
+            RecipeError: the adapter needs more than the output of the layer, as DoRA does.
         """
         if config.use_dora:
             raise _not_plain(adapter_name, "DoRA")

@@ -30,13 +30,14 @@ INPUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 class QuantizedLinear(nn.Module):
     """`y = x W^T + b` with W quantized.
 
-    Not an `nn.Linear`: diffusers' layerwise casting would cast the scales of one to FP8, which makes most of them zero.
+    It is no `nn.Linear`: diffusers' layerwise casting would cast the scales of one to FP8, where most become zero.
     The tensors are buffers under their names on disk (`weight`, `weight_scale`, ...), so that a model's `dtype` stays
-    that of its unquantized parameters. A cast (`.to(torch.float16)`) changes the bias, never codes and scales. They lie
-    as on disk, but for weights in containers, which are packed whenever one is set: see `loaders/memory/layout.py`.
+    that of its unquantized parameters. A cast (`.to(torch.float16)`) changes the bias, never codes and scales. Buffers
+    have their layout on disk. Weights in containers are the exception: setting one packs it, see
+    `loaders/memory/layout.py`.
 
-    The kernel is chosen when the layer is on its device, not per call, and once more on each other device that it moves
-    to. A layer that is unpickled chooses anew: it may be on another machine.
+    The kernel is chosen once for each device that the layer moves to, not per call. An unpickled layer chooses again,
+    since it may be on another machine.
     """
 
     def __init__(
@@ -47,15 +48,15 @@ class QuantizedLinear(nn.Module):
         activations: Activations = "quantized",
         in_features: int | None = None,
     ) -> None:
-        """Takes the tensors.
+        """Holds the tensors of a layer.
 
         Args:
-            fmt: what the tensors mean
+            fmt: the meaning of the tensors
             tensors: by suffix (`weight`, `weight_scale`, ...), as on disk; may be on the meta device, to be filled in
                 later, by setting the attributes
             bias: [out]
             activations: see `Activations`
-            in_features: where `weight` is packed and its width is not in_features
+            in_features: needed if `weight` is packed, so that its width is another
         """
         super().__init__()
         self.format = fmt
@@ -120,7 +121,7 @@ class QuantizedLinear(nn.Module):
         return self._selection_on(self.device)
 
     def select_kernel(self) -> None:
-        """Chooses the kernel anew, for the device where the tensors are.
+        """Chooses the kernel again, for the device where the tensors are.
 
         Raises:
             KernelError: no kernel runs this layer there.
@@ -141,7 +142,7 @@ class QuantizedLinear(nn.Module):
             raise KernelError(f"{self}: found an input of {x.dtype}, expected bfloat16, float16 or float32")
         tensors = {suffix: getattr(self, suffix) for suffix in self.tensor_names}
         rows = x.reshape(-1, self.in_features)
-        # That of the input's device: offloading hooks move buffers one by one and tell nobody.
+        # The kernel for the input's device: offloading hooks move buffers one by one, without a notice.
         out = self._selection_on(x.device).kernel.run(rows, tensors, self.format, self.bias)
         return out.view(*x.shape[:-1], self.out_features)
 
@@ -155,7 +156,7 @@ class QuantizedLinear(nn.Module):
         return disk_tensors(self.format, tensors, self.in_features)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name == "weight" and isinstance(value, Tensor):  # both libraries fill a layer in by setting its buffers
+        if name == "weight" and isinstance(value, Tensor):  # diffusers and transformers load tensors by setting buffers
             value = resident_tensors(self.format, {name: value})[name]
         super().__setattr__(name, value)
 
@@ -190,7 +191,7 @@ def quantize_linear(
     """Quantizes one linear layer, for experiments and benchmarks.
 
     Args:
-        linear: stays as it is
+        linear: the layer to quantize; it is not changed
         method: a method's name, or a format
         activations: see `Activations`
         options: of `FormatOptions`, as `weight_block_size=(128, 128)`

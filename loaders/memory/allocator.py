@@ -1,7 +1,7 @@
-"""Gives the system back what the C library keeps of memory that was freed.
+"""Returns memory to the system that was freed, but that the C library keeps.
 
-Building a model's skeleton leaves the heap with large holes, and each layer that is quantized with more. Scratch
-wanders through them, so that without this a model quantized layer by layer takes a fifth more memory than it needs.
+Building a model's skeleton leaves large holes in the heap, and each quantized layer leaves more. Later allocations land
+in other places, so that without this a model quantized layer by layer takes a fifth more memory than it needs.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ __all__ = ["release_free_memory"]
 
 
 def release_free_memory() -> None:
-    """Takes about 3 ms; does nothing where the C library has no such call (glibc does)."""
+    """Takes about 3 ms; does nothing unless the C library is glibc, which has such a call."""
     trim = _malloc_trim()
     if trim is not None:
         trim(0)

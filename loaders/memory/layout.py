@@ -1,4 +1,4 @@
-"""How a weight lies in memory, where that is not how it lies on disk.
+"""The layout of weights in memory, where it differs from the layout on disk.
 
 vLLM-Omni wants the E2M1 values of mxfp4 and mxfp4_dualscale in an E4M3 container, a byte each. In memory two codes
 share a byte, the even element in the low nibble; a row of odd length ends in a zero code. Every other tensor stays as
@@ -25,7 +25,7 @@ def _has_e2m1(fmt: Format) -> bool:
 
 
 def resident_tensors(fmt: Format, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors of a layer, by suffix, from disk to memory; what is on the meta device has nothing to pack yet."""
+    """Tensors of a layer as memory holds them, by suffix. On the meta device there is nothing to pack yet."""
     if not _has_e2m1(fmt):
         return dict(tensors)
     weight = tensors["weight"]

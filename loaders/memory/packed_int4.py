@@ -40,7 +40,7 @@ CODES_PER_WORD = 8
 
 @dataclass(frozen=True)
 class PackedInt4(Int4):
-    """See the module. Its tensors are those of the file, where `Int4` has a code a byte."""
+    """W4A16 with the packed tensors of the file, where `Int4` has one code per byte."""
 
     def layout(self, out_features: int, in_features: int) -> dict[str, TensorLayout]:
         return self._spelling(out_features, in_features).layout(super().layout(out_features, in_features))
@@ -49,7 +49,7 @@ class PackedInt4(Int4):
         return self._spelling(*rows.shape).encode(super().quantize_rows(rows, fitted))
 
     def quantize_fitted(self, weight: Tensor, fitted: None) -> dict[str, Tensor]:
-        """See `Format`; the rows of a tile are columns here."""
+        """The base class writes rows; here the rows of a tile are columns of the result."""
         rows, columns = weight.shape
         packed = {
             name: torch.empty(layout.shape, dtype=layout.dtype, device=weight.device)
@@ -78,14 +78,14 @@ class PackedInt4(Int4):
 
 
 def as_loaded(fmt: QuantizingFormat) -> QuantizingFormat:
-    """The format whose tensors a layer holds in memory: of W4A16 those of the file, of others the format itself."""
+    """The format whose tensors a layer holds in memory: for W4A16 the packed one, otherwise the format itself."""
     if isinstance(fmt, Int4) and not isinstance(fmt, PackedInt4):
         return PackedInt4(fmt.group, fmt.search)
     return fmt
 
 
 def weight_shape(tensors: Mapping[str, Tensor]) -> tuple[int, int]:
-    """Rows of a weight, and columns as stored, from the tensors of its layer as in memory."""
+    """Rows and stored columns of a weight, from the tensors of its layer in memory."""
     if CODES in tensors:
         return tensors[CODES].shape[1], tensors[CODES].shape[0] * CODES_PER_WORD
     rows, columns = tensors["weight"].shape

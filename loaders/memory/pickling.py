@@ -18,7 +18,7 @@ DTYPES = "_float8_dtypes"
 
 
 def module_state(module: nn.Module) -> dict[str, Any]:
-    """What `__getstate__` of a module is to return; nothing is copied."""
+    """The value for `__getstate__` of a module; nothing is copied."""
     state = nn.Module.__getstate__(module)  # type: ignore[no-untyped-call]  # torch leaves it untyped
     buffers = state["_buffers"]
     dtypes = {name: tensor.dtype for name, tensor in buffers.items() if tensor is not None and _is_float8(tensor)}
@@ -27,7 +27,7 @@ def module_state(module: nn.Module) -> dict[str, Any]:
 
 
 def restore_buffers(state: Mapping[str, Any]) -> dict[str, Any]:
-    """Inverse of `module_state`: what a module's `__dict__` was."""
+    """Inverse of `module_state`: the `__dict__` of the module."""
     dtypes = state.get(DTYPES, {})
     buffers = {
         name: tensor.view(dtypes[name]) if name in dtypes else tensor for name, tensor in state["_buffers"].items()

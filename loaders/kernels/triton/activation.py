@@ -1,7 +1,8 @@
 """Activation quantization per token and per tensor in Triton: each row is read once, its codes are written once.
 
-The arithmetic is that of `activation.py`, bit for bit: true division, rounding half to even, NaN kept. Not run on
-hardware: tests run these kernels in Triton's interpreter, and compile them for each architecture that may run them.
+The arithmetic is that of `formats/arithmetic/input_codes.py`, bit for bit: true division, rounding half to even, NaN
+kept. Not run on hardware: tests run these kernels in Triton's interpreter, and compile them for each architecture that
+may run them.
 """
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator"
@@ -204,7 +205,7 @@ def _launch(kernel, x: Tensor, codes: Tensor, **constants: float) -> Tensor:
     if codes.numel():
         block = triton.next_power_of_2(columns)
         warps = min(max(block // (WARP * ELEMENTS_PER_THREAD), 1), MOST_WARPS)
-        # A fused multiply-add would round INT8 codes once where `activation.py` rounds twice.
+        # A fused multiply-add would round INT8 codes once where `input_codes.py` rounds twice.
         options = {"num_warps": warps, "enable_fp_fusion": False}
         kernel[(rows,)](x, codes, scale, x.stride(0), columns, **constants, BLOCK=block, **options)
     return scale

@@ -1,8 +1,9 @@
 """Activation quantization by blocks along K in Triton: a tile of tokens is read once, its codes are written once.
 
-The arithmetic is that of `activation.py`, bit for bit. Scales are written where the scaled GEMM wants them: group by
-group for FP8, in cuBLAS's order (`formats/arithmetic/swizzle.py`), filling included, for MXFP8 and NVFP4. Not run on
-hardware: tests run these kernels in Triton's interpreter, and compile them for each architecture that may run them.
+The arithmetic is that of `formats/arithmetic/input_codes.py`, bit for bit. Scales are written where the
+scaled GEMM expects them: group by group for FP8; in cuBLAS's order (`formats/arithmetic/swizzle.py`), with padding, for
+MXFP8 and NVFP4. Not run on hardware: tests run these kernels in Triton's interpreter, and compile them for each
+architecture that may run them.
 """
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,untyped-decorator"
