@@ -60,7 +60,7 @@ class Format(ABC):
     is_storage: bool = False
     #: Elements of a row that share an entry of `weight`.
     elements_per_entry: int = 1
-    #: Largest input that static activations can hold, in units of `input_scale`; None where nobody says so.
+    #: Largest input that static activations can hold, in units of `input_scale`; None if unknown.
     largest_input: float | None = None
 
     @property
@@ -116,7 +116,7 @@ class Format(ABC):
         """The weight that the tensors stand for, float32 [out, in]."""
 
     def round_inputs(self, inputs: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
-        """Inputs as the runtime's GEMM sees them, quantized and restored: as they are, unless the format says so.
+        """Inputs as the runtime's GEMM receives them: quantized and restored, or unchanged by default.
 
         Args:
             inputs: any float dtype [rows, in], already multiplied by `mul_scale` if there is one

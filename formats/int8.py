@@ -40,7 +40,7 @@ class _Fitted:
 
 @dataclass(frozen=True)
 class Int8(ElementFormat):
-    """INT8 per output row, or with one scale for a whole fused group spelled as a constant column."""
+    """INT8 per output row, or with one scale for a whole fused group, stored as a constant column."""
 
     shared_in_group: bool = False
 

@@ -44,7 +44,7 @@ def _choice(
 
 @dataclass(frozen=True, kw_only=True)
 class FormatChoices:
-    """What a user may choose. A format names the choices that it honours in `QuantizingFormat.options`."""
+    """The choices of a user. A format names those that it honours in `QuantizingFormat.options`."""
 
     input_scale: str = _choice("max", "max, mse or percentile:P.")
     weight_block_size: tuple[int, int] | None = _choice(None, "Block-wise FP8, e.g. 128,128.", metavar="N,K")

@@ -48,7 +48,7 @@ def _float32_mantissa(significand: float) -> int:
 
 
 def _carry(rule: str, element: ElementType) -> int:
-    """What to add to float32 bits so that significands for which the rule goes up carry into the exponent."""
+    """The number to add to float32 bits, so that significands that the rule rounds up carry into the exponent."""
     one = 1 << 23
     if rule == "floor":
         return 0

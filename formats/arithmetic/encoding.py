@@ -20,7 +20,7 @@ E8M0 = torch.float8_e8m0fnu
 
 @dataclass(frozen=True)
 class Encoding:
-    """What the elements of a weight are, and what they are multiplied by.
+    """The elements of a weight and their scales.
 
     Attributes:
         element: type of the elements

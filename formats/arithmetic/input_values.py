@@ -35,7 +35,7 @@ def quantize_mxfp4_input(inputs: Tensor, scale_algorithm: int = 0) -> Tensor:
     """E2M1 per 32 along K (`npu_dynamic_mx_quant` to float4_e2m1fn_x2).
 
     Args:
-        inputs: activations, already multiplied with mul_scale
+        inputs: activations, already multiplied by mul_scale
         scale_algorithm: the runtime's `mxfp4_scale_alg`: 0 is the floor rule, 2 is amax / 7.25 up to a power of two
     """
     return _quantize_mx(inputs, E2M1, {0: "floor", 2: "uos"}[scale_algorithm])
@@ -47,7 +47,7 @@ def quantize_mxfp4_dualscale_input(inputs: Tensor) -> Tensor:
     The quotient by the first level is rounded to the dtype of the inputs, as the operator does.
 
     Args:
-        inputs: activations, already multiplied with mul_scale
+        inputs: activations, already multiplied by mul_scale
     """
     columns = inputs.shape[-1]
     groups = split_blocks(inputs, COARSE_BLOCK)

@@ -1,4 +1,4 @@
-"""What the MX formats share: blocks along K with a power-of-two scale each."""
+"""The blocks of the MX formats: elements along K that share a power-of-two scale."""
 
 from __future__ import annotations
 

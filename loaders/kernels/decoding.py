@@ -38,9 +38,9 @@ __all__ = ["DECODERS", "Decoder", "Operands", "decode_rows", "padded_columns", "
 E4M3_REBIAS = 127 - 7
 HEADROOM = 32
 E4M3_FIELDS = 0x87F0 - 0x10000  # of an int16: the sign, and 4 + 3 bits below four zeros
-# Of an int32 with two bfloat16, the even element in the low half: signs, and 2 + 1 bits below six zeros.
+# Masks of an int32 with two bfloat16, the even element in the low half: signs, and 2 + 1 bits below six zeros.
 E2M1_SIGNS, E2M1_MAGNITUDES = 0x80008000 - 0x100000000, 0x01C001C0
-# Of one bfloat16: the magnitude of code 1, and the bits of 0.5, which it stands for.
+# In one bfloat16: the magnitude of code 1, and the bits of 0.5, its value.
 E2M1_FIRST, HALF = 1 << 6, 126 << 7
 NIBBLES, OFFSETS, OFFSET = 0x000F000F, 0x43004300, 128  # integers of 4 bits, and bfloat16 numbers whose last bit is one
 

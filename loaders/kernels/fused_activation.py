@@ -41,7 +41,7 @@ LONGEST_ROW = 1 << 15
 
 
 def fp8_static(x: Tensor, input_scale: Tensor) -> Tensor:
-    """As `input_codes.fp8_static`."""
+    """Computes `input_codes.fp8_static`."""
     if not _has_kernels(x) or torch.compiler.is_compiling():
         return input_codes.fp8_static(x, input_scale)
     codes: Tensor = fp8_static_op(x, input_scale)
@@ -49,7 +49,7 @@ def fp8_static(x: Tensor, input_scale: Tensor) -> Tensor:
 
 
 def fp8_per_token(x: Tensor) -> tuple[Tensor, Tensor]:
-    """As `input_codes.fp8_per_token`."""
+    """Computes `input_codes.fp8_per_token`."""
     if not (_has_kernels(x) and x.shape[1] <= LONGEST_ROW):
         return input_codes.fp8_per_token(x)
     codes, scale = fp8_per_token_op(x)
@@ -57,7 +57,7 @@ def fp8_per_token(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def int8_per_token(x: Tensor) -> tuple[Tensor, Tensor]:
-    """As `input_codes.int8_per_token`."""
+    """Computes `input_codes.int8_per_token`."""
     if not (_has_kernels(x) and x.shape[1] <= LONGEST_ROW):
         return input_codes.int8_per_token(x)
     codes, scale = int8_per_token_op(x)
@@ -74,7 +74,7 @@ def fp8_per_group(x: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
 
 
 def mxfp8_swizzled(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes, float8_e4m3fn [M, K], and E8M0 scales, uint8 [scales], in cuBLAS's order with its filling."""
+    """Codes, float8_e4m3fn [M, K], and E8M0 scales, uint8 [scales], in cuBLAS's order with its padding."""
     if _has_kernels(x):
         codes, scale = mxfp8_swizzled_op(x)
         return codes, scale
@@ -83,7 +83,7 @@ def mxfp8_swizzled(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def nvfp4_swizzled(x: Tensor, input_scale: Tensor) -> tuple[Tensor, Tensor]:
-    """E2M1 codes, uint8 [M, K / 2], and scales, float8_e4m3fn [scales], in cuBLAS's order with its filling."""
+    """E2M1 codes, uint8 [M, K / 2], and scales, float8_e4m3fn [scales], in cuBLAS's order with its padding."""
     if _has_kernels(x):
         codes, scale = nvfp4_swizzled_op(x, input_scale)
         return codes, scale

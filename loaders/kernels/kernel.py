@@ -34,7 +34,7 @@ class LayerTraits:
 
 @dataclass(frozen=True)
 class Requirements:
-    """Which layers a kernel can run.
+    """The layers that a kernel can run.
 
     Attributes:
         formats: classes of format
@@ -63,7 +63,7 @@ class Requirements:
     has_input_scale: bool = False
 
     def unmet(self, layer: LayerTraits) -> str | None:
-        """Why a layer cannot run, or None."""
+        """The reason why a layer cannot run, or None."""
         if not isinstance(layer.format, self.formats):
             names = ", ".join(format_class.__name__ for format_class in self.formats)
             return f"runs {names}, not {type(layer.format).__name__}"

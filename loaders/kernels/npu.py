@@ -9,7 +9,7 @@ Not run on hardware: nobody has yet run these kernels on an NPU. They follow tor
     npu_dual_level_quant_matmul(x1, x2, x1_level0_scale, x2_level0_scale, x1_level1_scale, x2_level1_scale, bias,
                                 output_dtype), x2 in the device's own NZ layout
 
-and tests check what the operators receive. The input is multiplied with mul_scale here: smooth_scale is documented as
+and tests check what the operators receive. The input is multiplied by mul_scale here: smooth_scale is documented as
 not supported yet.
 """
 

@@ -193,7 +193,7 @@ def quantize_int8(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def has_type(x: Tensor, capability: tuple[int, int] = E4M3_CAPABILITY) -> bool:
-    """Whether kernels may use a small float type, by default E4M3, where a tensor is."""
+    """Whether the device of a tensor has a small float type, by default E4M3."""
     return x.is_cuda and torch.cuda.get_device_capability(x.device) >= capability
 
 

@@ -59,7 +59,7 @@ def _store_tile(ptr, codes, row, column, rows, columns):
 
 @triton.jit
 def _store_swizzled(ptr, scale, row, first_group, rows, groups, GROUPS: tl.constexpr):  # noqa: N803
-    """Scale bytes [rows, GROUPS] in tiles of 128 x 4, zeros as filling."""
+    """Scale bytes [rows, GROUPS] in tiles of 128 x 4, padded with zeros."""
     group = first_group + tl.arange(0, GROUPS)
     tile_columns = (groups + 3) // 4
     tile = (row // 128).to(tl.int64)[:, None] * tile_columns + (group // 4)[None, :]
@@ -190,7 +190,7 @@ def nvfp4_kernel(
 
 
 def quantize_groups(x: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
-    """As `fused_activation.fp8_per_group_op`."""
+    """Computes `fused_activation.fp8_per_group_op`."""
     x = x if x.stride(1) == 1 else x.contiguous()
     rows, columns = x.shape
     groups = triton.cdiv(columns, group_size)
@@ -213,7 +213,7 @@ def quantize_groups(x: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
 
 
 def quantize_mxfp8(x: Tensor) -> tuple[Tensor, Tensor]:
-    """As `fused_activation.mxfp8_swizzled_op`."""
+    """Computes `fused_activation.mxfp8_swizzled_op`."""
     x = x if x.stride(1) == 1 else x.contiguous()
     rows, columns = x.shape
     codes = x.new_empty(rows, columns, dtype=torch.float8_e4m3fn)
@@ -235,7 +235,7 @@ def quantize_mxfp8(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def quantize_nvfp4(x: Tensor, input_scale: Tensor) -> tuple[Tensor, Tensor]:
-    """As `fused_activation.nvfp4_swizzled_op`."""
+    """Computes `fused_activation.nvfp4_swizzled_op`."""
     x = x if x.stride(1) == 1 else x.contiguous()
     rows, columns = x.shape
     codes = x.new_empty(rows, columns // 2, dtype=torch.uint8)

@@ -25,7 +25,7 @@ __all__ = ["LONGEST_STEP", "TILES", "TILE_ROWS_IN_CACHE", "Tile", "choose_tile",
 
 @dataclass(frozen=True)
 class Tile:
-    """What one program computes, and how: rows of x, rows of the weight, elements along K in one step."""
+    """The work of one program: rows of x, rows of the weight, elements along K in one step."""
 
     rows: int
     outputs: int
@@ -54,7 +54,7 @@ CODES = {torch.uint8: "e2m1", torch.float8_e4m3fn: "e4m3", torch.int8: "int8", t
 def _e2m1(packed):
     """Values of packed codes, two a byte, even elements in low nibbles: uint8 [N, K / 2] to float32 [N, K]."""
     codes = tl.interleave(packed & 0xF, packed >> 4).to(tl.int16)
-    # As a float16 with the same sign, exponent and mantissa fields, 2^(15 - 1) too small; subnormals are too.
+    # A float16 with the same sign, exponent and mantissa fields is 2^(15 - 1) too small, subnormals included.
     return (((codes & 8) << 12) | ((codes & 7) << 9)).to(tl.float16, bitcast=True).to(tl.float32) * 2.0**14
 
 
@@ -151,7 +151,7 @@ def decode_mm_kernel(
     program = tl.program_id(0)
     i, j = tl.swizzle2d(program // tile_outputs, program % tile_outputs, tile_rows, tile_outputs, IN_CACHE)
     row, output = i * ROWS + tl.arange(0, ROWS), j * OUTPUTS + tl.arange(0, OUTPUTS)
-    # What lies beyond the last row is computed from others and not stored: that takes no masks.
+    # Results beyond the last row are computed from other rows and not stored, which needs no masks.
     x_row, weight_row = row % rows, output % outputs
     is_even: tl.constexpr = MULTIPLE % STEP == 0
     total = tl.zeros((ROWS, OUTPUTS), dtype=tl.float32)
@@ -203,7 +203,7 @@ def multiply(
         block_scale: of blocks of 32, E8M0, uint8 [out, ceil(K / 32)]; of 16, float8_e4m3fn [out, ceil(K / 16)]; or None
         group_scale: of groups of rows and columns, float32 or float16 [ceil(out / rows), ceil(K / columns)], or None
         zero_points: less one, of integers of 4 bits, int32 [K / columns of a group, out / 8], or None
-        unit: what the result is multiplied with, float32 [], [1] or one for each row of the weight, or None
+        unit: factor of the result, float32 [], [1] or one for each row of the weight, or None
         bias: [out] or None
         group_shape: rows and columns of a group, the latter divisible by 16; columns are 0 where there is none
         outputs: rows of the weight
