@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from omni_convert.convert.plan.target import config_block, other_linears
+from omni_convert.convert.plan.target import other_linears
 from omni_convert.convert.recipe import Recipe
 from omni_convert.formats.dialects import vllm_omni
 from omni_convert.formats.dialects.base import Dialect, WrittenSpelling
@@ -70,9 +70,8 @@ def respell(
     formats = {stem: layer.format for stem, layer in quantized.layers.items()}
     view = respelled_view(quantized, spellings)
     notes: list[str] = []
-    is_ours = is_transformers and recipe.dialect == vllm_omni.VLLM_OMNI.name
-    is_stored = any(fmt.is_storage for fmt in formats.values())
-    if recipe.dialect == vllm_omni.VLLM_OMNI.name and not (is_ours or is_stored):
+    is_for_us = is_transformers or any(fmt.is_storage for fmt in formats.values())
+    if dialect.lists_built_layers and not is_for_us:
         ignored = _scope(quantized, family, recipe, notes)
     else:
         kept = {name: quantized.checkpoint[stored] for name, stored in quantized.kept.items()}
@@ -80,7 +79,7 @@ def respell(
     ignored += also_ignored
     merged = _merged_names(quantized, family, recipe) if dialect.lists_runtime_names else {}
     try:
-        block = config_block(dialect, formats | merged, ignored, is_transformers=is_transformers)
+        block = (dialect.encoder_block if is_transformers else dialect.block)(formats | merged, ignored)
     except RecipeError as error:
         raise CheckpointError(f"{quantized.checkpoint.path}: {error}") from None
     kinds = Counter(fmt.label for fmt in formats.values())
@@ -91,7 +90,7 @@ def respell(
 
 def _spelling(layer: QuantizedLayer, dialect: Dialect, recipe: Recipe) -> WrittenSpelling:
     where = f"{layer.checkpoint.path}: layer '{layer.stem}'"
-    if layer.format.is_storage and (dialect is not vllm_omni.VLLM_OMNI or recipe.runtime != "diffusers"):
+    if layer.format.is_storage and not (dialect.has_storage and recipe.runtime == "diffusers"):
         raise CheckpointError(
             f"{where}: found fp8_storage, which our loader alone reads, expected --runtime diffusers and --dialect "
             "vllm-omni to keep it; `omni-convert dequantize` gives BF16"

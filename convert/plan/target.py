@@ -22,7 +22,7 @@ from omni_convert.formats.containers.checkpoint import Checkpoint
 from omni_convert.formats.containers.names import WEIGHT
 from omni_convert.formats.containers.shards import Shards
 from omni_convert.formats.containers.tensor_spec import TensorSpec
-from omni_convert.formats.dialects import omni_convert, vllm_omni
+from omni_convert.formats.dialects import vllm_omni
 from omni_convert.formats.dialects.base import Dialect
 from omni_convert.formats.dialects.table import DIALECTS
 from omni_convert.formats.errors import CheckpointError, RecipeError
@@ -31,7 +31,7 @@ from omni_convert.formats.families.layers import LayerGroup, linear_widths
 from omni_convert.formats.format import Format, QuantizingFormat
 from omni_convert.formats.table import build_format
 
-__all__ = ["RuntimeTarget", "Scope", "StorageTarget", "Target", "config_block", "linears_in_blocks", "other_linears"]
+__all__ = ["RuntimeTarget", "Scope", "StorageTarget", "Target", "linears_in_blocks", "other_linears"]
 
 # What diffusers calls the main stack of blocks; refiners and single-stream blocks come after it.
 MAIN_STACK = re.compile(r"(?:blocks|layers|transformer_blocks)\.(\d+)\.")
@@ -214,9 +214,10 @@ class RuntimeTarget(Target):
         ignored = {*vllm_omni.ignored_names(kept)}
         if component.is_denoiser:
             ignored |= {*unquantized_encoder_layers(component.source, component.family, encoder)}
-        if self.dialect is not vllm_omni.VLLM_OMNI:
+        if not self.dialect.lists_built_layers:
             ignored |= {*other_linears(component.weights, formats)}
-        return config_block(self.dialect, formats, ignored, is_transformers=component.is_transformers)
+        block = self.dialect.encoder_block if component.is_transformers else self.dialect.block
+        return block(formats, ignored)
 
     def files(self, steps: Sequence[Step], formats: Mapping[str, Format]) -> Shards:
         metadata = self.dialect.metadata(formats)
@@ -269,19 +270,6 @@ class StorageTarget(RuntimeTarget):
 def linears_in_blocks(checkpoint: Checkpoint) -> dict[str, None]:
     """Stems of the linears that the generic rule finds, for readers that no family's facts are about; ordered."""
     return {stem: None for group in generic_groups(linear_widths(checkpoint)) for stem in group.members}
-
-
-def config_block(
-    dialect: Dialect, formats: Mapping[str, Format], ignored: Collection[str], *, is_transformers: bool
-) -> dict[str, Any] | None:
-    """`quantization_config` as the dialect spells it; transformers wants its own kind of vLLM-Omni's.
-
-    Raises:
-        RecipeError: the block cannot express formats that differ.
-    """
-    if is_transformers and dialect is vllm_omni.VLLM_OMNI:
-        return omni_convert.to_block(vllm_omni.config_of(formats, ignored))
-    return dialect.block(formats, ignored)
 
 
 def other_linears(tensors: Mapping[str, TensorSpec], stems: Collection[str] = ()) -> list[str]:

@@ -166,6 +166,10 @@ class Dialect(ABC):
     has_exact_shapes: bool = False
     #: Whether the name of a merged layer in the list of ignored ones is enough, without those of its parts.
     ignores_merged_layers_by_name: bool = False
+    #: Whether its list of ignored layers holds the layers that the runtime would build quantized, and no other linears.
+    lists_built_layers: bool = False
+    #: Whether it has a method for weights that are only stored quantized, as those of VAEs.
+    has_storage: bool = False
     #: Whether all tensors must be in one file.
     is_single_file: bool = False
     #: Whether its readers expect diffusers' names, not those of the model's own code.
@@ -210,6 +214,10 @@ class Dialect(ABC):
             ignored: names of linears that are not quantized
         """
         return None
+
+    def encoder_block(self, layers: Mapping[str, Format], ignored: Collection[str]) -> dict[str, Any] | None:
+        """As `block`, for a component that transformers loads."""
+        return self.block(layers, ignored)
 
     def sidecars(self, layers: Mapping[str, Format], names: Collection[str]) -> dict[str, dict[str, Any]]:
         """JSON files to write beside the weights: name to content.

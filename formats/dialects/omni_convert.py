@@ -16,13 +16,12 @@ from omni_convert.formats.errors import CheckpointError
 
 __all__ = ["QUANT_METHOD", "from_block", "to_block"]
 
-QUANT_METHOD = "omni_convert"
+QUANT_METHOD = vllm_omni.WRAPPED
 
 
 def to_block(config: QuantizationConfig) -> dict[str, Any]:
     """The block for a text encoder's config.json."""
-    block = vllm_omni.to_block(config)
-    return {"quant_method": QUANT_METHOD, "method": block.pop("quant_method"), **block}
+    return vllm_omni.wrapped(vllm_omni.to_block(config))
 
 
 def from_block(block: Mapping[str, Any], where: str) -> QuantizationConfig:

@@ -46,6 +46,7 @@ from omni_convert.formats.table import layer_formats
 __all__ = [
     "MODELOPT",
     "VLLM_OMNI",
+    "WRAPPED",
     "config_of",
     "from_block",
     "ignored_names",
@@ -54,10 +55,11 @@ __all__ = [
     "serialized_flag",
     "to_block",
     "vllm_omni_verdict",
+    "wrapped",
 ]
 
 CONSUMER = "vLLM-Omni"
-# `quant_method` of the block that wraps ours for components that transformers loads; see `omni_convert.py`.
+#: `quant_method` of the block that wraps ours for components that transformers loads; see `omni_convert.py`.
 WRAPPED = "omni_convert"
 ASCEND_METHODS = ("mxfp8", "mxfp4", "mxfp4_dualscale")
 
@@ -193,6 +195,12 @@ def to_block(config: QuantizationConfig) -> dict[str, Any]:
     return block | {key: values[key] for key in spelling.keys if values[key] is not None}
 
 
+def wrapped(block: Mapping[str, Any]) -> dict[str, Any]:
+    """A block as components have it that transformers loads; it has other quantizers under our methods' names."""
+    rest = {key: value for key, value in block.items() if key != "quant_method"}
+    return {"quant_method": WRAPPED, "method": block["quant_method"], **rest}
+
+
 def from_block(block: Mapping[str, Any], where: str) -> QuantizationConfig:
     """Reads a block.
 
@@ -291,6 +299,8 @@ class VllmOmni(Dialect):
     )
     strict_runtimes = (OURS, RUNTIME, DIFFUSERS)  # in which our loader reads it
     fills_vllm_omni_parameters = True
+    lists_built_layers = True
+    has_storage = True
     has_exact_shapes = True
 
     def recognises(self, found: Found) -> bool:
@@ -321,6 +331,9 @@ class VllmOmni(Dialect):
             RecipeError: the layers have several formats, which one block cannot express.
         """
         return to_block(config_of(layers, ignored))
+
+    def encoder_block(self, layers: Mapping[str, Format], ignored: Collection[str]) -> dict[str, Any]:
+        return wrapped(self.block(layers, ignored))
 
     def verdicts(
         self,
