@@ -48,7 +48,7 @@ def choose_activation_scheme(method: str, recipe: Recipe) -> ActivationScheme:
 
 
 def _choose_with_input_scale(method: str, recipe: Recipe) -> ActivationScheme:
-    """As above, for a method that stores an input scale where it has statistics."""
+    """The scheme of a method that can store an input scale, which needs statistics."""
     if "none" in ACTIVATION_SCHEMES[method]:
         if recipe.activation_scheme == "dynamic":
             raise RecipeError(

@@ -68,7 +68,7 @@ class InputObserver:
         """Prepares to watch some models.
 
         Args:
-            models: by component name
+            models: component name → model
             counts_timesteps: a step ends when a model is called with another `timestep`; for pipelines without a
                 callback at the end of a step
             with_moments: also record second moments

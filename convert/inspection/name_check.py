@@ -29,7 +29,7 @@ from omni_convert.formats.views.base import dequantized_view
 
 __all__ = ["check_converted_names", "check_names"]
 
-# Of layers and blocks: a config with more was not made by anybody who has such a model.
+# Most layers or blocks of a config that is believed; no real model has more.
 LARGEST_COUNT = 1000
 # Ten times those of the largest model; so many are built within seconds, whatever a config asks for.
 MOST_MODULES = 50_000
@@ -42,11 +42,11 @@ TRANSLATED = re.compile(r"\.(query|key|value|proj_attn)\.(weight|bias)$")
 
 @dataclass(frozen=True)
 class _Expected:
-    """What a class has.
+    """The tensors of a class.
 
     Attributes:
-        parameters: that its files hold, each once
-        names: of everything in its state
+        parameters: names of the parameters that its files hold, each once
+        names: names of everything in its state
         ties: names of one tensor each, of which a file need have only one
         optional: patterns of names that may be missing or left over
     """
@@ -62,7 +62,7 @@ def check_names(reading: TolerantReading, config: Mapping[str, Any]) -> Iterator
     """Tensors that are missing, and tensors that the model has no use for.
 
     Args:
-        config: of the component; {} if there is none
+        config: config of the component; {} if there is none
     """
     if reading.found.block and reading.quantized.dialect is None:
         return  # its tool may have any names
@@ -144,7 +144,7 @@ def _unknown(name: str, class_name: str) -> Finding:
 
 
 def _expected(config: Mapping[str, Any]) -> _Expected | None:
-    """What the class of a config has; None if that cannot be told."""
+    """The tensors of the class that a config names; None if the class cannot be built."""
     plain = {key: value for key, value in config.items() if key != "quantization_config"}
     is_of_diffusers = "_class_name" in plain
     if not (is_of_diffusers or "model_type" in plain):

@@ -134,7 +134,7 @@ class RemoteFolder:
 
 
 def output_of(output: str | Path) -> Path | RemoteFolder:
-    """What the user means by an output: a URL or a path."""
+    """The output that the user names: a URL or a path."""
     if isinstance(output, str) and "://" in output:
         return RemoteFolder(output)
     path = Path(output)

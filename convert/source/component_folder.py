@@ -44,7 +44,7 @@ class ComponentFolder:
 
     @property
     def folder(self) -> Path:
-        """Where its config is, or would be."""
+        """The folder of its config."""
         return self.path if self.path.is_dir() else self.path.parent
 
     @property
