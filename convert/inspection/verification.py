@@ -173,7 +173,8 @@ def _scope(component: ComponentFolder, reading: TolerantReading) -> list[Finding
     if not is_for_vllm_omni or family is None or not reading.shapes:
         return []
     recipe, _ = component.manifest_entry
-    if recipe.get("runtime") == "diffusers":  # chosen for our loader
+    is_other = family.is_generic and bool(component.name) and not component.is_denoiser  # such as a VAE
+    if is_other or recipe.get("runtime") == "diffusers":  # chosen for our loader
         return []
     return list(check_scope(reading, family, *_encoder_layers(component.source, family)))
 
