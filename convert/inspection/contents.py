@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from omni_convert.convert.inspection.lost_block import dialect_of_lost_block
-from omni_convert.convert.plan.respelling import vllm_omni_refusal
+from omni_convert.convert.plan.reencoding import vllm_omni_refusal
 from omni_convert.convert.recipe import Recipe
 from omni_convert.convert.report import size_text
 from omni_convert.convert.source.component_folder import ComponentFolder, folders_with_weights

@@ -1,4 +1,4 @@
-"""What becomes of one component of the pipeline."""
+"""The plan of one component: its steps, files and config."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ __all__ = ["ComponentPlan", "plan_files", "replace_config"]
 
 @dataclass(frozen=True)
 class ComponentPlan:
-    """What happens to one component of the pipeline.
+    """How one component of the pipeline is converted.
 
     Attributes:
         name: the component's folder, or "" when the model is a single component
         dialect: name of the dialect that it is written in
         config: config.json as it will be written, with its `quantization_config`
         shards: output files and the tensors of each
-        transcoded: layers that were quantized and are not quantized again → what they were
-        sidecars: JSON files that the dialect wants beside the weights
+        transcoded: layer → its format in the source, for layers that are re-encoded or dequantized
+        sidecars: JSON files that the dialect has beside the weights: name → content
         notes: what the user should know about how the recipe was read
         scheme: how activations are quantized; None in a plan that knows no statistics
     """
@@ -85,7 +85,7 @@ class ComponentPlan:
 
     @property
     def bytes_to_do(self) -> int:
-        """Of the tensors that the steps read; a quantized source is read as what it stands for."""
+        """Size of the tensors that the steps read, in bytes; a quantized source counts as dequantized."""
         return sum(spec.nbytes for spec in self.checkpoint.values())
 
     @property
@@ -94,7 +94,7 @@ class ComponentPlan:
 
 
 def plan_files(steps: Sequence[Step], recipe: Recipe, metadata: Mapping[str, str], *, is_transformers: bool) -> Shards:
-    """The files of a component; one only, if the dialect wants that."""
+    """Distributes a component over files; some dialects have a single one."""
     specs = outputs(steps)
     is_single = DIALECTS[recipe.dialect].is_single_file and recipe.method != "dequantize"
     limit = sum(spec.nbytes for spec in specs) + 1 if is_single else recipe.max_shard_size

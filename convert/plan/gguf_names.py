@@ -1,8 +1,8 @@
-"""Which names a GGUF file has: those of the model's own code, as long as diffusers finds its own in them.
+"""Chooses the names in a GGUF file: those of the model's own code, if diffusers can convert them back.
 
 ComfyUI-GGUF, stable-diffusion.cpp and vLLM's GGUF plugin know the original names, and no others; diffusers converts
-them when it loads a file. That it gives every tensor back is tried before anything is written, on the numbers of the
-rows: its conversions know some families in one width alone.
+them when it loads a file. Before anything is written, its conversion is traced with row numbers as values, since some
+conversions work for one width only.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ FOR_OTHERS = "ComfyUI-GGUF and stable-diffusion.cpp"
 
 @dataclass(frozen=True)
 class GgufNames:
-    """A model under the names that its file will have.
+    """A model under the names that its GGUF file has.
 
     Attributes:
         checkpoint: its tensors
-        runs: of each tensor: the rows of diffusers' tensors that it consists of
+        runs: tensor → the rows of diffusers' tensors that it consists of
         note: which names these are
         is_for_diffusers: diffusers loads a file with them, as long as it loads this model from single files
     """
@@ -92,7 +92,7 @@ def choose_names(checkpoint: Checkpoint, config: Mapping[str, Any], recipe: Reci
 
 
 def _shapes(checkpoint: Checkpoint, runs: Mapping[str, list[Run]]) -> dict[str, tuple[int, ...]]:
-    """What comes of joining rows."""
+    """The shapes of the joined tensors."""
     shapes = {}
     for name, found in runs.items():
         shape = checkpoint[found[0].source].shape
@@ -101,7 +101,7 @@ def _shapes(checkpoint: Checkpoint, runs: Mapping[str, list[Run]]) -> dict[str, 
 
 
 def _trouble(checkpoint: Checkpoint, runs: Mapping[str, list[Run]], config: Mapping[str, Any]) -> str | None:
-    """Why diffusers' conversion does not give the tensors back as they are; None if it does."""
+    """Why diffusers' conversion does not restore the tensors, or None."""
 
     def joined(numbers: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {name: _joined(numbers, found) for name, found in runs.items()}

@@ -43,10 +43,10 @@ ROOT_FILES = ("*.json", "LICENSE*", "NOTICE*")
 
 @dataclass(frozen=True)
 class Plan:
-    """A whole conversion, decided.
+    """A whole conversion.
 
     Attributes:
-        copies: files that are taken over byte for byte: path inside the output → source path
+        copies: files that are copied byte for byte: path inside the output → source path
         notes: what the user should know about how the recipe was read
         weights: component → its weights in plain numbers, on which statistics must have been recorded
         statistics: identity of the statistics that were attached, if there are some
@@ -66,7 +66,7 @@ class Plan:
 
     @property
     def source_files(self) -> list[TensorFile]:
-        """Those of the weights."""
+        """The source's files of weights."""
         return [file for component in self.components for file in component.checkpoint.files.values()]
 
     @property
@@ -163,7 +163,7 @@ def _encoder_first(components: Collection[str]) -> list[str]:
 
 
 def _files_to_copy(source: Source, rewritten: Collection[str]) -> dict[str, Path]:
-    """Every file of the pipeline but the weights that are rewritten: path inside the output → source path."""
+    """Every file of the pipeline that is not written anew: path inside the output → source path."""
     if not source.is_pipeline:
         return {}
     root_files = [path for pattern in ROOT_FILES for path in source.path.glob(pattern)]
@@ -182,5 +182,5 @@ def _files_to_copy(source: Source, rewritten: Collection[str]) -> dict[str, Path
 
 def _is_rewritten(name: str, components: Collection[str]) -> bool:
     folder, _, file = name.partition("/")
-    is_said_anew = file in ("config.json", *SIDECARS) or fnmatch(file, DESCRIPTIONS)
-    return folder in components and (is_said_anew or file.endswith(WEIGHT_SUFFIXES))
+    is_written = file in ("config.json", *SIDECARS) or fnmatch(file, DESCRIPTIONS)
+    return folder in components and (is_written or file.endswith(WEIGHT_SUFFIXES))

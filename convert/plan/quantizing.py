@@ -22,12 +22,12 @@ from omni_convert.formats.gguf import Gguf
 
 __all__ = ["plan_quantized", "target_of"]
 
-# Methods whose results are not for a runtime that builds its own layers quantized.
+# Methods whose results are for other readers than a runtime that builds layers quantized.
 TARGETS: dict[str, type[Target]] = {Gguf.method: GgufTarget, **dict.fromkeys(STORAGE_METHODS, StorageTarget)}
 
 
 def target_of(component: SourceComponent, method: str, recipe: Recipe) -> Target:
-    """What a component is converted for with a method."""
+    """The target of a component that is quantized with a method."""
     return TARGETS.get(method, RuntimeTarget)(component, method, recipe)
 
 
@@ -37,8 +37,8 @@ def plan_quantized(
     """Decides what every tensor of a component becomes.
 
     Args:
-        selection: its layers
-        moments: of the inputs of its layers, if rounding uses them
+        selection: the layers to quantize and to keep
+        moments: second moments of the layers' inputs, if rounding uses them
         encoder: the plan of the text encoder, if there is one already
 
     Raises:

@@ -18,7 +18,7 @@ def check_encoder(source: Source, methods: Mapping[str, str], recipe: Recipe) ->
     """Refuses a method for the text encoder that the runtime would not build it with.
 
     Args:
-        methods: of the components that are quantized
+        methods: component → method, for the components that are quantized
 
     Raises:
         RecipeError: the encoder shares the transformer's block, and is to have another method; or the runtime leaves
@@ -50,7 +50,7 @@ def unquantized_encoder_layers(source: Source, family: Family, quantized: Collec
     """The text encoder's layers that the transformer's block must list, since they are not stored quantized.
 
     Args:
-        family: of the transformer
+        family: the family of the transformer
         quantized: stems of the encoder's layers that are
     """
     encoder = ComponentFolder(source, "text_encoder")

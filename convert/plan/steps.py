@@ -1,4 +1,4 @@
-"""What a conversion does, tensor by tensor: quantize a group, or take a tensor over."""
+"""The steps of a conversion: each quantizes a group of weights, or copies a tensor."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ __all__ = ["CopyStep", "KeptLayer", "QuantizeStep", "Step", "dtype_of_copy", "ma
 
 
 def matrix_shape(weight: TensorSpec) -> tuple[int, int]:
-    """[out, rest] of a weight: all that formats know of a convolution's."""
+    """[out, rest] of a weight: formats treat a convolution's as a matrix, too."""
     return weight.shape[0], math.prod(weight.shape[1:])
 
 
 @dataclass(frozen=True)
 class QuantizeStep:
-    """A fused group (or a single linear) that is quantized together; the unit of work and of memory."""
+    """Quantizes a fused group or a single linear; the unit of work and of memory."""
 
     group: LayerGroup
     format: QuantizingFormat
@@ -40,7 +40,7 @@ class QuantizeStep:
         return self.spellings[self.weights.index(weight)]
 
     def layout(self, weight: TensorSpec) -> dict[str, TensorLayout]:
-        """Suffix on disk to what is stored there, for a weight of the group."""
+        """The suffix of each stored tensor of a weight → its layout."""
         return self.spelling(weight).layout(self.format.layout(*matrix_shape(weight)))
 
     def outputs(self) -> list[TensorSpec]:
@@ -74,12 +74,12 @@ class KeptLayer:
 
     @staticmethod
     def of(kept: Sequence[tuple[LayerGroup, str]]) -> tuple[KeptLayer, ...]:
-        """The layers of groups that stay."""
+        """The layers of groups that are kept."""
         return tuple(KeptLayer(layer, reason) for group, reason in kept for layer in group.members)
 
 
 def outputs(steps: Sequence[Step]) -> list[TensorSpec]:
-    """Everything that the steps write, in their order."""
+    """The tensors that the steps write, in their order."""
     return [spec for step in steps for spec in step.outputs()]
 
 
@@ -102,7 +102,7 @@ def ordered_steps(
 
 
 def dtype_of_copy(spec: TensorSpec, checkpoint: Checkpoint, recipe: Recipe) -> torch.dtype:
-    """What a tensor becomes that is not quantized: what it was, the recipe's dtype, or BF16 if it was quantized."""
+    """The dtype of a tensor that is not quantized: as before, the recipe's, or BF16 if it was quantized."""
     kept = checkpoint.storage.get(spec.name, spec.dtype) if isinstance(checkpoint, CheckpointView) else spec.dtype
     if recipe.method == "keep" or not spec.dtype.is_floating_point:
         return kept

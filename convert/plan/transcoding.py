@@ -1,11 +1,11 @@
-"""Plans a component whose quantized layers are spelled anew, or dequantized; or one into which only LoRAs are baked."""
+"""Plans a component in which nothing is quantized: it is re-encoded, dequantized, or only gets LoRA files."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from omni_convert.convert.plan.component_plan import ComponentPlan, plan_files, replace_config
-from omni_convert.convert.plan.respelling import Respelling, respell
+from omni_convert.convert.plan.reencoding import Reencoding, reencode
 from omni_convert.convert.plan.shared_encoder import unquantized_encoder_layers
 from omni_convert.convert.plan.steps import CopyStep, dtype_of_copy, outputs
 from omni_convert.convert.recipe import Recipe
@@ -18,10 +18,10 @@ __all__ = ["plan_transcoded"]
 
 
 def plan_transcoded(component: SourceComponent, recipe: Recipe, encoder: ComponentPlan | None) -> ComponentPlan:
-    """Decides what every tensor of a component becomes, where none is quantized.
+    """Decides what every tensor of a component becomes.
 
     Args:
-        encoder: what becomes of the text encoder, if that was planned already
+        encoder: the plan of the text encoder, if there is one already
 
     Raises:
         CheckpointError: the model is quantized in a way that nobody here reads, or a layer cannot be expressed.
@@ -40,15 +40,15 @@ def plan_transcoded(component: SourceComponent, recipe: Recipe, encoder: Compone
     metadata: dict[str, str] = {}
     sidecars: dict[str, dict[str, Any]] = {}
     notes: list[str] = []
-    is_respelled = recipe.method == "keep" and bool(quantized)
-    if is_respelled:
-        respelling = _respelling(component, recipe, encoder)
-        view, block, metadata = respelling.view, respelling.block, respelling.metadata
-        notes += respelling.notes
+    is_reencoded = recipe.method == "keep" and bool(quantized)
+    if is_reencoded:
+        reencoding = _reencoding(component, recipe, encoder)
+        view, block, metadata = reencoding.view, reencoding.block, reencoding.metadata
+        notes += reencoding.notes
     elif quantized:
         notes.append(f"{component.label}: {component.counted_layers} dequantized")
     steps = tuple(CopyStep(spec, dtype_of_copy(spec, view, recipe)) for spec in view.values())
-    if is_respelled:
+    if is_reencoded:
         formats = {stem: layer.format for stem, layer in quantized.items()}
         sidecars = DIALECTS[recipe.dialect].sidecars(formats, [spec.name for spec in outputs(steps)])
     return ComponentPlan(
@@ -66,10 +66,10 @@ def plan_transcoded(component: SourceComponent, recipe: Recipe, encoder: Compone
     )
 
 
-def _respelling(component: SourceComponent, recipe: Recipe, encoder: ComponentPlan | None) -> Respelling:
+def _reencoding(component: SourceComponent, recipe: Recipe, encoder: ComponentPlan | None) -> Reencoding:
     family = component.family if component.has_config else None
     others: list[str] = []
     if family is not None and component.is_denoiser:
         stems = encoder.quantized_stems if encoder is not None else ()
         others = unquantized_encoder_layers(component.source, family, stems)
-    return respell(component.opened, family, recipe, others, is_transformers=component.is_transformers)
+    return reencode(component.opened, family, recipe, others, is_transformers=component.is_transformers)

@@ -24,20 +24,21 @@ from omni_convert.formats.fp8 import FP8
 from omni_convert.formats.views.base import CheckpointView, dequantized_view, respelled_view
 from omni_convert.formats.views.opened import QuantizedCheckpoint, QuantizedLayer
 
-__all__ = ["Respelling", "respell", "vllm_omni_refusal"]
+__all__ = ["Reencoding", "reencode", "vllm_omni_refusal"]
 
 INSTEAD = "-m METHOD quantizes again"
+DIFFERING_SCALES = "layers that the runtime merges have scales that differ: it will quantize them again, to the largest"
 
 
 @dataclass(frozen=True)
-class Respelling:
-    """What a component becomes.
+class Reencoding:
+    """A component in another dialect.
 
     Attributes:
-        view: its tensors in the new spelling
-        block: of its config.json, or None
-        metadata: of its files
-        notes: what the user should know
+        view: its tensors as the dialect stores them
+        block: the `quantization_config` of its config.json, or None
+        metadata: free text for the headers of its files
+        notes: what the user should know about the result
     """
 
     view: CheckpointView
@@ -46,20 +47,20 @@ class Respelling:
     notes: list[str]
 
 
-def respell(
+def reencode(
     quantized: QuantizedCheckpoint,
     family: Family | None,
     recipe: Recipe,
     also_ignored: Sequence[str] = (),
     *,
     is_transformers: bool = False,
-) -> Respelling:
-    """The component in the recipe's dialect.
+) -> Reencoding:
+    """Brings a component to the recipe's dialect.
 
     Args:
-        family: of the model; None if it has no config, so that nobody knows
+        family: the model's family; None if no config names the model
         also_ignored: layers of other components that vLLM-Omni looks up in this one's block
-        is_transformers: transformers loads the component, which wants its own kind of block
+        is_transformers: whether transformers loads the component, which needs its own kind of block
 
     Raises:
         CheckpointError: a layer cannot be expressed.
@@ -72,7 +73,8 @@ def respell(
     notes: list[str] = []
     is_for_us = is_transformers or any(fmt.is_storage for fmt in formats.values())
     if dialect.lists_built_layers and not is_for_us:
-        ignored = _scope(quantized, family, recipe, notes)
+        ignored = _ignored_by_vllm_omni(quantized, family, recipe)
+        notes = [DIFFERING_SCALES] if _has_differing_scales(quantized, family, recipe) else []
     else:
         kept = {name: quantized.checkpoint[stored] for name, stored in quantized.kept.items()}
         ignored = [*other_linears(kept), *_runtime_names(quantized, family, recipe)]
@@ -84,8 +86,8 @@ def respell(
         raise CheckpointError(f"{quantized.checkpoint.path}: {error}") from None
     kinds = Counter(fmt.label for fmt in formats.values())
     counted = ", ".join(f"{count} {label}" for label, count in kinds.items())
-    notes.insert(0, f"{quantized.dialect} → {recipe.dialect}: {counted}; every value is kept")
-    return Respelling(view, block, dialect.metadata(formats), notes)
+    what = f"{quantized.dialect} → {recipe.dialect}: {counted}; every value is kept"
+    return Reencoding(view, block, dialect.metadata(formats), [what, *notes])
 
 
 def _spelling(layer: QuantizedLayer, dialect: Dialect, recipe: Recipe) -> WrittenSpelling:
@@ -106,25 +108,25 @@ def _spelling(layer: QuantizedLayer, dialect: Dialect, recipe: Recipe) -> Writte
         loss = spelling.codec(suffix).loss(layer.read_tensor(suffix, 0, 0))
         if loss is not None and not recipe.force:
             raise CheckpointError(
-                f"{layer.checkpoint.path}: tensor '{layer.stored.name_of(suffix)}': cannot be spelled for "
+                f"{layer.checkpoint.path}: tensor '{layer.stored.name_of(suffix)}': cannot be stored for "
                 f"{dialect.name} without a change: {loss}; --force takes the nearest, 2^-24 off, or {INSTEAD}"
             )
     return spelling
 
 
 def vllm_omni_refusal(quantized: QuantizedCheckpoint, family: Family | None, recipe: Recipe) -> str | None:
-    """Why vLLM-Omni cannot load a component in a spelling that it reads, or loads it wrong; None if it can."""
+    """Why vLLM-Omni refuses or misreads a component in a dialect that it reads, or None."""
     try:
         if quantized.dialect == vllm_omni.VLLM_OMNI.name:
             vllm_omni.from_block(quantized.block, "config.json")
-        _scope(quantized, family, recipe, [])
+        _ignored_by_vllm_omni(quantized, family, recipe)
     except OmniConvertError as error:
         return str(error).removeprefix(f"{quantized.checkpoint.path}: ")
     return None
 
 
 def _runtime_names(quantized: QuantizedCheckpoint, family: Family | None, recipe: Recipe) -> list[str]:
-    """What vLLM-Omni, which reads other dialects too, calls layers that are not quantized."""
+    """The names that vLLM-Omni, which reads other dialects too, has for layers that are not quantized."""
     groups = _groups(quantized, family, recipe)
     return vllm_omni.ignored_names(group for group in groups if quantized.layers.keys().isdisjoint(group.members))
 
@@ -140,12 +142,17 @@ def _merged_names(quantized: QuantizedCheckpoint, family: Family | None, recipe:
 
 
 def _groups(quantized: QuantizedCheckpoint, family: Family | None, recipe: Recipe) -> list[LayerGroup]:
-    """Layers that the recipe's runtime builds quantized; none where nobody knows the model."""
+    """The layers that the recipe's runtime builds quantized; none if the model is unknown."""
     return [] if family is None else family.layer_groups(dequantized_view(quantized), recipe.runtime)
 
 
-def _scope(quantized: QuantizedCheckpoint, family: Family | None, recipe: Recipe, notes: list[str]) -> list[str]:
-    """Names to list as ignored, if the runtime builds quantized what is stored so, and nothing else."""
+def _ignored_by_vllm_omni(quantized: QuantizedCheckpoint, family: Family | None, recipe: Recipe) -> list[str]:
+    """The names to list as ignored.
+
+    Raises:
+        CheckpointError: vLLM-Omni builds other layers quantized than those that are stored quantized.
+        RecipeError: it cannot run the model.
+    """
     where = quantized.checkpoint.path
     if family is None:
         raise CheckpointError(
@@ -173,12 +180,12 @@ def _scope(quantized: QuantizedCheckpoint, family: Family | None, recipe: Recipe
         elif group.keep_reason is not None:
             raise CheckpointError(f"{where}: layer '{stored[0]}': found it quantized: {group.keep_reason}; {INSTEAD}")
         else:
-            _check_group(group, quantized, notes)
+            _check_group(group, quantized)
     return vllm_omni.ignored_names(kept)
 
 
-def _check_group(group: LayerGroup, quantized: QuantizedCheckpoint, notes: list[str]) -> None:
-    """Members of a fused group are all quantized, and share what the runtime merges."""
+def _check_group(group: LayerGroup, quantized: QuantizedCheckpoint) -> None:
+    """Raises CheckpointError unless all members of a fused group are quantized and share what the runtime merges."""
     where = quantized.checkpoint.path
     for stem in group.members:
         if stem not in quantized.layers:
@@ -196,8 +203,13 @@ def _check_group(group: LayerGroup, quantized: QuantizedCheckpoint, notes: list[
                     f"'{layers[0].stored.name_of(suffix)}', but the runtime merges '{group.runtime_name}' and takes "
                     f"one for all; {INSTEAD}"
                 )
-    if layers[0].format.encoding == FP8 and len(layers) > 1:
-        scales = {float(layer.read_tensor("weight_scale", 0, 0)) for layer in layers}
-        note = "layers that the runtime merges have scales that differ: it will quantize them again, to the largest"
-        if len(scales) > 1 and note not in notes:
-            notes.append(note)
+
+
+def _has_differing_scales(quantized: QuantizedCheckpoint, family: Family | None, recipe: Recipe) -> bool:
+    """Whether FP8 layers that the runtime merges have a scale each, and not the same."""
+    for group in _groups(quantized, family, recipe):
+        layers = [quantized.layers[stem] for stem in group.members if stem in quantized.layers]
+        is_fp8 = bool(layers) and layers[0].format.encoding == FP8
+        if is_fp8 and len({float(layer.read_tensor("weight_scale", 0, 0)) for layer in layers}) > 1:
+            return True
+    return False
