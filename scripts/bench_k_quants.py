@@ -2,7 +2,7 @@
 
     python scripts/bench_k_quants.py                     every type, with libggml where pywhispercpp brings it
     python scripts/bench_k_quants.py --kinds Q4_K Q6_K --rows 256
-    python scripts/bench_k_quants.py --workers 2         also the sum of two processes
+    python scripts/bench_k_quants.py --workers 2         also two threads beside each other, as in a conversion
     python scripts/bench_k_quants.py --device cuda
 
 Errors are relative RMS in percent on 1024 x 3072 numbers: normal, Student-t(4), and normal ones with an importance for
@@ -14,10 +14,8 @@ from __future__ import annotations
 
 import argparse
 import ctypes
-import multiprocessing
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -27,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from omni_convert.convert.workers import keep_freed_memory
+from omni_convert.convert.workers import Workers, keep_freed_memory
 from omni_convert.formats.arithmetic.ggml.blocks import BLOCK_TYPES
 from omni_convert.formats.arithmetic.ggml.k_quants import K_QUANTS
 
@@ -132,18 +130,6 @@ def speed(quantize: Quantize, weight: Tensor, importance: Tensor | None, runs: i
     return best
 
 
-def worker_speed(kind: str, search: bool, rows: int, runs: int) -> float:
-    """In a process of its own: million weights a second of wall time, over all runs."""
-    torch.set_num_threads(1)
-    keep_freed_memory()
-    weight, quantize = Weights.draw(rows).normal, ours(kind, search=search)
-    quantize(weight, None)
-    start = time.perf_counter()
-    for _ in range(runs):
-        quantize(weight, None)
-    return runs * weight.numel() / (time.perf_counter() - start) / 1e6
-
-
 def report(name: str, found: Sequence[float], speeds: Sequence[float], more: str = "") -> None:
     shown = "".join(f"{error:>10.3f}" for error in found)
     print(f"{name:<20}{shown}{speeds[0]:>12.1f} /{speeds[1]:>6.1f}{more}", flush=True)
@@ -170,9 +156,13 @@ def main() -> None:
         if judge is not None and options.device == "cpu":
             measure(f"{kind} libggml", kind, judge(kind), weights, options.runs)
         for search in (False, True):
-            label = kind if search else f"{kind} no search"
-            more = f"   {workers_speed(kind, search, options):.1f} by workers" if options.workers > 1 else ""
-            measure(label, kind, ours(kind, search=search), weights, options.runs, more)
+            quantize = ours(kind, search=search)
+            speeds = ""
+            if options.workers > 1:
+                counts = (1, options.workers)
+                found = [workers_speed(quantize, weights.normal, options.runs, count) for count in counts]
+                speeds = f"   wall: {found[0]:.1f} with 1 worker, {found[1]:.1f} with {options.workers}"
+            measure(kind if search else f"{kind} no search", kind, quantize, weights, options.runs, speeds)
 
 
 def measure(label: str, kind: str, quantize: Quantize, weights: Weights, runs: int, more: str = "") -> None:
@@ -180,11 +170,16 @@ def measure(label: str, kind: str, quantize: Quantize, weights: Weights, runs: i
     report(label, errors(kind, quantize, weights), speeds, more)
 
 
-def workers_speed(kind: str, search: bool, options: argparse.Namespace) -> float:
-    """The sum of what processes beside each other reach."""
-    with ProcessPoolExecutor(options.workers, multiprocessing.get_context("spawn")) as pool:
-        jobs = [pool.submit(worker_speed, kind, search, options.rows, options.runs) for _ in range(options.workers)]
-        return sum(job.result() for job in jobs)
+def workers_speed(quantize: Quantize, weight: Tensor, runs: int, count: int) -> float:
+    """Million weights a second of wall time, of threads that have a weight each."""
+    with Workers(count) as workers:
+        best = 0.0
+        for _ in range(runs):
+            start = time.perf_counter()
+            for done in [workers.submit(quantize, weight, None) for _ in range(count)]:
+                done.result()
+            best = max(best, count * weight.numel() / (time.perf_counter() - start) / 1e6)
+    return best
 
 
 if __name__ == "__main__":

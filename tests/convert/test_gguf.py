@@ -223,7 +223,10 @@ def test_a_pipeline_keeps_all_but_the_weights_of_its_transformer(tiny_pipeline_f
     assert hashlib.sha256(file.read_bytes()).hexdigest() in manifest
 
 
-def test_an_interrupted_conversion_goes_on_and_gives_the_same_file(flux_folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["Q8_0", "Q4_K_M"])
+def test_an_interrupted_conversion_goes_on_and_gives_the_same_file(
+    kind: str, flux_folder: Path, tmp_path: Path
+) -> None:
     finished = 0
 
     def interrupt(_: int) -> None:
@@ -232,13 +235,13 @@ def test_an_interrupted_conversion_goes_on_and_gives_the_same_file(flux_folder: 
         if finished > 20:
             raise KeyboardInterrupt
 
-    recipe = Recipe(method="gguf", device="cpu", workers=1)
+    recipe = Recipe(method="gguf", gguf_type=kind, device="cpu", workers=1)
     with pytest.raises(KeyboardInterrupt):
         convert_checkpoint(str(flux_folder), tmp_path / "out", recipe, progress=interrupt)
     with pytest.raises(ValueError, match="magic"):
-        gguf.GGUFReader(tmp_path / "out.partial/flux-Q8_0.gguf")
+        gguf.GGUFReader(tmp_path / f"out.partial/flux-{kind}.gguf")
     convert_checkpoint(str(flux_folder), tmp_path / "out", replace(recipe, resume=True))
-    whole = converted(flux_folder, tmp_path / "whole", "Q8_0")
+    whole = converted(flux_folder, tmp_path / "whole", kind)
     assert (tmp_path / "out" / whole.name).read_bytes() == whole.read_bytes()
 
 

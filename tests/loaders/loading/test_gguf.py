@@ -33,6 +33,22 @@ def test_a_pipeline_in_gguf_runs_through_diffusers(tiny_pipeline_folder: Path, t
         load_pipeline(tmp_path / "out", quantization="fp8")
 
 
+def test_a_mixture_of_super_blocks_and_simple_blocks_runs_through_diffusers(
+    tiny_pipeline_folder: Path, tmp_path: Path
+) -> None:
+    convert_checkpoint(tiny_pipeline_folder, tmp_path / "out", Recipe("gguf", gguf_type="Q4_K_M", device="cpu"))
+    pipeline = load_pipeline(tmp_path / "out")
+    # Rows of 512 are super-blocks, rows of 192 are not.
+    assert {layer.format for layer in kernel_report(pipeline).layers if layer.kernel == "diffusers"} == {
+        "gguf BF16",
+        "gguf Q5_0",
+        "gguf Q5_1",
+        "gguf Q6_K",
+    }
+    sample = pipeline("a circle", height=32, width=32, num_inference_steps=1, output_type="latent").images
+    assert bool(torch.as_tensor(sample).isfinite().all())
+
+
 def test_a_denoiser_is_loaded_from_the_file_that_a_request_names(tiny_pipeline_folder: Path, tmp_path: Path) -> None:
     convert_checkpoint(tiny_pipeline_folder, tmp_path / "out", Recipe("gguf", device="cpu"))
     (file,) = (tmp_path / "out" / "transformer").glob("*.gguf")
