@@ -159,7 +159,9 @@ def _least_squares(groups: Groups, codes: Tensor, *, any_minimum: bool) -> tuple
     """Scale and minimum of each group for given codes, and by how much they lower its squared error."""
     weight, number = groups.sums
     total, squares, by_number = _moments(groups, codes)
-    inverse = safe_inverse(weight * squares - total * total)
+    product = weight * squares
+    determinant = product - total * total
+    inverse = safe_inverse(torch.where(determinant > SINGULAR * product, determinant, 0.0))
     scale = (weight * by_number - number * total) * inverse
     minimum = (total * by_number - squares * number) * inverse
     # Equal codes, as of equal numbers, leave the scale open.

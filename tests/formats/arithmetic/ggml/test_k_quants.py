@@ -170,10 +170,12 @@ def zeros_and_ones() -> Tensor:
     ],
 )
 def test_unusual_blocks(kind: str, search: bool, weight: Tensor, bound: float) -> None:
-    stored = quantize(kind, weight, search=search)
-    assert K_QUANTS[kind].is_finite(stored)
-    rest = dequantize(kind, stored) - weight
-    assert 100 * float(rest.norm()) <= bound * float(weight.norm())
+    # With weights, guesses that are equally good differ by rounding, and scales that are not the same fit no one factor.
+    for importance, factor in ((None, 1), (IMPORTANCE[:256] * 0.37, 6)):
+        stored = quantize(kind, weight, importance, search=search)
+        assert K_QUANTS[kind].is_finite(stored)
+        rest = dequantize(kind, stored) - weight
+        assert 100 * float(rest.norm()) <= factor * bound * float(weight.norm())
 
 
 @pytest.mark.parametrize("kind", ["Q2_K", "Q4_K", "Q5_K"])
