@@ -12,6 +12,9 @@ import pytest
 from click.testing import CliRunner
 
 from omni_convert.convert.cli.main import main
+from omni_convert.convert.recipe import METHODS
+from omni_convert.formats.dialects.table import WRITTEN
+from omni_convert.formats.families.table import FAMILIES
 
 ROOT = Path(__file__).parent.parent
 # README.md first: the other pages use what its commands make.
@@ -90,6 +93,18 @@ def listed_modules(page: Path) -> set[str]:
 def test_a_page_names_modules_that_are_there(page: Path) -> None:
     missing = {name for name in listed_modules(page) if not (page.parent / name).with_suffix(".py").exists()}
     assert {name for name in missing if not (page.parent / name).is_dir()} == set()
+
+
+def section(page: str, heading: str) -> str:
+    """The text below a heading, to the next one."""
+    return (ROOT / page).read_text().partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
+
+
+def test_tables_name_every_method_dialect_and_family() -> None:
+    assert [name for name in METHODS if f"| `{name}` |" not in section("README.md", "Methods")] == []
+    assert [name for name in WRITTEN if f"| `{name}`" not in section("formats/README.md", "Dialects")] == []
+    tabulated = [family.name for family in FAMILIES if family.layers]
+    assert [name for name in tabulated if name not in section("formats/README.md", "Models")] == []
 
 
 @pytest.mark.parametrize("command", SHELL_COMMANDS)
