@@ -31,11 +31,11 @@ PLAIN_TYPES = {"BF16": torch.bfloat16, "F16": torch.float16}
 BLOCK_TYPES = {**SIMPLE_TYPES, **K_QUANTS}
 GGUF_TYPES = (*BLOCK_TYPES, *PLAIN_TYPES)
 DEFAULT_TYPE = "Q8_0"
-#: Type of super-blocks → the type of rows that consist of smaller blocks only.
+#: Type of super-blocks → the type of rows that only smaller blocks fit.
 FALLBACKS = {"Q6_K": "Q8_0", "Q5_K": "Q5_1", "Q4_K": "Q5_0", "Q3_K": "IQ4_NL", "Q2_K": "IQ4_NL", "IQ4_XS": "IQ4_NL"}
-#: The type of rows that consist of no blocks at all, where one of super-blocks was asked for.
+#: The type of rows that no blocks fit, if super-blocks were asked for.
 LAST_TYPE = "F16"
-#: What a channel counts at least, relative to the mean of all.
+#: Smallest weight of a column, relative to the mean of all.
 LEAST_IMPORTANCE = 1e-4
 #: So many blocks of 32 at a time stay in a core's cache from one operation to the next: up to three times as fast.
 CACHED_BLOCKS = 8192
@@ -48,7 +48,7 @@ class Gguf(QuantizingFormat):
     Attributes:
         type: one of `GGUF_TYPES`
         search: choose scales by the squared error; else Q4_0 to Q5_1 are bit-equal to the `gguf` package's
-        importance: what the square of an error in each column counts, float32 [in]; None where all count the same
+        importance: weight of the squared errors of each column, float32 [in]; None weights all alike
 
     Raises:
         RecipeError: there is no such type here.
@@ -110,14 +110,14 @@ class Gguf(QuantizingFormat):
         return {"weight": stored.view(len(rows), -1)}
 
     def _importance_of(self, start: int, blocks: Tensor) -> Tensor | None:
-        """What the errors of some blocks count, of a weight whose rows follow each other.
+        """The importance of each number of some blocks, [blocks, numbers].
 
         Args:
-            start: number of the first block
+            start: number of the first block, counted from the beginning of a row
         """
         if self.importance is None:
             return None
-        # A channel that no input has reached keeps a little weight, so that its numbers are not left to chance.
+        # A column that no input has reached keeps a small weight, so that its numbers are not arbitrary.
         counts = self.importance.to(blocks.device).clamp(min=float(self.importance.mean()) * LEAST_IMPORTANCE)
         by_block = counts.view(-1, blocks.shape[1])
         return by_block[torch.arange(start, start + len(blocks), device=blocks.device) % len(by_block)]

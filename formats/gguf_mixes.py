@@ -1,7 +1,7 @@
-"""The mixtures of GGUF's types that are called Q4_K_M and the like: which layers get more bits than the rest.
+"""Mixtures of GGUF's types, such as Q4_K_M: which layers get more bits than the rest.
 
-The rules are those of ComfyUI-GGUF's patch of llama.cpp for image models: parts of tensors' names, the first that
-matches, and how often. A mixture has a base type for all other layers. Importing this module needs no torch.
+The rules are those of ComfyUI-GGUF's patch of llama.cpp for image models. The first rule whose pattern matches a
+tensor's name decides; all other layers get the base type. Importing this module needs no torch.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ __all__ = ["MIXTURES", "Mixture", "types_of"]
 
 @dataclass(frozen=True)
 class Role:
-    """Layers that do the same in every block.
+    """Layers with the same task in every block.
 
     Attributes:
         patterns: parts of tensors' names, with fnmatch's `*`
@@ -56,10 +56,10 @@ DOWN = Role(
 
 @dataclass(frozen=True)
 class Rule:
-    """What the layers of a role get.
+    """The types of the layers of a role.
 
     Attributes:
-        first: so many get `type`, in the file's order, and the others `rest`; None for all
+        first: number of layers that get `type`, in the file's order, before the others get `rest`; None for all
         rest: None for the base type
     """
 

@@ -82,7 +82,7 @@ class GgufTarget(Target):
 
     @cached_property
     def _types(self) -> dict[str, str]:
-        """The name of each weight in the file that may be quantized, and the type that it gets."""
+        """Each weight of the file that may be quantized, and its type."""
         weights = [f"{group.runtime_name}{WEIGHT}" for group in self.scope().groups if group.keep_reason is None]
         return types_of(self._kind, weights)
 
@@ -93,7 +93,7 @@ class GgufTarget(Target):
 
     @cached_property
     def _importance(self) -> dict[str, Tensor]:
-        """Weights in the file, and the importance of their columns, as far as the recipe's file knows them.
+        """The importance of the columns of each weight that the recipe's file covers.
 
         Raises:
             CheckpointError: the file cannot be read.
@@ -147,8 +147,8 @@ class GgufTarget(Target):
             notes.append(f"{self._kind} is {MIXTURES[self._kind]}{self._whose_choice}")
         if self.recipe.imatrix is not None and len(self._importance) < len(self._types):
             notes.append(
-                f"--imatrix knows {len(self._importance)} of {len(self._types)} weights; in the others, all columns "
-                "count the same"
+                f"--imatrix covers {len(self._importance)} of {len(self._types)} weights; in the others, all columns "
+                "weigh the same"
             )
         return tuple(notes)
 

@@ -24,7 +24,7 @@ from omni_convert.formats.arithmetic.ggml.groups import (
 
 __all__ = ["AffineCodes", "AffineGrid", "Offsets", "fit_affine_blocks", "fit_one_affine"]
 
-# Of the determinant of two equations to the product of its diagonal: below, they say too little to be solved.
+# Two equations are singular if their determinant is a smaller part than this of the product of its diagonal.
 SINGULAR = 1e-6
 #: Codes to try around those of the scales, and around those of the minima.
 Offsets = tuple[Sequence[int], Sequence[int]]
@@ -32,11 +32,11 @@ Offsets = tuple[Sequence[int], Sequence[int]]
 
 @dataclass(frozen=True)
 class AffineGrid:
-    """What a type can store.
+    """The codes that a type can store, from 0 up.
 
     Attributes:
-        largest: code of a number
-        largest_scale: code of a scale or a minimum
+        largest: largest code of a number
+        largest_scale: largest code of a scale or a minimum
     """
 
     largest: int
@@ -86,8 +86,8 @@ def fit_affine_blocks(
     """Searches what to store for blocks whose groups' scales and minima are codes themselves.
 
     Args:
-        starts: codes beyond the largest at which a guess puts the largest number of a group
-        rounds: what to try in each round
+        starts: guesses, as the distance between the code of a group's largest number and the largest code
+        rounds: offsets to try in each round
     """
     scale, minimum = _fit_affine(groups, grid.largest, starts)
     factor = round_to_half(scale.amax(dim=0) / grid.largest_scale)
@@ -109,7 +109,7 @@ def fit_one_affine(
     """Scales and minima of any sign, FP16 values in float32 [groups, blocks], and codes [positions, groups, blocks].
 
     Args:
-        largest: code of a number
+        largest: largest code of a number
         starts: as for `fit_affine_blocks`
         repeats: how often scale and minimum are fitted to the codes, and they to them
     """
@@ -164,7 +164,7 @@ def _least_squares(groups: Groups, codes: Tensor, *, any_minimum: bool) -> tuple
     inverse = safe_inverse(torch.where(determinant > SINGULAR * product, determinant, 0.0))
     scale = (weight * by_number - number * total) * inverse
     minimum = (total * by_number - squares * number) * inverse
-    # Equal codes, as of equal numbers, leave the scale open.
+    # Equal codes, which equal numbers have, do not determine the scale.
     minimum = torch.where(inverse == 0, -number * safe_inverse(weight), minimum)
     if not any_minimum:
         scale = torch.where(minimum < 0, by_number * safe_inverse(squares), scale)
@@ -181,9 +181,9 @@ def _search_codes(
     minima: Tensor,
     offsets: Offsets,
 ) -> tuple[Tensor, Tensor]:
-    """Codes of scales and minima with the smallest error, of those around some.
+    """The codes of scales and minima with the smallest error among those around the present ones.
 
-    A minimum is tried around the one that leaves the middle of the codes where it was.
+    The minima tried with a scale lie around the one that leaves the middle of the codes where it was.
     """
     around = [torch.tensor(steps, dtype=torch.float32, device=scales.device) for steps in offsets]
     tried = (scales + around[0][:, None, None]).clamp_(1, grid.largest_scale)  # [scales, groups, blocks]

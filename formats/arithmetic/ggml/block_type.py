@@ -1,4 +1,4 @@
-"""What a block type of GGUF is: so many numbers along K that become so many bytes."""
+"""The contract of GGUF's block types: a fixed count of numbers along K becomes a fixed count of bytes."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ class BlockType(ABC):
 
     @abstractmethod
     def quantize(self, blocks: Tensor, importance: Tensor | None = None, *, search: bool = True) -> Tensor:
-        """Blocks of numbers as bytes; the same bytes for a block whatever blocks stand beside it.
+        """Encodes blocks of numbers; the bytes of a block do not depend on the blocks beside it.
 
         Args:
             blocks: float [n, numbers]
-            importance: what the square of an error at each number counts, float [n, numbers]; None where all count the
-                same. Types whose scale is given by the largest number alone ignore it.
-            search: look for the scales with the smallest error; else the fastest good ones
+            importance: weight of the squared error at each number, float [n, numbers]; None weights all alike. Types
+                whose scale follows from the largest number ignore it.
+            search: find the scales with the smallest error; False takes a faster way to good ones
 
         Returns:
             uint8 [n, size]
@@ -54,11 +54,11 @@ def half_at(blocks: Tensor, at: int) -> Tensor:
 
 @dataclass(frozen=True)
 class BitPlane:
-    """Where some bits of the codes of a block lie: codes that share a byte differ in one index.
+    """The place of some bits of a block's codes. Codes that share a byte differ in one index.
 
     Attributes:
-        shape: the codes of a block in this shape, in their order
-        axis: the index by which the codes of a byte differ; the first has the lowest bits
+        shape: shape into which the codes of a block are arranged, in their order
+        axis: axis along which the codes of a byte lie; the first code has the lowest bits
     """
 
     shape: tuple[int, ...]

@@ -33,7 +33,7 @@ HALF = BLOCK // 2
 E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 E2M1_MIDDLES = (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)
 E2M1_SIGN = 8
-# Of a search: how far beyond the last code the largest number may come to lie, and how often the fit is repeated.
+# A search guesses how far beyond the last code the largest number lies, and repeats the fit of the best guess.
 SCALED_STARTS = tuple(0.2 * i for i in range(-5, 6))
 AFFINE_STARTS = tuple(0.2 * i for i in range(-5, 6))
 REPEATS = 2

@@ -15,18 +15,18 @@ from torch import Tensor
 
 __all__ = ["Groups", "round_to_half", "safe_inverse", "select", "smallest", "sum_positions"]
 
-# Low bits of an error that make room for the number of its candidate: the error keeps 17 bits.
+# Low bits of an error that hold the number of its candidate instead; 17 bits are left for the error.
 CANDIDATE_BITS = 6
 
 
 @dataclass(frozen=True)
 class Groups:
-    """Numbers of some blocks and what the square of an error at each counts.
+    """The numbers of some blocks, and the weight of the squared error at each of them.
 
     Attributes:
         values: float32 [positions, groups, blocks]; positions are a power of two
-        weights: as values; None where every number counts the same
-        scratch: three buffers as values, which every operation overwrites
+        weights: as values; None weights all numbers alike
+        scratch: three buffers of the same shape, which operations overwrite
         weighted: values times weights
     """
 
@@ -66,7 +66,7 @@ class Groups:
 
     @cached_property
     def sums(self) -> tuple[Tensor, Tensor]:
-        """Of each group, the weights' sum and the weighted sum of the numbers, both [groups, blocks]."""
+        """The sum of the weights and the weighted sum of the numbers of each group, both [groups, blocks]."""
         weights = torch.ones_like(self.values) if self.weights is None else self.weights.clone()
         return sum_positions(weights).clone(), sum_positions(self.weighted.clone()).clone()
 
@@ -99,7 +99,7 @@ def smallest(errors: Tensor) -> Tensor:
     Returns:
         int64 [...]
     """
-    # Floats that are not negative have the order of their bits. The last ones give way to the candidate's number.
+    # Non-negative floats have the same order as their bits, so the lowest bits can hold the candidate's number.
     bits = errors.view(torch.int32)
     mask = (1 << CANDIDATE_BITS) - 1
     numbers = torch.arange(len(errors), dtype=torch.int32, device=errors.device)
@@ -108,5 +108,5 @@ def smallest(errors: Tensor) -> Tensor:
 
 
 def select(candidates: Tensor, index: Tensor) -> Tensor:
-    """Of candidates [candidates, ...], the one that an index [...] names at each place."""
+    """Picks the candidate [candidates, ...] that an index [...] names at each place."""
     return candidates.gather(0, index[None])[0]

@@ -9,9 +9,8 @@ Q6_K     210     ql [128], qh [64], scales INT8 [16], d:                        
 IQ4_XS   136     d, scales_h [2], scales_l [4], qs [128]:                           d * (s[j] - 32) * TABLE[q]
 IQ4_NL   18      d, qs [16]; a block of 32 with one scale:                          d * TABLE[q]
 
-d and dmin are FP16, dmin * m is taken away. The layouts are llama.cpp's; which codes are stored is our search's choice.
-It takes the importance itself as weight, counts all numbers the same without it, and rounds every code with the scales
-that are stored.
+d and dmin are FP16, and dmin * m is subtracted. The layouts are llama.cpp's, the search for the codes is our own. It
+weights squared errors by the importance alone, or equally without one. It rounds every code with the stored scales.
 """
 
 from __future__ import annotations
@@ -40,14 +39,14 @@ __all__ = ["K_QUANTS", "SUPER_BLOCK"]
 #: Numbers of a super-block.
 SUPER_BLOCK = 256
 IQ4_TABLE = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
-# Bits of codes, as the types share them.
+# The places of bits that several types share.
 PAIRS = BitPlane((4, 2, 32), axis=1)  # four bits of Q4_K and Q5_K
 QUARTERS = BitPlane((2, 4, 32), axis=1)  # two bits of Q2_K, Q3_K and Q6_K
 EIGHTHS = BitPlane((8, 32), axis=0)  # one bit of Q3_K and Q5_K
 HALVES = BitPlane((2, 2, 64), axis=1)  # four bits of Q6_K
 IQ4_PAIRS = BitPlane((8, 2, 16), axis=1)
 IQ4_BLOCK = BitPlane((2, 16), axis=0)
-# Codes to try, the present one first: of equal errors, the first wins.
+# Offsets of the codes to try. The present code comes first, because the first of equal errors wins.
 STAY, ONE, TWO, THREE, FOUR = ((0, *(s * i for i in range(1, n + 1) for s in (-1, 1))) for n in range(5))
 
 
@@ -62,13 +61,13 @@ def _halves_of(rows: Tensor) -> Tensor:
 
 
 class _KQuant(BlockType):
-    """A type whose bytes are handled as rows [bytes, n]: one byte of all blocks beside each other."""
+    """A type that handles bytes as rows [bytes, n], which hold the same byte of all blocks."""
 
     numbers = SUPER_BLOCK
 
     @abstractmethod
     def _halves(self) -> Sequence[int]:
-        """Where FP16 values lie."""
+        """Bytes at which FP16 values begin."""
 
     def is_finite(self, blocks: Tensor) -> bool:
         rows = blocks.t()
@@ -82,9 +81,9 @@ class _Affine(_KQuant):
     Attributes:
         size: bytes of a block
         positions: numbers of a group
-        grid: what can be stored
-        starts, rounds: of a search, see `fit_affine_blocks`
-        fast_starts, fast_rounds: without a search
+        grid: codes that can be stored
+        starts, rounds: arguments of `fit_affine_blocks`
+        fast_starts, fast_rounds: the same without a search
     """
 
     size: int
@@ -97,7 +96,7 @@ class _Affine(_KQuant):
 
     @abstractmethod
     def _pack(self, stored: AffineCodes) -> Tensor:
-        """Bytes [size, n]; of `stored`, all but the factors are uint8, and the codes [numbers, n]."""
+        """Bytes [size, n] of what is stored: float32 factors, uint8 scales and minima, codes uint8 [numbers, n]."""
 
     @abstractmethod
     def _unpack(self, rows: Tensor) -> AffineCodes:
@@ -174,10 +173,10 @@ class _Scaled(_KQuant):
     Attributes:
         size: bytes of a block
         positions: numbers of a group
-        values: what codes stand for
-        lowest_scale: the smallest code of a scale
-        starts, rounds: of a search, see `fit_scaled_blocks`
-        fast_starts, fast_rounds: without a search
+        values: values that codes stand for
+        lowest_scale: smallest code of a scale
+        starts, rounds: arguments of `fit_scaled_blocks`
+        fast_starts, fast_rounds: the same without a search
     """
 
     size: int
@@ -257,8 +256,8 @@ class _IQ4NL(_KQuant):
     """Blocks of 32 with a scale each.
 
     Attributes:
-        starts, repeats: of a search, see `fit_one_scale`
-        fast_starts: without a search
+        starts, repeats: arguments of `fit_one_scale`
+        fast_starts: the guesses without a search
     """
 
     starts: Sequence[float]

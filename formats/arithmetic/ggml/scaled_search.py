@@ -27,7 +27,7 @@ __all__ = ["IntegerValues", "ScaledCodes", "TableValues", "Values", "fit_one_sca
 
 
 class Values(ABC):
-    """What the codes of a type stand for."""
+    """The values that the codes of a type stand for."""
 
     @abstractmethod
     def nearest(self, numbers: Tensor, out: Tensor) -> Tensor:
@@ -61,12 +61,12 @@ class IntegerValues(Values):
 
 @dataclass(frozen=True)
 class TableValues(Values):
-    """Ascending integers; a number half way between two takes the larger."""
+    """Ascending integers. A number half way between two of them takes the larger."""
 
     table: tuple[int, ...]
 
     def nearest(self, numbers: Tensor, out: Tensor) -> Tensor:
-        # The middle of two integers is a multiple of a half: between two multiples, the nearest value does not change.
+        # The middle of two integers is a multiple of 1/2, so the nearest value is constant between such multiples.
         halves = torch.arange(2 * self.table[0], 2 * self.table[-1] + 1)
         middles = torch.tensor([low + high for low, high in pairwise(self.table)])
         values = self._values(numbers)[torch.bucketize(halves, middles, right=True).to(numbers.device)]
@@ -86,7 +86,7 @@ class TableValues(Values):
 
 
 def _looked_up(entries: Tensor, numbers: Tensor) -> Tensor:
-    """Entries at numbers without their fraction, written over them; at NaN, any."""
+    """Replaces numbers by the entries at their integer parts; NaN becomes any entry."""
     index = numbers.to(torch.int32).clamp_(0, len(entries) - 1).flatten()
     return torch.index_select(entries, 0, index, out=numbers.view(-1)).view_as(numbers)
 
@@ -131,7 +131,7 @@ def fit_scaled_blocks(
     Args:
         lowest_scale: the codes of scales go from there to one below its opposite
         starts: values, perhaps beyond the ends, at which a guess puts the number of the largest magnitude
-        rounds: what to try around the codes of the scales in each round
+        rounds: offsets from the scales' codes to try in each round
     """
     scale = _fit_scales(groups, values, starts)
     low, high = scale.amin(dim=0), scale.amax(dim=0)
@@ -155,7 +155,7 @@ def fit_one_scale(groups: Groups, values: Values, starts: Sequence[float], repea
     for _ in range(repeats):
         by_number, squares = _moments(groups, _nearest(groups, values, safe_inverse(scale)))
         fitted = round_to_half(by_number * safe_inverse(squares))
-        scale = torch.where(squares == 0, scale, fitted)  # as with a scale beyond FP16, which has to show
+        scale = torch.where(squares == 0, scale, fitted)  # keeps an infinite scale, which the caller has to see
     return scale, _nearest(groups, values, safe_inverse(scale))
 
 
@@ -179,7 +179,7 @@ def _moments(groups: Groups, nearest: Tensor) -> tuple[Tensor, Tensor]:
 def _search_codes(
     groups: Groups, values: Values, factor: Tensor, scales: Tensor, lowest_scale: int, offsets: Sequence[int]
 ) -> Tensor:
-    """Codes of scales with the smallest error, of those around some."""
+    """The codes of scales with the smallest error among those around the present ones."""
     around = torch.tensor(offsets, dtype=torch.float32, device=scales.device)[:, None, None]
     tried = (scales + around).clamp_(lowest_scale, -lowest_scale - 1)  # [offsets, groups, blocks]
     step = tried * factor

@@ -156,7 +156,11 @@ def test_components_resolve_by_longest_prefix_and_none_is_final():
         ({"method": "fp8", "layers": []}, TypeError, "no option layers"),
         ({"method": "fp8", "ignored_layers": "img_mlp"}, TypeError, "found ignored_layers 'img_mlp', expected a list"),
         ({"method": "fp8", "weight_block_size": ["a", 1]}, TypeError, "of wrong types"),
-        ({"method": "fp8", "store_dtype": "mxfp4"}, ValueError, "found store_dtype 'mxfp4', which the runtime supports"),
+        (
+            {"method": "fp8", "store_dtype": "mxfp4"},
+            ValueError,
+            "found store_dtype 'mxfp4', which the runtime supports",
+        ),
         ({"method": "mxfp4", "w4a8_fallback_steps": [1]}, ValueError, "leave it out"),
         ({"method": "mxfp4_dualscale", "num_bf16_fallback_layers": 5}, ValueError, "name the blocks in ignored_layers"),
         ("auto-round", TypeError, "without bits and group_size"),

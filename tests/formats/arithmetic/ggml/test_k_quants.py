@@ -170,7 +170,7 @@ def zeros_and_ones() -> Tensor:
     ],
 )
 def test_unusual_blocks(kind: str, search: bool, weight: Tensor, bound: float) -> None:
-    # With weights, guesses that are equally good differ by rounding, and scales that are not the same fit no one factor.
+    # With importance, equally good guesses differ by rounding, and the groups' scales then fit no common factor.
     for importance, factor in ((None, 1), (IMPORTANCE[:256] * 0.37, 6)):
         stored = quantize(kind, weight, importance, search=search)
         assert K_QUANTS[kind].is_finite(stored)
