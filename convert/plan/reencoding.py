@@ -6,6 +6,7 @@ are refused, with the name of the tensor.
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from typing import Any
 
 from omni_convert.convert.plan.target import other_linears
 from omni_convert.convert.recipe import Recipe
+from omni_convert.formats.checks.scope import are_scales_equal, check_built, check_merged
 from omni_convert.formats.dialects import vllm_omni
 from omni_convert.formats.dialects.base import Dialect, WrittenSpelling
 from omni_convert.formats.dialects.table import DIALECTS
@@ -20,7 +22,6 @@ from omni_convert.formats.errors import CheckpointError, OmniConvertError, Recip
 from omni_convert.formats.families.family import Family
 from omni_convert.formats.families.layers import LayerGroup
 from omni_convert.formats.format import Format
-from omni_convert.formats.fp8 import FP8
 from omni_convert.formats.views.base import CheckpointView, dequantized_view, respelled_view
 from omni_convert.formats.views.opened import QuantizedCheckpoint, QuantizedLayer
 
@@ -164,52 +165,21 @@ def _ignored_by_vllm_omni(quantized: QuantizedCheckpoint, family: Family | None,
     if refusal is not None:
         raise RecipeError(f"{where}: {refusal.advice}")
     groups = family.layer_groups(dequantized_view(quantized), recipe.runtime)
-    built = {stem for group in groups for stem in group.members}
-    for stem in quantized.layers:
-        if stem not in built and not recipe.force:
-            raise CheckpointError(
-                f"{where}: layer '{stem}': found {quantized.layers[stem].format.label}, but {recipe.runtime} builds "
-                f"this layer unquantized and would take its codes for weights; {INSTEAD}, --runtime diffusers is for "
-                "our loader"
-            )
-    kept = []
-    for group in groups:
-        stored = [stem for stem in group.members if stem in quantized.layers]
-        if not stored:
-            kept.append(group)
-        elif group.keep_reason is not None:
-            raise CheckpointError(f"{where}: layer '{stored[0]}': found it quantized: {group.keep_reason}; {INSTEAD}")
-        else:
-            _check_group(group, quantized)
+    kept = [group for group in groups if quantized.layers.keys().isdisjoint(group.members)]
+    stored = [group for group in groups if group not in kept]
+    flaws = itertools.chain(
+        [] if recipe.force else check_built(quantized.layers, groups),
+        *(check_merged(group, quantized.layers) for group in stored),
+    )
+    error = next((flaw for flaw in flaws if flaw.severity == "error"), None)
+    if error is not None:
+        ours = ", --runtime diffusers is for our loader" if error.check == "not-built-quantized" else ""
+        raise CheckpointError(f"{where}: '{error.layer}': {error.what}; {INSTEAD}{ours}")
     return vllm_omni.ignored_names(kept)
-
-
-def _check_group(group: LayerGroup, quantized: QuantizedCheckpoint) -> None:
-    """Raises CheckpointError unless all members of a fused group are quantized and share what the runtime merges."""
-    where = quantized.checkpoint.path
-    for stem in group.members:
-        if stem not in quantized.layers:
-            raise CheckpointError(
-                f"{where}: layer '{stem}': found it unquantized, expected it quantized like the others of "
-                f"'{group.runtime_name}', which the runtime merges; {INSTEAD}"
-            )
-    layers = [quantized.layers[stem] for stem in group.members]
-    for suffix in ("weight_scale_2", "mul_scale"):
-        tensors = [layer.read_tensor(suffix, 0, 0) for layer in layers if suffix in layer.tensors]
-        for layer, tensor in zip(layers, tensors, strict=False):
-            if not tensor.equal(tensors[0]):
-                raise CheckpointError(
-                    f"{where}: tensor '{layer.stored.name_of(suffix)}': found another value than in "
-                    f"'{layers[0].stored.name_of(suffix)}', but the runtime merges '{group.runtime_name}' and takes "
-                    f"one for all; {INSTEAD}"
-                )
 
 
 def _has_differing_scales(quantized: QuantizedCheckpoint, family: Family | None, recipe: Recipe) -> bool:
     """Whether FP8 layers that the runtime merges have a scale each, and not the same."""
-    for group in _groups(quantized, family, recipe):
-        layers = [quantized.layers[stem] for stem in group.members if stem in quantized.layers]
-        is_fp8 = bool(layers) and layers[0].format.encoding == FP8
-        if is_fp8 and len({float(layer.read_tensor("weight_scale", 0, 0)) for layer in layers}) > 1:
-            return True
-    return False
+    layers = quantized.layers
+    groups = _groups(quantized, family, recipe)
+    return not all(are_scales_equal([layers[stem] for stem in group.members if stem in layers]) for group in groups)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from omni_convert.formats.int8 import INT8
 from omni_convert.formats.rows import tile_ranges
 from omni_convert.formats.views.opened import QuantizedLayer
 
-__all__ = ["check_scope"]
+__all__ = ["are_scales_equal", "check_built", "check_merged", "check_scope"]
 
 RUNTIME = "vllm-omni"
 VLLM_OMNI = "vLLM-Omni"
@@ -57,13 +57,8 @@ def check_scope(
     assert quantized.dialect is not None
     dialect = DIALECTS[quantized.dialect]
     ignored = dialect.ignored_entries(reading.found.block)
-    built = {stem for group in groups for stem in group.members}
-    for stem in reading.shapes:
-        if stem not in built and not dialect.is_dequantized_by_vllm_omni(methods):
-            yield Finding(
-                "error", "not-built-quantized", stem, "found it quantized, but the runtime builds it unquantized",
-                f"{VLLM_OMNI}: takes the codes for weights, or a KeyError", "leave the layer unquantized",
-            )  # fmt: skip
+    if not dialect.is_dequantized_by_vllm_omni(methods):
+        yield from check_built(reading.shapes, groups)
     damaged = {finding.layer for finding in reading.findings}
     for group in groups:
         if not any(name == stem or name.startswith(f"{stem}.") for name in damaged for stem in group.members):
@@ -76,6 +71,42 @@ def check_scope(
             f"found {listed(['this layer of the text encoder', *wrong[1:]], 1)} in the ignored list, but quantized",
             f"{VLLM_OMNI}: takes the codes for weights", "remove the names from the list",
         )  # fmt: skip
+
+
+def check_built(quantized: Iterable[str], groups: Iterable[LayerGroup]) -> Iterator[Finding]:
+    """Reports layers that are stored quantized, but that the runtime builds unquantized.
+
+    Args:
+        quantized: stems of the quantized layers
+        groups: the layers that the runtime builds quantized
+    """
+    built = {stem for group in groups for stem in group.members}
+    for stem in quantized:
+        if stem not in built:
+            yield Finding(
+                "error", "not-built-quantized", stem, "found it quantized, but the runtime builds it unquantized",
+                f"{VLLM_OMNI}: takes the codes for weights, or a KeyError", "leave the layer unquantized",
+            )  # fmt: skip
+
+
+def check_merged(group: LayerGroup, layers: Mapping[str, QuantizedLayer]) -> Iterator[Finding]:
+    """Reports why the runtime cannot build a group quantized, or cannot merge its members without loss.
+
+    Args:
+        layers: the checkpoint's quantized layers, at least one of which belongs to the group
+    """
+    stored = [stem for stem in group.members if stem in layers]
+    if len(stored) < len(group.members):
+        missing = next(stem for stem in group.members if stem not in layers)
+        yield Finding(
+            "error", "half-quantized-group", missing,
+            f"found it unquantized, but '{stored[0]}', with which it is merged, quantized",
+            f"{VLLM_OMNI}: merges '{group.runtime_name}' into one layer", ANEW,
+        )  # fmt: skip
+    elif group.keep_reason is not None:
+        yield Finding("error", "not-built-quantized", stored[0], group.keep_reason, VLLM_OMNI, "leave it unquantized")
+    else:
+        yield from _shared(group, [layers[stem] for stem in stored])
 
 
 def _weights(reading: TolerantReading) -> dict[str, TensorSpec]:
@@ -94,22 +125,13 @@ def _group(
     listed = [name for name in names if dialect.is_ignored(name, ignored)]
     if not stored:
         yield from _unquantized(group, listed, dialect)
-    elif len(stored) < len(group.members):
-        missing = next(stem for stem in group.members if stem not in layers)
-        yield Finding(
-            "error", "half-quantized-group", missing,
-            f"found it unquantized, but '{stored[0]}', with which it is merged, quantized",
-            f"{VLLM_OMNI}: merges '{group.runtime_name}' into one layer", ANEW,
-        )  # fmt: skip
-    elif listed:
+    elif listed and len(stored) == len(group.members):
         yield Finding(
             "error", "ignored-but-quantized", stored[0], f"found it quantized, but '{listed[0]}' listed as ignored",
             f"{VLLM_OMNI}: takes the codes for weights", "remove the name from the list",
         )  # fmt: skip
-    elif group.keep_reason is not None:
-        yield Finding("error", "not-built-quantized", stored[0], group.keep_reason, VLLM_OMNI, "leave it unquantized")
     else:
-        yield from _shared(group, [layers[stem] for stem in group.members])
+        yield from check_merged(group, layers)
 
 
 def _unquantized(group: LayerGroup, listed: Collection[str], dialect: Dialect) -> Iterator[Finding]:
@@ -146,10 +168,7 @@ def _shared(group: LayerGroup, layers: Sequence[QuantizedLayer]) -> Iterator[Fin
             for layer in layers[1:]:
                 if not layer.read_tensor(suffix, 0, 0).equal(first):
                     yield _differ(layer, suffix, group, "error" if suffix != "input_scale" else "warning")
-    if (
-        layers[0].format.encoding == FP8
-        and len({float(layer.read_tensor("weight_scale", 0, 0)) for layer in layers}) > 1
-    ):
+    if not are_scales_equal(layers):
         yield _differ(layers[0], "weight_scale", group, "warning")
     if layers[0].format.encoding == INT8 and len(layers) > 1 and not _is_uniform(layers):
         yield Finding(
@@ -158,6 +177,12 @@ def _shared(group: LayerGroup, layers: Sequence[QuantizedLayer]) -> Iterator[Fin
             "vLLM-Omni on CUDA: gives the rows other rows' scales, 12-29 % error; NPU is right",
             "convert with --int8-fused-scales shared",
         )  # fmt: skip
+
+
+def are_scales_equal(layers: Sequence[QuantizedLayer]) -> bool:
+    """Whether FP8 layers share one scale; true for any other format."""
+    scales = {float(layer.read_tensor("weight_scale", 0, 0)) for layer in layers if layer.format.encoding == FP8}
+    return len(scales) <= 1
 
 
 def _is_uniform(layers: Sequence[QuantizedLayer]) -> bool:
