@@ -1,7 +1,7 @@
 """How ComfyUI spells quantized layers; files by its community's converters follow it.
 
-Marks:    NAME.comfy_quant, U8: the JSON {"format": ...}; or the same for all layers in the header, under
-          `_quantization_metadata`: {"format_version": "1.0", "layers": {NAME: {"format": ...}}}. We write both.
+Marks:    NAME.comfy_quant, U8, and the same for all layers in the header, which counts where the two differ; see
+          `comfyui_marks`. We write both.
 Formats:  float8_e4m3fn, float8_e5m2  weight_scale F32 []; input_scale F32 [] if static
           mxfp8             U8 scales in cuBLAS's order, padded
           nvfp4             even element in the high nibble; E4M3 scales in cuBLAS's order, padded; weight_scale_2
@@ -22,9 +22,20 @@ from typing import Any
 import torch
 
 from omni_convert.formats.containers.checkpoint import Checkpoint
-from omni_convert.formats.containers.json_file import parse_json
 from omni_convert.formats.dialects.base import Dialect, Found, LayerError, StoredLayer, WrittenSpelling, attempt
 from omni_convert.formats.dialects.codec import SwappedNibbles, Swizzled
+from omni_convert.formats.dialects.comfyui_marks import (
+    LEGACY_NAMES,
+    MARK,
+    METADATA,
+    Mark,
+    absent_layer,
+    bad_mark,
+    has_marks,
+    legacy_mark,
+    prefix_of,
+    read_marks,
+)
 from omni_convert.formats.dialects.detection import (
     Signature,
     parts_of,
@@ -34,7 +45,6 @@ from omni_convert.formats.dialects.detection import (
 )
 from omni_convert.formats.dialects.verdict import COMFYUI as RUNTIME
 from omni_convert.formats.dialects.verdict import CONVERT_FIRST, DIFFUSERS, NO_BLOCK, Verdict
-from omni_convert.formats.errors import CheckpointError
 from omni_convert.formats.families.family import Family
 from omni_convert.formats.finding import Finding
 from omni_convert.formats.foreign import Rotated
@@ -46,11 +56,7 @@ from omni_convert.formats.nvfp4 import NVFP4
 
 __all__ = ["COMFYUI"]
 
-METADATA = "_quantization_metadata"
-MARK = "comfy_quant"
-LEGACY_MARK = "scaled_fp8"
 NAMES = {"mul_scale": "pre_quant_scale"}
-LEGACY_NAMES = {"weight_scale": "scale_weight", "input_scale": "scale_input"}
 # Format in a mark → the method that it stands for.
 METHODS = {
     "float8_e4m3fn": "fp8",
@@ -69,12 +75,9 @@ HARDWARE = {
 }
 STABLE_DIFFUSION_CPP_METHODS = ("fp8", "int8")
 SWIZZLED = ("mxfp8", "nvfp4")
-MAX_MARK_BYTES = 4096
-PREFIXES = ("model.diffusion_model.", "diffusion_model.")
 FORMAT_NAMES = {FP8: "float8_e4m3fn", FP8_E5M2: "float8_e5m2", MXFP8: "mxfp8", NVFP4: "nvfp4", INT8: "int8_tensorwise"}
 #: Rows and columns are padded to multiples of this.
 PADDING = {"mxfp8": 32, "nvfp4": 16}
-DEFAULT_ROTATION = 256
 
 
 class ComfyUi(Dialect):
@@ -93,28 +96,19 @@ class ComfyUi(Dialect):
     has_diffusers_names = False
 
     def recognises(self, found: Found) -> bool:
-        return (
-            METADATA in found.metadata
-            or _legacy_mark(found) is not None
-            or next(iter(found.stems(MARK)), None) is not None
-        )
+        return has_marks(found)
 
     def stored_layers(self, found: Found) -> Iterator[StoredLayer | LayerError]:
-        prefix, in_header = _prefix(found), _marks_in_header(found)
-        marked = dict.fromkeys((*in_header, *found.stems(MARK)))
-        layers = (
-            (attempt(_marked_layer, found, stem, prefix, in_header.get(stem)) for stem in marked)
-            if marked
-            else (attempt(_layer, found, stem, LEGACY_NAMES, {}) for stem in found.stems(LEGACY_NAMES["weight_scale"]))
-        )
-        for layer in layers:
+        prefix = prefix_of(found)
+        for mark in read_marks(found).layers:
+            layer = attempt(_marked_layer, found, mark)
             if isinstance(layer, LayerError):
                 yield layer
             else:
                 yield replace(layer, stem=layer.stem.removeprefix(prefix), place=layer.stem)
 
     def kept_names(self, found: Found, stored: Collection[str]) -> dict[str, str]:
-        mark, prefix = _legacy_mark(found), _prefix(found)
+        mark, prefix = legacy_mark(found), prefix_of(found)
         return {name.removeprefix(prefix): name for name in stored if name != mark}
 
     def spelling(self, fmt: Format, shape: tuple[int, int]) -> WrittenSpelling | str:
@@ -150,46 +144,31 @@ class ComfyUi(Dialect):
         return found
 
     def check(self, found: Found, layers: Mapping[str, StoredLayer], config: Mapping[str, Any]) -> Iterator[Finding]:
-        in_header = _marks_in_header(found) if layers else {}
+        marks = read_marks(found)
+        by_place = {mark.place: mark for mark in marks.layers if isinstance(mark, Mark)}
         for stem, layer in layers.items():
-            place = layer.place or stem
-            mark = _mark(found, place) if found.get(place, MARK) is not None else None
-            yield from _check_marks(stem, layer, mark, in_header.get(place, in_header.get(stem)))
-        yield from _check_legacy_mark(found, layers)
+            mark = by_place[layer.place or stem]
+            yield from mark.findings(stem)
+            yield from _check_legacy_mark(found, stem, layer) if mark.is_legacy else _check_format(stem, layer, mark)
+        yield from (absent_layer(stem) for stem in marks.absent)
 
 
-def _check_marks(
-    stem: str, layer: StoredLayer, mark: Mapping[str, Any] | None, in_header: Mapping[str, Any] | None
-) -> Iterator[Finding]:
-    """The marks of a layer, beside it and in the header, against each other and against its tensors."""
-    beside, above = (None if each is None else str(each.get("format")) for each in (mark, in_header))
-    if beside is not None and above is not None and beside != above:
-        what = f"found {beside} in comfy_quant, {above} in the header"
-        yield _bad_mark(stem, what, "ComfyUI: which of them counts depends on the version")
-    declared = beside or above
-    dtype = layer.format.layout(*layer.shape)["weight"].dtype
-    if declared is not None and (
-        METHODS.get(declared) != layer.format.method or ELEMENTS.get(declared) not in (None, dtype)
-    ):
+def _check_format(stem: str, layer: StoredLayer, mark: Mark) -> Iterator[Finding]:
+    """The format in a mark against the layer's tensors."""
+    declared, dtype = str(mark.format), layer.format.layout(*layer.shape)["weight"].dtype
+    if METHODS.get(declared) != layer.format.method or ELEMENTS.get(declared, dtype) is not dtype:
         what = f"found {layer.format.label} in {dtype}, but its mark says {declared}".replace("torch.", "")
-        yield _bad_mark(stem, what, "ComfyUI: noise")
+        yield bad_mark(stem, what, "ComfyUI: noise")
 
 
-def _check_legacy_mark(found: Found, layers: Mapping[str, StoredLayer]) -> Iterator[Finding]:
-    """The legacy mark of a whole file has the dtype of its weights."""
-    name = _legacy_mark(found)
-    if name is None:
-        return
-    declared = found.checkpoint[name].dtype
-    for stem, layer in layers.items():
-        dtype = layer.format.layout(*layer.shape)["weight"].dtype
-        if dtype is not declared:
-            what = f"found {dtype}, but {name} is {declared}".replace("torch.", "")
-            yield _bad_mark(stem, what, "ComfyUI: takes codes for those of the other", "convert it again")
-
-
-def _bad_mark(stem: str, what: str, hurts: str, remedy: str = "-m keep --dialect comfyui") -> Finding:
-    return Finding("error", "bad-mark", stem, what, hurts, remedy)
+def _check_legacy_mark(found: Found, stem: str, layer: StoredLayer) -> Iterator[Finding]:
+    """The legacy mark of a whole file has the dtype of its weights; float32 stands for E4M3."""
+    name = legacy_mark(found)
+    assert name is not None, "the layer's mark follows from it"
+    declared, dtype = found.checkpoint[name].dtype, layer.format.layout(*layer.shape)["weight"].dtype
+    if dtype is not (torch.float8_e4m3fn if declared is torch.float32 else declared):
+        what = f"found {dtype}, but {name} is {declared}".replace("torch.", "")
+        yield bad_mark(stem, what, "ComfyUI: takes codes for those of the other", "convert it again")
 
 
 def _format_name(fmt: Format) -> str | None:
@@ -198,75 +177,30 @@ def _format_name(fmt: Format) -> str | None:
     return FORMAT_NAMES.get(fmt.encoding) if is_ours and fmt.encoding is not None else None
 
 
-def _prefix(found: Found) -> str:
-    """The prefix that files of a whole model have, if every name begins with it; else empty."""
-    mark = _legacy_mark(found)
-    names = [name for name in found.checkpoint if name != mark]
-    return next((prefix for prefix in PREFIXES if all(name.startswith(prefix) for name in names)), "")
-
-
-def _place(found: Found, stem: str, prefix: str) -> str:
-    """Where a layer's tensors are: its mark may leave out the prefix."""
-    return prefix + stem if found.get(stem, "weight") is None and found.get(prefix + stem, "weight") else stem
-
-
-def _legacy_mark(found: Found) -> str | None:
-    """The marker's name, with whatever prefix the weights have."""
-    return next((name for name in found.checkpoint if name.rpartition(".")[2] == LEGACY_MARK), None)
-
-
-def _marks_in_header(found: Found) -> dict[str, Mapping[str, Any]]:
-    where = f"{found.checkpoint.path}: {METADATA} in the header"
-    layers = parse_json(found.metadata.get(METADATA, "{}").encode(), where).get("layers", {})
-    if not isinstance(layers, Mapping):
-        raise CheckpointError(f"{where}: found layers {str(layers)[:40]!r}, expected an object")
-    return {stem: mark for stem, mark in layers.items() if isinstance(mark, Mapping)}
-
-
-def _mark(found: Found, stem: str) -> Mapping[str, Any]:
-    """The content of a layer's `comfy_quant`."""
-    name = f"{stem}.{MARK}"
-    spec = found.checkpoint[name]
-    if spec.dtype.itemsize == 1 and spec.nbytes <= MAX_MARK_BYTES:
-        try:
-            mark = json.loads(found.checkpoint.read(name).reshape(-1).view(torch.uint8).numpy().tobytes())
-        except (ValueError, RecursionError):
-            mark = None
-        if isinstance(mark, Mapping):
-            return mark
-    what = 'found no JSON object, expected {"format": ...}'
-    raise LayerError(found, stem, f"tensor '{name}': {what}", "bad-mark")
-
-
-def _marked_layer(found: Found, stem: str, prefix: str, in_header: Mapping[str, Any] | None) -> StoredLayer:
-    """A layer that is marked beside its weight, or else in the header."""
-    mark = _mark(found, stem) if in_header is None or found.get(stem, MARK) is not None else in_header
-    stem = _place(found, stem, prefix)
-    name = mark.get("format")
+def _marked_layer(found: Found, mark: Mark | LayerError) -> StoredLayer:
+    """A marked layer, from its mark and its tensors."""
+    if isinstance(mark, LayerError):
+        raise mark
+    place, name = mark.place, mark.format
     if not isinstance(name, str) or name not in METHODS:
         what = f"found ComfyUI's format {str(name)[:40]!r}, expected one of {', '.join(METHODS)}; others are not read"
-        raise LayerError(found, stem, f"layer '{stem}': {what}", "bad-mark")
-    if found.get(stem, "weight") is None:
-        what = f"tensor '{stem}.weight' is missing, expected with the layer's mark {name}"
-        raise LayerError(found, stem, what, "missing-companion")
-    return _layer(found, stem, NAMES, mark)
-
-
-def _layer(found: Found, stem: str, names: Mapping[str, str], mark: Mapping[str, Any]) -> StoredLayer:
-    """A layer, from its tensors and its mark."""
-    name = mark.get("format")
-    parts = parts_of(found, stem, names)
+        raise LayerError(found, place, f"layer '{place}': {what}", "bad-mark")
+    parts = parts_of(found, place, LEGACY_NAMES if mark.is_legacy else NAMES)
     if "weight" not in parts:
-        what = f"tensor '{stem}.weight' is missing, expected with its scale"
-        raise LayerError(found, stem, what, "missing-companion")
+        what = f"tensor '{place}.weight' is missing, expected with the layer's mark {name}"
+        raise LayerError(found, place, what, "missing-companion")
     signature = read_signature(parts, "high" if name == "nvfp4" else "low", swizzled=name in SWIZZLED)
     if signature is None:
-        raise unknown_format(found, stem, parts)
-    if mark.get("convrot"):
-        group = mark.get("convrot_groupsize", DEFAULT_ROTATION)
-        signature = _rotated(found, stem, signature, group)
-    marks = (f"{stem}.{MARK}",) if found.get(stem, MARK) is not None else ()
-    return replace(stored_layer(stem, signature, parts), unused=marks)
+        raise unknown_format(found, place, parts)
+    try:
+        group = mark.rotation()
+    except ValueError as error:
+        what = f"{error}, expected one meaning; ask who wrote the file, and correct the mark"
+        raise LayerError(found, place, f"layer '{place}': {what}", "bad-mark") from None
+    if group is not None:
+        signature = _rotated(found, place, signature, group)
+    marks = (f"{place}.{MARK}",) if found.get(place, MARK) is not None else ()
+    return replace(stored_layer(place, signature, parts), unused=marks)
 
 
 def _rotated(found: Found, stem: str, signature: Signature, group: Any) -> Signature:
