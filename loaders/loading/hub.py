@@ -1,4 +1,4 @@
-"""What loading needs from the Hub before any library asks it, with one line for each way in which the Hub fails."""
+"""Downloads from the Hub what loading needs before any library asks for it."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from huggingface_hub import HfApi, hf_hub_download, snapshot_download, try_to_lo
 
 from omni_convert.formats.containers.component import DENOISERS, GGUF_SUFFIX
 from omni_convert.formats.errors import CheckpointError, quoted
+from omni_convert.formats.hub_errors import HUB_ERRORS, cause_of, hub_reason
 
 __all__ = ["EXPECTED", "fetch_gguf", "fetch_gguf_file", "fetch_index"]
 
@@ -20,8 +21,6 @@ REPO_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 # `OWNER/NAME/PATH.gguf` or `OWNER/NAME:TYPE`.
 GGUF_MODEL = re.compile(rf"(?P<repo_id>{REPO_ID.pattern})(?:/(?P<file>.+\.gguf)|:(?P<type>[\w.-]+))")
 EXPECTED = "expected the folder of a pipeline, or a repository on the Hub as Qwen/Qwen-Image"
-# The client is built on httpx or httpx2, whose errors have no common base class.
-REQUEST_ERRORS: type[Exception] = client.HTTPError  # type: ignore[attr-defined]  # imported there, not exported
 
 
 def fetch_index(repo_id: str, index: str, options: Mapping[str, Any]) -> None:
@@ -39,22 +38,19 @@ def fetch_index(repo_id: str, index: str, options: Mapping[str, Any]) -> None:
         return
     try:
         hf_hub_download(repo_id, index, **options)
-    except (REQUEST_ERRORS, OSError, ValueError) as error:
-        raise CheckpointError(f"{repo_id}: {_reason(error, index)}") from error
+    except HUB_ERRORS as error:
+        raise _failure(repo_id, error, index) from error
 
 
-def _reason(error: Exception, index: str) -> str:
-    if isinstance(error, client.GatedRepoError):
-        return "the repository is gated; accept its terms on the Hub, then `hf auth login`"
-    if isinstance(error, client.RevisionNotFoundError):
-        return "found no such revision on the Hub, expected a branch, tag or commit"
-    if isinstance(error, client.RepositoryNotFoundError):
-        return f"found neither such a folder nor a repository on the Hub that this login can see, {EXPECTED}"
-    if isinstance(error, client.LocalEntryNotFoundError):
-        return f"found no such folder and nothing in the cache, and the Hub cannot be reached, {EXPECTED}"
-    if isinstance(error, client.EntryNotFoundError):
-        return f"found a repository without {index}, {EXPECTED}"
-    return f"the Hub fails ({str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__})"
+def _failure(model: str, error: Exception, wanted: str) -> CheckpointError:
+    cause = cause_of(error)
+    if isinstance(cause, client.LocalEntryNotFoundError):
+        reason = f"found no such folder and nothing in the cache, and the Hub cannot be reached, {EXPECTED}"
+    elif isinstance(cause, client.EntryNotFoundError):
+        reason = f"found a repository without {wanted}, {EXPECTED}"
+    else:
+        reason = hub_reason(cause)
+    return CheckpointError(f"{model}: {reason}")
 
 
 def fetch_gguf(repo_id: str, index: str, options: Mapping[str, Any]) -> Path | None:
@@ -75,7 +71,7 @@ def fetch_gguf(repo_id: str, index: str, options: Mapping[str, Any]) -> Path | N
             return None
         files = [index, *(f"{name}/config.json" for name in in_gguf), *in_gguf.values()]
         return Path(snapshot_download(repo_id, allow_patterns=[glob.escape(file) for file in files], **options))
-    except (REQUEST_ERRORS, OSError, ValueError):
+    except HUB_ERRORS:
         return None
 
 
@@ -97,8 +93,8 @@ def fetch_gguf_file(gguf_model: str, options: Mapping[str, Any]) -> Path:
     try:
         file = named["file"] or _file_of_type(named["repo_id"], named["type"], options)
         return Path(hf_hub_download(named["repo_id"], file, **options))
-    except (REQUEST_ERRORS, OSError, ValueError) as error:
-        raise CheckpointError(f"{gguf_model}: {_reason(error, 'such a file')}") from error
+    except HUB_ERRORS as error:
+        raise _failure(gguf_model, error, "such a file") from error
 
 
 def _file_of_type(repo_id: str, kind: str, options: Mapping[str, Any]) -> str:
