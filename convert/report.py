@@ -15,6 +15,7 @@ from omni_convert.convert.output.remote_folder import RemoteFolder
 from omni_convert.convert.plan.component_plan import ComponentPlan
 from omni_convert.convert.plan.plan import Plan
 from omni_convert.convert.plan.steps import KeptLayer, QuantizeStep
+from omni_convert.formats.containers.names import WEIGHT
 from omni_convert.formats.containers.tensor_spec import DTYPE_NAMES
 
 __all__ = ["ConversionReport", "conversion_report", "plan_report", "size_text"]
@@ -146,7 +147,8 @@ def _plan_rows(component: ComponentPlan) -> Iterator[dict[str, Any]]:
     for stem, label in component.transcoded.items():
         specs = [spec for name, spec in written.items() if name.startswith(f"{stem}.")]
         size = sum(spec.nbytes for spec in specs)
-        becomes = label if component.method == "keep" else DTYPE_NAMES[written[f"{stem}.weight"].dtype]
+        stored = written.get(f"{stem}{WEIGHT}") or written[stem]
+        becomes = label if component.method == "keep" else DTYPE_NAMES[stored.dtype]
         yield {"layer": prefix + stem, "from": label, "to": becomes, "bytes": size, "why": ""}
     for layer in component.kept:
         spec = component.checkpoint[f"{layer.name}.weight"]

@@ -4,6 +4,8 @@ Scaled      NAME.weight             any element type [out, in]: E4M3, E5M2, 8-bi
             NAME.weight_scale       F32 [out, ceil(in / group)], one number for each row and group of columns
             NAME.weight_zero_point  F32 of that shape, where codes are not symmetric
             W = (code - zero point) * scale
+Spread      NAME.weight             E4M3, E5M2 or I8 of three dimensions or more: experts [E, out, in], convolutions
+            NAME.weight_scale       F32, one number, or for each dimension 1, the same size, or a number of blocks
 Smoothed    another format's tensors, and
             NAME.mul_scale          F32 [in], which the runtime multiplies activations with; W = W' * mul_scale
 Rotated     another format's tensors; W' is W with its rows rotated by a regular Hadamard matrix, in groups of columns
@@ -24,7 +26,7 @@ from omni_convert.formats.arithmetic.float8 import E4M3, E5M2
 from omni_convert.formats.format import Format
 from omni_convert.formats.rows import TensorLayout
 
-__all__ = ["Rotated", "Scaled", "Smoothed", "hadamard"]
+__all__ = ["Rotated", "Scaled", "Smoothed", "Spread", "hadamard"]
 
 FLOATS = {torch.float8_e4m3fn: E4M3, torch.float8_e5m2: E5M2}
 
@@ -89,6 +91,56 @@ class Scaled(Format):
 
     def _spread(self, numbers: Tensor, columns: int) -> Tensor:
         return numbers if self.group is None else numbers.repeat_interleave(self.group, dim=1)[:, :columns]
+
+
+@dataclass(frozen=True)
+class Spread(Format):
+    """Elements of a weight of three dimensions or more, times scales for blocks of any of these.
+
+    Other code sees the weight as the matrix [first dimension, rest].
+
+    Attributes:
+        method: the name that users know
+        dtype: of the elements
+        dimensions: of the weight after the first
+        block: entries of each of these that share a scale
+        is_shared: all of the first dimension shares its scales; otherwise each entry has its own
+    """
+
+    method: str
+    dtype: torch.dtype
+    dimensions: tuple[int, ...]
+    block: tuple[int, ...]
+    is_shared: bool
+
+    @property
+    def encoding(self) -> Encoding:
+        return Encoding(FLOATS.get(self.dtype) or IntegerType(8), block=(None if self.is_shared else 1, None))
+
+    @property
+    def activation_scheme(self) -> str:
+        return "none"
+
+    @property
+    def label(self) -> str:
+        return f"{self.method} of {len(self.dimensions) + 1} dimensions"
+
+    def layout(self, out_features: int, in_features: int) -> dict[str, TensorLayout]:
+        scales = tuple(-(-size // block) for size, block in zip(self.dimensions, self.block, strict=True))
+        first, rows_per_entry = (1, 0) if self.is_shared else (out_features, 1)
+        return {
+            "weight": TensorLayout(self.dtype, self.weight_shape(out_features, in_features)),
+            "weight_scale": TensorLayout(torch.float32, (first, *scales), rows_per_entry),
+        }
+
+    def weight_shape(self, out_features: int, in_features: int) -> tuple[int, ...]:
+        return out_features, *self.dimensions
+
+    def dequantize(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        scales = tensors["weight_scale"].float()
+        for dimension, (size, block) in enumerate(zip(self.dimensions, self.block, strict=True), start=1):
+            scales = scales.repeat_interleave(block, dim=dimension).narrow(dimension, 0, size)
+        return (tensors["weight"].float() * scales).flatten(1)
 
 
 @dataclass(frozen=True)

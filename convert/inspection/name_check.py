@@ -67,7 +67,8 @@ def check_names(reading: TolerantReading, config: Mapping[str, Any]) -> Iterator
     if reading.found.block and reading.quantized.dialect is None:
         return  # its tool may have any names
     kept = [name for name in reading.quantized.kept if name.rpartition(".")[2] not in COMPANIONS]
-    found = {*kept, *(f"{stem}.weight" for stem in reading.shapes)}
+    weights = [layer.stored.weight_name for layer in reading.quantized.layers.values()]
+    found = {*kept, *weights, *(f"{stem}.weight" for stem in reading.shapes)}
     expected = _expected(config)
     if expected is None or 2 * len(found & {*expected.names}) < len(found):
         return

@@ -151,7 +151,7 @@ def relative_error(tiles: Iterable[tuple[Tensor, Tensor]]) -> float:
 def _explained(layer: QuantizedLayer, reference: Checkpoint, error: float, limit: float, consumers: str) -> Finding:
     """The mistake that explains an error, if one of the known ones does."""
     rows = min(layer.shape[0], SAMPLE_MULTIPLE)
-    wanted = reference.read_rows(f"{layer.stem}.weight", 0, rows).flatten(1).float()
+    wanted = reference.read_rows(layer.stored.weight_name, 0, rows).flatten(1).float()
     tensors = layer.read(0, rows)
     for check, suffix, remedy, changed in _mistakes(layer, tensors):
         other = float((layer.format.dequantize(changed) - wanted).norm() / wanted.norm())

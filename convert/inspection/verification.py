@@ -31,7 +31,6 @@ from omni_convert.formats.checks.scope import check_scope
 from omni_convert.formats.checks.values import check_finite, check_values
 from omni_convert.formats.containers.checkpoint import Checkpoint
 from omni_convert.formats.containers.component import DENOISERS
-from omni_convert.formats.containers.names import WEIGHT
 from omni_convert.formats.dialects.found import describe
 from omni_convert.formats.dialects.table import DIALECTS
 from omni_convert.formats.errors import CheckpointError
@@ -227,7 +226,7 @@ def _values(
     findings: list[Finding] = []
     traces: list[ScaleTrace] = []
     untraced = 0
-    for stem, layer in quantized.layers.items():
+    for layer in quantized.layers.values():
         assert quantized.dialect is not None
         try:
             flaws = check_values(layer, quantized.dialect, progress)
@@ -240,7 +239,7 @@ def _values(
                 Finding("error", "damaged-file", layer.stem, str(error), "every runtime", "download it again")
             )
         if comparison is not None:
-            comparison.compare(f"{stem}{WEIGHT}")
+            comparison.compare(layer.stored.weight_name)
     findings += exchanged_scales(traces, quantized.dialect) if quantized.dialect is not None else ()
     for name, stored in quantized.kept.items():
         findings += _kept_values(checkpoint, stored)

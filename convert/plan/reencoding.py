@@ -98,6 +98,12 @@ def _spelling(layer: QuantizedLayer, dialect: Dialect, recipe: Recipe) -> Writte
             f"{where}: found fp8_storage, which our loader alone reads, expected --runtime diffusers and --dialect "
             "vllm-omni to keep it; `omni-convert dequantize` gives BF16"
         )
+    is_linear = layer.stored.weight is None and len(layer.format.weight_shape(*layer.shape)) == 2
+    if not is_linear and not layer.format.is_storage:
+        raise CheckpointError(
+            f"{where}: found codes called '{layer.stored.name_of('weight')}' of {layer.format.label}, which no dialect "
+            f"is written with; {INSTEAD}, `omni-convert dequantize` gives BF16"
+        )
     spelling = dialect.spelling(layer.format, layer.shape)
     if isinstance(spelling, str):
         raise CheckpointError(

@@ -40,7 +40,8 @@ def block_gaps(quantized: QuantizedCheckpoint, shapes: Mapping[str, tuple[int, i
     """
     if _is_container(quantized.dialect):
         return
-    codes = {f"{stem}{WEIGHT}": shape for stem, shape in shapes.items()}
+    names = {stem: layer.stored.weight_name for stem, layer in quantized.layers.items()}
+    codes = {names.get(stem, f"{stem}{WEIGHT}"): shape for stem, shape in shapes.items()}
     kept = {
         name: quantized.checkpoint[stored].shape
         for name, stored in quantized.kept.items()

@@ -44,7 +44,8 @@ def read_tolerantly(found: Found) -> TolerantReading:
     reading = read_layers(found)
     checkpoint, dialect = found.checkpoint, reading.dialect
     if dialect is None:
-        return TolerantReading(found, reading.quantized, {}, list(_orphans(found, set(), "")))
+        findings = [_as_finding(found, error, "every runtime") for error in reading.errors]
+        return TolerantReading(found, reading.quantized, {}, [*findings, *_orphans(found, set(), "")])
     findings = [_as_finding(found, error, dialect.consumers) for error in reading.errors]
     is_readable = all(isinstance(error, LayerError) for error in reading.errors)
     unread = {name for finding in findings for name in checkpoint if name.startswith(f"{finding.layer}.")}

@@ -153,8 +153,9 @@ def _value_finding(layer: QuantizedLayer, suffix: str, check: str, count: int, d
 def _sample_findings(layer: QuantizedLayer, dialect: str) -> Iterator[Finding]:
     """What can be told only from many values together."""
     rows, columns = layer.shape
-    most = SAMPLE_ELEMENTS // max(1, columns) // SAMPLE_MULTIPLE * SAMPLE_MULTIPLE
-    tensors = layer.read(0, min(rows, max(SAMPLE_MULTIPLE, most)))
+    multiple = SAMPLE_MULTIPLE if len(layer.format.weight_shape(*layer.shape)) == 2 else 1  # experts are matrices each
+    most = SAMPLE_ELEMENTS // max(1, columns) // multiple * multiple
+    tensors = layer.read(0, min(rows, max(multiple, most)))
     elements = elements_of(layer.format, tensors)
     yield from _sizes(layer, tensors, dialect)
     yield from _smoothing(layer, tensors)

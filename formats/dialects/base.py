@@ -101,6 +101,7 @@ class StoredLayer:
         places: canonical suffix to whole tensor name, for those that lie elsewhere
         unused: names of tensors that add nothing (marks, zero offsets)
         ones: canonical suffixes of tensors that are left out because every number in them would be 1
+        weight: the pipeline's name of the weight, where it is not `stem`.weight
     """
 
     stem: str
@@ -111,6 +112,12 @@ class StoredLayer:
     places: Mapping[str, str] = field(default_factory=dict)
     unused: tuple[str, ...] = ()
     ones: tuple[str, ...] = ()
+    weight: str | None = None
+
+    @property
+    def weight_name(self) -> str:
+        """What the rest of the pipeline calls the weight."""
+        return self.weight or f"{self.stem}.weight"
 
     def name_of(self, suffix: str) -> str:
         """Name in the file of a canonical tensor."""

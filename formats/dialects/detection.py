@@ -11,10 +11,12 @@ The names below are canonical, whatever the file calls the tensors.
     I8                one number, [out] or [out, 1]                       int8
     U8 [out, in / 2]  bytes [out, in / 32]                                mxfp4, packed
     U8 [out, in / 2]  E4M3 [out, in / 16]           weight_scale_2        nvfp4
+    E4M3, E5M2, I8 [a, b, c, ...]   one number, [a], or a number for each block     fp8 or int8 of several dimensions
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
@@ -26,7 +28,7 @@ from omni_convert.formats.arithmetic.swizzle import padded_scale_shape
 from omni_convert.formats.containers.tensor_spec import DTYPE_NAMES, TensorSpec
 from omni_convert.formats.dialects.base import Found, LayerError, Spelling, StoredLayer
 from omni_convert.formats.dialects.codec import Codec, OneForAll, PackedValues, Plain, SwappedNibbles, Swizzled
-from omni_convert.formats.foreign import Scaled, Smoothed
+from omni_convert.formats.foreign import Scaled, Smoothed, Spread
 from omni_convert.formats.format import Format
 from omni_convert.formats.fp8 import Fp8, Fp8Block
 from omni_convert.formats.int8 import Int8
@@ -74,7 +76,7 @@ def read_signature(
     """The format that these tensors make up, or None if it is none of the table.
 
     Args:
-        parts: role (one of `ROLES`) to tensor; `weight` is two-dimensional
+        parts: role (one of `ROLES`) to tensor
         even: nibble of the even element, where codes are packed
         swizzled: block scales are in the order of cuBLAS
     """
@@ -87,8 +89,10 @@ def read_signature(
 
 def _read(parts: Mapping[str, TensorSpec], even: NibbleOrder, *, swizzled: bool) -> Signature | None:
     weight, scale = parts["weight"], parts.get("weight_scale")
-    if scale is None or len(weight.shape) != 2:
+    if scale is None or len(weight.shape) < 2:
         return None
+    if len(weight.shape) > 2:
+        return _spread(weight, scale)
     if weight.dtype is torch.int8:
         return _integers(parts, weight, scale)
     if weight.dtype in FLOAT8:
@@ -96,6 +100,29 @@ def _read(parts: Mapping[str, TensorSpec], even: NibbleOrder, *, swizzled: bool)
     if weight.dtype is torch.uint8:
         return _packed(parts, weight, scale, even, swizzled=swizzled)
     return None
+
+
+def _spread(weight: TensorSpec, scale: TensorSpec) -> Signature | None:
+    """More than two dimensions, with scales for none of them, the first, or blocks of any."""
+    first, *rest = weight.shape
+    counts = scale.shape if len(scale.shape) == len(weight.shape) else (scale.elements, *[1] * len(rest))
+    if weight.dtype not in (*FLOAT8, torch.int8) or scale.dtype in BYTES or counts[0] not in (1, first):
+        return None
+    sizes = [_block_of(size, count) for size, count in zip(rest, counts[1:], strict=True)]
+    blocks = tuple(size for size in sizes if size is not None)
+    if len(blocks) < len(rest) or 0 in weight.shape:
+        return None
+    method = "int8" if weight.dtype is torch.int8 else "fp8"
+    fmt = Spread(method, weight.dtype, tuple(rest), blocks, is_shared=counts[0] == 1)
+    return Signature(fmt, (first, math.prod(rest)))
+
+
+def _block_of(size: int, count: int) -> int | None:
+    """Entries of a dimension that share a scale, if there are so many scales; None if that does not tell."""
+    if count in (1, size):
+        return size // count
+    block = block_size_of((size, size), (count, count))[0]
+    return block if -(-size // block) == count else None
 
 
 def _integers(parts: Mapping[str, TensorSpec], weight: TensorSpec, scale: TensorSpec) -> Signature | None:

@@ -208,13 +208,10 @@ def dequantized_view(quantized: QuantizedCheckpoint) -> CheckpointView:
     """Every layer as one weight in float32, everything else as it is."""
 
     def weight_of(layer: QuantizedLayer) -> list[ViewedTensor]:
-        return [
-            _Dequantized(
-                TensorSpec(f"{layer.stem}.weight", torch.float32, layer.format.weight_shape(*layer.shape)), layer
-            )
-        ]
+        shape = layer.format.weight_shape(*layer.shape)
+        return [_Dequantized(TensorSpec(layer.stored.weight_name, torch.float32, shape), layer)]
 
-    storage = {f"{stem}.weight": torch.bfloat16 for stem in quantized.layers}
+    storage = {layer.stored.weight_name: torch.bfloat16 for layer in quantized.layers.values()}
     return _view(quantized, {stem: weight_of(layer) for stem, layer in quantized.layers.items()}, storage)
 
 

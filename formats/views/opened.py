@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -23,10 +23,12 @@ from torch import Tensor
 
 from omni_convert.formats.arithmetic.swizzle import padded_scale_shape
 from omni_convert.formats.containers.checkpoint import Checkpoint
+from omni_convert.formats.containers.names import WEIGHT
 from omni_convert.formats.containers.tensor_spec import DTYPE_NAMES
 from omni_convert.formats.dialects.base import Dialect, LayerError, StoredLayer
 from omni_convert.formats.dialects.codec import Swizzled
 from omni_convert.formats.dialects.found import Found, describe
+from omni_convert.formats.dialects.named_otherwise import layers_named_otherwise
 from omni_convert.formats.dialects.table import DIALECTS, find_dialect
 from omni_convert.formats.errors import CheckpointError
 from omni_convert.formats.format import Format
@@ -202,12 +204,13 @@ def read_layers(found: Found) -> Reading:
     """Reads every layer of a checkpoint that can be read, and collects why others cannot."""
     dialect = find_dialect(found)
     if dialect is None:
-        return Reading(found)
+        strays = layers_named_otherwise(found, ())
+        return Reading(found, errors=tuple(_undeclared(found, stray) for stray in strays))
     layers: dict[str, QuantizedLayer] = {}
     damaged: list[QuantizedLayer] = []
     errors: list[CheckpointError] = []
     try:
-        for stored in dialect.stored_layers(found):
+        for stored in _stored_layers(found, dialect):
             if isinstance(stored, LayerError):
                 errors.append(stored)
                 continue
@@ -220,6 +223,28 @@ def read_layers(found: Found) -> Reading:
     except CheckpointError as error:  # about the component as a whole
         return Reading(found, dialect, errors=(error,))
     return Reading(found, dialect, layers, tuple(damaged), tuple(errors))
+
+
+def _stored_layers(found: Found, dialect: Dialect) -> Iterator[StoredLayer | LayerError]:
+    """The layers of the dialect, and those whose scales are named after something else than NAME.weight."""
+    used: set[str] = set()
+    for stored in dialect.stored_layers(found):
+        if isinstance(stored, StoredLayer):
+            used |= {stored.name_of(suffix) for suffix in stored.format.layout(*stored.shape)}
+        yield stored
+    for stored in layers_named_otherwise(found, used):
+        if isinstance(stored, StoredLayer):
+            (name,) = dialect.kept_names(found, [stored.name_of("weight")])
+            is_usual = name.endswith(WEIGHT)
+            stored = replace(stored, stem=name.removesuffix(WEIGHT), weight=None if is_usual else name)
+        yield stored
+
+
+def _undeclared(found: Found, stray: StoredLayer | LayerError) -> LayerError:
+    """The error about codes with a scale in a file in which nothing says what they are."""
+    layer = stray.layer if isinstance(stray, LayerError) else stray.stem
+    what = f"layer '{layer}': found codes with a scale beside them, and nothing that says what they are"
+    return LayerError(found, layer, what, "no-block")
 
 
 def _tensor_errors(layer: QuantizedLayer, found: Found, dialect: Dialect) -> Iterator[LayerError]:
