@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from omni_convert.formats.arithmetic.encoding import Encoding
+from omni_convert.formats.containers.tensor_spec import TensorSpec
 from omni_convert.formats.options import FormatOptions
 from omni_convert.formats.rows import InputStatistics, TensorLayout, TensorRows, WeightRows, iterate_rows
 
@@ -169,6 +170,21 @@ class QuantizingFormat(Format):
         """The format with those options that are fields of it."""
         own = {each.name for each in fields(cls) if hasattr(options, each.name)}  # type: ignore[arg-type]  # dataclasses all
         return cls(**{name: getattr(options, name) for name in own})
+
+    @classmethod
+    def stored_in(cls, tensors: Mapping[str, TensorSpec]) -> Format | None:
+        """The format of a weight that is stored in the method's own layout, or None if these tensors are not such.
+
+        By default, the weight has the layout's dtype, and all other tensors of the layout are there. Shapes and the
+        dtypes of scales are left to checks, which then say what is wrong with them.
+
+        Args:
+            tensors: suffix (`weight`, `weight_scale`, ...) to tensor
+        """
+        weight, fmt = tensors["weight"], cls.build(FormatOptions())
+        layout = fmt.layout(weight.shape[0], weight.elements // max(1, weight.shape[0]))
+        is_ours = len(layout) > 1 and weight.dtype is layout["weight"].dtype and layout.keys() <= tensors.keys()
+        return fmt if is_ours else None
 
     def for_weight(self, shape: tuple[int, ...]) -> Self:
         """The format of a weight of this shape: the same for every matrix."""

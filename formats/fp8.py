@@ -37,6 +37,7 @@ from omni_convert.formats.arithmetic.float8 import (
 from omni_convert.formats.arithmetic.input_codes import fp8_per_group, fp8_per_token, fp8_static
 from omni_convert.formats.arithmetic.scalar_scale import SCALAR, scalars, static_scale
 from omni_convert.formats.arithmetic.tiling import quantize_in_tiles
+from omni_convert.formats.containers.tensor_spec import TensorSpec
 from omni_convert.formats.errors import RecipeError
 from omni_convert.formats.format import Calibration, ElementFormat, Format, QuantizingFormat
 from omni_convert.formats.options import FormatOptions
@@ -51,13 +52,34 @@ __all__ = [
     "Fp8Block",
     "Fp8Channel",
     "Fp8E5m2",
+    "block_size_of",
     "fp8_block_size",
+    "has_float_scale",
     "round_to_e4m3",
 ]
 
 FP8 = Encoding(E4M3)
 FP8_E5M2 = Encoding(E5M2)
 FP8_PER_ROW = Encoding(E4M3, block=PER_ROW)
+# Rows or columns of a block, the likely ones first.
+BLOCK_SIZES = (128, 64, 32, 16, 256, 512, 1024)
+
+
+def has_float_scale(tensors: Mapping[str, TensorSpec]) -> bool:
+    """Whether a layer has a weight in E4M3 whose scales are numbers, not bytes of E8M0."""
+    scale = tensors.get("weight_scale")
+    return tensors["weight"].dtype is torch.float8_e4m3fn and scale is not None and scale.dtype is not torch.uint8
+
+
+def block_size_of(shape: tuple[int, ...], blocks: tuple[int, ...]) -> tuple[int, int]:
+    """The power of two, from 16 up, that cuts `shape` into `blocks`; 128 where several do."""
+    if not len(shape) == len(blocks) == 2:
+        return BLOCK_SIZES[0], BLOCK_SIZES[0]  # any size will do: the layout will not match
+    rows, columns = (
+        next((size for size in BLOCK_SIZES if -(-length // size) == count), max(1, length))
+        for length, count in zip(shape, blocks, strict=True)
+    )
+    return rows, columns
 
 
 def fp8_block_size(fmt: Format) -> tuple[int, int] | None:
@@ -158,6 +180,16 @@ class Fp8(_PerTensor):
         if options.per_channel:
             return Fp8Channel()
         return cls(options.static, options.input_scale)
+
+    @classmethod
+    def stored_in(cls, tensors: Mapping[str, TensorSpec]) -> Format | None:
+        weight = tensors["weight"]
+        if weight.dtype is torch.float8_e4m3fn and (inverse := tensors.get("weight_scale_inv")) is not None:
+            return Fp8Block(block_size_of(weight.shape, inverse.shape))
+        if not has_float_scale(tensors):
+            return None
+        is_per_row = 1 < weight.shape[0] == tensors["weight_scale"].elements
+        return Fp8Channel() if is_per_row else cls(static="input_scale" in tensors)
 
     @property
     def encoding(self) -> Encoding:

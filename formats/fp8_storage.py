@@ -18,8 +18,9 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from omni_convert.formats.containers.tensor_spec import TensorSpec
 from omni_convert.formats.format import Calibration
-from omni_convert.formats.fp8 import Fp8
+from omni_convert.formats.fp8 import Fp8, has_float_scale
 from omni_convert.formats.options import FormatOptions
 from omni_convert.formats.rows import TensorLayout
 
@@ -47,6 +48,10 @@ class Fp8Storage(Fp8):
     @classmethod
     def build(cls, options: FormatOptions) -> Fp8Storage:  # noqa: ARG003  # it has none
         return cls()
+
+    @classmethod
+    def stored_in(cls, tensors: Mapping[str, TensorSpec]) -> Fp8Storage | None:
+        return cls().for_weight(tensors["weight"].shape) if has_float_scale(tensors) else None
 
     @property
     def activation_scheme(self) -> str:

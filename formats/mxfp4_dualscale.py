@@ -37,7 +37,9 @@ from omni_convert.formats.arithmetic.mx import (
 )
 from omni_convert.formats.arithmetic.smoothing import Quantizers, search_mul_scale
 from omni_convert.formats.arithmetic.tiling import quantize_in_tiles
+from omni_convert.formats.containers.tensor_spec import TensorSpec
 from omni_convert.formats.format import Calibration, ElementFormat
+from omni_convert.formats.mxfp8 import has_mx_scales
 from omni_convert.formats.rows import InputStatistics, TensorLayout, WeightRows
 
 __all__ = ["Mxfp4DualScale"]
@@ -68,6 +70,11 @@ class Mxfp4DualScale(ElementFormat):
 
     def __post_init__(self) -> None:
         check_scale_rule(self.scale_rule, E2M1, self.method)
+
+    @classmethod
+    def stored_in(cls, tensors: Mapping[str, TensorSpec]) -> Mxfp4DualScale | None:
+        is_ours = has_mx_scales(tensors) and "weight_dual_scale" in tensors
+        return cls(smooth="mul_scale" in tensors) if is_ours else None
 
     @property
     def encoding(self) -> Encoding:

@@ -29,12 +29,19 @@ from omni_convert.formats.arithmetic.mx import (
     split_blocks,
 )
 from omni_convert.formats.arithmetic.tiling import quantize_in_tiles
+from omni_convert.formats.containers.tensor_spec import TensorSpec
 from omni_convert.formats.format import ElementFormat
 from omni_convert.formats.rows import TensorLayout
 
-__all__ = ["MXFP8", "Mxfp8"]
+__all__ = ["MXFP8", "Mxfp8", "has_mx_scales"]
 
 MXFP8 = Encoding(E4M3, E8M0, (1, MX_BLOCK))
+
+
+def has_mx_scales(tensors: Mapping[str, TensorSpec]) -> bool:
+    """Whether a layer has a weight in E4M3, or in E2M1 values stored as such, and a byte of E8M0 for each block."""
+    scale = tensors.get("weight_scale")
+    return tensors["weight"].dtype is torch.float8_e4m3fn and scale is not None and scale.dtype is torch.uint8
 
 
 @dataclass(frozen=True)
@@ -58,6 +65,11 @@ class Mxfp8(ElementFormat):
 
     def __post_init__(self) -> None:
         check_scale_rule(self.scale_rule, E4M3, self.method)
+
+    @classmethod
+    def stored_in(cls, tensors: Mapping[str, TensorSpec]) -> Mxfp8 | None:
+        is_ours = has_mx_scales(tensors) and tensors.keys().isdisjoint(("mul_scale", "weight_dual_scale"))
+        return cls() if is_ours else None
 
     @property
     def encoding(self) -> Encoding:

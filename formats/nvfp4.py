@@ -26,6 +26,7 @@ from omni_convert.formats.arithmetic.mx import block_amax, block_error, join_blo
 from omni_convert.formats.arithmetic.nvfp4_scale import NVFP4_BLOCK, NVFP4_LARGEST, nvfp4_block_scale
 from omni_convert.formats.arithmetic.scalar_scale import SCALAR, scalars, static_scale
 from omni_convert.formats.arithmetic.tiling import quantize_in_tiles
+from omni_convert.formats.containers.tensor_spec import TensorSpec
 from omni_convert.formats.format import Calibration, ElementFormat
 from omni_convert.formats.options import FormatOptions
 from omni_convert.formats.rows import InputStatistics, TensorLayout, WeightRows, sample_rows, weight_amax
@@ -72,6 +73,11 @@ class Nvfp4(ElementFormat):
     @classmethod
     def build(cls, options: FormatOptions) -> Nvfp4:
         return cls(options.static, options.input_scale, options.search)
+
+    @classmethod
+    def stored_in(cls, tensors: Mapping[str, TensorSpec]) -> Nvfp4 | None:
+        is_ours = tensors["weight"].dtype is torch.uint8 and "weight_scale_2" in tensors
+        return cls(static="input_scale" in tensors) if is_ours else None
 
     elements_per_entry = 2
     largest_input = NVFP4_LARGEST

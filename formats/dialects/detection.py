@@ -30,13 +30,12 @@ from omni_convert.formats.dialects.base import Found, LayerError, Spelling, Stor
 from omni_convert.formats.dialects.codec import Codec, OneForAll, PackedValues, Plain, SwappedNibbles, Swizzled
 from omni_convert.formats.foreign import Scaled, Smoothed, Spread
 from omni_convert.formats.format import Format
-from omni_convert.formats.fp8 import Fp8, Fp8Block
+from omni_convert.formats.fp8 import Fp8, Fp8Block, block_size_of
 from omni_convert.formats.int8 import Int8
 from omni_convert.formats.mxfp4 import Mxfp4
 from omni_convert.formats.mxfp4_dualscale import Mxfp4DualScale
 from omni_convert.formats.mxfp8 import Mxfp8
 from omni_convert.formats.nvfp4 import Nvfp4
-from omni_convert.formats.table import block_size_of
 
 __all__ = ["Signature", "parts_of", "read_signature", "signed_layers", "stored_layer", "unknown_format"]
 
