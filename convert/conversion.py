@@ -2,31 +2,22 @@
 
 from __future__ import annotations
 
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 from omni_convert.convert.device import resolve_device
-from omni_convert.convert.execution.component_result import ComponentResult, LayerResult
+from omni_convert.convert.execution.component_result import LayerResult
 from omni_convert.convert.execution.journal import JOURNAL, Journal
-from omni_convert.convert.execution.local import Engine, Progress, execute_component
+from omni_convert.convert.execution.local import Engine, Progress
 from omni_convert.convert.output.copy import copy_file, take_files
-from omni_convert.convert.output.folder import check_output, is_finished, partial_folder, tidy, write_text
+from omni_convert.convert.output.destination import Destination, destination_of
+from omni_convert.convert.output.folder import write_text
 from omni_convert.convert.output.manifest import describe_job, read_results, write_json, write_manifest
 from omni_convert.convert.output.model_card import model_card
-from omni_convert.convert.output.remote_folder import (
-    RemoteFolder,
-    check_remote,
-    finished_manifest,
-    output_of,
-    published_folder,
-)
-from omni_convert.convert.output.shard_upload import upload_component
-from omni_convert.convert.output.upload import Repository, open_repository, push_output
+from omni_convert.convert.output.upload import Repository, open_repository
 from omni_convert.convert.plan.component_plan import ComponentPlan
 from omni_convert.convert.plan.plan import Plan, plan_conversion
 from omni_convert.convert.recipe import Recipe
@@ -34,8 +25,6 @@ from omni_convert.convert.report import ConversionReport
 from omni_convert.convert.source.file_hash import SourceHashes
 from omni_convert.convert.source.location import Source, resolve_source
 from omni_convert.convert.workers import Workers, available_cores
-from omni_convert.formats.containers.checkpoint import Checkpoint
-from omni_convert.formats.errors import OutputError, RecipeError
 
 __all__ = ["Conversion", "convert_checkpoint"]
 
@@ -76,7 +65,7 @@ class Conversion:
     """
 
     plan: Plan
-    target: Path | RemoteFolder
+    target: Destination
     repository: Repository | None = None
     calibration_seconds: float | None = None
 
@@ -95,12 +84,11 @@ class Conversion:
             OmniConvertError: the recipe cannot be carried out, or the output is in the way.
         """
         if output is not None and not dry_run:
-            check_target(output_of(output), recipe)  # before anything is downloaded
+            destination_of(output).check(recipe)  # before anything is downloaded
         source = resolve_source(model, recipe.revision, stream=recipe.streams_source)
-        target = output_of(output or f"{source.short_name}-{recipe.outcome}")
+        target = destination_of(output or f"{source.short_name}-{recipe.outcome}")
         if not dry_run:
-            check_target(target, recipe)
-            _refuse_source(target, source)
+            target.check(recipe, source)
         plan = plan_conversion(source, recipe)
         if recipe.calibration:
             from omni_convert.formats.statistics.statistics import Statistics
@@ -130,17 +118,18 @@ class Conversion:
         """Writes the output; raises the same errors as `convert_checkpoint`."""
         started = time.monotonic()
         plan, recipe = self.plan, self.plan.recipe
-        if recipe.resume and (finished := _results_of_finished(self.target, plan)) is not None:
-            return self._report(finished, time.monotonic() - started, None)
+        if recipe.resume:
+            with self.target.finished() as finished:
+                if finished is not None:
+                    return self._report(read_results(finished, plan), time.monotonic() - started, None)
         with (
             _opened_engine(recipe) as engine_on,
-            _folder_of(self.target, recipe) as folder,
+            self.target.opened(recipe) as folder,
             Journal(folder / JOURNAL, describe_job(plan)) as journal,
             Workers(_threads(recipe)) as workers,
             _streaming(plan.source, folder),  # ends first: workers must not wait for a download any more
         ):
-            make = execute_component if isinstance(self.target, Path) else partial(upload_component, self.target)
-            results, peak = _fill(folder, plan, engine_on(workers, journal), make, progress)
+            results, peak = _fill(folder, plan, engine_on(workers, journal), self.target, progress)
         return self._report(results, time.monotonic() - started, peak)
 
     def push(self) -> str | None:
@@ -149,16 +138,14 @@ class Conversion:
         Raises:
             HubError: the Hub refuses the upload, or cannot be reached.
         """
-        if self.repository is None or not isinstance(self.target, Path):
-            return None
-        return push_output(self.target, self.repository)
+        return None if self.repository is None else self.target.push(self.repository)
 
     def _report(
         self, results: dict[str, list[LayerResult]], seconds: float, peak_memory: int | None
     ) -> ConversionReport:
         plan = self.plan
         return ConversionReport(
-            self.target,
+            self.target.place,
             tuple(_prefixed(name, layer) for name, layers in results.items() for layer in layers),
             tuple(layer for component in plan.components for layer in component.kept),
             plan.notes,
@@ -168,47 +155,6 @@ class Conversion:
             self.calibration_seconds,
             peak_memory,
         )
-
-
-def check_target(output: Path | RemoteFolder, recipe: Recipe) -> None:
-    """Checks before any work that the output can be written.
-
-    Raises:
-        OutputError: something else is there already.
-        RecipeError: the output is a URL and is to be pushed to the Hub, which needs local files.
-    """
-    if isinstance(output, Path):
-        check_output(output, overwrite=recipe.overwrite, resume=recipe.resume)
-        return
-    if recipe.push_to_hub is not None:
-        raise RecipeError(f"--push-to-hub: found --output {output}, expected a folder, whose files can be sent")
-    check_remote(output, overwrite=recipe.overwrite, resume=recipe.resume)
-
-
-def _refuse_source(target: Path | RemoteFolder, source: Source) -> None:
-    if not isinstance(target, Path):
-        return
-    output, model = target.resolve(), source.path.resolve()
-    if output == model or model in output.parents or output in model.parents:
-        raise OutputError(f"{output}: found the folder of the model that is read ({model}); name another --output")
-
-
-def _results_of_finished(output: Path | RemoteFolder, plan: Plan) -> dict[str, list[LayerResult]] | None:
-    """The layers of an output that an earlier run finished; None if there is no such output."""
-    if isinstance(output, Path):
-        if not is_finished(output):
-            return None
-        tidy(output)
-        return read_results(output, plan)
-    with tempfile.TemporaryDirectory() as folder:
-        return read_results(Path(folder), plan) if finished_manifest(output, Path(folder)) else None
-
-
-def _folder_of(output: Path | RemoteFolder, recipe: Recipe) -> AbstractContextManager[Path]:
-    """The folder in which the files of an output are made until it is complete."""
-    if isinstance(output, Path):
-        return partial_folder(output, overwrite=recipe.overwrite, resume=recipe.resume)
-    return published_folder(output, overwrite=recipe.overwrite, resume=recipe.resume)
 
 
 @contextmanager
@@ -238,11 +184,7 @@ def _threads(recipe: Recipe) -> int:
 
 
 def _fill(
-    folder: Path,
-    plan: Plan,
-    engine: Engine,
-    make: Callable[[ComponentPlan, Path, Engine, Progress], ComponentResult],
-    progress: Progress,
+    folder: Path, plan: Plan, engine: Engine, target: Destination, progress: Progress
 ) -> tuple[dict[str, list[LayerResult]], int]:
     """Writes every file of the output; returns the layers of each component, and the peak memory in bytes."""
     hub_files = plan.source.hub_files
@@ -260,13 +202,11 @@ def _fill(
     for component in plan.components:
         place = folder / component.name
         place.mkdir(exist_ok=True)
-        result = make(component, place, engine, progress)
+        _write_config(component, place)
+        result = target.make(component, place, engine, progress)
         results[component.name] = result.layers
         known |= {(Path(component.name) / file).as_posix(): sha256 for file, sha256 in result.sha256.items()}
         peak = max(peak, result.peak_memory)
-        _write_config(component, place)
-        if make is execute_component:
-            _verify(component, place)
     sources = source_hashes.results() if source_hashes is not None else {}
     known |= {name: copy.result() for name, copy in copies.items()}
     known |= moves.result() if moves is not None else {}
@@ -292,10 +232,3 @@ def _write_config(component: ComponentPlan, folder: Path) -> None:
         write_json(folder / name, content)
     if component.shards.index is not None:
         write_json(folder / component.shards.index_name, component.shards.index)
-
-
-def _verify(component: ComponentPlan, folder: Path) -> None:
-    """Reopens the written files and checks that they hold every planned tensor in its dtype and shape."""
-    Checkpoint.open(folder).close()
-    for file, specs in component.shards.files.items():
-        component.shards.container.check(folder / file, specs)

@@ -24,7 +24,7 @@ from omni_convert.convert.source.readahead import start_reading
 from omni_convert.formats.dialects.table import WRITTEN
 
 if TYPE_CHECKING:
-    from omni_convert.convert.output.remote_folder import RemoteFolder
+    from omni_convert.convert.output.destination import Destination
 
 __all__ = ["convert_command", "dequantize_command", "push_command"]
 
@@ -190,13 +190,11 @@ def _convert(
 
 
 @contextmanager
-def _told_how_to_resume(target: Path | RemoteFolder) -> Iterator[None]:
+def _told_how_to_resume(target: Destination) -> Iterator[None]:
     """Prints after an interruption where the finished part of the work is."""
-    from omni_convert.convert.output.folder import partial_path
-
     try:
         yield
     except KeyboardInterrupt:
-        if isinstance(target, Path) and partial_path(target).exists():
-            click.echo(f"{partial_path(target)} holds the finished work; --resume continues from there", err=True)
+        if target.work.exists():
+            click.echo(f"{target.work} holds the finished work; --resume continues from there", err=True)
         raise

@@ -23,7 +23,7 @@ from omni_convert.convert.source.component_folder import MANIFEST
 from omni_convert.formats.containers.json_file import read_json
 from omni_convert.formats.errors import OutputError, RecipeError
 
-__all__ = ["RemoteFolder", "check_remote", "finished_manifest", "output_of", "published_folder"]
+__all__ = ["RemoteFolder", "check_remote", "finished_manifest", "published_folder"]
 
 Result = TypeVar("Result")
 
@@ -131,14 +131,6 @@ class RemoteFolder:
                 f"{self}/{name}: cannot be read or written ({type(error).__name__}: {_first_line(error)}); "
                 "see to it, then go on with --resume"
             ) from None
-
-
-def output_of(output: str | Path) -> Path | RemoteFolder:
-    """The output that the user names: a URL or a path."""
-    if isinstance(output, str) and "://" in output:
-        return RemoteFolder(output)
-    path = Path(output)
-    return path.resolve() if path.name in ("", "..") else path  # the work is done beside it, under its name
 
 
 def check_remote(remote: RemoteFolder, *, overwrite: bool, resume: bool) -> None:

@@ -32,7 +32,7 @@ class _Sent:
 
 
 def upload_component(
-    remote: RemoteFolder, component: ComponentPlan, _folder: Path, engine: Engine, progress: Progress
+    remote: RemoteFolder, component: ComponentPlan, engine: Engine, progress: Progress
 ) -> ComponentResult:
     """Makes and uploads the shards of one component, except those that an earlier run uploaded and that are unchanged.
 
