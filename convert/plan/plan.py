@@ -39,6 +39,8 @@ __all__ = ["Plan", "plan_conversion"]
 
 WEIGHT_SUFFIXES = (".safetensors", ".gguf", ".index.json", ".bin", ".pt", ".pth", ".ckpt", ".msgpack", ".h5", ".onnx")
 ROOT_FILES = ("*.json", "LICENSE*", "NOTICE*")
+# Our own is written in its place.
+MODEL_CARD = "README.md"
 
 
 @dataclass(frozen=True)
@@ -162,12 +164,18 @@ def _encoder_first(components: Collection[str]) -> list[str]:
     return sorted(components, key=lambda name: name in DENOISERS)
 
 
-def _files_to_copy(source: Source, rewritten: Collection[str]) -> dict[str, Path]:
-    """Every file of the pipeline that is not written anew: path inside the output → source path."""
-    if not source.is_pipeline:
+def _files_to_copy(source: Source, rewritten: Mapping[str, SourceComponent]) -> dict[str, Path]:
+    """Every file that is not written anew: path inside the output → source path.
+
+    A component of diffusers by itself has none: whoever converts it puts the result into a pipeline.
+    """
+    if source.is_pipeline:
+        root_files = [path for pattern in ROOT_FILES for path in source.path.glob(pattern)]
+        folders = [source.path / name for name in source.components]
+    elif source.path.is_dir() and rewritten[""].is_transformers:
+        root_files, folders = [], [source.path]
+    else:
         return {}
-    root_files = [path for pattern in ROOT_FILES for path in source.path.glob(pattern)]
-    folders = [source.path / name for name in source.components]
     files = root_files + [path for folder in folders if folder.is_dir() for path in folder.rglob("*")]
     on_disk = [checked_path(path.parent, path.name) for path in files if path.is_file()]
     streamed = [source.path / name for name in (source.hub_files.streamed if source.hub_files is not None else ())]
@@ -176,11 +184,11 @@ def _files_to_copy(source: Source, rewritten: Collection[str]) -> dict[str, Path
     return {
         name: path
         for name, path in copies.items()
-        if name != MANIFEST and not _is_rewritten(name, rewritten) and "/." not in f"/{name}"
+        if name not in (MANIFEST, MODEL_CARD) and not _is_rewritten(name, rewritten) and "/." not in f"/{name}"
     }
 
 
 def _is_rewritten(name: str, components: Collection[str]) -> bool:
-    folder, _, file = name.partition("/")
+    folder, _, file = name.partition("/") if "" not in components else ("", "", name)
     is_written = file in ("config.json", *SIDECARS) or fnmatch(file, DESCRIPTIONS)
     return folder in components and (is_written or file.endswith(WEIGHT_SUFFIXES))

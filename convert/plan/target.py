@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, ClassVar
@@ -29,12 +29,16 @@ from omni_convert.formats.errors import CheckpointError, RecipeError
 from omni_convert.formats.families.generic_rule import generic_groups
 from omni_convert.formats.families.layers import LayerGroup, linear_widths
 from omni_convert.formats.format import Format, QuantizingFormat
+from omni_convert.formats.int8 import Int8
 from omni_convert.formats.table import build_format
 
 __all__ = ["RuntimeTarget", "Scope", "StorageTarget", "Target", "linears_in_blocks", "other_linears"]
 
 # What diffusers calls the main stack of blocks; refiners and single-stream blocks come after it.
 MAIN_STACK = re.compile(r"(?:blocks|layers|transformer_blocks)\.(\d+)\.")
+CASTS_INPUTS = ".DenseReluDense.wo"
+# Parts of the names of a language model's layers that look at pictures or listen.
+TOWER = re.compile(r"visual|vision(_.+)?|audio(_.+)?|image_encoder")
 
 
 @dataclass(frozen=True)
@@ -163,6 +167,8 @@ class RuntimeTarget(Target):
             )
         members = {stem for group in groups for stem in group.members}
         recommended = family.recommended_ignored(self.method)
+        if component.is_transformers:
+            groups = list(_without_casting_layers(without_towers(groups), self.method))
         return Scope(
             list(self._without_leading_blocks(groups)),
             other_linears(component.weights, members),
@@ -175,7 +181,8 @@ class RuntimeTarget(Target):
         component, family = self.component, self.component.family
         refusal = family.refusal(self.recipe.runtime, self.method, self.dialect.name)
         is_forced = self.recipe.force and not (refusal is not None and refusal.is_final)
-        if is_forced or component.is_transformers:  # what a runtime does with an encoder, the transformer's family says
+        is_encoder = bool(component.name) and component.is_transformers
+        if is_forced or is_encoder:  # what a runtime does with an encoder, the transformer's family says
             return
         if refusal is not None:
             raise RecipeError(f"{component.config_path}: {refusal.advice}")
@@ -238,6 +245,8 @@ class StorageTarget(RuntimeTarget):
         component = self.component
         stems = linears_in_blocks(component.weights) if component.is_transformers else self._layers_of_class()
         groups = [LayerGroup(stem, (stem,), is_fused=False) for stem in stems if f"{stem}{WEIGHT}" in component.weights]
+        if component.is_transformers:
+            groups = list(without_towers(groups))
         if not groups:
             raise RecipeError(
                 f"{component.config_path}: found no layer to store as fp8, expected a text encoder or a VAE"
@@ -265,6 +274,21 @@ class StorageTarget(RuntimeTarget):
                 f"{where}: found a config that {name} refuses ({reason}), expected its own"
             ) from error
         return storage_layers(model)
+
+
+def without_towers(groups: Sequence[LayerGroup]) -> Iterator[LayerGroup]:
+    """The groups of a language model; those of its vision or audio tower stay, unless there is nothing else."""
+    towers = [any(TOWER.fullmatch(part) for part in group.members[0].split(".")) for group in groups]
+    for group, is_in_tower in zip(groups, towers, strict=True):
+        stays = is_in_tower and not all(towers) and group.keep_reason is None
+        yield replace(group, keep_reason="a vision or audio tower: small, and sensitive") if stays else group
+
+
+def _without_casting_layers(groups: Iterable[LayerGroup], method: str) -> Iterator[LayerGroup]:
+    """The groups; T5's `wo` stays, since transformers casts its inputs to the dtype of the weight, if not to INT8."""
+    for group in groups:
+        stays = group.members[0].endswith(CASTS_INPUTS) and method != Int8.method
+        yield replace(group, keep_reason="transformers casts its inputs to the dtype of the weight") if stays else group
 
 
 def linears_in_blocks(checkpoint: Checkpoint) -> dict[str, None]:

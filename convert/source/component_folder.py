@@ -92,8 +92,11 @@ class ComponentFolder:
 
     @property
     def is_transformers(self) -> bool:
-        """Whether transformers loads it, not diffusers."""
-        return bool(self.name) and self.source.components[self.name] == "transformers"
+        """Whether transformers loads it, not diffusers; a model by itself says so in its config."""
+        if self.name:
+            return self.source.components[self.name] == "transformers"
+        config = self.config_if_any
+        return "_class_name" not in config and ("architectures" in config or "model_type" in config)
 
     @property
     def has_weights(self) -> bool:
