@@ -354,8 +354,10 @@ def test_a_config_that_names_no_class_is_of_the_generic_family(
 ) -> None:
     source = copy_of(tiny_pipeline_folder, tmp_path / "source")
     edit_config(source, _class_name=None, architectures=architectures)
-    plan = plan_conversion(resolve_source(source / "transformer"), Recipe())
-    assert "generic" in " ".join(plan.notes)
+    with pytest.raises(RecipeError, match="is not known here"):
+        plan_conversion(resolve_source(source / "transformer"), Recipe())
+    (component,) = plan_conversion(resolve_source(source / "transformer"), Recipe(runtime="diffusers")).components
+    assert "layers.0.attention.to_q" in component.quantized_stems
 
 
 def test_a_model_that_is_quantized_by_a_stranger_is_one_line(tiny_pipeline_folder: Path, tmp_path: Path) -> None:
