@@ -119,6 +119,7 @@ def convert_command(
     type=click.Choice(DTYPES),
     help="Dtype of the result. Default: bfloat16 for dequantized layers; other tensors keep theirs.",
 )
+@click.option("--force", is_flag=True, help="Leave out what a LoRA file holds for layers that the model lacks.")
 @click.option("--max-shard-size", default="5GB", show_default=True)
 @click.option("--revision", help="Branch, tag or commit on the Hub.")
 @click.option("--workers", type=int, metavar="N", help="Number of threads. Default: one per core.")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 
@@ -93,8 +94,8 @@ def open_components(source: Source, names: Iterable[str], recipe: Recipe) -> dic
     opened = {name: ComponentFolder(source, name).open() for name in names}
     components = {name: SourceComponent(source, name, opened[name], plain_weights(opened[name])) for name in opened}
     components = {name: _under_diffusers_names(component, recipe) for name, component in components.items()}
-    requests = check_requests(recipe.lora, opened)
-    return components | {name: _baked(components[name], requests[name], recipe) for name in requests}
+    requests, parts = check_requests(recipe.lora, opened)
+    return components | {name: _baked(components[name], requests[name], parts, recipe) for name in requests}
 
 
 def _under_diffusers_names(component: SourceComponent, recipe: Recipe) -> SourceComponent:
@@ -127,18 +128,24 @@ def _unknown_names(component: SourceComponent) -> tuple[str, ...]:
     )
 
 
-def _baked(component: SourceComponent, requests: Iterable[LoraRequest], recipe: Recipe) -> SourceComponent:
+def _baked(
+    component: SourceComponent,
+    requests: Sequence[LoraRequest],
+    parts: Mapping[Path, Collection[str | None]],
+    recipe: Recipe,
+) -> SourceComponent:
     if recipe.method == "keep" and component.opened.layers:
         raise RecipeError(
             f"--lora: found with -m keep on {component.counted_layers}, whose values it would change; use "
             "-m METHOD, which quantizes them again, or `omni-convert dequantize --lora`"
         )
-    weights, loras = bake(component.weights, list(requests), component.model_class, force=recipe.force)
-    notes = (*component.notes, *(_lora_note(lora, component.label) for lora in loras))
+    weights, loras = bake(component.weights, requests, component.model_class, parts=parts, force=recipe.force)
+    own = (note for lora in loras for note in (_lora_note(lora, component.label), *lora.notes))
+    notes = (*component.notes, *own)
     return replace(component, weights=weights, loras=tuple(loras), notes=notes)
 
 
 def _lora_note(lora: Lora, name: str) -> str:
     count = counted(len(lora.left_out), "tensor")
     left_out = f"; left out {count} for which there is no match" if lora.left_out else ""
-    return f"{lora.request.path.name}: baked into {counted(len(lora.added), 'tensor')} of {name}{left_out}"
+    return f"{lora.request.path.name}: baked into {counted(len(lora.changes), 'tensor')} of {name}{left_out}"

@@ -176,6 +176,7 @@ class Family:
         leading_blocks: method to the number of leading blocks that the runtime's own quantizing leaves in BF16
         original_names: what the model's own code calls its tensors; empty where that is not known
         has_original_names: diffusers' names are those of the model's own code
+        trainer_names: other names that trainers of LoRA give to modules
     """
 
     name: str
@@ -189,6 +190,7 @@ class Family:
     leading_blocks: tuple[tuple[str, int], ...] = ()
     original_names: tuple[OriginalName, ...] = ()
     has_original_names: bool = False
+    trainer_names: tuple[OriginalName, ...] = ()
     gguf: GgufFacts = GgufFacts()
 
     @property

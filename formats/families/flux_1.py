@@ -102,6 +102,19 @@ FLUX_1 = Family(
         *ORIGINAL_SINGLE_NORMS,
         ORIGINAL_MODULATION,
     ),
+    # XLabs' trainer keeps its layers in attention processors; ComfyUI takes the first rows of `linear1` alone, too.
+    trainer_names=(
+        joined("double_blocks.{}.processor.qkv_lora1", "transformer_blocks.{}.attn", *QKV),
+        joined("double_blocks.{}.processor.qkv_lora2", "transformer_blocks.{}.attn", *ADDED_QKV),
+        joined("single_blocks.{}.processor.qkv_lora", "single_transformer_blocks.{}.attn", *QKV),
+        joined("single_blocks.{}.linear1_qkv", "single_transformer_blocks.{}.attn", *QKV),
+        *renamed(
+            {"processor.proj_lora1": "attn.to_out.0", "processor.proj_lora2": "attn.to_add_out"},
+            ORIGINAL_DOUBLE,
+            DOUBLE,
+        ),
+        *renamed({"processor.proj_lora": "proj_out"}, ORIGINAL_SINGLE, SINGLE),
+    ),
     gguf=GgufFacts(
         "flux", diffusers_prefixes=("transformer_blocks.", "single_transformer_blocks."), has_converter=True
     ),

@@ -9,13 +9,13 @@ Source: diffusers' conversions of single files (`loaders/single_file_utils.py`),
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 
 from omni_convert.formats.containers.tensor_spec import Run, TensorSpec
 
-__all__ = ["OriginalName", "diffusers_name", "joined", "original_runs", "renamed", "same"]
+__all__ = ["OriginalName", "diffusers_name", "joined", "known_runs", "original_runs", "renamed", "same"]
 
 
 @dataclass(frozen=True)
@@ -63,12 +63,23 @@ def original_runs(table: Sequence[OriginalName], specs: Mapping[str, TensorSpec]
         found = _found(name, table)
         if found is None:
             return None
-        original, parts, is_turned = found
+        row, original, parts = found
         if original in runs:
             continue
         if any(part not in specs for part in parts):
             return None
-        runs[original] = [run for part in parts for run in (_turned if is_turned else _whole)(specs[part])]
+        runs[original] = [run for part in parts for run in _runs(row, specs[part])]
+    return runs
+
+
+def known_runs(table: Sequence[OriginalName], specs: Mapping[str, TensorSpec]) -> dict[str, list[Run]]:
+    """Like `original_runs`, for the tensors that the table names; every matching row gives a name."""
+    runs: dict[str, list[Run]] = {}
+    for name in specs:
+        for row in table:
+            for original, parts in _matches(name, row):
+                if original not in runs and all(part in specs for part in parts):
+                    runs[original] = [run for part in parts for run in _runs(row, specs[part])]
     return runs
 
 
@@ -82,19 +93,18 @@ def diffusers_name(table: Sequence[OriginalName], name: str) -> str:
     return name
 
 
-def _found(name: str, table: Sequence[OriginalName]) -> tuple[str, tuple[str, ...], bool] | None:
-    """The original tensor that a tensor of diffusers belongs to, its parts, and whether it is turned.
+def _found(name: str, table: Sequence[OriginalName]) -> tuple[OriginalName, str, tuple[str, ...]] | None:
+    """The first row for a tensor of diffusers, with the original tensor that it belongs to and its parts, if any."""
+    return next(((row, *found) for row in table for found in _matches(name, row)), None)
 
-    None if the table does not say.
-    """
-    for row in table:
-        for part in row.parts:
-            found = _pattern(part).fullmatch(name)
-            if found is not None:
-                *block, rest = found.groups()
-                parts = tuple(other.format(*block) + rest for other in row.parts)
-                return row.original.format(*block) + rest, parts, row.is_turned
-    return None
+
+def _matches(name: str, row: OriginalName) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """The original tensors that a tensor of diffusers belongs to by a row, each with all its parts."""
+    for part in row.parts:
+        found = _pattern(part).fullmatch(name)
+        if found is not None:
+            *block, rest = found.groups()
+            yield row.original.format(*block) + rest, tuple(other.format(*block) + rest for other in row.parts)
 
 
 @cache
@@ -103,10 +113,9 @@ def _pattern(name: str) -> re.Pattern[str]:
     return re.compile(re.escape(name).replace(r"\{\}", r"(\d+)") + r"((?:\..+)?)")
 
 
-def _whole(spec: TensorSpec) -> list[Run]:
+def _runs(row: OriginalName, spec: TensorSpec) -> list[Run]:
+    """The rows of a tensor of diffusers in the order in which the original tensor has them."""
+    if row.is_turned:
+        half = spec.shape[0] // 2
+        return [Run(spec.name, half, spec.shape[0] - half), Run(spec.name, 0, half)]
     return [Run(spec.name, 0, spec.shape[0] if spec.shape else 1)]
-
-
-def _turned(spec: TensorSpec) -> list[Run]:
-    half = spec.shape[0] // 2
-    return [Run(spec.name, half, spec.shape[0] - half), Run(spec.name, 0, half)]

@@ -15,6 +15,8 @@ from torch import Tensor
 from omni_convert.convert import Recipe, convert_checkpoint
 from omni_convert.convert.cli.main import main
 from omni_convert.convert.recipe import LoraRequest
+from omni_convert.convert.source.lora import read_lora
+from omni_convert.formats.containers.checkpoint import Checkpoint
 from omni_convert.formats.errors import CheckpointError, OmniConvertError, RecipeError
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -97,6 +99,88 @@ def test_alpha_counts_wherever_it_is_said(
         described = {f"transformer.{key}": value for key, value in adapter.items()}
         metadata = {"lora_adapter_metadata": json.dumps(described)}
     request = write(tmp_path / "a.safetensors", tensors, metadata)
+    found = load_file(baked(tiny_pipeline_folder, tmp_path / "out", request))
+    for name, tensor in expected(tiny_pipeline_folder, pairs, scale).items():
+        assert found[name].equal(tensor), name
+
+
+@pytest.mark.parametrize(
+    ("metadata", "scale"),
+    [
+        ({"lora_alpha": "4", "r": "8"}, 0.5),
+        ({"network_alpha": "4"}, 0.5),
+        ({"alpha": "4", "rank": "8"}, 0.5),
+        ({"transformer.lora_alpha": "4", "transformer.r": "8"}, 0.5),
+        ({"lora_alpha": "4", "use_rslora": "True"}, 4 / 8**0.5),
+        ({"lora_alpha": "4", "alpha": "99"}, 0.5),
+        ({"alpha": "None"}, 1.0),
+        ({"text_encoder.lora_alpha": "4"}, 1.0),
+        ({"lora_adapter_metadata": json.dumps({"transformer.lora_alpha": 4, "text_encoder.lora_alpha": 99})}, 0.5),
+        ({"lora_adapter_metadata": json.dumps({"text_encoder.r": 8, "transformer.lora_alpha": 4}), "alpha": "99"}, 0.5),
+    ],
+)
+def test_plain_keys_of_the_header_give_the_strength(
+    tiny_pipeline_folder: Path,
+    pairs: dict[str, tuple[Tensor, Tensor]],
+    tmp_path: Path,
+    metadata: dict[str, str],
+    scale: float,
+) -> None:
+    request = write(tmp_path / "a.safetensors", spelled(pairs, "diffusers"), metadata)
+    found = load_file(baked(tiny_pipeline_folder, tmp_path / "out", request))
+    for name, tensor in expected(tiny_pipeline_folder, pairs, scale).items():
+        assert found[name].equal(tensor), name
+
+
+def notes_of(source: Path, request: LoraRequest) -> tuple[str, ...]:
+    with Checkpoint.open(source / "transformer") as checkpoint:
+        return read_lora(request, checkpoint, "ZImageTransformer2DModel").notes
+
+
+def test_an_alpha_that_converters_fold_in_is_noted_and_tensors_count_before_the_header(
+    tiny_pipeline_folder: Path, pairs: dict[str, tuple[Tensor, Tensor]], tmp_path: Path
+) -> None:
+    tensors, metadata = spelled(pairs, "kohya"), {"ss_network_alpha": "4", "ss_network_dim": "8"}
+    request = write(tmp_path / "a.safetensors", tensors, metadata)
+    assert any(
+        "ss_network_alpha 4" in note and "FILE:SCALE" in note for note in notes_of(tiny_pipeline_folder, request)
+    )
+    found = load_file(baked(tiny_pipeline_folder, tmp_path / "folded", request))
+    assert all(found[name].equal(tensor) for name, tensor in expected(tiny_pipeline_folder, pairs, 1.0).items())
+    tensors |= {name.replace("lora_down.weight", "alpha"): torch.tensor(2.0) for name in tensors if "down" in name}
+    request = write(tmp_path / "b.safetensors", tensors, metadata | {"lora_alpha": "99"})
+    assert not notes_of(tiny_pipeline_folder, request)
+    found = load_file(baked(tiny_pipeline_folder, tmp_path / "own", request))
+    assert all(found[name].equal(tensor) for name, tensor in expected(tiny_pipeline_folder, pairs, 0.25).items())
+
+
+@pytest.mark.parametrize(
+    ("config", "other", "note", "scale"),
+    [
+        ({"r": 8, "lora_alpha": 4}, "adapter_model.safetensors", "is about adapter_model.safetensors", 1.0),
+        ({"r": 8, "lora_alpha": 4}, "b.safetensors", None, 0.5),
+        ({"lora_alpha": 4}, "b.safetensors", "does not say r", 1.0),
+        ({"r": 16, "lora_alpha": 4}, None, "it says r 16", 1.0),
+        ({"r": 16, "rank_pattern": {".*": 8}, "lora_alpha": 4}, None, None, 0.5),
+        ({"r": 8, "lora_alpha": 4, "target_modules": ["to_q", "w1", "to_out.0"]}, None, None, 0.5),
+        ({"r": 8, "lora_alpha": 4, "target_modules": ["to_q"]}, None, "none of its target_modules", 1.0),
+    ],
+)
+def test_a_description_in_the_folder_counts_only_for_its_own_file(
+    tiny_pipeline_folder: Path,
+    pairs: dict[str, tuple[Tensor, Tensor]],
+    tmp_path: Path,
+    config: dict[str, object],
+    other: str | None,
+    note: str | None,
+    scale: float,
+) -> None:
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    if other is not None:
+        write(tmp_path / other, spelled(pairs, "peft"))
+    request = write(tmp_path / "a.safetensors", spelled(pairs, "diffusers"))
+    notes = notes_of(tiny_pipeline_folder, request)
+    assert note in notes[0] if note else not notes
     found = load_file(baked(tiny_pipeline_folder, tmp_path / "out", request))
     for name, tensor in expected(tiny_pipeline_folder, pairs, scale).items():
         assert found[name].equal(tensor), name
