@@ -50,7 +50,7 @@ class FormatChoices:
     weight_block_size: tuple[int, int] | None = _choice(None, "Block-wise FP8, e.g. 128,128.", metavar="N,K")
     int8_fused_scales: str = _choice("shared", choices=("shared", "per-row"))
     scale_rule: str | None = _choice(
-        None, "MX exponent rule: floor, ceil, rceil, even, uos, mse, msmodelslim.", metavar="NAME"
+        None, "MX exponent rule: floor, ceil, rceil, even, uos, mse, msmodelslim, auto_round.", metavar="NAME"
     )
     group_size: int | None = _choice(None, "Columns that share a scale with w4a16: 32, 64 or 128.", metavar="N")
     gguf_type: str | None = _choice(

@@ -48,7 +48,7 @@ METHODS = {
 }
 DIALECTS = ("vllm-omni", "modelopt", "comfyui", "compressed-tensors", "transformers", "auto-round", "msmodelslim")
 GGUF_TYPES = ("Q8_0", "Q5_1", "Q5_0", "Q4_1", "Q4_0", "MXFP4", "BF16", "F16")
-SCALE_RULES = ("floor", "ceil", "rceil", "even", "uos", "mse", "msmodelslim")
+SCALE_RULES = ("floor", "ceil", "rceil", "even", "uos", "mse", "msmodelslim", "auto_round")
 #: Options with a method of its own each.
 OPTIONS = {
     **{f"mxfp8.{rule}": ("-m", "mxfp8", "--scale-rule", rule) for rule in SCALE_RULES},

@@ -7,6 +7,7 @@ A rule maps a block's largest magnitude `a` to an exponent E; elements become W 
 is 6 = 1.5 * 2^2:
 
     floor               floor(log2 a) - 2               OCP MX 1.0, CANN scaleAlg 0; clips blocks with a in (6, 8) * 2^E
+    auto_round          as floor, but 1 - 2 for zeros   AutoRound, untuned
     ceil                ceil(log2 a) - 2
     rceil               ceil(log2(a / 6))               cuBLAS, torchao; never clips
     even                floor(log2(a * 8/7)) - 2        up when `a` rounds up in the element's own mantissa
@@ -50,7 +51,7 @@ def _float32_mantissa(significand: float) -> int:
 def _carry(rule: str, element: ElementType) -> int:
     """The number to add to float32 bits, so that significands that the rule rounds up carry into the exponent."""
     one = 1 << 23
-    if rule == "floor":
+    if rule in ("floor", "auto_round"):
         return 0
     if rule == "ceil":
         return one - 1
@@ -64,7 +65,7 @@ def _carry(rule: str, element: ElementType) -> int:
 
 def exponent_rules(element: ElementType) -> tuple[str, ...]:
     """Names of the closed rules that are defined for an element."""
-    common = ("floor", "ceil", "rceil", "even", "msmodelslim")
+    common = ("floor", "auto_round", "ceil", "rceil", "even", "msmodelslim")
     return (*common, "uos", "msmodelslim_ceil_x") if element == E2M1 else common
 
 
@@ -91,6 +92,8 @@ def shared_exponent(amax: Tensor, rule: str, element: ElementType) -> Tensor:
     else:
         if rule == "msmodelslim":
             return _msmodelslim_floor(amax, element)
+        if rule == "auto_round":
+            amax = amax.masked_fill(amax == 0, 2.0)
         # Zero and float32 subnormals have exponent field 0, which ends below -127 for every element and is clamped.
         field = (amax.float().view(torch.int32) + _carry(rule, element)) >> 23
         exponent = field - 127 - element.max_exponent

@@ -3,11 +3,16 @@
 Integers: GPTQ's packing. NAME.qweight I32 [in * bits / 32, out]; NAME.scales F16 [in / group, out];
           NAME.qzeros I32 [in / group, out * bits / 32], zero points minus 1 with "auto_gptq"
 MX:       NAME.weight_packed U8 [out, in / 2], even element in the low nibble; or NAME.weight F8_E4M3;
-          NAME.weight_scale U8 [out, in / 32]. NVFP4 as compressed-tensors has it.
-Block:    {"quant_method": "auto-round", "bits": 4, "group_size": 128, "packing_format": "auto_round:auto_gptq", ...}
+          NAME.weight_scale U8 [out, in / 32]
+NVFP4:    NAME.weight_packed as above; NAME.weight_scale E4M3 [out, in / 16]; NAME.weight_global_scale F32 [1], the
+          reciprocal of weight_scale_2; NAME.input_global_scale, that of input_scale
+Block:    {"quant_method": "auto-round", "bits": 4, "group_size": 128, "packing_format": "auto_round:auto_gptq", ...};
+          for MX and NVFP4 "packing_format": "auto_round:llm_compressor", and the same facts of activations as "act_..."
+Readers:  vLLM-Omni 0.30.0 and 0.31.0rc1 read integers, and MXFP8 if no linear is left unquantized: they ignore
+          `extra_config` there. 0.32.0rc1 reads all; its NVFP4 leaves a missing input_global_scale uninitialised.
 Limits:   AWQ's packing, reordered columns (g_idx), bits other than 2, 4 and 8, MXINT4, NVFP4 with E5M3 scales and
-          rotated weights are not read. Written are W4A16, and integers with zero points that were read from a file;
-          a weight is packed as a whole, since its rows are columns on disk.
+          rotated weights are not read. Written are MXFP8, MXFP4, static NVFP4, W4A16, and integers with zero points
+          that were read from a file; such integers are packed as a whole, since rows are columns on disk.
 """
 
 from __future__ import annotations
@@ -19,7 +24,12 @@ from typing import Any
 import torch
 
 from omni_convert.formats.arithmetic.element import IntegerType
+from omni_convert.formats.arithmetic.encoding import Encoding
+from omni_convert.formats.arithmetic.mx import MX_BLOCK
+from omni_convert.formats.arithmetic.nvfp4_scale import NVFP4_BLOCK
 from omni_convert.formats.config import QuantizationConfig
+from omni_convert.formats.containers.checkpoint import Checkpoint
+from omni_convert.formats.containers.names import WEIGHT
 from omni_convert.formats.dialects.base import (
     Dialect,
     Found,
@@ -30,35 +40,61 @@ from omni_convert.formats.dialects.base import (
     attempt,
 )
 from omni_convert.formats.dialects.block_findings import block_mismatch
-from omni_convert.formats.dialects.codec import Reciprocal, Transposed
+from omni_convert.formats.dialects.codec import PackedValues, Reciprocal, Transposed
 from omni_convert.formats.dialects.detection import signed_layers
 from omni_convert.formats.dialects.packed_words import PackedColumns
-from omni_convert.formats.dialects.verdict import DIFFUSERS, OURS, UNMARKED, VLLM_OMNI, Verdict
+from omni_convert.formats.dialects.verdict import (
+    CONVERT_FIRST,
+    DIFFUSERS,
+    OURS,
+    UNMARKED,
+    VLLM_OMNI,
+    VLLM_OMNI_CANDIDATE,
+    Verdict,
+)
 from omni_convert.formats.errors import CheckpointError, RecipeError
+from omni_convert.formats.families.family import Family
 from omni_convert.formats.finding import Finding
 from omni_convert.formats.foreign import Scaled
 from omni_convert.formats.format import Format
 from omni_convert.formats.int4 import Int4
+from omni_convert.formats.mxfp4 import MXFP4
+from omni_convert.formats.mxfp8 import MXFP8
+from omni_convert.formats.nvfp4 import NVFP4
 
 __all__ = ["AUTO_ROUND", "AUTO_ROUND_METHODS", "from_block", "to_block"]
 
 #: Values of `quant_method`.
 AUTO_ROUND_METHODS = ("auto-round", "intel/auto-round")
 METHODS = (*AUTO_ROUND_METHODS, "gptq")
-# The packing that is written.
+# The packings that are written: of integers, and of MX and NVFP4.
 PACKING = "auto_round:auto_gptq"
+FLOAT_PACKING = "auto_round:llm_compressor"
 PACKED_NAMES = {
     "weight": "weight_packed",
     "weight_scale_2": "weight_global_scale",
     "input_scale": "input_global_scale",
 }
+RECIPROCALS = {"weight_scale_2": Reciprocal(), "input_scale": Reciprocal()}
+# Encoding of floats to bits, block, and data types of weights and activations.
+FLOATS = {
+    MXFP8: (8, MX_BLOCK, "mx_fp", "mx_fp"),
+    MXFP4: (4, MX_BLOCK, "mx_fp", "mx_fp"),
+    NVFP4: (4, NVFP4_BLOCK, "nv_fp", "nv_fp4_with_static_gs"),
+}
 INTEGER_NAMES = {"weight": "qweight", "weight_scale": "scales", "weight_zero_point": "qzeros"}
 READABLE_BITS = (2, 4, 8)
+# Keys that tell MXFP8, MXFP4 and NVFP4 apart.
+CHECKED_KEYS = ("bits", "group_size", "data_type")
+CALIBRATE = "calibrate, with --calib"
 # Element types whose tensors look like MXFP4 or NVFP4 but hold other numbers.
 UNREAD_TYPES = ("mx_int", "nvfp4_v2")
 # Bits of the codes that are made here, and from how many on a layer is not quantized.
 WRITTEN_BITS = 4
 UNQUANTIZED_BITS = 16
+UNQUANTIZED = {"bits": UNQUANTIZED_BITS, "data_type": "float"}
+# Said beside it where the block quantizes inputs; diffusers would apply that to layers that stay as they are.
+UNQUANTIZED_INPUTS = {"act_bits": UNQUANTIZED_BITS, "act_data_type": "float"}
 # `group_size` where one scale serves the whole row.
 WHOLE_ROW = -1
 # The name of a stack of blocks, before their numbers.
@@ -71,11 +107,10 @@ class AutoRound(Dialect):
     name = "auto-round"
     consumers = "vLLM, diffusers"
     usual_verdicts = (
-        Verdict(VLLM_OMNI, "loads", "integers on CUDA and XPU, MX on XPU"),
         Verdict(DIFFUSERS, "loads", "integers, with auto-round installed; MX as dequantized BF16"),
-        Verdict(OURS, "loads", "W4A16 in GPTQ's packing, the same for all layers"),
         UNMARKED,
     )
+    strict_runtimes = (*Dialect.strict_runtimes, VLLM_OMNI_CANDIDATE)
 
     def recognises(self, found: Found) -> bool:
         return found.quant_method.replace("_", "-") in METHODS
@@ -83,13 +118,18 @@ class AutoRound(Dialect):
     def stored_layers(self, found: Found) -> Iterator[StoredLayer | LayerError]:
         _check_elements(found)
         yield from (attempt(_integers, found, stem) for stem in found.stems("qweight"))
-        yield from signed_layers(found, PACKED_NAMES, {"weight_scale_2": Reciprocal(), "input_scale": Reciprocal()})
+        yield from signed_layers(found, PACKED_NAMES, RECIPROCALS)
         yield from signed_layers(found)
 
     def spelling(self, fmt: Format, shape: tuple[int, int]) -> WrittenSpelling | str:
+        if fmt.encoding in FLOATS:
+            return _spelling_of_floats(fmt, shape)
         bits = _bits_of(fmt)
         if bits is None:
-            return f"AutoRound's files are written for w4a16 and other integers with zero points, found {fmt.label}"
+            return (
+                "AutoRound's files are written for mxfp8, mxfp4, nvfp4, w4a16 and other integers with zero points, "
+                f"found {fmt.label}" + (" with mul_scale" if fmt.is_smoothed else "")
+            )
         rows = shape[0]
         codecs = {
             "weight": PackedColumns(bits, row_multiple=rows),
@@ -104,19 +144,41 @@ class AutoRound(Dialect):
         Raises:
             RecipeError: the layers have groups or codes of several sizes, which one block cannot express.
         """
-        kinds = {(_bits_of(fmt), fmt.encoding) for fmt in layers.values()}
+        kinds = {fmt.encoding: fmt for fmt in layers.values()}
         if len(kinds) != 1:
             found = ", ".join(sorted({fmt.label for fmt in layers.values()}))
             raise RecipeError(f"found layers of {found}, expected one number of bits and one size of groups")
-        ((bits, encoding),) = kinds
+        ((encoding, fmt),) = kinds.items()
+        assert encoding is not None, "such layers have no spelling"
+        if encoding in FLOATS:
+            block = _block({"sym": True, **_facts_of_floats(*FLOATS[encoding])}, layers, ignored)
+            for exception in block["extra_config"].values():
+                exception |= UNQUANTIZED_INPUTS
+            return block
+        bits, (_, group) = _bits_of(fmt), encoding.block
         assert bits is not None, "such layers have no spelling"
-        assert encoding is not None
-        _, group = encoding.block
         block = to_block(WHOLE_ROW if group is None else group, layers, ignored)
         return block | {"bits": bits, "sym": encoding.is_symmetric}
 
+    def verdicts(
+        self,
+        layers: Mapping[str, Format],
+        refusal: str | None = None,
+        checkpoint: Checkpoint | None = None,
+        family: Family | None = None,
+    ) -> list[Verdict]:
+        encodings = {fmt.encoding for fmt in layers.values()}
+        if encodings.isdisjoint(FLOATS):
+            ours = Verdict(OURS, "loads", "W4A16 in GPTQ's packing, the same for all layers")
+            return [Verdict(VLLM_OMNI, "loads", "integers on CUDA and XPU"), *self.usual_verdicts, ours]
+        candidate = Verdict(VLLM_OMNI_CANDIDATE, "loads", "MX and NVFP4 on CUDA and XPU")
+        if NVFP4 in encodings and not all(fmt.is_static for fmt in layers.values()):
+            candidate = Verdict(VLLM_OMNI_CANDIDATE, "wrong", f"leaves input_global_scale unset; {CALIBRATE}")
+        return [_released_verdict(encodings, layers, checkpoint), candidate, *self.usual_verdicts, CONVERT_FIRST]
+
     def check(self, found: Found, layers: Mapping[str, StoredLayer], config: Mapping[str, Any]) -> Iterator[Finding]:
         yield from _check_exceptions(found.block.get("extra_config"), layers)
+        yield from _check_floats(found.block, layers)
         declared = found.block.get("group_size")
         for stem, layer in layers.items():
             encoding = layer.format.encoding
@@ -127,6 +189,50 @@ class AutoRound(Dialect):
             if group != (None if is_row else declared):
                 what = f"found groups of {group or 'a row'}, but the config says {declared}"
                 yield block_mismatch(stem, what, self.consumers)
+
+
+def _spelling_of_floats(fmt: Format, shape: tuple[int, int]) -> WrittenSpelling | str:
+    _, block, *_ = FLOATS[fmt.encoding]  # type: ignore[index]  # the caller found it there
+    if shape[1] % block:
+        return f"AutoRound's {fmt.method} needs in_features % {block} == 0, found {shape[1]}"
+    if fmt.encoding == MXFP8:
+        return WrittenSpelling()
+    if fmt.encoding == MXFP4:
+        return WrittenSpelling({"weight": "weight_packed"}, {"weight": PackedValues("low")})
+    if not fmt.is_static:
+        return f"AutoRound's nvfp4 has an input_global_scale in every layer; {CALIBRATE}"
+    return WrittenSpelling(PACKED_NAMES, RECIPROCALS)
+
+
+def _facts_of_floats(bits: int, block: int, data_type: str, input_type: str) -> dict[str, Any]:
+    """The keys of the config block that describe MX or NVFP4, as auto-round exports them."""
+    return {
+        "bits": bits,
+        "group_size": block,
+        "data_type": data_type,
+        "act_bits": bits,
+        "act_group_size": block,
+        "act_sym": True,
+        "act_dynamic": True,
+        "act_data_type": input_type,
+        "packing_format": FLOAT_PACKING,
+    }
+
+
+def _released_verdict(
+    encodings: Collection[Encoding | None], layers: Collection[str], checkpoint: Checkpoint | None
+) -> Verdict:
+    """What vLLM-Omni 0.30.0 does with MX and NVFP4; 0.31.0rc1 has the same code."""
+    if NVFP4 in encodings:
+        return Verdict(VLLM_OMNI, "refuses", "its AutoRound has no data_type nv_fp, nor has that of 0.31.0rc1")
+    if MXFP4 in encodings:
+        return Verdict(VLLM_OMNI, "refuses", "like 0.31.0rc1 it has no MXFP4 for the inputs of diffusion models")
+    specs = {} if checkpoint is None else dict(checkpoint)
+    kept = (name.removesuffix(WEIGHT) for name, spec in specs.items() if name.endswith(WEIGHT) and len(spec.shape) == 2)
+    if any(stem not in layers for stem in kept):
+        why = "like 0.31.0rc1 it runs all linears as MXFP8, those in extra_config too; some here are not"
+        return Verdict(VLLM_OMNI, "wrong", why)
+    return Verdict(VLLM_OMNI, "loads", "MXFP8 on XPU and CUDA")
 
 
 def _bits_of(fmt: Format) -> int | None:
@@ -146,17 +252,18 @@ def to_block(group_size: int, layers: Collection[str], ignored: Collection[str])
         layers: their stems
         ignored: names of linears that are not quantized
     """
+    facts = {"bits": WRITTEN_BITS, "group_size": group_size, "sym": True, "data_type": "int", "packing_format": PACKING}
+    return _block(facts, layers, ignored)
+
+
+def _block(facts: Mapping[str, Any], layers: Collection[str], ignored: Collection[str]) -> dict[str, Any]:
     stacks = sorted({match[1] for stem in layers if (match := STACK.match(stem))})
     exceptions = sorted(name for name in ignored if _layer_named_so(name, layers) is None)
     return {
         "quant_method": AUTO_ROUND_METHODS[0],
-        "bits": WRITTEN_BITS,
-        "group_size": group_size,
-        "sym": True,
-        "data_type": "int",
-        "packing_format": PACKING,
+        **facts,
         "block_name_to_quantize": ",".join(stacks),
-        "extra_config": {name: {"bits": UNQUANTIZED_BITS, "data_type": "float"} for name in exceptions},
+        "extra_config": {name: dict(UNQUANTIZED) for name in exceptions},
     }
 
 
@@ -190,6 +297,25 @@ def from_block(block: Any) -> QuantizationConfig | None:
     if not is_written_here:
         return None
     return QuantizationConfig(Int4.method, "none", ignored_layers=tuple(map(str, exceptions)), group_size=group)
+
+
+def _check_floats(block: Mapping[str, Any], layers: Mapping[str, StoredLayer]) -> Iterator[Finding]:
+    """The keys that MX and NVFP4 need, and the input scales of NVFP4."""
+    for stem, layer in layers.items():
+        encoding = layer.format.encoding
+        if encoding not in FLOATS:
+            continue
+        expected = _facts_of_floats(*FLOATS[encoding])
+        wrong = [key for key in CHECKED_KEYS if key in block and block[key] != expected[key]]
+        if wrong:
+            key = wrong[0]
+            what = f"found {layer.format.label}, but the config says {key} {str(block[key])[:40]!r}"
+            yield block_mismatch(stem, what, AutoRound.consumers)
+        if encoding == NVFP4 and not layer.format.is_static:
+            yield Finding(
+                "error", "missing-companion", f"{stem}.input_global_scale", "found none, expected it with nvfp4",
+                f"{VLLM_OMNI_CANDIDATE}: quantizes inputs with an unset scale", CALIBRATE,
+            )  # fmt: skip
 
 
 def _check_exceptions(exceptions: Any, layers: Collection[str]) -> Iterator[Finding]:

@@ -18,6 +18,7 @@ __all__ = [
     "UNKNOWN_METHOD",
     "UNMARKED",
     "VLLM_OMNI",
+    "VLLM_OMNI_CANDIDATE",
     "Verdict",
     "if_incomplete",
     "lost_block_verdicts",
@@ -26,6 +27,7 @@ __all__ = [
 Outcome = Literal["loads", "wrong", "refuses"]
 
 VLLM_OMNI = "vLLM-Omni 0.30"
+VLLM_OMNI_CANDIDATE = "vLLM-Omni 0.32.0rc1"
 DIFFUSERS = "diffusers 0.42"
 OURS = "omni_convert.loaders"
 COMFYUI = "ComfyUI"

@@ -84,8 +84,10 @@ WAN = Family(
     refusals=(
         RuntimeRefusal(
             VLLM_OMNI,
-            "vLLM-Omni 0.30.0 cannot load ModelOpt blocks (nvfp4) for Wan; on CUDA use fp8",
+            "vLLM-Omni 0.30.0 cannot load ModelOpt blocks (nvfp4) for Wan; on CUDA use fp8, or --dialect auto-round "
+            "with vLLM-Omni 0.32.0rc1",
             methods=("nvfp4",),
+            dialects=("vllm-omni", "modelopt"),
         ),
         RuntimeRefusal(
             VLLM_OMNI,

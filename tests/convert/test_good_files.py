@@ -59,6 +59,7 @@ WRITTEN = [
     ("mxfp4_dualscale", "vllm-omni"),
     *(("nvfp4", dialect) for dialect in ("vllm-omni", "modelopt", "comfyui", "compressed-tensors")),
     *(("w4a16", dialect) for dialect in ("vllm-omni", "auto-round")),
+    *((method, "auto-round") for method in ("mxfp8", "mxfp4")),
     ("gguf", "vllm-omni"),
 ]
 

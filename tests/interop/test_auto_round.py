@@ -1,4 +1,7 @@
-"""AutoRound's own export of a text encoder in MX formats, read by us. W4A16 is in test_torch_libraries.py."""
+"""AutoRound's MX formats and NVFP4: its exports read by us, and our tensors equal to its own.
+
+W4A16 is in test_torch_libraries.py.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from omni_convert.formats.dialects.auto_round import AUTO_ROUND
 from omni_convert.formats.errors import CheckpointError
+from omni_convert.formats.mxfp4 import Mxfp4
+from omni_convert.formats.mxfp8 import Mxfp8
+from omni_convert.formats.nvfp4 import Nvfp4
 from omni_convert.formats.views.opened import open_quantized
 
 
@@ -72,3 +79,53 @@ def test_their_export_that_looks_like_another_format_is_refused(export, scheme: 
     data_type = json.loads((folder / "config.json").read_text())["quantization_config"]["data_type"]
     with pytest.raises(CheckpointError, match=rf"found data_type '{data_type}'.*export as MXFP4"):
         open_quantized(folder)
+
+
+def packed_by_them(import_peer, weight: Tensor, bits: int, data_type: str) -> dict[str, Tensor]:  # type: ignore[no-untyped-def]
+    """The tensors that their export has for a weight that was rounded without tuning."""
+    rounding = import_peer("auto_round.data_type")
+    packing = import_peer("auto_round.export.export_to_autoround.qlinear_fp")
+    rows, columns = weight.shape
+    is_mx = data_type == "mx_fp"
+    group, global_scale = (32, None) if is_mx else (16, rounding.nvfp.calculate_gparam(weight))
+    if is_mx:
+        weight, scale, _ = rounding.mxfp.quant_mx(weight, bits=bits, group_size=group, data_type=data_type)
+    else:
+        _, scale, _ = rounding.nvfp.nv_fp4(weight, global_scale=global_scale)
+    linear = torch.nn.Linear(columns, rows, bias=False)
+    linear.weight.data = weight
+    theirs = packing.QuantLinear(bits, group, columns, rows, bias=False, data_type=data_type, act_bits=bits)
+    theirs.pack(linear, scale, global_scale=global_scale, input_global_scale=torch.tensor(128.0))
+    return dict(theirs.state_dict())
+
+
+@pytest.fixture
+def weight() -> Tensor:
+    """float32 [192, 320], with blocks of many magnitudes; some are zero."""
+    values = torch.randn(192, 320, generator=torch.Generator().manual_seed(0)) * 0.05
+    values[:, :64] *= torch.logspace(-6, 1, 192)[:, None]
+    return values
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_mx_without_a_search_is_their_file(import_peer, weight: Tensor, bits: int) -> None:  # type: ignore[no-untyped-def]
+    weight[0] = weight[1, :64] = 0
+    fmt = Mxfp8("auto_round", search=False) if bits == 8 else Mxfp4("auto_round", search=False)
+    spelling = AUTO_ROUND.spelling(fmt, (192, 320))
+    assert not isinstance(spelling, str)
+    ours = spelling.encode(fmt.quantize(weight))
+    theirs = packed_by_them(import_peer, weight, bits, "mx_fp")
+    assert ours.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        assert ours[name].view(torch.uint8).equal(tensor.view(torch.uint8).reshape(ours[name].shape)), name
+
+
+def test_nvfp4_without_a_search_has_their_scales_and_codes(import_peer, weight: Tensor) -> None:  # type: ignore[no-untyped-def]
+    """All blocks here have a scale of 2^-9 or more; smaller ones have 0 there, and 2^-9 here."""
+    weight = weight[:, 64:]
+    ours = Nvfp4(search=False).quantize(weight)
+    theirs = packed_by_them(import_peer, weight, 4, "nv_fp")
+    assert ours["weight_scale"].view(torch.uint8).equal(theirs["weight_scale"].view(torch.uint8).view(192, 16))
+    assert ours["weight"].equal(theirs["weight_packed"])
+    # They multiply by the reciprocal of a maximum, so that the last bit may differ.
+    assert float(1 / ours["weight_scale_2"]) == pytest.approx(float(theirs["weight_global_scale"]), rel=2**-23)

@@ -300,7 +300,7 @@ def packed_integers() -> Model:
 
 WRITTEN = [
     *(("vllm-omni", method) for method in FORMATS if method[:5] not in ("nvfp4", "w4a16")),
-    ("auto-round", "w4a16"),
+    *(("auto-round", method) for method in ("w4a16", "mxfp8", "mxfp4", "nvfp4 static")),
     ("transformers", "fp8 blocks"),
     ("transformers", "mxfp8"),
     *(("modelopt", method) for method in ("fp8", "fp8 static", "mxfp8", "nvfp4", "nvfp4 static")),

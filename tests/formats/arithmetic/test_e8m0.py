@@ -54,6 +54,8 @@ def test_zero_blocks() -> None:
     assert exponents([0.0], "msmodelslim_ceil_x", E2M1) == [-19]
     for rule in ("floor", "ceil", "rceil", "even", "uos"):
         assert exponents([0.0], rule, E2M1) == [-127]
+    assert exponents([0.0], "auto_round", E2M1) == [-1]
+    assert exponents([0.0], "auto_round", E4M3) == [-7]
 
 
 def test_without_epsilon_boundaries_are_exact() -> None:
@@ -79,6 +81,7 @@ def test_every_positive_bfloat16_value_obeys_the_rule(rule: str, element: Elemen
     half_ulp_below_two = 2 - 2.0 ** -(element.mantissa_bits + 1)
     expected = {
         "floor": torch.floor(torch.log2(wide / top)),
+        "auto_round": torch.floor(torch.log2(wide / top)),
         "ceil": torch.ceil(torch.log2(wide / top)),
         "rceil": torch.ceil(torch.log2(wide / element.largest)),
         "even": torch.floor(torch.log2(wide * 2 / half_ulp_below_two / top)),
