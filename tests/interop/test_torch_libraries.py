@@ -94,6 +94,26 @@ def test_w4a16_of_ours_is_loaded_by_diffusers(  # type: ignore[no-untyped-def]
             torch.testing.assert_close(layer.dequantize(0, layer.shape[0]), product.T.float(), rtol=2**-7, atol=2**-9)
 
 
+@pytest.mark.parametrize("method", ["mxfp8", "mxfp4"])
+def test_mx_of_ours_in_auto_rounds_spelling_is_loaded_by_diffusers(  # type: ignore[no-untyped-def]
+    import_peer, tiny_pipeline_folder: Path, tmp_path: Path, method: str
+) -> None:
+    import_peer("auto_round.inference.convert_model")
+    from diffusers import ZImageTransformer2DModel
+
+    recipe = Recipe(method=method, dialect="auto-round", ignored_layers=("*.w1",))
+    convert_checkpoint(tiny_pipeline_folder, tmp_path / "out", recipe)
+    folder = tmp_path / "out" / "transformer"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # theirs
+        model = ZImageTransformer2DModel.from_pretrained(folder, torch_dtype=torch.bfloat16)
+    with open_quantized(folder) as opened:
+        for stem, layer in opened.layers.items():
+            module = model.get_submodule(stem)
+            assert type(module).__name__ == f"{method.upper()}QuantLinear"
+            assert module.dequant_weight_online().float().equal(layer.dequantize(0, layer.shape[0]))
+
+
 @pytest.mark.parametrize("is_symmetric", [True, False], ids=["symmetric", "zero points"])
 def test_w4a16_is_read_as_auto_round_packs_it(import_peer, tmp_path: Path, is_symmetric: bool) -> None:  # type: ignore[no-untyped-def]
     packing = import_peer("auto_round_extension.torch.qlinear_torch_zp")
