@@ -52,6 +52,10 @@ class InputStatistics(Protocol):
         """Largest magnitude per input channel, float32 [in]."""
         ...
 
+    def mean_square(self) -> Tensor:
+        """Mean square per input channel, float32 [in]."""
+        ...
+
     def rows(self) -> Tensor:
         """A sample of input rows, bfloat16 [samples, in]."""
         ...

@@ -13,9 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from omni_convert.formats.errors import RecipeError
+from omni_convert.formats.errors import CalibrationError, RecipeError
 from omni_convert.formats.statistics import histogram
 from omni_convert.formats.statistics.row_sample import VALUES_PER_WORD, hash_words, pack_rows, smallest_hashes
+from omni_convert.formats.statistics.square_sums import carry, mean_squares, square_sums
 
 __all__ = ["SAMPLE_ROWS", "InputRecorder", "LayerStatistics", "Observation", "observe"]
 
@@ -35,18 +36,32 @@ class LayerStatistics:
         channels: largest magnitude by input channel, float32 [in]
         histogram: number of values by magnitude, int64 [1027]; see `histogram`
         sample: rows with the smallest hashes, in the order of these, bfloat16 [<= 64, in]
+        squares: sums of squares by input channel, int64 [2, in], see `square_sums`; None if they were not recorded
     """
 
     step_amax: Tensor
     channels: Tensor
     histogram: Tensor
     sample: Tensor
+    squares: Tensor | None
 
     def amax(self) -> float:
         return float(self.channels.max())
 
     def channel_amax(self) -> Tensor:
         return self.channels
+
+    def mean_square(self) -> Tensor:
+        """The mean square of each input channel, float32 [in].
+
+        Raises:
+            CalibrationError: an earlier version recorded the statistics, without squares.
+        """
+        if self.squares is None:
+            raise CalibrationError(
+                "the statistics: found no mean squares, expected them for the importance of columns; calibrate again"
+            )
+        return mean_squares(self.squares, self.rows_seen)
 
     def rows(self) -> Tensor:
         return self.sample
@@ -75,18 +90,27 @@ class LayerStatistics:
     def values_seen(self) -> int:
         return int(self.histogram.sum())
 
+    @property
+    def rows_seen(self) -> int:
+        return self.values_seen // self.channels.shape[0]
+
     def tensors(self) -> dict[str, Tensor]:
         """The tensors of the statistics file, by suffix."""
+        squares = {} if self.squares is None else {"channel_squares": self.squares}
         return {
             "step_amax": self.step_amax,
             "channel_amax": self.channels,
             "histogram": self.histogram,
             "rows": self.sample,
+            **squares,
         }
 
     @staticmethod
     def merged(parts: Iterable[LayerStatistics]) -> LayerStatistics:
-        """Merges statistics; there is at least one part, and all have the same width."""
+        """Merges statistics; there is at least one part, and all have the same width.
+
+        The result has sums of squares if all parts have them.
+        """
         everything = list(parts)
         steps = max(part.step_amax.shape[0] for part in everything)
         step_amax = torch.zeros(steps)
@@ -94,11 +118,13 @@ class LayerStatistics:
             covered = step_amax[: part.step_amax.shape[0]]
             torch.maximum(covered, part.step_amax, out=covered)
         rows = torch.cat([part.sample for part in everything])
+        squares = [part.squares for part in everything if part.squares is not None]
         return LayerStatistics(
             step_amax,
             torch.stack([part.channels for part in everything]).amax(0),
             torch.stack([part.histogram for part in everything]).sum(0),
             rows[smallest_hashes(hash_words(pack_rows(rows)), SAMPLE_ROWS)],
+            carry(torch.stack(squares).sum(0)) if len(squares) == len(everything) else None,
         )
 
 
@@ -121,6 +147,7 @@ class Observation:
         amax: largest magnitude; NaN or infinity if any value is
         channels: largest magnitude by channel, float32 [in]
         codes: number of values by code, int64 [4096]
+        squares: sums of squares by channel, int64 [2, in]
         hashes: hash of each row, int64 [rows]
         rows: the input itself, [rows, in]
     """
@@ -128,6 +155,7 @@ class Observation:
     amax: float
     channels: Tensor
     codes: Tensor
+    squares: Tensor
     hashes: Tensor
     rows: Tensor
 
@@ -135,8 +163,8 @@ class Observation:
 def observe(values: Tensor) -> Observation:
     """Measures an input, any float dtype [rows, in] with at least one row, in tiles that need little memory."""
     tiles = [_observe_tile(values[tile]) for tile in _tiles(values)]
-    channels, codes, hashes = tiles[0] if len(tiles) == 1 else _joined(tiles)
-    return Observation(float(channels.max()), channels, codes, hashes, values)
+    channels, codes, squares, hashes = tiles[0] if len(tiles) == 1 else _joined(tiles)
+    return Observation(float(channels.max()), channels, codes, squares, hashes, values)
 
 
 def _tiles(values: Tensor) -> Iterator[slice]:
@@ -144,15 +172,15 @@ def _tiles(values: Tensor) -> Iterator[slice]:
     return (slice(start, start + step) for start in range(0, values.shape[0], step))
 
 
-def _observe_tile(tile: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Channel amax, counts by code and hashes of some rows; NaN and infinity show in the channel amax."""
+def _observe_tile(tile: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Channel amax, counts by code, sums of squares and hashes of some rows; NaN and infinity show in the amax."""
     words = pack_rows(tile.to(torch.bfloat16))
-    return tile.abs().amax(0).float(), _count(tile, words), hash_words(words)
+    return tile.abs().amax(0).float(), _count(tile, words), square_sums(tile), hash_words(words)
 
 
-def _joined(tiles: Sequence[tuple[Tensor, Tensor, Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
-    channels, codes, hashes = zip(*tiles, strict=True)
-    return torch.stack(channels).amax(0), torch.stack(codes).sum(0), torch.cat(hashes)
+def _joined(tiles: Sequence[tuple[Tensor, Tensor, Tensor, Tensor]]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    channels, codes, squares, hashes = zip(*tiles, strict=True)
+    return torch.stack(channels).amax(0), torch.stack(codes).sum(0), torch.stack(squares).sum(0), torch.cat(hashes)
 
 
 def _count(tile: Tensor, words: Tensor) -> Tensor:
@@ -170,6 +198,7 @@ class InputRecorder:
         self._step_amax: dict[int, float] = {}
         self._channels: Tensor | None = None
         self._codes: Tensor | None = None
+        self._squares: Tensor | None = None
         # The sample so far, followed by candidates for it, which are sorted only when there are enough of them.
         self._rows: list[Tensor] = []
         self._hashes: list[Tensor] = []
@@ -181,23 +210,26 @@ class InputRecorder:
         """Adds the finite values of a denoising step, counted from 0."""
         assert math.isfinite(observation.amax), "the caller refuses NaN and infinity"
         self._step_amax[step] = max(self._step_amax.get(step, 0.0), observation.amax)
-        if self._channels is None or self._codes is None:
+        if self._channels is None or self._codes is None or self._squares is None:
             self._channels, self._codes = observation.channels.clone(), observation.codes.clone()
+            self._squares = carry(observation.squares)
         else:
             torch.maximum(self._channels, observation.channels, out=self._channels)
             self._codes += observation.codes
+            self._squares = carry(self._squares + observation.squares)
         self._sample(observation.hashes, observation.rows)
 
     def statistics(self) -> LayerStatistics | None:
         """The statistics so far, on the CPU; None if nothing was recorded."""
-        if self._channels is None or self._codes is None:
+        if self._channels is None or self._codes is None or self._squares is None:
             return None
         self._compact()
         step_amax = torch.zeros(max(self._step_amax) + 1)
         for step, amax in self._step_amax.items():
             step_amax[step] = amax
         counts = histogram.fold_codes(self._codes)
-        return LayerStatistics(step_amax, self._channels.cpu(), counts.cpu(), self._rows[0].cpu())
+        sample, squares = self._rows[0].cpu(), self._squares.cpu()
+        return LayerStatistics(step_amax, self._channels.cpu(), counts.cpu(), sample, squares)
 
     def _sample(self, hashes: Tensor, rows: Tensor) -> None:
         if self._bound is None:

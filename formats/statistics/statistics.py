@@ -2,10 +2,11 @@
 
 It is one safetensors file. For each layer NAME (`component.stem`) it holds
 
-    NAME.step_amax      F32  [steps]      largest magnitude by denoising step, 0 where the layer did not run
-    NAME.channel_amax   F32  [in]         largest magnitude by input channel
-    NAME.histogram      I64  [1027]       number of values by magnitude, on the bins of `histogram`
-    NAME.rows           BF16 [<= 64, in]  rows with the smallest hashes, in the order of these
+    NAME.step_amax        F32  [steps]      largest magnitude by denoising step, 0 where the layer did not run
+    NAME.channel_amax     F32  [in]         largest magnitude by input channel
+    NAME.histogram        I64  [1027]       number of values by magnitude, on the bins of `histogram`
+    NAME.rows             BF16 [<= 64, in]  rows with the smallest hashes, in the order of these
+    NAME.channel_squares  I64  [2, in]      sums of squares by input channel, as in `square_sums`; not in older files
 
 The metadata holds, under `omni_convert_statistics`, a JSON object with the identity and, as `layers`, the name under
 which each layer's tensors are stored: layers that read the same input (q, k and v) are stored once.
@@ -37,6 +38,9 @@ __all__ = ["LayerStatistics", "RiskyLayer", "Statistics"]
 
 METADATA_KEY = "omni_convert_statistics"
 KIND = RecordingKind(METADATA_KEY, "statistics", "`omni-convert calibrate`")
+
+# Earlier versions did not record it.
+SQUARES = "channel_squares"
 
 RISK_PERCENTILE = 99.99
 RISK_OUTLIER_RATIO = 4.0
@@ -106,6 +110,13 @@ class Statistics:
                 f"{members[0]}: the statistics do not cover this layer of '{component or 'the model'}'; "
                 f"calibrate with --component {component or 'transformer'}=METHOD, or ignore it"
             )
+        return inputs
+
+    def importance_inputs(self, component: str, members: Sequence[str]) -> LayerStatistics | None:
+        """As `for_group`; raises CalibrationError if an earlier version recorded the inputs without mean squares."""
+        inputs = self.for_group(component, members)
+        if inputs is not None:
+            inputs.mean_square()
         return inputs
 
     def merge(self, others: Iterable[Statistics]) -> Statistics:
@@ -260,6 +271,8 @@ def _layer(path: Path, name: str, tensors: Mapping[str, Tensor]) -> LayerStatist
         "histogram": (torch.int64, (BINS,)),
         "rows": (torch.bfloat16, (-1, width)),
     }
+    if f"{name}.{SQUARES}" in tensors:
+        expected[SQUARES] = (torch.int64, (2, width))
     found = {}
     for suffix, (dtype, shape) in expected.items():
         tensor = tensors.get(f"{name}.{suffix}")
@@ -271,7 +284,9 @@ def _layer(path: Path, name: str, tensors: Mapping[str, Tensor]) -> LayerStatist
         found[suffix] = tensor
     if not 0 < rows.shape[0] <= SAMPLE_ROWS:
         raise CalibrationError(f"{path}: {name}.rows: found {rows.shape[0]} rows, expected 1 to {SAMPLE_ROWS}")
-    return LayerStatistics(found["step_amax"], found["channel_amax"], found["histogram"], found["rows"])
+    return LayerStatistics(
+        found["step_amax"], found["channel_amax"], found["histogram"], found["rows"], found.get(SQUARES)
+    )
 
 
 def _fits(tensor: Tensor, shape: tuple[int, ...]) -> bool:

@@ -241,6 +241,9 @@ class Inputs:
     def channel_amax(self) -> Tensor:
         return self.recorded.float().abs().amax(dim=0)
 
+    def mean_square(self) -> Tensor:
+        return self.recorded.float().square().mean(dim=0)
+
     def rows(self) -> Tensor:
         return self.recorded
 

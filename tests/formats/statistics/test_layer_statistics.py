@@ -86,6 +86,9 @@ def test_what_is_recorded_is_exact(monkeypatch: pytest.MonkeyPatch, dtype: torch
     assert torch.equal(statistics.channel_amax(), magnitudes.amax(0))
     assert statistics.step_amax.tolist() == [0.0, 0.0, float(magnitudes.max())]
     assert statistics.values_seen == values.numel()
+    assert statistics.rows_seen == 100
+    expected = values.double().square().mean(0)
+    torch.testing.assert_close(statistics.mean_square().double(), expected, rtol=1e-6, atol=1e-9)
     assert statistics.rows().shape == (SAMPLE_ROWS, width)
     seen = {tuple(row) for row in values.to(torch.bfloat16).tolist()}
     assert {tuple(row) for row in statistics.rows().tolist()} <= seen

@@ -101,6 +101,35 @@ def test_merging_takes_maxima_and_sums() -> None:
     assert torch.equal(merged.histogram, first.layers[UP].histogram + second.layers[UP].histogram)
 
 
+def of_an_earlier_version(statistics: Statistics, path: Path) -> Statistics:
+    """The statistics as they were written before they had sums of squares."""
+    statistics.save(path)
+    tensors = {name: tensor for name, tensor in load_file(path).items() if not name.endswith("channel_squares")}
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    save_file(tensors, path, metadata=metadata)
+    return Statistics.load(path)
+
+
+def test_files_of_an_earlier_version_are_read_and_merged(tmp_path: Path) -> None:
+    old, new = of_an_earlier_version(statistics_of(1), tmp_path / "old"), statistics_of(2)
+    for merged in (old.merge([new]), new.merge([old]), old.merge([new.merge([new])])):
+        assert merged.layers[UP].squares is None
+        assert merged.layers[UP].amax() == max(old.layers[UP].amax(), new.layers[UP].amax())
+    old.save(tmp_path / "again")
+    assert (tmp_path / "again").read_bytes() == (tmp_path / "old").read_bytes()
+    assert old.for_group("transformer", ("layers.0.up",)) is not None
+    with pytest.raises(CalibrationError, match="found no mean squares"):
+        old.importance_inputs("transformer", ("layers.0.up",))
+
+
+def test_the_mean_square_of_merged_statistics_is_that_of_all_rows() -> None:
+    merged = statistics_of(1).merge([statistics_of(2)]).importance_inputs("transformer", ("layers.0.up",))
+    everything = torch.cat([noise(seed + 200, 16) for seed in (1, 2)])
+    assert merged is not None
+    torch.testing.assert_close(merged.mean_square().double(), everything.double().square().mean(0))
+
+
 def test_components_that_only_one_side_has_are_united() -> None:
     encoder = Statistics(Identity({"text_encoder": "e" * 64}, ()), {"text_encoder.layers.0.up": layer(noise(5))})
     merged = statistics_of(1).merge([encoder])
@@ -171,6 +200,9 @@ def test_steps_in_which_a_layer_did_not_run_are_no_movement() -> None:
         ({f"{UP}.step_amax": torch.empty(0)}, "step_amax: found"),
         ({f"{UP}.histogram": torch.ones(1026, dtype=torch.int64)}, "histogram: found"),
         ({f"{UP}.histogram": torch.full((1027,), -1)}, "NaN, Inf or negative"),
+        ({f"{UP}.channel_squares": torch.ones(16, dtype=torch.int64)}, "channel_squares: found"),
+        ({f"{UP}.channel_squares": torch.ones(2, 16)}, "channel_squares: found torch.float32"),
+        ({f"{UP}.channel_squares": torch.full((2, 16), -1)}, "NaN, Inf or negative"),
     ],
 )
 def test_damaged_tensors_are_named(file: Path, change: dict[str, torch.Tensor], message: str) -> None:
