@@ -192,8 +192,8 @@ class Recipe(FormatChoices):
             raise RecipeError(f"--dialect {self.dialect}: found with method 'gguf', which is a kind of file by itself")
         if self.moments:
             raise RecipeError("--moments: found with method 'gguf', whose rounding is fixed, expected none")
-        if self.method == "gguf" and self.is_calibrated:
-            raise RecipeError("--calib, --calibration: found with method 'gguf', which nothing is calibrated for")
+        if self.imatrix is not None and self.is_calibrated:
+            raise RecipeError("--imatrix: found with --calib or --calibration, expected one: both weight the errors")
 
     def _check_format_choices(self) -> None:
         check_group_size(self.group_size, "--group-size")

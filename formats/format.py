@@ -147,6 +147,7 @@ class Calibration(Enum):
     UNUSED = "activations are quantized at run time, statistics are not needed"
     INPUT_SCALE = "static activation scales"
     MUL_SCALE = "smoothing of activations into weights"
+    IMPORTANCE = "weights of the squared errors of columns"
 
 
 class QuantizingFormat(Format):

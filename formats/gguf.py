@@ -10,7 +10,7 @@ Limits:     in a multiple of 32, but for BF16 and F16; scales are FP16 and end a
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Self
 
@@ -21,9 +21,9 @@ from omni_convert.formats.arithmetic.ggml.blocks import BLOCK
 from omni_convert.formats.arithmetic.ggml.blocks import BLOCK_TYPES as SIMPLE_TYPES
 from omni_convert.formats.arithmetic.ggml.k_quants import K_QUANTS, SUPER_BLOCK
 from omni_convert.formats.errors import RecipeError
-from omni_convert.formats.format import QuantizingFormat
+from omni_convert.formats.format import Calibration, QuantizingFormat
 from omni_convert.formats.options import FormatOptions
-from omni_convert.formats.rows import TensorLayout
+from omni_convert.formats.rows import InputStatistics, TensorLayout, WeightRows
 
 __all__ = ["CACHED_BLOCKS", "DEFAULT_TYPE", "GGUF_TYPES", "PLAIN_TYPES", "Gguf"]
 
@@ -48,7 +48,8 @@ class Gguf(QuantizingFormat):
     Attributes:
         type: one of `GGUF_TYPES`
         search: choose scales by the squared error; else Q4_0 to Q5_1 are bit-equal to the `gguf` package's
-        importance: weight of the squared errors of each column, float32 [in]; None weights all alike
+        importance: weight of the squared errors of each column, float32 [in]; None takes the mean squares of the
+            inputs, if they are known, and else weights all alike
 
     Raises:
         RecipeError: there is no such type here.
@@ -60,6 +61,7 @@ class Gguf(QuantizingFormat):
 
     method = "gguf"
     activation_schemes = ("none",)
+    calibration = Calibration.IMPORTANCE
     options = ("gguf_type", "gguf_names")
 
     @classmethod
@@ -77,6 +79,11 @@ class Gguf(QuantizingFormat):
     @property
     def label(self) -> str:
         return f"{self.method} {self.type}"
+
+    @property
+    def uses_importance(self) -> bool:
+        """Whether the importance of columns has an influence."""
+        return self.type in BLOCK_TYPES and BLOCK_TYPES[self.type].uses_importance(search=self.search)
 
     def for_weight(self, shape: tuple[int, ...]) -> Self:
         columns = math.prod(shape[1:])
@@ -96,7 +103,12 @@ class Gguf(QuantizingFormat):
         columns = in_features // kind.numbers * kind.size
         return {"weight": TensorLayout(torch.uint8, (out_features, columns))}
 
-    def quantize_rows(self, rows: Tensor, fitted: None) -> dict[str, Tensor]:
+    def fit(self, weights: Sequence[WeightRows], inputs: InputStatistics | None) -> Tensor | None:
+        """The importance of the columns, float32 [in]; None if none is known, or all of it is zero."""
+        importance = inputs.mean_square() if self.importance is None and inputs is not None else self.importance
+        return importance if importance is not None and bool(importance.any()) else None
+
+    def quantize_rows(self, rows: Tensor, fitted: Tensor | None) -> dict[str, Tensor]:
         if self.type in PLAIN_TYPES:
             return {"weight": rows.to(PLAIN_TYPES[self.type])}
         kind = BLOCK_TYPES[self.type]
@@ -105,22 +117,9 @@ class Gguf(QuantizingFormat):
         count = CACHED_BLOCKS * BLOCK // kind.numbers if rows.device.type == "cpu" else max(1, len(blocks))
         for start in range(0, len(blocks), count):
             part = blocks[start : start + count].float()
-            importance = self._importance_of(start, part)
+            importance = None if fitted is None else _importance_of(fitted, start, part)
             stored[start : start + count] = kind.quantize(part, importance, search=self.search)
         return {"weight": stored.view(len(rows), -1)}
-
-    def _importance_of(self, start: int, blocks: Tensor) -> Tensor | None:
-        """The importance of each number of some blocks, [blocks, numbers].
-
-        Args:
-            start: number of the first block, counted from the beginning of a row
-        """
-        if self.importance is None:
-            return None
-        # A column that no input has reached keeps a small weight, so that its numbers are not arbitrary.
-        counts = self.importance.to(blocks.device).clamp(min=float(self.importance.mean()) * LEAST_IMPORTANCE)
-        by_block = counts.view(-1, blocks.shape[1])
-        return by_block[torch.arange(start, start + len(blocks), device=blocks.device) % len(by_block)]
 
     def dequantize(self, tensors: Mapping[str, Tensor]) -> Tensor:
         weight = tensors["weight"]
@@ -137,3 +136,15 @@ class Gguf(QuantizingFormat):
         if kind.is_finite(weight.reshape(-1, kind.size)):
             return None
         return "weight: found scales that are infinite or NaN, expected numbers (in FP16 up to 65504)"
+
+
+def _importance_of(columns: Tensor, start: int, blocks: Tensor) -> Tensor:
+    """The importance of each number of some blocks, [blocks, numbers].
+
+    Args:
+        columns: importance of the columns, float32 [in]
+        start: number of the first block, counted from the beginning of a row
+    """
+    # A column that no input has reached keeps a small weight, so that its numbers are not arbitrary.
+    by_block = columns.to(blocks.device).clamp(min=float(columns.mean()) * LEAST_IMPORTANCE).view(-1, blocks.shape[1])
+    return by_block[torch.arange(start, start + len(blocks), device=blocks.device) % len(by_block)]

@@ -19,13 +19,15 @@ class ActivationScheme:
 
     Attributes:
         name: `dynamic`, `static` or `none`, as config blocks call it
-        is_calibrated: statistics set a scale of the format
+        is_calibrated: the format has a use for statistics, and there are some
         note: why the scheme is not the one that the recipe suggests, or ""
+        is_importance: that use is to weight errors, which works without the statistics of some layers, too
     """
 
     name: str
     is_calibrated: bool
     note: str = ""
+    is_importance: bool = False
 
 
 def choose_activation_scheme(method: str, recipe: Recipe) -> ActivationScheme:
@@ -44,7 +46,8 @@ def choose_activation_scheme(method: str, recipe: Recipe) -> ActivationScheme:
         raise RecipeError(f"--activation-scheme static: {method} {how}, expected dynamic")
     is_unused = recipe.is_calibrated and calibration is Calibration.UNUSED
     note = f"{method} {how}: the statistics were not used" if is_unused else ""
-    return ActivationScheme(name, recipe.is_calibrated and not is_unused, note)
+    is_importance = calibration is Calibration.IMPORTANCE
+    return ActivationScheme(name, recipe.is_calibrated and not is_unused, note, is_importance)
 
 
 def _choose_with_input_scale(method: str, recipe: Recipe) -> ActivationScheme:

@@ -14,6 +14,7 @@ from omni_convert.formats.containers.safetensors_header import FORMAT_PT
 from omni_convert.formats.containers.safetensors_writer import Safetensors
 from omni_convert.formats.containers.shards import Shards, plan_shards
 from omni_convert.formats.dialects.table import DIALECTS
+from omni_convert.formats.errors import CalibrationError, listed
 
 if TYPE_CHECKING:
     from omni_convert.formats.statistics.statistics import Statistics
@@ -66,18 +67,22 @@ class ComponentPlan:
             input_scale: the recipe's rule, for notes
 
         Raises:
-            CalibrationError: a layer was not recorded.
+            CalibrationError: a layer was not recorded, though its format cannot do without; or an earlier version
+                recorded no mean squares, which are wanted.
         """
         if self.scheme is None or not self.scheme.is_calibrated:
             return self
+        inputs_of = statistics.importance_inputs if self.scheme.is_importance else statistics.inputs_of
         steps = tuple(
-            replace(step, inputs=statistics.inputs_of(self.name, step.group.members))
-            if isinstance(step, QuantizeStep)
-            else step
+            replace(step, inputs=inputs_of(self.name, step.recorded)) if isinstance(step, QuantizeStep) else step
             for step in self.steps
         )
-        risks = statistics.risk_notes(self.name, self.quantized_stems, input_scale)
-        return replace(self, steps=steps, notes=(*self.notes, *(risks if self.scheme.name == "static" else ())))
+        notes: list[str] = []
+        if self.scheme.is_importance:
+            notes = _coverage_notes([step for step in steps if isinstance(step, QuantizeStep)])
+        elif self.scheme.name == "static":
+            notes = statistics.risk_notes(self.name, self.quantized_stems, input_scale)
+        return replace(self, steps=steps, notes=(*self.notes, *notes))
 
     @property
     def bytes_before(self) -> int:
@@ -91,6 +96,20 @@ class ComponentPlan:
     @property
     def bytes_after(self) -> int:
         return sum(spec.nbytes for specs in self.shards.files.values() for spec in specs)
+
+
+def _coverage_notes(steps: Sequence[QuantizeStep]) -> list[str]:
+    """Notes on layers whose inputs were not recorded.
+
+    Raises:
+        CalibrationError: there are no others.
+    """
+    missing = [step.group.runtime_name for step in steps if step.inputs is None]
+    if not missing:
+        return []
+    if len(missing) == len(steps):
+        raise CalibrationError(f"{missing[0]}: the statistics do not cover any layer of its component; calibrate it")
+    return [f"the statistics do not cover {listed(missing, 3)}, whose columns weigh the same"]
 
 
 def plan_files(steps: Sequence[Step], recipe: Recipe, metadata: Mapping[str, str], *, is_transformers: bool) -> Shards:

@@ -145,6 +145,12 @@ class GgufTarget(Target):
         notes = [f"{self.component.label}: the GGUF file has {self.names.note}{how_to_load}"]
         if self._kind in MIXTURES:
             notes.append(f"{self._kind} is {MIXTURES[self._kind]}{self._whose_choice}")
+        recipe = self.recipe
+        unused = sorted({kind for kind in self._types.values() if not Gguf(kind, recipe.search).uses_importance})
+        if unused and (recipe.imatrix is not None or recipe.is_calibrated):
+            notes.append(
+                f"{', '.join(unused)} follows the largest numbers: the importance of columns was not used there"
+            )
         if self.recipe.imatrix is not None and len(self._importance) < len(self._types):
             notes.append(
                 f"--imatrix covers {len(self._importance)} of {len(self._types)} weights; in the others, all columns "

@@ -95,6 +95,7 @@ def _quantize_step(target: Target, group: LayerGroup, fmt: QuantizingFormat, mom
     rounded = compensated(fmt, moments, group, target.component.name, target.recipe) if target.uses_moments else fmt
     return QuantizeStep(
         written,
+        tuple(group.members),
         rounded,
         None,  # comes with the statistics: `ComponentPlan.with_statistics`
         weights,

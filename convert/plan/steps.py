@@ -27,9 +27,15 @@ def matrix_shape(weight: TensorSpec) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class QuantizeStep:
-    """Quantizes a fused group or a single linear; the unit of work and of memory."""
+    """Quantizes a fused group or a single linear; the unit of work and of memory.
+
+    Attributes:
+        group: the layers that are written
+        recorded: stems under which calibration recorded the inputs of these layers
+    """
 
     group: LayerGroup
+    recorded: tuple[str, ...]
     format: QuantizingFormat
     inputs: InputStatistics | None
     weights: tuple[TensorSpec, ...]

@@ -19,10 +19,11 @@ from omni_convert.convert.conversion import convert_checkpoint
 from omni_convert.convert.recipe import Recipe
 from omni_convert.formats import gguf as gguf_format
 from omni_convert.formats.arithmetic.ggml.k_quants import K_QUANTS
-from omni_convert.formats.errors import RecipeError
+from omni_convert.formats.errors import CalibrationError, RecipeError
 from omni_convert.formats.families.table import find_family
 from omni_convert.formats.gguf_mixes import types_of
 from omni_convert.formats.options import GGUF_TYPES
+from omni_convert.formats.statistics.statistics import Statistics
 
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
 # diffusers dequantizes these; MXFP4 it does not know.
@@ -339,6 +340,65 @@ def test_an_importance_matrix_lowers_the_errors_that_count(
     assert manifests[1]["recipe"]["imatrix"] == hashlib.sha256(imatrix.read_bytes()).hexdigest()
 
 
+@pytest.fixture(scope="session")
+def statistics_file(tiny_pipeline_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Statistics of the tiny pipeline over two prompts."""
+    folder = tmp_path_factory.mktemp("statistics")
+    (folder / "prompts.txt").write_text("a red circle\na small blue square\n")
+    arguments = ["calibrate", str(tiny_pipeline_folder), "--calib", str(folder / "prompts.txt"), "--device", "cpu"]
+    result = CliRunner().invoke(main, [*arguments, "-o", str(folder / "stats.safetensors")])
+    assert result.exit_code == 0, result.output
+    return folder / "stats.safetensors"
+
+
+@pytest.mark.parametrize("kind", ["Q4_K", "Q4_1"])
+def test_statistics_weight_the_errors_of_the_columns_of_joined_layers_too(
+    kind: str, tiny_pipeline_folder: Path, statistics_file: Path, tmp_path: Path
+) -> None:
+    plain = converted(tiny_pipeline_folder, tmp_path / "plain", kind)
+    weighted = converted(tiny_pipeline_folder, tmp_path / "weighted", kind, calibration=(statistics_file,))
+    files = [{tensor.name: tensor for tensor in gguf.GGUFReader(file).tensors} for file in (plain, weighted)]
+    original = load_file(tiny_pipeline_folder / "transformer" / WEIGHTS_NAME)
+    recorded = Statistics.load(statistics_file)
+    parts = [f"layers.0.attention.to_{part}" for part in "qkv"]
+    for name, sources in (
+        ("layers.0.attention.qkv", parts),
+        ("layers.0.feed_forward.w2", ["layers.0.feed_forward.w2"]),
+    ):
+        weight = torch.cat([original[f"{source}.weight"].float() for source in sources])
+        importance = recorded.layers[f"transformer.{sources[0]}"].mean_square()
+        tensors = [file[f"{name}.weight"] for file in files]
+        fmt = gguf_format.Gguf(tensors[1].tensor_type.name, importance=importance)
+        assert fmt.quantize(weight)["weight"].numpy().tobytes() == tensors[1].data.tobytes()
+        numbers = [torch.from_numpy(gguf.quants.dequantize(each.data.copy(), each.tensor_type)) for each in tensors]
+        plain_error, error = (float(((each - weight).square() * importance).sum().sqrt()) for each in numbers)
+        assert error < plain_error
+    manifest = json.loads((tmp_path / "weighted/omni_convert.json").read_text())
+    assert manifest["statistics"] == recorded.fingerprint()
+
+
+def test_statistics_that_do_not_serve_are_refused_or_noted(
+    tiny_pipeline_folder: Path, statistics_file: Path, tmp_path: Path
+) -> None:
+    def notes(statistics: Statistics, kind: str = "Q4_1") -> str:
+        statistics.save(tmp_path / "stats")
+        recipe = Recipe("gguf", gguf_type=kind, calibration=(tmp_path / "stats",), device="cpu", overwrite=True)
+        return " ".join(convert_checkpoint(str(tiny_pipeline_folder), tmp_path / "out", recipe).notes)
+
+    recorded = Statistics.load(statistics_file)
+    assert "importance of columns was not used" in notes(recorded, "Q8_0")
+    assert "importance" not in notes(recorded)
+    fewer = {name: layer for name, layer in recorded.layers.items() if not name.endswith("layers.1.feed_forward.w2")}
+    assert "do not cover layers.1.feed_forward.w2, whose columns weigh the same" in notes(
+        replace(recorded, layers=fewer)
+    )
+    with pytest.raises(CalibrationError, match="do not cover any layer"):
+        notes(replace(recorded, layers={}))
+    old = {name: replace(layer, squares=None) for name, layer in recorded.layers.items()}
+    with pytest.raises(CalibrationError, match="found no mean squares"):
+        notes(replace(recorded, layers=old))
+
+
 @pytest.mark.parametrize(
     ("name", "columns", "message"),
     [
@@ -372,8 +432,8 @@ def test_architectures_are_called_as_comfyui_gguf_does() -> None:
         ({"method": "fp8", "imatrix": Path("imatrix.gguf")}, "--imatrix: found with method 'fp8'"),
         ({"method": "gguf", "dialect": "comfyui"}, "--dialect comfyui: found with method 'gguf'"),
         ({"method": "gguf", "moments": (Path("moments"),)}, "--moments: found with method 'gguf'"),
-        ({"method": "gguf", "calib": Path("prompts.txt")}, "--calibration: found with method 'gguf'"),
-        ({"method": "gguf", "calibration": (Path("stats"),)}, "--calibration: found with method 'gguf'"),
+        ({"method": "gguf", "calib": Path("prompts.txt"), "imatrix": Path("i")}, "--imatrix: found with --calib"),
+        ({"method": "gguf", "calibration": (Path("stats"),), "imatrix": Path("i")}, "--imatrix: found with --calib"),
     ],
 )
 def test_options_that_contradict_gguf_are_refused(options: dict[str, object], message: str) -> None:

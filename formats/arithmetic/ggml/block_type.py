@@ -19,14 +19,18 @@ class BlockType(ABC):
     #: Bytes of a block.
     size: int
 
+    def uses_importance(self, *, search: bool) -> bool:
+        """Whether `quantize` weights errors; otherwise the scale follows from the largest number."""
+        return True
+
     @abstractmethod
     def quantize(self, blocks: Tensor, importance: Tensor | None = None, *, search: bool = True) -> Tensor:
         """Encodes blocks of numbers; the bytes of a block do not depend on the blocks beside it.
 
         Args:
             blocks: float [n, numbers]
-            importance: weight of the squared error at each number, float [n, numbers]; None weights all alike. Types
-                whose scale follows from the largest number ignore it.
+            importance: weight of the squared error at each number, float [n, numbers]; None weights all alike. See
+                `uses_importance`.
             search: find the scales with the smallest error; False takes a faster way to good ones
 
         Returns:

@@ -62,6 +62,9 @@ def _unpack(packed: Tensor) -> Tensor:
 class _Q8(BlockType):
     size: int = 34
 
+    def uses_importance(self, *, search: bool) -> bool:
+        return False
+
     def quantize(self, blocks: Tensor, importance: Tensor | None = None, *, search: bool = True) -> Tensor:
         scale = blocks.abs().amax(dim=1, keepdim=True) / 127
         numbers = blocks * _inverse(scale)
@@ -97,6 +100,9 @@ class _Integer(BlockType):
     @property
     def _codes_at(self) -> int:
         return 4 if self.has_minimum else 2
+
+    def uses_importance(self, *, search: bool) -> bool:
+        return search
 
     def quantize(self, blocks: Tensor, importance: Tensor | None = None, *, search: bool = True) -> Tensor:
         codes, head = self._search(blocks, importance) if search else self._nearest(blocks)
@@ -148,6 +154,9 @@ class _Integer(BlockType):
 @dataclass(frozen=True)
 class _Mxfp4(BlockType):
     size: int = 17
+
+    def uses_importance(self, *, search: bool) -> bool:
+        return False
 
     def quantize(self, blocks: Tensor, importance: Tensor | None = None, *, search: bool = True) -> Tensor:
         amax = blocks.abs().amax(dim=1, keepdim=True)
