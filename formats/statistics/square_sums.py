@@ -44,5 +44,5 @@ def carry(sums: Tensor) -> Tensor:
 
 def mean_squares(sums: Tensor, rows: int) -> Tensor:
     """The mean square of each channel over a number of rows, float32 [in]."""
-    coarse, fine = sums.double()
-    return ((coarse * 2.0**COARSE + fine * 2.0**FINE) / rows).float()
+    total = sums[0].double() * 2.0**COARSE + sums[1].double() * 2.0**FINE
+    return (total / rows).float()
