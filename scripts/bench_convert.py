@@ -82,7 +82,7 @@ model.save_pretrained(sys.argv[2])
 
 @dataclass(frozen=True)
 class Run:
-    """What one process took."""
+    """Time and memory of one process."""
 
     seconds: float
     cores: float
@@ -200,7 +200,7 @@ def weight_bytes(folder: Path) -> int:
 
 
 def best_of(repeat: int, command: list[str], source: Path, output: Path) -> tuple[Run, float]:
-    """Of several runs and the floors that are measured after each of them, those with the smallest ratio."""
+    """Runs several times, each followed by its floor, and returns the pair with the smallest ratio."""
     pairs = []
     for _ in range(repeat):
         output.mkdir()  # some programs expect it

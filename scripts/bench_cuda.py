@@ -1,4 +1,4 @@
-"""What the kernels reach on one GPU: activation quantization, linear layers, a FLUX-sized and a Wan-sized block.
+"""Measures the kernels on one GPU: activation quantization, linear layers, a FLUX-sized and a Wan-sized block.
 
     python scripts/bench_cuda.py
     python scripts/bench_cuda.py --parts linear,blocks --runs 50

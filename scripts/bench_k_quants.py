@@ -39,7 +39,7 @@ Quantize = Callable[[Tensor, Tensor | None], Tensor]
 
 @dataclass(frozen=True)
 class Weights:
-    """What is quantized.
+    """The weight that is quantized.
 
     Attributes:
         normal, student: float32 [rows, columns]

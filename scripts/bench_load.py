@@ -1,4 +1,4 @@
-"""What loading a quantized transformer takes: wall time over reading its bytes, anonymous memory over the model's own.
+"""Measures loading of a quantized transformer: wall time over reading its bytes, anonymous memory over the model's own.
 
 Writes a synthetic Z-Image transformer (the real class's names and shapes, random values), converts it to each method,
 and loads it with `from_pretrained`, each time in a process of its own; imports are not counted

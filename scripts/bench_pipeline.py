@@ -102,7 +102,7 @@ def demo(options: argparse.Namespace) -> tuple[Tensor, dict[str, Run]]:
 
 
 def pixels(pictures: Any) -> Tensor:
-    """Of the first picture, float32 [height, width, 3]."""
+    """Pixels of the first image, float32 [height, width, 3]."""
     return torch.from_numpy(np.asarray(pictures[0][0], dtype=np.float32))
 
 

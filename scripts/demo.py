@@ -76,7 +76,7 @@ class Case:
 
 
 def cases(statistics: Path, moments: Path, *, microscaling: bool) -> list[Case]:
-    """What the demo converts to: for each microscaling method one step after the other that lowers its error."""
+    """The conversions of the demo: for each microscaling method, one more step at a time that lowers its error."""
     known = (statistics,)
     eight_bit = [
         Case("fp8 static", Recipe("fp8", calibration=known), 2.0, True),

@@ -172,7 +172,7 @@ def option_cases(model: str) -> Iterator[Case]:
 
 
 def transcoded_cases(model: str) -> Iterator[Case]:
-    """What one dialect holds, in the others and in BF16, and quantized again."""
+    """Brings the output of one dialect into the others and into BF16, and quantizes it again."""
     for method in METHODS:
         for dialect in DIALECTS:
             source = f"{model}/{method}.{dialect}"
@@ -362,7 +362,7 @@ def _cases_of(folder: Path) -> set[str]:
 
 
 def differences(before: Path, after: Path, with_texts: bool) -> Iterator[tuple[str, bool]]:
-    """What differs between two folders of one case, and whether it is more than a wording."""
+    """The differences between two folders of one case, and whether they are more than a wording."""
     files = {path.relative_to(folder) for folder in (before, after) for path in folder.rglob("*") if path.is_file()}
     for file in sorted(files):
         old, new = before / file, after / file
@@ -429,7 +429,7 @@ def _facts_of_manifest(path: Path) -> Any:
 
 
 def _facts_of_report(path: Path) -> Any:
-    """What `inspect` and `verify` name, without their sentences."""
+    """The facts that `inspect` and `verify` report, without their sentences."""
     return _without_sentences(json.loads(path.read_text() or "null"))
 
 
@@ -465,7 +465,7 @@ def main() -> int:
     commands = parser.add_subparsers(required=True)
     making = commands.add_parser("make", help="convert everything with the installed omni_convert")
     making.add_argument("folder", type=Path)
-    making.add_argument("--fresh", action="store_true", help="start anew; otherwise cases that are there stay")
+    making.add_argument("--fresh", action="store_true", help="delete the folder first; otherwise existing cases stay")
     making.set_defaults(run=make)
     comparing = commands.add_parser("compare", help="compare two folders that `make` made")
     comparing.add_argument("before", type=Path)

@@ -116,7 +116,7 @@ def generate(options: argparse.Namespace) -> None:
 
 
 def quantization_of(options: argparse.Namespace) -> dict[str, Any] | None:
-    """What `load_pipeline` takes.
+    """The argument `quantization` of `load_pipeline`.
 
     Raises:
         RecipeError: layers to ignore, but no method.
@@ -142,7 +142,7 @@ def quantize_attention(pipe: Any, options: argparse.Namespace) -> None:
 
 
 def patterns(text: str) -> list[str]:
-    """Of `a,b`, or of the JSON list `["a", "b"]`.
+    """The names in `a,b`, or in the JSON list `["a", "b"]`.
 
     Raises:
         RecipeError: the JSON is damaged.

@@ -1,4 +1,4 @@
-"""What became of a component, and how close each of its layers came."""
+"""The result of converting a component, with the error of each layer."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ __all__ = ["ComponentResult", "LayerResult", "layer_results"]
 
 @dataclass(frozen=True)
 class LayerResult:
-    """How close a quantized layer came: `relative_error` is ‖W - Ŵ‖ / ‖W‖ (Frobenius).
+    """The size and error of a quantized layer: `relative_error` is ‖W - Ŵ‖ / ‖W‖ (Frobenius).
 
-    It is taken over all rows of a weight of a million elements or less, and over one row in 32 of a larger one.
+    The error is measured over all rows of a weight of up to a million elements, and over one row in 32 of others.
     """
 
     name: str
@@ -28,7 +28,7 @@ class LayerResult:
 
 @dataclass(frozen=True)
 class ComponentResult:
-    """What became of a component.
+    """The result of converting a component.
 
     Attributes:
         layers: its quantized layers
@@ -42,7 +42,7 @@ class ComponentResult:
 
 
 def layer_results(component: ComponentPlan, records: Mapping[str, list[Record]]) -> list[LayerResult]:
-    """What became of each layer, from the records of each weight's tiles."""
+    """Computes the result of each layer from the records of each weight's tiles."""
     results = []
     for step in component.quantize_steps:
         for stem, weight in zip(step.group.members, step.weights, strict=True):

@@ -1,9 +1,9 @@
-"""A conversion on a Ray cluster: steps go out in batches, records of what was written come back.
+"""A conversion on a Ray cluster: steps are sent out in batches, and records of the written tiles come back.
 
 The driver creates the output files at their full size. A batch runs as a task on some machine, which opens source and
-output by their paths, carries out its steps with its own threads as if they were all there is, writes each row at its
-final place and puts it on the disk. The driver alone has the journal, the hashes and the rename. A batch that is run
-again writes the same bytes at the same places.
+output by their paths, carries out its steps with its own threads, writes each row at its final place and syncs it to
+the disk. The driver alone keeps the journal, hashes files and renames the folder. A batch that runs again writes the
+same bytes at the same places.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ from omni_convert.formats.errors import OmniConvertError
 
 __all__ = ["RayEngine"]
 
-# Each slot gets several batches, so that none waits long for the last; small ones would be mostly overhead.
+# Each slot gets several batches, so that none waits long for the last one; very small batches would be mostly overhead.
 BATCHES_A_SLOT = 8
 MIN_BATCH_BYTES, MAX_BATCH_BYTES = 8 << 20, 1 << 30
-# What Ray is told that a batch takes: the libraries, the tiles of each thread, and for rounding matrices [in, in].
+# The memory that a batch reserves in Ray: libraries, the tiles of each thread, and matrices [in, in] for rounding.
 BASE_MEMORY, THREAD_MEMORY, MATRICES = 384 << 20, 96 << 20, 6
 
 Result = TypeVar("Result")
@@ -46,7 +46,7 @@ Steps = tuple[Step, ...]
 
 @dataclass(frozen=True)
 class _Shared:
-    """What all batches of a component have in common; its plan has no steps."""
+    """The part that all batches of a component share; its plan has no steps."""
 
     plan: ComponentPlan
     folder: Path
@@ -57,7 +57,7 @@ class _Shared:
 
 @dataclass(frozen=True)
 class _Batch:
-    """Steps to carry out, and what earlier runs noted about their tiles."""
+    """Steps to carry out, and the records that earlier runs left of their tiles."""
 
     steps: Steps
     earlier: Mapping[str, Record]
@@ -88,13 +88,13 @@ class _Call:
     file: str
 
     def run(self, shared: _Shared, engine: Engine) -> Any:
-        """What it returns."""
+        """The return value of the function."""
         return self.function(shared.plan, self.file, engine)
 
 
 @dataclass(frozen=True)
 class _Done:
-    """What came of a task, and in which process and how much memory."""
+    """The result of a task, the process that ran it, and the memory that it took."""
 
     result: Any
     machine: str
@@ -107,8 +107,8 @@ class RayEngine(Engine):
     """Carries out steps on a cluster; its own threads only copy and hash.
 
     Attributes:
-        cluster: connected
-        slots: how the cluster takes batches
+        cluster: the connection
+        slots: number and size of the places that run batches
     """
 
     cluster: Cluster
@@ -116,7 +116,7 @@ class RayEngine(Engine):
     _memory: dict[tuple[str, int], int] = field(default_factory=dict)
 
     def run(self, work: Work) -> Iterator[Finished]:
-        """Carries out all steps of a component; its tiles, in order, with bounded work ahead."""
+        """Carries out all steps of a component; yields its tiles in order, with bounded work ahead."""
         folder = next(iter(work.outputs.values())).path.parent.absolute()
         plan = replace(work.plan, steps=(), kept=(), config={})
         batches = self._batches(work.plan)
@@ -127,7 +127,7 @@ class RayEngine(Engine):
     def each(
         self, function: Callable[[ComponentPlan, str, Engine], Result], plan: ComponentPlan, files: Sequence[str]
     ) -> Iterator[Result]:
-        """Results of `function(plan, file, engine)` for each file, in order; the engine is that of the machine."""
+        """Results of `function(plan, file, engine)` for each file, in order; `engine` is that of its machine."""
         tasks = (_Call(function, file) for file in files)
         return self._run_tasks(plan, replace(plan, kept=(), config={}), Path(), tasks)
 
@@ -169,7 +169,7 @@ class RayEngine(Engine):
         return {name: record for name in names if (record := self.journal.get(name)) is not None}
 
     def _take_in(self, work: Work, steps: Steps, records: Sequence[Record]) -> Iterator[Finished]:
-        """Notes what a batch has written."""
+        """Adds the records of a batch to the journal."""
         tiles = [tile for step in steps for tile in tiles_of(step)]
         for tile, record in zip(tiles, records, strict=True):
             for name, rows in tile.ranges.items():
@@ -188,7 +188,7 @@ def _memory_of_task(plan: ComponentPlan, threads: int) -> int:
 
 
 def run_task(shared: bytes, task: bytes) -> _Done | OmniConvertError:
-    """Carries out a task on this machine; what Ray calls."""
+    """Carries out a task on this machine; Ray calls this function."""
     try:
         return _run_task(_open_shared(shared), pickle.loads(task))
     except OmniConvertError as error:
@@ -197,7 +197,7 @@ def run_task(shared: bytes, task: bytes) -> _Done | OmniConvertError:
 
 @lru_cache(maxsize=1)
 def _open_shared(content: bytes) -> _Shared:
-    """Opens the files of the source; once for many tasks."""
+    """Opens the files of the source, once for many tasks."""
     shared: _Shared = pickle.loads(content)
     check_versions(shared.versions, platform.node())
     return shared

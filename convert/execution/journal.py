@@ -1,13 +1,13 @@
 """The journal of a conversion: which ranges of the output are finished, so that a later run need not make them again.
 
-    {"job": {...}}                                                                       what is made of what
+    {"job": {...}}                                                                       recipe, statistics and source
     {"range": "transformer/NAME.weight:256", "checksum": 912837, "error": [0.1, 20.5], "fit": 71}       a finished range
     ...
 
 Append-only. A range is named by its component, source tensor and first row; the checksum is over all the output bytes
-that come of it: CRC-32 for tiles of tensors, which only accidents change, or the SHA-256 of a file that is copied. A
-record that outlived its bytes (after a power cut) does no harm: they are compared before they are trusted. The job
-holds what must not change between runs: recipe, statistics, and size, header and time of the sources.
+made from it: CRC-32 for tiles of tensors, or the SHA-256 of a copied file. After a power cut, a record may be there
+without its bytes; this does no harm, since bytes are compared before they are trusted. The job holds everything that
+must not change between runs: recipe, statistics, and size, header and time of the sources.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Record:
     Attributes:
         checksum: of its bytes
         squared_error, squared_norm: its part of the layer's error
-        fit: checksum of the constants that a fused group shares: ranges with other constants do not go with this one
+        fit: checksum of the constants that a fused group shares; ranges with other constants do not match this one
     """
 
     checksum: int | str
@@ -48,20 +48,20 @@ class Record:
 
 
 class Records(Protocol):
-    """What was done by an earlier run, and where to note what is done by this one; a `Journal`, mostly."""
+    """Finished work of earlier runs, to which this run adds its own; usually a `Journal`."""
 
     def get(self, name: str) -> Record | None:
-        """What an earlier run noted about a range."""
+        """The record of a range that an earlier run finished, or None."""
         ...
 
     def add(self, name: str, record: Record) -> None:
-        """Notes that a range is finished."""
+        """Adds the record of a finished range."""
         ...
 
 
 @dataclass(frozen=True)
 class EarlierRecords:
-    """For work without a journal of its own: what it adds is noted by whoever gets its results."""
+    """Records for work without a journal: the caller, which gets the results, adds their records."""
 
     records: Mapping[str, Record]
 
@@ -73,14 +73,14 @@ class EarlierRecords:
 
 
 class Journal:
-    """The journal of one output, open for reading what was done and for adding to it, from any thread."""
+    """The journal of one output, which any thread may read and extend."""
 
     def __init__(self, path: Path, job: Mapping[str, Any]) -> None:
-        """Opens a journal and reads it; one that is empty is begun.
+        """Opens a journal and reads it; an empty one is started.
 
         Args:
             path: the file
-            job: what this run makes of what
+            job: recipe, statistics and source of this run
 
         Raises:
             RecipeError: the journal is that of another recipe.
@@ -106,7 +106,7 @@ class Journal:
             raise
 
     def _begin(self, job: Mapping[str, Any]) -> None:
-        """Reads what was done, up to the first line that a kill or a power cut has spoiled; the rest is done anew."""
+        """Reads finished work up to the first line that a kill or a power cut damaged; the rest is done again."""
         entries, length = _read_entries(self.path.read_bytes())
         if entries:
             _check_same_job(self.path, entries[0]["job"], json.loads(json.dumps(job)))
@@ -126,11 +126,11 @@ class Journal:
         os.close(self._descriptor)
 
     def get(self, name: str) -> Record | None:
-        """What an earlier run noted about a range."""
+        """The record of a range that an earlier run finished, or None."""
         return self._records.get(name)
 
     def add(self, name: str, record: Record) -> None:
-        """Notes that a range is finished.
+        """Adds the record of a finished range.
 
         Raises:
             OutputError: the disk is full or fails.
@@ -152,7 +152,7 @@ class Journal:
                 while written < len(line):
                     written += os.write(self._descriptor, line[written:])
             except OSError:
-                os.ftruncate(self._descriptor, self._end)  # what follows must not be glued to a part of this
+                os.ftruncate(self._descriptor, self._end)  # the next line must not be joined to a part of this one
                 raise
             self._end += len(line)
 
@@ -163,7 +163,7 @@ def _record_of(entry: Mapping[str, Any]) -> Record:
 
 
 def _read_entries(content: bytes) -> tuple[list[dict[str, Any]], int]:
-    """The entries of a journal up to the first that is damaged, and how many bytes they take; the first is the job."""
+    """The undamaged entries at the start of a journal, the job first, and their number of bytes."""
     entries: list[dict[str, Any]] = []
     length = 0
     for line in content.splitlines(keepends=True):
@@ -180,7 +180,7 @@ def _read_entries(content: bytes) -> tuple[list[dict[str, Any]], int]:
 
 
 def _check_same_job(path: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    """Refuses to go on with other work than was begun."""
+    """Refuses to continue the work of another recipe or source."""
     for name in sorted(now.keys() - {"source"}, key=lambda name: (name != "recipe", name)):  # what the user chose first
         if before.get(name) != now[name]:
             raise RecipeError(
@@ -197,7 +197,7 @@ def _check_same_job(path: Path, before: Mapping[str, Any], now: Mapping[str, Any
 
 
 def _difference(name: str, before: Any, now: Any) -> str:
-    """Of two tables, the entries that differ."""
+    """The entries that differ between two tables, as text."""
     if not (isinstance(before, dict) and isinstance(now, dict)):
         return f"{name} was {before}, is {now}"
     differing = [key for key in {**before, **now} if before.get(key) != now.get(key)]

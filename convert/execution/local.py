@@ -2,7 +2,7 @@
 
     steps ─► prepare (scales of the group; a few steps ahead) ─► tiles (a few ahead) ─► results, in order
 
-What is in memory is the tiles under way, one a worker. Nothing depends on which worker does what, or when.
+Memory holds the tiles under way, one per worker. Nothing depends on which worker does which tile, or when.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ __all__ = [
 
 Result = TypeVar("Result")
 
-#: Called with the number of source bytes that have been dealt with.
+#: Called with the number of source bytes that were processed since the last call.
 Progress = Callable[[int], None]
 
 # The disk reads this much of each weight of the steps that are being prepared.
@@ -54,9 +54,9 @@ MEMORY_SECONDS = 0.1
 
 @dataclass(frozen=True)
 class Engine:
-    """What carries out a plan: the threads, the device for arithmetic, and the journal that they report to.
+    """Carries out a plan: with these threads, this device for arithmetic, and this journal of finished work.
 
-    This one works on this machine alone; `convert.distributed` has the other.
+    This engine works on this machine alone; `convert.execution.distributed` has the one for clusters.
     """
 
     workers: Workers
@@ -64,7 +64,7 @@ class Engine:
     journal: Records
 
     def run(self, work: Work) -> Iterator[Finished]:
-        """Carries out all steps of a component; its tiles, in order, with bounded work ahead."""
+        """Carries out all steps of a component; yields its tiles in order, with bounded work ahead."""
         ahead = 2 * self.workers.count + 2
         steps = work.plan.steps
         if any(step.format.fits_alone for step in work.plan.quantize_steps):
@@ -77,18 +77,18 @@ class Engine:
     def each(
         self, function: Callable[[ComponentPlan, str, Engine], Result], plan: ComponentPlan, files: Sequence[str]
     ) -> Iterator[Result]:
-        """Results of `function(plan, file, engine)` for each file, in order; the engine is that of the machine."""
+        """Results of `function(plan, file, engine)` for each file, in order; `engine` is that of its machine."""
         engine = Engine(self.workers, self.device, EarlierRecords({}))
         return (function(plan, file, engine) for file in files)
 
     def memory(self) -> int:
-        """`RssAnon` of the machine's processes at work, bytes."""
+        """`RssAnon` of this machine's working processes, bytes."""
         return anonymous_memory()
 
 
 @dataclass(frozen=True)
 class CheckedRows:
-    """Rows of a weight, refused when they hold NaN or Inf, which no scale can represent."""
+    """Rows of a weight, which are refused if they hold NaN or Inf: no scale can represent these."""
 
     work: Work
     name: str
@@ -112,19 +112,19 @@ class CheckedRows:
 
 @dataclass(frozen=True)
 class Work:
-    """A component under way: its plan, and the writer of each output tensor; steps may have outputs without one."""
+    """A component that is being made: its plan, and the writers of its output tensors; some outputs may have none."""
 
     plan: ComponentPlan
     engine: Engine
     outputs: Mapping[str, TensorWriter]
 
     def name_of(self, tile: Tile) -> str:
-        """As the journal calls it."""
+        """The tile's name in the journal."""
         return name_of(self.plan, tile)
 
 
 def name_of(plan: ComponentPlan, tile: Tile) -> str:
-    """What the journal calls a tile."""
+    """The name of a tile in the journal."""
     return f"{plan.name}/{tile.source.name}:{tile.start}"
 
 
@@ -133,7 +133,7 @@ class Finished:
     """A tile whose bytes are in the output.
 
     Attributes:
-        parts: CRC-32 of its rows of each output tensor, where this run made them; else only the record tells
+        parts: CRC-32 of its rows of each output tensor; None if an earlier run made them
     """
 
     tile: Tile
@@ -142,7 +142,7 @@ class Finished:
 
 
 def execute_component(component: ComponentPlan, folder: Path, engine: Engine, progress: Progress) -> ComponentResult:
-    """Writes the shards of one component into `folder`; ranges that the journal has and the disk still holds stay.
+    """Writes the shards of one component into `folder`; keeps ranges that the journal lists and the disk still holds.
 
     Raises:
         CheckpointError: the source is damaged or a weight is not finite.
@@ -177,7 +177,7 @@ def execute_component(component: ComponentPlan, folder: Path, engine: Engine, pr
 
 
 def _hash_on(touched: set[TensorWriter], hashing: dict[TensorWriter, Future[None]], workers: Workers) -> None:
-    """Has files hashed as far as they go, while the system still has their bytes in memory."""
+    """Starts hashing the written part of files, while the system still has its bytes in memory."""
     for writer in touched:
         if writer in hashing:
             if not hashing[writer].done():
@@ -187,7 +187,7 @@ def _hash_on(touched: set[TensorWriter], hashing: dict[TensorWriter, Future[None
 
 
 def _prepare(work: Work, step: Step) -> list[Callable[[], Finished]]:
-    """What is left to do for a step, tile by tile; for a group this decides what its members share."""
+    """The remaining tasks of a step, one per tile; for a group, this also computes what its members share."""
     tiles = [tile for tile in tiles_of(step) if not work.outputs.keys().isdisjoint(tile.ranges)]
     before = [_record_of_earlier_run(work, tile) for tile in tiles]
     if isinstance(step, CopyStep):
@@ -203,7 +203,7 @@ def _prepare(work: Work, step: Step) -> list[Callable[[], Finished]]:
 def _tasks(
     work: Work, tiles: Sequence[Tile], before: Sequence[Record | None], make: Callable[[Tile], Finished] | None
 ) -> list[Callable[[], Finished]]:
-    """What gives each tile: the record of an earlier run, whose bytes then count as written, or `make`."""
+    """A task per tile: it returns the record of an earlier run, whose bytes count as written, or calls `make`."""
     tasks: list[Callable[[], Finished]] = []
     for tile, record in zip(tiles, before, strict=True):
         if record is not None:
@@ -217,7 +217,7 @@ def _tasks(
 
 
 def _record_of_earlier_run(work: Work, tile: Tile) -> Record | None:
-    """What the journal says about a tile whose bytes are still what it says."""
+    """The journal's record of a tile, if the output still holds the bytes of that record; else None."""
     record = work.engine.journal.get(work.name_of(tile))
     if record is None:
         return None
@@ -239,7 +239,7 @@ def _fit(work: Work, step: QuantizeStep) -> _Fit:
 
 @dataclass(frozen=True)
 class _Fit:
-    """What `Format.fit` made of a group, the constants that come of it, and their checksum."""
+    """The result of `Format.fit` for a group, its constants, and their checksum."""
 
     fitted: Any
     constants: Mapping[str, Tensor]
@@ -286,12 +286,12 @@ def _write(
     squared_norm: float = 0.0,
     fit: int = 0,
 ) -> Finished:
-    """Writes what came of a tile, and notes it in the journal."""
+    """Writes the output of a tile, and adds a record to the journal."""
     parts = {}
     for name, (first_row, _) in tile.ranges.items():
         tensor, writer = tensors[name], work.outputs.get(name)
         if writer is None:
-            pass  # another shard's
+            pass  # the tensor is in another shard
         elif tensor.dim():
             writer.write_rows(name, first_row, tensor)
         else:
@@ -303,18 +303,18 @@ def _write(
 
 
 def _checksum(parts: Sequence[int]) -> int:
-    """Of all that came of a tile: over the CRC-32 of its rows of each output tensor."""
+    """The checksum of a tile: CRC-32 over the CRC-32 of its rows of each output tensor."""
     return zlib.crc32(b"".join(part.to_bytes(4, "little") for part in parts))
 
 
 def check_written(finished: Finished, outputs: Mapping[str, TensorWriter]) -> None:
-    """Compares what came of a tile, whose values were checked, with what hashing the files found in them.
+    """Compares the output of a tile, whose values were checked, with the bytes that hashing read from the files.
 
     Raises:
         OutputError: they differ.
     """
     tile = finished.tile
-    # What another shard holds, its own maker compares.
+    # The machine that makes another shard compares that shard's bytes.
     found = {name: outputs[name].checksum(name, *rows) for name, rows in tile.ranges.items() if name in outputs}
     if finished.parts is not None:
         is_same = all(finished.parts[name] == checksum for name, checksum in found.items())

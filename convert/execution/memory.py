@@ -1,4 +1,4 @@
-"""How much memory of its own this process uses (mapped files and page cache are not its own)."""
+"""The memory that belongs to this process alone, without mapped files and page cache."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ LOOK_SECONDS = 0.1
 
 
 def anonymous_memory() -> int:
-    """`RssAnon` of this process in bytes; 0 where the system does not tell (it is Linux's)."""
+    """`RssAnon` of this process in bytes; 0 where the system, unlike Linux, does not report it."""
     if not STATUS.exists():
         return 0
     line = next((line for line in STATUS.read_text().splitlines() if line.startswith("RssAnon:")), "RssAnon: 0 kB")
@@ -22,7 +22,7 @@ def anonymous_memory() -> int:
 
 
 class PeakMemory:
-    """The largest `RssAnon` while it is entered; a thread looks now and then.
+    """The largest `RssAnon` while the context is entered, measured by a thread at intervals.
 
     Attributes:
         size: bytes

@@ -29,7 +29,7 @@ from omni_convert.formats.views.base import dequantized_view
 
 __all__ = ["check_converted_names", "check_names"]
 
-# Most layers or blocks of a config that is believed; no real model has more.
+# A config with more layers or blocks is not believed; no real model has more.
 LARGEST_COUNT = 1000
 # Ten times those of the largest model; so many are built within seconds, whatever a config asks for.
 MOST_MODULES = 50_000
@@ -182,7 +182,7 @@ def _ties(model: torch.nn.Module) -> Iterator[frozenset[str]]:
 
 
 def _is_plausible(settings: Any, key: str = "") -> bool:
-    """Whether no count of layers is one that no model has."""
+    """Whether every count of layers is one that a real model may have."""
     if isinstance(settings, Mapping):
         return all(_is_plausible(value, str(inner)) for inner, value in settings.items())
     if isinstance(settings, list):
@@ -192,7 +192,7 @@ def _is_plausible(settings: Any, key: str = "") -> bool:
 
 @contextmanager
 def _bounded() -> Iterator[None]:
-    """Fails where more modules are built than any model has: counts that are plausible alone may multiply."""
+    """Raises once more modules are built than any model has: counts that are plausible alone may multiply."""
     built = 0
 
     def count(*_: object) -> None:
@@ -215,7 +215,7 @@ def _of_diffusers(config: Mapping[str, Any]) -> torch.nn.Module | None:
     if not (isinstance(known, type) and issubclass(known, diffusers.ModelMixin)):
         return None
     if config.keys().isdisjoint(inspect.signature(known).parameters):
-        return None  # it tells the class, and nothing of its size
+        return None  # the config names the class, but no size
     built: torch.nn.Module = known.from_config(dict(config))  # type: ignore[attr-defined]  # diffusers is untyped
     return built
 
@@ -233,7 +233,7 @@ def _of_transformers(config: Mapping[str, Any]) -> torch.nn.Module | None:
 
 @contextmanager
 def _quietly(is_of_diffusers: bool) -> Iterator[None]:
-    """Without what a library says about configs of other versions; the other is not imported, which takes seconds."""
+    """Silences a library's warnings about configs of other versions. The other library, slow to import, is not touched."""
     if is_of_diffusers:
         from diffusers.utils import logging
     else:
@@ -242,7 +242,7 @@ def _quietly(is_of_diffusers: bool) -> Iterator[None]:
     logging.set_verbosity_error()
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of initialisations that do nothing on this device
+            warnings.simplefilter("ignore")  # initialisations do nothing on this device
             yield
     finally:
         logging.set_verbosity(level)

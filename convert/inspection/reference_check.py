@@ -1,4 +1,4 @@
-"""Compares a quantized component with the weights that it was made of, and tells what was done wrong to it."""
+"""Compares a quantized component with its original weights, and names the mistake that explains a difference."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ def bits_of(fmt: Format) -> int:
 
 
 class Comparison:
-    """A component compared with the weights that it was made of, tensor by tensor.
+    """A comparison of a component with its original weights, tensor by tensor.
 
     Attributes:
         errors: layer to relative error, so far
-        findings: what is wrong, so far
+        findings: flaws, so far
     """
 
     def __init__(self, quantized: QuantizedCheckpoint, reference: Checkpoint, config: Mapping[str, Any]) -> None:
@@ -64,7 +64,7 @@ class Comparison:
         self._left = dict.fromkeys(self._weights)
 
     def compare(self, name: str) -> None:
-        """Compares a tensor, unless diffusers calls it otherwise.
+        """Compares a tensor, unless it has another name in diffusers.
 
         Raises:
             CheckpointError: a file cannot be read.
@@ -74,7 +74,7 @@ class Comparison:
             self._compare(name)
 
     def compare_rest(self) -> None:
-        """Compares what is left; raises CheckpointError if a file cannot be read."""
+        """Compares all remaining tensors; raises CheckpointError if a file cannot be read."""
         for name in list(self._left):
             self.compare(name)
 
@@ -88,7 +88,7 @@ class Comparison:
                 return
             what = f"found {list(other.shape) if other else 'no such weight'} in the reference"
             what += f", expected {list(spec.shape)}"
-            self._add("warning", "not-in-reference", stem, what, "", "give the model it was made of")
+            self._add("warning", "not-in-reference", stem, what, "", "give the model that it was made from")
         elif is_same_shape:
             self._compare_kept(name)
         elif other is not None and not self._dialect.recasts_kept_tensors:
@@ -110,7 +110,7 @@ class Comparison:
         self._add("error", "differs-from-reference", stem, what, hurts, "convert the model again")
 
     def _compare_kept(self, name: str) -> None:
-        """A tensor that is not quantized is what the reference has, or what comes of recasting that."""
+        """Reports a tensor that is not quantized and differs from the reference by more than a cast."""
         tiles = self._tiles(name)
         if self._dialect.recasts_kept_tensors:
             is_same = relative_error(tiles) <= RECAST_ERROR
@@ -121,7 +121,7 @@ class Comparison:
             self._add("error", "differs-from-reference", name, what, "every runtime", "convert the model again")
 
     def _tiles(self, name: str, multiple: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
-        """Some rows of a tensor at a time, and those of the reference."""
+        """Yields rows of a tensor and the same rows of the reference."""
         shape = self._weights[name].shape
         if not shape:
             yield self._weights.read(name), self._reference.read(name)
@@ -149,7 +149,7 @@ def relative_error(tiles: Iterable[tuple[Tensor, Tensor]]) -> float:
 
 
 def _explained(layer: QuantizedLayer, reference: Checkpoint, error: float, limit: float, consumers: str) -> Finding:
-    """The mistake that explains an error, if one of the known ones does."""
+    """The finding about an error, which names a known mistake if that explains it."""
     rows = min(layer.shape[0], SAMPLE_MULTIPLE)
     wanted = reference.read_rows(layer.stored.weight_name, 0, rows).flatten(1).float()
     tensors = layer.read(0, rows)
@@ -159,7 +159,7 @@ def _explained(layer: QuantizedLayer, reference: Checkpoint, error: float, limit
             what = f"found weights {error:.0%} off the reference, {other:.1%} once that is undone"
             return Finding("error", check, layer.stored.name_of(suffix), what, f"{consumers}: noise", remedy)
     what = f"found weights {error:.0%} off the reference, expected at most {limit:.0%} for {layer.format.label}"
-    if "mul_scale" in layer.tensors and error < 1:  # chosen for the error of the output, it may raise that of weights
+    if "mul_scale" in layer.tensors and error < 1:  # it minimises the output's error, which may raise the weights'
         remedy = "compare the pictures; calibrated on a few prompts only, record more"
         return Finding("warning", "differs-from-reference", layer.stem, what, "", remedy)
     hurts = f"{consumers}: computes with other weights"
@@ -169,7 +169,7 @@ def _explained(layer: QuantizedLayer, reference: Checkpoint, error: float, limit
 def _mistakes(
     layer: QuantizedLayer, tensors: Mapping[str, Tensor]
 ) -> Iterator[tuple[str, str, str, dict[str, Tensor]]]:
-    """Check, suffix, remedy, and the tensors without the mistake."""
+    """Yields each known mistake: check, suffix, remedy, and the tensors with the mistake undone."""
     swapped = _swapped(layer, tensors["weight"])
     if swapped is not None:
         yield "nibble-order", "weight", "swap the nibbles of each byte", {**tensors, "weight": swapped}
@@ -187,7 +187,7 @@ def _mistakes(
 
 
 def _swapped(layer: QuantizedLayer, codes: Tensor) -> Tensor | None:
-    """Four-bit codes with each pair exchanged, packed or as values; None if the layer has others."""
+    """Four-bit codes with each pair exchanged, packed or as values; None if the layer has other codes."""
     if bits_of(layer.format) != 4 or layer.shape[1] % 2:
         return None
     if codes.shape[1] != layer.shape[1]:

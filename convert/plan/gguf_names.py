@@ -1,4 +1,4 @@
-"""Chooses the names in a GGUF file: those of the model's own code, if diffusers can convert them back.
+"""Chooses the names in a GGUF file: the original ones of the model's own code, if diffusers can convert them back.
 
 ComfyUI-GGUF, stable-diffusion.cpp and vLLM's GGUF plugin know the original names, and no others; diffusers converts
 them when it loads a file. Before anything is written, its conversion is traced with row numbers as values, since some

@@ -49,7 +49,7 @@ class Plan:
 
     Attributes:
         copies: files that are copied byte for byte: path inside the output → source path
-        notes: what the user should know about how the recipe was read
+        notes: how the recipe was interpreted, for the user
         weights: component → its weights in plain numbers, on which statistics must have been recorded
         statistics: identity of the statistics that were attached, if there are some
         moments: identity of the second moments that rounding uses, if there are some
@@ -101,7 +101,7 @@ def plan_conversion(source: Source, recipe: Recipe) -> Plan:
 
     Args:
         source: the model
-        recipe: what was asked for
+        recipe: the user's request
 
     Raises:
         CheckpointError: the model is damaged, incomplete, or quantized in a way that nobody here reads.
@@ -165,9 +165,9 @@ def _encoder_first(components: Collection[str]) -> list[str]:
 
 
 def _files_to_copy(source: Source, rewritten: Mapping[str, SourceComponent]) -> dict[str, Path]:
-    """Every file that is not written anew: path inside the output → source path.
+    """Every file that is copied unchanged: path inside the output → source path.
 
-    A component of diffusers by itself has none: whoever converts it puts the result into a pipeline.
+    A single component of diffusers has none: its result is put into a pipeline by the user.
     """
     if source.is_pipeline:
         root_files = [path for pattern in ROOT_FILES for path in source.path.glob(pattern)]

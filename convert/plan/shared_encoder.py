@@ -21,8 +21,8 @@ def check_encoder(source: Source, methods: Mapping[str, str], recipe: Recipe) ->
         methods: component → method, for the components that are quantized
 
     Raises:
-        RecipeError: the encoder shares the transformer's block, and is to have another method; or the runtime leaves
-            it to transformers, unquantized.
+        RecipeError: the encoder shares the transformer's block, but the recipe gives it another method; or the runtime
+            runs it with transformers, unquantized.
     """
     encoder, denoiser = methods.get("text_encoder"), methods.get("transformer")
     if recipe.is_transcoding or encoder is None or not (source.path / "transformer").is_dir():
@@ -51,7 +51,7 @@ def unquantized_encoder_layers(source: Source, family: Family, quantized: Collec
 
     Args:
         family: the family of the transformer
-        quantized: stems of the encoder's layers that are
+        quantized: stems of the encoder's layers that are stored quantized
     """
     encoder = ComponentFolder(source, "text_encoder")
     return list(family.shared_encoder_layers(encoder.config, quantized)) if encoder.has_config else []

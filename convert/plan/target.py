@@ -1,4 +1,4 @@
-"""What a component is converted for: the reader of the result decides names, layers, dtypes, config block and files."""
+"""The target of a conversion: the reader of the result decides names, layers, dtypes, config block and files."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from omni_convert.formats.table import build_format
 
 __all__ = ["RuntimeTarget", "Scope", "StorageTarget", "Target", "linears_in_blocks", "other_linears"]
 
-# What diffusers calls the main stack of blocks; refiners and single-stream blocks come after it.
+# Diffusers' names of the main stack of blocks; refiners and single-stream blocks come after it.
 MAIN_STACK = re.compile(r"(?:blocks|layers|transformer_blocks)\.(\d+)\.")
 CASTS_INPUTS = ".DenseReluDense.wo"
 # Parts of the names of a language model's layers that look at pictures or listen.
@@ -145,7 +145,7 @@ class Target(ABC):
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What the user should know about the files."""
+        """Notes for the user about the files."""
         return ()
 
 

@@ -7,5 +7,5 @@ __all__ = ["DENOISERS", "GGUF_SUFFIX"]
 
 #: Components that run at every denoising step; a request that names no component means these.
 DENOISERS = ("transformer", "transformer_2", "transformer_3", "unet")
-#: Of the one file of a component in GGUF.
+#: Suffix of the one file of a component in GGUF.
 GGUF_SUFFIX = ".gguf"

@@ -71,12 +71,12 @@ class GgufEntry:
 
 @dataclass(frozen=True)
 class GgufHeader:
-    """What a header says.
+    """The contents of a header.
 
     Attributes:
         entries: tensors in the order of their bytes
         values: key-values; None for an array of more than a few numbers, or of texts
-        text: its bytes
+        text: the header's bytes
     """
 
     entries: list[GgufEntry]

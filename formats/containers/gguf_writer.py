@@ -43,7 +43,7 @@ TYPE_NAMES = {
 
 @dataclass(frozen=True)
 class GgufFile(Container):
-    """What a GGUF file says beside its tensors' bytes.
+    """Everything that a GGUF file holds beside its tensors' bytes.
 
     Attributes:
         architecture: `general.architecture`

@@ -101,18 +101,18 @@ class WrittenHash:
             del self._pieces[start]
 
     def _next_byte(self) -> int:
-        """Of a tensor, from where the file has been hashed on."""
+        """First byte of the next piece: the position, or the byte after the padding that starts there."""
         return self._jumps.get(self._position, self._position)
 
     def _hash_up_to(self, stop: int) -> int:
-        """Hashes the file up to a byte; the CRC-32 of what came since the byte before."""
+        """Hashes the file up to a byte, and returns the CRC-32 of the bytes hashed now."""
         checksum = 0
         if self._position >= stop:
             return checksum
         if self._block is None:
             self._block = memoryview(bytearray(READ_BLOCK))
         try:
-            # Opened anew each time: on a file system that machines share, this is what shows what others wrote.
+            # Opened again each time: on a file system that machines share, this is what shows what others wrote.
             descriptor = FileDescriptor(os.open(self._path, os.O_RDONLY | os.O_CLOEXEC))
             while self._position < stop:
                 if self._is_abandoned:
@@ -135,7 +135,7 @@ class WrittenHash:
 
 
 def cannot_be_written(path: Path, header: FileHeader, error: OSError) -> OutputError:
-    """What to say where the disk fails."""
+    """The error for a disk that fails."""
     return OutputError(
         f"{path}: cannot be written ({error.strerror}), expected room for {header.file_size} bytes; "
         "free some space or name another --output"
@@ -143,7 +143,7 @@ def cannot_be_written(path: Path, header: FileHeader, error: OSError) -> OutputE
 
 
 def _jumps(header: FileHeader) -> dict[int, int]:
-    """Where a tensor ends and padding follows: → where the next one begins."""
+    """The end of each tensor that padding follows → the start of the next tensor."""
     ends = [header.offsets[name] + spec.nbytes for name, spec in header.specs.items()]
     begins = [*list(header.offsets.values())[1:], header.file_size]
     return {end: begin for end, begin in zip(ends, begins, strict=False) if begin > end}

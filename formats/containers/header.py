@@ -1,4 +1,4 @@
-"""What the header of a file of weights says, in whatever container."""
+"""The contents of the header of a weights file, in any container."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ MAX_HEADER_BYTES = 100_000_000
 
 @dataclass(frozen=True)
 class FileHeader:
-    """What a header says.
+    """The contents of a header.
 
     Attributes:
         specs: tensors by name, in the order of their bytes

@@ -1,6 +1,6 @@
-"""What a reader of a file of weights offers, in whatever container: any rows and any bytes of any tensor.
+"""The interface of a reader of weights, in any container: it reads any rows and bytes of any tensor.
 
-A read takes the memory of what it returns.
+A read takes only the memory of its result.
 """
 
 from __future__ import annotations

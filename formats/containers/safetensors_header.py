@@ -27,7 +27,7 @@ from omni_convert.formats.errors import CheckpointError, quoted
 
 __all__ = ["FORMAT_PT", "LENGTH_BYTES", "build_header", "parse_header"]
 
-#: What torch's writers put into `__metadata__`; transformers refuses a file without it.
+#: The `__metadata__` of torch's writers; transformers refuses a file without it.
 FORMAT_PT: Mapping[str, str] = MappingProxyType({"format": "pt"})
 LENGTH_BYTES = 8
 
@@ -215,7 +215,7 @@ def _is_unicode(text: str) -> bool:
 
 
 def _parse_int(digits: str) -> int | float:
-    """As safetensors' parser: -0 is no whole number."""
+    """Reads an integer as safetensors' parser does: -0 is no integer there."""
     return -0.0 if digits == "-0" else int(digits)
 
 

@@ -22,7 +22,7 @@ from omni_convert.formats.errors import CheckpointError, RecipeError
 
 __all__ = ["WEIGHTS_NAMES", "ShardName", "Shards", "check_shard_names", "index_name", "open_shard", "plan_shards"]
 
-#: What the weights of a component are called: by diffusers, by transformers.
+#: Names of the weights of a component in diffusers and in transformers.
 WEIGHTS_NAMES = ("diffusion_pytorch_model.safetensors", "model.safetensors")
 
 SHARD_PATTERN = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<total>\d{5})\.safetensors", re.ASCII)

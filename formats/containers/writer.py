@@ -172,7 +172,7 @@ class TensorWriter:
         self._hash.go_on()
 
     def sha256(self) -> str:
-        """Of the file as it will be once closed, which may go on meanwhile; every tensor must be written.
+        """SHA-256 of the complete file, while it may still be closing; every tensor must be written.
 
         Raises:
             OutputError: the disk fails, or the header is not what was written.

@@ -236,7 +236,7 @@ def _released_verdict(
 
 
 def _bits_of(fmt: Format) -> int | None:
-    """Of a code, if it is an integer with a zero point."""
+    """Bits of a code, if it is an integer with a zero point."""
     encoding = fmt.encoding
     is_integer = encoding is not None and encoding.has_unsigned_codes and encoding.has_zero_point
     if encoding is None or not is_integer or fmt.is_static:

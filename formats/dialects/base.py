@@ -116,7 +116,7 @@ class StoredLayer:
 
     @property
     def weight_name(self) -> str:
-        """What the rest of the pipeline calls the weight."""
+        """Name of the weight in the rest of the pipeline."""
         return self.weight or f"{self.stem}.weight"
 
     def name_of(self, suffix: str) -> str:
@@ -144,7 +144,7 @@ class LayerError(CheckpointError):
 
 
 def attempt(read: Callable[P, StoredLayer], *arguments: P.args, **options: P.kwargs) -> StoredLayer | LayerError:
-    """What `read` returns, or the error that it raises about its layer."""
+    """Returns the result of `read`, or the error that it raises about its layer."""
     try:
         return read(*arguments, **options)
     except LayerError as error:
@@ -223,7 +223,7 @@ class Dialect(ABC):
         return None
 
     def encoder_block(self, layers: Mapping[str, Format], ignored: Collection[str]) -> dict[str, Any] | None:
-        """As `block`, for a component that transformers loads."""
+        """The config block, as `block` makes it, of a component that transformers loads."""
         return self.block(layers, ignored)
 
     def sidecars(self, layers: Mapping[str, Format], names: Collection[str]) -> dict[str, dict[str, Any]]:

@@ -49,7 +49,7 @@ class Codec(ABC):
 
     @abstractmethod
     def stored(self, layout: TensorLayout) -> TensorLayout:
-        """What the stored tensor is, for a canonical one."""
+        """Dtype and shape of the stored tensor for a canonical one."""
 
     def mismatch(self, spec: TensorSpec, layout: TensorLayout) -> str | None:
         """The dtype and shape that a stored tensor should have, if it cannot be decoded to `layout`; else None."""

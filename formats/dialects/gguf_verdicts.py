@@ -1,4 +1,4 @@
-"""What runtimes do with a GGUF file, by its types, its names and what it calls the model."""
+"""Verdicts of runtimes on a GGUF file, by its types, its names and its name of the model."""
 
 from __future__ import annotations
 

@@ -130,7 +130,7 @@ class ModelOpt(Dialect):
 
 
 def _flat(block: Mapping[str, Any]) -> Mapping[str, Any]:
-    """What describes the layers: the block itself, or in the older shape an object inside it."""
+    """The part of a block that describes the layers: the block itself, or in the older shape an object inside it."""
     nested = block.get("quantization")
     return nested if isinstance(nested, Mapping) else block
 

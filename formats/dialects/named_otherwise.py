@@ -22,12 +22,12 @@ from omni_convert.formats.dialects.detection import read_signature, stored_layer
 
 __all__ = ["layers_named_otherwise"]
 
-# What follows the name of the codes, without `weight` at its end, in that of their scale.
+# Endings by which the name of a scale differs from that of its codes, after `weight` is cut off.
 SCALES = (
     "_scale_inv", "_scale", "_scales", "_weight_scale_inv", "_weight_scale", "_scale_weight", ".weight_scale_inv",
     ".weight_scale", ".scale_weight", ".scale",
 )  # fmt: skip
-# The same for what changes inputs alone.
+# The same for tensors that change inputs alone.
 INPUTS = ("_input_scale", "_activation_scale", "_scale_input", ".input_scale", ".activation_scale", ".scale_input")
 # Ends of the names of codes that their scales do not have.
 CODE_ENDINGS = ("weight", "_blocks", "_packed", "_qdata")

@@ -147,7 +147,7 @@ class QuantizedCheckpoint:
 
 @dataclass(frozen=True)
 class Reading:
-    """What can be read of a checkpoint, whatever is wrong with it.
+    """Everything that can be read of a checkpoint, even if it is damaged.
 
     Attributes:
         dialect: None if nothing is quantized

@@ -22,7 +22,7 @@ from omni_convert.formats.views.base import CheckpointView, ViewedTensor
 
 __all__ = ["gathered_view", "trace_rows"]
 
-# What float32 holds without a change.
+# Dtypes that float32 holds without a change.
 WIDENED = {torch.float32, torch.bfloat16, torch.float16}
 
 

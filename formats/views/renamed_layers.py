@@ -95,10 +95,10 @@ def gathered_layers(
 
 
 def _parts(quantized: QuantizedCheckpoint, name: str, runs: Sequence[Run], shape: tuple[int, ...]) -> Sequence[_Part]:
-    """What a tensor consists of, if that is quantized; nothing else.
+    """The parts of quantized layers that a tensor consists of; nothing if it is not quantized.
 
     Raises:
-        CheckpointError: only some of it is, or it is no weight of a linear.
+        CheckpointError: only some of its parts are quantized, or it is no weight of a linear.
     """
     found = [(run.source, _part(quantized, run)) for run in runs]
     parts = [part for _, part in found if part is not None]
@@ -116,7 +116,7 @@ def _parts(quantized: QuantizedCheckpoint, name: str, runs: Sequence[Run], shape
 
 
 def _part(quantized: QuantizedCheckpoint, run: Run) -> _Part | None:
-    """What a run is of a quantized layer, if it is of one."""
+    """The part of a quantized layer that a run holds, or None."""
     layer = quantized.layers.get(run.source.removesuffix(WEIGHT)) if run.source.endswith(WEIGHT) else None
     return None if layer is None else _Part(layer, run.start, run.start + run.count)
 

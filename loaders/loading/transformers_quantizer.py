@@ -70,7 +70,7 @@ class TransformersOmniQuantizer(LayerQuantizer, HfQuantizer):  # type: ignore[mi
         return renamed_specs
 
     def _required_names(self, names: Iterable[str]) -> list[str]:
-        """Those of layers with a scale: a plain tensor may be left over, as a causal LM's head is for a base model."""
+        """Names of layers with a scale; plain tensors may be left over, as a causal LM's head is for a base model."""
         known = list(names)
         stems = {name.rpartition(".")[0] for name in known if "scale" in name.rpartition(".")[2]}
         return [name for name in known if name.rpartition(".")[0] in stems]

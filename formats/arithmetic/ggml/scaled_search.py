@@ -1,7 +1,7 @@
 """Signed scales of codes around zero: number ≈ scale * value, where the codes stand for a fixed set of values.
 
 A search has three steps. First, each group gets a scale by least squares, from a few guesses. The block's factor and
-the codes of the scales follow from these. Then rounds try the codes around and fit the factor anew.
+the codes of the scales follow from these. Then rounds try the codes around and fit the factor again.
 """
 
 from __future__ import annotations

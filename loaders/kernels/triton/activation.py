@@ -36,7 +36,7 @@ ELEMENTS_PER_THREAD = 32
 WARP = 32
 MOST_WARPS = 16
 STATIC_WARPS = 4
-#: Of the first GPUs with the type E4M3.
+#: Compute capability of the first GPUs with the type E4M3.
 E4M3_CAPABILITY = (8, 9)
 # Added and taken away again, it leaves a float32 below 2^22 without fraction, rounded half to even.
 ROUNDER = tl.constexpr(1.5 * 2.0**23)

@@ -36,7 +36,7 @@ __all__ = [
 #: Tokens and columns of a tile: 32 elements for each of 4 warps' threads, a kilobyte or more of each token in a row,
 #: and scales of FP8 groups fill the 32 bytes that memory writes at once.
 TILE = (8, 512)
-#: Of the first GPUs with the type E2M1.
+#: Compute capability of the first GPUs with the type E2M1.
 E2M1_CAPABILITY = (10, 0)
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
 
