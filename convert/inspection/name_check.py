@@ -114,7 +114,7 @@ def check_converted_names(reading: TolerantReading, config: Mapping[str, Any]) -
 
 
 def _first(names: Sequence[str], finding: Callable[[str, str], Finding], class_name: str) -> Iterator[Finding]:
-    """A finding for each of the first names, the last of which tells of the others."""
+    """Yields a finding for each of the first names; the last finding counts the others."""
     found = [finding(name, class_name) for name in names[:MOST_FINDINGS]]
     if len(names) > MOST_FINDINGS:
         found[-1] = replace(found[-1], what=f"{found[-1].what}; so {len(names) - MOST_FINDINGS} more")
@@ -233,7 +233,7 @@ def _of_transformers(config: Mapping[str, Any]) -> torch.nn.Module | None:
 
 @contextmanager
 def _quietly(is_of_diffusers: bool) -> Iterator[None]:
-    """Silences a library's warnings about configs of other versions. The other library, slow to import, is not touched."""
+    """Silences warnings about configs of other versions; imports one of the two libraries alone, since each is slow."""
     if is_of_diffusers:
         from diffusers.utils import logging
     else:
