@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from omni_convert.formats.checks.reading import TolerantReading
+from omni_convert.formats.checks.unlisted import check_unlisted
 from omni_convert.formats.dialects.block_findings import FIX_BLOCK
 from omni_convert.formats.dialects.table import DIALECTS
 from omni_convert.formats.dialects.vllm_omni import missing_flag, serialized_flag
@@ -26,6 +27,10 @@ def check_block(reading: TolerantReading, config: Mapping[str, Any]) -> Iterator
     if dialect is not None:
         stored = {stem: layer.stored for stem, layer in reading.quantized.layers.items()}
         yield from dialect.check(reading.found, stored, config)
+        is_of_vllm_omni = dialect.fills_vllm_omni_parameters and "_class_name" in config
+        yield from (
+            check_unlisted(reading.quantized) if not is_of_vllm_omni else ()
+        )  # `check_scope` knows what it builds
 
 
 def _unexplained_block(reading: TolerantReading, config: Mapping[str, Any], *, is_bare: bool) -> Iterator[Finding]:

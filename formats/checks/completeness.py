@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 
 from omni_convert.formats.checks.undeclared import holds_codes
+from omni_convert.formats.checks.unlisted import shown_unlisted, unlisted_linears
 from omni_convert.formats.containers.checkpoint import Checkpoint
 from omni_convert.formats.containers.names import CODES, COMPANIONS, WEIGHT
 from omni_convert.formats.containers.tensor_spec import DTYPE_NAMES
@@ -67,7 +68,14 @@ def incomplete(quantized: QuantizedCheckpoint) -> Flaw | None:
     gap = next(block_gaps(quantized, shapes), None)
     if gap is not None:
         return Flaw(gap.reason)
-    return next(filter(None, (_stray(quantized, name) for name in quantized.kept.values())), None)
+    stray = next(filter(None, (_stray(quantized, name) for name in quantized.kept.values())), None)
+    if (
+        stray is None
+        and not DIALECTS[quantized.dialect].fills_vllm_omni_parameters
+        and (stems := unlisted_linears(quantized))
+    ):
+        return Flaw(f"found {shown_unlisted(stems)}")
+    return stray
 
 
 def _is_container(dialect: str | None) -> bool:

@@ -187,6 +187,8 @@ class Dialect(ABC):
     recasts_kept_tensors: bool = False
     #: Whether its block lists the format of each layer, which readers look up by the runtime's names of merged layers.
     lists_runtime_names: bool = False
+    #: Whether scales in BF16 are those with which its writers made the codes, so that nothing is lost.
+    has_low_precision_scales: bool = False
     #: Whether FP8 with dynamic activations has a scale for each row.
     is_dynamic_fp8_per_row: bool = False
 
@@ -272,6 +274,10 @@ class Dialect(ABC):
     def is_ignored(self, name: str, entries: Collection[str]) -> bool:
         """Whether a list of ignored layers covers a layer's name."""
         return name in entries
+
+    def declares_quantized(self, block: Mapping[str, Any], stem: str) -> bool:
+        """Whether readers take a linear for quantized by the block alone; False where they look at its tensors."""
+        return False
 
     def is_dequantized_by_vllm_omni(self, methods: Collection[str]) -> bool:
         """Whether vLLM-Omni dequantizes such layers where it builds them unquantized."""

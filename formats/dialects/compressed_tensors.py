@@ -15,6 +15,7 @@ Limits:   mul_scale cannot be stored. A reciprocal that float32 does not hold ch
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
@@ -47,6 +48,8 @@ from omni_convert.formats.nvfp4 import NVFP4
 __all__ = ["COMPRESSED_TENSORS"]
 
 QUANT_METHOD = "compressed-tensors"
+# The class of all layers in question, and what a pattern begins with, in lists of names.
+LINEAR, PATTERN = "Linear", "re:"
 PACKED = "weight_packed"
 PACKED_NAMES = {"weight": PACKED, "weight_scale_2": "weight_global_scale", "input_scale": "input_global_scale"}
 RECIPROCALS = {"weight_scale_2": Reciprocal(), "input_scale": Reciprocal()}
@@ -54,7 +57,7 @@ READABLE_BITS = (4, 8)
 ONE, ONE_PER_ROW = Plain(shape=(1,)), Plain(shape=(-1, 1))
 KNOWN_KEYS = (
     "quant_method", "format", "quantization_status", "config_groups", "ignore", "global_compression_ratio",
-    "kv_cache_scheme", "sparsity_config", "transform_config", "version",
+    "kv_cache_scheme", "sparsity_config", "moe_sparsity_config", "transform_config", "version",
 )  # fmt: skip
 #: Method to the name of its layout.
 LAYOUTS = {
@@ -71,6 +74,7 @@ class CompressedTensors(Dialect):
 
     name = "compressed-tensors"
     consumers = "vLLM, transformers"
+    has_low_precision_scales = True
     usual_verdicts = (
         Verdict(VLLM_OMNI, "refuses", "the name of the method is not in its registry; -m keep --dialect vllm-omni"),
         UNKNOWN_METHOD,
@@ -128,6 +132,18 @@ class CompressedTensors(Dialect):
             "ignore": sorted(ignored),
         }
 
+    def ignored_entries(self, block: Mapping[str, Any]) -> tuple[str, ...]:
+        return _listed(block.get("ignore"))
+
+    def is_ignored(self, name: str, entries: Collection[str]) -> bool:
+        return any(_matches(name, entry) for entry in entries)
+
+    def declares_quantized(self, block: Mapping[str, Any], stem: str) -> bool:
+        groups = block.get("config_groups")
+        groups = groups.values() if isinstance(groups, Mapping) else ()
+        targets = [target for group in groups if isinstance(group, Mapping) for target in _listed(group.get("targets"))]
+        return self.is_ignored(stem, targets) and not self.is_ignored(stem, self.ignored_entries(block))
+
     def check(self, found: Found, layers: Mapping[str, StoredLayer], config: Mapping[str, Any]) -> Iterator[Finding]:
         yield from unknown_keys(found.block, KNOWN_KEYS, self.name, is_fatal=False)
         declared = str(found.block.get("format"))
@@ -137,6 +153,20 @@ class CompressedTensors(Dialect):
             if LAYOUTS.get(layer.format.method, declared) != declared:
                 what = f"found {layer.format.label}, but the config says {declared}"
                 yield block_mismatch(stem, what, self.consumers)
+
+
+def _listed(value: Any) -> tuple[str, ...]:
+    return tuple(entry for entry in value if isinstance(entry, str)) if isinstance(value, list) else ()
+
+
+def _matches(name: str, entry: str) -> bool:
+    """Whether an entry means a linear: its class, its name, or a pattern that its name begins with."""
+    if not entry.startswith(PATTERN):
+        return entry in (LINEAR, name)
+    try:
+        return re.match(entry.removeprefix(PATTERN), name) is not None
+    except re.error:
+        return False
 
 
 def _scheme(fmt: Format) -> dict[str, Any]:

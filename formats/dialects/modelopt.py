@@ -125,6 +125,10 @@ class ModelOpt(Dialect):
     def is_ignored(self, name: str, entries: Collection[str]) -> bool:
         return any(entry in name or fnmatch.fnmatchcase(name, entry) for entry in entries)
 
+    def declares_quantized(self, block: Mapping[str, Any], stem: str) -> bool:
+        is_listed = _flat(block).get("quant_algo") == MIXED_PRECISION
+        return not is_listed and not self.is_ignored(stem, self.ignored_entries(block))
+
     def is_dequantized_by_vllm_omni(self, methods: Collection[str]) -> bool:
         return set(methods) == {"fp8"}
 

@@ -14,6 +14,7 @@ Limits:   written are FP8 in blocks and MXFP8 with dynamic activations. Without 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
@@ -70,6 +71,7 @@ class Transformers(Dialect):
 
     name = "transformers"
     consumers = "transformers"
+    has_low_precision_scales = True
     usual_verdicts = (
         Verdict(
             VLLM_OMNI, "refuses", "unknown keys, or without its flag quantized online; -m keep --dialect vllm-omni"
@@ -117,12 +119,27 @@ class Transformers(Dialect):
             block["scale_fmt"] = BYTE_SCALES
         return block
 
+    def declares_quantized(self, block: Mapping[str, Any], stem: str) -> bool:
+        lists = (block.get("modules_to_not_convert"), block.get("ignored_layers"))
+        entries = [entry for listed in lists if isinstance(listed, list) for entry in listed if isinstance(entry, str)]
+        is_head = stem.rpartition(".")[2] == "lm_head"  # stays without being listed
+        return not is_head and not any(_matches(stem, entry) for entry in entries)
+
     def check(self, found: Found, layers: Mapping[str, StoredLayer], config: Mapping[str, Any]) -> Iterator[Finding]:
         if not _has_inverse_scales(found):
             yield missing_flag(found.quant_method)
         yield from unknown_keys(found.block, KNOWN_KEYS, self.name, is_fatal=False)
         for stem, layer in layers.items():
             yield from _check_blocks(stem, layer, found.block)
+
+
+def _matches(stem: str, entry: str) -> bool:
+    """Whether an entry of `modules_to_not_convert` means a layer: by its name's end, a part of it, or as a pattern."""
+    try:
+        is_pattern = re.match(entry, stem) is not None
+    except re.error:
+        is_pattern = False
+    return is_pattern or stem.endswith(entry) or f".{entry}." in f".{stem}."
 
 
 def _check_blocks(stem: str, layer: StoredLayer, block: Mapping[str, Any]) -> Iterator[Finding]:
