@@ -11,7 +11,7 @@ A format works on the rows of a weight, so that a matrix of any size passes thro
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import fields
 from enum import Enum
 from typing import Any, ClassVar, Self
@@ -186,6 +186,11 @@ class QuantizingFormat(Format):
         layout = fmt.layout(weight.shape[0], weight.elements // max(1, weight.shape[0]))
         is_ours = len(layout) > 1 and weight.dtype is layout["weight"].dtype and layout.keys() <= tensors.keys()
         return fmt if is_ours else None
+
+    @classmethod
+    def notes(cls, widths: Collection[int]) -> list[str]:  # noqa: ARG003  # for formats that have some
+        """Notes for the user about weights with these `in_features`."""
+        return []
 
     def for_weight(self, shape: tuple[int, ...]) -> Self:
         """The format of a weight of this shape: the same for every matrix."""

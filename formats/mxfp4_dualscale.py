@@ -13,7 +13,7 @@ Limits:     in % 64 == 0: the loader pairs the fine scales. A short last group o
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -75,6 +75,16 @@ class Mxfp4DualScale(ElementFormat):
     def stored_in(cls, tensors: Mapping[str, TensorSpec]) -> Mxfp4DualScale | None:
         is_ours = has_mx_scales(tensors) and "weight_dual_scale" in tensors
         return cls(smooth="mul_scale" in tensors) if is_ours else None
+
+    @classmethod
+    def notes(cls, widths: Collection[int]) -> list[str]:
+        short = [str(width) for width in sorted(widths) if width % COARSE_BLOCK]
+        if not short:
+            return []
+        return [
+            f"in_features {', '.join(short)}: no multiple of {COARSE_BLOCK}, so the last coarse scale of a row covers "
+            "fewer; stored as vLLM-Omni allocates it, not run on hardware yet"
+        ]
 
     @property
     def encoding(self) -> Encoding:

@@ -8,7 +8,7 @@ from omni_convert.convert.calibration.moments import Moments
 from omni_convert.convert.calibration.rounding import compensated
 from omni_convert.convert.plan.component_plan import ComponentPlan, replace_config
 from omni_convert.convert.plan.gguf_target import GgufTarget
-from omni_convert.convert.plan.selection import Selection, hardware_notes
+from omni_convert.convert.plan.selection import Selection
 from omni_convert.convert.plan.steps import KeptLayer, QuantizeStep, matrix_shape, ordered_steps, outputs
 from omni_convert.convert.plan.target import RuntimeTarget, StorageTarget, Target
 from omni_convert.convert.recipe import STORAGE_METHODS, Recipe
@@ -19,6 +19,7 @@ from omni_convert.formats.dialects.base import WrittenSpelling
 from omni_convert.formats.families.layers import LayerGroup
 from omni_convert.formats.format import QuantizingFormat
 from omni_convert.formats.gguf import Gguf
+from omni_convert.formats.table import FORMATS
 
 __all__ = ["plan_quantized", "target_of"]
 
@@ -47,6 +48,7 @@ def plan_quantized(
     """
     component, method = target.component, target.method
     formats = {group: target.format_of(group) for group in selection.chosen}
+    widths = {component.weights[f"{group.members[0]}{WEIGHT}"].shape[1] for group in formats}
     steps = [_quantize_step(target, group, fmt, moments) for group, fmt in formats.items()]
     format_of = {stem: fmt for group, fmt in formats.items() for stem in target.written_group(group).members}
     kept = [(target.written_group(group), reason) for group, reason in selection.kept]
@@ -71,7 +73,7 @@ def plan_quantized(
             *_requantizing_notes(component, method),
             *filter(None, [target.scheme.note]),
             *selection.scope.notes,
-            *hardware_notes(selection.chosen, component.weights, method),
+            *FORMATS[method].notes(widths),
             *target.notes,
         ),
         scheme=target.scheme,

@@ -8,16 +8,13 @@ from dataclasses import dataclass
 from omni_convert.convert.plan.steps import matrix_shape
 from omni_convert.convert.plan.target import Scope, Target
 from omni_convert.convert.recipe import Recipe
-from omni_convert.formats.arithmetic.mx import COARSE_BLOCK
-from omni_convert.formats.containers.checkpoint import Checkpoint
 from omni_convert.formats.containers.names import WEIGHT
 from omni_convert.formats.containers.tensor_spec import DTYPE_NAMES
 from omni_convert.formats.errors import RecipeError
 from omni_convert.formats.families.layers import LayerGroup
 from omni_convert.formats.families.patterns import matches, suggestion_for
-from omni_convert.formats.mxfp4_dualscale import Mxfp4DualScale
 
-__all__ = ["Selection", "check_patterns", "choose_layers", "hardware_notes"]
+__all__ = ["Selection", "check_patterns", "choose_layers"]
 
 
 @dataclass(frozen=True)
@@ -67,20 +64,6 @@ def check_patterns(recipe: Recipe, selections: Iterable[Selection]) -> None:
     for pattern in recipe.ignored_layers:
         if not any(matches(pattern, name) for name in names):
             raise RecipeError(f"--ignored-layers: '{pattern}' matches no layer{suggestion_for(pattern, names)}")
-
-
-def hardware_notes(chosen: Iterable[LayerGroup], checkpoint: Checkpoint, method: str) -> list[str]:
-    """Says which part of the result has not run on hardware yet."""
-    if method != Mxfp4DualScale.method:
-        return []
-    widths = {checkpoint[f"{group.members[0]}{WEIGHT}"].shape[1] for group in chosen}
-    short = sorted(width for width in widths if width % COARSE_BLOCK)
-    if not short:
-        return []
-    return [
-        f"in_features {', '.join(map(str, short))}: no multiple of {COARSE_BLOCK}, so the last coarse scale of a row "
-        "covers fewer; stored as vLLM-Omni allocates it, not run on hardware yet"
-    ]
 
 
 def _names(group: LayerGroup) -> tuple[str, ...]:

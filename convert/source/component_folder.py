@@ -16,7 +16,7 @@ from omni_convert.formats.containers.reader import TensorFile
 from omni_convert.formats.errors import CheckpointError
 from omni_convert.formats.families.family import Family
 from omni_convert.formats.families.table import find_family
-from omni_convert.formats.views.opened import QuantizedCheckpoint, read_quantized
+from omni_convert.formats.views.opened import QuantizedCheckpoint, open_quantized
 
 __all__ = ["MANIFEST", "ComponentFolder", "folders_with_weights", "model_class"]
 
@@ -115,7 +115,7 @@ class ComponentFolder:
 
     def open(self) -> QuantizedCheckpoint:
         """Its tensors and quantized layers, in any dialect; raises CheckpointError if a file is not what it says."""
-        return read_quantized(self.checkpoint(), self.folder)
+        return open_quantized(self.path, _streamed_files(self.source, self.name))
 
     @cached_property
     def manifest(self) -> Mapping[str, Any]:

@@ -22,7 +22,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from omni_convert.formats.config import ACTIVATION_SCHEMES, MIXED, QuantizationConfig
+from omni_convert.formats.config import ACTIVATION_SCHEMES, QuantizationConfig
 from omni_convert.formats.containers.checkpoint import Checkpoint
 from omni_convert.formats.dialects.base import Dialect, Found, LayerError, StoredLayer, WrittenSpelling
 from omni_convert.formats.dialects.block_findings import FIX_BLOCK, block_mismatch, unknown_keys
@@ -182,7 +182,7 @@ def ignored_names(groups: Iterable[LayerGroup]) -> list[str]:
 
 def to_block(config: QuantizationConfig) -> dict[str, Any]:
     """The block for `config.json`: exactly the keys that the runtime knows, and always the serialized flag."""
-    if config.method in ("nvfp4", MIXED) or config.per_channel:
+    if config.method not in _SPELLINGS or config.per_channel:
         return to_modelopt(config)
     spelling = _SPELLINGS[config.method]
     values = {

@@ -12,7 +12,7 @@ with open_quantized("out/transformer") as quantized:
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
@@ -24,6 +24,7 @@ from torch import Tensor
 from omni_convert.formats.arithmetic.swizzle import padded_scale_shape
 from omni_convert.formats.containers.checkpoint import Checkpoint
 from omni_convert.formats.containers.names import WEIGHT
+from omni_convert.formats.containers.reader import TensorFile
 from omni_convert.formats.containers.tensor_spec import DTYPE_NAMES
 from omni_convert.formats.dialects.base import Dialect, LayerError, StoredLayer
 from omni_convert.formats.dialects.codec import Swizzled
@@ -40,7 +41,6 @@ __all__ = [
     "Reading",
     "open_quantized",
     "read_layers",
-    "read_quantized",
 ]
 
 
@@ -173,28 +173,18 @@ class Reading:
         return QuantizedCheckpoint(checkpoint, self.dialect.name, self.layers, kept, block)
 
 
-def open_quantized(path: Path) -> QuantizedCheckpoint:
+def open_quantized(path: Path, elsewhere: Mapping[str, Callable[[], TensorFile]] | None = None) -> QuantizedCheckpoint:
     """Opens a component folder or a single file; headers, configs and tiny markers are read, no weight.
+
+    Args:
+        elsewhere: name to opener of files that are not in the folder, see `Checkpoint.open`
 
     Raises:
         CheckpointError: the files are damaged; a tensor of a quantized layer is missing or has another dtype or shape
-            than its dialect says; or a format cannot be read.
+            than its dialect says; or a format cannot be read. This is the first error of `read_layers`.
     """
-    checkpoint = Checkpoint.open(path)
-    folder = path if path.is_dir() else path.parent
-    return read_quantized(checkpoint, folder)
-
-
-def read_quantized(checkpoint: Checkpoint, folder: Path) -> QuantizedCheckpoint:
-    """Reads a checkpoint that is open: the first error of `read_layers` is raised.
-
-    Args:
-        folder: where its config.json and sidecars are, if there are some
-
-    Raises:
-        CheckpointError: as of `open_quantized`.
-    """
-    reading = read_layers(describe(checkpoint, folder))
+    checkpoint = Checkpoint.open(path, elsewhere)
+    reading = read_layers(describe(checkpoint, path if path.is_dir() else path.parent))
     if reading.errors:
         raise reading.errors[0]
     return reading.quantized
