@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from omni_convert.formats.arithmetic.e8m0 import E8M0_NAN
 from omni_convert.formats.containers.checkpoint import Checkpoint
 from omni_convert.formats.containers.reader import TensorFile
 from omni_convert.formats.containers.tensor_spec import TensorSpec
@@ -25,6 +26,10 @@ from omni_convert.formats.rows import TensorLayout, WeightRows
 from omni_convert.formats.views.opened import QuantizedCheckpoint, QuantizedLayer
 
 __all__ = ["CheckpointView", "KeptTensor", "ViewedTensor", "dequantized_view", "respelled_view"]
+
+BYTES = (torch.uint8, torch.float8_e8m0fnu)
+# The largest finite code, without its sign.
+LARGEST_CODE = {torch.float8_e4m3fn: 0x7E, torch.float8_e5m2: 0x7B}
 
 
 class ViewedTensor(ABC):
@@ -94,6 +99,9 @@ class _Respelled(ViewedTensor):
     spelling: WrittenSpelling
 
     def read(self, start: int, stop: int) -> Tensor:
+        return _finite(self._read(start, stop), self.layer, self.suffix)
+
+    def _read(self, start: int, stop: int) -> Tensor:
         codec, layout = self.spelling.codec(self.suffix), self.layer.tensors[self.suffix]
         if not layout.rows_per_entry:
             whole = self._encode(self.layer.read_tensor(self.suffix, 0, 0))
@@ -110,6 +118,37 @@ class _Respelled(ViewedTensor):
             return self.spelling.codec(self.suffix).encode(tensor)
         except CheckpointError as error:
             raise CheckpointError(f"{self.layer.checkpoint.path}: layer '{self.layer.stem}': {error}") from None
+
+
+@dataclass(frozen=True)
+class _Unchanged(KeptTensor):
+    """A tensor of a layer whose bytes serve as they are."""
+
+    layer: QuantizedLayer
+    suffix: str
+
+    def read(self, start: int, stop: int) -> Tensor:
+        return _finite(super().read(start, stop), self.layer, self.suffix)
+
+
+def _finite(tensor: Tensor, layer: QuantizedLayer, suffix: str) -> Tensor:
+    """The codes or scales of a layer as they are stored.
+
+    Raises:
+        CheckpointError: there are NaN or Inf among them.
+    """
+    if suffix == "weight_scale" and tensor.dtype in BYTES:  # E8M0
+        is_sound = not bool((tensor.view(torch.uint8) == E8M0_NAN).any())
+    elif tensor.dtype in LARGEST_CODE:
+        is_sound = not bool(((tensor.view(torch.uint8) & 0x7F) > LARGEST_CODE[tensor.dtype]).any())
+    else:
+        is_sound = not tensor.is_floating_point() or bool(torch.isfinite(tensor).all())
+    if not is_sound:
+        raise CheckpointError(
+            f"{layer.checkpoint.path}: tensor '{layer.stored.name_of(suffix)}': found NaN or Inf, expected finite "
+            "numbers; download the file or convert the model again"
+        )
+    return tensor
 
 
 @dataclass(frozen=True)
@@ -232,7 +271,7 @@ def _respelled(layer: QuantizedLayer, spelling: WrittenSpelling) -> list[ViewedT
     def tensor(suffix: str, layout: TensorLayout) -> ViewedTensor:
         new = spec(spelling.name(suffix), spelling.codec(suffix).stored(layout))
         if _is_spelled_so(layer, suffix, spelling.codec(suffix), new):
-            return KeptTensor(new, layer.checkpoint, layer.stored.name_of(suffix))
+            return _Unchanged(new, layer.checkpoint, layer.stored.name_of(suffix), layer, suffix)
         sources = (*filter(None, [layer.source_of(suffix)]), *(layer.stored.unused if suffix == "weight" else ()))
         return _Respelled(new, sources, layer, suffix, spelling)
 

@@ -285,6 +285,42 @@ def test_what_gptqs_packing_cannot_hold_is_refused_by_the_layers_name(
     assert f"layer '{LAYER}': {found}" in message
 
 
+NOT_FINITE = {
+    "scale": ("int8", "weight_scale", torch.float32, float("nan")),
+    "infinite scale": ("fp8", "weight_scale", torch.float32, float("inf")),
+    "block scale": ("fp8 blocks", "weight_scale_inv", torch.float32, float("nan")),
+    "code": ("fp8", "weight", torch.uint8, 0xFF),
+    "E8M0": ("mxfp8", "weight_scale", torch.uint8, 255),
+    "E4M3 scale": ("nvfp4", "weight_scale", torch.uint8, 0x7F),
+    "scale above": ("nvfp4", "weight_scale_2", torch.float32, float("nan")),
+}
+
+
+@pytest.mark.parametrize(("method", "suffix", "dtype", "value"), NOT_FINITE.values(), ids=NOT_FINITE.keys())
+def test_keep_refuses_what_is_not_finite_as_dequantizing_does(  # type: ignore[no-untyped-def]
+    quantized, method: str, suffix: str, dtype: torch.dtype, value: float, tmp_path: Path
+) -> None:
+    shutil.copytree(quantized(method), tmp_path / "damaged")
+    (tmp_path / "damaged" / "omni_convert.json").unlink()
+    file = tmp_path / "damaged" / "transformer" / WEIGHTS
+    tensors = load_file(file)
+    name = next(
+        name
+        for name in tensors
+        if name.endswith(f".{suffix}")
+        and name[: -len(suffix)] + "weight" in tensors
+        and tensors[name[: -len(suffix)] + "weight"].element_size() == 1
+    )
+    tensors[name] = tensors[name].clone()
+    tensors[name].view(dtype).view(-1)[-1:] = value
+    save_file(tensors, file, metadata={"format": "pt"})
+    dialect = "comfyui" if method in ("nvfp4", "mxfp8") else "compressed-tensors"
+    for recipe in (Recipe(method="keep", dialect=dialect), Recipe(method="dequantize")):
+        with pytest.raises(CheckpointError, match=f"(?s){name.rpartition('.')[0]}.*NaN"):
+            convert_checkpoint(tmp_path / "damaged", tmp_path / recipe.method, recipe)
+        assert not (tmp_path / recipe.method).exists()
+
+
 def test_keep_of_an_unquantized_model_is_refused(tiny_pipeline_folder: Path, tmp_path: Path) -> None:
     assert "nothing quantized" in refused(tiny_pipeline_folder, tmp_path / "out", Recipe(method="keep"))
 
