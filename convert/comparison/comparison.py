@@ -7,6 +7,7 @@ import statistics
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from omni_convert.convert.calibration.generation import GenerationSettings, run_
 from omni_convert.convert.calibration.prompts import Prompt
 from omni_convert.convert.comparison.grid import comparison_picture
 from omni_convert.convert.comparison.metrics import METRIC_GUIDANCE, Image, sequence_metrics
-from omni_convert.convert.source.location import resolve_source
+from omni_convert.convert.source.location import Source, resolve_source
 from omni_convert.loaders.pipeline import load_pipeline
 from omni_convert.loaders.report import kernel_report
 
@@ -41,10 +42,15 @@ class Variant:
     quantization: str | Mapping[str, Any] | None = None
     dtype: torch.dtype = torch.bfloat16
 
+    @cached_property
+    def source(self) -> Source:
+        """The model's files, which are downloaded at the first use."""
+        return resolve_source(self.model)
+
     @property
     def model_name(self) -> str:
         """The name of the model in reports."""
-        return self.model if self.model is not None else resolve_source(None).name
+        return self.model if self.model is not None else self.source.name
 
 
 @dataclass(frozen=True)
@@ -101,8 +107,9 @@ def run_variant(
     Raises:
         CheckpointError: the model cannot be loaded.
     """
-    source = resolve_source(variant.model)
-    pipe = load_pipeline(source.path, device=device, torch_dtype=variant.dtype, quantization=variant.quantization)
+    pipe = load_pipeline(
+        variant.source.path, device=device, torch_dtype=variant.dtype, quantization=variant.quantization
+    )
     on_cuda = torch.device(device).type == "cuda"
     seconds: list[float] = []
     memory: list[float | None] = []
@@ -214,4 +221,4 @@ def _save(folder: Path, reference: Variant, candidate: Variant, runs: Sequence[R
 
 def settings_of(variant: Variant, overrides: Mapping[str, Any]) -> GenerationSettings:
     """The caller's settings, completed by those that the variant's pipeline declares."""
-    return GenerationSettings.for_pipeline(resolve_source(variant.model).path, overrides)
+    return GenerationSettings.for_pipeline(variant.source.path, overrides)
