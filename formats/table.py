@@ -57,10 +57,9 @@ def layer_formats(specs: Mapping[str, TensorSpec], method: str | None = None) ->
         is_matrix = len(spec.shape) == 2 or (declared is not None and declared.is_storage and len(spec.shape) > 2)
         if leaf != "weight" or not is_matrix:
             continue
-        companions = {
-            suffix: specs[f"{stem}.{suffix}"] for suffix in CANONICAL_COMPANIONS if f"{stem}.{suffix}" in specs
-        }
-        readings = (kind.stored_in({"weight": spec, **companions}) for kind in kinds) if companions else ()
-        if (found := next(filter(None, readings), None)) is not None:
+        beside = [suffix for suffix in CANONICAL_COMPANIONS if f"{stem}.{suffix}" in specs]
+        tensors = {suffix: specs[f"{stem}.{suffix}"] for suffix in ("weight", *beside)}
+        found = next(filter(None, (kind.stored_in(tensors) for kind in kinds)), None) if beside else None
+        if found is not None:
             formats[stem] = found
     return formats

@@ -27,7 +27,7 @@ from transformers.utils import logging as transformers_logging
 from omni_convert.convert.calibration.prompts import Prompt, read_prompts
 from omni_convert.convert.calibration.recording import record_source
 from omni_convert.convert.comparison.comparison import Run, Variant, run_variant, settings_of
-from omni_convert.convert.comparison.grid import comparison_picture
+from omni_convert.convert.comparison.grid import comparison_image
 from omni_convert.convert.comparison.metrics import Image, image_metrics, rmse
 from omni_convert.convert.conversion import convert_checkpoint
 from omni_convert.convert.recipe import Recipe
@@ -161,7 +161,7 @@ def compare_with_bf16(
         rows[case.name] = metrics | {"noise_ratio": metrics["rmse"] / noise}
         shown[case.name] = run.images[:PROMPTS_SHOWN]
         print_row(case.name, rows[case.name], folder, run)
-    comparison_picture(reference.images[:PROMPTS_SHOWN], shown, scale=2).save(output / "comparison.png")
+    comparison_image(reference.images[:PROMPTS_SHOWN], shown, scale=2).save(output / "comparison.png")
     (output / "demo.json").write_text(json.dumps(rows, indent=2) + "\n")
     return [case.name for case in chosen if not case.passes(rows)]
 

@@ -16,7 +16,7 @@ import torch
 
 from omni_convert.convert.calibration.generation import GenerationSettings, run_pipeline
 from omni_convert.convert.calibration.prompts import Prompt
-from omni_convert.convert.comparison.grid import comparison_picture
+from omni_convert.convert.comparison.grid import comparison_image
 from omni_convert.convert.comparison.metrics import METRIC_GUIDANCE, Image, sequence_metrics
 from omni_convert.convert.source.location import Source, resolve_source
 from omni_convert.loaders.pipeline import load_pipeline
@@ -214,8 +214,8 @@ def _save(folder: Path, reference: Variant, candidate: Variant, runs: Sequence[R
             PillowImage.fromarray(image).save(path)
             saved[variant.label].append(str(path))
     scale = max(1, IMAGE_SIZE // runs[0].images[0].shape[1])
-    picture = comparison_picture(runs[0].images, {candidate.label: runs[1].images}, scale=scale)
-    picture.save(folder / "comparison.png")
+    image = comparison_image(runs[0].images, {candidate.label: runs[1].images}, scale=scale)
+    image.save(folder / "comparison.png")
     return saved
 
 

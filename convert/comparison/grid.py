@@ -10,14 +10,14 @@ from PIL import ImageDraw
 
 from omni_convert.convert.comparison.metrics import Image
 
-__all__ = ["comparison_picture"]
+__all__ = ["comparison_image"]
 
 HEADER = 18
 GAP = 4
 MIDDLE_GREY = 128.0
 
 
-def comparison_picture(
+def comparison_image(
     reference: Sequence[Image], candidates: Mapping[str, Sequence[Image]], *, amplify: float = 8.0, scale: int = 1
 ) -> PillowImage.Image:
     """Draws a column for the reference, and two for each candidate: its images and their differences.

@@ -22,7 +22,7 @@ from omni_convert.formats.containers.names import WEIGHT
 from omni_convert.formats.containers.tensor_spec import Run
 from omni_convert.formats.errors import CheckpointError, RecipeError
 from omni_convert.formats.families.table import find_family
-from omni_convert.formats.views.renamed import gathered_view
+from omni_convert.formats.views.renamed import renamed_view
 
 __all__ = ["GgufNames", "choose_names"]
 
@@ -79,7 +79,7 @@ def choose_names(checkpoint: Checkpoint, config: Mapping[str, Any], recipe: Reci
             raise RecipeError(f"--gguf-names original: found that {reason}, expected --gguf-names diffusers")
         return GgufNames(checkpoint, of_diffusers, f"diffusers' names, since {reason}")
     trouble = _trouble(checkpoint, runs, config)
-    view = gathered_view(checkpoint, runs, _shapes(checkpoint, runs), widens=True)
+    view = renamed_view(checkpoint, runs, _shapes(checkpoint, runs), widens=True)
     if trouble is None:
         return GgufNames(view, runs, "its original names, which diffusers converts when it loads the file")
     reason = f"diffusers would not load this model under its original ones: {trouble}"

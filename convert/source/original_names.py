@@ -17,8 +17,8 @@ from omni_convert.formats.containers.tensor_spec import Run, TensorSpec
 from omni_convert.formats.errors import CheckpointError, counted
 from omni_convert.formats.views.base import CheckpointView, dequantized_view
 from omni_convert.formats.views.opened import QuantizedCheckpoint
-from omni_convert.formats.views.renamed import gathered_view, trace_rows
-from omni_convert.formats.views.renamed_layers import gathered_layers
+from omni_convert.formats.views.renamed import renamed_view, trace_rows
+from omni_convert.formats.views.renamed_layers import renamed_layers
 
 __all__ = [
     "convert_names",
@@ -66,7 +66,7 @@ def layers_under_diffusers_names(
     traced = _trace(dequantized_view(quantized), config) if has_original_files(checkpoint) else None
     if traced is None:
         return quantized, []
-    renamed = gathered_layers(quantized, traced.runs, traced.shapes)
+    renamed = renamed_layers(quantized, traced.runs, traced.shapes)
     return renamed, [_note(checkpoint, config, traced.unused)]
 
 
@@ -80,7 +80,7 @@ def convert_names(checkpoint: Checkpoint, config: Mapping[str, Any]) -> tuple[Ch
         CheckpointError: as `under_diffusers_names`.
     """
     traced = _trace(checkpoint, config)
-    return None if traced is None else (gathered_view(checkpoint, traced.runs, traced.shapes), traced.unused)
+    return None if traced is None else (renamed_view(checkpoint, traced.runs, traced.shapes), traced.unused)
 
 
 def _note(checkpoint: Checkpoint, config: Mapping[str, Any], unused: Sequence[str]) -> str:

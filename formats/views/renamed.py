@@ -20,14 +20,14 @@ from omni_convert.formats.containers.tensor_spec import DTYPE_NAMES, Run, Tensor
 from omni_convert.formats.errors import CheckpointError
 from omni_convert.formats.views.base import CheckpointView, ViewedTensor
 
-__all__ = ["gathered_view", "trace_rows"]
+__all__ = ["renamed_view", "trace_rows"]
 
 # Dtypes that float32 holds without a change.
 WIDENED = {torch.float32, torch.bfloat16, torch.float16}
 
 
 @dataclass(frozen=True)
-class _Gathered(ViewedTensor):
+class _Joined(ViewedTensor):
     """Runs of rows, one after the other."""
 
     spec: TensorSpec
@@ -98,14 +98,14 @@ def trace_rows(
     return {name: runs_of(name, rows) for name, rows in convert(numbers).items()}
 
 
-def gathered_view(
+def renamed_view(
     checkpoint: Checkpoint,
     runs: Mapping[str, Sequence[Run]],
     shapes: Mapping[str, tuple[int, ...]],
     *,
     widens: bool = False,
 ) -> CheckpointView:
-    """The checkpoint with these tensors.
+    """The checkpoint with tensors that are made of rows of its own.
 
     Args:
         runs: of each tensor, from `trace_rows`
@@ -134,7 +134,7 @@ def gathered_view(
             raise CheckpointError(
                 f"{checkpoint.path}: tensor '{name}': found rows in {found}, expected one dtype; cast the model to one"
             )
-        tensors.append(_Gathered(TensorSpec(name, dtype, shape), checkpoint, tuple(runs[name])))
+        tensors.append(_Joined(TensorSpec(name, dtype, shape), checkpoint, tuple(runs[name])))
         if specs[0].name in earlier:
             storage[name] = earlier[specs[0].name]
     return CheckpointView(checkpoint, tensors, storage)

@@ -19,9 +19,9 @@ from omni_convert.formats.errors import CheckpointError
 from omni_convert.formats.rows import TensorLayout
 from omni_convert.formats.views.base import CheckpointView, ViewedTensor, dequantized_view
 from omni_convert.formats.views.opened import QuantizedCheckpoint, QuantizedLayer
-from omni_convert.formats.views.renamed import gathered_view
+from omni_convert.formats.views.renamed import renamed_view
 
-__all__ = ["gathered_layers"]
+__all__ = ["renamed_layers"]
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def _entries(part: _Part, layout: TensorLayout) -> tuple[int, int]:
     return part.start // layout.rows_per_entry, -(-part.stop // layout.rows_per_entry)
 
 
-def gathered_layers(
+def renamed_layers(
     quantized: QuantizedCheckpoint, runs: Mapping[str, Sequence[Run]], shapes: Mapping[str, tuple[int, ...]]
 ) -> QuantizedCheckpoint:
     """The checkpoint with these tensors.
@@ -77,13 +77,13 @@ def gathered_layers(
     """
     parts = {name: _parts(quantized, name, runs[name], shape) for name, shape in shapes.items()}
     plain = dequantized_view(quantized)
-    gathered = gathered_view(plain, runs, shapes)
+    renamed = renamed_view(plain, runs, shapes)
     tensors: list[ViewedTensor] = []
     layers: dict[str, StoredLayer] = {}
     kept: list[str] = []
-    for name, spec in gathered.items():
+    for name, spec in renamed.items():
         if not parts[name]:
-            tensors.append(gathered.tensor(name))
+            tensors.append(renamed.tensor(name))
             kept.append(name)
             continue
         stem = name.removesuffix(WEIGHT)

@@ -17,7 +17,7 @@ from omni_convert.formats.rows import InputStatistics
 from omni_convert.formats.table import FORMATS, LOADABLE, build_format
 from omni_convert.loaders.kernels.kernel import Activations, LayerTraits
 from omni_convert.loaders.kernels.table import Selection, select_kernel
-from omni_convert.loaders.memory.layout import disk_tensors, resident_tensors
+from omni_convert.loaders.memory.layout import disk_tensors, memory_tensors
 from omni_convert.loaders.memory.packed_int4 import as_loaded, weight_shape
 from omni_convert.loaders.memory.pickling import module_state, restore_buffers
 
@@ -63,7 +63,7 @@ class QuantizedLinear(nn.Module):
         self.tensor_names = tuple(tensors)
         self.out_features, stored_columns = weight_shape(tensors)
         self.in_features = stored_columns if in_features is None else in_features
-        for suffix, tensor in resident_tensors(fmt, tensors).items():
+        for suffix, tensor in memory_tensors(fmt, tensors).items():
             self.register_buffer(suffix, tensor)
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
         self._activations = activations
@@ -157,7 +157,7 @@ class QuantizedLinear(nn.Module):
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "weight" and isinstance(value, Tensor):  # diffusers and transformers load tensors by setting buffers
-            value = resident_tensors(self.format, {name: value})[name]
+            value = memory_tensors(self.format, {name: value})[name]
         super().__setattr__(name, value)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:

@@ -17,14 +17,14 @@ from omni_convert.formats.arithmetic.e2m1 import E2M1
 from omni_convert.formats.arithmetic.e2m1_container import pack_container, unpack_container
 from omni_convert.formats.format import Format
 
-__all__ = ["disk_tensors", "resident_tensors"]
+__all__ = ["disk_tensors", "memory_tensors"]
 
 
 def _has_e2m1(fmt: Format) -> bool:
     return fmt.encoding is not None and fmt.encoding.element == E2M1
 
 
-def resident_tensors(fmt: Format, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def memory_tensors(fmt: Format, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Tensors of a layer as memory holds them, by suffix. On the meta device there is nothing to pack yet."""
     if not _has_e2m1(fmt):
         return dict(tensors)
@@ -34,7 +34,7 @@ def resident_tensors(fmt: Format, tensors: Mapping[str, Tensor]) -> dict[str, Te
 
 
 def disk_tensors(fmt: Format, tensors: Mapping[str, Tensor], in_features: int) -> dict[str, Tensor]:
-    """Inverse of `resident_tensors`, bit for bit."""
+    """Inverse of `memory_tensors`, bit for bit."""
     if not _has_e2m1(fmt):
         return dict(tensors)
     weight = tensors["weight"]

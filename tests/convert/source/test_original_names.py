@@ -25,7 +25,7 @@ from omni_convert.formats.rows import TensorRows
 from omni_convert.formats.table import build_format
 from omni_convert.formats.views.opened import open_quantized
 from omni_convert.formats.views.renamed import trace_rows
-from omni_convert.formats.views.renamed_layers import gathered_layers
+from omni_convert.formats.views.renamed_layers import renamed_layers
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 RENAMED = {
@@ -184,9 +184,9 @@ def test_layers_are_joined_only_if_they_share_what_is_of_the_whole_weight(tmp_pa
         with open_quantized(tmp_path / folder) as opened:
             if folder == "own":
                 with pytest.raises(CheckpointError, match=r"it would join 'a' and 'b', whose weight_scale differ"):
-                    gathered_layers(opened, runs, {"both.weight": (72, 64)})
+                    renamed_layers(opened, runs, {"both.weight": (72, 64)})
                 continue
-            both = gathered_layers(opened, runs, {"both.weight": (72, 64)}).layers["both"]
+            both = renamed_layers(opened, runs, {"both.weight": (72, 64)}).layers["both"]
             a, b = (Fp8().dequantize(layers[stem]) for stem in "ab")
             assert both.dequantize(0, 72).equal(torch.cat([a, b, a[8:16]]))
             assert both.dequantize(30, 66).equal(torch.cat([a, b, a[8:16]])[30:66])
@@ -214,7 +214,7 @@ def test_what_cannot_be_one_layer_is_refused_by_its_cause(
     plain = {"b.weight": torch.ones(8, 64).bfloat16(), "d.weight": torch.ones(8, 64).half()}
     save_file(tensors | plain, tmp_path / WEIGHTS)
     with open_quantized(tmp_path) as opened, pytest.raises(CheckpointError, match=rf"tensor '{name}': .*{why}"):
-        gathered_layers(opened, {name: runs}, {name: shape})
+        renamed_layers(opened, {name: runs}, {name: shape})
 
 
 def test_a_file_of_another_model_is_refused_by_tensor(tiny_pipeline_folder: Path, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from omni_convert.formats.nvfp4 import Nvfp4
 from omni_convert.loaders.kernels.decode_mm import DECODE_MM
 from omni_convert.loaders.kernels.decoding import DECODERS, decode_rows, padded_columns, weight_unit
 from omni_convert.loaders.kernels.reference import REFERENCE
-from omni_convert.loaders.memory.layout import disk_tensors, resident_tensors
+from omni_convert.loaders.memory.layout import disk_tensors, memory_tensors
 from omni_convert.loaders.memory.packed_int4 import PackedInt4, weight_shape
 
 FORMATS = (Fp8(), Fp8Channel(), Fp8Block((16, 48)), Int8(), Mxfp8(), Mxfp4(), Mxfp4DualScale(), Nvfp4(), PackedInt4(32))
@@ -37,7 +37,7 @@ def test_rows_are_what_dequantizing_gives(fmt, columns, magnitude):
     weight = torch.randn(24, columns, generator=torch.Generator().manual_seed(0)) * magnitude
     tensors = fmt.quantize(weight)
     expected = fmt.dequantize(tensors)
-    decoded = decode(fmt, resident_tensors(fmt, tensors), columns)
+    decoded = decode(fmt, memory_tensors(fmt, tensors), columns)
     assert not decoded[:, columns:].any()
     decoded = decoded[:, :columns]
     if isinstance(fmt, Fp8 | Mxfp8 | Mxfp4):

@@ -14,7 +14,7 @@ from omni_convert.loaders.kernels.fused_decode_mm import TRITON_DECODE_MM, run_f
 from omni_convert.loaders.kernels.kernel import LayerTraits
 from omni_convert.loaders.kernels.reference import rounded_input
 from omni_convert.loaders.kernels.table import KERNELS
-from omni_convert.loaders.memory.layout import disk_tensors, resident_tensors
+from omni_convert.loaders.memory.layout import disk_tensors, memory_tensors
 from omni_convert.loaders.memory.packed_int4 import PackedInt4
 
 pytest.importorskip("triton", reason="triton is not installed: its kernels cannot run")
@@ -43,7 +43,7 @@ def make(fmt, outputs: int, columns: int, magnitude: float = 0.05):
     generator = torch.Generator().manual_seed(outputs)
     weight = torch.randn(outputs, columns, generator=generator) * magnitude
     stored = fmt.quantize(weight * torch.logspace(-2, 1, outputs)[:, None])
-    return stored, resident_tensors(fmt, stored)
+    return stored, memory_tensors(fmt, stored)
 
 
 def fused(x, tensors, fmt, bias, is_rounded=False):

@@ -10,7 +10,7 @@ from omni_convert.formats.mxfp4 import Mxfp4
 from omni_convert.formats.mxfp4_dualscale import Mxfp4DualScale
 from omni_convert.formats.mxfp8 import Mxfp8
 from omni_convert.loaders.kernels.npu import run_mxfp4, run_mxfp4_dualscale, run_mxfp8
-from omni_convert.loaders.memory.layout import resident_tensors
+from omni_convert.loaders.memory.layout import memory_tensors
 
 ROWS, OUT = 5, 64
 CODES, SCALE, LEVEL0, LEVEL1 = "codes of x", "scale of x", "level 0 of x", "level 1 of x"
@@ -54,7 +54,7 @@ def make(fmt: Format, in_features: int) -> tuple[torch.Tensor, dict[str, torch.T
     tensors = fmt.quantize(torch.randn(OUT, in_features, generator=generator))
     if "mul_scale" in tensors:
         tensors["mul_scale"] = torch.rand(in_features, generator=generator).add(0.5).bfloat16().float()
-    return torch.randn(ROWS, in_features, generator=generator).bfloat16(), resident_tensors(fmt, tensors)
+    return torch.randn(ROWS, in_features, generator=generator).bfloat16(), memory_tensors(fmt, tensors)
 
 
 def paired(scale: torch.Tensor) -> torch.Tensor:

@@ -26,7 +26,7 @@ from omni_convert.loaders.kernels.mx_scaled_mm import NVFP4_SCALED_MM
 from omni_convert.loaders.kernels.npu import NPU_MXFP4, NPU_MXFP4_DUALSCALE, NPU_MXFP8
 from omni_convert.loaders.kernels.reference import REFERENCE, WEIGHT_ONLY
 from omni_convert.loaders.kernels.table import KERNELS, OVERRIDE, select_kernel
-from omni_convert.loaders.memory.layout import disk_tensors, resident_tensors
+from omni_convert.loaders.memory.layout import disk_tensors, memory_tensors
 from omni_convert.loaders.memory.packed_int4 import PackedInt4
 
 CPU = torch.device("cpu")
@@ -63,8 +63,8 @@ def make_layer(fmt: Format, out_features: int, in_features: int) -> dict[str, to
         largest = NVFP4_LARGEST if isinstance(fmt, Nvfp4) else 448
         return type(fmt)().quantize(weight) | {"input_scale": torch.tensor(4.0 / largest)}
     if "mul_scale" in fmt.layout(out_features, in_features):
-        return resident_tensors(fmt, fmt.quantize(weight.float() / smoothing) | {"mul_scale": smoothing})
-    return resident_tensors(fmt, fmt.quantize(weight))
+        return memory_tensors(fmt, fmt.quantize(weight.float() / smoothing) | {"mul_scale": smoothing})
+    return memory_tensors(fmt, fmt.quantize(weight))
 
 
 def accepting(fmt: Format, device: torch.device) -> list[Kernel]:
