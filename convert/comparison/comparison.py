@@ -214,8 +214,8 @@ def _save(folder: Path, reference: Variant, candidate: Variant, runs: Sequence[R
             PillowImage.fromarray(image).save(path)
             saved[variant.label].append(str(path))
     scale = max(1, IMAGE_SIZE // runs[0].images[0].shape[1])
-    image = comparison_image(runs[0].images, {candidate.label: runs[1].images}, scale=scale)
-    image.save(folder / "comparison.png")
+    grid = comparison_image(runs[0].images, {candidate.label: runs[1].images}, scale=scale)
+    grid.save(folder / "comparison.png")
     return saved
 
 
