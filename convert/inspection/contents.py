@@ -20,10 +20,13 @@ from omni_convert.convert.source.component_folder import ComponentFolder, folder
 from omni_convert.convert.source.location import Source
 from omni_convert.convert.terminal import MAX_WIDTH, terminal_width, wrapped
 from omni_convert.formats.checks.completeness import incomplete
+from omni_convert.formats.checks.meaning import doubts
 from omni_convert.formats.containers.tensor_spec import DTYPE_NAMES
+from omni_convert.formats.dialects.found import describe
 from omni_convert.formats.dialects.table import DIALECTS
-from omni_convert.formats.dialects.verdict import VLLM_OMNI, Verdict, if_incomplete, lost_block_verdicts
-from omni_convert.formats.views.opened import QuantizedCheckpoint, QuantizedLayer
+from omni_convert.formats.dialects.verdict import OURS, VLLM_OMNI, Verdict, if_incomplete, lost_block_verdicts
+from omni_convert.formats.views.base import FLOAT8
+from omni_convert.formats.views.opened import QuantizedCheckpoint, QuantizedLayer, read_layers
 
 __all__ = [
     "InspectedComponent",
@@ -63,6 +66,7 @@ class InspectedComponent:
         dialect: dialect of its quantized layers; None if there are none
         kept: number and bytes of its other tensors, by dtype
         runtimes: the verdict of each runtime; none for a component that is not quantized
+        doubt: why its meaning is not certain; None if it is
     """
 
     name: str
@@ -71,20 +75,23 @@ class InspectedComponent:
     layers: tuple[InspectedLayer, ...]
     kept: dict[str, tuple[int, int]]
     runtimes: tuple[Verdict, ...]
+    doubt: str | None = None
 
 
 def inspect_source(source: Source) -> list[InspectedComponent]:
     """Inspects every component that has weights.
 
     Raises:
-        CheckpointError: a file is damaged, or contradicts its config.
+        CheckpointError: a file is damaged.
     """
     return [_inspect(component) for component in folders_with_weights(source)]
 
 
 def _inspect(component: ComponentFolder) -> InspectedComponent:
-    with component.open() as opened:
+    reading = read_layers(describe(component.checkpoint(), component.folder))
+    with reading.quantized as opened:
         lost = dialect_of_lost_block(component, opened)
+        doubt = next((f"{each.layer or 'the file'}: {each.what}" for each in doubts(reading)), None)
         kept: dict[str, tuple[int, int]] = {}
         for stored in opened.kept.values():
             spec = opened.checkpoint[stored]
@@ -96,7 +103,8 @@ def _inspect(component: ComponentFolder) -> InspectedComponent:
             sum(spec.nbytes for spec in opened.checkpoint.values()),
             tuple(_inspect_layer(layer) for layer in opened.layers.values()),
             kept,
-            tuple(lost_block_verdicts() if lost else _runtimes(component, opened)),
+            tuple(lost_block_verdicts() if lost else _runtimes(component, opened, doubt)),
+            doubt,
         )
 
 
@@ -106,7 +114,7 @@ def _inspect_layer(layer: QuantizedLayer) -> InspectedLayer:
     return InspectedLayer(layer.stem, layer.format.label, layer.shape, tensors, layer.nbytes)
 
 
-def _runtimes(component: ComponentFolder, opened: QuantizedCheckpoint) -> list[Verdict]:
+def _runtimes(component: ComponentFolder, opened: QuantizedCheckpoint, doubt: str | None) -> list[Verdict]:
     if opened.shown_dialect is None:
         return []
     formats = {stem: layer.format for stem, layer in opened.layers.items()}
@@ -115,7 +123,7 @@ def _runtimes(component: ComponentFolder, opened: QuantizedCheckpoint) -> list[V
     found = dialect.verdicts(formats, refusal, opened.checkpoint, family)
     flaw = incomplete(opened)
     if flaw is None:
-        return found
+        return found if doubt is None else if_incomplete(found, (OURS,), doubt)
     # vLLM-Omni leaves a missing scale unset, with a warning.
     strict = {*dialect.strict_runtimes} - ({VLLM_OMNI} if flaw.is_scale else set())
     return if_incomplete(found, strict, flaw.reason)
@@ -141,6 +149,12 @@ def _component_lines(component: InspectedComponent, path: Path) -> Iterator[str]
     kept = ", ".join(f"{count} {dtype} ({size_text(nbytes)})" for dtype, (count, nbytes) in component.kept.items())
     if kept:
         yield from _indented(f"other tensors: {kept}")
+    if component.doubt is None and component.kept.keys() & {DTYPE_NAMES[dtype] for dtype in FLOAT8}:
+        yield from _indented(
+            "FP8 numbers without scales are weights that were cast: every command reads them as they are"
+        )
+    if component.doubt is not None:
+        yield from _indented(f"its meaning is NOT CERTAIN: {component.doubt}")
     for verdict in component.runtimes:
         word = {"loads": "loads", "wrong": "LOADS WRONG", "refuses": "refuses"}[verdict.outcome]
         yield from _indented(f"{verdict.runtime}: {word}: {verdict.why}")

@@ -16,6 +16,8 @@ from pathlib import Path
 from threading import Event
 from typing import Any
 
+import torch
+
 from omni_convert.convert.inspection.file_check import check_files
 from omni_convert.convert.inspection.lost_block import dialect_of_lost_block
 from omni_convert.convert.inspection.name_check import check_converted_names, check_names
@@ -25,6 +27,7 @@ from omni_convert.convert.source.component_folder import ComponentFolder, folder
 from omni_convert.convert.source.location import Source
 from omni_convert.convert.source.original_names import under_diffusers_names
 from omni_convert.formats.checks.block import check_block
+from omni_convert.formats.checks.meaning import lost_scale
 from omni_convert.formats.checks.reading import TolerantReading, read_tolerantly
 from omni_convert.formats.checks.scale_exchange import ScaleTrace, exchanged_scales, trace_of
 from omni_convert.formats.checks.scope import check_scope
@@ -254,8 +257,11 @@ def _values(
 
 def _kept_values(checkpoint: Checkpoint, name: str) -> list[Finding]:
     spec = checkpoint[name]
-    if not spec.dtype.is_floating_point or spec.dtype.itemsize == 1:
+    if not spec.dtype.is_floating_point or spec.dtype is torch.float8_e8m0fnu:
         return []
+    lost = lost_scale(checkpoint, name)
+    if lost is not None:
+        return [lost]
     if not spec.shape:
         return check_finite(name, iter([checkpoint.read(name)]))
     return check_finite(name, (checkpoint.read_rows(name, *rows) for rows in tile_ranges(spec.shape)))

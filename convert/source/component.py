@@ -6,8 +6,6 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
-
 from omni_convert.convert.recipe import LoraRequest, Recipe
 from omni_convert.convert.source.component_folder import ComponentFolder
 from omni_convert.convert.source.location import Source
@@ -19,17 +17,12 @@ from omni_convert.convert.source.original_names import (
     under_diffusers_names,
 )
 from omni_convert.formats.containers.checkpoint import Checkpoint
-from omni_convert.formats.containers.names import COMPANIONS
-from omni_convert.formats.containers.tensor_spec import DTYPE_NAMES
 from omni_convert.formats.dialects.table import DIALECTS
 from omni_convert.formats.errors import CheckpointError, RecipeError, counted, quoted
-from omni_convert.formats.views.base import dequantized_view
+from omni_convert.formats.views.base import FLOAT8, dequantized_view
 from omni_convert.formats.views.opened import QuantizedCheckpoint
 
-__all__ = ["SourceComponent", "open_components", "plain_weights"]
-
-
-INTEGER_CODES = (torch.int8, torch.uint8)
+__all__ = ["SourceComponent", "cast_tensors", "open_components", "plain_weights"]
 
 
 @dataclass(frozen=True)
@@ -60,16 +53,7 @@ class SourceComponent(ComponentFolder):
         return f"{len(self.opened.layers)} layers ({', '.join(labels)} as {self.opened.dialect} spells it)"
 
     def refuse_unread(self) -> None:
-        """Raises CheckpointError if it is quantized in a way that is not supported, or a layer lacks its scale."""
-        for name, spec in self.weights.items():
-            if name.endswith(".weight") and len(spec.shape) == 2 and spec.dtype in INTEGER_CODES:
-                scales = [leaf for leaf in COMPANIONS if f"{name.removesuffix('weight')}{leaf}" in self.weights]
-                found = f"with {', '.join(scales)} and nothing that says what they are" if scales else "and no scale"
-                raise CheckpointError(
-                    f"{self.weights.path}: tensor {quoted(name)}: found {DTYPE_NAMES[spec.dtype]} codes {found}, "
-                    f"expected {'a format' if scales else 'both'}; `omni-convert verify` tells what is wrong with the "
-                    "file"
-                )
+        """Raises CheckpointError if it is quantized in a way that is not supported."""
         block = self.config_if_any.get("quantization_config")
         if block and not self.opened.layers:
             kind = block.get("quant_method") if isinstance(block, dict) else type(block).__name__
@@ -80,8 +64,13 @@ class SourceComponent(ComponentFolder):
 
 
 def plain_weights(opened: QuantizedCheckpoint) -> Checkpoint:
-    """The tensors of a component with its quantized layers dequantized."""
-    return dequantized_view(opened) if opened.layers else opened.checkpoint
+    """The tensors of a component as plain numbers: its quantized layers dequantized, FP8 numbers in BF16."""
+    return dequantized_view(opened) if opened.layers or cast_tensors(opened) else opened.checkpoint
+
+
+def cast_tensors(opened: QuantizedCheckpoint) -> list[str]:
+    """Names of the tensors that were cast to FP8, without a scale."""
+    return [stored for stored in opened.kept.values() if opened.checkpoint[stored].dtype in FLOAT8]
 
 
 def open_components(source: Source, names: Iterable[str], recipe: Recipe) -> dict[str, SourceComponent]:
@@ -91,7 +80,8 @@ def open_components(source: Source, names: Iterable[str], recipe: Recipe) -> dic
         CheckpointError: a file is damaged, or does not belong to the model that the config describes.
         RecipeError: a LoRA file fits no component, or would change layers that `-m keep` must not change.
     """
-    opened = {name: ComponentFolder(source, name).open() for name in names}
+    is_here = source.hub_files is None  # rows of a file on the Hub would have to be downloaded before the plan is made
+    opened = {name: ComponentFolder(source, name).open(values=is_here) for name in names}
     components = {name: SourceComponent(source, name, opened[name], plain_weights(opened[name])) for name in opened}
     components = {name: _under_diffusers_names(component, recipe) for name, component in components.items()}
     requests, parts = check_requests(recipe.lora, opened)

@@ -9,6 +9,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from omni_convert.convert.source.location import Source
+from omni_convert.formats.checks.meaning import read_certain
 from omni_convert.formats.containers.checkpoint import Checkpoint
 from omni_convert.formats.containers.component import DENOISERS
 from omni_convert.formats.containers.json_file import read_json
@@ -16,7 +17,7 @@ from omni_convert.formats.containers.reader import TensorFile
 from omni_convert.formats.errors import CheckpointError
 from omni_convert.formats.families.family import Family
 from omni_convert.formats.families.table import find_family
-from omni_convert.formats.views.opened import QuantizedCheckpoint, open_quantized
+from omni_convert.formats.views.opened import QuantizedCheckpoint
 
 __all__ = ["MANIFEST", "ComponentFolder", "folders_with_weights", "model_class"]
 
@@ -113,9 +114,16 @@ class ComponentFolder:
         """Its tensors as they are stored; raises CheckpointError if a file is damaged."""
         return Checkpoint.open(self.path, _streamed_files(self.source, self.name))
 
-    def open(self) -> QuantizedCheckpoint:
-        """Its tensors and quantized layers, in any dialect; raises CheckpointError if a file is not what it says."""
-        return open_quantized(self.path, _streamed_files(self.source, self.name))
+    def open(self, *, values: bool = False) -> QuantizedCheckpoint:
+        """Its tensors and quantized layers, in any dialect.
+
+        Args:
+            values: whether to read some rows to make sure of their meaning
+
+        Raises:
+            CheckpointError: a file is damaged, or its meaning is not certain.
+        """
+        return read_certain(self.checkpoint(), self.folder, values=values)
 
     @cached_property
     def manifest(self) -> Mapping[str, Any]:

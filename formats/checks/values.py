@@ -17,13 +17,22 @@ from omni_convert.formats.format import Format
 from omni_convert.formats.rows import tile_ranges
 from omni_convert.formats.views.opened import QuantizedLayer
 
-__all__ = ["check_finite", "check_values", "elements_of", "other_scale"]
+__all__ = [
+    "check_finite",
+    "check_values",
+    "elements_of",
+    "has_ordered_scales",
+    "order_findings",
+    "other_scale",
+]
 
 E8M0_NAN = 255
 E8M0_ONE = 127
 #: What is looked at beyond single values: whole tiles of swizzled scales, this many elements or a little more.
 SAMPLE_ELEMENTS = 1 << 22
 SAMPLE_MULTIPLE = 128
+#: Elements that show the order of block scales.
+ORDER_ELEMENTS = 1 << 20
 # RMS of weights: trained ones are between 1e-4 and 1; the reciprocal of a scale is off by its square, 1e4 and more.
 LARGEST_RMS, SMALLEST_RMS = 100.0, 1e-8
 LIKELY_RMS = (1e-5, 10.0)
@@ -60,11 +69,15 @@ def check_values(
 
 def check_finite(name: str, tiles: Iterator[Tensor]) -> list[Finding]:
     """Whether a tensor that is not quantized has NaN or Inf in it."""
-    bad = sum(int((~torch.isfinite(tile)).sum()) for tile in tiles if tile.is_floating_point())
+    bad = sum(_bad_numbers(tile) for tile in tiles if tile.is_floating_point())
     if not bad:
         return []
     what = f"found values that are NaN or Inf: {bad}"
     return [Finding("error", "non-finite", name, what, "every runtime: black images", "download or convert it again")]
+
+
+def _bad_numbers(tile: Tensor) -> int:
+    return int((~torch.isfinite(tile.float() if tile.dtype.itemsize == 1 else tile)).sum())
 
 
 def elements_of(fmt: Format, tensors: Mapping[str, Tensor]) -> Tensor:
@@ -152,17 +165,44 @@ def _value_finding(layer: QuantizedLayer, suffix: str, check: str, count: int, d
 
 def _sample_findings(layer: QuantizedLayer, dialect: str) -> Iterator[Finding]:
     """What can be told only from many values together."""
-    rows, columns = layer.shape
-    multiple = SAMPLE_MULTIPLE if len(layer.format.weight_shape(*layer.shape)) == 2 else 1  # experts are matrices each
-    most = SAMPLE_ELEMENTS // max(1, columns) // multiple * multiple
-    tensors = layer.read(0, min(rows, max(multiple, most)))
-    elements = elements_of(layer.format, tensors)
+    tensors = _sample(layer, SAMPLE_ELEMENTS)
     yield from _sizes(layer, tensors, dialect)
     yield from _smoothing(layer, tensors)
+    if has_ordered_scales(layer):
+        yield from _unused_range(layer, tensors)
+        yield from _order(layer, tensors, dialect)
+
+
+def order_findings(layer: QuantizedLayer, dialect: str) -> list[Finding]:
+    """Whether the block scales of a layer are in another order than its dialect stores them in.
+
+    Args:
+        layer: one that `has_ordered_scales`
+
+    Raises:
+        CheckpointError: a file cannot be read.
+    """
+    return list(_order(layer, _sample(layer, ORDER_ELEMENTS), dialect))
+
+
+def has_ordered_scales(layer: QuantizedLayer) -> bool:
+    """Whether a layer has a scale in a byte for each block, which could be swizzled."""
+    block = _block(layer)
+    return block is not None and layer.shape[1] >= block
+
+
+def _block(layer: QuantizedLayer) -> int | None:
+    """Columns that share a scale in a byte; None where there is no such scale."""
     encoding = layer.format.innermost.encoding
-    block = encoding.block[1] if encoding is not None and encoding.has_byte_scales else None
-    if encoding is not None and block is not None and columns >= block:
-        yield from _blocks(layer, tensors, split_blocks(elements, block), encoding.element.largest, dialect)
+    return encoding.block[1] if encoding is not None and encoding.has_byte_scales else None
+
+
+def _sample(layer: QuantizedLayer, elements: int) -> dict[str, Tensor]:
+    """The first rows of a layer: whole tiles of swizzled scales."""
+    rows, columns = layer.shape
+    multiple = SAMPLE_MULTIPLE if len(layer.format.weight_shape(*layer.shape)) == 2 else 1  # experts are matrices each
+    most = elements // max(1, columns) // multiple * multiple
+    return layer.read(0, min(rows, max(multiple, most)))
 
 
 def _rms(fmt: Format, tensors: Mapping[str, Tensor]) -> float:
@@ -218,26 +258,34 @@ def _smoothing(layer: QuantizedLayer, tensors: Mapping[str, Tensor]) -> Iterator
         )  # fmt: skip
 
 
-def _blocks(
-    layer: QuantizedLayer, tensors: Mapping[str, Tensor], blocks: Tensor, top: float, dialect: str
-) -> Iterator[Finding]:
-    """The test of each block against its scale.
+def _counted_blocks(layer: QuantizedLayer, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """The elements of each block, float32 [rows, blocks, block]; and the blocks whose scale was chosen freely."""
+    block = _block(layer)
+    assert block is not None, "it has ordered scales"
+    blocks = split_blocks(elements_of(layer.format, tensors), block)
+    smallest_scale = tensors["weight_scale"].view(torch.uint8) <= 2  # nothing smaller could be chosen
+    return blocks, (blocks.abs().amax(-1) > 0) & ~smallest_scale
 
-    Args:
-        blocks: elements, float32 [rows, blocks, block]
-        top: the largest element that there is
-    """
-    scales = tensors["weight_scale"]
-    largest = blocks.abs().amax(-1)
-    smallest_scale = scales.view(torch.uint8) <= 2  # nothing smaller could be chosen
-    counted = (largest > 0) & ~smallest_scale
-    unused = float(((largest < top / 4) & counted).sum()) / max(1, int(counted.sum()))
-    name = layer.stored.name_of("weight_scale")
+
+def _unused_range(layer: QuantizedLayer, tensors: Mapping[str, Tensor]) -> Iterator[Finding]:
+    """Blocks whose scale is much larger than their elements need."""
+    encoding = layer.format.innermost.encoding
+    assert encoding is not None, "it has ordered scales"
+    blocks, counted = _counted_blocks(layer, tensors)
+    top = encoding.element.largest
+    unused = float(((blocks.abs().amax(-1) < top / 4) & counted).sum()) / max(1, int(counted.sum()))
     if unused > UNUSED_SHARE:
         what = (
             f"found {unused:.0%} of the blocks below a quarter of the grid's top, {top:g}; a fitting scale is smaller"
         )
+        name = layer.stored.name_of("weight_scale")
         yield Finding("warning", "unused-range", name, what, "every runtime: more rounding error than needed", AGAIN)
+
+
+def _order(layer: QuantizedLayer, tensors: Mapping[str, Tensor], dialect: str) -> Iterator[Finding]:
+    """Scales in the other order, or in none."""
+    scales, name = tensors["weight_scale"], layer.stored.name_of("weight_scale")
+    blocks, counted = _counted_blocks(layer, tensors)
     magnitude = blocks.square().mean(-1).sqrt_().log2_()
     magnitude[~counted] = torch.nan
     coarse = _coarse(tensors, scales.shape)

@@ -25,7 +25,11 @@ from omni_convert.formats.errors import CheckpointError
 from omni_convert.formats.rows import TensorLayout, WeightRows
 from omni_convert.formats.views.opened import QuantizedCheckpoint, QuantizedLayer
 
-__all__ = ["CheckpointView", "KeptTensor", "ViewedTensor", "dequantized_view", "respelled_view"]
+__all__ = ["FLOAT8", "CheckpointView", "KeptTensor", "ViewedTensor", "dequantized_view", "respelled_view"]
+
+
+#: Elements of weights that were cast, without a scale.
+FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 BYTES = (torch.uint8, torch.float8_e8m0fnu)
 # The largest finite code, without its sign.
@@ -86,6 +90,27 @@ class _Dequantized(ViewedTensor):
                 f"{stop - 1} of the dequantized weight, expected finite numbers; a scale or a code is damaged"
             )
         return rows
+
+
+@dataclass(frozen=True)
+class _Widened(ViewedTensor):
+    """Numbers that were cast to FP8, in BF16, which holds each of them."""
+
+    spec: TensorSpec
+    kept: KeptTensor
+
+    @property
+    def sources(self) -> tuple[str, ...]:  # type: ignore[override]  # follows from the tensor
+        return self.kept.sources
+
+    def read(self, start: int, stop: int) -> Tensor:
+        numbers = self.kept.read(start, stop).to(torch.bfloat16)
+        if not bool(torch.isfinite(numbers).all()):
+            raise CheckpointError(
+                f"{self.kept.checkpoint.path}: tensor '{self.kept.stored}': found NaN or Inf in it, expected finite "
+                "numbers; cast the model to FP8 again"
+            )
+        return numbers
 
 
 @dataclass(frozen=True)
@@ -244,14 +269,15 @@ class CheckpointView(Checkpoint):
 
 
 def dequantized_view(quantized: QuantizedCheckpoint) -> CheckpointView:
-    """Every layer as one weight in float32, everything else as it is."""
+    """Every layer as one weight in float32, numbers that were cast to FP8 in BF16, everything else as it is."""
 
     def weight_of(layer: QuantizedLayer) -> list[ViewedTensor]:
         shape = layer.format.weight_shape(*layer.shape)
         return [_Dequantized(TensorSpec(layer.stored.weight_name, torch.float32, shape), layer)]
 
     storage = {layer.stored.weight_name: torch.bfloat16 for layer in quantized.layers.values()}
-    return _view(quantized, {stem: weight_of(layer) for stem, layer in quantized.layers.items()}, storage)
+    layers = {stem: weight_of(layer) for stem, layer in quantized.layers.items()}
+    return _view(quantized, layers, storage, widens=True)
 
 
 def respelled_view(quantized: QuantizedCheckpoint, spellings: Mapping[str, WrittenSpelling]) -> CheckpointView:
@@ -296,8 +322,14 @@ def _view(
     quantized: QuantizedCheckpoint,
     layers: Mapping[str, Sequence[ViewedTensor]],
     storage: Mapping[str, torch.dtype] | None = None,
+    *,
+    widens: bool = False,
 ) -> CheckpointView:
-    """The view with these tensors for the layers, in the order in which the source holds them."""
+    """The view with these tensors for the layers, in the order in which the source holds them.
+
+    Args:
+        widens: whether numbers that were cast to FP8 are shown in BF16
+    """
     checkpoint = quantized.checkpoint
     stem_of = {name: stem for stem, layer in quantized.layers.items() for name in layer.sources}
     new_names = {stored: name for name, stored in quantized.kept.items()}
@@ -307,5 +339,7 @@ def _view(
             tensors |= {tensor.spec.name: tensor for tensor in layers[stem_of[stored]]}
         elif stored in new_names:
             name = new_names[stored]
-            tensors[name] = KeptTensor(replace(spec, name=name), checkpoint, stored)
+            kept = KeptTensor(replace(spec, name=name), checkpoint, stored)
+            is_widened = widens and spec.dtype in FLOAT8
+            tensors[name] = _Widened(replace(kept.spec, dtype=torch.bfloat16), kept) if is_widened else kept
     return CheckpointView(checkpoint, list(tensors.values()), storage)

@@ -1,7 +1,7 @@
 """Refuses quantized layers that no library would read right.
 
-Their config declares nothing, so that libraries would take the codes for weights; or they are in a dialect that this
-loader does not read.
+Their config declares nothing, so that libraries would take the codes for weights; they are in a dialect that this
+loader does not read; or their meaning is not certain.
 """
 
 from __future__ import annotations
@@ -9,14 +9,16 @@ from __future__ import annotations
 from collections.abc import Collection
 from pathlib import Path
 
+from omni_convert.formats.checks.meaning import refuse_doubts
 from omni_convert.formats.checks.undeclared import undeclared_codes
 from omni_convert.formats.containers.checkpoint import Checkpoint
 from omni_convert.formats.containers.json_file import read_json
 from omni_convert.formats.containers.tensor_spec import DTYPE_NAMES
+from omni_convert.formats.dialects.base import Dialect
 from omni_convert.formats.dialects.found import describe
-from omni_convert.formats.dialects.table import find_dialect
 from omni_convert.formats.dialects.verdict import DIFFUSERS, OURS
 from omni_convert.formats.errors import CheckpointError
+from omni_convert.formats.views.opened import read_layers
 from omni_convert.loaders.loading.pipeline_files import INDEX, loaded_files, open_weights
 
 __all__ = ["refuse_undeclared"]
@@ -35,8 +37,8 @@ def refuse_undeclared(folder: Path, given: Collection[str] = (), variant: str | 
         variant: that of `from_pretrained`
 
     Raises:
-        CheckpointError: a component has quantized layers and no block, or is in a dialect that is not read here; or a
-            file is damaged.
+        CheckpointError: a component has quantized layers and no block, is in a dialect that is not read here, or has no
+            certain meaning; or a file is damaged.
     """
     index = read_json(folder / INDEX)
     listed = {name: entry for name, entry in index.items() if isinstance(entry, list) and entry and name not in given}
@@ -49,13 +51,15 @@ def refuse_undeclared(folder: Path, given: Collection[str] = (), variant: str | 
         if is_declared and library == "transformers":  # which reads more spellings than we do
             continue
         with open_weights(files) as checkpoint:
-            _refuse_dialect(checkpoint, folder / component, is_declared)
+            reading = read_layers(describe(checkpoint, folder / component))
+            _refuse_dialect(reading.dialect, folder / component, is_declared)
             if not is_declared:
                 _refuse_codes(checkpoint, folder / component)
+            elif reading.dialect is not None:  # a library reads its own blocks
+                refuse_doubts(reading)
 
 
-def _refuse_dialect(checkpoint: Checkpoint, folder: Path, is_declared: bool) -> None:
-    dialect = find_dialect(describe(checkpoint, folder))
+def _refuse_dialect(dialect: Dialect | None, folder: Path, is_declared: bool) -> None:
     # Without a block or marks it could be any dialect that has lost its block.
     if dialect is None or not (is_declared or dialect.declared_by == "marks"):
         return

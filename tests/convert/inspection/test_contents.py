@@ -125,13 +125,16 @@ def test_a_single_file_is_inspected_without_a_config(tiny_pipeline_folder: Path,
     assert component["dialect"] == "comfyui"
 
 
-def test_a_file_that_lies_is_one_line(tiny_pipeline_folder: Path, tmp_path: Path) -> None:
+def test_a_file_that_lies_is_shown_and_not_converted(tiny_pipeline_folder: Path, tmp_path: Path) -> None:
     convert_checkpoint(tiny_pipeline_folder, tmp_path / "out", Recipe(method="nvfp4"))
     file = tmp_path / "out" / "transformer" / WEIGHTS
     tensors = load_file(file)
     tensors[f"{LAYER}.weight_scale"] = tensors[f"{LAYER}.weight_scale"][:, :3].contiguous()
     save_file(tensors, file, metadata={"format": "pt"})
-    result = CliRunner().invoke(main, ["inspect", str(tmp_path / "out")])
+    component = inspected(tmp_path / "out")["transformer"]
+    assert f"tensor '{LAYER}.weight_scale': found F8_E4M3" in component["doubt"]
+    assert {verdict["outcome"] for verdict in component["runtimes"]} <= {"wrong", "refuses"}
+    result = CliRunner().invoke(main, ["dequantize", str(tmp_path / "out"), "-o", str(tmp_path / "no")])
     assert result.exit_code == 1
     assert f"Error: {tmp_path / 'out' / 'transformer'}: tensor '{LAYER}.weight_scale': found F8_E4M3" in result.output
 

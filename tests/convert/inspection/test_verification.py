@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -16,14 +17,20 @@ from torch import Tensor
 
 from omni_convert.convert import Recipe, convert_checkpoint
 from omni_convert.convert.cli.main import main
+from omni_convert.convert.inspection.contents import inspect_source
 from omni_convert.convert.inspection.verification import verify_source
+from omni_convert.convert.plan.plan import plan_conversion
 from omni_convert.convert.source.location import Source
 from omni_convert.formats.arithmetic.e2m1 import encode_e2m1, pack_nibbles
 from omni_convert.formats.arithmetic.swizzle import swizzle_scales, unswizzle_scales
+from omni_convert.formats.checks.meaning import doubts
+from omni_convert.formats.containers.checkpoint import Checkpoint
 from omni_convert.formats.containers.tensor_spec import TensorSpec
 from omni_convert.formats.dialects.codec import Reciprocal
+from omni_convert.formats.dialects.found import describe
 from omni_convert.formats.dialects.table import DIALECTS
 from omni_convert.formats.dialects.vllm_omni import ignored_names
+from omni_convert.formats.errors import CheckpointError, RecipeError
 from omni_convert.formats.families.table import find_family
 from omni_convert.formats.finding import CHECKS, Finding
 from omni_convert.formats.format import Format
@@ -35,6 +42,8 @@ from omni_convert.formats.mxfp4_dualscale import Mxfp4DualScale
 from omni_convert.formats.mxfp8 import Mxfp8
 from omni_convert.formats.nvfp4 import Nvfp4
 from omni_convert.formats.rows import TensorRows
+from omni_convert.formats.views.opened import read_layers
+from omni_convert.loaders.loading.refusal import refuse_undeclared
 
 CLASS = "ZImageTransformer2DModel"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -327,7 +336,26 @@ GOOD: dict[str, Callable[[], Model]] = {
     "odd widths": lambda: written("modelopt", "nvfp4", hidden=208),
     "odd widths, swizzled": lambda: written("comfyui", "mxfp8", hidden=96),
     "not quantized": lambda: Model(originals()),
+    "cast to E4M3": lambda: cast(torch.float8_e4m3fn),
+    "cast to E5M2": lambda: cast(torch.float8_e5m2),
+    "vectors cast, too": lambda: cast(torch.float8_e4m3fn, least=1),
+    "one layer cast": lambda: cast(torch.float8_e4m3fn, of=(f"{Q}.weight",)),
+    "cast beside marked layers": lambda: cast_beside_marks(),
 }  # fmt: skip
+
+
+def cast(dtype: torch.dtype, least: int = 2, of: Collection[str] = ()) -> Model:
+    """Weights cast to FP8, which are the numbers that they are."""
+    return Model({
+        name: tensor.to(dtype) if tensor.dim() >= least and (name in of or not of) else tensor
+        for name, tensor in originals().items()
+    })  # fmt: skip
+
+
+def cast_beside_marks() -> Model:
+    model, names = written("comfyui", "fp8"), {f"{stem}.weight" for stem in KEPT}
+    kept = {name: tensor.to(torch.float8_e5m2) for name, tensor in originals().items() if name in names}
+    return replace(model, tensors=model.tensors | kept)
 
 
 def findings_of(folder: Path, reference: Path | None = None) -> tuple[Finding, ...]:
@@ -524,7 +552,8 @@ BROKEN: dict[str, Case] = {
         "missing-companion", Q,
     ),
     "codes of nothing": (
-        lambda: Model(originals()), change(f"{Q}.weight", lambda w: w.to(torch.float8_e4m3fn)), "missing-companion", Q,
+        lambda: Model(originals()), change(f"{Q}.weight", lambda w: (w / w.abs().max() * 448).to(torch.float8_e4m3fn)),
+        "missing-companion", Q,
     ),
     # dtypes and shapes
     "fp8 scale of two dimensions": (on(OMNI, "fp8"), change(f"{Q}.weight_scale", column), "wrong-shape", Q),
@@ -575,6 +604,7 @@ BROKEN: dict[str, Case] = {
         on("comfyui", "mxfp8", 96),
         change(f"{Q}.weight_scale", lambda scale: unswizzle_scales(scale, 96, 3)), "scale-order", Q,
     ),
+    "unmarked nvfp4 swizzled": (lambda: bfl("nvfp4"), everywhere("weight_scale", swizzle_scales), "scale-order", Q),
     "lightx2v's linear": (lambda: lightx2v("nvfp4"), everywhere("weight_scale", unswizzled), "scale-order", Q),
     "scrambled mxfp8": (on(OMNI, "mxfp8"), everywhere("weight_scale", scrambled), "scale-order", Q),
     "scrambled nvfp4": (on("modelopt", "nvfp4"), everywhere("weight_scale", scrambled), "scale-order", Q),
@@ -793,6 +823,35 @@ def _shifted_scales(model: Model) -> None:
 BROKEN["w4a16 with scales of other layers"] = (
     on("auto-round", "w4a16"), _shifted_scales, "exchanged-scales", f"{Q}.scales",
 )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [*GOOD, *BROKEN])
+def test_all_commands_agree_whether_the_meaning_is_certain(name: str, tmp_path: Path) -> None:
+    make, damage = (GOOD[name], lambda _: None) if name in GOOD else BROKEN[name][:2]
+    model, pipeline = make(), tmp_path / "model"
+    damage(model)
+    pipeline.mkdir()
+    model.config = model.config or {"_class_name": CLASS}
+    component = model.write(pipeline / "transformer")
+    (pipeline / "model_index.json").write_text(json.dumps({"transformer": ["diffusers", CLASS]}))
+    source = Source(pipeline, "model")
+    with Checkpoint.open(component) as checkpoint:
+        reading = read_layers(describe(checkpoint, component))
+        declared, doubtful = list(doubts(reading)), list(doubts(reading, values=True))
+    errors = {found for each in verify_source(source) for found in each.findings if found.severity == "error"}
+    assert {*declared} <= errors
+    assert errors or not doubtful
+    (shown,) = inspect_source(source)
+    assert (shown.doubt is not None) is bool(declared)
+    for method in ("dequantize", "fp8"):
+        refused = (
+            pytest.raises(CheckpointError) if doubtful else suppress(RecipeError, *[CheckpointError] * bool(errors))
+        )
+        with refused:
+            plan_conversion(source, Recipe(method, runtime="diffusers"))
+    with pytest.raises(CheckpointError) if declared else suppress(CheckpointError):
+        refuse_undeclared(pipeline)
+
 
 #: What no file tells of itself.
 BROKEN_BY_REFERENCE: dict[str, Case] = {

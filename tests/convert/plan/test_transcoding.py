@@ -441,7 +441,7 @@ def test_codes_whose_scale_is_gone_are_refused(tiny_pipeline_folder: Path, tmp_p
     tensors["layers.1.attention.to_q.weight_scle"] = tensors.pop("layers.1.attention.to_q.weight_scale")
     save_file(tensors, file)
     for method in ("dequantize", "keep", "fp8"):
-        with pytest.raises(CheckpointError, match=r"'layers.1.attention.to_q.weight': found I8 codes and no scale"):
+        with pytest.raises(CheckpointError, match=r"layer 'layers.1.attention.to_q': found I8 codes with no scale"):
             convert_checkpoint(tmp_path / "int8", tmp_path / method, Recipe(method))
         assert not (tmp_path / method).exists()
 
@@ -450,7 +450,7 @@ def test_codes_whose_scale_is_gone_are_refused(tiny_pipeline_folder: Path, tmp_p
     ("label", "expected"),
     [
         ({}, r"layer 'layers.1.attention.to_q': found type '{}'"),
-        ("FLOAT", "codes with weight_scale, weight_offset and nothing that"),
+        ("FLOAT", "codes with weight_scale and weight_offset, which do not make a format"),
     ],
     ids=["unreadable", "wrong"],
 )
