@@ -304,6 +304,7 @@ class Recipe(FormatChoices):
         }
         options = {**options, **self.format_choices, "weight_block_size": options["weight_block_size"]}
         defaults = {name: Recipe.__dataclass_fields__[name].default for name in options}
-        return {
+        chosen = {
             name: value for name, value in options.items() if name == "method" or value not in (defaults[name], [], {})
         }
+        return chosen if self.imatrix is None else {**chosen, "imatrix_file": self.imatrix.name}  # a key of GGUF

@@ -37,6 +37,9 @@ DEFAULT_PROMPT = "a cup of coffee on the table"
 )
 @click.option("-o", "--output", type=click.Path(path_type=Path), default="stats.safetensors", show_default=True)
 @click.option("--moments", type=click.Path(path_type=Path), help="Also record second moments, into this (large) file.")
+@click.option(
+    "--imatrix-output", type=click.Path(path_type=Path), help="Also write llama.cpp's importance matrix into this file."
+)
 @calibration_options
 @click.option(
     "--component", multiple=True, metavar="NAME=METHOD", help="Also record this component, e.g. text_encoder=fp8."
@@ -45,26 +48,37 @@ DEFAULT_PROMPT = "a cup of coffee on the table"
 @engine_option
 @click.option("--revision", help="Branch, tag or commit on the Hub.")
 @click.option("--overwrite", is_flag=True, help="Replace an earlier file.")
-def calibrate_command(model: str | None, output: Path, moments: Path | None, **options: Any) -> None:
+def calibrate_command(
+    model: str | None, output: Path, moments: Path | None, imatrix_output: Path | None, **options: Any
+) -> None:
     """Record the inputs of every linear layer of MODEL.
 
     The pipeline runs over the prompts. Any later conversion can use the statistics.
     """
     recipe = recipe_of(model, {"ignored_layers": (), **options})
     from omni_convert.convert.calibration.recording import record_source
+    from omni_convert.convert.plan.gguf_importance import GgufComponent
     from omni_convert.convert.source.location import DEMO_PROMPTS, resolve_source
+    from omni_convert.formats.containers.imatrix import write_imatrix
 
-    for option, path in (("output", output), ("moments", moments)):
+    for option, path in (("output", output), ("moments", moments), ("imatrix-output", imatrix_output)):
         if path is not None and path.exists() and not recipe.overwrite:
             raise OutputError(f"{path}: file exists; use --overwrite, or name another --{option}")
-    if recipe.calib is None:
-        if model is not None:
-            raise CalibrationError("--calib: found no prompts, expected a file with one per line, or JSON Lines")
-        recipe = replace(recipe, calib=DEMO_PROMPTS)
+    if recipe.calib is None and model is not None:
+        raise CalibrationError("--calib: found no prompts, expected a file with one per line, or JSON Lines")
+    prompts_file = recipe.calib or DEMO_PROMPTS
+    recipe = replace(recipe, calib=prompts_file)
     silence_libraries()
-    recording = record_source(resolve_source(model, recipe.revision), recipe, with_moments=moments is not None)
+    source = resolve_source(model, recipe.revision)
+    weights = GgufComponent.of(source, recipe) if imatrix_output is not None else None
+    recording = record_source(source, recipe, with_moments=moments is not None)
     statistics = recording.statistics
     statistics.save(output)
+    if imatrix_output is not None and weights is not None:
+        entries = weights.importance(statistics)
+        prompts = sum(len(run.prompts) for run in statistics.identity.runs)
+        write_imatrix(imatrix_output, entries, prompts_file.name, prompts)
+        click.echo(f"{imatrix_output}: importance of {len(entries)} weights")
     if moments is not None and recording.moments is not None:
         recording.moments.save(moments)
         click.echo(f"{moments}: {moments.stat().st_size / 1e6:.1f} MB")

@@ -136,8 +136,18 @@ class GgufTarget(Target):
             if isinstance(step, QuantizeStep)
             for stem, weight in zip(step.group.members, step.weights, strict=True)
         }
-        content = GgufFile(self.component.family.gguf.architecture, self._kind, quantized)
+        content = GgufFile(self.component.family.gguf.architecture, self._kind, quantized, self._key_values)
         return Shards({f"{self.component.source.short_name}-{self._kind}.gguf": outputs(steps)}, None, "", content)
+
+    @property
+    def _key_values(self) -> dict[str, str | int]:
+        """The key-values by which llama.cpp tells that an importance matrix was used."""
+        if self.recipe.imatrix is None:
+            return {}
+        return {
+            "quantize.imatrix.file": self.recipe.imatrix.name,
+            "quantize.imatrix.entries_count": len(self._importance),
+        }
 
     @property
     def notes(self) -> tuple[str, ...]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import gguf
@@ -49,11 +49,13 @@ class GgufFile(Container):
         architecture: `general.architecture`
         file_type: the type that most quantized tensors have, or the name of a mixture
         quantized: quantized tensor → its type and shape; the others have the type of their dtype
+        notes: further key-values, which no reader needs
     """
 
     architecture: str
     file_type: str
     quantized: Mapping[str, tuple[str, tuple[int, ...]]]
+    notes: Mapping[str, str | int] = field(default_factory=dict)
 
     def entry(self, spec: TensorSpec) -> tuple[str, tuple[int, ...], gguf.GGMLQuantizationType]:
         """Name, shape and type in the file.
@@ -126,6 +128,10 @@ def _build_header(specs: list[TensorSpec], content: GgufFile) -> tuple[FileHeade
     writer = gguf.GGUFWriter(None, content.architecture)
     writer.add_quantization_version(QUANTIZATION_VERSION)
     writer.add_file_type(gguf.LlamaFileType[_file_type(content.file_type)])
+    for key, value in content.notes.items():
+        writer.add_key_value(
+            key, value, gguf.GGUFValueType.STRING if isinstance(value, str) else gguf.GGUFValueType.UINT32
+        )
     for spec in specs:
         name, shape, kind = content.entry(spec)
         writer.add_tensor_info(name, shape, np.dtype(np.float32), spec.nbytes, raw_dtype=kind)

@@ -10,9 +10,12 @@ Files of stable-diffusion.cpp name tensors of a diffusion model with `model.diff
 
 from __future__ import annotations
 
+import contextlib
 import struct
+from collections.abc import Mapping
 from pathlib import Path
 
+import gguf
 import numpy as np
 import torch
 from torch import Tensor
@@ -20,9 +23,9 @@ from torch import Tensor
 from omni_convert.formats.containers.gguf_file import GgufReader
 from omni_convert.formats.containers.gguf_header import MAGIC
 from omni_convert.formats.containers.open_file import OpenFile
-from omni_convert.formats.errors import CheckpointError, quoted
+from omni_convert.formats.errors import CheckpointError, OutputError, quoted
 
-__all__ = ["read_imatrix"]
+__all__ = ["read_imatrix", "write_imatrix"]
 
 SUMS, COUNTS = ".in_sum2", ".counts"
 PREFIX = "model.diffusion_model."
@@ -83,3 +86,35 @@ def _read_legacy(file: OpenFile) -> dict[str, Tensor]:
         numbers = torch.from_numpy(np.frombuffer(take(4 * values, file.size), "<f4").astype(np.float32))
         entries[name] = numbers / calls if calls > 0 else torch.ones_like(numbers)
     return entries
+
+
+def write_imatrix(path: Path, entries: Mapping[str, tuple[Tensor, int]], dataset: str, chunks: int) -> None:
+    """Writes a file in the GGUF form, which appears only when it is complete.
+
+    Args:
+        entries: name of each weight's tensor → mean square of its input channels, float32 [in], and number of tokens
+        dataset: name of the prompts
+        chunks: number of prompts
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
+    partial = path.with_name(f"{path.name}.partial")
+    writer = gguf.GGUFWriter(partial, "imatrix")
+    writer.add_type("imatrix")
+    writer.add_array("imatrix.datasets", [dataset])
+    writer.add_uint32("imatrix.chunk_count", chunks)
+    writer.add_uint32("imatrix.chunk_size", 1)
+    for name, (importance, tokens) in sorted(entries.items()):
+        writer.add_tensor(f"{name}{SUMS}", (importance.double() * tokens).float()[None].numpy())
+        writer.add_tensor(f"{name}{COUNTS}", np.full((1, 1), tokens, dtype=np.float32))
+    try:
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        partial.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        raise OutputError(f"{path}: the importance matrix cannot be written ({error.strerror})") from None

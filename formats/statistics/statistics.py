@@ -113,8 +113,13 @@ class Statistics:
         return inputs
 
     def importance_inputs(self, component: str, members: Sequence[str]) -> LayerStatistics | None:
-        """As `for_group`; raises CalibrationError if an earlier version recorded the inputs without mean squares."""
-        inputs = self.for_group(component, members)
+        """Statistics of the one input of layers that are joined to a weight: those of the first that was recorded.
+
+        Raises:
+            CalibrationError: an earlier version recorded them, without mean squares.
+        """
+        found = (self.layers.get(f"{component}.{stem}") for stem in members)
+        inputs = next((layer for layer in found if layer is not None), None)
         if inputs is not None:
             inputs.mean_square()
         return inputs

@@ -346,7 +346,8 @@ def statistics_file(tiny_pipeline_folder: Path, tmp_path_factory: pytest.TempPat
     folder = tmp_path_factory.mktemp("statistics")
     (folder / "prompts.txt").write_text("a red circle\na small blue square\n")
     arguments = ["calibrate", str(tiny_pipeline_folder), "--calib", str(folder / "prompts.txt"), "--device", "cpu"]
-    result = CliRunner().invoke(main, [*arguments, "-o", str(folder / "stats.safetensors")])
+    outputs = ["-o", str(folder / "stats.safetensors"), "--imatrix-output", str(folder / "imatrix.gguf")]
+    result = CliRunner().invoke(main, [*arguments, *outputs])
     assert result.exit_code == 0, result.output
     return folder / "stats.safetensors"
 
@@ -375,6 +376,45 @@ def test_statistics_weight_the_errors_of_the_columns_of_joined_layers_too(
         assert error < plain_error
     manifest = json.loads((tmp_path / "weighted/omni_convert.json").read_text())
     assert manifest["statistics"] == recorded.fingerprint()
+
+
+def test_the_importance_matrix_that_calibration_writes_gives_the_bytes_of_the_statistics(
+    tiny_pipeline_folder: Path, statistics_file: Path, tmp_path: Path
+) -> None:
+    imatrix = statistics_file.with_name("imatrix.gguf")
+    reader = gguf.GGUFReader(imatrix)
+    values = {key: reader.get_field(key).contents() for key in reader.fields if not key.startswith("GGUF.")}
+    assert values.pop("general.architecture") == "imatrix"
+    assert values == {
+        "general.type": "imatrix",
+        "imatrix.datasets": ["prompts.txt"],
+        "imatrix.chunk_count": 2,
+        "imatrix.chunk_size": 1,
+    }
+    found = {tensor.name: tensor for tensor in reader.tensors}
+    recorded = Statistics.load(statistics_file).layers["transformer.layers.0.attention.to_q"]
+    sums, counts = (found[f"layers.0.attention.qkv.weight.{suffix}"] for suffix in ("in_sum2", "counts"))
+    assert (sums.data.shape, counts.data.tolist()) == ((1, 192), [[recorded.rows_seen]])
+    torch.testing.assert_close(torch.from_numpy(sums.data[0] / counts.data[0]), recorded.mean_square())
+    by_file = converted(tiny_pipeline_folder, tmp_path / "imatrix", "Q4_1", imatrix=imatrix)
+    by_statistics = converted(tiny_pipeline_folder, tmp_path / "statistics", "Q4_1", calibration=(statistics_file,))
+    tensors = [{each.name: each.data for each in gguf.GGUFReader(file).tensors} for file in (by_file, by_statistics)]
+    differing = sum(int((tensors[0][name] != tensors[1][name]).sum()) for name in tensors[0])
+    assert differing < sum(data.nbytes for data in tensors[1].values()) / 1000  # quotients of rounded sums
+    fields = gguf.GGUFReader(by_file)
+    assert fields.get_field("quantize.imatrix.file").contents() == "imatrix.gguf"
+    covered = [name for name in found if name.endswith("in_sum2") and name.removesuffix(".in_sum2") in tensors[0]]
+    assert 0 < fields.get_field("quantize.imatrix.entries_count").contents() <= len(covered)
+    assert gguf.GGUFReader(by_statistics).get_field("quantize.imatrix.file") is None
+
+
+def test_an_importance_matrix_is_of_one_denoising_model(tiny_pipeline_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("a red circle\n")
+    arguments = ["calibrate", str(tiny_pipeline_folder), "--calib", str(tmp_path / "prompts.txt")]
+    arguments += ["--component", "transformer=none", "--component", "text_encoder=fp8", "--device", "cpu"]
+    result = CliRunner().invoke(main, [*arguments, "--imatrix-output", str(tmp_path / "imatrix.gguf")])
+    assert result.exit_code == 1
+    assert "--imatrix-output: found no denoising model, expected one" in result.output
 
 
 def test_statistics_that_do_not_serve_are_refused_or_noted(
