@@ -41,6 +41,7 @@ CHECKS = {
     "ignored-but-quantized": "a layer that is stored quantized and listed as ignored",
     "ignored-unmatched": "an ignored name that is no layer of the runtime",
     "not-built-quantized": "a quantized layer that the runtime builds unquantized",
+    "misplaced-block": "a config block where a runtime hands it to other stages as well, or does not look for it",
     "unsupported-family": "a model that the runtime does not run quantized",
     "unknown-scope": "a model whose quantized layers in the runtime are not known here",
     "bad-block": "a config block that the runtime refuses",

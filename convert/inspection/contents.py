@@ -21,10 +21,20 @@ from omni_convert.convert.source.location import Source
 from omni_convert.convert.terminal import MAX_WIDTH, terminal_width, wrapped
 from omni_convert.formats.checks.completeness import incomplete
 from omni_convert.formats.checks.meaning import doubts
+from omni_convert.formats.checks.stage import stage_refusal
 from omni_convert.formats.containers.tensor_spec import DTYPE_NAMES
 from omni_convert.formats.dialects.found import describe
 from omni_convert.formats.dialects.table import DIALECTS
-from omni_convert.formats.dialects.verdict import OURS, VLLM_OMNI, Verdict, if_incomplete, lost_block_verdicts
+from omni_convert.formats.dialects.verdict import (
+    NOT_OF_DIFFUSERS,
+    OURS,
+    VLLM_OMNI,
+    Verdict,
+    if_incomplete,
+    lost_block_verdicts,
+)
+from omni_convert.formats.dialects.vllm_omni import vllm_omni_verdict
+from omni_convert.formats.families.stage import Stage
 from omni_convert.formats.views.base import FLOAT8
 from omni_convert.formats.views.opened import QuantizedCheckpoint, QuantizedLayer, read_layers
 
@@ -118,15 +128,28 @@ def _runtimes(component: ComponentFolder, opened: QuantizedCheckpoint, doubt: st
     if opened.shown_dialect is None:
         return []
     formats = {stem: layer.format for stem, layer in opened.layers.items()}
-    dialect, family = DIALECTS[opened.shown_dialect], component.diffusers_family
+    dialect, family = DIALECTS[opened.shown_dialect], component.served_family
     refusal = vllm_omni_refusal(opened, family, Recipe()) if dialect.fills_vllm_omni_parameters else None
-    found = dialect.verdicts(formats, refusal, opened.checkpoint, family)
+    if component.stage is not None:
+        found = _stage_runtimes(component, component.stage, opened)
+    else:
+        found = dialect.verdicts(formats, refusal, opened.checkpoint, family)
     flaw = incomplete(opened)
     if flaw is None:
         return found if doubt is None else if_incomplete(found, (OURS,), doubt)
     # vLLM-Omni leaves a missing scale unset, with a warning.
     strict = {*dialect.strict_runtimes} - ({VLLM_OMNI} if flaw.is_scale else set())
     return if_incomplete(found, strict, flaw.reason)
+
+
+def _stage_runtimes(component: ComponentFolder, stage: Stage, opened: QuantizedCheckpoint) -> list[Verdict]:
+    """The verdicts on a repository with stages, which vLLM-Omni alone runs quantized."""
+    formats = [layer.format for layer in opened.layers.values()]
+    assert opened.shown_dialect is not None
+    refusal = stage_refusal(
+        stage, component.config, DIALECTS[opened.shown_dialect], {fmt.encoding for fmt in formats}
+    ) or vllm_omni_refusal(opened, component.served_family, Recipe(dialect=opened.shown_dialect))
+    return [vllm_omni_verdict({fmt.method for fmt in formats}, refusal), NOT_OF_DIFFUSERS]
 
 
 def inspection_report(source: Source, components: list[InspectedComponent], *, as_json: bool) -> Iterator[str]:

@@ -18,12 +18,12 @@ from typing import Any
 import torch
 from torch.nn.modules.module import register_module_module_registration_hook
 
-from omni_convert.convert.source.component_folder import model_class
 from omni_convert.convert.source.original_names import convert_names, has_original_files, shapes_of
 from omni_convert.formats.checks.reading import TolerantReading
 from omni_convert.formats.containers.names import COMPANIONS
 from omni_convert.formats.dialects.table import DIALECTS
 from omni_convert.formats.errors import CheckpointError
+from omni_convert.formats.families.table import model_class
 from omni_convert.formats.finding import Finding
 from omni_convert.formats.views.base import dequantized_view
 

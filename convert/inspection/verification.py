@@ -31,6 +31,7 @@ from omni_convert.formats.checks.meaning import lost_scale
 from omni_convert.formats.checks.reading import TolerantReading, read_tolerantly
 from omni_convert.formats.checks.scale_exchange import ScaleTrace, exchanged_scales, trace_of
 from omni_convert.formats.checks.scope import check_scope
+from omni_convert.formats.checks.stage import check_stage
 from omni_convert.formats.checks.values import check_finite, check_values
 from omni_convert.formats.containers.checkpoint import Checkpoint
 from omni_convert.formats.containers.component import DENOISERS
@@ -170,15 +171,17 @@ def _unopened(component: ComponentFolder, error: CheckpointError) -> VerifiedCom
 
 def _scope(component: ComponentFolder, reading: TolerantReading) -> list[Finding]:
     """Findings about layers that vLLM-Omni would not build as they are stored, if the component is for it."""
-    family, dialect = component.diffusers_family, reading.quantized.dialect
-    is_for_vllm_omni = dialect is not None and DIALECTS[dialect].fills_vllm_omni_parameters
+    family, dialect = component.served_family, reading.quantized.dialect
+    stage = component.stage
+    is_for_vllm_omni = dialect is not None and (DIALECTS[dialect].fills_vllm_omni_parameters or stage is not None)
     if not is_for_vllm_omni or family is None or not reading.shapes:
         return []
     recipe, _ = component.manifest_entry
     is_other = family.is_generic and bool(component.name) and not component.is_denoiser  # such as a VAE
     if is_other or recipe.get("runtime") == "diffusers":  # chosen for our loader
         return []
-    return list(check_scope(reading, family, *_encoder_layers(component.source, family)))
+    about_stage = check_stage(reading, stage, component.config) if stage is not None else ()
+    return [*about_stage, *check_scope(reading, family, *_encoder_layers(component.source, family))]
 
 
 def _names(component: ComponentFolder, reading: TolerantReading, config: dict[str, Any]) -> Iterator[Finding]:

@@ -76,7 +76,7 @@ def model_card(plan: Plan, results: dict[str, Sequence[LayerResult]]) -> str:
     data = ModelCardData(
         base_model=plan.source.repo_id,
         base_model_relation="quantized" if plan.source.repo_id else None,
-        library_name="diffusers",
+        library_name="transformers" if _is_of_transformers(plan) else "diffusers",
         license=declared.get("license"),
         license_name=declared.get("license_name"),
         license_link=declared.get("license_link"),
@@ -93,6 +93,10 @@ def model_card(plan: Plan, results: dict[str, Sequence[LayerResult]]) -> str:
     source += "".join(f", with the LoRA **{lora['name']}** ({lora['scale']:g})" for lora in _loras(plan))
     body = BODY.format(title=title, source=source, what=_what(plan), rows="\n".join(_rows(plan, results)), run=run)
     return f"---\n{data.to_yaml()}\n---\n{body}"
+
+
+def _is_of_transformers(plan: Plan) -> bool:
+    return any("architectures" in each.config and "_class_name" not in each.config for each in plan.components)
 
 
 def _loras(plan: Plan) -> list[dict[str, Any]]:

@@ -15,6 +15,7 @@ from omni_convert.formats.containers.safetensors_writer import Safetensors
 from omni_convert.formats.containers.shards import Shards, plan_shards
 from omni_convert.formats.dialects.table import DIALECTS
 from omni_convert.formats.errors import CalibrationError, listed
+from omni_convert.formats.families.stage import Stage, without_block
 
 if TYPE_CHECKING:
     from omni_convert.formats.statistics.statistics import Statistics
@@ -121,7 +122,15 @@ def plan_files(steps: Sequence[Step], recipe: Recipe, metadata: Mapping[str, str
     return replace(plan_shards(specs, limit, weights_name), container=Safetensors({**FORMAT_PT, **metadata}))
 
 
-def replace_config(config: Mapping[str, Any], block: Mapping[str, Any] | None) -> dict[str, Any]:
-    """A config.json with this block, or without one."""
+def replace_config(
+    config: Mapping[str, Any], block: Mapping[str, Any] | None, stage: Stage | None = None
+) -> dict[str, Any]:
+    """A config.json with this block, or without one.
+
+    Args:
+        stage: whose block it is, if it does not stand at the top level
+    """
+    if stage is not None:
+        return stage.with_block(config, block) if block is not None else without_block(config)
     rest = {key: value for key, value in config.items() if key != "quantization_config"}
     return {**rest, "quantization_config": dict(block)} if block is not None else rest

@@ -15,13 +15,12 @@ import torch
 from torch import Tensor
 
 from omni_convert.convert.recipe import Recipe
-from omni_convert.convert.source.component_folder import model_class
 from omni_convert.convert.source.original_names import trace_conversion
 from omni_convert.formats.containers.checkpoint import Checkpoint
 from omni_convert.formats.containers.names import WEIGHT
 from omni_convert.formats.containers.tensor_spec import Run
 from omni_convert.formats.errors import CheckpointError, RecipeError
-from omni_convert.formats.families.table import find_family
+from omni_convert.formats.families.table import find_family, model_class
 from omni_convert.formats.views.renamed import renamed_view
 
 __all__ = ["GgufNames", "choose_names"]

@@ -189,6 +189,9 @@ def _files_to_copy(source: Source, rewritten: Mapping[str, SourceComponent]) -> 
 
 
 def _is_rewritten(name: str, components: Collection[str]) -> bool:
-    folder, _, file = name.partition("/") if "" not in components else ("", "", name)
+    """Whether a file is a config or the weights of a component; a model by itself has its own in the top folder."""
+    folder, _, file = name.rpartition("/") if "" in components else name.partition("/")
     is_written = file in ("config.json", *SIDECARS) or fnmatch(file, DESCRIPTIONS)
-    return folder in components and (is_written or file.endswith(WEIGHT_SUFFIXES))
+    # Qwen2.5-Omni keeps its voices, which vLLM-Omni loads, in a `.pt` file.
+    is_other = "" in components and file.endswith(".pt")
+    return folder in components and (is_written or (file.endswith(WEIGHT_SUFFIXES) and not is_other))

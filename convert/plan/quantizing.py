@@ -66,9 +66,9 @@ def plan_quantized(
         target.weights,
         ordered,
         KeptLayer.of(kept),
-        replace_config(component.config, block),
+        replace_config(component.config, block, target.stage),
         target.files(ordered, format_of),
-        sidecars=target.dialect.sidecars(format_of, [spec.name for spec in outputs(ordered)]),
+        sidecars=target.sidecars(block, format_of, [spec.name for spec in outputs(ordered)]),
         notes=(
             *_requantizing_notes(component, method),
             *filter(None, [target.scheme.note]),

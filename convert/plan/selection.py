@@ -48,12 +48,26 @@ def choose_layers(target: Target) -> Selection:
             chosen.append(group)
         else:
             kept.append((group, reason))
+    chosen, kept = _whole_stacks(chosen, kept)
     if not chosen:
         raise RecipeError(
             f"{target.component.config_path}: every layer is ignored or unsupported; nothing is left to quantize with "
             f"{target.method} (the first: {kept[0][1]})"
         )
     return Selection(scope, tuple(chosen), tuple(kept))
+
+
+def _whole_stacks(
+    chosen: Sequence[LayerGroup], kept: Sequence[tuple[LayerGroup, str]]
+) -> tuple[list[LayerGroup], list[tuple[LayerGroup, str]]]:
+    """The same choice without stacks of experts that are quantized in part: these stay as a whole."""
+    partial = {group.stack: group.members[0] for group, _ in reversed(kept) if group.stack is not None}
+    left = [
+        (group, f"the runtime builds it together with '{partial[group.stack]}', which stays")
+        for group in chosen
+        if group.stack in partial
+    ]
+    return [group for group in chosen if group.stack not in partial], [*kept, *left]
 
 
 def check_patterns(recipe: Recipe, selections: Iterable[Selection]) -> None:

@@ -24,10 +24,13 @@ from omni_convert.formats.containers.shards import Shards
 from omni_convert.formats.containers.tensor_spec import TensorSpec
 from omni_convert.formats.dialects import vllm_omni
 from omni_convert.formats.dialects.base import Dialect
+from omni_convert.formats.dialects.found import SIDECARS
+from omni_convert.formats.dialects.modelopt import MODELOPT_DIALECT
 from omni_convert.formats.dialects.table import DIALECTS
 from omni_convert.formats.errors import CheckpointError, RecipeError
 from omni_convert.formats.families.generic_rule import generic_groups
 from omni_convert.formats.families.layers import LayerGroup, linear_widths
+from omni_convert.formats.families.stage import Stage
 from omni_convert.formats.format import Format, QuantizingFormat
 from omni_convert.formats.int8 import Int8
 from omni_convert.formats.table import build_format
@@ -139,6 +142,23 @@ class Target(ABC):
         """
         return None
 
+    @property
+    def stage(self) -> Stage | None:
+        """The stage whose block is written; None for a model of diffusers."""
+        return None
+
+    def sidecars(
+        self, block: Mapping[str, Any] | None, formats: Mapping[str, Format], names: Sequence[str]
+    ) -> Mapping[str, Mapping[str, Any]]:
+        """JSON files to write beside the weights: name to content.
+
+        Args:
+            block: the config block
+            formats: stem of each quantized layer to its format
+            names: all tensors that are written
+        """
+        return self.dialect.sidecars(formats, names)
+
     @abstractmethod
     def files(self, steps: Sequence[Step], formats: Mapping[str, Format]) -> Shards:
         """The files of weights that the steps fill."""
@@ -155,7 +175,15 @@ class RuntimeTarget(Target):
 
     @property
     def dialect(self) -> Dialect:
-        return DIALECTS[self.recipe.dialect]
+        """The recipe's; ModelOpt's in place of vLLM-Omni's own for a stage, which is a model of vLLM."""
+        dialect = DIALECTS[self.recipe.dialect]
+        return MODELOPT_DIALECT if self.component.stage is not None and dialect is vllm_omni.VLLM_OMNI else dialect
+
+    @property
+    def stage(self) -> Stage | None:
+        """The stage whose block is written, and where it stands."""
+        stage = self.component.stage
+        return replace(stage, config_path=()) if stage is not None and self.dialect.names_quantized_blocks else stage
 
     def scope(self) -> Scope:
         component, recipe, family = self.component, self.recipe, self.component.family
@@ -189,6 +217,9 @@ class RuntimeTarget(Target):
         reason = family.refused_variant(component.config, self.method)
         if reason is not None:
             raise RecipeError(f"{component.config_path}: {reason}; choose another method, or --force")
+        dynamic = component.stage.dynamic_refusal if component.stage is not None else None
+        if dynamic is not None and self.method == "fp8" and self.scheme.name == "dynamic":
+            raise RecipeError(f"{component.config_path}: {dynamic}; add --calib PROMPTS or --calibration STATISTICS")
 
     def _without_leading_blocks(self, groups: Sequence[LayerGroup]) -> Iterator[LayerGroup]:
         """The groups; those of the leading blocks that stay in BF16 have that as their reason."""
@@ -218,6 +249,8 @@ class RuntimeTarget(Target):
         self, formats: Mapping[str, Format], kept: Sequence[LayerGroup], encoder: Collection[str]
     ) -> dict[str, Any] | None:
         component = self.component
+        if component.stage is not None:
+            return self._stage_block(component.stage, formats, kept)
         ignored = {*vllm_omni.ignored_names(kept)}
         if component.is_denoiser:
             ignored |= {*unquantized_encoder_layers(component.source, component.family, encoder)}
@@ -225,6 +258,26 @@ class RuntimeTarget(Target):
             ignored |= {*other_linears(component.weights, formats)}
         block = self.dialect.encoder_block if component.is_transformers else self.dialect.block
         return block(formats, ignored)
+
+    def _stage_block(
+        self, stage: Stage, formats: Mapping[str, Format], kept: Sequence[LayerGroup]
+    ) -> dict[str, Any] | None:
+        if self.dialect is not MODELOPT_DIALECT:
+            return self.dialect.block(formats, vllm_omni.ignored_names(kept))
+        return {**MODELOPT_DIALECT.block(formats, ()), "ignore": stage.patterns(kept)}
+
+    def sidecars(
+        self, block: Mapping[str, Any] | None, formats: Mapping[str, Format], names: Sequence[str]
+    ) -> Mapping[str, Mapping[str, Any]]:
+        """Those of the dialect; and for a stage the file by which vLLM sees at all that the model is quantized.
+
+        VLLM looks for a block at the top level of config.json or in this file, before vLLM-Omni looks into the stage's
+        part. Every stage gets the file's block, so that it ignores the layers of the others.
+        """
+        sidecars = self.dialect.sidecars(formats, names)
+        if block is None or self.stage is None or not self.stage.config_path:
+            return sidecars
+        return {**sidecars, SIDECARS[0]: {**block, "ignore": [*block["ignore"], *self.stage.other_stages]}}
 
     def files(self, steps: Sequence[Step], formats: Mapping[str, Format]) -> Shards:
         metadata = self.dialect.metadata(formats)

@@ -28,6 +28,11 @@ def plan_transcoded(component: SourceComponent, recipe: Recipe, encoder: Compone
         RecipeError: the runtime cannot run the model; or it is to be kept, and its container has no other dialect.
     """
     component.refuse_unread()
+    if component.stage is not None and recipe.method == "keep":
+        raise RecipeError(
+            f"{component.config_path}: found -m keep for a repository with stages, expected -m METHOD, which quantizes "
+            "it, or `omni-convert dequantize`"
+        )
     dialect = component.opened.dialect
     if recipe.method == "keep" and dialect is not None and DIALECTS[dialect].declared_by == "container":
         raise RecipeError(
@@ -58,7 +63,7 @@ def plan_transcoded(component: SourceComponent, recipe: Recipe, encoder: Compone
         view,
         steps,
         (),
-        replace_config(component.config_if_any, block),
+        replace_config(component.config_if_any, block, component.stage),
         plan_files(steps, recipe, metadata, is_transformers=component.is_transformers),
         {stem: layer.format.label for stem, layer in quantized.items()},
         sidecars,

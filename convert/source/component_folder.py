@@ -16,10 +16,11 @@ from omni_convert.formats.containers.json_file import read_json
 from omni_convert.formats.containers.reader import TensorFile
 from omni_convert.formats.errors import CheckpointError
 from omni_convert.formats.families.family import Family
-from omni_convert.formats.families.table import find_family
+from omni_convert.formats.families.stage import Stage
+from omni_convert.formats.families.table import find_family, model_class
 from omni_convert.formats.views.opened import QuantizedCheckpoint
 
-__all__ = ["MANIFEST", "ComponentFolder", "folders_with_weights", "model_class"]
+__all__ = ["MANIFEST", "ComponentFolder", "folders_with_weights"]
 
 #: The manifest that a conversion leaves beside the model.
 MANIFEST = "omni_convert.json"
@@ -82,10 +83,17 @@ class ComponentFolder:
         return find_family(model_class(self.config))
 
     @property
-    def diffusers_family(self) -> Family | None:
-        """The family of its class, or None unless its config names a class of diffusers."""
+    def served_family(self) -> Family | None:
+        """The family of its class; None unless that is a class of diffusers, or a repository with stages."""
         class_name = self.config_if_any.get("_class_name")
-        return find_family(class_name) if isinstance(class_name, str) else None
+        if isinstance(class_name, str):
+            return find_family(class_name)
+        return find_family(self.model_class) if self.stage is not None else None
+
+    @property
+    def stage(self) -> Stage | None:
+        """The stage that vLLM-Omni builds quantized, in a repository of transformers; None for other models."""
+        return None if self.name else find_family(self.model_class).stage
 
     @property
     def is_denoiser(self) -> bool:
@@ -154,13 +162,6 @@ def folders_with_weights(source: Source) -> list[ComponentFolder]:
     if not found:
         raise CheckpointError(f"{source.path}: found no component with .safetensors or .gguf files, expected some")
     return found
-
-
-def model_class(config: Mapping[str, Any]) -> str:
-    """The class that a config names, or "unknown"."""
-    architectures = config.get("architectures")
-    named = [config.get("_class_name"), *(architectures if isinstance(architectures, list) else [])]
-    return next((name for name in named if isinstance(name, str) and name), "unknown")
 
 
 def _manifest(folder: Path) -> dict[str, Any]:

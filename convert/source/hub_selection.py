@@ -31,6 +31,10 @@ PATTERNS = (
     "*/*.model",
     "*/*.jinja",
 )
+# The weights of a repository of transformers, all of whose other files are needed too.
+TRANSFORMERS_WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
+# Weights in other containers. A `.pt` is none of these: Qwen2.5-Omni keeps its voices in one, which is copied unread.
+OTHER_WEIGHTS = (".bin", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", GGUF_SUFFIX)
 # Only one file of a folder is read; several are usually the same model in several types.
 GGUF_PATTERN = f"transformer*/*{GGUF_SUFFIX}"
 
@@ -51,6 +55,8 @@ def needed_files(repo_id: str, names: Collection[str], file: str | None = None) 
                 f"{repo_id}: found no file {quoted(file)}, expected one of the repository{did_you_mean(file, names)}"
             )
         return {file, (PurePosixPath(file).parent / CONFIG).as_posix()} & {*names}
+    if INDEX not in names and {CONFIG, *TRANSFORMERS_WEIGHTS}.intersection(names) > {CONFIG}:
+        return {name for name in names if not name.endswith(OTHER_WEIGHTS) and "/." not in f"/{name}"}
     needed = {name for name in names if any(fnmatch.fnmatch(name, pattern) for pattern in PATTERNS)}
     in_safetensors = {PurePosixPath(name).parent for name in needed if name.endswith(".safetensors")}
     in_gguf: dict[PurePosixPath, list[str]] = {}

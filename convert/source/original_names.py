@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from omni_convert.convert.source.component_folder import model_class
 from omni_convert.formats.containers.checkpoint import Checkpoint
 from omni_convert.formats.containers.tensor_spec import Run, TensorSpec
 from omni_convert.formats.errors import CheckpointError, counted
+from omni_convert.formats.families.table import model_class
 from omni_convert.formats.views.base import CheckpointView, dequantized_view
 from omni_convert.formats.views.opened import QuantizedCheckpoint
 from omni_convert.formats.views.renamed import renamed_view, trace_rows

@@ -10,6 +10,7 @@ from omni_convert.formats.checks.unlisted import check_unlisted
 from omni_convert.formats.dialects.block_findings import FIX_BLOCK
 from omni_convert.formats.dialects.table import DIALECTS
 from omni_convert.formats.dialects.vllm_omni import missing_flag, serialized_flag
+from omni_convert.formats.families.table import find_family, model_class
 from omni_convert.formats.finding import Finding
 
 __all__ = ["check_block"]
@@ -27,10 +28,10 @@ def check_block(reading: TolerantReading, config: Mapping[str, Any]) -> Iterator
     if dialect is not None:
         stored = {stem: layer.stored for stem, layer in reading.quantized.layers.items()}
         yield from dialect.check(reading.found, stored, config)
-        is_of_vllm_omni = dialect.fills_vllm_omni_parameters and "_class_name" in config
-        yield from (
-            check_unlisted(reading.quantized) if not is_of_vllm_omni else ()
-        )  # `check_scope` knows what it builds
+        is_of_diffusers = dialect.fills_vllm_omni_parameters and "_class_name" in config
+        has_stages = find_family(model_class(config)).stage is not None
+        if not is_of_diffusers and not has_stages:  # of these, `check_scope` knows what vLLM-Omni builds
+            yield from check_unlisted(reading.quantized)
 
 
 def _unexplained_block(reading: TolerantReading, config: Mapping[str, Any], *, is_bare: bool) -> Iterator[Finding]:

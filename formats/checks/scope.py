@@ -57,12 +57,13 @@ def check_scope(
     assert quantized.dialect is not None
     dialect = DIALECTS[quantized.dialect]
     ignored = dialect.ignored_entries(reading.found.block)
-    if not dialect.is_dequantized_by_vllm_omni(methods):
+    if family.stage is not None or not dialect.is_dequantized_by_vllm_omni(methods):
         yield from check_built(reading.shapes, groups)
     damaged = {finding.layer for finding in reading.findings}
     for group in groups:
         if not any(name == stem or name.startswith(f"{stem}.") for name in damaged for stem in group.members):
             yield from _group(reading, group, ignored, dialect)
+    yield from _stacks(reading, groups)
     yield from _names(reading, groups, ignored, dialect, family, encoder_layers)
     wrong = [name for name in stored_encoder_layers if dialect.is_ignored(name, ignored)]
     if wrong:
@@ -116,12 +117,28 @@ def _weights(reading: TolerantReading) -> dict[str, TensorSpec]:
     return layers | {name: checkpoint[stored] for name, stored in reading.quantized.kept.items() if name not in layers}
 
 
+def _stacks(reading: TolerantReading, groups: Sequence[LayerGroup]) -> Iterator[Finding]:
+    """Stacks of experts that are quantized in part."""
+    layers = reading.quantized.layers
+    quantized: dict[str, str] = {}
+    for group in groups:
+        if group.stack is not None and group.members[0] in layers:
+            quantized.setdefault(group.stack, group.members[0])
+    for group in groups:
+        if group.stack in quantized and group.members[0] not in layers:
+            yield Finding(
+                "error", "half-quantized-group", group.members[0],
+                f"found it unquantized, but '{quantized[group.stack]}', another expert, quantized",
+                f"{VLLM_OMNI}: builds '{group.stack}' as one layer", ANEW,
+            )  # fmt: skip
+
+
 def _group(
     reading: TolerantReading, group: LayerGroup, ignored: Collection[str], dialect: Dialect
 ) -> Iterator[Finding]:
     layers = reading.quantized.layers
     stored = [stem for stem in group.members if stem in layers]
-    names = (group.runtime_name, *group.members)
+    names = group.names if group.stack is not None else (group.runtime_name, *group.members)
     listed = [name for name in names if dialect.is_ignored(name, ignored)]
     if not stored:
         yield from _unquantized(group, listed, dialect)
@@ -136,13 +153,14 @@ def _group(
 
 def _unquantized(group: LayerGroup, listed: Collection[str], dialect: Dialect) -> Iterator[Finding]:
     is_whole = dialect.ignores_merged_layers_by_name or len(listed) in (1, 1 + len(group.members))
-    if group.runtime_name in listed and is_whole:
+    name = group.stack or group.runtime_name
+    if name in listed and is_whole:
         return
     if not listed:
         yield Finding(
             "error", "not-ignored", group.members[0],
-            f"found it unquantized, but '{group.runtime_name}' not listed as ignored",
-            f"{VLLM_OMNI}: leaves its scale unset: garbage or NaN", f"list '{group.runtime_name}' and its parts",
+            f"found it unquantized, but '{name}' not listed as ignored",
+            f"{VLLM_OMNI}: leaves its scale unset: garbage or NaN", f"list '{name}' and its parts",
         )  # fmt: skip
         return
     absent = next(name for name in (group.runtime_name, *group.members) if name not in listed)

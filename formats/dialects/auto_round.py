@@ -106,6 +106,7 @@ class AutoRound(Dialect):
 
     name = "auto-round"
     consumers = "vLLM, diffusers"
+    names_quantized_blocks = True
     usual_verdicts = (
         Verdict(DIFFUSERS, "loads", "integers, with auto-round installed; MX as dequantized BF16"),
         UNMARKED,
@@ -175,6 +176,11 @@ class AutoRound(Dialect):
         if NVFP4 in encodings and not all(fmt.is_static for fmt in layers.values()):
             candidate = Verdict(VLLM_OMNI_CANDIDATE, "wrong", f"leaves input_global_scale unset; {CALIBRATE}")
         return [_released_verdict(encodings, layers, checkpoint), candidate, *self.usual_verdicts, CONVERT_FIRST]
+
+    def ignored_entries(self, block: Mapping[str, Any]) -> tuple[str, ...]:
+        exceptions = block.get("extra_config")
+        entries = exceptions.items() if isinstance(exceptions, Mapping) else ()
+        return tuple(str(name) for name, exception in entries if _is_unquantized(exception))
 
     def check(self, found: Found, layers: Mapping[str, StoredLayer], config: Mapping[str, Any]) -> Iterator[Finding]:
         yield from _check_exceptions(found.block.get("extra_config"), layers)

@@ -12,6 +12,7 @@ from omni_convert.formats.containers.checkpoint import Checkpoint
 from omni_convert.formats.containers.json_file import parse_json, read_json
 from omni_convert.formats.containers.tensor_spec import TensorSpec
 from omni_convert.formats.errors import CheckpointError
+from omni_convert.formats.families.table import find_family, model_class
 
 __all__ = ["DESCRIPTIONS", "SIDECARS", "Found", "describe"]
 
@@ -63,9 +64,11 @@ def describe(checkpoint: Checkpoint, folder: Path) -> Found:
 
 def _block(folder: Path, checkpoint: Checkpoint) -> Mapping[str, Any]:
     """The config block: of config.json, of a sidecar, or of the files' headers."""
-    block = _json(folder / "config.json").get("quantization_config")
-    if isinstance(block, dict) and block:
-        return block
+    config = _json(folder / "config.json")
+    stage = find_family(model_class(config)).stage
+    for block in (stage.block_of(config) if stage is not None else None, config.get("quantization_config")):
+        if isinstance(block, Mapping) and block:
+            return block
     for name in SIDECARS:
         if sidecar := _json(folder / name):
             return sidecar

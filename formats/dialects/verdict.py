@@ -13,6 +13,7 @@ __all__ = [
     "COMFYUI",
     "CONVERT_FIRST",
     "DIFFUSERS",
+    "NOT_OF_DIFFUSERS",
     "NO_BLOCK",
     "OURS",
     "UNKNOWN_METHOD",
@@ -57,6 +58,7 @@ UNKNOWN_METHOD = Verdict(DIFFUSERS, "refuses", "its quantizers do not know this 
 CONVERT_FIRST = Verdict(
     OURS, "refuses", "reads vLLM-Omni's spelling, and ModelOpt's FP8 and NVFP4: -m keep --dialect vllm-omni first"
 )
+NOT_OF_DIFFUSERS = Verdict(OURS, "refuses", "runs models of diffusers, and this is a repository of transformers")
 
 
 def lost_block_verdicts() -> list[Verdict]:

@@ -17,11 +17,12 @@ from omni_convert.formats.families.layers import (
     VLLM_OMNI,
     LayerGroup,
     LayerPattern,
-    block_number,
+    block_numbers,
     linear_widths,
     matching_groups,
 )
 from omni_convert.formats.families.original_names import OriginalName, original_runs
+from omni_convert.formats.families.stage import Stage
 
 __all__ = [
     "EncoderLayers",
@@ -70,6 +71,7 @@ class RuntimeRefusal:
         methods: the methods that are refused; empty for all
         dialects: the dialects in which they are refused; empty for all
         is_final: no layer may be stored quantized for the runtime, so that --force cannot help
+        is_loaded_here: our loader runs the model
     """
 
     runtime: str
@@ -77,10 +79,13 @@ class RuntimeRefusal:
     methods: tuple[str, ...] = ()
     dialects: tuple[str, ...] = ()
     is_final: bool = False
+    is_loaded_here: bool = True
 
     @property
     def advice(self) -> str:
         """The reason, and what the user can do instead."""
+        if not self.is_loaded_here:
+            return self.reason
         others = "--runtime diffusers is for our loader"
         return (
             f"{self.reason}; {others}" if self.is_final else f"{self.reason}; {others}, --force converts all the same"
@@ -134,12 +139,12 @@ class EncoderLayers:
             count = _layer_count(config, part, key)
             for pattern in patterns:
                 for index in range(count if "{}" in pattern.runtime_name else 1):
-                    yield pattern.numbered(str(index))
+                    yield pattern.numbered((str(index),))
 
     def is_name(self, name: str) -> bool:
         """Whether the runtime may look up a layer of such an encoder, of whatever depth, by this name."""
         return any(
-            block_number(template, name.removeprefix(self.prefix)) is not None
+            block_numbers(template, name.removeprefix(self.prefix)) is not None
             for pattern in (*self.layers, *self.vision_layers)
             for template in (pattern.runtime_name, *pattern.members)
         )
@@ -177,6 +182,7 @@ class Family:
         original_names: what the model's own code calls its tensors; empty where that is not known
         has_original_names: diffusers' names are those of the model's own code
         trainer_names: other names that trainers of LoRA give to modules
+        stage: the stage that is quantized, in a repository of transformers; None for a model of diffusers
     """
 
     name: str
@@ -192,6 +198,7 @@ class Family:
     has_original_names: bool = False
     trainer_names: tuple[OriginalName, ...] = ()
     gguf: GgufFacts = GgufFacts()
+    stage: Stage | None = None
 
     @property
     def is_generic(self) -> bool:

@@ -24,7 +24,8 @@ __all__ = [
     "WHOLE_BLOCK_RUNTIMES",
     "LayerGroup",
     "LayerPattern",
-    "block_number",
+    "block_numbers",
+    "experts",
     "kept",
     "linear_widths",
     "linears",
@@ -55,6 +56,7 @@ class LayerPattern:
         loads_merged: a checkpoint may also hold the members already merged, under the runtime's name
         runtimes: the runtimes whose scope includes the layer
         keep_reason: why the layer stays as it is although the runtime builds it quantized, or None
+        stack: name of the runtime's layer that holds all experts of a block, or None
     """
 
     runtime_name: str
@@ -63,15 +65,17 @@ class LayerPattern:
     loads_merged: bool = False
     runtimes: tuple[str, ...] = EVERY_RUNTIME
     keep_reason: str | None = None
+    stack: str | None = None
 
-    def numbered(self, number: str, members: tuple[str, ...] | None = None) -> LayerGroup:
-        """The layer in the block of this number.
+    def numbered(self, numbers: tuple[str, ...], members: tuple[str, ...] | None = None) -> LayerGroup:
+        """The layer in the block, and of the expert, of these numbers.
 
         Args:
             members: what the checkpoint holds instead of the pattern's members
         """
-        members = members or tuple(member.replace("{}", number) for member in self.members)
-        return LayerGroup(self.runtime_name.replace("{}", number), members, self.is_fused, self.keep_reason)
+        members = members or tuple(_filled(member, numbers) for member in self.members)
+        stack = None if self.stack is None else _filled(self.stack, numbers)
+        return LayerGroup(_filled(self.runtime_name, numbers), members, self.is_fused, self.keep_reason, stack)
 
 
 @dataclass(frozen=True)
@@ -84,20 +88,25 @@ class LayerGroup:
         is_fused: the runtime's layer has several logical widths; a single tensor may too (FLUX.2's `ff.linear_in`)
         keep_reason: why the group stays as it is although the runtime would build it quantized (it must then be
             listed as ignored), or None
+        stack: name of the runtime's layer that holds all experts of a block, which are quantized all or none; or None
     """
 
     runtime_name: str
     members: tuple[str, ...]
     is_fused: bool
     keep_reason: str | None = None
+    stack: str | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
         """Every name by which a runtime may look the layer up: its own and those of its parts.
 
         A runtime that knows how its layers are merged asks for the parts; one that does not asks for the merged layer.
-        A checkpoint's `to_out.0` is also listed as `to_out`, since Qwen-Image uses both.
+        A checkpoint's `to_out.0` is also listed as `to_out`, since Qwen-Image uses both. Experts have the name of their
+        stack alone.
         """
+        if self.stack is not None:
+            return (self.stack,)
         names = dict.fromkeys((self.runtime_name, *self.members))
         return (*names, *(name.removesuffix(".0") for name in names if name.endswith(".to_out.0")))
 
@@ -125,9 +134,20 @@ def merged(
     return LayerPattern(f"{parent}.{runtime_leaf}", members, True, loads_merged, runtimes)
 
 
-def kept(stem: str, reason: str) -> LayerPattern:
-    """A linear that vLLM-Omni would run quantized, but that is better left alone."""
-    return LayerPattern(stem, (stem,), runtimes=(VLLM_OMNI,), keep_reason=reason)
+def experts(parent: str) -> tuple[LayerPattern, ...]:
+    """Experts of a mixture, which the runtime builds as one layer: gate and up of each share scales."""
+    one = f"{parent}.experts.{{}}"
+    stack = f"{parent}.experts"
+    gate_up = (f"{one}.gate_proj", f"{one}.up_proj")
+    return (
+        LayerPattern(f"{one}.gate_up_proj", gate_up, is_fused=True, stack=stack),
+        LayerPattern(f"{one}.down_proj", (f"{one}.down_proj",), stack=stack),
+    )
+
+
+def kept(stem: str, reason: str, runtime_name: str = "") -> LayerPattern:
+    """A linear that vLLM-Omni would run quantized, but that is better left alone; it may have another name there."""
+    return LayerPattern(runtime_name or stem, (stem,), runtimes=(VLLM_OMNI,), keep_reason=reason)
 
 
 #: The joint attention of image and text streams, as diffusers' MMDiT models name it.
@@ -174,26 +194,35 @@ def _compiled(template: str) -> re.Pattern[str]:
     return re.compile(re.escape(template).replace(re.escape("{}"), "([0-9]+)"))
 
 
-def block_number(template: str, stem: str) -> str | None:
-    """The number that `{}` stands for in `stem` ("" if there is no `{}`), or None if the template does not match."""
+def _filled(template: str, numbers: tuple[str, ...]) -> str:
+    """A template with its `{}` replaced by the first of these numbers, in their order."""
+    for number in numbers:
+        template = template.replace("{}", number, 1)
+    return template
+
+
+def block_numbers(template: str, stem: str) -> tuple[str, ...] | None:
+    """The numbers that each `{}` stands for in `stem`, or None if the template does not match."""
     match = _compiled(template).fullmatch(stem)
-    return None if match is None else "".join(match.groups())
+    return None if match is None else match.groups()
 
 
 def _group_of(stem: str, patterns: Collection[LayerPattern], widths: Mapping[str, int]) -> LayerGroup | None:
     for pattern in patterns:
         for template in pattern.members:
-            number = block_number(template, stem)
-            if number is not None:
-                return _complete_group(pattern, number, stem, widths)
-        number = block_number(pattern.runtime_name, stem)
-        if number is not None and len(pattern.members) > 1:
-            return _merged_group(pattern, number, stem)
+            numbers = block_numbers(template, stem)
+            if numbers is not None:
+                return _complete_group(pattern, numbers, stem, widths)
+        numbers = block_numbers(pattern.runtime_name, stem)
+        if numbers is not None and len(pattern.members) > 1:
+            return _merged_group(pattern, numbers, stem)
     return None
 
 
-def _complete_group(pattern: LayerPattern, number: str, stem: str, widths: Mapping[str, int]) -> LayerGroup:
-    group = pattern.numbered(number)
+def _complete_group(
+    pattern: LayerPattern, numbers: tuple[str, ...], stem: str, widths: Mapping[str, int]
+) -> LayerGroup:
+    group = pattern.numbered(numbers)
     for member in group.members:
         if member not in widths:
             raise CheckpointError(
@@ -208,9 +237,9 @@ def _complete_group(pattern: LayerPattern, number: str, stem: str, widths: Mappi
     return group
 
 
-def _merged_group(pattern: LayerPattern, number: str, stem: str) -> LayerGroup:
+def _merged_group(pattern: LayerPattern, numbers: tuple[str, ...], stem: str) -> LayerGroup:
     """The group of a checkpoint that already holds the members merged."""
     if not pattern.loads_merged:
         parts = ", ".join(template.rpartition(".")[2] for template in pattern.members)
         raise CheckpointError(f"{stem}.weight: found a merged layer, expected its parts ({parts}); split it first")
-    return pattern.numbered(number, (stem,))
+    return pattern.numbered(numbers, (stem,))

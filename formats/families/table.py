@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from omni_convert.formats.families.cosmos_3 import COSMOS_3
 from omni_convert.formats.families.family import Family, unknown_scope
 from omni_convert.formats.families.flux_1 import FLUX_1
@@ -34,10 +37,11 @@ from omni_convert.formats.families.not_tabulated import (
 )
 from omni_convert.formats.families.qwen_image import QWEN_IMAGE
 from omni_convert.formats.families.qwen_image_21 import QWEN_IMAGE_21
+from omni_convert.formats.families.qwen_omni import QWEN_2_5_OMNI, QWEN_3_OMNI, QWEN_3_TTS
 from omni_convert.formats.families.wan import WAN
 from omni_convert.formats.families.z_image import Z_IMAGE
 
-__all__ = ["FAMILIES", "find_family"]
+__all__ = ["FAMILIES", "find_family", "model_class"]
 
 FAMILIES = (
     Z_IMAGE,
@@ -70,6 +74,9 @@ FAMILIES = (
     AURA_FLOW,
     COSMOS,
     LUMINA_2,
+    QWEN_3_OMNI,
+    QWEN_2_5_OMNI,
+    QWEN_3_TTS,
 )
 
 
@@ -79,3 +86,10 @@ def find_family(model_class: str) -> Family:
         if model_class in family.model_classes:
             return family
     return Family("generic", (model_class,), refusals=unknown_scope(model_class or "this model"))
+
+
+def model_class(config: Mapping[str, Any]) -> str:
+    """The class that a config names, or "unknown"."""
+    architectures = config.get("architectures")
+    named = [config.get("_class_name"), *(architectures if isinstance(architectures, list) else [])]
+    return next((name for name in named if isinstance(name, str) and name), "unknown")

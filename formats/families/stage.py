@@ -1,0 +1,75 @@
+"""Repositories of transformers with several stages, of which vLLM-Omni builds one quantized."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from omni_convert.formats.families.layers import LayerGroup
+
+__all__ = ["BLOCK", "Stage", "without_block"]
+
+#: The key of a config block.
+BLOCK = "quantization_config"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """The stage that is quantized. All others stay in full precision, and so do the encoders of this one.
+
+    Attributes:
+        prefix: what the names of its layers begin with in the checkpoint
+        config_path: keys of config.json that lead to the part with the stage's config block; () for the top level
+        ignored: patterns of layers that the runtime would build quantized, and that always stay
+        other_stages: patterns of the layers of stages that get the block of `hf_quant_config.json` as well
+        dynamic_refusal: why FP8 needs static activations, or None
+    """
+
+    prefix: str
+    config_path: tuple[str, ...] = ()
+    ignored: tuple[str, ...] = ()
+    other_stages: tuple[str, ...] = ()
+    dynamic_refusal: str | None = None
+
+    def block_of(self, config: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The stage's config block; {} if there is none where the runtime looks for it."""
+        part: Any = config
+        for key in (*self.config_path, BLOCK):
+            part = part.get(key) if isinstance(part, Mapping) else None
+        return part if isinstance(part, Mapping) else {}
+
+    def with_block(self, config: Mapping[str, Any], block: Mapping[str, Any]) -> dict[str, Any]:
+        """A config.json whose stage has this block; parts on the way are made where they are missing."""
+        return _with(without_block(config), (*self.config_path, BLOCK), dict(block))
+
+    def patterns(self, groups: Iterable[LayerGroup]) -> list[str]:
+        """Patterns for a list of ignored layers: those that always stay, and one for each name of these groups.
+
+        The runtime puts other prefixes before its names than the checkpoint does, so that a pattern begins with `*`.
+        """
+        others = [group for group in groups if not any(map(self._is_covered, group.names))]
+        return [
+            *self.ignored,
+            *sorted({f"*{name.removeprefix(self.prefix)}" for group in others for name in group.names}),
+        ]
+
+    def _is_covered(self, name: str) -> bool:
+        return any(name.endswith(pattern.removeprefix("*")) for pattern in self.ignored)
+
+
+def without_block(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config.json without config blocks, at the top level and in its parts."""
+    return {
+        key: without_block(value) if isinstance(value, Mapping) else value
+        for key, value in config.items()
+        if key != BLOCK
+    }
+
+
+def _with(config: Mapping[str, Any], path: tuple[str, ...], value: Any) -> dict[str, Any]:
+    key, *rest = path
+    if not rest:
+        return {**config, key: value}
+    part = config.get(key)
+    return {**config, key: _with(part if isinstance(part, Mapping) else {}, tuple(rest), value)}

@@ -1,0 +1,168 @@
+"""Tiny repositories of transformers with several stages: real classes with fixed random weights, and files beside them.
+
+Qwen3-TTS has a class in no package, so that its tensors have the names that vLLM-Omni's loader reads.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors.torch import save_file
+
+__all__ = ["REPOSITORIES", "save_repository"]
+
+ROPE = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [4, 2, 2]}
+LANGUAGE_MODEL: dict[str, Any] = {
+    "vocab_size": 160,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "rope_parameters": ROPE,
+}
+EXPERTS = {"moe_intermediate_size": 32, "num_experts": 4, "num_experts_per_tok": 2}
+AUDIO = {
+    "num_mel_bins": 16,
+    "encoder_layers": 1,
+    "encoder_attention_heads": 2,
+    "encoder_ffn_dim": 64,
+    "d_model": 32,
+    "output_dim": 64,
+    "n_window": 10,
+}
+VISION = {"depth": 1, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": 64}
+DECODER = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 4}
+#: Files of such repositories that a conversion takes over as they are.
+OTHER_FILES = {
+    "generation_config.json": b'{"do_sample": true}',
+    "preprocessor_config.json": b"{}",
+    "chat_template.json": b'{"chat_template": "{{ messages }}"}',
+    "modeling_custom.py": b'raise RuntimeError("never run")\n',
+    "LICENSE": b"a license\n",
+    "spk_dict.pt": b"\x80 a pickle that nobody reads",
+    "speech_tokenizer/config.json": b'{"model_type": "codec"}',
+    "speech_tokenizer/model.safetensors": b"\x02\0\0\0\0\0\0\0{}",
+}
+
+
+def qwen_3_omni() -> transformers.PreTrainedModel:
+    talker = {**LANGUAGE_MODEL, **EXPERTS, "num_hidden_layers": 1, "num_local_experts": 4}
+    return _built(
+        transformers.Qwen3OmniMoeForConditionalGeneration,
+        transformers.Qwen3OmniMoeConfig(
+            thinker_config={
+                "text_config": {**LANGUAGE_MODEL, **EXPERTS},
+                "audio_config": {**AUDIO, "downsample_hidden_size": 16, "n_window_infer": 20},
+                "vision_config": {**VISION, "deepstack_visual_indexes": [0], "num_position_embeddings": 16},
+            },
+            talker_config={
+                "text_config": {**talker, "shared_expert_intermediate_size": 32},
+                "code_predictor_config": {**DECODER, "num_key_value_heads": 2, "head_dim": 16, "num_code_groups": 4},
+                "thinker_hidden_size": 64,
+                "num_code_groups": 4,
+                "spatial_merge_size": 2,
+            },
+            code2wav_config={
+                **DECODER,
+                "codebook_size": 64,
+                "num_key_value_heads": 4,
+                "upsample_rates": [2],
+                "upsampling_ratios": [2],
+                "decoder_dim": 32,
+                "num_quantizers": 4,
+            },
+        ),
+    )
+
+
+def qwen_2_5_omni() -> transformers.PreTrainedModel:
+    vision = {**VISION, "hidden_size": 32, "fullatt_block_indexes": [0]}
+    return _built(
+        transformers.Qwen2_5OmniForConditionalGeneration,
+        transformers.Qwen2_5OmniConfig(
+            thinker_config={"text_config": LANGUAGE_MODEL, "audio_config": AUDIO, "vision_config": vision},
+            talker_config={**LANGUAGE_MODEL, "num_hidden_layers": 1, "embedding_size": 64},
+            token2wav_config={
+                "dit_config": {
+                    "hidden_size": 64,
+                    "num_hidden_layers": 1,
+                    "num_attention_heads": 2,
+                    "head_dim": 32,
+                    "emb_dim": 16,
+                    "enc_emb_dim": 16,
+                    "enc_dim": 8,
+                    "enc_channels": [16, 16, 16, 16, 48],
+                    "enc_attention_channels": 8,
+                    "enc_se_channels": 8,
+                    "num_embeds": 32,
+                    "mel_dim": 16,
+                },
+                "bigvgan_config": {
+                    "mel_dim": 16,
+                    "upsample_initial_channel": 32,
+                    "upsample_rates": [2, 2],
+                    "upsample_kernel_sizes": [4, 4],
+                },
+            },
+        ),
+    )
+
+
+def _built(model_class: Any, config: transformers.PretrainedConfig) -> transformers.PreTrainedModel:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model: transformers.PreTrainedModel = model_class(config).to(torch.bfloat16)
+    return model
+
+
+def _save_qwen_3_tts(folder: Path) -> None:
+    """A talker, a code predictor, and the modules beside them, under the names that vLLM-Omni's loader reads."""
+    generator = torch.Generator().manual_seed(0)
+    shapes: dict[str, tuple[int, ...]] = {
+        "talker.codec_head": (96, 64),
+        "talker.model.codec_embedding": (96, 64),
+        "talker.model.text_embedding": (160, 64),
+        "talker.text_projection.linear_fc1": (64, 64),
+        "talker.text_projection.linear_fc2": (64, 64),
+        "talker.code_predictor.lm_head.0": (64, 64),
+        "speaker_encoder.fc": (64, 48),
+    }
+    for block in ("talker.model.layers.0", "talker.model.layers.1", "talker.code_predictor.model.layers.0"):
+        shapes |= {f"{block}.self_attn.{leaf}_proj": (32 if leaf in "kv" else 64, 64) for leaf in "qkvo"}
+        shapes |= {f"{block}.mlp.{leaf}_proj": (96, 64) for leaf in ("gate", "up")}
+        shapes |= {f"{block}.mlp.down_proj": (64, 96)}
+    weights = {
+        f"{stem}.weight": torch.randn(shape, generator=generator).to(torch.bfloat16) for stem, shape in shapes.items()
+    }
+    folder.mkdir(parents=True)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    config = {"architectures": ["Qwen3TTSForConditionalGeneration"], "model_type": "qwen3_tts", "talker_config": {}}
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def _save_of_transformers(build: Callable[[], transformers.PreTrainedModel], folder: Path) -> None:
+    build().save_pretrained(folder, max_shard_size="300KB")
+
+
+#: Name of the family → a function that saves a tiny model of it into a folder.
+REPOSITORIES: dict[str, Callable[[Path], None]] = {
+    "qwen_3_omni": lambda folder: _save_of_transformers(qwen_3_omni, folder),
+    "qwen_2_5_omni": lambda folder: _save_of_transformers(qwen_2_5_omni, folder),
+    "qwen_3_tts": _save_qwen_3_tts,
+}
+
+
+def save_repository(name: str, folder: Path) -> None:
+    """Saves a tiny repository with all files that real ones have."""
+    REPOSITORIES[name](folder)
+    for file, content in OTHER_FILES.items():
+        path = folder / file
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(content)
