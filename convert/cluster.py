@@ -124,13 +124,7 @@ class Cluster:
         Raises:
             ClusterError: a task was lost too often.
         """
-        remote = self._ray.remote(function).options(
-            num_cpus=slots.cores,
-            num_gpus=slots.gpus,
-            memory=min(memory, slots.memory),
-            max_retries=MAX_RETRIES,
-            scheduling_strategy="SPREAD",
-        )
+        remote = self._ray.remote(function).options(**_options(slots, memory), max_retries=MAX_RETRIES)
         pending: deque[Any] = deque()
         try:
             for arguments in calls:
@@ -159,12 +153,7 @@ class Cluster:
             ClusterError: an object was lost too often.
         """
         remote = self._ray.remote(kind).options(
-            num_cpus=slots.cores,
-            num_gpus=slots.gpus,
-            memory=min(memory, slots.memory),
-            max_restarts=MAX_RETRIES,
-            max_task_retries=MAX_RETRIES,
-            scheduling_strategy="SPREAD",
+            **_options(slots, memory), max_restarts=MAX_RETRIES, max_task_retries=MAX_RETRIES
         )
         actors = [remote.remote(*arguments) for _ in range(min(slots.count, len(calls)))]
         # Work goes to objects that have started, so that one without a place on the cluster delays nothing.
@@ -212,6 +201,12 @@ class Cluster:
 
     def _nodes(self) -> list[dict[str, Any]]:
         return [node for node in self._ray.nodes() if node["Alive"]]
+
+
+def _options(slots: Slots, memory: int) -> dict[str, Any]:
+    """Ray's options for work that occupies a slot, spread over the machines."""
+    needed = {"num_cpus": slots.cores, "num_gpus": slots.gpus, "memory": min(memory, slots.memory)}
+    return {**needed, "scheduling_strategy": "SPREAD"}
 
 
 @contextmanager

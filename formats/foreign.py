@@ -144,8 +144,8 @@ class Spread(Format):
 
 
 @dataclass(frozen=True)
-class Smoothed(Format):
-    """Another format, whose layer multiplies its inputs by `mul_scale`; the weight's columns were divided by it."""
+class _Wrapped(Format):
+    """Another format, whose numbers stand for the weight only after a further step."""
 
     inner: Format
 
@@ -158,17 +158,22 @@ class Smoothed(Format):
         return self.inner.row_multiple
 
     @property
-    def encoding(self) -> Encoding | None:
-        inner = self.inner.encoding
-        return None if inner is None else replace(inner, is_smoothed=True)
-
-    @property
     def activation_scheme(self) -> str:
         return self.inner.activation_scheme
 
     @property
     def innermost(self) -> Format:
         return self.inner.innermost
+
+
+@dataclass(frozen=True)
+class Smoothed(_Wrapped):
+    """Another format, whose layer multiplies its inputs by `mul_scale`; the weight's columns were divided by it."""
+
+    @property
+    def encoding(self) -> Encoding | None:
+        inner = self.inner.encoding
+        return None if inner is None else replace(inner, is_smoothed=True)
 
     @property
     def label(self) -> str:
@@ -183,32 +188,19 @@ class Smoothed(Format):
 
 
 @dataclass(frozen=True)
-class Rotated(Format):
+class Rotated(_Wrapped):
     """Another format, for a weight that was rotated in groups of columns (ConvRot).
 
     Attributes:
         group: columns of a group, a power of four
     """
 
-    inner: Format
     group: int
-
-    @property
-    def method(self) -> str:  # type: ignore[override]  # a class attribute elsewhere, here it follows the inner format
-        return self.inner.method
 
     @property
     def encoding(self) -> Encoding | None:
         inner = self.inner.encoding
         return None if inner is None else replace(inner, rotation=self.group)
-
-    @property
-    def activation_scheme(self) -> str:
-        return self.inner.activation_scheme
-
-    @property
-    def innermost(self) -> Format:
-        return self.inner.innermost
 
     @property
     def label(self) -> str:

@@ -23,9 +23,7 @@ from omni_convert.formats.arithmetic.encoding import E8M0, Encoding
 from omni_convert.formats.arithmetic.input_values import quantize_mxfp4_input
 from omni_convert.formats.arithmetic.mx import (
     MX_BLOCK,
-    check_scale_rule,
     dequantize_mx,
-    element_scale_mx,
     join_blocks,
     scale_blocks_,
     split_blocks,
@@ -33,39 +31,40 @@ from omni_convert.formats.arithmetic.mx import (
 from omni_convert.formats.arithmetic.smoothing import Quantizers, search_mul_scale
 from omni_convert.formats.arithmetic.tiling import quantize_in_tiles
 from omni_convert.formats.containers.tensor_spec import TensorSpec
-from omni_convert.formats.format import Calibration, ElementFormat
-from omni_convert.formats.mxfp8 import has_mx_scales
+from omni_convert.formats.format import Calibration
+from omni_convert.formats.mxfp8 import MxFormat, has_mx_scales
 from omni_convert.formats.rows import InputStatistics, TensorLayout, WeightRows
 
-__all__ = ["MXFP4", "Mxfp4"]
+__all__ = ["MXFP4", "E2m1Format", "Mxfp4"]
 
 MXFP4 = Encoding(E2M1, E8M0, (1, MX_BLOCK))
 
 
 @dataclass(frozen=True)
-class Mxfp4(ElementFormat):
-    """MXFP4 with a single level of scales.
+class E2m1Format(MxFormat):
+    """E2M1 values in blocks of 32, whose layer may multiply its inputs by a `mul_scale`."""
+
+    calibration = Calibration.MUL_SCALE
+    element = E2M1
+
+    def round_elements(self, values: Tensor) -> Tensor:
+        return round_to_e2m1(values, is_msmodelslim(self.scale_rule or ""))
+
+    def flaw(self, tensors: Mapping[str, Tensor]) -> str | None:
+        return grid_flaw(tensors) or super().flaw(tensors)
+
+
+@dataclass(frozen=True)
+class Mxfp4(E2m1Format):
+    """MXFP4 with a single level of scales; without a rule, exponents are searched or `uos`.
 
     Attributes:
-        scale_rule: exponent rule of `formats/arithmetic/e8m0.py`; None: the best one, by data if `search`, else `uos`.
-            `msmodelslim` and `msmodelslim_ceil_x` also round ties away from zero, as that tool does
-        search: choose each exponent by the block's squared error
         smooth: store mul_scale, searched with the statistics of the inputs; ones without statistics
-
-    Raises:
-        RecipeError: the rule is not defined for E2M1.
     """
 
-    scale_rule: str | None = None
-    search: bool = True
     smooth: bool = False
 
     method = "mxfp4"
-    calibration = Calibration.MUL_SCALE
-    options = ("scale_rule",)
-
-    def __post_init__(self) -> None:
-        check_scale_rule(self.scale_rule, E2M1, self.method)
 
     @classmethod
     def stored_in(cls, tensors: Mapping[str, TensorSpec]) -> Mxfp4 | None:
@@ -109,18 +108,6 @@ class Mxfp4(ElementFormat):
 
     def round_inputs(self, inputs: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
         return quantize_mxfp4_input(inputs)
-
-    def element_scale(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        return element_scale_mx(tensors["weight_scale"], tensors["weight"].shape[1])
-
-    def round_elements(self, values: Tensor) -> Tensor:
-        return round_to_e2m1(values, is_msmodelslim(self.scale_rule or ""))
-
-    def encode_elements(self, elements: Tensor) -> Tensor:
-        return elements.to(torch.float8_e4m3fn)
-
-    def flaw(self, tensors: Mapping[str, Tensor]) -> str | None:
-        return grid_flaw(tensors) or super().flaw(tensors)
 
     def _quantize_tile(self, tile: Tensor, mul_scale: Tensor | None) -> dict[str, Tensor]:
         blocks = split_blocks(tile if mul_scale is None else tile.float() / mul_scale, MX_BLOCK)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from omni_convert.formats.arithmetic.dualscale_search import search_coarse_scale
-from omni_convert.formats.arithmetic.e2m1 import E2M1, grid_flaw, round_to_e2m1
+from omni_convert.formats.arithmetic.e2m1 import E2M1, round_to_e2m1
 from omni_convert.formats.arithmetic.e8m0 import encode_e8m0, is_msmodelslim
 from omni_convert.formats.arithmetic.encoding import E8M0, Encoding
 from omni_convert.formats.arithmetic.input_values import quantize_mxfp4_dualscale_input
@@ -28,7 +28,6 @@ from omni_convert.formats.arithmetic.mx import (
     COARSE_BLOCK,
     MX_BLOCK,
     block_amax,
-    check_scale_rule,
     dequantize_mx,
     element_scale_mx,
     join_blocks,
@@ -38,7 +37,7 @@ from omni_convert.formats.arithmetic.mx import (
 from omni_convert.formats.arithmetic.smoothing import Quantizers, search_mul_scale
 from omni_convert.formats.arithmetic.tiling import quantize_in_tiles
 from omni_convert.formats.containers.tensor_spec import TensorSpec
-from omni_convert.formats.format import Calibration, ElementFormat
+from omni_convert.formats.mxfp4 import E2m1Format
 from omni_convert.formats.mxfp8 import has_mx_scales
 from omni_convert.formats.rows import InputStatistics, TensorLayout, WeightRows
 
@@ -46,30 +45,19 @@ __all__ = ["Mxfp4DualScale"]
 
 
 @dataclass(frozen=True)
-class Mxfp4DualScale(ElementFormat):
+class Mxfp4DualScale(E2m1Format):
     """MXFP4 with two levels of scales.
 
-    Attributes:
-        scale_rule: rule of the fine exponents, with the coarse scale at amax / 6; None: the best, which is a search of
-            the coarse scale and the exponents together if `search`, else `even`. The msModelSlim rules also round ties
-            away from zero
-        search: choose the scales by the squared error
-        smooth: search mul_scale when there are statistics of the inputs; else it is ones
+    A rule chooses the fine exponents, with the coarse scale at amax / 6. Without one, coarse scale and exponents are
+    searched together, or the rule is `even`.
 
-    Raises:
-        RecipeError: the rule is not defined for E2M1.
+    Attributes:
+        smooth: search mul_scale when there are statistics of the inputs; else it is ones
     """
 
-    scale_rule: str | None = None
-    search: bool = True
     smooth: bool = True
 
     method = "mxfp4_dualscale"
-    calibration = Calibration.MUL_SCALE
-    options = ("scale_rule",)
-
-    def __post_init__(self) -> None:
-        check_scale_rule(self.scale_rule, E2M1, self.method)
 
     @classmethod
     def stored_in(cls, tensors: Mapping[str, TensorSpec]) -> Mxfp4DualScale | None:
@@ -136,15 +124,6 @@ class Mxfp4DualScale(ElementFormat):
         fine = element_scale_mx(tensors["weight_scale"], columns)
         coarse = tensors["weight_dual_scale"].float().squeeze(-1).repeat_interleave(COARSE_BLOCK, dim=1)
         return fine * coarse[:, :columns]
-
-    def round_elements(self, values: Tensor) -> Tensor:
-        return round_to_e2m1(values, is_msmodelslim(self.scale_rule or ""))
-
-    def encode_elements(self, elements: Tensor) -> Tensor:
-        return elements.to(torch.float8_e4m3fn)
-
-    def flaw(self, tensors: Mapping[str, Tensor]) -> str | None:
-        return grid_flaw(tensors) or super().flaw(tensors)
 
     def _quantize_tile(self, tile: Tensor) -> dict[str, Tensor]:
         groups = split_blocks(tile, COARSE_BLOCK)  # [rows, groups, 512]

@@ -11,11 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from omni_convert.formats.arithmetic.e8m0 import encode_e8m0, is_msmodelslim
+from omni_convert.formats.arithmetic.element import ElementType
 from omni_convert.formats.arithmetic.encoding import E8M0, Encoding
 from omni_convert.formats.arithmetic.float8 import E4M3, round_to_e4m3
 from omni_convert.formats.arithmetic.input_values import quantize_mxfp8_input
@@ -33,7 +35,7 @@ from omni_convert.formats.containers.tensor_spec import TensorSpec
 from omni_convert.formats.format import ElementFormat
 from omni_convert.formats.rows import TensorLayout
 
-__all__ = ["MXFP8", "Mxfp8", "has_mx_scales"]
+__all__ = ["MXFP8", "MxFormat", "Mxfp8", "has_mx_scales"]
 
 MXFP8 = Encoding(E4M3, E8M0, (1, MX_BLOCK))
 
@@ -45,26 +47,40 @@ def has_mx_scales(tensors: Mapping[str, TensorSpec]) -> bool:
 
 
 @dataclass(frozen=True)
-class Mxfp8(ElementFormat):
-    """MXFP8.
+class MxFormat(ElementFormat):
+    """Elements that are stored as E4M3, with an E8M0 byte for each block of 32.
 
     Attributes:
-        scale_rule: exponent rule of `arithmetic/e8m0.py`; None: the best one, by data if `search`, else `rceil`.
-            `msmodelslim` also rounds ties away from zero, as that tool does
-        search: choose each exponent by the block's squared error
+        scale_rule: exponent rule of `arithmetic/e8m0.py`; None for the best one of the format. The rules of msModelSlim
+            also round ties away from zero, as that tool does
+        search: choose scales by the squared error, unless there is a rule
 
     Raises:
-        RecipeError: the rule is not defined for E4M3.
+        RecipeError: the rule is not defined for the element.
     """
 
     scale_rule: str | None = None
     search: bool = True
 
-    method = "mxfp8"
     options = ("scale_rule",)
+    element: ClassVar[ElementType]
 
     def __post_init__(self) -> None:
-        check_scale_rule(self.scale_rule, E4M3, self.method)
+        check_scale_rule(self.scale_rule, self.element, self.method)
+
+    def element_scale(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        return element_scale_mx(tensors["weight_scale"], tensors["weight"].shape[1])
+
+    def encode_elements(self, elements: Tensor) -> Tensor:
+        return elements.to(torch.float8_e4m3fn)
+
+
+@dataclass(frozen=True)
+class Mxfp8(MxFormat):
+    """MXFP8; without a rule, exponents are searched or `rceil`."""
+
+    method = "mxfp8"
+    element = E4M3
 
     @classmethod
     def stored_in(cls, tensors: Mapping[str, TensorSpec]) -> Mxfp8 | None:
@@ -90,14 +106,8 @@ class Mxfp8(ElementFormat):
     def round_inputs(self, inputs: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
         return quantize_mxfp8_input(inputs)
 
-    def element_scale(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        return element_scale_mx(tensors["weight_scale"], tensors["weight"].shape[1])
-
     def round_elements(self, values: Tensor) -> Tensor:
         return round_to_e4m3(values, is_msmodelslim(self.scale_rule or "")).float()
-
-    def encode_elements(self, elements: Tensor) -> Tensor:
-        return elements.to(torch.float8_e4m3fn)
 
     def _quantize_tile(self, tile: Tensor) -> dict[str, Tensor]:
         blocks = split_blocks(tile, MX_BLOCK)
