@@ -13,6 +13,7 @@ from omni_convert.loaders.request.spec import (
     build_quant_config,
     resolve_component_quant_config,
 )
+from omni_convert.loaders.step_cache import disable_step_cache, enable_step_cache
 
 __all__ = [
     "ComponentQuantizationConfig",
@@ -22,7 +23,9 @@ __all__ = [
     "apply_fp8_weight_storage",
     "build_quant_config",
     "disable_fp8_attention",
+    "disable_step_cache",
     "enable_fp8_attention",
+    "enable_step_cache",
     "kernel_report",
     "load_pipeline",
     "quantize_linear",

@@ -35,6 +35,7 @@ from omni_convert.loaders.request.spec import (
     build_quant_config,
     resolve_component_quant_config,
 )
+from omni_convert.loaders.step_cache import enable_step_cache
 
 __all__ = ["load_pipeline"]
 
@@ -53,6 +54,8 @@ def load_pipeline(
     quantization: QuantizationSpec = None,
     strict: bool = False,
     activations: Activations = "quantized",
+    cache_backend: str | None = None,
+    cache_config: Mapping[str, Any] | None = None,
     **kwargs: Any,
 ) -> DiffusionPipeline:
     """Loads a pipeline. A quantized one is loaded as it is; any other is quantized while it loads, if asked to.
@@ -67,6 +70,7 @@ def load_pipeline(
         strict: run a scaled GEMM in every quantized layer, even where decoding is faster (FP8 on a CPU), or refuse
             (see `kernel_report`)
         activations: `quantized`, as the serving runtime does, or `bf16` to quantize weights only
+        cache_backend, cache_config: a step cache and its settings, as `enable_step_cache` takes them
         kwargs: passed to `DiffusionPipeline.from_pretrained`
 
     Raises:
@@ -75,6 +79,8 @@ def load_pipeline(
         KernelError: `strict`, and a layer has no scaled GEMM on this device.
     """
     hub_options = _hub_options(kwargs)
+    if cache_config is not None and cache_backend is None:
+        raise RecipeError("cache_config: found without a cache_backend, which it configures")
     try:
         require_pipeline(model, hub_options)
         requested, in_gguf = _requested_configs(str(model), quantization, hub_options)
@@ -98,6 +104,8 @@ def load_pipeline(
         for layer in _quantized_layers(modules.values()):
             layer.prefers_scaled_gemm = True
         require_scaled_gemm(kernel_report(pipeline))
+    if cache_backend is not None:
+        enable_step_cache(pipeline, cache_backend, cache_config)
     return pipeline
 
 

@@ -2,7 +2,8 @@
 
     python scripts/text_to_image.py --quantization fp8 --prompt "a large red circle in the center on a blue background"
 
-Without a model it runs the bundled demo pipeline. It prints which kernel runs each layer, and the time a step takes.
+Without a model it runs the bundled demo pipeline, which draws shapes. It prints which kernel runs each layer, the time
+that a step takes, and how often a cache was used.
 """
 
 from __future__ import annotations
@@ -13,19 +14,22 @@ import logging
 import sys
 import time
 from collections.abc import Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import FirstBlockCacheConfig
-from diffusers.models.cache_utils import CacheMixin
 
 from omni_convert.convert.calibration.generation import GenerationSettings, has_step_callback, run_pipeline
 from omni_convert.convert.calibration.prompts import Prompt
 from omni_convert.convert.source.location import DEMO_PIPELINE
 from omni_convert.formats.errors import OmniConvertError, RecipeError
-from omni_convert.loaders import enable_fp8_attention, kernel_report, load_pipeline
+from omni_convert.loaders import enable_fp8_attention, enable_step_cache, kernel_report, load_pipeline
+from omni_convert.loaders.step_cache import BACKENDS, step_cache_of
+
+# The default prompt of serving engines' scripts.
+PROMPT = "a cup of coffee on the table"
+#: Backend of a cache → its setting that `--cache-threshold` gives.
+THRESHOLDS = {"tea_cache": "rel_l1_thresh", "first_block_cache": "threshold", "cache_dit": "residual_diff_threshold"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -43,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=str(DEMO_PIPELINE), help="folder or Hub repository; default: the demo")
-    parser.add_argument("--prompt", required=True)
+    parser.add_argument("--prompt", default=PROMPT, help="default: %(default)s")
     parser.add_argument("--quantization", metavar="METHOD", help="quantize while loading; not for quantized models")
     parser.add_argument(
         "--ignored-layers", metavar="PATTERNS", help="separated by commas, or a JSON list: layers to leave as they are"
@@ -55,10 +59,14 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument(
         "--cache-backend",
-        choices=["tea_cache", "cache_dit"],
-        help="skip blocks whose outcome changes little from step to step; tea_cache is diffusers' first-block cache",
+        choices=list(BACKENDS),
+        help="skip blocks whose outcome changes little from step to step",
     )
-    parser.add_argument("--cache-threshold", type=float, default=0.1, help="of tea_cache: the change that is little")
+    parser.add_argument(
+        "--cache-config", metavar="JSON", help="""settings of the cache, as '{"rel_l1_thresh": 0.2}' of tea_cache"""
+    )
+    parser.add_argument("--cache-threshold", type=float, help="short for the setting that says which change is little")
+    parser.add_argument("--tensor-parallel-size", type=int, default=1, help="accepted as 1")
     parser.add_argument(
         "--kv-cache-dtype",
         choices=["auto", "float", "fp8"],
@@ -86,6 +94,11 @@ def generate(options: argparse.Namespace) -> None:
     Raises:
         OmniConvertError: the model, the prompt and the options do not fit.
     """
+    if options.tensor_parallel_size != 1:
+        raise RecipeError(
+            f"--tensor-parallel-size: found {options.tensor_parallel_size}, but diffusers splits no quantized layers; "
+            "use 1, or serve the model with vLLM-Omni"
+        )
     started = time.monotonic()
     pipe = load_pipeline(options.model, options.device, quantization=quantization_of(options))
     print(f"loaded in {time.monotonic() - started:.1f} s")
@@ -93,8 +106,7 @@ def generate(options: argparse.Namespace) -> None:
     print(kernel_report(pipe))
     if options.vae_use_tiling:
         pipe.vae.enable_tiling()
-    if options.cache_backend is not None:
-        enable_cache(pipe, options.cache_backend, options.cache_threshold)
+    use_cache(pipe, options)
     settings = GenerationSettings.for_pipeline(
         Path(options.model),
         {
@@ -111,6 +123,11 @@ def generate(options: argparse.Namespace) -> None:
     steps = len(times) - 1
     a_step = f", {(times[-1] - times[1]) / (steps - 1) * 1000:.0f} ms a step after the first" if steps > 1 else ""
     print(f"generated in {took:.1f} s{a_step}")
+    if options.cache_backend == "tea_cache":
+        cache = step_cache_of(pipe)
+        print(
+            f"tea_cache: {cache.reused} of {cache.computed + cache.reused} calls of the transformer reused its blocks"
+        )
     frames[0].save(options.output)
     print(options.output)
 
@@ -155,32 +172,27 @@ def patterns(text: str) -> list[str]:
         raise RecipeError(f"--ignored-layers: found {text!r}, expected names or a JSON list ({error})") from None
 
 
-def enable_cache(pipe: Any, backend: str, threshold: float) -> None:
-    """Skips blocks from step to step.
+def use_cache(pipe: Any, options: argparse.Namespace) -> None:
+    """Skips blocks from step to step, if the options say so.
 
     Raises:
-        RecipeError: the pipeline has no transformer, diffusers has no cache for it, or cache-dit is not installed.
+        RecipeError: the cache does not fit the pipeline, or its settings are damaged or lack a backend.
     """
-    transformer = getattr(pipe, "transformer", None)
-    if transformer is None:
-        raise RecipeError(f"--cache-backend: found {type(pipe).__name__}, expected a pipeline with a transformer")
-    if backend == "cache_dit":
-        enable_cache_dit(pipe)
-    elif isinstance(transformer, CacheMixin):
-        transformer.enable_cache(FirstBlockCacheConfig(threshold=threshold))
-    else:
-        name = type(transformer).__name__
-        raise RecipeError(f"--cache-backend: diffusers has no tea_cache for {name}, expected cache_dit")
-
-
-def enable_cache_dit(pipe: Any) -> None:
-    """Raises RecipeError where the package is not installed."""
-    if find_spec("cache_dit") is None:
-        raise RecipeError("--cache-backend: cache_dit is not installed, expected it; pip install cache-dit")
-    import cache_dit
-
-    # The first block decides, as at serving engines; the package's own default of eight is more than small models have.
-    cache_dit.enable_cache(pipe, cache_config=cache_dit.DBCacheConfig(Fn_compute_blocks=1, Bn_compute_blocks=0))
+    backend, settings = options.cache_backend, {}
+    if options.cache_config is not None:
+        try:
+            settings = dict(json.loads(options.cache_config))
+        except (TypeError, ValueError) as error:
+            raise RecipeError(
+                f"--cache-config: found {options.cache_config!r}, expected a JSON object ({error})"
+            ) from None
+    if backend is None:
+        if settings or options.cache_threshold is not None:
+            raise RecipeError("--cache-backend: found settings of a cache without it, expected one")
+        return
+    if options.cache_threshold is not None:
+        settings[THRESHOLDS[backend]] = options.cache_threshold
+    enable_step_cache(pipe, backend, settings)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """scripts/text_to_image.py takes the options of serving engines, and says what ran."""
 
 import importlib.util
+import re
 from pathlib import Path
 
 import numpy as np
@@ -48,7 +49,11 @@ def test_what_does_not_fit_is_one_line(run, capsys):
         (("--ignored-layers", "w2"), "found no --quantization"),
         (("--quantization", "int8", "--ignored-layers", "no_such_layer"), "matches no layer"),
         (("--quantization", "int8", "--ignored-layers", "[w2"), "JSON"),
-        (("--quantization", "int8", "--cache-backend", "tea_cache"), "expected cache_dit"),
+        (("--cache-backend", "first_block_cache"), "use tea_cache or cache_dit"),
+        (("--cache-backend", "tea_cache", "--cache-config", '{"thresh": 1}'), "found 'thresh'"),
+        (("--cache-backend", "tea_cache", "--cache-config", "[1]"), "expected a JSON object"),
+        (("--cache-config", '{"rel_l1_thresh": 0.2}'), "found settings of a cache without it"),
+        (("--tensor-parallel-size", "2"), "use 1, or serve the model with vLLM-Omni"),
         (("--kv-cache-dtype", "fp8"), "found cpu without a kernel"),
         (("--kv-cache-skip-layers", "0-1"), "expected fp8"),
     ]:
@@ -67,6 +72,22 @@ def test_attention_in_fp8_is_reported(run, capsys):
     assert status == 0
     assert "attention: 3 native, 5 fp8_reference" in capsys.readouterr().out
     assert output.exists()
+
+
+@pytest.mark.parametrize("setting", [("--cache-config", '{"rel_l1_thresh": 0.5}'), ("--cache-threshold", "0.5")])
+@pytest.mark.filterwarnings("ignore::FutureWarning:diffusers|transformers")
+def test_tea_cache_skips_steps_and_draws_the_same_shape(run, capsys, setting):
+    options = ("--cache-backend", "tea_cache", *setting, "--num-inference-steps", "12", "--tensor-parallel-size", "1")
+    status, output = run("--quantization", "int8", *options)
+    assert status == 0
+    reused = int(re.search(r"tea_cache: (\d+) of 12 calls", capsys.readouterr().out)[1])
+    assert 3 <= reused < 12
+    picture = np.asarray(Image.open(output).convert("RGB"), dtype=float)
+    assert picture[28:36, 28:36, 0].mean() > picture[28:36, 28:36, 2].mean() + 80
+
+
+def test_the_prompt_of_serving_engines_is_the_default(script):
+    assert script.build_parser().parse_args([]).prompt == "a cup of coffee on the table"
 
 
 @pytest.mark.slow
