@@ -23,6 +23,7 @@ from omni_convert.loaders.layers.quantized_linear import QuantizedLinear
 from omni_convert.loaders.loading.diffusers_quantizer import DiffusersConfig
 from omni_convert.loaders.loading.gguf import load_gguf
 from omni_convert.loaders.loading.hub import fetch_gguf_file
+from omni_convert.loaders.loading.packages import missing_package
 from omni_convert.loaders.loading.pipeline_files import find_gguf_components, require_pipeline, shared_readers
 from omni_convert.loaders.loading.refusal import refuse_undeclared
 from omni_convert.loaders.loading.transformers_quantizer import TransformersConfig
@@ -75,7 +76,7 @@ def load_pipeline(
 
     Raises:
         CheckpointError: the checkpoint is damaged, incomplete or contradicts its config.
-        RecipeError: the request does not fit the model.
+        RecipeError: the request does not fit the model, or the model needs a package that is not installed.
         KernelError: `strict`, and a layer has no scaled GEMM on this device.
     """
     hub_options = _hub_options(kwargs)
@@ -90,6 +91,8 @@ def load_pipeline(
             pipeline = DiffusionPipeline.from_pretrained(
                 str(model), dtype=torch_dtype, **_quantization_argument(requested), **kwargs
             )
+    except ImportError as error:
+        raise missing_package(str(model), error) from error
     except (OSError, SafetensorError, ValueError) as error:  # ValueError: diffusers does not know a config
         reason = str(error).strip().split("\n", 1)[0].rstrip(".")
         raise CheckpointError(f"{model}: cannot be loaded ({reason}); download or convert it again") from error

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
     from PIL.Image import Image
 
-__all__ = ["DEFAULTS_FILE", "GenerationSettings", "has_step_callback", "run_pipeline"]
+__all__ = ["DEFAULTS_FILE", "GenerationSettings", "has_step_callback", "run_pipeline", "set_flow_shift"]
 
 DEFAULTS_FILE = "generation_defaults.json"
 #: Names in that file, which are diffusers' names of the arguments, and our names of the settings.
@@ -30,7 +30,9 @@ DEFAULTS_KEYS = {
     "height": "height",
     "num_frames": "frames",
     "guidance_scale": "guidance_scale",
+    "guidance_scale_2": "guidance_scale_2",
     "negative_prompt": "negative_prompt",
+    "num_images_per_prompt": "images_per_prompt",
 }
 #: Names of the scale of classifier-free guidance. Some pipelines also have `guidance_scale` as an input of distilled
 #: models, which is None by default.
@@ -47,6 +49,7 @@ class GenerationSettings:
         width, height: size in pixels
         frames: number of frames of a video
         guidance_scale: scale of classifier-free guidance, by whatever name the pipeline has for it
+        guidance_scale_2: that of the second expert (Wan2.2); None uses the first one's
 
     Raises:
         RecipeError: a number is not positive.
@@ -58,9 +61,11 @@ class GenerationSettings:
     frames: int | None = None
     guidance_scale: float | None = None
     negative_prompt: str | None = None
+    guidance_scale_2: float | None = None
+    images_per_prompt: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("steps", "width", "height", "frames"):
+        for name in ("steps", "width", "height", "frames", "images_per_prompt"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise RecipeError(f"{name}: found {value}, expected a positive number")
@@ -109,10 +114,11 @@ def run_pipeline(
         decode: turn latents into images; otherwise every prompt gives an empty list
 
     Returns:
-        for each prompt, the frames of its video or its one image
+        for each prompt, the frames of its video or its images
 
     Raises:
-        RecipeError: the pipeline does not accept a setting or its value; it accepts no image, or needs one.
+        RecipeError: the pipeline does not accept a setting or its value; it accepts no image, or needs one; or it needs
+            a package that is not installed.
     """
     progress = getattr(pipe, "_progress_bar_config", {})
     pipe.set_progress_bar_config(disable=True)
@@ -120,6 +126,21 @@ def run_pipeline(
         return [_run(pipe, prompt, settings, seed + offset, on_step, decode) for offset, prompt in enumerate(prompts)]
     finally:
         pipe.set_progress_bar_config(**progress)
+
+
+def set_flow_shift(pipe: DiffusionPipeline, shift: float) -> None:
+    """Gives the scheduler another shift of its noise levels.
+
+    Raises:
+        RecipeError: the scheduler has none, or computes it from the size of the image.
+    """
+    config = pipe.scheduler.config
+    name = next((name for name in ("flow_shift", "shift") if name in config), None)
+    name = None if config.get("use_flow_sigmas") is False else name  # then the shift is there, and not used
+    if name is None or config.get("use_dynamic_shifting"):
+        reason = "has no shift" if name is None else "computes its shift from the size of the image"
+        raise RecipeError(f"flow_shift: found {shift:g}, but {type(pipe.scheduler).__name__} {reason}; leave it out")
+    pipe.scheduler = type(pipe.scheduler).from_config(config, **{name: shift})
 
 
 def has_step_callback(pipe: DiffusionPipeline) -> bool:
@@ -149,6 +170,10 @@ def _run(
         output = pipe(**arguments)
     except ValueError as error:  # pipelines raise it for invalid arguments
         raise RecipeError(f"{type(pipe).__name__}: {str(error).partition(chr(10))[0]}") from error
+    except (ImportError, NameError) as error:  # some use a package without having asked whether it is there
+        from omni_convert.loaders.loading.packages import missing_package  # seconds of imports
+
+        raise missing_package(type(pipe).__name__, error) from error
     return list(_frames(output)) if decode else []
 
 
@@ -179,7 +204,7 @@ def _setting_arguments(
     arguments: dict[str, Any] = {}
     for setting in fields(settings):
         value = getattr(settings, setting.name)
-        if value is None:
+        if value is None or (setting.name == "images_per_prompt" and value == 1):
             continue
         name = _parameter_name(setting.name, parameters)
         if name is None:
@@ -236,4 +261,4 @@ def _is_sound(name: str, value: object) -> bool:
         return isinstance(value, str)
     if isinstance(value, bool) or not isinstance(value, int | float) or value < 0:
         return False
-    return name == "guidance_scale" or (isinstance(value, int) and value > 0)
+    return name.startswith("guidance_scale") or (isinstance(value, int) and value > 0)

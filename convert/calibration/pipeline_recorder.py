@@ -34,6 +34,8 @@ __all__ = ["PipelineRecorder", "Recording", "calibrate"]
 Layer = TypeVar("Layer")
 
 VERSIONED_PACKAGES = ("omni-convert", "torch", "diffusers", "transformers")
+#: Settings that an identity names only where they are not these, since earlier statistics do not know them.
+UNRECORDED = {"guidance_scale_2": None, "images_per_prompt": 1}
 
 
 @dataclass(frozen=True)
@@ -187,8 +189,9 @@ def _identity(
     prompts: Iterable[Prompt], settings: GenerationSettings, seed: int, fingerprints: Mapping[str, str]
 ) -> Identity:
     versions = {f"{package} version": importlib.metadata.version(package) for package in VERSIONED_PACKAGES}
+    used = {name: value for name, value in asdict(settings).items() if value != UNRECORDED.get(name, ...)}
     run = CalibrationRun(
-        tuple(sorted({**asdict(settings), "seed": seed, **versions}.items())),
+        tuple(sorted({**used, "seed": seed, **versions}.items())),
         tuple(sorted(prompt.fingerprint() for prompt in prompts)),
     )
     return Identity(dict(fingerprints), (run,))

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from omni_convert.formats.errors import CalibrationError
 
-__all__ = ["Prompt", "read_prompts"]
+__all__ = ["Prompt", "check_image", "read_prompts"]
 
 MAX_BYTES = 64 << 20
 KEYS = ("prompt", "image")
@@ -112,17 +112,22 @@ def _parse(where: str, line: str, folder: Path) -> Prompt:
         raise CalibrationError(f"{where}: found a NUL character under 'prompt', expected text")
     if image is not None and not isinstance(image, str):
         raise CalibrationError(f"{where}: found a JSON {type(image).__name__} under 'image', expected a path")
-    return Prompt(text, None if image is None else _checked_image(where, folder / image))
+    return Prompt(text, None if image is None else check_image(where, folder / image))
 
 
-def _checked_image(where: str, path: Path) -> Path:
+def check_image(where: str, path: Path) -> Path:
+    """The path of an image that can be read.
+
+    Raises:
+        CalibrationError: it is missing or cannot be read.
+    """
     from PIL import Image, UnidentifiedImageError
 
     try:
         with Image.open(path) as image:
             image.verify()
     except FileNotFoundError:
-        raise CalibrationError(f"{where}: image {path} missing, expected a file beside the prompts") from None
+        raise CalibrationError(f"{where}: image {path} missing, expected an image file") from None
     except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise CalibrationError(f"{where}: image {path} cannot be read ({error}), expected an image file") from None
     return path

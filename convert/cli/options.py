@@ -29,7 +29,10 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 
 #: The file in the README's example, which runs without a model even if the file is missing.
 EXAMPLE_PROMPTS = "prompts.txt"
-SETTINGS = ("steps", "width", "height", "frames", "guidance_scale", "negative_prompt")
+SETTINGS = (
+    *("steps", "width", "height", "frames", "guidance_scale", "guidance_scale_2"),
+    *("negative_prompt", "images_per_prompt"),
+)
 
 
 class Pair(click.ParamType):  # type: ignore[type-arg]  # generic only since click 8.5
@@ -105,7 +108,17 @@ def generation_options(command: Command) -> Command:
             click.option("--height", type=click.IntRange(1)),
             click.option("--num-frames", "frames", type=click.IntRange(1), help="Frames of a video."),
             click.option("--guidance-scale", "--cfg-scale", "guidance_scale", type=float),
+            click.option("--guidance-scale-2", type=float, help="Of the second expert (Wan2.2)."),
+            click.option("--flow-shift", type=float, help="Shift of the scheduler's noise levels."),
             click.option("--negative-prompt"),
+            click.option("--num-images-per-prompt", "images_per_prompt", type=click.IntRange(1)),
+            click.option(
+                "--fps",
+                type=click.IntRange(1),
+                default=24,
+                show_default=True,
+                help="Frames per second of saved videos.",
+            ),
             click.option("--seed", type=int, default=42, show_default=True),
             click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N."),
         ]

@@ -21,7 +21,7 @@ from omni_convert.convert.cli.output import announce_demo, silence_libraries
 from omni_convert.formats.errors import CalibrationError, OutputError, RecipeError
 
 if TYPE_CHECKING:
-    from omni_convert.convert.comparison.comparison import Variant
+    from omni_convert.convert.comparison.comparison import Offload, Variant
 
 __all__ = ["calibrate_command", "compare_command", "generate_command"]
 
@@ -93,8 +93,15 @@ def calibrate_command(
 @click.command("generate")
 @click.argument("model", required=False)
 @click.option("--prompt", required=True)
-@click.option("--image", type=click.Path(exists=True, path_type=Path), help="Input image, for pipelines that need one.")
-@click.option("-o", "--output", type=click.Path(path_type=Path), default="out.png", show_default=True)
+@click.option("--image", type=click.Path(path_type=Path), help="Input image, for pipelines that take one.")
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    default="out.png",
+    show_default=True,
+    help=".mp4, .gif or .webp for a video; with .png and others each frame gets a file.",
+)
 @click.option("--quantization", help="Method to quantize with while loading.")
 @click.option("--strict", is_flag=True, help="Fail unless every quantized layer runs a scaled GEMM.")
 @generation_options
@@ -107,48 +114,46 @@ def generate_command(
     strict: bool,
     seed: int,
     device: str,
+    fps: int,
+    flow_shift: float | None,
     **options: Any,
 ) -> None:
-    """Generate an image with MODEL.
+    """Generate an image or a video with MODEL.
 
     Also prints which kernel each layer runs, and why not a faster one.
     """
     announce_demo(model, "running", quiet=False)
-    _check_image_path(output)
-    from omni_convert.convert.calibration.generation import GenerationSettings, run_pipeline
-    from omni_convert.convert.calibration.prompts import Prompt
+    from omni_convert.convert.calibration.frames import check_frames_path, write_frames
+
+    check_frames_path(output)
+    from omni_convert.convert.calibration.generation import GenerationSettings, run_pipeline, set_flow_shift
+    from omni_convert.convert.calibration.prompts import Prompt, check_image
     from omni_convert.convert.device import resolve_device
     from omni_convert.convert.source.location import resolve_source
     from omni_convert.loaders import kernel_report, load_pipeline
 
     source = resolve_source(model)
     settings = GenerationSettings.for_pipeline(source.path, given(options))
+    if image is not None:
+        check_image("--image", image)
     silence_libraries()
     pipe = load_pipeline(source.path, device=resolve_device(device), quantization=quantization, strict=strict)
-    ((frame, *_),) = run_pipeline(pipe, [Prompt(prompt, image)], settings, seed)
-    try:
-        frame.save(output)
-    except (OSError, ValueError) as error:
-        raise OutputError(f"{output}: cannot be written ({error})") from None
+    if flow_shift is not None:
+        set_flow_shift(pipe, flow_shift)
+    (frames,) = run_pipeline(pipe, [Prompt(prompt, image)], settings, seed)
+    files = write_frames(frames, output, fps)
     report = kernel_report(pipe)
     click.echo(
         str(report) if report.layers else "no quantized layers: every layer ran in the dtype in which it is stored"
     )
-    click.echo(f"{output}: {frame.width}x{frame.height}, {settings.steps} steps, seed {seed}")
-
-
-def _check_image_path(path: Path) -> None:
-    """Checks before minutes of work that an image can be written to the path."""
-    from PIL import Image
-
-    if Image.registered_extensions().get(path.suffix.lower()) not in Image.SAVE:
-        raise OutputError(f"{path}: found no file extension of an image format, expected one like .png")
-    if not path.absolute().parent.is_dir():
-        raise OutputError(f"{path}: found no folder {path.parent}, expected an existing one; create it first")
+    where = str(files[0]) if len(files) == 1 else f"{files[0]} to {files[-1].name}"
+    what = f"{len(frames)} images of " if len(frames) > 1 else ""
+    steps = settings.completed(pipe).steps
+    click.echo(f"{where}: {what}{frames[0].width}x{frames[0].height}, {steps} steps, seed {seed}")
 
 
 @click.command("compare")
-@click.option("--task", type=click.Choice(("t2i", "t2v")), default="t2i", show_default=True)
+@click.option("--task", type=click.Choice(("t2i", "t2v", "i2i", "i2v")), default="t2i", show_default=True)
 @click.option("--model", help="Model for each side that names none of its own.")
 @click.option("--reference-model")
 @click.option("--candidate-model")
@@ -162,21 +167,35 @@ def _check_image_path(path: Path) -> None:
 @click.option(
     "--prompts", "prompts_file", type=click.Path(path_type=Path), help="File of prompts in the format of --calib."
 )
+@click.option("--image", type=click.Path(path_type=Path), help="Input image of the tasks i2i and i2v.")
 @click.option("--warmup-runs", type=click.IntRange(0), default=0, show_default=True)
 @click.option("--measure-runs", type=click.IntRange(1), default=1, show_default=True)
 @click.option("--output-json", type=click.Path(path_type=Path), required=True)
-@click.option("--save-output-dir", type=click.Path(path_type=Path), help="Folder for the images and comparison.png.")
+@click.option(
+    "--save-output-dir", type=click.Path(path_type=Path), help="Folder for the images or videos, and comparison.png."
+)
+@click.option("--enforce-eager", is_flag=True, help="Accepted: pipelines always run eagerly here.")
+@click.option("--enable-cpu-offload", is_flag=True, help="Keep models on the CPU until they run.")
+@click.option("--enable-layerwise-offload", is_flag=True, help="Keep the blocks of models on the CPU until they run.")
+@click.option("--quiet", is_flag=True, help="Print only errors.")
 @generation_options
 def compare_command(
     task: str,
     prompt: tuple[str, ...],
     prompts_file: Path | None,
+    image: Path | None,
     warmup_runs: int,
     measure_runs: int,
     output_json: Path,
     save_output_dir: Path | None,
+    enforce_eager: bool,  # noqa: ARG001  # what it asks for is always so
+    enable_cpu_offload: bool,
+    enable_layerwise_offload: bool,
+    quiet: bool,
     seed: int,
     device: str,
+    fps: int,
+    flow_shift: float | None,
     **options: Any,
 ) -> None:
     """Measure how much the images of two models differ.
@@ -184,26 +203,32 @@ def compare_command(
     Both models run with the same prompts, seeds and settings. The report is written to --output-json, and its main
     figures are printed; null stands for the infinite PSNR of equal images.
     """
-    from omni_convert.convert.calibration.prompts import Prompt, read_prompts
-    from omni_convert.convert.comparison.comparison import compare, settings_of
+    from omni_convert.convert.calibration.prompts import Prompt, check_image, read_prompts
+    from omni_convert.convert.comparison.comparison import RunOptions, compare, settings_of
     from omni_convert.convert.comparison.metrics import summary_of
     from omni_convert.convert.device import resolve_device
     from omni_convert.convert.output.manifest import write_json
 
     silence_libraries()
     reference, candidate = (_variant(label, options) for label in ("reference", "candidate"))
-    prompts = [Prompt(text) for text in prompt] + (read_prompts(prompts_file) if prompts_file else [])
+    if image is not None:
+        check_image("--image", image)
+    prompts = [Prompt(text, image) for text in prompt] + (read_prompts(prompts_file) if prompts_file else [])
+    run_options = RunOptions(
+        resolve_device(device), _offload(device, enable_cpu_offload, enable_layerwise_offload, quiet=quiet), flow_shift
+    )
     comparison = compare(
         reference,
         candidate,
-        prompts or [Prompt(DEFAULT_PROMPT)],
+        prompts or [Prompt(DEFAULT_PROMPT, image)],
         settings_of(reference, given(options)),
+        run_options,
         seed=seed,
         task=task,
-        device=resolve_device(device),
         warmup_runs=warmup_runs,
         measure_runs=measure_runs,
         save_to=save_output_dir,
+        fps=fps,
     )
     report = comparison.report
     write_json(output_json, report)
@@ -213,7 +238,24 @@ def compare_command(
         "candidate_avg_generation_time_s": report["candidate_generation"]["avg_generation_time_s"],
         **summary_of(report["output_metrics"]),
     }
-    click.echo(json.dumps(summary, indent=2, sort_keys=True, allow_nan=False))
+    if not quiet:
+        click.echo(json.dumps(summary, indent=2, sort_keys=True, allow_nan=False))
+
+
+def _offload(device: str, cpu: bool, layerwise: bool, *, quiet: bool) -> Offload | None:
+    """Which offloading to use; on a CPU none, which a note says."""
+    from omni_convert.convert.device import resolve_device
+
+    if cpu and layerwise:
+        raise RecipeError("--enable-layerwise-offload: found with --enable-cpu-offload, expected one of the two")
+    if not cpu and not layerwise:
+        return None
+    if resolve_device(device).type == "cpu":
+        if not quiet:
+            option = "--enable-cpu-offload" if cpu else "--enable-layerwise-offload"
+            click.echo(f"Note: {option} has no use here: the pipeline runs on the CPU", err=True)
+        return None
+    return "model" if cpu else "layerwise"
 
 
 def _variant(label: str, options: dict[str, Any]) -> Variant:

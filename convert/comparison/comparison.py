@@ -5,24 +5,33 @@ from __future__ import annotations
 import gc
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
 
-from omni_convert.convert.calibration.generation import GenerationSettings, run_pipeline
+from omni_convert.convert.calibration.frames import VIDEO_SUFFIX, check_frames_path, write_frames
+from omni_convert.convert.calibration.generation import GenerationSettings, run_pipeline, set_flow_shift
 from omni_convert.convert.calibration.prompts import Prompt
 from omni_convert.convert.comparison.grid import comparison_image
 from omni_convert.convert.comparison.metrics import METRIC_GUIDANCE, Image, sequence_metrics
+from omni_convert.convert.execution.memory import PeakMemory, resident_memory
 from omni_convert.convert.source.location import Source, resolve_source
+from omni_convert.formats.errors import RecipeError
+from omni_convert.loaders.memory.allocator import release_free_memory
 from omni_convert.loaders.pipeline import load_pipeline
 from omni_convert.loaders.report import kernel_report
 
-__all__ = ["Comparison", "Run", "Variant", "compare", "run_variant"]
+__all__ = ["Comparison", "Offload", "Run", "RunOptions", "Variant", "compare", "run_variant", "settings_of"]
+
+Result = TypeVar("Result")
+#: What rests on the CPU until it runs: whole models, or blocks of models.
+Offload = Literal["model", "layerwise"]
 
 #: Small images are enlarged to about this many pixels a side, so that they can be judged by eye.
 IMAGE_SIZE = 128
@@ -54,20 +63,41 @@ class Variant:
 
 
 @dataclass(frozen=True)
+class RunOptions:
+    """Where and how both variants run.
+
+    Attributes:
+        offload: None keeps everything on the device
+        flow_shift: shift of the scheduler's noise levels; None keeps the scheduler's own
+    """
+
+    device: str | torch.device = "cpu"
+    offload: Offload | None = None
+    flow_shift: float | None = None
+
+
+@dataclass(frozen=True)
 class Run:
     """The images of a variant, and their cost.
 
     Attributes:
-        images: one uint8 [height, width, 3] per image or frame, in the order of the prompts
+        outputs: for each prompt its images, or the frames of its video, as uint8 [height, width, 3]
+        settings: what the pipeline ran with, its own defaults included
         seconds: time of each measured run over all prompts
-        peak_memory_mb: CUDA's peak memory in each measured run; None on a CPU
-        kernels: kernel name → number of quantized layers that run it
+        peak_memory_mb: MiB, in each measured run: CUDA's, or the resident memory of this process on a CPU
+        kernels: kernel name → number of quantized layers that run it; empty with offloading, when layers rest elsewhere
     """
 
-    images: list[Image]
+    outputs: list[list[Image]]
+    settings: GenerationSettings
     seconds: list[float]
     peak_memory_mb: list[float | None]
     kernels: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def images(self) -> list[Image]:
+        """All images or frames, in the order of the prompts."""
+        return [image for output in self.outputs for image in output]
 
     def generation(self) -> dict[str, Any]:
         """The timing and memory keys of the report."""
@@ -97,8 +127,8 @@ def run_variant(
     prompts: Sequence[Prompt],
     settings: GenerationSettings,
     seed: int,
+    options: RunOptions | None = None,
     *,
-    device: str | torch.device = "cpu",
     warmup_runs: int = 0,
     measure_runs: int = 1,
 ) -> Run:
@@ -107,28 +137,59 @@ def run_variant(
     Raises:
         CheckpointError: the model cannot be loaded.
     """
+    options = options or RunOptions()
+    run = _run_loaded(_load(variant, options), prompts, settings, seed, options, warmup_runs, measure_runs)
+    gc.collect()
+    release_free_memory()  # or the next variant would be charged for it
+    return run
+
+
+def _run_loaded(
+    pipe: Any,
+    prompts: Sequence[Prompt],
+    settings: GenerationSettings,
+    seed: int,
+    options: RunOptions,
+    warmup_runs: int,
+    measure_runs: int,
+) -> Run:
+    used = settings.completed(pipe)
+    seconds: list[float] = []
+    memory: list[float | None] = []
+    outputs: list[list[Image]] = []
+    for run in range(warmup_runs + measure_runs):
+        started = time.perf_counter()
+        frames, peak = _run_once(lambda: run_pipeline(pipe, prompts, used, seed), options.device)
+        if run >= warmup_runs:
+            seconds.append(time.perf_counter() - started)
+            memory.append(peak)
+            outputs = [[np.asarray(frame.convert("RGB")) for frame in output] for output in frames]
+    layers = kernel_report(pipe).layers if options.offload is None else ()
+    return Run(outputs, used, seconds, memory, dict(Counter(layer.kernel for layer in layers)))
+
+
+def _load(variant: Variant, options: RunOptions) -> Any:
+    device = options.device if options.offload is None else None
     pipe = load_pipeline(
         variant.source.path, device=device, torch_dtype=variant.dtype, quantization=variant.quantization
     )
-    on_cuda = torch.device(device).type == "cuda"
-    seconds: list[float] = []
-    memory: list[float | None] = []
-    images: list[Image] = []
-    for run in range(warmup_runs + measure_runs):
-        if on_cuda:
-            torch.cuda.reset_peak_memory_stats(device)
-        started = time.perf_counter()
-        outputs = run_pipeline(pipe, prompts, settings, seed)
-        if run >= warmup_runs:
-            seconds.append(time.perf_counter() - started)
-            memory.append(torch.cuda.max_memory_allocated(device) / 2**20 if on_cuda else None)
-            images = [np.asarray(frame.convert("RGB")) for output in outputs for frame in output]
-    kernels: dict[str, int] = {}
-    for layer in kernel_report(pipe).layers:
-        kernels[layer.kernel] = kernels.get(layer.kernel, 0) + 1
-    del pipe
-    gc.collect()
-    return Run(images, seconds, memory, kernels)
+    if options.flow_shift is not None:
+        set_flow_shift(pipe, options.flow_shift)
+    if options.offload == "model":
+        pipe.enable_model_cpu_offload(device=options.device)
+    elif options.offload == "layerwise":
+        pipe.enable_group_offload(torch.device(options.device), num_blocks_per_group=1)
+    return pipe
+
+
+def _run_once(run: Callable[[], Result], device: str | torch.device) -> tuple[Result, float | None]:
+    """What a run returns, and its peak memory in MiB; None where the system does not tell."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return run(), torch.cuda.max_memory_allocated(device) / 2**20
+    with PeakMemory(resident_memory) as peak:
+        result = run()
+    return result, peak.size / 2**20 or None
 
 
 def compare(
@@ -136,25 +197,34 @@ def compare(
     candidate: Variant,
     prompts: Sequence[Prompt],
     settings: GenerationSettings,
+    options: RunOptions | None = None,
     *,
     seed: int = 42,
     task: str = "t2i",
-    device: str | torch.device = "cpu",
     warmup_runs: int = 0,
     measure_runs: int = 1,
     save_to: Path | None = None,
+    fps: int = 24,
 ) -> Comparison:
     """Runs both variants and compares them; the report has the keys of vLLM-Omni's comparison tool.
 
     Args:
-        save_to: folder for every image and for `comparison.png`
+        task: `t2i`, `t2v`, `i2i` or `i2v`: what the pipeline starts from, and what it makes
+        save_to: folder for every image, or video, and for `comparison.png`
+        fps: frames per second of saved videos
 
     Raises:
         CheckpointError: a model cannot be loaded.
-        RecipeError: the variants give different numbers or sizes of images.
+        OutputError: videos are to be saved, and what writes them is not installed.
+        RecipeError: the variants give different numbers or sizes of images; or prompts have images, and the task none,
+            or the other way round.
     """
+    _check_images(prompts, task)
+    makes_videos = task.endswith("v")
+    if save_to is not None and makes_videos:
+        check_frames_path(Path(f"video{VIDEO_SUFFIX}"))
     runs = [
-        run_variant(variant, prompts, settings, seed, device=device, warmup_runs=warmup_runs, measure_runs=measure_runs)
+        run_variant(variant, prompts, settings, seed, options, warmup_runs=warmup_runs, measure_runs=measure_runs)
         for variant in (reference, candidate)
     ]
     texts = [prompt.text for prompt in prompts]
@@ -166,19 +236,7 @@ def compare(
         "warmup_runs": warmup_runs,
         "measure_runs": measure_runs,
         "variant_configs": {variant.label: _describe(variant) for variant in (reference, candidate)},
-        "sampling_kwargs": {
-            "task": task,
-            "width": settings.width,
-            "height": settings.height,
-            "num_frames": None if task == "t2i" else settings.frames,
-            "num_inference_steps": settings.steps,
-            "guidance_scale": settings.guidance_scale,
-            "cfg_scale": settings.guidance_scale,
-            "guidance_scale_2": None,
-            "flow_shift": None,
-            "num_images_per_prompt": 1,
-            "step_execution": False,
-        },
+        "sampling_kwargs": _sampling(task, runs[0], options),
         "metric_guidance": METRIC_GUIDANCE,
         "output_metrics": sequence_metrics(runs[0].images, runs[1].images),
     }
@@ -186,7 +244,13 @@ def compare(
         report[f"{variant.label}_generation"] = run.generation()
         report[f"{variant.label}_kernels"] = run.kernels
     if save_to is not None:
-        report["saved_outputs"] = _save(save_to, reference, candidate, runs)
+        report["saved_outputs"] = {
+            variant.label: _save(run, save_to / variant.label, fps if makes_videos else None)
+            for variant, run in zip((reference, candidate), runs, strict=True)
+        }
+        shown = [_images_shown(run, makes_videos) for run in runs]
+        scale = max(1, IMAGE_SIZE // shown[0][0].shape[1])
+        comparison_image(shown[0], {candidate.label: shown[1]}, scale=scale).save(save_to / "comparison.png")
     return Comparison(runs[0], runs[1], report)
 
 
@@ -201,22 +265,60 @@ def _describe(variant: Variant) -> dict[str, Any]:
     }
 
 
-def _save(folder: Path, reference: Variant, candidate: Variant, runs: Sequence[Run]) -> dict[str, list[str]]:
+def _check_images(prompts: Sequence[Prompt], task: str) -> None:
+    for prompt in prompts:
+        if task.startswith("i") and prompt.image is None:
+            raise RecipeError(f"--image: found none for '{prompt.text:.40}', but the task {task} starts from an image")
+        if task.startswith("t") and prompt.image is not None:
+            raise RecipeError(
+                f"--image: found {prompt.image}, but the task {task} starts from text; use --task i2{task[-1]}"
+            )
+
+
+def _sampling(task: str, run: Run, options: RunOptions | None) -> dict[str, Any]:
+    """The settings with which the pipelines ran, under the names of vLLM-Omni's tool."""
+    height, width, _ = run.images[0].shape
+    return {
+        "task": task,
+        "width": width,
+        "height": height,
+        "num_frames": len(run.outputs[0]) if task.endswith("v") else None,
+        "num_inference_steps": run.settings.steps,
+        "guidance_scale": run.settings.guidance_scale,
+        "cfg_scale": run.settings.guidance_scale,
+        "guidance_scale_2": run.settings.guidance_scale_2,
+        "flow_shift": options.flow_shift if options is not None else None,
+        "num_images_per_prompt": run.settings.images_per_prompt,
+        "step_execution": False,
+    }
+
+
+def _save(run: Run, folder: Path, fps: int | None) -> list[str]:
+    """Saves a variant's images or, with `fps`, the video of each prompt with its first, middle and last frame."""
     from PIL import Image as PillowImage
 
-    saved: dict[str, list[str]] = {}
-    for variant, run in zip((reference, candidate), runs, strict=True):
-        target = folder / variant.label
-        target.mkdir(parents=True, exist_ok=True)
-        saved[variant.label] = []
-        for index, image in enumerate(run.images):
-            path = target / f"image_{index}.png"
-            PillowImage.fromarray(image).save(path)
-            saved[variant.label].append(str(path))
-    scale = max(1, IMAGE_SIZE // runs[0].images[0].shape[1])
-    grid = comparison_image(runs[0].images, {candidate.label: runs[1].images}, scale=scale)
-    grid.save(folder / "comparison.png")
-    return saved
+    folder.mkdir(parents=True, exist_ok=True)
+    if fps is None:
+        named = {folder / f"image_{index}.png": [image] for index, image in enumerate(run.images)}
+    else:
+        named = {}
+        for place, video in enumerate(run.outputs):
+            number = f"_{place}" if len(run.outputs) > 1 else ""
+            named[folder / f"video{number}{VIDEO_SUFFIX}"] = video
+            for index in _shown(video):
+                named[folder / f"frame{number}_{index}.png"] = [video[index]]
+    for path, images in named.items():
+        write_frames([PillowImage.fromarray(image) for image in images], path, fps or 1)
+    return [str(path) for path in named]
+
+
+def _shown(video: Sequence[Image]) -> list[int]:
+    """Indices of a video's first, middle and last frame."""
+    return sorted({0, len(video) // 2, len(video) - 1})
+
+
+def _images_shown(run: Run, are_videos: bool) -> list[Image]:
+    return [output[index] for output in run.outputs for index in (_shown(output) if are_videos else range(len(output)))]
 
 
 def settings_of(variant: Variant, overrides: Mapping[str, Any]) -> GenerationSettings:

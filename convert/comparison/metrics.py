@@ -106,7 +106,7 @@ def sequence_metrics(reference: Sequence[Image], candidate: Sequence[Image]) -> 
     middle = len(reference) // 2
     each = [_for_json(image_metrics(*pair)) for pair in zip(reference, candidate, strict=True)]
     first, mid = each[0], each[middle]
-    everything = _for_json(image_metrics(np.stack(reference), np.stack(candidate)))
+    everything = _for_json(image_metrics(_pixels(reference), _pixels(candidate)))
     return {"per_image_metrics": each} | {
         f"{key}{plural}{rest}": value
         for noun in ("frame", "image")
@@ -118,6 +118,11 @@ def sequence_metrics(reference: Sequence[Image], candidate: Sequence[Image]) -> 
             ("all_", noun + "s", "_metrics", everything),
         )
     }
+
+
+def _pixels(images: Sequence[Image]) -> Image:
+    """All pixels in a row, since prompts with images of their own may give images of several sizes."""
+    return np.concatenate([image.ravel() for image in images])
 
 
 def summary_of(metrics: dict[str, Any]) -> dict[str, Any]:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-__all__ = ["PeakMemory", "anonymous_memory"]
+__all__ = ["PeakMemory", "anonymous_memory", "resident_memory"]
 
 STATUS = Path("/proc/self/status")
 LOOK_SECONDS = 0.1
@@ -15,21 +16,31 @@ LOOK_SECONDS = 0.1
 
 def anonymous_memory() -> int:
     """`RssAnon` of this process in bytes; 0 where the system, unlike Linux, does not report it."""
+    return _status("RssAnon:")
+
+
+def resident_memory() -> int:
+    """`VmRSS` of this process in bytes, weights in mapped files included; 0 where the system does not report it."""
+    return _status("VmRSS:")
+
+
+def _status(key: str) -> int:
     if not STATUS.exists():
         return 0
-    line = next((line for line in STATUS.read_text().splitlines() if line.startswith("RssAnon:")), "RssAnon: 0 kB")
+    line = next((line for line in STATUS.read_text().splitlines() if line.startswith(key)), f"{key} 0 kB")
     return int(line.split()[1]) * 1024
 
 
 class PeakMemory:
-    """The largest `RssAnon` while the context is entered, measured by a thread at intervals.
+    """The largest memory use while the context is entered, measured by a thread at intervals.
 
     Attributes:
         size: bytes
     """
 
-    def __init__(self) -> None:
+    def __init__(self, measure: Callable[[], int] = anonymous_memory) -> None:
         self.size = 0
+        self._measure = measure
         self._is_over = threading.Event()
         self._watcher = threading.Thread(target=self._watch, daemon=True)
 
@@ -45,6 +56,6 @@ class PeakMemory:
 
     def _watch(self) -> None:
         while True:
-            self.size = max(self.size, anonymous_memory())
+            self.size = max(self.size, self._measure())
             if self._is_over.wait(LOOK_SECONDS):
                 return

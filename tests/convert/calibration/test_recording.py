@@ -280,3 +280,12 @@ def test_the_stored_name_is_the_one_that_ends_most_alike(name: str, stored: str)
 def test_a_component_alone_cannot_be_run(tiny_pipeline_folder: Path, prompts_file: Path) -> None:
     with pytest.raises(CalibrationError, match="found no pipeline"):
         record_source(resolve_source(tiny_pipeline_folder / "transformer"), Recipe(calib=prompts_file))
+
+
+def test_an_identity_names_later_settings_only_where_they_are_used() -> None:
+    names = [
+        {name for name, _ in calibration._identity([], settings, 0, {}).runs[0].settings}
+        for settings in (GenerationSettings(), GenerationSettings(guidance_scale_2=2.0, images_per_prompt=2))
+    ]
+    assert names[1] - names[0] == {"guidance_scale_2", "images_per_prompt"}
+    assert "frames" in names[0]
