@@ -205,8 +205,9 @@ class Recipe(FormatChoices):
                 self._check_is_honoured(choice.name, option)
             dialects = choice.metadata["dialects"].get(value, (self.dialect,))
             if self.dialect not in dialects:
+                given = option if value is True else f"{option} {value}"
                 raise RecipeError(
-                    f"--{option} {value}: found with --dialect {self.dialect}, expected --dialect "
+                    f"--{given}: found with --dialect {self.dialect}, expected --dialect "
                     f"{' or '.join(dialects)}: no other dialect has it"
                 )
 

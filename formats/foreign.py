@@ -8,12 +8,10 @@ Spread      NAME.weight             E4M3, E5M2 or I8 of three dimensions or more
             NAME.weight_scale       F32, one number, or for each dimension 1, the same size, or a number of blocks
 Smoothed    another format's tensors, and
             NAME.mul_scale          F32 [in], which the runtime multiplies activations with; W = W' * mul_scale
-Rotated     another format's tensors; W' is W with its rows rotated by a regular Hadamard matrix, in groups of columns
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -26,7 +24,7 @@ from omni_convert.formats.arithmetic.float8 import E4M3, E5M2
 from omni_convert.formats.format import Format
 from omni_convert.formats.rows import TensorLayout
 
-__all__ = ["Rotated", "Scaled", "Smoothed", "Spread", "hadamard"]
+__all__ = ["Scaled", "Smoothed", "Spread"]
 
 FLOATS = {torch.float8_e4m3fn: E4M3, torch.float8_e5m2: E5M2}
 
@@ -185,43 +183,3 @@ class Smoothed(_Wrapped):
 
     def dequantize(self, tensors: Mapping[str, Tensor]) -> Tensor:
         return self.inner.dequantize(tensors) * tensors["mul_scale"]
-
-
-@dataclass(frozen=True)
-class Rotated(_Wrapped):
-    """Another format, for a weight that was rotated in groups of columns (ConvRot).
-
-    Attributes:
-        group: columns of a group, a power of four
-    """
-
-    group: int
-
-    @property
-    def encoding(self) -> Encoding | None:
-        inner = self.inner.encoding
-        return None if inner is None else replace(inner, rotation=self.group)
-
-    @property
-    def label(self) -> str:
-        return f"{self.inner.label}, rotated by {self.group}"
-
-    def layout(self, out_features: int, in_features: int) -> dict[str, TensorLayout]:
-        return self.inner.layout(out_features, in_features)
-
-    def dequantize(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        rotated = self.inner.dequantize(tensors)
-        return (rotated.view(len(rotated), -1, self.group) @ hadamard(self.group)).flatten(1)
-
-
-def hadamard(size: int) -> Tensor:
-    """The regular Hadamard matrix of a power of four, divided by its root: symmetric, and its own inverse.
-
-    Returns:
-        float32 [size, size]
-    """
-    block = torch.ones(4, 4) - 2 * torch.eye(4).flip(0)
-    matrix: Tensor = torch.ones(1, 1)
-    while len(matrix) < size:
-        matrix = torch.kron(matrix, block)
-    return matrix / math.sqrt(size)

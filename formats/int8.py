@@ -3,17 +3,19 @@
 Tensors:    NAME.weight        I8  [out, in]
             NAME.weight_scale  F32 [out, 1]     amax of the row / 127
 Arithmetic: W ≈ code * weight_scale; codes are rounded half to even and lie in -127..127.
+Rotated:    ConvRot (`--rotate`) has the same tensors of W', the weight rotated in groups of 256, 64 or 16 columns
+            (`arithmetic/rotation.py`), by comfy-kitchen's arithmetic. Inputs are rotated at run time.
 Consumers:  vLLM-Omni `int8` on CUDA (SM80 to SM90) and Ascend. Its CUDA path (0.30.0) reads the scales of a fused
             linear as one per member, taking rows 0, 1, 2 of the column: with one scale for the whole group
             (`shared_in_group`, a constant column) both readings agree; with true per-row scales fused linears are
-            wrong there and right on Ascend.
+            wrong there and right on Ascend. Rotated: ComfyUI (SM 7.5), SGLang, stable-diffusion.cpp.
 Limits:     Ascend runs out_features <= 65535.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -21,16 +23,26 @@ from torch import Tensor
 from omni_convert.formats.arithmetic.element import IntegerType
 from omni_convert.formats.arithmetic.encoding import PER_ROW, Encoding
 from omni_convert.formats.arithmetic.input_codes import INT8_MAX, int8_per_token
+from omni_convert.formats.arithmetic.rotation import (
+    LARGEST_GROUP,
+    SMALLEST_GROUP,
+    largest_rotation_group,
+    rotate,
+    rotate_inputs,
+)
 from omni_convert.formats.arithmetic.tiling import quantize_in_tiles
-from omni_convert.formats.format import ElementFormat
+from omni_convert.formats.format import ElementFormat, QuantizingFormat
+from omni_convert.formats.options import FormatOptions
 from omni_convert.formats.rows import InputStatistics, TensorLayout, WeightRows, weight_amax
 
-__all__ = ["INT8", "Int8"]
+__all__ = ["INT8", "Int8", "RotatedInt8"]
 
 INT8 = Encoding(IntegerType(8), block=PER_ROW)
 # 127 over it is still a normal float32 number; rows below are all but zero.
 SMALLEST_AMAX = 2.0**-119
 ASCEND_MAX_ROWS = 65535
+# The least scale of a rotated row in comfy-kitchen.
+SMALLEST_ROTATED_SCALE = 1e-30
 
 
 @dataclass(frozen=True)
@@ -45,7 +57,11 @@ class Int8(ElementFormat):
     shared_in_group: bool = False
 
     method = "int8"
-    options = ("int8_fused_scales",)
+    options = ("int8_fused_scales", "rotate")
+
+    @classmethod
+    def build(cls, options: FormatOptions) -> QuantizingFormat:
+        return RotatedInt8() if options.rotate else cls(options.shared_in_group)
 
     @property
     def encoding(self) -> Encoding:
@@ -94,3 +110,50 @@ class Int8(ElementFormat):
         codes = values.mul_(INT8_MAX / amax).round_().clamp_(-INT8_MAX, INT8_MAX).to(torch.int8)
         scale = amax / INT8_MAX
         return {"weight": codes, "weight_scale": scale}
+
+
+@dataclass(frozen=True)
+class RotatedInt8(QuantizingFormat):
+    """INT8 per output row of a weight whose rows were rotated (ConvRot).
+
+    Attributes:
+        group: columns that are rotated together, a power of four
+    """
+
+    group: int = LARGEST_GROUP
+
+    method = Int8.method
+    options = Int8.options
+
+    def for_weight(self, shape: tuple[int, ...]) -> RotatedInt8:
+        return replace(self, group=largest_rotation_group(shape[1]))
+
+    @property
+    def encoding(self) -> Encoding:
+        return replace(INT8, rotation=self.group)
+
+    @property
+    def label(self) -> str:
+        return f"{self.method}, rotated by {self.group}"
+
+    def unsupported(self, out_features: int, in_features: int) -> str | None:
+        if in_features % max(self.group, SMALLEST_GROUP):
+            return f"rotated int8 needs in_features % {SMALLEST_GROUP} == 0, found {in_features}"
+        return None
+
+    def layout(self, out_features: int, in_features: int) -> dict[str, TensorLayout]:
+        return Int8().layout(out_features, in_features)
+
+    def quantize_rows(self, rows: Tensor, fitted: None) -> dict[str, Tensor]:
+        return quantize_in_tiles(rows, self._quantize_tile)
+
+    def dequantize(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        return rotate(Int8().dequantize(tensors), self.group)
+
+    def round_inputs(self, inputs: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
+        return rotate_inputs(Int8().round_inputs(rotate_inputs(inputs, self.group), tensors), self.group)
+
+    def _quantize_tile(self, tile: Tensor) -> dict[str, Tensor]:
+        values = rotate(tile, self.group)
+        scale = (values.abs().amax(dim=1, keepdim=True) / INT8_MAX).clamp_(min=SMALLEST_ROTATED_SCALE)
+        return {"weight": values.div_(scale).round_().clamp_(-128, INT8_MAX).to(torch.int8), "weight_scale": scale}

@@ -28,7 +28,7 @@ def _choice(
     help_text: str | None = None,
     choices: tuple[str, ...] = (),
     metavar: str | None = None,
-    dialects: Mapping[str, tuple[str, ...]] | None = None,
+    dialects: Mapping[str | bool, tuple[str, ...]] | None = None,
 ) -> Any:
     """A field that is a long option.
 
@@ -68,6 +68,11 @@ class FormatChoices:
         "Element type of fp8; e5m2 is for --dialect comfyui alone. Default: e4m3.",
         choices=("e4m3", "e5m2"),
         dialects={"e5m2": ("comfyui",)},
+    )
+    rotate: bool = _choice(
+        False,
+        "Rotate weights (ConvRot) with int8, for --dialect comfyui alone.",
+        dialects={True: ("comfyui",)},
     )
     search: bool = _choice(True, "Compute scales by rule instead of searching for the best.")
 

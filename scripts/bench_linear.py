@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from omni_convert.loaders.layers.quantized_linear import quantize_linear
 
 Layer = Callable[[Tensor], Tensor]
-METHODS = "int8,fp8,mxfp8,mxfp4,mxfp4_dualscale,nvfp4,w4a16"
+METHODS = "int8,int8+rotate,fp8,mxfp8,mxfp4,mxfp4_dualscale,nvfp4,w4a16"
 BASELINE = "bf16"
 
 
@@ -66,7 +66,8 @@ def make_layers(linear: nn.Linear, methods: list[str]) -> dict[str, Layer]:
     """By name, with the kernel that runs."""
     layers: dict[str, Layer] = {BASELINE: linear}
     for method in methods:
-        layer = quantize_linear(linear, method)
+        name, _, option = method.partition("+")
+        layer = quantize_linear(linear, name, rotate=option == "rotate")
         layers[f"{method} {layer.selection.kernel.name}"] = layer
     if find_spec("torchao") is not None:
         layers["torchao int8 dynamic"] = torchao_int8(linear)

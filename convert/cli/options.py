@@ -78,6 +78,8 @@ def _format_option(choice: Field[Any]) -> Callable[[Command], Command]:
     name, declared = choice.name.replace("_", "-"), choice.metadata
     if choice.default is True:
         return click.option(f"--no-{name}", choice.name, flag_value=False, default=True, help=declared["help"])
+    if choice.default is False:
+        return click.option(f"--{name}", choice.name, is_flag=True, help=declared["help"])
     kinds = {"int | None": click.INT, "tuple[int, int] | None": Pair(",", "N,K")}
     return click.option(
         f"--{name}",

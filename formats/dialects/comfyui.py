@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from omni_convert.formats.arithmetic.rotation import is_rotation_group
 from omni_convert.formats.containers.checkpoint import Checkpoint
 from omni_convert.formats.dialects.base import Dialect, Found, LayerError, StoredLayer, WrittenSpelling, attempt
 from omni_convert.formats.dialects.codec import SwappedNibbles, Swizzled
@@ -47,10 +48,9 @@ from omni_convert.formats.dialects.verdict import COMFYUI as RUNTIME
 from omni_convert.formats.dialects.verdict import CONVERT_FIRST, DIFFUSERS, NO_BLOCK, Verdict
 from omni_convert.formats.families.family import Family
 from omni_convert.formats.finding import Finding
-from omni_convert.formats.foreign import Rotated
 from omni_convert.formats.format import Format, QuantizingFormat
 from omni_convert.formats.fp8 import FP8, FP8_E5M2
-from omni_convert.formats.int8 import INT8
+from omni_convert.formats.int8 import INT8, RotatedInt8
 from omni_convert.formats.mxfp8 import MXFP8
 from omni_convert.formats.nvfp4 import NVFP4
 
@@ -118,14 +118,14 @@ class ComfyUi(Dialect):
         padding = PADDING.get(name, 1)
         if shape[0] % padding or shape[1] % padding:
             return f"ComfyUI pads {name} to multiples of {padding}, which {shape[0]} x {shape[1]} is not"
-        extras = {MARK: json.dumps({"format": name}).encode()}
+        extras = {MARK: json.dumps(_mark_of(fmt)).encode()}
         if name not in SWIZZLED:
             return WrittenSpelling(extras=extras)
         nibbles = {"weight": SwappedNibbles()} if name == "nvfp4" else {}
         return WrittenSpelling(codecs={"weight_scale": Swizzled(), **nibbles}, extras=extras)
 
     def metadata(self, layers: Mapping[str, Format]) -> dict[str, str]:
-        marks = {stem: {"format": _format_name(layers[stem])} for stem in sorted(layers)}
+        marks = {stem: _mark_of(layers[stem]) for stem in sorted(layers)}
         return {METADATA: json.dumps({"format_version": "1.0", "layers": marks})}
 
     def verdicts(
@@ -173,8 +173,16 @@ def _check_legacy_mark(found: Found, stem: str, layer: StoredLayer) -> Iterator[
 
 def _format_name(fmt: Format) -> str | None:
     """ComfyUI's name of a format, or None; it has none for integers with static activations."""
-    is_ours = isinstance(fmt, QuantizingFormat) and not fmt.is_storage
-    return FORMAT_NAMES.get(fmt.encoding) if is_ours and fmt.encoding is not None else None
+    if not isinstance(fmt, QuantizingFormat) or fmt.is_storage or fmt.encoding is None:
+        return None
+    return FORMAT_NAMES.get(replace(fmt.encoding, rotation=None))
+
+
+def _mark_of(fmt: Format) -> dict[str, Any]:
+    """The content of the mark of a layer."""
+    rotation = None if fmt.encoding is None else fmt.encoding.rotation
+    turned = {} if rotation is None else {"convrot": True, "convrot_groupsize": rotation}
+    return {"format": _format_name(fmt), **turned}
 
 
 def _marked_layer(found: Found, mark: Mark | LayerError) -> StoredLayer:
@@ -205,14 +213,14 @@ def _marked_layer(found: Found, mark: Mark | LayerError) -> StoredLayer:
 
 def _rotated(found: Found, stem: str, signature: Signature, group: Any) -> Signature:
     size = group if type(group) is int else 0
-    power = size
-    while power > 1 and power % 4 == 0:
-        power //= 4
-    if power != 1 or signature.shape[1] % size:
+    if not is_rotation_group(size, signature.shape[1]):
         what = f"found convrot_groupsize {group!r:.20} for {signature.shape[1]} columns"
         message = f"layer '{stem}': {what}, expected a power of four that divides them"
         raise LayerError(found, stem, message, "bad-mark")
-    return replace(signature, format=Rotated(signature.format, size))
+    if signature.format.encoding != INT8:
+        what = f"found {signature.format.label} with convrot, expected int8 without zero points"
+        raise LayerError(found, stem, f"layer '{stem}': {what}", "bad-mark")
+    return replace(signature, format=RotatedInt8(size))
 
 
 COMFYUI = ComfyUi()

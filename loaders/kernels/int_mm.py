@@ -1,4 +1,7 @@
-"""INT8 through torch's _int_mm: int8 codes times int8 codes into int32, scales applied to the result in float32."""
+"""INT8 through torch's _int_mm: int8 codes times int8 codes into int32, scales applied to the result in float32.
+
+Where the weight was rotated, so are the inputs, in float32 before they are quantized.
+"""
 
 from __future__ import annotations
 
@@ -9,9 +12,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from omni_convert.formats.arithmetic.input_codes import int8_per_token
+from omni_convert.formats.arithmetic.rotation import rotate_inputs
 from omni_convert.formats.arithmetic.scratch import Scratch
 from omni_convert.formats.format import Format
-from omni_convert.formats.int8 import Int8
+from omni_convert.formats.int8 import Int8, RotatedInt8
 from omni_convert.loaders.kernels import fused_activation
 from omni_convert.loaders.kernels.kernel import Kernel, Requirements
 
@@ -26,18 +30,21 @@ CPU_QUANTIZED, CPU_CODES, CPU_PRODUCTS = 1 << 20, 1 << 23, 1 << 21
 _CODES, _RESULTS = Scratch(), Scratch()
 
 
-def _run(x: Tensor, tensors: Mapping[str, Tensor], _fmt: Format, bias: Tensor | None) -> Tensor:
+def _run(x: Tensor, tensors: Mapping[str, Tensor], fmt: Format, bias: Tensor | None) -> Tensor:
     weight, weight_scale = tensors["weight"], tensors["weight_scale"].reshape(1, -1)
+    group = None if fmt.encoding is None else fmt.encoding.rotation
     if torch.is_grad_enabled() and x.requires_grad:
-        out: Tensor = _without_derivative(x, weight, weight_scale, bias)
+        out: Tensor = _without_derivative(x, weight, weight_scale, bias, group)
         return out
-    return _multiply_scaled(x, weight, weight_scale, bias)
+    return _multiply_scaled(x, weight, weight_scale, bias, group)
 
 
 # An operator without a derivative raises in `backward`; the steps would give the derivative of the scales alone.
 @torch.library.custom_op("omni_convert::int_mm", mutates_args=())
-def _without_derivative(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
-    return _multiply_scaled(x, weight, weight_scale, bias)
+def _without_derivative(
+    x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, group: int | None
+) -> Tensor:
+    return _multiply_scaled(x, weight, weight_scale, bias, group)
 
 
 @_without_derivative.register_fake
@@ -45,19 +52,19 @@ def _(x: Tensor, weight: Tensor, *_: object) -> Tensor:
     return x.new_empty(x.shape[0], weight.shape[0])
 
 
-def _multiply_scaled(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
+def _multiply_scaled(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, group: int | None) -> Tensor:
     if x.device.type == "cpu" and not torch.compiler.is_compiling():  # a compiler fuses the steps itself
-        return _run_in_tiles(x, weight, weight_scale, bias)
-    codes, input_scale = fused_activation.int8_per_token(x)
+        return _run_in_tiles(x, weight, weight_scale, bias, group)
+    codes, input_scale = fused_activation.int8_per_token(x if group is None else rotate_inputs(x, group))
     products = _multiply(codes, weight.t())  # int32 [M, out]
     result = (products * weight_scale).mul_(input_scale)
     return (result if bias is None else result.add_(bias)).to(x.dtype)
 
 
-def _run_in_tiles(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
+def _run_in_tiles(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, group: int | None) -> Tensor:
     out = x.new_empty(len(x), len(weight))
     for rows in _tiles(len(x), CPU_CODES // x.shape[1]):
-        codes, input_scale = _quantize_in_tiles(x[rows])
+        codes, input_scale = _quantize_in_tiles(x[rows], group)
         for columns in _tiles(len(weight), CPU_PRODUCTS // len(codes)):
             target = out[rows, columns]
             products = _RESULTS.take(target.numel(), torch.int32).view(target.shape)
@@ -68,11 +75,12 @@ def _run_in_tiles(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor 
     return out
 
 
-def _quantize_in_tiles(x: Tensor) -> tuple[Tensor, Tensor]:
+def _quantize_in_tiles(x: Tensor, group: int | None) -> tuple[Tensor, Tensor]:
     codes, scale = _CODES.take(x.numel(), torch.int8).view(x.shape), x.new_empty(len(x), 1, dtype=torch.float32)
     for rows in _tiles(len(x), CPU_QUANTIZED // x.shape[1]):
-        values = _RESULTS.take(x[rows].numel(), torch.float32).view(x[rows].shape)
-        scale[rows] = int8_per_token(x[rows], values, codes[rows])[1]
+        tile = x[rows] if group is None else rotate_inputs(x[rows], group)
+        values = _RESULTS.take(tile.numel(), torch.float32).view(tile.shape)
+        scale[rows] = int8_per_token(tile, values, codes[rows])[1]
     return codes, scale
 
 
@@ -92,6 +100,6 @@ def _multiply(codes: Tensor, weight: Tensor) -> Tensor:
 INT_MM = Kernel(
     "int_mm",
     is_scaled_gemm=True,
-    requirements=Requirements((Int8,), devices=("cuda", "cpu"), capability=(7, 5), multiple_of=8),
+    requirements=Requirements((Int8, RotatedInt8), devices=("cuda", "cpu"), capability=(7, 5), multiple_of=8),
     run=_run,
 )

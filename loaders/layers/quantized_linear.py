@@ -84,7 +84,7 @@ class QuantizedLinear(nn.Module):
         Raises:
             RecipeError: the format cannot hold a weight of this shape.
         """
-        fmt = as_loaded(fmt)
+        fmt = as_loaded(fmt).for_weight(tuple(linear.weight.shape))
         problem = fmt.unsupported(linear.out_features, linear.in_features)
         if problem is not None:
             raise RecipeError(problem)

@@ -22,6 +22,8 @@ def test_methods_are_those_of_the_format_table() -> None:
         ({"activation_scheme": "sometimes"}, "--activation-scheme: found 'sometimes'"),
         ({"component": {"text_encoder": "int9"}}, "--component text_encoder: found 'int9'.*did you mean 'int8'"),
         ({"method": "int8", "weight_block_size": (128, 128)}, "expected method 'fp8'"),
+        ({"method": "int8", "rotate": True}, "--rotate: found with --dialect vllm-omni, expected --dialect comfyui"),
+        ({"method": "fp8", "rotate": True}, "--rotate: found with method 'fp8'.*expected method int8"),
         ({"weight_block_size": (0, 128)}, "found 0,128, expected two positive sizes"),
         ({"input_scale": "median"}, "expected max, mse or percentile:P"),
         ({"input_scale": "percentile:101"}, "expected max, mse or percentile:P"),

@@ -13,6 +13,7 @@ from torch import Tensor
 from omni_convert.convert import Recipe, convert_checkpoint
 from omni_convert.convert.inspection.verification import verify_source
 from omni_convert.convert.source.location import Source
+from omni_convert.formats.int8 import RotatedInt8
 from omni_convert.formats.views.opened import open_quantized
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -110,6 +111,40 @@ def test_our_files_are_unpacked_by_their_kernels(  # type: ignore[no-untyped-def
             parts = (tensors.get(f"{stem}.{suffix}") for suffix in ("weight", "weight_scale", "weight_scale_2"))
             theirs = unpack(*parts).to(torch.bfloat16)
             assert theirs.equal(layer.dequantize(0, layer.shape[0]).to(torch.bfloat16)), stem
+
+
+@pytest.mark.parametrize("group", [16, 64, 256])
+def test_our_rotated_int8_has_their_bytes(import_peer, group: int) -> None:  # type: ignore[no-untyped-def]
+    layout = import_peer("comfy_kitchen.tensor.int8").TensorWiseINT8Layout
+    weight = random_weight((320, 768)).to(torch.bfloat16)
+    codes, params = layout.quantize(weight.float(), per_channel=True, convrot=True, convrot_groupsize=group)
+    ours = RotatedInt8(group).quantize(weight)
+    assert ours["weight"].equal(codes)
+    assert ours["weight_scale"].flatten().equal(params.scale.flatten())
+
+
+def test_our_rotated_file_is_unpacked_by_their_kernels_and_found_sound(  # type: ignore[no-untyped-def]
+    import_peer, tiny_pipeline_folder: Path, tmp_path: Path
+) -> None:
+    layout = import_peer("comfy_kitchen.tensor.int8").TensorWiseINT8Layout
+    recipe = Recipe(method="int8", dialect="comfyui", rotate=True)
+    convert_checkpoint(tiny_pipeline_folder, tmp_path / "out", recipe)
+    convert_checkpoint(tmp_path / "out", tmp_path / "kept", Recipe(method="keep", dialect="comfyui"))
+    folder = tmp_path / "out" / "transformer"
+    tensors = load_file(folder / WEIGHTS)
+    assert (tmp_path / "kept" / "transformer" / WEIGHTS).read_bytes() == (folder / WEIGHTS).read_bytes()
+    with open_quantized(tiny_pipeline_folder / "transformer") as source, open_quantized(folder) as ours:
+        assert ours.layers
+        for stem, layer in ours.layers.items():
+            original = source.checkpoint.read(f"{stem}.weight").float()
+            assert layer.format.encoding is not None
+            group = layer.format.encoding.rotation
+            _, params = layout.quantize(original, per_channel=True, convrot=True, convrot_groupsize=group)
+            theirs = layout.dequantize(tensors[f"{stem}.weight"], params)
+            torch.testing.assert_close(layer.dequantize(0, layer.shape[0]), theirs, rtol=0, atol=2**-18)
+    verified = verify_source(Source(tmp_path / "out", "out"), Source(tiny_pipeline_folder, "source"))
+    assert any(component.layers for component in verified)
+    assert all(component.findings == () for component in verified)
 
 
 def test_our_e5m2_file_is_unpacked_by_their_kernels_and_found_sound(  # type: ignore[no-untyped-def]

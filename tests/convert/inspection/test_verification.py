@@ -36,7 +36,7 @@ from omni_convert.formats.finding import CHECKS, Finding
 from omni_convert.formats.format import Format
 from omni_convert.formats.fp8 import Fp8, Fp8Block
 from omni_convert.formats.int4 import Int4
-from omni_convert.formats.int8 import Int8
+from omni_convert.formats.int8 import Int8, RotatedInt8
 from omni_convert.formats.mxfp4 import Mxfp4
 from omni_convert.formats.mxfp4_dualscale import Mxfp4DualScale
 from omni_convert.formats.mxfp8 import Mxfp8
@@ -58,6 +58,7 @@ FORMATS: dict[str, Format] = {
     "fp8 static": Fp8(static=True),
     "fp8 blocks": Fp8Block((64, 64)),
     "int8": Int8(shared_in_group=True),
+    "int8 rotated": RotatedInt8(256),
     "mxfp8": Mxfp8(search=False),
     "mxfp8 searched": Mxfp8(),
     "mxfp4": Mxfp4(search=False),
@@ -308,12 +309,13 @@ def packed_integers() -> Model:
 
 
 WRITTEN = [
-    *(("vllm-omni", method) for method in FORMATS if method[:5] not in ("nvfp4", "w4a16")),
+    *(("vllm-omni", method) for method in FORMATS if method[:5] not in ("nvfp4", "w4a16") and "rotated" not in method),
     *(("auto-round", method) for method in ("w4a16", "mxfp8", "mxfp4", "nvfp4 static")),
     ("transformers", "fp8 blocks"),
     ("transformers", "mxfp8"),
     *(("modelopt", method) for method in ("fp8", "fp8 static", "mxfp8", "nvfp4", "nvfp4 static")),
-    *(("comfyui", method) for method in ("fp8", "fp8 static", "int8", "mxfp8", "nvfp4", "nvfp4 static")),
+    *(("comfyui", method) for method in ("fp8", "fp8 static", "int8", "int8 rotated", "mxfp8", "nvfp4")),
+    ("comfyui", "nvfp4 static"),
     *(
         ("compressed-tensors", method)
         for method in ("fp8", "fp8 static", "fp8 blocks", "int8", "mxfp8", "mxfp4", "nvfp4", "nvfp4 static")

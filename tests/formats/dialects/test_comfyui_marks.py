@@ -12,13 +12,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from omni_convert.formats.arithmetic.rotation import hadamard
 from omni_convert.formats.checks.block import check_block
 from omni_convert.formats.checks.reading import read_tolerantly
 from omni_convert.formats.containers.checkpoint import Checkpoint
 from omni_convert.formats.dialects.found import describe
 from omni_convert.formats.errors import CheckpointError
 from omni_convert.formats.finding import Finding
-from omni_convert.formats.foreign import hadamard
 from omni_convert.formats.fp8 import Fp8
 from omni_convert.formats.int8 import Int8
 from omni_convert.formats.views.opened import open_quantized

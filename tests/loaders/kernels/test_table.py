@@ -13,7 +13,7 @@ from omni_convert.formats.arithmetic.nvfp4_scale import NVFP4_LARGEST
 from omni_convert.formats.errors import KernelError
 from omni_convert.formats.format import Format
 from omni_convert.formats.fp8 import Fp8, Fp8Block, Fp8Channel
-from omni_convert.formats.int8 import Int8
+from omni_convert.formats.int8 import Int8, RotatedInt8
 from omni_convert.formats.mxfp4 import Mxfp4
 from omni_convert.formats.mxfp4_dualscale import Mxfp4DualScale
 from omni_convert.formats.mxfp8 import Mxfp8
@@ -37,6 +37,7 @@ FORMATS = {
     "fp8 row": Fp8Channel(),
     "fp8 block": Fp8Block((32, 48)),
     "int8": Int8(),
+    "int8 rotated": RotatedInt8(16),
     "mxfp8": Mxfp8(),
     "mxfp4": Mxfp4(),
     "mxfp4 smooth": Mxfp4(smooth=True),
