@@ -59,6 +59,8 @@ class Format(ABC):
     row_multiple: int = 1
     #: Only storage: the weight is dequantized before it is used, and may have any number of dimensions.
     is_storage: bool = False
+    #: Who chooses the format asks for inputs that stay as they are, so that decoding the weight is no fallback.
+    is_weight_only: bool = False
     #: Elements of a row that share an entry of `weight`.
     elements_per_entry: int = 1
     #: Largest input that static activations can hold, in units of `input_scale`; None if unknown.

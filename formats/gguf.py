@@ -25,9 +25,10 @@ from omni_convert.formats.format import Calibration, QuantizingFormat
 from omni_convert.formats.options import FormatOptions
 from omni_convert.formats.rows import InputStatistics, TensorLayout, WeightRows
 
-__all__ = ["CACHED_BLOCKS", "DEFAULT_TYPE", "GGUF_TYPES", "PLAIN_TYPES", "Gguf"]
+__all__ = ["BLOCK_TYPES", "CACHED_BLOCKS", "DEFAULT_TYPE", "GGUF_TYPES", "PLAIN_TYPES", "Gguf"]
 
 PLAIN_TYPES = {"BF16": torch.bfloat16, "F16": torch.float16}
+#: Type → how its blocks are made.
 BLOCK_TYPES = {**SIMPLE_TYPES, **K_QUANTS}
 GGUF_TYPES = (*BLOCK_TYPES, *PLAIN_TYPES)
 DEFAULT_TYPE = "Q8_0"

@@ -2,7 +2,7 @@
 
 Tensors:    NAME.weight  U8 [out / rows, bytes]   blocks as they are in the file; rows is 1, but where a block reaches
                                                   over the end of a row, as in convolutions that ComfyUI-GGUF reshaped
-Arithmetic: `gguf.quants.dequantize` of the rows, bit for bit
+Arithmetic: `gguf.quants.dequantize` of the rows, bit for bit; in torch, on any device, for the types that are written
 Consumers:  see `formats/gguf.py`, which has the types that are written
 """
 
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from omni_convert.formats.containers.gguf_file import rows_together
 from omni_convert.formats.format import Format
+from omni_convert.formats.gguf import BLOCK_TYPES
 from omni_convert.formats.rows import TensorLayout
 
 __all__ = ["StoredGguf", "is_dequantized"]
@@ -74,15 +75,23 @@ class StoredGguf(Format):
 
     def dequantize(self, tensors: Mapping[str, Tensor]) -> Tensor:
         blocks = tensors["weight"]
+        if self.type in BLOCK_TYPES:
+            kind = BLOCK_TYPES[self.type]
+            return kind.dequantize(blocks.reshape(-1, kind.size)).view(-1, math.prod(self.shape[1:]))
         with np.errstate(all="ignore"):  # what is not finite is told by who reads it
-            numbers = gguf.quants.dequantize(blocks.numpy(), self._kind)
-        return torch.from_numpy(numbers).view(-1, math.prod(self.shape[1:]))
+            numbers = gguf.quants.dequantize(blocks.cpu().numpy(), self._kind)
+        return torch.from_numpy(numbers).to(blocks.device).view(-1, math.prod(self.shape[1:]))
 
     def flaw(self, tensors: Mapping[str, Tensor]) -> str | None:
         blocks = tensors["weight"]
         if self.type == "MXFP4" and bool((blocks.reshape(-1, gguf.GGML_QUANT_SIZES[self._kind][1])[:, 0] == 255).any()):
             return "weight: found the E8M0 byte 255 (NaN), expected 0 to 254"
-        if bool(self.dequantize(tensors).isfinite().all()):
+        if self.type in BLOCK_TYPES:
+            kind = BLOCK_TYPES[self.type]
+            is_finite = kind.is_finite(blocks.reshape(-1, kind.size))
+        else:
+            is_finite = bool(self.dequantize(tensors).isfinite().all())
+        if is_finite:
             return None
         return "weight: found scales that are infinite or NaN, expected numbers (in FP16 up to 65504)"
 

@@ -54,6 +54,7 @@ class Int4(ElementFormat):
     search: bool = True
 
     method = "w4a16"
+    is_weight_only = True
     activation_schemes = ("none",)
     options = ("group_size",)
 

@@ -62,7 +62,7 @@ def load_pipeline(
     """Loads a pipeline. A quantized one is loaded as it is; any other is quantized while it loads, if asked to.
 
     Args:
-        model: a folder or a Hub repository; its denoising models may be in GGUF, which diffusers runs
+        model: a folder or a Hub repository; its denoising models may be in GGUF
         device: where to put it; None leaves it where `from_pretrained` puts it
         torch_dtype: dtype of everything that is not quantized
         quantization: a spec that `build_quant_config` accepts. One method means the denoising model(s); a text encoder

@@ -9,7 +9,6 @@ from typing import Any
 from diffusers.quantizers.gguf.utils import GGUFLinear
 from torch import nn
 
-from omni_convert.formats.config import ACTIVATION_SCHEMES
 from omni_convert.formats.errors import KernelError, RecipeError, listed
 from omni_convert.loaders.attention.diffusers_backends import is_fp8_backend
 from omni_convert.loaders.attention.enable import count_attention_backends
@@ -137,14 +136,12 @@ def _describe(name: str, layer: QuantizedLinear | Fp8WeightStorage | GGUFLinear)
     if isinstance(layer, GGUFLinear):
         return _describe_gguf(name, layer)
     selection = layer.selection
-    # With any kernel: a method that never quantizes inputs asks for bf16 activations.
-    is_weight_only = ACTIVATION_SCHEMES[layer.format.method] == ("none",)
     return LayerReport(
         name=name,
         format=layer.format.label,
         kernel=selection.kernel.name,
         is_scaled_gemm=selection.kernel.is_scaled_gemm,
-        is_as_asked=selection.kernel.is_scaled_gemm or layer.activations == "bf16" or is_weight_only,
+        is_as_asked=selection.kernel.is_scaled_gemm or layer.activations == "bf16" or layer.format.is_weight_only,
         why=selection.reason,
         bytes=sum(tensor.nbytes for tensor in layer.state_dict().values()),
         elements=layer.out_features * layer.in_features,

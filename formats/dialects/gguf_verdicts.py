@@ -50,12 +50,10 @@ def gguf_verdicts(file: GgufReader, family: Family | None) -> Iterator[Verdict]:
     unknown = ", ".join(sorted(types - {*DIFFUSERS_TYPES}))
     if unknown:
         yield Verdict(DIFFUSERS, "refuses", f"its GGUFQuantizationConfig does not know {unknown}")
-        yield Verdict(OURS, "refuses", f"runs GGUF through diffusers, which does not know {unknown}")
     else:
         beside = "" if family is not None else "; without a config.json beside it, it guesses the model by its tensors"
         yield Verdict(DIFFUSERS, "loads", f"from_single_file with GGUFQuantizationConfig and config=FOLDER{beside}")
-        loads = family is not None
-        yield Verdict(OURS, "loads" if loads else "refuses", "in a pipeline's folder" if loads else "no config.json")
+    yield _of_our_loader(types, family)
     yield _of_comfyui(file.architecture, file.entries, sorted(types - {*COMFYUI_TYPES}))
     if has_diffusers_names(file.architecture, file.entries):
         yield Verdict(
@@ -64,6 +62,17 @@ def gguf_verdicts(file: GgufReader, family: Family | None) -> Iterator[Verdict]:
     else:
         yield Verdict("stable-diffusion.cpp", "loads", "by its tensors' names; every type of ggml")
     yield _of_vllm_omni(file.architecture, file.entries, family)
+
+
+def _of_our_loader(types: set[str], family: Family | None) -> Verdict:
+    from omni_convert.formats.gguf_stored import is_dequantized
+
+    unknown = ", ".join(sorted(name for name in types if not is_dequantized(name)))
+    if unknown:
+        return Verdict(OURS, "refuses", f"the gguf package does not dequantize {unknown}")
+    if family is None:
+        return Verdict(OURS, "refuses", "no config.json")
+    return Verdict(OURS, "loads", "in a pipeline's folder; packed in memory, decoded in cache")
 
 
 def _of_vllm_omni(architecture: str | None, names: Mapping[str, object], family: Family | None) -> Verdict:
