@@ -30,6 +30,7 @@ from omni_convert.formats.arithmetic.nvfp4_scale import NVFP4_BLOCK
 from omni_convert.formats.config import QuantizationConfig
 from omni_convert.formats.containers.checkpoint import Checkpoint
 from omni_convert.formats.containers.names import WEIGHT
+from omni_convert.formats.dialects.awq import INTEGER_NAMES, awq_layer
 from omni_convert.formats.dialects.base import (
     Dialect,
     Found,
@@ -82,7 +83,10 @@ FLOATS = {
     MXFP4: (4, MX_BLOCK, "mx_fp", "mx_fp"),
     NVFP4: (4, NVFP4_BLOCK, "nv_fp", "nv_fp4_with_static_gs"),
 }
-INTEGER_NAMES = {"weight": "qweight", "weight_scale": "scales", "weight_zero_point": "qzeros"}
+# `checkpoint_format` of GPTQ's files whose zero points are stored as they are.
+GPTQ_V2 = "gptq_v2"
+# What makes a name of `extra_config` a pattern.
+PATTERN_SIGNS = "*+?^$()[]{}|\\"
 READABLE_BITS = (2, 4, 8)
 # Keys that tell MXFP8, MXFP4 and NVFP4 apart.
 CHECKED_KEYS = ("bits", "group_size", "data_type")
@@ -367,10 +371,9 @@ def _check_elements(found: Found) -> None:
 def _integers(found: Found, stem: str) -> StoredLayer:
     where = f"layer '{stem}'"
     packing = str(found.block.get("packing_format", PACKING))
-    bits = found.block.get("bits", 4)
-    if "awq" in packing or found.get(stem, "g_idx") is not None:
-        what = "found AWQ's packing or reordered columns (g_idx), expected GPTQ's without them"
-        raise LayerError(found, stem, f"{where}: {what}")
+    if "awq" in packing:
+        return awq_layer(found, stem)
+    bits, is_symmetric = _scheme_of(found.block, stem)
     if bits not in READABLE_BITS:
         what = f"found bits {bits!r:.20} in the config block, expected 2, 4 or 8"
         raise LayerError(found, stem, f"{where}: {what}")
@@ -380,15 +383,45 @@ def _integers(found: Found, stem: str) -> StoredLayer:
         raise LayerError(found, stem, f"{where}: {what}", "missing-companion")
     rows, columns = words.shape[1], words.shape[0] * (32 // bits)
     group = None if scales.shape[0] == 1 else -(-columns // scales.shape[0])
-    offset = 1 if "gptq" in packing or found.quant_method == "gptq" else 0
+    order = found.get(stem, "g_idx")
+    if order is not None:
+        _check_order(found, stem, columns, group)
+    is_gptq = "gptq" in packing or found.quant_method == "gptq"
+    offset = 1 if is_gptq and found.block.get("checkpoint_format") != GPTQ_V2 else 0
     codecs = {
         "weight": PackedColumns(bits),
         "weight_scale": Transposed(),
         "weight_zero_point": PackedColumns(bits, along_rows=True, offset=offset),
     }
-    is_symmetric = found.block.get("sym") is True
     fmt = Scaled(f"int{bits}", torch.uint8, group, has_zero_point=True, symmetric=is_symmetric)
-    return StoredLayer(stem, fmt, (rows, columns), Spelling(INTEGER_NAMES, codecs))
+    unused = () if order is None else (order.name,)
+    return StoredLayer(stem, fmt, (rows, columns), Spelling(INTEGER_NAMES, codecs), unused=unused)
+
+
+def _scheme_of(block: Mapping[str, Any], stem: str) -> tuple[Any, bool]:
+    """Bits of a layer and whether it is symmetric: what the block says of it alone, or else of all."""
+    layers = block.get("extra_config")
+    entries = layers.items() if isinstance(layers, Mapping) else ()
+    own = next((entry for name, entry in entries if isinstance(entry, Mapping) and _is_named(stem, str(name))), {})
+    return own.get("bits", block.get("bits", WRITTEN_BITS)), own.get("sym", block.get("sym")) is True
+
+
+def _is_named(stem: str, name: str) -> bool:
+    """Whether a name of `extra_config` is that of a layer: whole, its end, or a pattern."""
+    if stem == name or stem.endswith(f".{name}"):
+        return True
+    try:
+        return any(sign in name for sign in PATTERN_SIGNS) and re.search(name, stem) is not None
+    except re.error:
+        return False
+
+
+def _check_order(found: Found, stem: str, columns: int, group: int | None) -> None:
+    """Refuses columns that are not in the order of their groups, as GPTQ leaves them with `desc_act`."""
+    numbers = found.checkpoint.read(f"{stem}.g_idx")
+    if not numbers.equal(torch.arange(columns, dtype=numbers.dtype) // (group or columns)):
+        what = "found reordered columns (g_idx), expected groups of neighbours; export with desc_act false"
+        raise LayerError(found, stem, f"layer '{stem}': {what}")
 
 
 AUTO_ROUND = AutoRound()

@@ -12,7 +12,9 @@ from omni_convert.formats.dialects.codec import Codec, WritableCodec
 from omni_convert.formats.errors import CheckpointError
 from omni_convert.formats.rows import TensorLayout
 
-__all__ = ["PackedColumns", "PackedRows"]
+__all__ = ["WORD_BITS", "InterleavedRows", "PackedColumns", "PackedRows"]
+
+WORD_BITS = 32
 
 
 @dataclass(frozen=True)
@@ -96,3 +98,25 @@ class PackedRows(Codec):
         shifts = torch.arange(0, 32, self.bits, dtype=torch.int32)
         codes = (stored[:, :, None] >> shifts).flatten(1)[:, : layout.shape[1]] & ((1 << self.bits) - 1)
         return (codes - (1 << (self.bits - 1))).to(layout.dtype)
+
+
+@dataclass(frozen=True)
+class InterleavedRows(Codec):
+    """AWQ's packing: a word holds the 4-bit codes of eight rows of the weight, rows 0, 2, 4, 6 first; only read."""
+
+    #: Place in a word of each of eight rows, lowest bits first.
+    places = (0, 4, 1, 5, 2, 6, 3, 7)
+
+    def stored(self, layout: TensorLayout) -> TensorLayout:
+        rows, columns = layout.shape
+        return TensorLayout(torch.int32, (columns, -(-rows // len(self.places))))
+
+    def decode(self, stored: Tensor, layout: TensorLayout) -> Tensor:
+        shifts = 4 * torch.tensor(self.places, dtype=torch.int32)
+        codes = (stored[:, :, None] >> shifts).flatten(1).T  # [rows, columns]
+        return (codes & 0xF).to(layout.dtype).contiguous()
+
+    def read(self, checkpoint: Checkpoint, name: str, layout: TensorLayout, start: int, stop: int) -> Tensor:
+        first, last = start // len(self.places), -(-stop // len(self.places))
+        offset = first * len(self.places)
+        return self.decode(checkpoint.read_columns(name, first, last), layout)[start - offset : stop - offset]

@@ -16,6 +16,7 @@ __all__ = [
     "NOT_OF_DIFFUSERS",
     "NO_BLOCK",
     "OURS",
+    "REQUANTIZE",
     "UNKNOWN_METHOD",
     "UNMARKED",
     "VLLM_OMNI",
@@ -59,6 +60,7 @@ CONVERT_FIRST = Verdict(
     OURS, "refuses", "reads vLLM-Omni's spelling, and ModelOpt's FP8 and NVFP4: -m keep --dialect vllm-omni first"
 )
 NOT_OF_DIFFUSERS = Verdict(OURS, "refuses", "runs models of diffusers, and this is a repository of transformers")
+REQUANTIZE = Verdict(OURS, "refuses", "does not read it; -m METHOD quantizes again, omni-convert dequantize gives BF16")
 
 
 def lost_block_verdicts() -> list[Verdict]:

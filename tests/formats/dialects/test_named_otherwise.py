@@ -46,8 +46,8 @@ def write(parent: Path, tensors: dict[str, Tensor], block: dict[str, object] | N
     norm = {"model.norm.weight": torch.ones(128, dtype=torch.bfloat16)}
     save_file({**norm, **(linear if block else {}), **tensors}, folder / "model.safetensors", {"format": "pt"})
     config: dict[str, object] = {
-        "architectures": ["Qwen3OmniMoeForConditionalGeneration"],
-        "model_type": "qwen3_omni_moe",
+        "architectures": ["SomeMoeForCausalLM"],
+        "model_type": "some_moe",
     }
     (folder / "config.json").write_text(json.dumps({**config, **({"quantization_config": block} if block else {})}))
     return folder
