@@ -23,7 +23,7 @@ from omni_convert.formats.checks.reading import TolerantReading
 from omni_convert.formats.containers.names import COMPANIONS
 from omni_convert.formats.dialects.table import DIALECTS
 from omni_convert.formats.errors import CheckpointError
-from omni_convert.formats.families.table import model_class
+from omni_convert.formats.families.table import find_family, model_class
 from omni_convert.formats.finding import Finding
 from omni_convert.formats.views.base import dequantized_view
 
@@ -66,6 +66,7 @@ def check_names(reading: TolerantReading, config: Mapping[str, Any]) -> Iterator
     """
     if reading.found.block and reading.quantized.dialect is None:
         return  # its tool may have any names
+    yield from check_markers(reading, config)
     kept = [name for name in reading.quantized.kept if name.rpartition(".")[2] not in COMPANIONS]
     weights = [layer.stored.weight_name for layer in reading.quantized.layers.values()]
     found = {*kept, *weights, *(f"{stem}.weight" for stem in reading.shapes)}
@@ -83,15 +84,42 @@ def check_names(reading: TolerantReading, config: Mapping[str, Any]) -> Iterator
     strange = [name for name in found if name not in expected.names and not optional.search(name)]
     if missing and strange and (has_original_files(reading.found.checkpoint) or _is_translated(strange, expected)):
         return  # what is missing may be there under a name that the library translates
-    unknown = [name for name in kept if name in {*strange} and not _is_of(name, damaged)]
+    markers = find_family(model_class(config)).every_marker if _may_be_for_comfyui(reading) else frozenset()
+    unknown = [name for name in kept if name in {*strange} - markers and not _is_of(name, damaged)]
     yield from _first(missing, _missing, model_class(config))
     yield from _first(unknown, _unknown, model_class(config))
+
+
+def check_markers(reading: TolerantReading, config: Mapping[str, Any]) -> Iterator[Finding]:
+    """Whether a file for ComfyUI has the marker tensors of the variant that its config describes, and no others."""
+    family, names = find_family(model_class(config)), reading.quantized.kept
+    wanted = family.markers_of(config)
+    for key, marker in family.markers if _may_be_for_comfyui(reading) else ():
+        dialect = reading.quantized.dialect
+        if marker in names and marker not in wanted:
+            what = f"found it, by which ComfyUI sets {key}, but no {key} in config.json, expected both or none"
+            yield Finding(
+                "error", "bad-mark", marker, what, "ComfyUI or diffusers: another model", "correct config.json"
+            )
+        elif marker in wanted and marker not in names and dialect is not None:
+            what = f"found no such tensor, expected it as config.json says {key}"
+            hurts = "ComfyUI: takes it for the model without"
+            yield Finding("error", "bad-mark", marker, what, hurts, "convert it again: -m keep, or -m METHOD")
+
+
+def _may_be_for_comfyui(reading: TolerantReading) -> bool:
+    """Whether ComfyUI reads such a file: one in a dialect of its own, or not quantized and not in diffusers' files."""
+    dialect = reading.quantized.dialect
+    if dialect is None:
+        return has_original_files(reading.found.checkpoint)
+    return DIALECTS[dialect].has_converted_names or not DIALECTS[dialect].has_diffusers_names
 
 
 def check_converted_names(reading: TolerantReading, config: Mapping[str, Any]) -> Iterator[Finding]:
     """Whether a component whose readers convert names is the model of its config, under any names that they know."""
     import diffusers
 
+    yield from check_markers(reading, config)
     if model_class(config) == "unknown" or reading.findings:
         return
     quantized = reading.quantized

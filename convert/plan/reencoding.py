@@ -18,7 +18,7 @@ from omni_convert.formats.checks.scope import are_scales_equal, check_built, che
 from omni_convert.formats.dialects import vllm_omni
 from omni_convert.formats.dialects.base import Dialect, WrittenSpelling
 from omni_convert.formats.dialects.table import DIALECTS
-from omni_convert.formats.errors import CheckpointError, OmniConvertError, RecipeError
+from omni_convert.formats.errors import CheckpointError, OmniConvertError, RecipeError, counted
 from omni_convert.formats.families.family import Family
 from omni_convert.formats.families.layers import LayerGroup
 from omni_convert.formats.format import Format
@@ -86,9 +86,17 @@ def reencode(
     except RecipeError as error:
         raise CheckpointError(f"{quantized.checkpoint.path}: {error}") from None
     kinds = Counter(fmt.label for fmt in formats.values())
-    counted = ", ".join(f"{count} {label}" for label, count in kinds.items())
-    what = f"{quantized.dialect} → {recipe.dialect}: {counted}; every value is kept"
-    return Reencoding(view, block, dialect.metadata(formats), [what, *notes])
+    labels = ", ".join(f"{count} {label}" for label, count in kinds.items())
+    what = f"{quantized.dialect} → {recipe.dialect}: {labels}; every value is kept"
+    full_precision = [stem for stem, layer in quantized.layers.items() if layer.stored.is_full_precision]
+    metadata = dialect.kept_metadata(quantized.checkpoint.metadata) | dialect.metadata(formats, full_precision)
+    lost = [stem for stem in full_precision if dialect.in_full_precision(spellings[stem]) is None]
+    if lost:
+        notes.append(
+            f"marked to be multiplied in full precision: {counted(len(lost), 'layer')}; {dialect.name} cannot say so, "
+            "and its readers quantize the inputs"
+        )
+    return Reencoding(view, block, metadata, [what, *notes])
 
 
 def _spelling(layer: QuantizedLayer, dialect: Dialect, recipe: Recipe) -> WrittenSpelling:
@@ -118,6 +126,8 @@ def _spelling(layer: QuantizedLayer, dialect: Dialect, recipe: Recipe) -> Writte
                 f"{layer.checkpoint.path}: tensor '{layer.stored.name_of(suffix)}': cannot be stored for "
                 f"{dialect.name} without a change: {loss}; --force takes the nearest, 2^-24 off, or {INSTEAD}"
             )
+    if layer.stored.is_full_precision:
+        return dialect.in_full_precision(spelling) or spelling
     return spelling
 
 

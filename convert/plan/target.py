@@ -280,7 +280,8 @@ class RuntimeTarget(Target):
         return {**sidecars, SIDECARS[0]: {**block, "ignore": [*block["ignore"], *self.stage.other_stages]}}
 
     def files(self, steps: Sequence[Step], formats: Mapping[str, Format]) -> Shards:
-        metadata = self.dialect.metadata(formats)
+        kept = self.dialect.kept_metadata(self.component.opened.checkpoint.metadata)
+        metadata = {**kept, **self.dialect.metadata(formats)}
         return plan_files(steps, self.recipe, metadata, is_transformers=self.component.is_transformers)
 
 

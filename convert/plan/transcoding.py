@@ -48,7 +48,7 @@ def plan_transcoded(component: SourceComponent, recipe: Recipe, encoder: Compone
     is_reencoded = recipe.method == "keep" and bool(quantized)
     if is_reencoded:
         reencoding = _reencoding(component, recipe, encoder)
-        view, block, metadata = reencoding.view, reencoding.block, reencoding.metadata
+        view, block, metadata = component.marked(reencoding.view, recipe), reencoding.block, reencoding.metadata
         notes += reencoding.notes
     elif quantized:
         notes.append(f"{component.label}: {component.counted_layers} dequantized")

@@ -19,7 +19,7 @@ from omni_convert.convert.source.original_names import (
 from omni_convert.formats.containers.checkpoint import Checkpoint
 from omni_convert.formats.dialects.table import DIALECTS
 from omni_convert.formats.errors import CheckpointError, RecipeError, counted, quoted
-from omni_convert.formats.views.base import FLOAT8, dequantized_view
+from omni_convert.formats.views.base import FLOAT8, dequantized_view, marked_view
 from omni_convert.formats.views.opened import QuantizedCheckpoint
 
 __all__ = ["SourceComponent", "cast_tensors", "open_components", "plain_weights"]
@@ -51,6 +51,29 @@ class SourceComponent(ComponentFolder):
         """The number of quantized layers and their formats: `24 layers (nvfp4 as modelopt spells it)`."""
         labels = dict.fromkeys(layer.format.label for layer in self.opened.layers.values())
         return f"{len(self.opened.layers)} layers ({', '.join(labels)} as {self.opened.dialect} spells it)"
+
+    def marked(self, weights: Checkpoint, recipe: Recipe) -> Checkpoint:
+        """The tensors with the markers by which ComfyUI tells the model's variant, or without, as the reader expects.
+
+        Args:
+            weights: tensors of the component
+
+        Raises:
+            CheckpointError: a marker contradicts the config.
+        """
+        family = self.served_family
+        if family is None or recipe.method == "dequantize":
+            return weights
+        wanted, present = family.markers_of(self.config), family.every_marker & weights.keys()
+        if recipe.method == "gguf" or not DIALECTS[recipe.dialect].has_diffusers_names:
+            return marked_view(weights, (), wanted - present) if wanted - present else weights
+        for key, marker in family.markers:
+            if marker in present - wanted:
+                raise CheckpointError(
+                    f"{self.opened.checkpoint.path}: found the tensor '{marker}', by which ComfyUI sets {key}, and no "
+                    f"{key} in {self.config_path}, expected both or none; correct the config, or remove the tensor"
+                )
+        return marked_view(weights, present, ()) if present else weights
 
     def refuse_unread(self) -> None:
         """Raises CheckpointError if it is quantized in a way that is not supported."""
@@ -85,7 +108,8 @@ def open_components(source: Source, names: Iterable[str], recipe: Recipe) -> dic
     components = {name: SourceComponent(source, name, opened[name], plain_weights(opened[name])) for name in opened}
     components = {name: _under_diffusers_names(component, recipe) for name, component in components.items()}
     requests, parts = check_requests(recipe.lora, opened)
-    return components | {name: _baked(components[name], requests[name], parts, recipe) for name in requests}
+    components |= {name: _baked(components[name], requests[name], parts, recipe) for name in requests}
+    return {name: replace(each, weights=each.marked(each.weights, recipe)) for name, each in components.items()}
 
 
 def _under_diffusers_names(component: SourceComponent, recipe: Recipe) -> SourceComponent:

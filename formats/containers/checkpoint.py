@@ -152,6 +152,11 @@ class Checkpoint(Mapping[str, TensorSpec]):
         ]
         return torch.frombuffer(bytearray(b"".join(runs)), dtype=spec.dtype).view(rows, stop - start)
 
+    @property
+    def metadata(self) -> dict[str, str]:
+        """Free text in the headers of its files."""
+        return {key: text for file in self.files.values() for key, text in file.metadata.items()}
+
     def finished(self, name: str, nbytes: int) -> None:
         """Notes that so many more bytes of a tensor are not needed any more."""
         self._file_of(name).finished(name, nbytes)

@@ -102,6 +102,7 @@ class StoredLayer:
         unused: names of tensors that add nothing (marks, zero offsets)
         ones: canonical suffixes of tensors that are left out because every number in them would be 1
         weight: the pipeline's name of the weight, where it is not `stem`.weight
+        is_full_precision: the file says that it is multiplied in the model's dtype, with plain activations
     """
 
     stem: str
@@ -113,6 +114,7 @@ class StoredLayer:
     unused: tuple[str, ...] = ()
     ones: tuple[str, ...] = ()
     weight: str | None = None
+    is_full_precision: bool = False
 
     @property
     def weight_name(self) -> str:
@@ -239,8 +241,21 @@ class Dialect(ABC):
         """
         return {}
 
-    def metadata(self, layers: Mapping[str, Format]) -> dict[str, str]:
-        """Free text for the file's header."""
+    def in_full_precision(self, spelling: WrittenSpelling) -> WrittenSpelling | None:
+        """The spelling of a layer that is multiplied in the model's dtype; None if the dialect cannot say so."""
+        return None
+
+    def metadata(self, layers: Mapping[str, Format], full_precision: Collection[str] = ()) -> dict[str, str]:
+        """Free text for the file's header.
+
+        Args:
+            layers: stem to format
+            full_precision: stems of the layers that are multiplied in the model's dtype
+        """
+        return {}
+
+    def kept_metadata(self, metadata: Mapping[str, str]) -> dict[str, str]:
+        """What its readers obey in the free text of a source's header, quantization apart."""
         return {}
 
     def verdicts(

@@ -26,9 +26,11 @@ from omni_convert.formats.containers.checkpoint import Checkpoint
 from omni_convert.formats.dialects.base import Dialect, Found, LayerError, StoredLayer, WrittenSpelling, attempt
 from omni_convert.formats.dialects.codec import SwappedNibbles, Swizzled
 from omni_convert.formats.dialects.comfyui_marks import (
+    FULL_PRECISION,
     LEGACY_NAMES,
     MARK,
     METADATA,
+    ROTATED,
     Mark,
     absent_layer,
     bad_mark,
@@ -76,6 +78,8 @@ HARDWARE = {
 STABLE_DIFFUSION_CPP_METHODS = ("fp8", "int8")
 SWIZZLED = ("mxfp8", "nvfp4")
 FORMAT_NAMES = {FP8: "float8_e4m3fn", FP8_E5M2: "float8_e5m2", MXFP8: "mxfp8", NVFP4: "nvfp4", INT8: "int8_tensorwise"}
+# Keys of the header that ComfyUI reads besides: some models are built from `config`. The hash is that of other bytes.
+CONFIG, MODEL_SPEC, MODEL_SPEC_HASH = "config", "modelspec.", "modelspec.hash_sha256"
 #: Rows and columns are padded to multiples of this.
 PADDING = {"mxfp8": 32, "nvfp4": 16}
 
@@ -124,9 +128,23 @@ class ComfyUi(Dialect):
         nibbles = {"weight": SwappedNibbles()} if name == "nvfp4" else {}
         return WrittenSpelling(codecs={"weight_scale": Swizzled(), **nibbles}, extras=extras)
 
-    def metadata(self, layers: Mapping[str, Format]) -> dict[str, str]:
-        marks = {stem: _mark_of(layers[stem]) for stem in sorted(layers)}
+    def in_full_precision(self, spelling: WrittenSpelling) -> WrittenSpelling | None:
+        content = {**json.loads(spelling.extras[MARK]), FULL_PRECISION: True}
+        return replace(spelling, extras={MARK: json.dumps(content).encode()})
+
+    def metadata(self, layers: Mapping[str, Format], full_precision: Collection[str] = ()) -> dict[str, str]:
+        marks = {
+            stem: _mark_of(layers[stem]) | ({FULL_PRECISION: True} if stem in full_precision else {})
+            for stem in sorted(layers)
+        }
         return {METADATA: json.dumps({"format_version": "1.0", "layers": marks})}
+
+    def kept_metadata(self, metadata: Mapping[str, str]) -> dict[str, str]:
+        return {
+            key: text
+            for key, text in metadata.items()
+            if key == CONFIG or (key.startswith(MODEL_SPEC) and key != MODEL_SPEC_HASH)
+        }
 
     def verdicts(
         self,
@@ -173,9 +191,10 @@ def _check_legacy_mark(found: Found, stem: str, layer: StoredLayer) -> Iterator[
 
 def _format_name(fmt: Format) -> str | None:
     """ComfyUI's name of a format, or None; it has none for integers with static activations."""
-    if not isinstance(fmt, QuantizingFormat) or fmt.is_storage or fmt.encoding is None:
+    if not isinstance(fmt.innermost, QuantizingFormat) or fmt.is_storage or fmt.encoding is None:
         return None
-    return FORMAT_NAMES.get(replace(fmt.encoding, rotation=None))
+    name = FORMAT_NAMES.get(replace(fmt.encoding, rotation=None))
+    return name if fmt.encoding.rotation is None or name == ROTATED else None
 
 
 def _mark_of(fmt: Format) -> dict[str, Any]:
@@ -208,7 +227,8 @@ def _marked_layer(found: Found, mark: Mark | LayerError) -> StoredLayer:
     if group is not None:
         signature = _rotated(found, place, signature, group)
     marks = (f"{place}.{MARK}",) if found.get(place, MARK) is not None else ()
-    return replace(stored_layer(place, signature, parts), unused=marks)
+    layer = stored_layer(place, signature, parts)
+    return replace(layer, unused=marks, is_full_precision=mark.is_full_precision)
 
 
 def _rotated(found: Found, stem: str, signature: Signature, group: Any) -> Signature:

@@ -27,6 +27,7 @@ __all__ = [
     "LEGACY_NAMES",
     "MARK",
     "METADATA",
+    "ROTATED",
     "Mark",
     "Marks",
     "absent_layer",
@@ -48,7 +49,7 @@ PREFIXES = ("model.diffusion_model.", "diffusion_model.")
 MAX_MARK_BYTES = 4096
 # Formats whose keys are also read from "params".
 NESTED = ("int8_tensorwise", "convrot_w4a4", "asym_w4a8_int8")
-# The one format that is read here and whose weight may be rotated.
+#: The one format that is read here and whose weight may be rotated.
 ROTATED = "int8_tensorwise"
 DEFAULT_ROTATION = 256
 REMEDY = "-m keep --dialect comfyui"

@@ -59,7 +59,7 @@ def describe(checkpoint: Checkpoint, folder: Path) -> Found:
     Raises:
         CheckpointError: one of these is no JSON object.
     """
-    return Found(checkpoint, _block(folder, checkpoint), _metadata(checkpoint), _labels(folder))
+    return Found(checkpoint, _block(folder, checkpoint), checkpoint.metadata, _labels(folder))
 
 
 def _block(folder: Path, checkpoint: Checkpoint) -> Mapping[str, Any]:
@@ -73,7 +73,7 @@ def _block(folder: Path, checkpoint: Checkpoint) -> Mapping[str, Any]:
         if sidecar := _json(folder / name):
             return sidecar
     try:
-        return parse_json(_metadata(checkpoint).get("quantization_config", "{}").encode(), checkpoint.path)
+        return parse_json(checkpoint.metadata.get("quantization_config", "{}").encode(), checkpoint.path)
     except CheckpointError:
         return {}
 
@@ -86,10 +86,6 @@ def _labels(folder: Path) -> dict[str, str]:
     labels = _json(descriptions[0])
     # A label that is no text makes its tensor unreadable, which the dialect reports.
     return {name: label if isinstance(label, str) else reprlib.repr(label) for name, label in labels.items()}
-
-
-def _metadata(checkpoint: Checkpoint) -> dict[str, str]:
-    return {key: text for file in checkpoint.files.values() for key, text in file.metadata.items()}
 
 
 def _json(path: Path) -> dict[str, Any]:

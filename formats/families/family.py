@@ -181,6 +181,7 @@ class Family:
         leading_blocks: method to the number of leading blocks that the runtime's own quantizing leaves in BF16
         original_names: what the model's own code calls its tensors; empty where that is not known
         has_original_names: diffusers' names are those of the model's own code
+        markers: key of the config → the tensor by which ComfyUI tells that it is true, whatever the tensor holds
         trainer_names: other names that trainers of LoRA give to modules
         stage: the stage that is quantized, in a repository of transformers; None for a model of diffusers
     """
@@ -196,9 +197,19 @@ class Family:
     leading_blocks: tuple[tuple[str, int], ...] = ()
     original_names: tuple[OriginalName, ...] = ()
     has_original_names: bool = False
+    markers: tuple[tuple[str, str], ...] = ()
     trainer_names: tuple[OriginalName, ...] = ()
     gguf: GgufFacts = GgufFacts()
     stage: Stage | None = None
+
+    def markers_of(self, config: Mapping[str, object]) -> frozenset[str]:
+        """Names of the marker tensors of the model that a config describes."""
+        return frozenset(tensor for key, tensor in self.markers if config.get(key))
+
+    @property
+    def every_marker(self) -> frozenset[str]:
+        """Names of all marker tensors that a model of the family may have."""
+        return frozenset(tensor for _, tensor in self.markers)
 
     @property
     def is_generic(self) -> bool:

@@ -24,5 +24,6 @@ QWEN_IMAGE = Family(
         ),
     ),
     has_original_names=True,
+    markers=(("zero_cond_t", "__index_timestep_zero__"),),
     gguf=GgufFacts("qwen_image", has_vllm_adapter=True),
 )

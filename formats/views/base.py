@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -25,7 +25,15 @@ from omni_convert.formats.errors import CheckpointError
 from omni_convert.formats.rows import TensorLayout, WeightRows
 from omni_convert.formats.views.opened import QuantizedCheckpoint, QuantizedLayer
 
-__all__ = ["FLOAT8", "CheckpointView", "KeptTensor", "ViewedTensor", "dequantized_view", "respelled_view"]
+__all__ = [
+    "FLOAT8",
+    "CheckpointView",
+    "KeptTensor",
+    "ViewedTensor",
+    "dequantized_view",
+    "marked_view",
+    "respelled_view",
+]
 
 
 #: Elements of weights that were cast, without a scale.
@@ -266,6 +274,15 @@ class CheckpointView(Checkpoint):
 
     def fingerprint(self) -> str:
         return self._source.fingerprint()
+
+
+def marked_view(checkpoint: Checkpoint, without: Collection[str], markers: Collection[str]) -> CheckpointView:
+    """A checkpoint without some tensors, and with others of one zero that only mark it."""
+    tensors: list[ViewedTensor] = [
+        KeptTensor(spec, checkpoint, name) for name, spec in checkpoint.items() if name not in without
+    ]
+    tensors += [_Zeros(TensorSpec(name, torch.float32, (1,))) for name in sorted(markers)]
+    return CheckpointView(checkpoint, tensors, checkpoint.storage if isinstance(checkpoint, CheckpointView) else None)
 
 
 def dequantized_view(quantized: QuantizedCheckpoint) -> CheckpointView:

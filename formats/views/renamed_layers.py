@@ -87,7 +87,12 @@ def renamed_layers(
             kept.append(name)
             continue
         stem = name.removesuffix(WEIGHT)
-        layers[stem] = StoredLayer(stem, parts[name][0].layer.format, (spec.shape[0], spec.shape[1]))
+        first = parts[name][0].layer
+        is_full_precision = first.stored.is_full_precision
+        if any(part.layer.stored.is_full_precision is not is_full_precision for part in parts[name]):
+            raise _refusal(quantized, name, "it would join layers of which only some are multiplied in full precision")
+        shape = (spec.shape[0], spec.shape[1])
+        layers[stem] = StoredLayer(stem, first.format, shape, is_full_precision=is_full_precision)
         tensors += _tensors_of(quantized, layers[stem], parts[name])
     view = CheckpointView(plain, tensors)
     stored = {stem: QuantizedLayer(view, layer, layer.format.layout(*layer.shape)) for stem, layer in layers.items()}
