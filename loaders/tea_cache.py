@@ -123,7 +123,7 @@ class TeaCache:
         """Begins a call of the transformer, whose first block gets the image's tokens `hidden`."""
         scheduler = self._pipe.scheduler
         step = getattr(scheduler, "step_index", None)
-        if scheduler.timesteps is not self._timesteps:  # another picture; the tensor is made anew for each
+        if scheduler.timesteps is not self._timesteps:  # another image; the tensor is made anew for each
             self._timesteps, self._branches, self._call = scheduler.timesteps, [], 0
         else:
             self._call = self._call + 1 if step == self._step else 0

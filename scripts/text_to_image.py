@@ -116,6 +116,7 @@ def generate(options: argparse.Namespace) -> None:
             "guidance_scale": options.guidance_scale,
         },
     )
+    settings = settings.completed(pipe)
     times = [time.monotonic()]
     on_step = (lambda _step: times.append(time.monotonic())) if has_step_callback(pipe) else None
     frames = run_pipeline(pipe, [Prompt(options.prompt)], settings, options.seed, on_step=on_step)[0]

@@ -23,12 +23,18 @@ __all__ = [
     "given",
     "json_option",
     "recipe_of",
+    "serving_options",
 ]
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 #: The file in the README's example, which runs without a model even if the file is missing.
 EXAMPLE_PROMPTS = "prompts.txt"
+#: Options of serving engines that split a model over devices.
+PARALLEL_OPTIONS = (
+    *("--tensor-parallel-size", "--ulysses-degree", "--ring-degree"),
+    *("--cfg-parallel-size", "--vae-patch-parallel-size"),
+)
 SETTINGS = (
     *("steps", "width", "height", "frames", "guidance_scale", "guidance_scale_2"),
     *("negative_prompt", "images_per_prompt"),
@@ -127,6 +133,25 @@ def generation_options(command: Command) -> Command:
     ):
         command = option(command)
     return command
+
+
+def serving_options(command: Command) -> Command:
+    """Adds options of serving engines that have one value here; commands do not get them."""
+    for name in PARALLEL_OPTIONS:
+        command = click.option(
+            name, type=int, default=1, expose_value=False, callback=_require_one, help="1: one device runs each model."
+        )(command)
+    for side in ("reference", "candidate"):
+        command = click.option(
+            f"--{side}-load-format", type=click.Choice(("default",)), default="default", expose_value=False
+        )(command)
+    help_text = "Accepted: pipelines always run eagerly here."
+    return click.option("--enforce-eager", is_flag=True, expose_value=False, help=help_text)(command)
+
+
+def _require_one(_context: click.Context, option: click.Parameter, value: int) -> None:
+    if value != 1:
+        raise RecipeError(f"{option.opts[0]}: found {value}, but one device runs each model, expected 1")
 
 
 def given(options: dict[str, Any]) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from omni_convert.convert.cli.options import (
     given,
     json_option,
     recipe_of,
+    serving_options,
 )
 from omni_convert.convert.cli.output import announce_demo, silence_libraries
 from omni_convert.formats.errors import CalibrationError, OutputError, RecipeError
@@ -133,13 +134,14 @@ def generate_command(
     from omni_convert.loaders import kernel_report, load_pipeline
 
     source = resolve_source(model)
-    settings = GenerationSettings.for_pipeline(source.path, given(options))
+    asked = GenerationSettings.for_pipeline(source.path, given(options))
     if image is not None:
         check_image("--image", image)
     silence_libraries()
     pipe = load_pipeline(source.path, device=resolve_device(device), quantization=quantization, strict=strict)
     if flow_shift is not None:
         set_flow_shift(pipe, flow_shift)
+    settings = asked.completed(pipe)
     (frames,) = run_pipeline(pipe, [Prompt(prompt, image)], settings, seed)
     files = write_frames(frames, output, fps)
     report = kernel_report(pipe)
@@ -148,8 +150,7 @@ def generate_command(
     )
     where = str(files[0]) if len(files) == 1 else f"{files[0]} to {files[-1].name}"
     what = f"{len(frames)} images of " if len(frames) > 1 else ""
-    steps = settings.completed(pipe).steps
-    click.echo(f"{where}: {what}{frames[0].width}x{frames[0].height}, {steps} steps, seed {seed}")
+    click.echo(f"{where}: {what}{frames[0].width}x{frames[0].height}, {settings.steps} steps, seed {seed}")
 
 
 @click.command("compare")
@@ -174,7 +175,9 @@ def generate_command(
 @click.option(
     "--save-output-dir", type=click.Path(path_type=Path), help="Folder for the images or videos, and comparison.png."
 )
-@click.option("--enforce-eager", is_flag=True, help="Accepted: pipelines always run eagerly here.")
+@serving_options
+@click.option("--vae-use-slicing", is_flag=True, help="Decode images one by one.")
+@click.option("--vae-use-tiling", is_flag=True, help="Decode images in tiles.")
 @click.option("--enable-cpu-offload", is_flag=True, help="Keep models on the CPU until they run.")
 @click.option("--enable-layerwise-offload", is_flag=True, help="Keep the blocks of models on the CPU until they run.")
 @click.option("--quiet", is_flag=True, help="Print only errors.")
@@ -188,7 +191,8 @@ def compare_command(
     measure_runs: int,
     output_json: Path,
     save_output_dir: Path | None,
-    enforce_eager: bool,  # noqa: ARG001  # what it asks for is always so
+    vae_use_slicing: bool,
+    vae_use_tiling: bool,
     enable_cpu_offload: bool,
     enable_layerwise_offload: bool,
     quiet: bool,
@@ -215,7 +219,11 @@ def compare_command(
         check_image("--image", image)
     prompts = [Prompt(text, image) for text in prompt] + (read_prompts(prompts_file) if prompts_file else [])
     run_options = RunOptions(
-        resolve_device(device), _offload(device, enable_cpu_offload, enable_layerwise_offload, quiet=quiet), flow_shift
+        resolve_device(device),
+        _offload(device, enable_cpu_offload, enable_layerwise_offload, quiet=quiet),
+        flow_shift,
+        vae_use_slicing,
+        vae_use_tiling,
     )
     comparison = compare(
         reference,

@@ -69,11 +69,14 @@ class RunOptions:
     Attributes:
         offload: None keeps everything on the device
         flow_shift: shift of the scheduler's noise levels; None keeps the scheduler's own
+        vae_slicing, vae_tiling: decode images one by one, or in tiles
     """
 
     device: str | torch.device = "cpu"
     offload: Offload | None = None
     flow_shift: float | None = None
+    vae_slicing: bool = False
+    vae_tiling: bool = False
 
 
 @dataclass(frozen=True)
@@ -175,6 +178,10 @@ def _load(variant: Variant, options: RunOptions) -> Any:
     )
     if options.flow_shift is not None:
         set_flow_shift(pipe, options.flow_shift)
+    if options.vae_slicing:
+        pipe.vae.enable_slicing()
+    if options.vae_tiling:
+        pipe.vae.enable_tiling()
     if options.offload == "model":
         pipe.enable_model_cpu_offload(device=options.device)
     elif options.offload == "layerwise":

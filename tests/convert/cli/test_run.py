@@ -276,6 +276,7 @@ def compare(folder: Path, output: Path, *options: object) -> tuple[Result, dict[
 def test_compare_videos_with_the_settings_of_serving_engines(wan: Path, tmp_path: Path, import_peer: Any) -> None:
     import_peer("imageio_ffmpeg")
     options = ("--task", "t2v", "--prompt", "a star", *VIDEO, "--fps", "5", "--enforce-eager")
+    options += ("--tensor-parallel-size", "1", "--candidate-load-format", "default", "--vae-use-tiling")
     options += ("--guidance-scale", "3", "--guidance-scale-2", "2", "--flow-shift", "5", "--enable-cpu-offload")
     saved = tmp_path / "saved"
     result, report = compare(wan, tmp_path / "a.json", *options, "--device", "cpu", "--save-output-dir", saved)
@@ -332,6 +333,11 @@ def test_compare_edited_images(klein: Path, tmp_path: Path, picture: Path) -> No
         (("--task", "i2i"), "found none for 'a', but the task i2i starts from an image"),
         (("--task", "t2i", "--image", "PICTURE"), "the task t2i starts from text; use --task i2i"),
         (("--image", "absent.png"), "absent.png missing"),
+        (
+            ("--tensor-parallel-size", "2"),
+            "--tensor-parallel-size: found 2, but one device runs each model, expected 1",
+        ),
+        (("--ulysses-degree", "4"), "--ulysses-degree: found 4"),
         (("--enable-cpu-offload", "--enable-layerwise-offload"), "expected one of the two"),
         (("--flow-shift", "3", "--model", "DYNAMIC"), "computes its shift from the size of the image"),
     ],
