@@ -151,6 +151,16 @@ def _save_of_transformers(build: Callable[[], transformers.PreTrainedModel], fol
     build().save_pretrained(folder, max_shard_size="300KB")
 
 
+def _tokenizer() -> transformers.PreTrainedTokenizerFast:
+    """A token for each printable character of ASCII."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    characters = [chr(code) for code in range(32, 127)]
+    tokenizer = Tokenizer(models.WordLevel({"?": 0} | {each: n for n, each in enumerate(characters, 1)}, unk_token="?"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="?", pad_token="?")
+
+
 #: Name of the family → a function that saves a tiny model of it into a folder.
 REPOSITORIES: dict[str, Callable[[Path], None]] = {
     "qwen_3_omni": lambda folder: _save_of_transformers(qwen_3_omni, folder),
@@ -162,6 +172,7 @@ REPOSITORIES: dict[str, Callable[[Path], None]] = {
 def save_repository(name: str, folder: Path) -> None:
     """Saves a tiny repository with all files that real ones have."""
     REPOSITORIES[name](folder)
+    _tokenizer().save_pretrained(folder)
     for file, content in OTHER_FILES.items():
         path = folder / file
         path.parent.mkdir(exist_ok=True)

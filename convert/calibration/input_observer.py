@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from omni_convert.convert.calibration.moments import InputMoments, MomentsRecorder
 from omni_convert.convert.calibration.prompts import Prompt
 from omni_convert.formats.containers.tensor_spec import TensorSpec
-from omni_convert.formats.errors import CalibrationError
+from omni_convert.formats.errors import CalibrationError, listed
+from omni_convert.formats.families.family import Family
 from omni_convert.formats.families.layers import EVERY_RUNTIME
 from omni_convert.formats.families.table import find_family
 from omni_convert.formats.statistics.layer_statistics import InputRecorder, LayerStatistics, observe
@@ -32,20 +33,26 @@ logger = logging.getLogger(__name__)
 
 Recorded = TypeVar("Recorded")
 
+# Layers that never ran have a warning each, or one for all that names the first.
+MOST_WARNINGS = 50
+LAYERS_SHOWN = 3
 #: Arguments that mask the tokens of a module's own sequence: 1 or True for tokens that are not padding.
 MASK_PARAMETERS = ("attention_mask", "attn_mask")
 
 
-def candidate_layers(model: nn.Module) -> dict[str, str]:
+def candidate_layers(model: nn.Module, family: Family | None = None) -> dict[str, str]:
     """Maps each linear that some runtime may run quantized to the first member of its fused group, or to itself.
 
     The members of a group read one input, so they share their statistics.
+
+    Args:
+        family: of the model, if its class does not tell
     """
     specs = {
         name: TensorSpec(name, tensor.dtype, tuple(tensor.shape))
         for name, tensor in model.named_parameters(remove_duplicate=False)
     }
-    family = find_family(type(model).__name__)
+    family = family or find_family(type(model).__name__)
     groups = [group.members for runtime in EVERY_RUNTIME for group in family.layer_groups(specs, runtime)]
     first: dict[str, str] = {}
     for members in sorted(groups, key=len, reverse=True):
@@ -63,12 +70,18 @@ class InputObserver:
     """
 
     def __init__(
-        self, models: Mapping[str, nn.Module], *, counts_timesteps: bool = False, with_moments: bool = False
+        self,
+        models: Mapping[str, nn.Module],
+        *,
+        family: Family | None = None,
+        counts_timesteps: bool = False,
+        with_moments: bool = False,
     ) -> None:
         """Prepares to watch some models.
 
         Args:
             models: component name → model
+            family: of the models, if their classes do not tell
             counts_timesteps: a step ends when a model is called with another `timestep`; for pipelines without a
                 callback at the end of a step
             with_moments: also record second moments
@@ -87,7 +100,7 @@ class InputObserver:
         # The last recorder and its input: q, k and v read the same tensor, which must be counted once.
         self._last: tuple[InputRecorder, weakref.ref[Tensor], int] | None = None
         self._hooks = ExitStack()
-        self._candidates = {component: candidate_layers(model) for component, model in self._models.items()}
+        self._candidates = {component: candidate_layers(model, family) for component, model in self._models.items()}
         for component, layers in self._candidates.items():
             if not layers:
                 raise CalibrationError(
@@ -122,10 +135,12 @@ class InputObserver:
     def statistics(self) -> dict[str, LayerStatistics]:
         """Statistics by `component.stem`; layers that never ran are left out."""
         found = self._by_layer({name: recorder.statistics() for name, recorder in self._recorders.items()})
-        for component, layers in self._candidates.items():
-            for stem in layers:
-                if f"{component}.{stem}" not in found:
-                    logger.warning("%s.%s never ran: it has no statistics", component, stem)
+        names = [f"{component}.{stem}" for component, layers in self._candidates.items() for stem in layers]
+        absent = [name.removeprefix(".") for name in names if name not in found]
+        if len(absent) > MOST_WARNINGS:  # of experts there are thousands
+            absent = [listed(absent, LAYERS_SHOWN)]
+        for name in absent:
+            logger.warning("%s never ran: it has no statistics", name)
         return found
 
     def moments(self) -> dict[str, InputMoments]:

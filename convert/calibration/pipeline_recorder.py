@@ -6,7 +6,7 @@ import hashlib
 import importlib.metadata
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import nn
 
@@ -29,7 +29,7 @@ from omni_convert.formats.statistics.statistics import Statistics
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
-__all__ = ["PipelineRecorder", "Recording", "calibrate"]
+__all__ = ["PipelineRecorder", "Recording", "calibrate", "recording_identity"]
 
 Layer = TypeVar("Layer")
 
@@ -144,7 +144,7 @@ class PipelineRecorder:
             raise CalibrationError("calibration: found no prompts, expected at least one")
         settings = self._settings.completed(self._pipe)
         observer = self._observe(prompts, settings, progress=progress)
-        identity = _identity(prompts, settings, self._seed, self._fingerprints)
+        identity = recording_identity(prompts, {**asdict(settings), "seed": self._seed}, self._fingerprints)
         statistics = Statistics(identity, _as_stored(observer.statistics(), self._checkpoints))
         if not self._with_moments:
             return Recording(statistics, None)
@@ -185,13 +185,19 @@ def _noise_seed(seed: int, prompt: Prompt) -> int:
     return int.from_bytes(digest[:7], "big")
 
 
-def _identity(
-    prompts: Iterable[Prompt], settings: GenerationSettings, seed: int, fingerprints: Mapping[str, str]
+def recording_identity(
+    prompts: Iterable[Prompt], settings: Mapping[str, Any], fingerprints: Mapping[str, str]
 ) -> Identity:
+    """The identity of one run over prompts.
+
+    Args:
+        settings: on which the inputs of layers depend, by name
+        fingerprints: component to `Checkpoint.fingerprint()`
+    """
     versions = {f"{package} version": importlib.metadata.version(package) for package in VERSIONED_PACKAGES}
-    used = {name: value for name, value in asdict(settings).items() if value != UNRECORDED.get(name, ...)}
+    used = {name: value for name, value in settings.items() if value != UNRECORDED.get(name, ...)}
     run = CalibrationRun(
-        tuple(sorted({**used, "seed": seed, **versions}.items())),
+        tuple(sorted({**used, **versions}.items())),
         tuple(sorted(prompt.fingerprint() for prompt in prompts)),
     )
     return Identity(dict(fingerprints), (run,))

@@ -5,7 +5,9 @@ from __future__ import annotations
 from omni_convert.convert.calibration.cluster_recorder import record_on_cluster
 from omni_convert.convert.calibration.pipeline_recorder import PipelineRecorder, Recording
 from omni_convert.convert.calibration.prompts import read_prompts
+from omni_convert.convert.calibration.stage_recorder import StageRecorder
 from omni_convert.convert.recipe import Recipe
+from omni_convert.convert.source.component_folder import ComponentFolder
 from omni_convert.convert.source.location import Source
 from omni_convert.formats.errors import CalibrationError
 
@@ -23,6 +25,12 @@ def record_source(source: Source, recipe: Recipe, *, with_moments: bool = False,
     """
     assert recipe.calib is not None, "the caller names the prompts"
     prompts = read_prompts(recipe.calib)[: recipe.calib_prompts]
+    if ComponentFolder(source, "").stage is not None:
+        if recipe.is_distributed:
+            raise CalibrationError(
+                f"{source.path}: found --engine {recipe.engine}, expected local for one language model"
+            )
+        return StageRecorder.load(source, recipe, with_moments=with_moments).record(prompts, progress=progress)
     if not source.is_pipeline:
         raise CalibrationError(
             f"{source.path}: found no pipeline (model_index.json), which calibrating has to run; give the whole "

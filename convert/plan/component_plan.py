@@ -15,6 +15,7 @@ from omni_convert.formats.containers.safetensors_writer import Safetensors
 from omni_convert.formats.containers.shards import Shards, plan_shards
 from omni_convert.formats.dialects.table import DIALECTS
 from omni_convert.formats.errors import CalibrationError, listed
+from omni_convert.formats.families.layers import LayerGroup
 from omni_convert.formats.families.stage import Stage, without_block
 
 if TYPE_CHECKING:
@@ -74,8 +75,11 @@ class ComponentPlan:
         if self.scheme is None or not self.scheme.is_calibrated:
             return self
         inputs_of = statistics.importance_inputs if self.scheme.is_importance else statistics.inputs_of
+        unreached = {} if self.scheme.is_importance else self._unreached_experts(statistics)
+        recorded = {step.group: step.recorded for step in self.quantize_steps} | unreached
+        inputs = {stems: inputs_of(self.name, stems) for stems in dict.fromkeys(recorded.values())}
         steps = tuple(
-            replace(step, inputs=inputs_of(self.name, step.recorded)) if isinstance(step, QuantizeStep) else step
+            replace(step, inputs=inputs[recorded[step.group]]) if isinstance(step, QuantizeStep) else step
             for step in self.steps
         )
         notes: list[str] = []
@@ -83,7 +87,27 @@ class ComponentPlan:
             notes = _coverage_notes([step for step in steps if isinstance(step, QuantizeStep)])
         elif self.scheme.name == "static":
             notes = statistics.risk_notes(self.name, self.quantized_stems, input_scale)
+        if unreached:
+            names = listed([group.runtime_name for group in unreached], 3)
+            notes = [
+                *notes,
+                f"no token reached {names}: the inputs of the other experts of their layers set the scales",
+            ]
         return replace(self, steps=steps, notes=(*self.notes, *notes))
+
+    def _unreached_experts(self, statistics: Statistics) -> dict[LayerGroup, tuple[str, ...]]:
+        """Experts whose inputs were not recorded → stems of the same layer of the experts beside them that were."""
+        reached: dict[tuple[str, str], list[str]] = {}
+        unreached: dict[LayerGroup, tuple[str, str]] = {}
+        for step in self.quantize_steps:
+            if step.group.stack is None:
+                continue
+            kind = step.group.stack, step.group.runtime_name.rpartition(".")[2]
+            if all(f"{self.name}.{stem}" in statistics.layers for stem in step.recorded):
+                reached.setdefault(kind, []).append(step.recorded[0])
+            else:
+                unreached[step.group] = kind
+        return {group: tuple(reached[kind]) for group, kind in unreached.items() if kind in reached}
 
     @property
     def bytes_before(self) -> int:

@@ -80,6 +80,7 @@ QWEN_3_OMNI = Family(
         ignored=("*mlp.gate", "lm_head"),
         other_stages=("talker*",),
         dynamic_refusal="the experts of vLLM-Omni's thinker load FP8 with static activations alone",
+        transformers_class="Qwen3OmniMoeThinkerForConditionalGeneration",
     ),
 )
 QWEN_2_5_OMNI = Family(
@@ -93,6 +94,7 @@ QWEN_2_5_OMNI = Family(
         config_path=("thinker_config", "text_config"),
         ignored=("lm_head", "*visual*"),
         other_stages=("talker*",),
+        transformers_class="Qwen2_5OmniThinkerForConditionalGeneration",
     ),
 )
 QWEN_3_TTS = Family(

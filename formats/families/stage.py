@@ -24,6 +24,7 @@ class Stage:
         ignored: patterns of layers that the runtime would build quantized, and that always stay
         other_stages: patterns of the layers of stages that get the block of `hf_quant_config.json` as well
         dynamic_refusal: why FP8 needs static activations, or None
+        transformers_class: transformers' class of the stage, which calibrating runs; "" if there is none
     """
 
     prefix: str
@@ -31,6 +32,7 @@ class Stage:
     ignored: tuple[str, ...] = ()
     other_stages: tuple[str, ...] = ()
     dynamic_refusal: str | None = None
+    transformers_class: str = ""
 
     def block_of(self, config: Mapping[str, Any]) -> Mapping[str, Any]:
         """The stage's config block; {} if there is none where the runtime looks for it."""

@@ -16,11 +16,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from omni_convert.convert import Recipe, convert_checkpoint
+from omni_convert.convert.calibration.recording import record_source
 from omni_convert.convert.inspection.contents import inspect_source
 from omni_convert.convert.inspection.verification import verify_source
 from omni_convert.convert.source.hub_selection import needed_files
 from omni_convert.convert.source.location import resolve_source
-from omni_convert.formats.errors import RecipeError
+from omni_convert.formats.errors import CalibrationError, RecipeError
 from omni_convert.formats.families.table import find_family
 from omni_convert.formats.views.opened import open_quantized
 
@@ -335,3 +336,97 @@ def test_all_files_of_a_repository_on_the_hub_are_needed_but_weights_of_other_ki
         "speech_tokenizer/config.json",
     }
     assert needed_files("owner/name", kept | {"pytorch_model.bin", ".gitattributes", "model.gguf"}) == kept
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> Path:
+    (tmp_path / "prompts.txt").write_text("a red circle on a blue background\nHello!\n")
+    return tmp_path / "prompts.txt"
+
+
+@pytest.mark.parametrize("name", ["qwen_3_omni", "qwen_2_5_omni"])
+def test_calibrated_fp8_has_a_scalar_input_scale_for_each_layer(
+    name: str, repository: Callable[[str], Path], prompts: Path, tmp_path: Path
+) -> None:
+    convert_checkpoint(repository(name), tmp_path / "out", Recipe(calib=prompts))
+    assert block_at(tmp_path / "out", IN_THINKER)["quant_algo"] == "FP8"
+    with open_quantized(tmp_path / "out") as quantized:
+        assert {re.sub(r"\d+", "N", stem) for stem in quantized.layers} == LAYERS[name]
+        for layer in quantized.layers.values():
+            assert layer.format.label == "fp8 static"
+            for suffix in ("weight_scale", "input_scale"):
+                scale = layer.read_tensor(suffix, 0, 0)
+                assert scale.shape == ()
+                assert scale > 0
+    assert findings(tmp_path / "out") == set()
+    assert outcome(tmp_path / "out") == "loads"
+
+
+def test_recorded_inputs_are_those_that_transformers_computes(repository: Callable[[str], Path], prompts: Path) -> None:
+    recipe = Recipe(calib=prompts)
+    statistics = record_source(resolve_source(repository("qwen_3_omni")), recipe, progress=False).statistics
+    amax = inputs_of_transformers(repository("qwen_3_omni"), prompts.read_text().splitlines())
+    recorded = {name.removeprefix("."): layer.amax() for name, layer in statistics.layers.items()}
+    assert amax.keys() <= recorded.keys()
+    for stem, value in amax.items():
+        assert recorded[stem] == pytest.approx(value, rel=1e-2), stem
+
+
+def inputs_of_transformers(folder: Path, texts: list[str]) -> dict[str, float]:
+    """Largest input of layers of the second block, from transformers' own modules and their stacked experts."""
+    import transformers
+
+    model = transformers.Qwen3OmniMoeThinkerForConditionalGeneration.from_pretrained(folder, dtype="auto")
+    model = model.get_decoder()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    found: dict[str, float] = {}
+    block = model.layers[1]
+
+    def note(stem: str, values: torch.Tensor) -> None:
+        found[stem] = max(found.get(stem, 0.0), float(values.abs().max()))
+
+    def attention(_module: object, args: tuple[torch.Tensor, ...]) -> None:
+        note("thinker.model.layers.1.self_attn.o_proj", args[0])
+
+    def experts(module: Any, args: tuple[torch.Tensor, ...]) -> None:
+        states, index = args[0], args[1]
+        for number in index.unique().tolist():
+            rows = states[(index == number).any(dim=-1)]
+            stem = f"thinker.model.layers.1.mlp.experts.{number}"
+            gate, up = torch.nn.functional.linear(rows, module.gate_up_proj[number]).chunk(2, dim=-1)
+            note(f"{stem}.gate_proj", rows)
+            note(f"{stem}.up_proj", rows)
+            note(f"{stem}.down_proj", torch.nn.functional.silu(gate) * up)
+
+    block.self_attn.o_proj.register_forward_pre_hook(attention)
+    block.mlp.experts.register_forward_pre_hook(experts)
+    with torch.no_grad():
+        for text in texts:
+            model(input_ids=tokenizer(text, return_tensors="pt")["input_ids"])
+    return found
+
+
+def test_an_expert_that_no_token_reached_gets_the_scale_of_the_others_of_its_layer(
+    repository: Callable[[str], Path], tmp_path: Path
+) -> None:
+    (tmp_path / "prompts.txt").write_text("r\n")  # one token, which reaches two of the four experts of each block
+    recipe = Recipe(calib=tmp_path / "prompts.txt")
+    report = convert_checkpoint(repository("qwen_3_omni"), tmp_path / "out", recipe)
+    (note,) = [note for note in report.notes if note.startswith("no token reached thinker.model.layers.0.mlp.experts.")]
+    assert note.endswith("the inputs of the other experts of their layers set the scales")
+    statistics = record_source(resolve_source(repository("qwen_3_omni")), recipe, progress=False).statistics
+    with open_quantized(tmp_path / "out") as quantized:
+        for leaf in ("gate_proj", "up_proj", "down_proj"):
+            stems = [f"thinker.model.layers.1.mlp.experts.{number}.{leaf}" for number in range(4)]
+            scales = {stem: float(quantized.layers[stem].read_tensor("input_scale", 0, 0)) for stem in stems}
+            reached = [stem for stem in stems if f".{stem}" in statistics.layers]
+            assert len(reached) == 2
+            largest = max(scales[stem] for stem in reached)
+            assert all(scales[stem] == largest for stem in {*stems} - {*reached})
+
+
+def test_a_model_without_a_class_in_transformers_is_not_calibrated(
+    repository: Callable[[str], Path], prompts: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(CalibrationError, match=r"Qwen3-TTS, which transformers .* has no class for"):
+        convert_checkpoint(repository("qwen_3_tts"), tmp_path / "out", Recipe(calib=prompts))

@@ -1,0 +1,205 @@
+"""Records what goes into the linears of a stage's language model, in a repository of transformers.
+
+Prompts are run as text, once each: the inputs of all layers are there after one pass. Transformers keeps the experts of
+a block in two stacked tensors; while recording, each expert is linears again, which share the memory of the stacks.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from omni_convert.convert.calibration.input_observer import InputObserver
+from omni_convert.convert.calibration.moments import Moments
+from omni_convert.convert.calibration.pipeline_recorder import Recording, recording_identity
+from omni_convert.convert.calibration.prompts import Prompt
+from omni_convert.convert.device import resolve_device
+from omni_convert.convert.progress_bar import progress_bar
+from omni_convert.convert.recipe import Recipe
+from omni_convert.convert.source.component_folder import ComponentFolder
+from omni_convert.convert.source.location import Source
+from omni_convert.formats.containers.checkpoint import Checkpoint
+from omni_convert.formats.errors import CalibrationError, CheckpointError
+from omni_convert.formats.families.family import Family
+from omni_convert.formats.statistics.statistics import Statistics
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+__all__ = ["StageRecorder", "split_experts"]
+
+
+@dataclass(frozen=True)
+class StageRecorder:
+    """A loaded stage, and how to run it.
+
+    Attributes:
+        root: holds the language model so that its modules are called as in the checkpoint
+        model: the language model
+        fingerprint: `Checkpoint.fingerprint()` of the repository
+    """
+
+    family: Family
+    root: nn.Module
+    model: nn.Module
+    tokenizer: PreTrainedTokenizerBase
+    fingerprint: str
+    with_moments: bool = False
+
+    @classmethod
+    def load(cls, source: Source, recipe: Recipe, *, with_moments: bool = False) -> StageRecorder:
+        """Loads the stage of a repository.
+
+        Raises:
+            CalibrationError: no class of transformers runs the stage, or the repository has no tokenizer.
+            CheckpointError: tensors of the stage are missing, or transformers cannot load it.
+        """
+        folder = ComponentFolder(source, "")
+        assert folder.stage is not None, "the caller knows that there is one"
+        with Checkpoint.open(source.path) as checkpoint:
+            fingerprint = checkpoint.fingerprint()
+        model = _loaded_stage(source, folder.family).get_decoder().to(resolve_device(recipe.device))
+        split_experts(model)
+        root, stage = nn.Module(), nn.Module()
+        root.add_module(folder.stage.prefix.rstrip("."), stage)
+        stage.add_module("model", model)
+        return cls(folder.family, root, model, _loaded_tokenizer(source), fingerprint, with_moments)
+
+    def record(self, prompts: Sequence[Prompt], *, progress: bool = False) -> Recording:
+        """Runs the language model over prompts.
+
+        Args:
+            progress: show a bar, if standard error is a terminal
+
+        Raises:
+            CalibrationError: there are no prompts, one has an image, or an input is NaN or infinite.
+        """
+        if not prompts:
+            raise CalibrationError("calibration: found no prompts, expected at least one")
+        for prompt in prompts:
+            if prompt.image is not None:
+                raise CalibrationError(f"calibration: found an image with '{prompt.text:.40}', expected text alone")
+        observer = InputObserver({"": self.root}, family=self.family, with_moments=self.with_moments)
+        with observer, progress_bar("calibrating", len(prompts), "prompt", hidden=not progress, stays=False) as advance:
+            for prompt in prompts:
+                observer.start(prompt)
+                self._run(prompt)
+                advance(1)
+        identity = recording_identity(prompts, {}, {"": self.fingerprint})
+        statistics = Statistics(identity, observer.statistics())
+        return Recording(statistics, Moments.recorded(identity, observer.moments()) if self.with_moments else None)
+
+    @torch.no_grad()
+    def _run(self, prompt: Prompt) -> None:
+        if self.tokenizer.chat_template is not None:
+            messages = [{"role": "user", "content": prompt.text}]
+            text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        else:
+            text = prompt.text
+        tokens = self.tokenizer(text, return_tensors="pt")["input_ids"]
+        device = next(self.model.parameters()).device
+        self.model(input_ids=tokens.to(device), use_cache=False)
+
+
+def _loaded_stage(source: Source, family: Family) -> PreTrainedModel:
+    import transformers
+
+    stage = family.stage
+    assert stage is not None
+    model_class = getattr(transformers, stage.transformers_class, None) if stage.transformers_class else None
+    if model_class is None:
+        version = importlib.metadata.version("transformers")
+        raise CalibrationError(
+            f"{source.path}: found {family.name}, which transformers {version} has no class for, expected a model that "
+            "calibrating can run; leave --calib out"
+        )
+    try:
+        model, loading = model_class.from_pretrained(
+            source.path, dtype="auto", local_files_only=True, output_loading_info=True
+        )
+    except (OSError, ValueError, RuntimeError, AttributeError, TypeError, KeyError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(
+            f"{source.path}: transformers cannot load it as {model_class.__name__} ({reason})"
+        ) from None
+    if missing := sorted(loading["missing_keys"]):
+        raise CheckpointError(f"{source.path}: found no '{missing[0]}' of {model_class.__name__}; download it again")
+    loaded: PreTrainedModel = model.eval()
+    return loaded
+
+
+def _loaded_tokenizer(source: Source) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(source.path, local_files_only=True)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise CalibrationError(
+            f"{source.path}: found no tokenizer that transformers loads ({reason}), expected one beside the weights"
+        ) from None
+    return tokenizer
+
+
+class _Expert(nn.Module):
+    """One expert, whose weights are parts of stacked tensors."""
+
+    def __init__(self, gate_up: Tensor, down: Tensor, activate: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        gate, up = gate_up.chunk(2)
+        self.gate_proj, self.up_proj, self.down_proj = map(_linear, (gate, up, down))
+        self._activate = activate
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        outputs: Tensor = self.down_proj(self._activate(self.gate_proj(inputs)) * self.up_proj(inputs))
+        return outputs
+
+
+class _Experts(nn.ModuleDict):
+    """The experts of a block, called by their numbers as in the checkpoint; computes what the stacks do."""
+
+    def __init__(self, stacks: Any) -> None:
+        pairs = zip(stacks.gate_up_proj.detach(), stacks.down_proj.detach(), strict=True)
+        super().__init__({str(number): _Expert(*pair, stacks.act_fn) for number, pair in enumerate(pairs)})
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """Mixes the experts of each token.
+
+        Args:
+            hidden_states: [tokens, hidden]
+            top_k_index: numbers of each token's experts, [tokens, k]
+            top_k_weights: their weights, [tokens, k]
+
+        Returns:
+            [tokens, hidden]
+        """
+        mixed = torch.zeros_like(hidden_states)
+        for number in sorted({*top_k_index.flatten().tolist()}):
+            tokens, places = torch.where(top_k_index == number)
+            outputs = self[str(number)](hidden_states[tokens]) * top_k_weights[tokens, places, None]
+            mixed.index_add_(0, tokens, outputs.to(mixed.dtype))
+        return mixed
+
+
+def split_experts(model: nn.Module) -> None:
+    """Replaces stacked experts of a model by linears that share their memory, in place."""
+    stacks = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(getattr(module, "gate_up_proj", None), nn.Parameter) and module.gate_up_proj.dim() == 3
+    ]
+    for name, module in stacks:
+        parent, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, _Experts(module))
+
+
+def _linear(weight: Tensor) -> nn.Linear:
+    with torch.device("meta"):
+        layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+    layer.weight = nn.Parameter(weight, requires_grad=False)
+    return layer
