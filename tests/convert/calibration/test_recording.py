@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -284,7 +285,7 @@ def test_a_component_alone_cannot_be_run(tiny_pipeline_folder: Path, prompts_fil
 
 def test_an_identity_names_later_settings_only_where_they_are_used() -> None:
     names = [
-        {name for name, _ in calibration._identity([], settings, 0, {}).runs[0].settings}
+        {name for name, _ in calibration.recording_identity([], {**asdict(settings), "seed": 0}, {}).runs[0].settings}
         for settings in (GenerationSettings(), GenerationSettings(guidance_scale_2=2.0, images_per_prompt=2))
     ]
     assert names[1] - names[0] == {"guidance_scale_2", "images_per_prompt"}
