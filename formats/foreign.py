@@ -9,6 +9,9 @@ Spread      NAME.weight             E4M3, E5M2 or I8 of three dimensions or more
 Codebook    NAME.weight             U8 [out, in / 2], two codes a byte, even element in the high nibble
             NAME.weight_scale       F32 [out / R, R * in / block]; R rows hold a whole number of blocks
             NAME.table              F32 [16]; W = table[code] * scale
+LowRank     another format's tensors, and
+            NAME.lora_a             F32 [rank, in]
+            NAME.lora_b             F32 [out, rank]; W = W' + lora_b lora_a
 Smoothed    another format's tensors, and
             NAME.mul_scale          F32 [in], which the runtime multiplies activations with; W = W' * mul_scale
 """
@@ -28,7 +31,7 @@ from omni_convert.formats.arithmetic.float8 import E4M3, E5M2
 from omni_convert.formats.format import Format
 from omni_convert.formats.rows import TensorLayout
 
-__all__ = ["Codebook", "Scaled", "Smoothed", "Spread"]
+__all__ = ["Codebook", "LowRank", "Scaled", "Smoothed", "Spread"]
 
 TABLE_ENTRIES = 16
 FLOATS = {torch.float8_e4m3fn: E4M3, torch.float8_e5m2: E5M2}
@@ -234,3 +237,27 @@ class Smoothed(_Wrapped):
 
     def dequantize(self, tensors: Mapping[str, Tensor]) -> Tensor:
         return self.inner.dequantize(tensors) * tensors["mul_scale"]
+
+
+@dataclass(frozen=True)
+class LowRank(_Wrapped):
+    """Another format, for what is left of a weight without its largest singular values (SVDQuant).
+
+    Attributes:
+        rank: of what was taken out
+    """
+
+    rank: int
+
+    @property
+    def label(self) -> str:
+        return f"{self.inner.label} with rank {self.rank}"
+
+    def layout(self, out_features: int, in_features: int) -> dict[str, TensorLayout]:
+        return self.inner.layout(out_features, in_features) | {
+            "lora_a": TensorLayout(torch.float32, (self.rank, in_features), rows_per_entry=0),
+            "lora_b": TensorLayout(torch.float32, (out_features, self.rank)),
+        }
+
+    def dequantize(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        return self.inner.dequantize(tensors) + tensors["lora_b"] @ tensors["lora_a"]

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Collection, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 from omni_convert.formats.containers.checkpoint import Checkpoint
@@ -25,11 +26,20 @@ from omni_convert.formats.dialects.block_findings import FIX_BLOCK, block_mismat
 from omni_convert.formats.dialects.codec import Plain, Repeated
 from omni_convert.formats.dialects.detection import signed_layers
 from omni_convert.formats.dialects.modelopt_config import MIXED_PRECISION, MODELOPT, spell_algorithms
-from omni_convert.formats.dialects.verdict import CONVERT_FIRST, DIFFUSERS, OURS, UNMARKED, VLLM_OMNI, Verdict
+from omni_convert.formats.dialects.verdict import (
+    CONVERT_FIRST,
+    DIFFUSERS,
+    OURS,
+    REQUANTIZE,
+    UNMARKED,
+    VLLM_OMNI,
+    Verdict,
+)
 from omni_convert.formats.dialects.vllm_omni import from_block, vllm_omni_verdict
 from omni_convert.formats.errors import OmniConvertError
 from omni_convert.formats.families.family import Family
 from omni_convert.formats.finding import Finding
+from omni_convert.formats.foreign import LowRank, Smoothed
 from omni_convert.formats.format import Format
 from omni_convert.formats.fp8 import FP8, FP8_PER_ROW, fp8_block_size
 from omni_convert.formats.mxfp8 import MXFP8
@@ -38,6 +48,8 @@ from omni_convert.formats.nvfp4 import NVFP4
 __all__ = ["MODELOPT_DIALECT"]
 
 NAMES = {"mul_scale": "pre_quant_scale"}
+BRANCH = {"lora_a": "svdquant_lora_a", "lora_b": "svdquant_lora_b"}
+REFUSES_SMOOTHED = "its adapter raises for pre_quant_scale; -m METHOD quantizes again"
 # Labels of the formats that our loader reads alone, and beside others.
 LOADED_ALONE = {"fp8", "fp8 static", "fp8 per row", "nvfp4"}
 LOADED_IN_MIXTURES = LOADED_ALONE | {"mxfp8"}
@@ -64,12 +76,10 @@ class ModelOpt(Dialect):
         return is_theirs or found.quant_method.startswith(MODELOPT) or isinstance(found.block.get("quantization"), dict)
 
     def stored_layers(self, found: Found) -> Iterator[StoredLayer | LayerError]:
-        branched = list(found.stems("svdquant_lora_a"))
-        for stem in branched:
-            what = "found SVDQuant's low-rank branch, expected a plain linear; export without SVDQuant"
-            yield LayerError(found, stem, f"tensor '{stem}.svdquant_lora_a': {what}")
-        plain = signed_layers(found, NAMES)
-        yield from (each for each in plain if isinstance(each, LayerError) or each.stem not in branched)
+        branched = {*found.stems(BRANCH["lora_a"])}
+        for layer in signed_layers(found, NAMES):
+            is_whole = isinstance(layer, LayerError) or layer.stem not in branched
+            yield layer if is_whole else _with_branch(found, layer)
 
     def spelling(self, fmt: Format, shape: tuple[int, int]) -> WrittenSpelling | str:
         if fmt.encoding == FP8 and not fmt.is_static:
@@ -94,6 +104,9 @@ class ModelOpt(Dialect):
         family: Family | None = None,
     ) -> list[Verdict]:
         methods, labels = {fmt.method for fmt in layers.values()}, {fmt.label for fmt in layers.values()}
+        if any(_is_smoothed_nvfp4(fmt) for fmt in layers.values()):
+            refused = Verdict(VLLM_OMNI, "refuses", REFUSES_SMOOTHED)
+            return [refused, *(each for each in self.usual_verdicts if each.outcome != "loads"), REQUANTIZE]
         is_loaded = labels <= LOADED_ALONE or (len(labels) > 1 and labels <= LOADED_IN_MIXTURES)
         return [
             Verdict(VLLM_OMNI, "loads", "on CUDA; it dequantizes layers that it builds unquantized; not Wan")
@@ -114,6 +127,12 @@ class ModelOpt(Dialect):
         if (what := _flaw_of(block)) is not None:
             yield Finding("error", "bad-block", "", what, "vLLM-Omni", FIX_BLOCK)
             return
+        smoothed = next((stem for stem, layer in layers.items() if _is_smoothed_nvfp4(layer.format)), None)
+        if smoothed is not None:
+            yield Finding(
+                "error", "extra-companion", f"{smoothed}.{NAMES['mul_scale']}", "found smoothed inputs for NVFP4",
+                f"vLLM-Omni: {REFUSES_SMOOTHED}", "-m METHOD quantizes again",
+            )  # fmt: skip
         for stem, layer in layers.items():
             if (declared := _declared_algorithm(block, stem)) is not None:
                 yield from _check_algorithm(stem, layer, declared, block)
@@ -131,6 +150,22 @@ class ModelOpt(Dialect):
 
     def is_dequantized_by_vllm_omni(self, methods: Collection[str]) -> bool:
         return set(methods) == {"fp8"}
+
+
+def _is_smoothed_nvfp4(fmt: Format) -> bool:
+    return fmt.innermost is not fmt and fmt.innermost.encoding == NVFP4
+
+
+def _with_branch(found: Found, layer: StoredLayer) -> StoredLayer | LayerError:
+    """A layer of SVDQuant: the branch is added to the weight before its columns are multiplied."""
+    down = found.checkpoint[f"{layer.stem}.{BRANCH['lora_a']}"]
+    if len(down.shape) != 2:
+        what = f"found {BRANCH['lora_a']} of {list(down.shape)}, expected [rank, in]"
+        return LayerError(found, layer.stem, f"layer '{layer.stem}': {what}", "wrong-shape")
+    rank, fmt = down.shape[0], layer.format
+    with_branch = Smoothed(LowRank(fmt.inner, rank)) if isinstance(fmt, Smoothed) else LowRank(fmt, rank)
+    places = {suffix: f"{layer.stem}.{name}" for suffix, name in BRANCH.items()}
+    return replace(layer, format=with_branch, places={**layer.places, **places})
 
 
 def _flat(block: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -23,6 +23,7 @@ PLACES = {
     "modelopt": "modelopt.MODELOPT_DIALECT",
     "compressed-tensors": "compressed_tensors.COMPRESSED_TENSORS",
     "auto-round": "auto_round.AUTO_ROUND",
+    "torchao": "torchao.TORCHAO",
     "awq": "awq.AWQ",
     "bitsandbytes": "bitsandbytes.BITSANDBYTES",
     "vllm-omni": "vllm_omni.VLLM_OMNI",
@@ -31,7 +32,7 @@ PLACES = {
     "lightx2v": "lightx2v.LIGHTX2V",
     "bfl": "bfl.BFL",
 }
-READ_ONLY = ("gguf", "awq", "bitsandbytes", "lightx2v", "bfl")
+READ_ONLY = ("gguf", "torchao", "awq", "bitsandbytes", "lightx2v", "bfl")
 #: Names of the dialects that conversions can write.
 WRITTEN = tuple(name for name in PLACES if name not in READ_ONLY)
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from omni_convert.formats.arithmetic.e2m1 import encode_e2m1, pack_nibbles
 from omni_convert.formats.arithmetic.swizzle import swizzle_scales
 from omni_convert.formats.dialects.codec import Reciprocal
+from omni_convert.formats.dialects.table import DIALECTS
 from omni_convert.formats.errors import CheckpointError
 from omni_convert.formats.families.wan import wan_diffusers_name
 from omni_convert.formats.format import Format
@@ -269,3 +270,26 @@ def test_weights_of_rotated_inputs_are_refused(tmp_path: Path) -> None:
     assert opened(tmp_path, tensors, labels=labels).layers.keys() == {STEM}
     with pytest.raises(CheckpointError, match=r"heads_rotation'.*export without it"):
         opened(tmp_path, tensors | {f"{STEM}.heads_rotation": torch.eye(8)}, labels=labels)
+
+
+@pytest.mark.parametrize("rank", [None, 4], ids=["AWQ", "SVDQuant"])
+def test_modelopts_smoothed_nvfp4(tmp_path: Path, weight: Tensor, rank: int | None) -> None:
+    factors = torch.linspace(0.25, 2, 576).bfloat16()
+    fmt = Nvfp4(search=False)
+    made = fmt.quantize(weight)
+    expected = fmt.dequantize(made)
+    stored = {**made, "pre_quant_scale": factors}
+    if rank is not None:
+        down, up = (torch.randn(*shape).bfloat16() * 0.1 for shape in ((rank, 576), (192, rank)))
+        stored |= {"svdquant_lora_a": down, "svdquant_lora_b": up}
+        expected = expected + up.float() @ down.float()
+    algorithm = "NVFP4_AWQ" if rank is None else "NVFP4_SVD"
+    block = {"quant_method": "modelopt", "quant_algo": algorithm, "producer": {"name": "modelopt"}, "ignore": []}
+    with opened(tmp_path, layer_tensors(stored), block) as found:
+        layer = found.layers[STEM]
+        torch.testing.assert_close(layer.dequantize(0, 192), expected * factors.float(), rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(layer.dequantize(7, 131), (expected * factors.float())[7:131], rtol=1e-6, atol=1e-6)
+        assert not set(stored) & {name.removeprefix(f"{STEM}.") for name in found.kept}
+        verdicts = DIALECTS["modelopt"].verdicts({STEM: layer.format})
+    assert {verdict.outcome for verdict in verdicts if "vLLM-Omni" in verdict.runtime} == {"refuses"}
+    assert not [verdict for verdict in verdicts if verdict.outcome == "loads"]
