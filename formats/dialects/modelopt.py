@@ -78,8 +78,10 @@ class ModelOpt(Dialect):
     def stored_layers(self, found: Found) -> Iterator[StoredLayer | LayerError]:
         branched = {*found.stems(BRANCH["lora_a"])}
         for layer in signed_layers(found, NAMES):
-            is_whole = isinstance(layer, LayerError) or layer.stem not in branched
-            yield layer if is_whole else _with_branch(found, layer)
+            if isinstance(layer, StoredLayer) and layer.stem in branched:
+                yield _with_branch(found, layer)
+            else:
+                yield layer
 
     def spelling(self, fmt: Format, shape: tuple[int, int]) -> WrittenSpelling | str:
         if fmt.encoding == FP8 and not fmt.is_static:

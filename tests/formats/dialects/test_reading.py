@@ -293,3 +293,27 @@ def test_modelopts_smoothed_nvfp4(tmp_path: Path, weight: Tensor, rank: int | No
         verdicts = DIALECTS["modelopt"].verdicts({STEM: layer.format})
     assert {verdict.outcome for verdict in verdicts if "vLLM-Omni" in verdict.runtime} == {"refuses"}
     assert not [verdict for verdict in verdicts if verdict.outcome == "loads"]
+
+
+@pytest.mark.parametrize("product", ["with the weight's scale", "f32", "bits as i64"])
+def test_msmodelslims_static_w8a8(tmp_path: Path, product: str) -> None:
+    codes = torch.randint(-127, 128, (192, 576), generator=torch.Generator().manual_seed(0)).to(torch.int8)
+    scale, input_scale = torch.rand(192, 1) * 0.01 + 1e-4, torch.tensor([0.0625])
+    both = (scale * input_scale).flatten()
+    stored = {
+        "weight": codes,
+        "input_scale": input_scale,
+        "input_offset": torch.tensor([3.0]),
+        "deq_scale": both.view(torch.int32).to(torch.int64) if product == "bits as i64" else both,
+        "quant_bias": -3 * codes.sum(1, dtype=torch.int32),
+    }
+    if product == "with the weight's scale":
+        stored |= {"weight_scale": scale, "weight_offset": torch.zeros(192, 1)}
+    tensors = layer_tensors(stored)
+    labels = {**dict.fromkeys(tensors, "W8A8"), f"{STEM}.bias": "FLOAT", "model_quant_type": "W8A8"}
+    tensors[f"{STEM}.bias"] = torch.ones(192)
+    with opened(tmp_path, tensors, labels=labels) as found:
+        assert found.dialect == "msmodelslim"
+        torch.testing.assert_close(found.layers[STEM].dequantize(0, 192), codes * scale, rtol=1e-6, atol=0)
+        torch.testing.assert_close(found.layers[STEM].dequantize(7, 131), (codes * scale)[7:131], rtol=1e-6, atol=0)
+        assert found.kept.keys() == {f"{STEM}.bias"}
