@@ -6,12 +6,21 @@ from dataclasses import replace
 
 from omni_convert.formats.families.family import Family, GgufFacts, unknown_scope
 from omni_convert.formats.families.layers import QKV, linears, merged
-from omni_convert.formats.families.original_names import renamed, same
+from omni_convert.formats.families.original_names import OriginalName, renamed, same
 
 __all__ = ["LTX_2", "LTX_VIDEO"]
 
 _GGUF = GgufFacts("ltxv", diffusers_prefixes=("time_embed.", "proj_in."))
 _UNMERGED = ("audio_attn1", "attn2", "audio_attn2", "audio_to_video_attn", "video_to_audio_attn")
+
+
+def _original_attention(attention: str) -> tuple[OriginalName, ...]:
+    stem = f"transformer_blocks.{{}}.{attention}."
+    return (
+        *renamed({"q_norm": "norm_q", "k_norm": "norm_k"}, stem, stem),
+        *same(*(stem + part for part in (*QKV, "to_out"))),
+    )
+
 
 LTX_2 = Family(
     name="LTX-2",
@@ -27,6 +36,33 @@ LTX_2 = Family(
         *linears("transformer_blocks.{}.ff", "net.0.proj", "net.2"),
         *linears("transformer_blocks.{}.audio_ff", "net.0.proj", "net.2"),
     ),
+    original_names=(
+        *renamed(
+            {
+                "patchify_proj": "proj_in",
+                "audio_patchify_proj": "audio_proj_in",
+                "adaln_single": "time_embed",
+                "audio_adaln_single": "audio_time_embed",
+                "av_ca_video_scale_shift_adaln_single": "av_cross_attn_video_scale_shift",
+                "av_ca_audio_scale_shift_adaln_single": "av_cross_attn_audio_scale_shift",
+                "av_ca_a2v_gate_adaln_single": "av_cross_attn_video_a2v_gate",
+                "av_ca_v2a_gate_adaln_single": "av_cross_attn_audio_v2a_gate",
+            }
+        ),
+        *same("caption_projection", "audio_caption_projection", "proj_out", "audio_proj_out"),
+        *same("scale_shift_table", "audio_scale_shift_table"),
+        *renamed(
+            {
+                "scale_shift_table_a2v_ca_video": "video_a2v_cross_attn_scale_shift_table",
+                "scale_shift_table_a2v_ca_audio": "audio_a2v_cross_attn_scale_shift_table",
+            },
+            "transformer_blocks.{}.",
+            "transformer_blocks.{}.",
+        ),
+        *same(*(f"transformer_blocks.{{}}.{part}" for part in ("ff", "audio_ff"))),
+        *same(*(f"transformer_blocks.{{}}.{part}" for part in ("scale_shift_table", "audio_scale_shift_table"))),
+        *(name for attention in ("attn1", *_UNMERGED) for name in _original_attention(attention)),
+    ),
     gguf=_GGUF,
 )
 
@@ -38,14 +74,7 @@ LTX_VIDEO = Family(
         *renamed({"patchify_proj": "proj_in", "adaln_single": "time_embed"}),
         *same("caption_projection", "proj_out", "scale_shift_table"),
         *same("transformer_blocks.{}.ff", "transformer_blocks.{}.scale_shift_table"),
-        *(
-            name
-            for attention in ("transformer_blocks.{}.attn1.", "transformer_blocks.{}.attn2.")
-            for name in (
-                *renamed({"q_norm": "norm_q", "k_norm": "norm_k"}, attention, attention),
-                *same(*(attention + part for part in (*QKV, "to_out"))),
-            )
-        ),
+        *(name for attention in ("attn1", "attn2") for name in _original_attention(attention)),
     ),
     gguf=replace(_GGUF, has_converter=True),
 )

@@ -2,7 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from omni_convert.formats.families.family import Family, GgufFacts, unknown_scope
+from omni_convert.formats.families.flux_1 import MLP_EMBEDDER, ORIGINAL_MODULATION, ORIGINAL_SINGLE, SINGLE
+from omni_convert.formats.families.hunyuan_video import (
+    ORIGINAL_DOUBLE_BLOCK,
+    ORIGINAL_JOINED_ATTENTION,
+    ORIGINAL_TEXT,
+    TRAINER_NAMES,
+)
+from omni_convert.formats.families.layers import QKV
+from omni_convert.formats.families.original_names import joined, renamed
 
 __all__ = [
     "AURA_FLOW",
@@ -33,9 +44,42 @@ AURA_FLOW = Family(
 COSMOS = Family(
     "Cosmos", ("CosmosTransformer3DModel",), refusals=_UNKNOWN, gguf=GgufFacts("cosmos", has_converter=True)
 )
-_HYVID = GgufFacts("hyvid", diffusers_prefixes=("context_embedder.",), has_converter=True)
-HUNYUAN_VIDEO = Family("HunyuanVideo", ("HunyuanVideoTransformer3DModel",), refusals=_UNKNOWN, gguf=_HYVID)
-FRAMEPACK = Family("FramePack", ("HunyuanVideoFramepackTransformer3DModel",), refusals=_UNKNOWN, gguf=_HYVID)
+HUNYUAN_VIDEO = Family(
+    "HunyuanVideo",
+    ("HunyuanVideoTransformer3DModel",),
+    refusals=_UNKNOWN,
+    original_names=(
+        *renamed(
+            {
+                "img_in.proj": "x_embedder.proj",
+                "time_in.mlp.0": "time_text_embed.timestep_embedder.linear_1",
+                "time_in.mlp.2": "time_text_embed.timestep_embedder.linear_2",
+                "guidance_in.mlp.0": "time_text_embed.guidance_embedder.linear_1",
+                "guidance_in.mlp.2": "time_text_embed.guidance_embedder.linear_2",
+                "final_layer.linear": "proj_out",
+            }
+        ),
+        *renamed(MLP_EMBEDDER, "vector_in.", "time_text_embed.text_embedder."),
+        *ORIGINAL_TEXT,
+        *ORIGINAL_JOINED_ATTENTION,
+        *ORIGINAL_DOUBLE_BLOCK,
+        joined(f"{ORIGINAL_SINGLE}linear1", SINGLE.removesuffix("."), *(f"attn.{part}" for part in QKV), "proj_mlp"),
+        *renamed(
+            {
+                "linear2": "proj_out",
+                "modulation.linear": "norm.linear",
+                "q_norm": "attn.norm_q",
+                "k_norm": "attn.norm_k",
+            },
+            ORIGINAL_SINGLE,
+            SINGLE,
+        ),
+        ORIGINAL_MODULATION,
+    ),
+    trainer_names=(*TRAINER_NAMES, *renamed({"modulation.lin": "norm.linear"}, ORIGINAL_SINGLE, SINGLE)),
+    gguf=GgufFacts("hyvid", diffusers_prefixes=("context_embedder.",), has_converter=True),
+)
+FRAMEPACK = replace(HUNYUAN_VIDEO, name="FramePack", model_classes=("HunyuanVideoFramepackTransformer3DModel",))
 LUMINA_2 = Family(
     "Lumina 2",
     ("Lumina2Transformer2DModel",),

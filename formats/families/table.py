@@ -18,7 +18,6 @@ from omni_convert.formats.families.full_precision import (
     OVIS_IMAGE,
     SANA_VIDEO,
     SD_3,
-    SDXL,
     WAN_ANIMATE,
 )
 from omni_convert.formats.families.glm_image import GLM_IMAGE
@@ -38,6 +37,7 @@ from omni_convert.formats.families.not_tabulated import (
 from omni_convert.formats.families.qwen_image import QWEN_IMAGE
 from omni_convert.formats.families.qwen_image_21 import QWEN_IMAGE_21
 from omni_convert.formats.families.qwen_omni import QWEN_2_5_OMNI, QWEN_3_OMNI, QWEN_3_TTS
+from omni_convert.formats.families.sdxl import SDXL
 from omni_convert.formats.families.wan import WAN
 from omni_convert.formats.families.z_image import Z_IMAGE
 

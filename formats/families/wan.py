@@ -70,12 +70,12 @@ _ORIGINAL_NAMES = (
         }
     ),
     *_original_block("blocks.{}"),
-)
-# Names that msModelSlim writes too, and that diffusers' conversion of single files would drop.
-_ALSO_READ = (
-    *renamed({"img_emb.emb_pos": "condition_embedder.image_embedder.pos_embed"}),
+    *same("vace_patch_embedding"),
+    *renamed({"before_proj": "proj_in", "after_proj": "proj_out"}, "vace_blocks.{}.", "vace_blocks.{}."),
     *_original_block("vace_blocks.{}"),
 )
+# A name that diffusers' conversion of single files would drop.
+_ALSO_READ = renamed({"img_emb.emb_pos": "condition_embedder.image_embedder.pos_embed"})
 
 WAN = Family(
     name="Wan",
@@ -106,6 +106,7 @@ WAN = Family(
     ),
     leading_blocks=(("mxfp4_dualscale", 5),),
     original_names=_ORIGINAL_NAMES,
+    trainer_names=_ALSO_READ,
     gguf=GgufFacts(
         "wan",
         kept_layers=("condition_embedder",),

@@ -1,0 +1,91 @@
+"""Stable Diffusion XL. Its names also hold for Stable Diffusion 1.5 and 2, of the same class and with one level more.
+
+Source of the names: diffusers' `convert_ldm_unet_checkpoint`.
+"""
+
+from __future__ import annotations
+
+from omni_convert.formats.families.family import Family, RuntimeRefusal
+from omni_convert.formats.families.layers import VLLM_OMNI
+from omni_convert.formats.families.original_names import OriginalName, renamed
+
+__all__ = ["SDXL"]
+
+_LEVELS, _RESNETS = 4, 2  # a block on the way up has one resnet more
+_RESNET = {
+    "in_layers.0": "norm1",
+    "in_layers.2": "conv1",
+    "emb_layers.1": "time_emb_proj",
+    "out_layers.0": "norm2",
+    "out_layers.3": "conv2",
+    "skip_connection": "conv_shortcut",
+}
+
+
+def _resnet(original: str, name: str) -> tuple[OriginalName, ...]:
+    return renamed(_RESNET, f"{original}.", f"{name}.")
+
+
+def _way_down(level: int) -> tuple[OriginalName, ...]:
+    first = 1 + level * (_RESNETS + 1)
+    block = f"down_blocks.{level}"
+    return (
+        *(
+            row
+            for n in range(_RESNETS)
+            for row in (
+                *_resnet(f"input_blocks.{first + n}.0", f"{block}.resnets.{n}"),
+                *renamed({f"input_blocks.{first + n}.1": f"{block}.attentions.{n}"}),
+            )
+        ),
+        *renamed({f"input_blocks.{first + _RESNETS}.0.op": f"{block}.downsamplers.0.conv"}),
+    )
+
+
+def _way_up(level: int) -> tuple[OriginalName, ...]:
+    first = level * (_RESNETS + 1)
+    block = f"up_blocks.{level}"
+    return (
+        *(
+            row
+            for n in range(_RESNETS + 1)
+            for row in (
+                *_resnet(f"output_blocks.{first + n}.0", f"{block}.resnets.{n}"),
+                *renamed({f"output_blocks.{first + n}.1": f"{block}.attentions.{n}"}),
+            )
+        ),
+        *renamed({f"output_blocks.{first + _RESNETS}.2.conv": f"{block}.upsamplers.0.conv"}),
+    )
+
+
+SDXL = Family(
+    "SDXL",
+    ("UNet2DConditionModel",),
+    refusals=(
+        RuntimeRefusal(VLLM_OMNI, "vLLM-Omni 0.30.0 builds every layer of this model in full precision", is_final=True),
+    ),
+    original_names=(
+        *renamed(
+            {
+                "time_embed.0": "time_embedding.linear_1",
+                "time_embed.2": "time_embedding.linear_2",
+                "label_emb.0.0": "add_embedding.linear_1",
+                "label_emb.0.2": "add_embedding.linear_2",
+                "input_blocks.0.0": "conv_in",
+                "out.0": "conv_norm_out",
+                "out.2": "conv_out",
+                "middle_block.1": "mid_block.attentions.0",
+            }
+        ),
+        *_resnet("middle_block.0", "mid_block.resnets.0"),
+        *_resnet("middle_block.2", "mid_block.resnets.1"),
+        *(row for level in range(_LEVELS) for row in (*_way_down(level), *_way_up(level))),
+    ),
+    # A block without attention has its upsampler in the attention's place.
+    trainer_names=renamed(
+        {
+            f"output_blocks.{level * (_RESNETS + 1) + _RESNETS}.1.conv": f"up_blocks.{level}.upsamplers.0.conv"
+            for level in range(_LEVELS)
+        }
+    ),
+)
