@@ -71,7 +71,7 @@ class LayerNames:
             if (short := name.removeprefix("model.")) not in self._diffusers
         }
         self._original = known_runs((*family.original_names, *family.trainer_names), specs)
-        self._in_dots = _in_dots(self._original) | _in_dots(self._diffusers)
+        self._in_dots = _in_dots(self._diffusers, self._original)
         bare = {_underscored(without_prefix(stem)) for stem in stems}
         ours, theirs = (_stems(names) for names in (self._diffusers, self._original))
         self._is_original = bool(bare & (theirs - ours))
@@ -115,11 +115,12 @@ def _stems(names: Iterable[str]) -> set[str]:
     return {_underscored(part) for name in names for part in (name, name.rpartition(".")[0])}
 
 
-def _in_dots(names: Iterable[str]) -> dict[str, str]:
-    """Name with underscores for dots → the name, without those that two tensors share."""
-    found: dict[str, str] = {}
+def _in_dots(*named: Mapping[str, list[Run]]) -> dict[str, str]:
+    """Name with underscores for dots → a name with dots, without those that stand for different rows."""
+    found: dict[str, tuple[str, list[Run]]] = {}
     shared: set[str] = set()
-    for name in names:
-        if found.setdefault(_underscored(name), name) != name:
+    for name, runs in (item for names in named for item in names.items()):
+        first, rows = found.setdefault(_underscored(name), (name, runs))
+        if first != name and rows != runs:
             shared.add(_underscored(name))
-    return {written: name for written, name in found.items() if written not in shared}
+    return {written: name for written, (name, _) in found.items() if written not in shared}
