@@ -28,6 +28,7 @@ from torch import nn
 from omni_convert.convert.plan.plan import plan_conversion
 from omni_convert.convert.recipe import Recipe
 from omni_convert.convert.source.location import Source
+from omni_convert.formats.checks.meaning import open_quantized
 from omni_convert.formats.config import ACTIVATION_SCHEMES, QuantizationConfig
 from omni_convert.formats.containers.checkpoint import Checkpoint
 from omni_convert.formats.containers.json_file import read_json
@@ -36,7 +37,6 @@ from omni_convert.formats.dialects import auto_round, omni_convert, vllm_omni
 from omni_convert.formats.dialects.config_block import read_block
 from omni_convert.formats.errors import CheckpointError, OmniConvertError
 from omni_convert.formats.table import LOADABLE
-from omni_convert.formats.views.opened import open_quantized
 from omni_convert.loaders.loading.install import install_empty_layers
 from omni_convert.loaders.loading.pipeline_files import open_weights
 from omni_convert.loaders.loading.select import declared_format, stored_layers

@@ -9,7 +9,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from omni_convert.convert.source.location import Source
-from omni_convert.formats.checks.meaning import read_certain
+from omni_convert.formats.checks.meaning import open_quantized
 from omni_convert.formats.containers.checkpoint import Checkpoint
 from omni_convert.formats.containers.component import DENOISERS
 from omni_convert.formats.containers.json_file import read_json
@@ -131,7 +131,7 @@ class ComponentFolder:
         Raises:
             CheckpointError: a file is damaged, or its meaning is not certain.
         """
-        return read_certain(self.checkpoint(), self.folder, values=values)
+        return open_quantized(self.path, _streamed_files(self.source, self.name), values=values)
 
     @cached_property
     def manifest(self) -> Mapping[str, Any]:

@@ -9,7 +9,7 @@ reach the top of the element's range, which weights do not.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 
 from omni_convert.formats.checks.completeness import without_weight
@@ -17,6 +17,7 @@ from omni_convert.formats.checks.undeclared import UndeclaredCodes, undeclared_c
 from omni_convert.formats.checks.values import has_ordered_scales, order_findings
 from omni_convert.formats.containers.checkpoint import Checkpoint
 from omni_convert.formats.containers.names import CODES, COMPANIONS, LOW_BIT, WEIGHT
+from omni_convert.formats.containers.reader import TensorFile
 from omni_convert.formats.containers.tensor_spec import DTYPE_NAMES
 from omni_convert.formats.dialects.base import LayerError
 from omni_convert.formats.dialects.found import Found, describe
@@ -28,7 +29,7 @@ from omni_convert.formats.rows import tile_ranges
 from omni_convert.formats.views.base import FLOAT8
 from omni_convert.formats.views.opened import QuantizedCheckpoint, Reading, read_layers
 
-__all__ = ["doubts", "lost_scale", "read_certain", "refuse_doubts", "strays"]
+__all__ = ["doubts", "lost_scale", "open_quantized", "refuse_doubts", "strays"]
 
 # Companions that scale inputs or only mark the layer: without them, the weight is the same.
 HARMLESS = ("input_scale", "input_global_scale", "activation_scale", "scale_input", "comfy_quant", "weight_shape")
@@ -39,17 +40,19 @@ SAMPLED = 8
 LARGEST_CAST_RMS = 16.0
 
 
-def read_certain(checkpoint: Checkpoint, folder: Path, *, values: bool = False) -> QuantizedCheckpoint:
-    """Reads a checkpoint that is open, if its meaning is certain.
+def open_quantized(
+    path: Path, elsewhere: Mapping[str, Callable[[], TensorFile]] | None = None, *, values: bool = False
+) -> QuantizedCheckpoint:
+    """Opens a component folder or a single file in any dialect, if its meaning is certain.
 
     Args:
-        folder: where its config.json and sidecars are, if there are some
-        values: whether to read some rows, too
+        elsewhere: name to opener of files that are not in the folder, see `Checkpoint.open`
+        values: whether to read some rows; otherwise headers, configs and tiny markers are read, and no weight
 
     Raises:
-        CheckpointError: the first doubt.
+        CheckpointError: a file is damaged; or the first of the `doubts`.
     """
-    reading = read_layers(describe(checkpoint, folder))
+    reading = read_layers(describe(Checkpoint.open(path, elsewhere), path if path.is_dir() else path.parent))
     refuse_doubts(reading, values=values)
     return reading.quantized
 

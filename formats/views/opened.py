@@ -12,9 +12,8 @@ with open_quantized("out/transformer") as quantized:
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
@@ -24,11 +23,10 @@ from torch import Tensor
 from omni_convert.formats.arithmetic.swizzle import padded_scale_shape
 from omni_convert.formats.containers.checkpoint import Checkpoint
 from omni_convert.formats.containers.names import WEIGHT
-from omni_convert.formats.containers.reader import TensorFile
 from omni_convert.formats.containers.tensor_spec import DTYPE_NAMES
 from omni_convert.formats.dialects.base import Dialect, LayerError, StoredLayer
 from omni_convert.formats.dialects.codec import Swizzled
-from omni_convert.formats.dialects.found import Found, describe
+from omni_convert.formats.dialects.found import Found
 from omni_convert.formats.dialects.named_otherwise import layers_named_otherwise
 from omni_convert.formats.dialects.table import DIALECTS, find_dialect
 from omni_convert.formats.errors import CheckpointError
@@ -39,7 +37,6 @@ __all__ = [
     "QuantizedCheckpoint",
     "QuantizedLayer",
     "Reading",
-    "open_quantized",
     "read_layers",
 ]
 
@@ -171,23 +168,6 @@ class Reading:
         used = {name for layer in (*self.layers.values(), *self.damaged) for name in layer.sources}
         kept = self.dialect.kept_names(self.found, [name for name in checkpoint if name not in used])
         return QuantizedCheckpoint(checkpoint, self.dialect.name, self.layers, kept, block)
-
-
-def open_quantized(path: Path, elsewhere: Mapping[str, Callable[[], TensorFile]] | None = None) -> QuantizedCheckpoint:
-    """Opens a component folder or a single file; headers, configs and tiny markers are read, no weight.
-
-    Args:
-        elsewhere: name to opener of files that are not in the folder, see `Checkpoint.open`
-
-    Raises:
-        CheckpointError: the files are damaged; a tensor of a quantized layer is missing or has another dtype or shape
-            than its dialect says; or a format cannot be read. This is the first error of `read_layers`.
-    """
-    checkpoint = Checkpoint.open(path, elsewhere)
-    reading = read_layers(describe(checkpoint, path if path.is_dir() else path.parent))
-    if reading.errors:
-        raise reading.errors[0]
-    return reading.quantized
 
 
 def read_layers(found: Found) -> Reading:

@@ -11,9 +11,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from omni_convert.convert import Recipe, convert_checkpoint
+from omni_convert.formats.checks.meaning import open_quantized
 from omni_convert.formats.errors import CheckpointError
 from omni_convert.formats.views.base import dequantized_view
-from omni_convert.formats.views.opened import open_quantized
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 LAYER = "layers.0.attention.to_q.weight"

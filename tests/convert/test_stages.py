@@ -21,9 +21,9 @@ from omni_convert.convert.inspection.contents import inspect_source
 from omni_convert.convert.inspection.verification import verify_source
 from omni_convert.convert.source.hub_selection import needed_files
 from omni_convert.convert.source.location import resolve_source
+from omni_convert.formats.checks.meaning import open_quantized
 from omni_convert.formats.errors import CalibrationError, RecipeError
 from omni_convert.formats.families.table import find_family
-from omni_convert.formats.views.opened import open_quantized
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers, about token ids beyond a tiny vocabulary
 

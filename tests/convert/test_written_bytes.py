@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from omni_convert.convert import Recipe, convert_checkpoint
+from omni_convert.formats.checks.meaning import open_quantized
 from omni_convert.formats.containers.safetensors_file import SafetensorsFile
 from omni_convert.formats.errors import OutputError
 from omni_convert.formats.table import FORMATS, build_format
-from omni_convert.formats.views.opened import open_quantized
 
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
 # Of shards, so that the codes of some layer end up in one and its scales in the next.

@@ -14,12 +14,12 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from omni_convert.formats.checks.meaning import open_quantized
 from omni_convert.formats.dialects.auto_round import AUTO_ROUND
 from omni_convert.formats.errors import CheckpointError
 from omni_convert.formats.mxfp4 import Mxfp4
 from omni_convert.formats.mxfp8 import Mxfp8
 from omni_convert.formats.nvfp4 import Nvfp4
-from omni_convert.formats.views.opened import open_quantized
 
 
 @pytest.fixture

@@ -13,8 +13,8 @@ from torch import Tensor
 from omni_convert.convert import Recipe, convert_checkpoint
 from omni_convert.convert.inspection.verification import verify_source
 from omni_convert.convert.source.location import Source
+from omni_convert.formats.checks.meaning import open_quantized
 from omni_convert.formats.int8 import RotatedInt8
-from omni_convert.formats.views.opened import open_quantized
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 SHAPES = [(64, 96), (128, 64), (320, 576)]

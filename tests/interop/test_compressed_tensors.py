@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from omni_convert.convert import Recipe, convert_checkpoint
-from omni_convert.formats.views.opened import open_quantized
+from omni_convert.formats.checks.meaning import open_quantized
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 STEM = "blocks.0.proj"

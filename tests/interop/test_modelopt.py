@@ -12,13 +12,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from omni_convert.convert import Recipe, convert_checkpoint
+from omni_convert.formats.checks.meaning import open_quantized
 from omni_convert.formats.dialects.table import DIALECTS
 from omni_convert.formats.errors import CheckpointError
 from omni_convert.formats.format import Format
 from omni_convert.formats.fp8 import Fp8
 from omni_convert.formats.mxfp8 import Mxfp8
 from omni_convert.formats.nvfp4 import Nvfp4
-from omni_convert.formats.views.opened import open_quantized
 
 SUFFIXES = ("weight", "weight_scale", "weight_scale_2", "pre_quant_scale")
 CONFIGS = {

@@ -17,7 +17,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from omni_convert.convert import Recipe, convert_checkpoint
-from omni_convert.formats.views.opened import QuantizedLayer, open_quantized
+from omni_convert.formats.checks.meaning import open_quantized
+from omni_convert.formats.views.opened import QuantizedLayer
 
 # The tool indexes with a list, which torch is about to read differently.
 pytestmark = pytest.mark.filterwarnings("ignore:Using a non-tuple sequence for multidimensional indexing:UserWarning")

@@ -12,8 +12,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from omni_convert.convert import Recipe, convert_checkpoint
+from omni_convert.formats.checks.meaning import open_quantized
 from omni_convert.formats.errors import CheckpointError
-from omni_convert.formats.views.opened import QuantizedLayer, open_quantized
+from omni_convert.formats.views.opened import QuantizedLayer
 from omni_convert.loaders.layers.quantized_linear import QuantizedLinear
 from omni_convert.loaders.memory.packed_int4 import PackedInt4
 

@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from omni_convert.convert import Recipe, convert_checkpoint
-from omni_convert.formats.views.opened import QuantizedLayer, open_quantized
+from omni_convert.formats.checks.meaning import open_quantized
+from omni_convert.formats.views.opened import QuantizedLayer
 
 STEM = "model.layers.0.mlp.up_proj"
 WEIGHTS = "model.safetensors"

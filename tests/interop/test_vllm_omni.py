@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from omni_convert.convert import Recipe, convert_checkpoint
 from omni_convert.convert.calibration.recording import record_source
 from omni_convert.convert.source.location import resolve_source
+from omni_convert.formats.checks.meaning import open_quantized
 from omni_convert.formats.families.table import find_family
 from omni_convert.formats.views.base import dequantized_view
-from omni_convert.formats.views.opened import open_quantized
 
 pytestmark = [pytest.mark.peers, pytest.mark.filterwarnings("ignore")]  # warnings are their own affair
 

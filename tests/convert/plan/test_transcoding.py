@@ -14,11 +14,11 @@ from safetensors.torch import load_file, save_file
 
 from omni_convert.convert import Recipe, convert_checkpoint
 from omni_convert.convert.cli.main import main
+from omni_convert.formats.checks.meaning import open_quantized
 from omni_convert.formats.containers.writer import bytes_of
 from omni_convert.formats.dialects.table import DIALECTS, WRITTEN
 from omni_convert.formats.errors import CheckpointError, OmniConvertError, OutputError, RecipeError
 from omni_convert.formats.int8 import Int8
-from omni_convert.formats.views.opened import open_quantized
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 LAYER = "layers.0.attention.to_q"

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from omni_convert.convert import Recipe, convert_checkpoint
 from omni_convert.convert.cli.main import main
+from omni_convert.formats.checks.meaning import open_quantized
 from omni_convert.formats.containers.tensor_spec import Run, TensorSpec
 from omni_convert.formats.containers.writer import bytes_of
 from omni_convert.formats.dialects.table import DIALECTS
@@ -23,7 +24,6 @@ from omni_convert.formats.fp8 import Fp8, Fp8Block
 from omni_convert.formats.int8 import Int8
 from omni_convert.formats.rows import TensorRows
 from omni_convert.formats.table import build_format
-from omni_convert.formats.views.opened import open_quantized
 from omni_convert.formats.views.renamed import trace_rows
 from omni_convert.formats.views.renamed_layers import renamed_layers
 

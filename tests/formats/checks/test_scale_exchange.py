@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from omni_convert.formats.checks.meaning import open_quantized
 from omni_convert.formats.checks.scale_exchange import exchanged_scales, trace_of
 from omni_convert.formats.config import QuantizationConfig
 from omni_convert.formats.dialects import omni_convert
@@ -23,7 +24,6 @@ from omni_convert.formats.mxfp4 import Mxfp4
 from omni_convert.formats.mxfp4_dualscale import Mxfp4DualScale
 from omni_convert.formats.mxfp8 import Mxfp8
 from omni_convert.formats.nvfp4 import Nvfp4
-from omni_convert.formats.views.opened import open_quantized
 
 FORMATS: dict[str, QuantizingFormat] = {
     "int8": Int8(),

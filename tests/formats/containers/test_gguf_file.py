@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 
+from omni_convert.formats.checks.meaning import open_quantized
 from omni_convert.formats.containers.checkpoint import Checkpoint
 from omni_convert.formats.containers.gguf_file import PLAIN_DTYPES, GgufReader
 from omni_convert.formats.errors import CheckpointError
 from omni_convert.formats.gguf_stored import is_dequantized
 from omni_convert.formats.views.base import dequantized_view
-from omni_convert.formats.views.opened import open_quantized
 
 Q8_0, F32 = gguf.GGMLQuantizationType.Q8_0, gguf.GGMLQuantizationType.F32
 BLOCK_TYPES = [kind for kind, (block, _) in gguf.GGML_QUANT_SIZES.items() if block > 1 and is_dequantized(kind.name)]

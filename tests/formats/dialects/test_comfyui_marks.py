@@ -14,6 +14,7 @@ from torch import Tensor
 
 from omni_convert.formats.arithmetic.rotation import hadamard
 from omni_convert.formats.checks.block import check_block
+from omni_convert.formats.checks.meaning import open_quantized
 from omni_convert.formats.checks.reading import read_tolerantly
 from omni_convert.formats.containers.checkpoint import Checkpoint
 from omni_convert.formats.dialects.found import describe
@@ -21,7 +22,6 @@ from omni_convert.formats.errors import CheckpointError
 from omni_convert.formats.finding import Finding
 from omni_convert.formats.fp8 import Fp8
 from omni_convert.formats.int8 import Int8
-from omni_convert.formats.views.opened import open_quantized
 
 STEM, GROUP = "blocks.0.proj", 64
 ROTATED = {"format": "int8_tensorwise", "convrot": True, "convrot_groupsize": GROUP}

@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from omni_convert.formats.checks.meaning import open_quantized
 from omni_convert.formats.errors import CheckpointError
-from omni_convert.formats.views.opened import open_quantized
 
 LAYER = {"a.0.weight": torch.zeros(2, 16, dtype=torch.float8_e4m3fn), "a.0.weight_scale": torch.ones(())}
 MARK = torch.tensor(list(b'{"format": "float8_e4m3fn"}'), dtype=torch.uint8)

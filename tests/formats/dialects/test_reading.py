@@ -12,6 +12,7 @@ from torch import Tensor
 
 from omni_convert.formats.arithmetic.e2m1 import encode_e2m1, pack_nibbles
 from omni_convert.formats.arithmetic.swizzle import swizzle_scales
+from omni_convert.formats.checks.meaning import open_quantized
 from omni_convert.formats.dialects.codec import Reciprocal
 from omni_convert.formats.dialects.table import DIALECTS
 from omni_convert.formats.errors import CheckpointError
@@ -23,7 +24,7 @@ from omni_convert.formats.mxfp4 import Mxfp4
 from omni_convert.formats.mxfp4_dualscale import Mxfp4DualScale
 from omni_convert.formats.mxfp8 import Mxfp8
 from omni_convert.formats.nvfp4 import Nvfp4
-from omni_convert.formats.views.opened import QuantizedCheckpoint, open_quantized
+from omni_convert.formats.views.opened import QuantizedCheckpoint
 
 STEM = "blocks.0.proj"
 
