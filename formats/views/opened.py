@@ -1,6 +1,6 @@
 """Opens a quantized checkpoint of any dialect, and shows it as canonical tensors of our formats.
 
-with open_quantized("out/transformer") as quantized:
+with checks.meaning.open_quantized("out/transformer") as quantized:
     quantized.dialect                                  # "comfyui"; None if nothing in it is quantized
     for stem, layer in quantized.layers.items():
         layer.format.label, layer.shape

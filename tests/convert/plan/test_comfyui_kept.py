@@ -17,12 +17,12 @@ from omni_convert.convert import Recipe, convert_checkpoint
 from omni_convert.convert.inspection.verification import verify_source
 from omni_convert.convert.source.location import Source
 from omni_convert.formats.arithmetic.rotation import hadamard
+from omni_convert.formats.checks.meaning import open_quantized
 from omni_convert.formats.containers.gguf_file import GgufReader
 from omni_convert.formats.errors import CheckpointError
 from omni_convert.formats.finding import Finding
 from omni_convert.formats.fp8 import Fp8
 from omni_convert.formats.int8 import Int8
-from omni_convert.formats.views.opened import open_quantized
 
 STEM, MARKER = "blocks.0.proj", "__index_timestep_zero__"
 HEADER = {

@@ -15,8 +15,8 @@ from torch import Tensor
 from omni_convert.convert import Recipe, convert_checkpoint
 from omni_convert.convert.inspection.verification import verify_source
 from omni_convert.convert.source.location import resolve_source
+from omni_convert.formats.checks.meaning import open_quantized
 from omni_convert.formats.errors import CheckpointError
-from omni_convert.formats.views.opened import open_quantized
 
 STEM = "model.layers.0.mlp.gate_proj"
 NF4 = (

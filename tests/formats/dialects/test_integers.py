@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from omni_convert.convert import Recipe, convert_checkpoint
+from omni_convert.formats.checks.meaning import open_quantized
 from omni_convert.formats.errors import CheckpointError
-from omni_convert.formats.views.opened import open_quantized
 
 ROWS, COLUMNS, GROUP = 64, 128, 64
 STEM = "model.layers.0.mlp.gate_proj"
