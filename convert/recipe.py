@@ -190,8 +190,6 @@ class Recipe(FormatChoices):
             return
         if self.dialect != "vllm-omni":
             raise RecipeError(f"--dialect {self.dialect}: found with method 'gguf', which is a kind of file by itself")
-        if self.moments:
-            raise RecipeError("--moments: found with method 'gguf', whose rounding is fixed, expected none")
         if self.imatrix is not None and self.is_calibrated:
             raise RecipeError("--imatrix: found with --calib or --calibration, expected one: both weight the errors")
 

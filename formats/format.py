@@ -24,7 +24,7 @@ from omni_convert.formats.containers.tensor_spec import TensorSpec
 from omni_convert.formats.options import FormatOptions
 from omni_convert.formats.rows import InputStatistics, TensorLayout, TensorRows, WeightRows, iterate_rows
 
-__all__ = ["Calibration", "ElementFormat", "Format", "QuantizingFormat"]
+__all__ = ["Calibration", "CodedFormat", "ElementFormat", "Format", "QuantizingFormat"]
 
 # Bits of an element → `Format.largest_error`.
 LARGEST_ERRORS = {8: 0.1, 4: 0.3, 2: 1.0}
@@ -248,10 +248,25 @@ class ElementFormat(QuantizingFormat):
     def element_scale(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """The scale of each element in `weight`, without mul_scale: float32, broadcasts to [rows, in]."""
 
+    def element_minimum(self, tensors: Mapping[str, Tensor]) -> Tensor | None:
+        """What is subtracted from each element times its scale, float32 [rows, in]; None if nothing is."""
+        return None
+
     @abstractmethod
     def round_elements(self, values: Tensor) -> Tensor:
         """The nearest elements to numbers that were divided by their scales, float32 to float32 of any shape."""
 
     @abstractmethod
+    def with_elements(self, tensors: Mapping[str, Tensor], elements: Tensor) -> dict[str, Tensor]:
+        """These tensors with other elements, float32 [rows, in], under the same scales."""
+
+
+class CodedFormat(ElementFormat):
+    """Elements in a tensor of their own, `weight`, apart from the scales."""
+
+    @abstractmethod
     def encode_elements(self, elements: Tensor) -> Tensor:
         """The tensor `weight` that holds these elements, float32 [rows, in]."""
+
+    def with_elements(self, tensors: Mapping[str, Tensor], elements: Tensor) -> dict[str, Tensor]:
+        return {**tensors, "weight": self.encode_elements(elements)}

@@ -39,7 +39,7 @@ from omni_convert.formats.arithmetic.scalar_scale import SCALAR, scalars, static
 from omni_convert.formats.arithmetic.tiling import quantize_in_tiles
 from omni_convert.formats.containers.tensor_spec import TensorSpec
 from omni_convert.formats.errors import RecipeError
-from omni_convert.formats.format import Calibration, ElementFormat, Format, QuantizingFormat
+from omni_convert.formats.format import Calibration, CodedFormat, Format, QuantizingFormat
 from omni_convert.formats.options import FormatOptions
 from omni_convert.formats.rows import InputStatistics, TensorLayout, WeightRows, weight_amax
 
@@ -97,7 +97,7 @@ class _Fitted:
 
 
 @dataclass(frozen=True)
-class _PerTensor(ElementFormat):
+class _PerTensor(CodedFormat):
     """8-bit floats with one scale per weight (shared by a fused group).
 
     Attributes:
@@ -223,7 +223,7 @@ class Fp8E5m2(_PerTensor):
 
 
 @dataclass(frozen=True)
-class Fp8Channel(ElementFormat):
+class Fp8Channel(CodedFormat):
     """FP8 with one scale per row, and activations per token; nothing is shared in a fused group."""
 
     method = "fp8"
@@ -269,7 +269,7 @@ class Fp8Channel(ElementFormat):
 
 
 @dataclass(frozen=True)
-class Fp8Block(ElementFormat):
+class Fp8Block(CodedFormat):
     """FP8 with one scale per block of `block_size = (N, K)` elements; nothing is shared in a fused group."""
 
     block_size: tuple[int, int] = (128, 128)

@@ -21,7 +21,7 @@ from omni_convert.formats.arithmetic.ggml.blocks import BLOCK
 from omni_convert.formats.arithmetic.ggml.blocks import BLOCK_TYPES as SIMPLE_TYPES
 from omni_convert.formats.arithmetic.ggml.k_quants import K_QUANTS, SUPER_BLOCK
 from omni_convert.formats.errors import RecipeError
-from omni_convert.formats.format import Calibration, QuantizingFormat
+from omni_convert.formats.format import Calibration, ElementFormat
 from omni_convert.formats.options import FormatOptions
 from omni_convert.formats.rows import InputStatistics, TensorLayout, WeightRows
 
@@ -43,7 +43,7 @@ CACHED_BLOCKS = 8192
 
 
 @dataclass(frozen=True)
-class Gguf(QuantizingFormat):
+class Gguf(ElementFormat):
     """A weight in one of GGUF's types.
 
     Attributes:
@@ -128,6 +128,38 @@ class Gguf(QuantizingFormat):
             return weight.float()
         kind = BLOCK_TYPES[self.type]
         return kind.dequantize(weight.reshape(-1, kind.size)).view(len(weight), -1)
+
+    def element_scale(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        return self._scale_and_minimum(tensors)[0]
+
+    def element_minimum(self, tensors: Mapping[str, Tensor]) -> Tensor | None:
+        return self._scale_and_minimum(tensors)[1]
+
+    def _scale_and_minimum(self, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Tensor | None]:
+        weight = tensors["weight"]
+        if self.type in PLAIN_TYPES:
+            return torch.ones(1, 1, device=weight.device), None
+        kind = BLOCK_TYPES[self.type]
+        blocks = weight.reshape(-1, kind.size)
+        scale, minimum = (
+            None if numbers is None else numbers.expand(-1, kind.numbers).reshape(len(weight), -1)
+            for numbers in kind.scale_and_minimum(blocks)
+        )
+        assert scale is not None
+        return scale, minimum
+
+    def round_elements(self, values: Tensor) -> Tensor:
+        if self.type in PLAIN_TYPES:
+            return values.to(PLAIN_TYPES[self.type]).float()
+        return BLOCK_TYPES[self.type].nearest(values.nan_to_num())  # 0 / 0 in blocks of zeros
+
+    def with_elements(self, tensors: Mapping[str, Tensor], elements: Tensor) -> dict[str, Tensor]:
+        weight = tensors["weight"]
+        if self.type in PLAIN_TYPES:
+            return {"weight": elements.to(PLAIN_TYPES[self.type])}
+        kind = BLOCK_TYPES[self.type]
+        blocks = kind.with_elements(weight.reshape(-1, kind.size), elements.reshape(-1, kind.numbers))
+        return {"weight": blocks.view(len(weight), -1)}
 
     def flaw(self, tensors: Mapping[str, Tensor]) -> str | None:
         weight = tensors["weight"]

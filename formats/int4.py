@@ -21,7 +21,7 @@ from torch import Tensor
 from omni_convert.formats.arithmetic.element import IntegerType
 from omni_convert.formats.arithmetic.encoding import Encoding
 from omni_convert.formats.arithmetic.tiling import quantize_in_tiles
-from omni_convert.formats.format import ElementFormat
+from omni_convert.formats.format import CodedFormat
 from omni_convert.formats.options import FormatOptions
 from omni_convert.formats.rows import TensorLayout
 
@@ -42,7 +42,7 @@ SMALLEST_SCALE = 2.0**-14
 
 
 @dataclass(frozen=True)
-class Int4(ElementFormat):
+class Int4(CodedFormat):
     """W4A16; the module describes it.
 
     Attributes:

@@ -31,7 +31,7 @@ from omni_convert.formats.arithmetic.rotation import (
     rotate_inputs,
 )
 from omni_convert.formats.arithmetic.tiling import quantize_in_tiles
-from omni_convert.formats.format import ElementFormat, QuantizingFormat
+from omni_convert.formats.format import CodedFormat, QuantizingFormat
 from omni_convert.formats.options import FormatOptions
 from omni_convert.formats.rows import InputStatistics, TensorLayout, WeightRows, weight_amax
 
@@ -51,7 +51,7 @@ class _Fitted:
 
 
 @dataclass(frozen=True)
-class Int8(ElementFormat):
+class Int8(CodedFormat):
     """INT8 per output row, or with one scale for a whole fused group, stored as a constant column."""
 
     shared_in_group: bool = False

@@ -32,7 +32,7 @@ from omni_convert.formats.arithmetic.mx import (
 )
 from omni_convert.formats.arithmetic.tiling import quantize_in_tiles
 from omni_convert.formats.containers.tensor_spec import TensorSpec
-from omni_convert.formats.format import ElementFormat
+from omni_convert.formats.format import CodedFormat
 from omni_convert.formats.rows import TensorLayout
 
 __all__ = ["MXFP8", "MxFormat", "Mxfp8", "has_mx_scales"]
@@ -47,7 +47,7 @@ def has_mx_scales(tensors: Mapping[str, TensorSpec]) -> bool:
 
 
 @dataclass(frozen=True)
-class MxFormat(ElementFormat):
+class MxFormat(CodedFormat):
     """Elements that are stored as E4M3, with an E8M0 byte for each block of 32.
 
     Attributes:

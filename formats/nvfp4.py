@@ -27,7 +27,7 @@ from omni_convert.formats.arithmetic.nvfp4_scale import NVFP4_BLOCK, NVFP4_LARGE
 from omni_convert.formats.arithmetic.scalar_scale import SCALAR, scalars, static_scale
 from omni_convert.formats.arithmetic.tiling import quantize_in_tiles
 from omni_convert.formats.containers.tensor_spec import TensorSpec
-from omni_convert.formats.format import Calibration, ElementFormat
+from omni_convert.formats.format import Calibration, CodedFormat
 from omni_convert.formats.options import FormatOptions
 from omni_convert.formats.rows import InputStatistics, TensorLayout, WeightRows, sample_rows, weight_amax
 
@@ -52,7 +52,7 @@ class _Fitted:
 
 
 @dataclass(frozen=True)
-class Nvfp4(ElementFormat):
+class Nvfp4(CodedFormat):
     """NVFP4 in ModelOpt's layout.
 
     Attributes:

@@ -115,7 +115,10 @@ def quantize_compensated(
     mul_scale = constants.get("mul_scale", torch.ones(1, device=rows.device)).float()
     values = rows.float() / mul_scale
     tensors = fmt.quantize_rows(rows, fitted)
-    scale = fmt.element_scale({**tensors, **constants}).expand(values.shape)
+    everything = {**tensors, **constants}
+    scale, minimum = fmt.element_scale(everything).expand(values.shape), fmt.element_minimum(everything)
+    if minimum is not None:
+        values += minimum
     elements = torch.empty_like(values)
     for run in compensations:
         columns = slice(run.start, run.stop)
@@ -123,7 +126,7 @@ def quantize_compensated(
             values[:, columns].T[run.order], scale[:, columns].T[run.order].contiguous(), run.factor, fmt
         )
         elements[:, columns] = torch.empty_like(ordered).index_copy_(0, run.order, ordered).T
-    return {**tensors, "weight": fmt.encode_elements(elements)}
+    return fmt.with_elements(tensors, elements)
 
 
 def _round_columns(columns: Tensor, scale: Tensor, factor: Tensor, fmt: ElementFormat) -> Tensor:

@@ -64,7 +64,8 @@ def compensated(
     """
     if moments is None or not isinstance(fmt, ElementFormat):
         return fmt
-    read = moments.for_group(component, group.members)
+    # The parts of a joined weight read one input, whose moments must not be counted for each of them.
+    read = moments.for_group(component, group.members if group.is_fused else group.members[:1])
     if read is None:
         raise CalibrationError(
             f"{group.members[0]}: the moments do not cover this layer of '{component or 'the model'}'; "

@@ -347,6 +347,7 @@ def statistics_file(tiny_pipeline_folder: Path, tmp_path_factory: pytest.TempPat
     (folder / "prompts.txt").write_text("a red circle\na small blue square\n")
     arguments = ["calibrate", str(tiny_pipeline_folder), "--calib", str(folder / "prompts.txt"), "--device", "cpu"]
     outputs = ["-o", str(folder / "stats.safetensors"), "--imatrix-output", str(folder / "imatrix.gguf")]
+    outputs += ["--moments", str(folder / "moments.safetensors")]
     result = CliRunner().invoke(main, [*arguments, *outputs])
     assert result.exit_code == 0, result.output
     return folder / "stats.safetensors"
@@ -406,6 +407,30 @@ def test_the_importance_matrix_that_calibration_writes_gives_the_bytes_of_the_st
     covered = [name for name in found if name.endswith("in_sum2") and name.removesuffix(".in_sum2") in tensors[0]]
     assert 0 < fields.get_field("quantize.imatrix.entries_count").contents() <= len(covered)
     assert gguf.GGUFReader(by_statistics).get_field("quantize.imatrix.file") is None
+
+
+@pytest.mark.parametrize("rounding", ["gptq", "auto"])
+def test_moments_lower_the_output_errors_of_joined_layers_too(
+    rounding: str, tiny_pipeline_folder: Path, statistics_file: Path, tmp_path: Path
+) -> None:
+    options = {"moments": (statistics_file.with_name("moments.safetensors"),), "rounding": rounding}
+    files = [
+        converted(tiny_pipeline_folder, tmp_path / "nearest", "Q2_K"),
+        converted(tiny_pipeline_folder, tmp_path / "rounded", "Q2_K", **options),
+        converted(tiny_pipeline_folder, tmp_path / "again", "Q2_K", **options, workers=3),
+    ]
+    assert files[1].read_bytes() == files[2].read_bytes()
+    original = load_file(tiny_pipeline_folder / "transformer" / WEIGHTS_NAME)
+    layers = Statistics.load(statistics_file).layers
+    attention, down = "layers.0.attention", "layers.0.feed_forward.w2"
+    for name, sources in ((f"{attention}.qkv", [f"{attention}.to_{part}" for part in "qkv"]), (down, [down])):
+        weight = torch.cat([original[f"{source}.weight"].float() for source in sources])
+        inputs, errors = layers[f"transformer.{sources[0]}"].rows().float(), []
+        for file in files[:2]:
+            (tensor,) = (each for each in gguf.GGUFReader(file).tensors if each.name == f"{name}.weight")
+            numbers = torch.from_numpy(gguf.quants.dequantize(tensor.data.copy(), tensor.tensor_type))
+            errors.append(float((inputs @ (numbers - weight).T).norm()))
+        assert errors[1] < 0.9 * errors[0]
 
 
 def test_an_importance_matrix_is_of_one_denoising_model(tiny_pipeline_folder: Path, tmp_path: Path) -> None:
@@ -471,7 +496,6 @@ def test_architectures_are_called_as_comfyui_gguf_does() -> None:
         ({"method": "gguf", "gguf_type": "Q7_K"}, "--gguf-type: found 'Q7_K', expected one of"),
         ({"method": "fp8", "imatrix": Path("imatrix.gguf")}, "--imatrix: found with method 'fp8'"),
         ({"method": "gguf", "dialect": "comfyui"}, "--dialect comfyui: found with method 'gguf'"),
-        ({"method": "gguf", "moments": (Path("moments"),)}, "--moments: found with method 'gguf'"),
         ({"method": "gguf", "calib": Path("prompts.txt"), "imatrix": Path("i")}, "--imatrix: found with --calib"),
         ({"method": "gguf", "calibration": (Path("stats"),), "imatrix": Path("i")}, "--imatrix: found with --calib"),
     ],

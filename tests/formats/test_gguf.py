@@ -77,3 +77,23 @@ def test_mixtures_consist_of_types_there_are(name: str) -> None:
     assert used <= {*GGUF_TYPES}
     assert name.startswith(mixture.base)
     assert name not in GGUF_TYPES
+
+
+@pytest.mark.parametrize("kind", BLOCK_TYPES)
+def test_elements_on_the_grid_of_a_weight_are_stored_as_they_are(kind: str) -> None:
+    weight = normal(24, 512)
+    weight[3, 256:] = 0
+    fmt = Gguf(kind)
+    tensors = fmt.quantize(weight)
+    scale, minimum = fmt.element_scale(tensors), fmt.element_minimum(tensors)
+    shifted = weight if minimum is None else weight + minimum
+    elements = fmt.round_elements(shifted / scale)
+    stored = fmt.with_elements(tensors, elements)
+    numbers = elements * scale if minimum is None else elements * scale - minimum
+    assert torch.equal(fmt.dequantize(stored), numbers)
+    torch.testing.assert_close(numbers, fmt.dequantize(tensors), rtol=0, atol=float(scale.abs().max()) * 1.001)
+    differing = float((numbers - fmt.dequantize(tensors)).ne(0).float().mean())
+    assert differing < (0.02 if kind == "Q8_0" else 0.001)  # which is rounded with a scale that is not yet FP16
+    step = 12.0 if kind.startswith("IQ4") else 0.7  # of a table from -127 to 113
+    other = fmt.with_elements(tensors, fmt.round_elements(shifted / scale + step))
+    assert float((fmt.dequantize(other) - numbers).ne(0).float().mean()) > 0.5

@@ -42,6 +42,22 @@ class BlockType(ABC):
         """Uint8 [n, size] to float32 [n, numbers], exactly as the `gguf` package computes them."""
 
     @abstractmethod
+    def scale_and_minimum(self, blocks: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The scale of each element, and what is subtracted from their product: number = scale * element - minimum.
+
+        Returns:
+            float32, both broadcast to [n, numbers]; None if nothing is subtracted
+        """
+
+    @abstractmethod
+    def nearest(self, values: Tensor) -> Tensor:
+        """The elements nearest to numbers over their scales, float32 of any shape."""
+
+    @abstractmethod
+    def with_elements(self, blocks: Tensor, elements: Tensor) -> Tensor:
+        """Blocks, uint8 [n, size], with other elements, float32 [n, numbers], on the same grid."""
+
+    @abstractmethod
     def is_finite(self, blocks: Tensor) -> bool:
         """Whether all scales and minima are numbers."""
 

@@ -15,6 +15,7 @@ have, divides by what is stored. Types of super-blocks are in `k_quants.py`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -77,6 +78,15 @@ class _Q8(BlockType):
     def dequantize(self, blocks: Tensor) -> Tensor:
         return blocks[:, 2:].view(torch.int8).float() * half_at(blocks, 0)
 
+    def scale_and_minimum(self, blocks: Tensor) -> tuple[Tensor, Tensor | None]:
+        return half_at(blocks, 0), None
+
+    def nearest(self, values: Tensor) -> Tensor:
+        return values.round().clamp_(-127, 127)
+
+    def with_elements(self, blocks: Tensor, elements: Tensor) -> Tensor:
+        return torch.cat([blocks[:, :2], elements.to(torch.int8).view(torch.uint8)], dim=1)
+
     def is_finite(self, blocks: Tensor) -> bool:
         return bool(half_at(blocks, 0).isfinite().all())
 
@@ -106,10 +116,15 @@ class _Integer(BlockType):
 
     def quantize(self, blocks: Tensor, importance: Tensor | None = None, *, search: bool = True) -> Tensor:
         codes, head = self._search(blocks, importance) if search else self._nearest(blocks)
+        return self._packed(codes, head)
+
+    def _packed(self, codes: Tensor, head: Sequence[Tensor]) -> Tensor:
+        """Blocks of codes uint8 [n, 32], and the bytes of scales and minima."""
+        high = []
         if self.bits > 4:
-            high = (codes >> 4).view(-1, BLOCK // 8, 8) << torch.arange(8, dtype=torch.uint8, device=codes.device)
-            head.append(high.sum(dim=2, dtype=torch.uint8))
-        return torch.cat([*head, _pack(codes)], dim=1)
+            bits = (codes >> 4).view(-1, BLOCK // 8, 8) << torch.arange(8, dtype=torch.uint8, device=codes.device)
+            high.append(bits.sum(dim=2, dtype=torch.uint8))
+        return torch.cat([*head, *high, _pack(codes)], dim=1)
 
     def _search(self, blocks: Tensor, importance: Tensor | None) -> tuple[Tensor, list[Tensor]]:
         """Codes uint8 [n, 32], and the bytes of scales and minima, with a small squared error."""
@@ -145,7 +160,21 @@ class _Integer(BlockType):
             codes |= (high & 1).flatten(1) << 4
         if self.has_minimum:
             return codes.float() * half_at(blocks, 0) + half_at(blocks, 2)
-        return (codes.float() - (1 << self.bits - 1)) * half_at(blocks, 0)
+        return (codes.float() - self._zero) * half_at(blocks, 0)
+
+    @property
+    def _zero(self) -> int:
+        """The code that stands for the element 0."""
+        return 0 if self.has_minimum else 1 << self.bits - 1
+
+    def scale_and_minimum(self, blocks: Tensor) -> tuple[Tensor, Tensor | None]:
+        return half_at(blocks, 0), -half_at(blocks, 2) if self.has_minimum else None
+
+    def nearest(self, values: Tensor) -> Tensor:
+        return values.round().clamp_(-self._zero, (1 << self.bits) - 1 - self._zero)
+
+    def with_elements(self, blocks: Tensor, elements: Tensor) -> Tensor:
+        return self._packed((elements + self._zero).to(torch.uint8), [blocks[:, : self._codes_at]])
 
     def is_finite(self, blocks: Tensor) -> bool:
         return all(bool(half_at(blocks, at).isfinite().all()) for at in range(0, self._codes_at, 2))
@@ -163,18 +192,32 @@ class _Mxfp4(BlockType):
         # Upstream takes the logarithm in float32, and just below a power of two it is that of the power.
         exponent = amax.double().log2().float().floor() - 2 + 127
         exponent = torch.where(amax > 0, exponent, 0.0).clamp_(min=0)  # upstream wraps around below 2^-125
-        numbers = blocks / _power(exponent)
-        middles = torch.tensor(E2M1_MIDDLES, device=blocks.device)
-        codes = torch.bucketize(numbers.abs(), middles).to(torch.uint8)
-        codes |= ((numbers < 0) & (codes > 0)).to(torch.uint8) * E2M1_SIGN
-        return torch.cat([exponent.to(torch.uint8), _pack(codes)], dim=1)
+        return torch.cat([exponent.to(torch.uint8), _pack(_e2m1_codes(blocks / _power(exponent)))], dim=1)
 
     def dequantize(self, blocks: Tensor) -> Tensor:
-        values = torch.tensor([*E2M1_VALUES, *(-value for value in E2M1_VALUES)], device=blocks.device)
-        return values[_unpack(blocks[:, 1:]).int()] * _power(blocks[:, :1].float())
+        return _e2m1_values(_unpack(blocks[:, 1:])) * _power(blocks[:, :1].float())
+
+    def scale_and_minimum(self, blocks: Tensor) -> tuple[Tensor, Tensor | None]:
+        return _power(blocks[:, :1].float()), None
+
+    def nearest(self, values: Tensor) -> Tensor:
+        return _e2m1_values(_e2m1_codes(values))
+
+    def with_elements(self, blocks: Tensor, elements: Tensor) -> Tensor:
+        return torch.cat([blocks[:, :1], _pack(_e2m1_codes(elements))], dim=1)
 
     def is_finite(self, blocks: Tensor) -> bool:
         return not bool((blocks[:, 0] == 255).any())
+
+
+def _e2m1_codes(numbers: Tensor) -> Tensor:
+    codes = torch.bucketize(numbers.abs(), torch.tensor(E2M1_MIDDLES, device=numbers.device)).to(torch.uint8)
+    return codes | ((numbers < 0) & (codes > 0)).to(torch.uint8) * E2M1_SIGN
+
+
+def _e2m1_values(codes: Tensor) -> Tensor:
+    values = torch.tensor([*E2M1_VALUES, *(-value for value in E2M1_VALUES)], device=codes.device)
+    return values[codes.int()]
 
 
 def _power(exponent: Tensor) -> Tensor:

@@ -17,13 +17,13 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from omni_convert.formats.arithmetic.ggml.affine_search import AffineCodes, AffineGrid, Offsets, fit_affine_blocks
-from omni_convert.formats.arithmetic.ggml.block_type import BitPlane, BlockType
+from omni_convert.formats.arithmetic.ggml.block_type import BitPlane, BlockType, half_at
 from omni_convert.formats.arithmetic.ggml.groups import Groups
 from omni_convert.formats.arithmetic.ggml.scaled_search import (
     IntegerValues,
@@ -122,6 +122,19 @@ class _Affine(_KQuant):
         codes -= (stored.minimum_factor * stored.minima.float())[:, None]
         return codes.view(self.numbers, -1).t().contiguous()
 
+    def scale_and_minimum(self, blocks: Tensor) -> tuple[Tensor, Tensor | None]:
+        stored = self._unpack(blocks.t().contiguous())
+        scale = stored.factor * stored.scales.float()
+        minimum = stored.minimum_factor * stored.minima.float()
+        return _spread(scale, self.positions), _spread(minimum, self.positions)
+
+    def nearest(self, values: Tensor) -> Tensor:
+        return values.round().clamp_(0, self.grid.largest)
+
+    def with_elements(self, blocks: Tensor, elements: Tensor) -> Tensor:
+        stored = self._unpack(blocks.t().contiguous())
+        return self._pack(replace(stored, codes=elements.to(torch.uint8).t().contiguous())).t().contiguous()
+
 
 class _Q2K(_Affine):
     def _halves(self) -> Sequence[int]:
@@ -209,6 +222,18 @@ class _Scaled(_KQuant):
         numbers *= (factor * scales.float())[:, None]
         return numbers.view(self.numbers, -1).t().contiguous()
 
+    def scale_and_minimum(self, blocks: Tensor) -> tuple[Tensor, Tensor | None]:
+        factor, scales, _ = self._unpack(blocks.t().contiguous())
+        return _spread(factor * scales.float(), self.positions), None
+
+    def nearest(self, values: Tensor) -> Tensor:
+        return self.values.nearest(values, torch.empty_like(values))
+
+    def with_elements(self, blocks: Tensor, elements: Tensor) -> Tensor:
+        factor, scales, _ = self._unpack(blocks.t().contiguous())
+        codes = self.values.codes(elements.clone()).to(torch.uint8).t().contiguous()
+        return self._pack(factor, scales, codes).t().contiguous()
+
 
 class _Q3K(_Scaled):
     def _halves(self) -> Sequence[int]:
@@ -281,6 +306,21 @@ class _IQ4NL(_KQuant):
     def dequantize(self, blocks: Tensor) -> Tensor:
         rows = blocks.t().contiguous()
         return (self.values.of_codes(IQ4_BLOCK.unpack(rows[2:])) * _halves_of(rows[:2])).t().contiguous()
+
+    def scale_and_minimum(self, blocks: Tensor) -> tuple[Tensor, Tensor | None]:
+        return half_at(blocks, 0), None
+
+    def nearest(self, values: Tensor) -> Tensor:
+        return self.values.nearest(values, torch.empty_like(values))
+
+    def with_elements(self, blocks: Tensor, elements: Tensor) -> Tensor:
+        codes = self.values.codes(elements.clone()).to(torch.uint8).t().contiguous()
+        return torch.cat([blocks[:, :2], IQ4_BLOCK.pack(codes).t()], dim=1)
+
+
+def _spread(by_group: Tensor, positions: int) -> Tensor:
+    """Numbers of groups [groups, n], repeated for each position of them, [n, numbers]."""
+    return by_group.t().repeat_interleave(positions, dim=1)
 
 
 def _in_order(codes: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from torch import Tensor
 from omni_convert.convert.calibration.gptq import Compensation, plan_compensation, quantize_compensated
 from omni_convert.formats.format import Format
 from omni_convert.formats.fp8 import Fp8, Fp8Block
+from omni_convert.formats.gguf import Gguf
 from omni_convert.formats.int8 import Int8
 from omni_convert.formats.mxfp4 import Mxfp4
 from omni_convert.formats.mxfp4_dualscale import Mxfp4DualScale
@@ -27,6 +28,7 @@ FORMATS = [
     Mxfp4(scale_rule="msmodelslim"),
     Mxfp4DualScale(),
     Nvfp4(),
+    *map(Gguf, ("Q5_1", "Q5_0", "Q4_1", "Q4_0", "MXFP4", "IQ4_NL")),
 ]
 every_format = pytest.mark.parametrize("fmt", FORMATS, ids=lambda fmt: f"{fmt.label}-{FORMATS.index(fmt)}")
 
@@ -162,3 +164,24 @@ def test_moments_that_rounding_made_indefinite_are_damped_more() -> None:
     (plan,) = plan_compensation([moments])
     assert isinstance(plan, Compensation)
     assert bool(torch.isfinite(plan.factor).all())
+
+
+@pytest.mark.parametrize("kind", ["Q8_0", "Q6_K", "Q5_K", "Q4_K", "Q3_K", "Q2_K", "IQ4_XS"])
+def test_gptq_lowers_the_output_error_of_super_blocks(kind: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    directions = torch.linalg.qr(torch.randn(256, 256, generator=generator)).Q
+    seen, unseen = (torch.randn(2000, 256, generator=generator) / torch.arange(1, 257) @ directions for _ in range(2))
+    weight = torch.randn(48, 256, generator=generator)
+    weight[5] = 0
+    fmt = Gguf(kind)
+    fitted = fmt.fit([TensorRows(weight)], None)
+    plan = plan_compensation([seen.T @ seen])
+    stored = quantize_compensated(weight, plan, fmt, fitted, {})
+    assert {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in stored.items()} == {
+        name: (layout.dtype, layout.shape) for name, layout in fmt.layout(48, 256).items()
+    }
+    errors = [
+        float((unseen @ (fmt.dequantize(each) - weight).T).square().sum()) for each in (stored, fmt.quantize(weight))
+    ]
+    assert errors[0] < 0.8 * errors[1]
+    assert bool((fmt.dequantize(stored)[5] == 0).all())

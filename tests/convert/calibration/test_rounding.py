@@ -11,6 +11,7 @@ from omni_convert.convert.calibration.rounding import CompensatedFormat
 from omni_convert.formats.arithmetic.smoothing import split_input_rows
 from omni_convert.formats.format import Format
 from omni_convert.formats.fp8 import Fp8, Fp8Block, Fp8Channel
+from omni_convert.formats.gguf import Gguf
 from omni_convert.formats.int8 import Int8
 from omni_convert.formats.mxfp4 import Mxfp4
 from omni_convert.formats.mxfp4_dualscale import Mxfp4DualScale
@@ -33,6 +34,9 @@ FORMATS = [
     Mxfp4DualScale(smooth=True),
     Nvfp4(),
     Nvfp4(static=True),
+    Gguf("Q5_0"),
+    Gguf("Q4_1"),
+    Gguf("IQ4_NL"),
 ]
 every_format = pytest.mark.parametrize("fmt", FORMATS, ids=lambda fmt: f"{fmt.label}-{FORMATS.index(fmt)}")
 
