@@ -26,6 +26,7 @@ from omni_convert.formats.families.family import Family
 from omni_convert.formats.families.layers import EVERY_RUNTIME
 from omni_convert.formats.families.table import find_family
 from omni_convert.formats.statistics.layer_statistics import InputRecorder, LayerStatistics, observe
+from omni_convert.formats.statistics.statistics import MORE_STEPS
 
 __all__ = ["InputObserver", "candidate_layers"]
 
@@ -136,6 +137,10 @@ class InputObserver:
         """Statistics by `component.stem`; layers that never ran are left out."""
         found = self._by_layer({name: recorder.statistics() for name, recorder in self._recorders.items()})
         names = [f"{component}.{stem}" for component, layers in self._candidates.items() for stem in layers]
+        idle = [name for name in self._candidates if not any(layer.startswith(f"{name}.") for layer in found)]
+        for component in idle if len(idle) < len(self._candidates) else ():
+            logger.warning("%s never ran: it has no statistics; %s", component, MORE_STEPS)
+            names = [name for name in names if not name.startswith(f"{component}.")]
         absent = [name.removeprefix(".") for name in names if name not in found]
         if len(absent) > MOST_WARNINGS:  # of experts there are thousands
             absent = [listed(absent, LAYERS_SHOWN)]

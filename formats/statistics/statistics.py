@@ -29,12 +29,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from omni_convert.formats.containers.component import DENOISERS
 from omni_convert.formats.errors import CalibrationError, OutputError, listed
 from omni_convert.formats.statistics.histogram import BINS
 from omni_convert.formats.statistics.layer_statistics import SAMPLE_ROWS, LayerStatistics
 from omni_convert.formats.statistics.recording_header import Identity, RecordingHeader, RecordingKind, read_header
 
-__all__ = ["LayerStatistics", "RiskyLayer", "Statistics"]
+__all__ = ["MORE_STEPS", "LayerStatistics", "RiskyLayer", "Statistics"]
+
+#: What helps if one of several denoisers never ran.
+MORE_STEPS = "calibrate with more steps (--calib-steps)"
 
 METADATA_KEY = "omni_convert_statistics"
 KIND = RecordingKind(METADATA_KEY, "statistics", "`omni-convert calibrate`")
@@ -106,6 +110,12 @@ class Statistics:
         """As `for_group`; raises CalibrationError if a member was not recorded."""
         inputs = self.for_group(component, members)
         if inputs is None:
+            has_run = any(name.startswith(f"{component}.") for name in self.layers)
+            if component in DENOISERS and not has_run:
+                raise CalibrationError(
+                    f"{members[0]}: the statistics hold no layer of '{component}', which never ran: its steps are "
+                    f"others than those that were recorded; {MORE_STEPS}"
+                )
             raise CalibrationError(
                 f"{members[0]}: the statistics do not cover this layer of '{component or 'the model'}'; "
                 f"calibrate with --component {component or 'transformer'}=METHOD, or ignore it"

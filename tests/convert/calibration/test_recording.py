@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -202,6 +203,24 @@ def test_layers_that_never_ran_are_left_out_with_a_warning(pipe: Any, caplog: py
         pipe.transformer.layers[0].feed_forward(torch.randn(1, 4, 192, dtype=torch.bfloat16))
     assert sorted(observer.statistics()) == [f"transformer.layers.0.feed_forward.w{i}" for i in (1, 2, 3)]
     assert "transformer.layers.1.feed_forward.w2 never ran" in caplog.text
+
+
+def test_an_expert_that_never_ran_needs_more_steps(pipe: Any, caplog: pytest.LogCaptureFixture) -> None:
+    observer = InputObserver({"transformer": pipe.transformer, "transformer_2": copy.deepcopy(pipe.transformer)})
+    with observer, torch.no_grad():
+        pipe.transformer.layers[0].feed_forward(torch.randn(1, 4, 192, dtype=torch.bfloat16))
+    observer.statistics()
+    warnings = [record.getMessage() for record in caplog.records if "transformer_2" in record.getMessage()]
+    assert len(warnings) == 1
+    assert "--calib-steps" in warnings[0]
+
+
+@pytest.mark.parametrize(
+    ("component", "advice"), [("transformer_2", "--calib-steps"), ("text_encoder_2", "--component text_encoder_2")]
+)
+def test_what_was_not_recorded_has_advice_that_fits(statistics: Statistics, component: str, advice: str) -> None:
+    with pytest.raises(CalibrationError, match=advice):
+        statistics.inputs_of(component, ["layers.0.attention.to_q"])
 
 
 def test_a_source_is_calibrated_as_the_recipe_says(tiny_pipeline_folder: Path, prompts_file: Path) -> None:
