@@ -1,4 +1,4 @@
-"""What went wrong with a request to the Hub, in one line without secrets.
+"""Describes a failed request to the Hub in one line, without secrets.
 
 Messages of the Hub's client are never passed on unchanged: they contain URLs, which may be signed.
 """
@@ -45,7 +45,7 @@ def may_pass(error: BaseException) -> bool:
 
 
 def hub_reason(error: BaseException, retries: int = 0) -> str:
-    """What failed and what to do about it.
+    """The failure, and how to remedy it.
 
     Args:
         error: a result of `cause_of`

@@ -195,7 +195,7 @@ class _BlockHook(ModelHook):  # type: ignore[misc]  # diffusers has no types
 
 
 def _as_output(hidden: torch.Tensor, encoder: torch.Tensor | None) -> Any:
-    """What a block returns: its two streams if it gets two, the text first."""
+    """The result of a block: its two streams if it gets two, the text first."""
     return hidden if encoder is None else (encoder, hidden)
 
 

@@ -126,7 +126,7 @@ def bench_linear(options: argparse.Namespace) -> None:
 
 
 def make_layers(linear: nn.Linear, x: Tensor) -> dict[str, nn.Module]:
-    """By method and kernel."""
+    """Layers by method and kernel."""
     layers: dict[str, nn.Module] = {BASELINE: linear}
     quantized = {"fp8 static": quantize_static(linear, x.abs().amax())}
     quantized |= {method: quantize_linear(linear, method) for method in ("fp8", "int8", *DECODED)}

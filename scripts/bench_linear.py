@@ -63,7 +63,7 @@ def parse_options() -> argparse.Namespace:
 
 
 def make_layers(linear: nn.Linear, methods: list[str]) -> dict[str, Layer]:
-    """By name, with the kernel that runs."""
+    """Layers by name, with the kernel that runs."""
     layers: dict[str, Layer] = {BASELINE: linear}
     for method in methods:
         name, _, option = method.partition("+")

@@ -44,7 +44,7 @@ from omni_convert.loaders.loading.select import declared_format, stored_layers
 CASES = 5_000
 SLOW_ROUNDS = 40  # of as many cases: 200,000
 LONGEST_CASE = 2.0  # seconds of computing, all of it in the thread that reads
-# What all cases of a round together may add to the address space; a file here has a few hundred bytes.
+# Address space that all cases of a round together may add; a file here has a few hundred bytes.
 MEMORY = 256 << 20
 LONGEST_MESSAGE = 1_000
 
@@ -89,7 +89,7 @@ def quantized_pipeline(config: QuantizationConfig, to_block: Callable[..., dict[
 
 
 def marked_pipeline() -> Files:
-    """As ComfyUI spells it: marks beside the weights, and in the header."""
+    """The model as ComfyUI spells it: marks beside the weights, and in the header."""
     mark = {"format": "float8_e4m3fn"}
     layer = {
         "weight": torch.zeros(2, WIDTH, dtype=torch.float8_e4m3fn),

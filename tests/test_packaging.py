@@ -1,4 +1,4 @@
-"""What a user installs is what is in the repository: wheel, sdist and the editable install of development."""
+"""Wheel, sdist and editable install hold exactly the repository's packages."""
 
 from __future__ import annotations
 

@@ -52,7 +52,7 @@ SHELL_COMMANDS = [
 
 
 def anchors(page: Path) -> set[str]:
-    """What GitHub calls the headings of a page."""
+    """The anchors that GitHub gives the headings of a page."""
     headings = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
@@ -77,7 +77,7 @@ def test_every_link_leads_somewhere(page: Path) -> None:
 
 
 def listed_modules(page: Path) -> set[str]:
-    """What a page's tables name in a column that is headed `file`, `files` or `room`."""
+    """The names in a page's table columns that are headed `file`, `files` or `room`."""
     names: set[str] = set()
     for table in re.findall(r"(?:^\|.*\n)+", page.read_text(), re.MULTILINE):
         header, _, *rows = [re.split(r"(?<!\\)\|", line)[1:-1] for line in table.splitlines()]

@@ -190,7 +190,7 @@ def _load(variant: Variant, options: RunOptions) -> Any:
 
 
 def _run_once(run: Callable[[], Result], device: str | torch.device) -> tuple[Result, float | None]:
-    """What a run returns, and its peak memory in MiB; None where the system does not tell."""
+    """The result of a run, and its peak memory in MiB; None where the system does not report it."""
     if torch.device(device).type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return run(), torch.cuda.max_memory_allocated(device) / 2**20

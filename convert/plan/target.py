@@ -269,7 +269,7 @@ class RuntimeTarget(Target):
     def sidecars(
         self, block: Mapping[str, Any] | None, formats: Mapping[str, Format], names: Sequence[str]
     ) -> Mapping[str, Mapping[str, Any]]:
-        """Those of the dialect; and for a stage the file by which vLLM sees at all that the model is quantized.
+        """The files of the dialect; for a stage also the file from which vLLM learns that the model is quantized.
 
         VLLM looks for a block at the top level of config.json or in this file, before vLLM-Omni looks into the stage's
         part. Every stage gets the file's block, so that it ignores the layers of the others.

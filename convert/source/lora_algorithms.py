@@ -98,7 +98,7 @@ def _is_idle(role: str, tensors: Mapping[str, Tensor], shape: tuple[int, int] | 
 
 
 def _deltas(group: LayerGroup, strength: Strength) -> list[tuple[tuple[str, ...], float, Delta]]:
-    """What is added to the weight: the roles it is made of, the file's own strength, and the matrix."""
+    """The change that is added to the weight: the roles it is made of, the file's own strength, and the matrix."""
     makers = (_low_rank, _hadamard, _kronecker)
     return [found for make in makers if (found := make(group, strength)) is not None]
 

@@ -34,7 +34,7 @@ TRUE = ("true", "1")
 
 @dataclass(frozen=True)
 class Strength:
-    """What a file says about its strength.
+    """The strength that a file declares.
 
     Attributes:
         adapter: PEFT's description, or what stands for it in plain keys of the header
@@ -123,7 +123,7 @@ def _of_component(described: Mapping[str, Any], component: str | None) -> dict[s
 
 
 def _plain_keys(metadata: Mapping[str, str], component: str | None) -> dict[str, Any]:
-    """What plain keys of the header say, in the words of PEFT's description; {} if they say nothing."""
+    """The plain keys of the header, under the names of PEFT's description; {} if there are none."""
     keys = _of_component(metadata, component)
     value = next((number for key in ALPHA_KEYS if (number := _number(keys.get(key))) is not None), None)
     if value is None:

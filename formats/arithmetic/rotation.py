@@ -41,7 +41,7 @@ def rotate(values: Tensor, group: int) -> Tensor:
 
 
 def rotate_inputs(values: Tensor, group: int) -> Tensor:
-    """As `rotate`, in a third of the time; the sums are in another order than that of weights in files."""
+    """Does the same as `rotate` in a third of the time; sums are in another order than for weights in files."""
     parts = values.float().reshape(-1, group // 4) @ (hadamard(group // 4) / 2).to(values.device)
     parts = parts.view(-1, 4, group // 4)
     return torch.sub(parts.sum(dim=1, keepdim=True), parts.flip(1), alpha=2).view(values.shape)

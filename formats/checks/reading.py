@@ -21,7 +21,7 @@ BREAKING = ("silent-cast", "wrong-shape", "indivisible-width")
 
 @dataclass(frozen=True)
 class TolerantReading:
-    """What can be read of a checkpoint.
+    """The readable part of a checkpoint.
 
     Attributes:
         quantized: the checkpoint, with the layers whose values can be checked

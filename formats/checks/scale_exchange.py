@@ -86,7 +86,7 @@ def _magnitudes(values: Tensor, width: int) -> Tensor:
 
 
 def _centred(numbers: Tensor, known: Tensor) -> Tensor:
-    """Without means of rows and columns, as far as there are several; zero where nothing is known."""
+    """Subtracts the means of rows and columns where there are several; zero where nothing is known."""
     middle = float(numbers[known].median())
     rest = torch.where(known, numbers.clamp(middle - WIDEST, middle + WIDEST), torch.nan)
     for dimension in (0, 1):

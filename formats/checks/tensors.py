@@ -20,7 +20,7 @@ AGAIN = "convert the model again"
 
 
 def check_layer(layer: QuantizedLayer, dialect: str) -> Iterator[Finding]:
-    """What readers stumble over in the tensors of a layer that we can read, their values apart."""
+    """Reports properties of readable tensors, other than values, with which some readers fail."""
     consumer = DIALECTS[dialect].consumers
     reason = layer.format.unsupported(*layer.shape) if isinstance(layer.format, QuantizingFormat) else None
     if reason is not None:

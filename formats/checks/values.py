@@ -81,7 +81,7 @@ def _bad_numbers(tile: Tensor) -> int:
 
 
 def elements_of(fmt: Format, tensors: Mapping[str, Tensor]) -> Tensor:
-    """What the codes stand for before any scale; float32 [rows, in]."""
+    """Decodes the codes without any scale; float32 [rows, in]."""
     return fmt.innermost.dequantize({suffix: _as_one(suffix, tensor) for suffix, tensor in tensors.items()})
 
 
@@ -164,7 +164,7 @@ def _value_finding(layer: QuantizedLayer, suffix: str, check: str, count: int, d
 
 
 def _sample_findings(layer: QuantizedLayer, dialect: str) -> Iterator[Finding]:
-    """What can be told only from many values together."""
+    """Reports flaws that only many values together show."""
     tensors = _sample(layer, SAMPLE_ELEMENTS)
     yield from _sizes(layer, tensors, dialect)
     yield from _smoothing(layer, tensors)

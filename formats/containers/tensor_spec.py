@@ -1,4 +1,4 @@
-"""What a tensor in a file is before any of its bytes are read: name, dtype, shape."""
+"""The description of a tensor in a file, before any of its bytes are read: name, dtype, shape."""
 
 from __future__ import annotations
 

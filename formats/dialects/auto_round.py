@@ -232,7 +232,7 @@ def _facts_of_floats(bits: int, block: int, data_type: str, input_type: str) -> 
 def _released_verdict(
     encodings: Collection[Encoding | None], layers: Collection[str], checkpoint: Checkpoint | None
 ) -> Verdict:
-    """What vLLM-Omni 0.30.0 does with MX and NVFP4; 0.31.0rc1 has the same code."""
+    """The verdict of vLLM-Omni 0.30.0 on MX and NVFP4; 0.31.0rc1 has the same code."""
     if NVFP4 in encodings:
         return Verdict(VLLM_OMNI, "refuses", "its AutoRound has no data_type nv_fp, nor has that of 0.31.0rc1")
     if MXFP4 in encodings:

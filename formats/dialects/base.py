@@ -265,7 +265,7 @@ class Dialect(ABC):
         checkpoint: Checkpoint | None = None,
         family: Family | None = None,
     ) -> list[Verdict]:
-        """What each runtime does with a component.
+        """The verdict of each runtime on a component.
 
         Args:
             layers: stem to format

@@ -57,7 +57,7 @@ REMEDY = "-m keep --dialect comfyui"
 
 @dataclass(frozen=True)
 class Mark:
-    """What declares a layer quantized.
+    """The mark that declares a layer quantized.
 
     Attributes:
         place: prefix of the layer's tensors in the file
@@ -111,7 +111,7 @@ class Mark:
         return heeded
 
     def findings(self, stem: str) -> Iterator[Finding]:
-        """What is odd about the mark and does not change the weight.
+        """Reports oddities of the mark that do not change the weight.
 
         Args:
             stem: name of the layer
@@ -126,7 +126,7 @@ class Mark:
         yield from self._disagreement(stem)
 
     def _disagreement(self, stem: str) -> Iterator[Finding]:
-        """What the layer's own mark says otherwise than the one that counts."""
+        """Reports how the layer's own mark differs from the one that counts."""
         if self.overruled is None:
             return
         other, where = Mark(self.place, self.overruled), "the header" if self.is_in_header else LEGACY_MARK

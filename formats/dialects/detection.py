@@ -1,4 +1,4 @@
-"""What format a layer is stored in, by the dtypes and shapes of its tensors alone.
+"""Finds the format of a stored layer from the dtypes and shapes of its tensors alone.
 
 Dialects agree on these signatures and differ in names, in the order of nibbles and scales, and in what they leave out.
 The names below are canonical, whatever the file calls the tensors.

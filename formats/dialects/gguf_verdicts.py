@@ -41,7 +41,7 @@ def has_diffusers_names(architecture: str | None, names: Mapping[str, object]) -
 
 
 def gguf_verdicts(file: GgufReader, family: Family | None) -> Iterator[Verdict]:
-    """What each runtime does with a GGUF file.
+    """The verdict of each runtime on a GGUF file.
 
     Args:
         family: the model's family; None if no config names it

@@ -1,4 +1,4 @@
-"""What runtimes do with a quantized component, as far as their code or their users tell.
+"""The behaviour of runtimes on a quantized component, as their code or their users show it.
 
 `wrong` is the dangerous outcome: the file loads without an error and the runtime computes something else.
 """
@@ -37,7 +37,7 @@ COMFYUI = "ComfyUI"
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a runtime does with a component, and why."""
+    """The behaviour of a runtime on a component, and the reason."""
 
     runtime: str
     outcome: Outcome

@@ -131,7 +131,7 @@ def missing_flag(method: str) -> Finding:
 
 
 def vllm_omni_verdict(methods: Collection[str], refusal: str | None) -> Verdict:
-    """What vLLM-Omni does with a component in a dialect that it reads.
+    """The verdict of vLLM-Omni on a component in a dialect that it reads.
 
     Args:
         methods: of its layers

@@ -49,7 +49,7 @@ class Recommendation:
 
 @dataclass(frozen=True)
 class MethodNote:
-    """What a user of some methods should know about a family.
+    """A note about a family for users of some methods.
 
     Attributes:
         methods: the methods that the note is about; empty for all
@@ -152,7 +152,7 @@ class EncoderLayers:
 
 @dataclass(frozen=True)
 class GgufFacts:
-    """What readers of GGUF files expect of a family.
+    """The expectations of GGUF readers about a family.
 
     Attributes:
         architecture: `general.architecture`, as ComfyUI-GGUF calls it; `diffusion` where nobody has named one
@@ -266,7 +266,7 @@ class Family:
         return tuple(each for each in self.recommendations if method in each.methods or not each.methods)
 
     def notes(self, method: str, runtime: str, tensors: Container[str]) -> tuple[str, ...]:
-        """What the user should know before quantizing this model with this method for this runtime.
+        """Notes for the user about quantizing this model with this method for this runtime.
 
         Args:
             tensors: names of the model's tensors

@@ -1,4 +1,4 @@
-"""What a model's own code calls its tensors: the names that ComfyUI and stable-diffusion.cpp expect.
+"""Names of tensors in a model's own code, which ComfyUI and stable-diffusion.cpp expect.
 
 One tensor there may consist of several of diffusers', stacked along the rows, and its halves may have changed places.
 Blocks of codes along the columns, such as GGUF's, move with their rows, so that joining changes no value.

@@ -1,4 +1,4 @@
-"""What a user means by a layer pattern, wherever one is accepted."""
+"""The meaning of a layer pattern, wherever one is accepted."""
 
 from __future__ import annotations
 

@@ -107,7 +107,7 @@ class Statistics:
         return recorded[0] if len(recorded) == 1 else LayerStatistics.merged(recorded)
 
     def inputs_of(self, component: str, members: Sequence[str]) -> LayerStatistics:
-        """As `for_group`; raises CalibrationError if a member was not recorded."""
+        """Does the same as `for_group`; raises CalibrationError if a member was not recorded."""
         inputs = self.for_group(component, members)
         if inputs is None:
             has_run = any(name.startswith(f"{component}.") for name in self.layers)

@@ -16,7 +16,7 @@ from omni_convert.formats.errors import OutputError
 from omni_convert.formats.table import FORMATS, build_format
 
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
-# Of shards, so that the codes of some layer end up in one and its scales in the next.
+# The size of shards, chosen so that the codes of some layer end up in one and its scales in the next.
 SPLITTING_SIZE = "200KB"
 STEM = "layers.0.feed_forward.w2"
 METHODS = [method for method in FORMATS if method not in ("gguf", "fp8_storage")]
@@ -31,7 +31,7 @@ def extents(file: Path) -> dict[str, tuple[int, int]]:
 def test_a_bit_that_the_disk_flips_is_seen_in_every_kind_of_tensor(
     tiny_pipeline_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
-    """The last bit of a tensor: of codes, scales, constants, a kept tensor, the header; each is made anew on resume."""
+    """The last bit of a tensor: of codes, scales, constants, a kept tensor, the header; resuming makes all again."""
     convert_checkpoint(tiny_pipeline_folder, tmp_path / "good", Recipe(method=method))
     good = (tmp_path / "good" / WEIGHTS).read_bytes()
     places = extents(tmp_path / "good" / WEIGHTS)

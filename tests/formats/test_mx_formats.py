@@ -1,4 +1,4 @@
-"""What holds for every block-scaled format, whatever its options."""
+"""Rules for every block-scaled format, whatever its options."""
 
 from __future__ import annotations
 

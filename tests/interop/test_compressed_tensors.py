@@ -34,7 +34,7 @@ def scheme_of(quantization, preset: str, layout: str):  # type: ignore[no-untype
 
 
 def scales_for(weight: Tensor, preset: str) -> dict[str, Tensor]:
-    """What llm-compressor's observers would find, for each preset."""
+    """The scales that llm-compressor's observers would find, for each preset."""
     rows, columns = weight.shape
     if preset == "NVFP4A16":
         overall = 448 * 6 / weight.abs().amax()

@@ -37,7 +37,7 @@ BY_MINDIE = ("int8", "mxfp8", "mxfp4")
 
 @pytest.fixture(scope="module")
 def tool(import_peer: Callable[[str], ModuleType]) -> SimpleNamespace:
-    """Those of its modules that are needed."""
+    """Its modules that are needed."""
     import_peer("msmodelslim.core.quantizer.impl")  # registers the quantizers
     import_peer("msmodelslim.core.quant_service.modelslim_v1.save")
     with warnings.catch_warnings():
@@ -113,7 +113,7 @@ def saved_by_them(tool: SimpleNamespace, tmp_path: Path) -> Callable[[nn.Module,
 
 
 def weight_of(linear: nn.Module, columns: int) -> Tensor:
-    """What it multiplies with, float32 [out, in]."""
+    """The weight that it multiplies with, float32 [out, in]."""
     if "FP8Dynamic" in type(linear).__name__:  # their saver rounds, after this
         linear.weight.data = linear.weight.to(torch.float8_e4m3fn).float()
     # Two-level scales of zeros would be 0 / 0. What is added here is rounded away, but under zeros.

@@ -59,7 +59,7 @@ def assert_same_steps(model: nn.Module, run: Run, expected: list[torch.Tensor]) 
 
 @pytest.fixture
 def compile_and_run(build) -> Compile:
-    """Compiles the blocks, a graph without a break each, and runs three steps, of which none may compile anew."""
+    """Compiles the blocks, a graph without a break each, and runs three steps, of which none may compile again."""
 
     def run_both(name: str, method: str, backend: str) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
         model, run, _ = build(name, method)

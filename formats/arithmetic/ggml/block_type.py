@@ -86,7 +86,7 @@ class BitPlane:
 
     @property
     def bits(self) -> int:
-        """Of each code."""
+        """Bits of each code."""
         return 8 // self.shape[self.axis]
 
     def pack(self, codes: Tensor) -> Tensor:

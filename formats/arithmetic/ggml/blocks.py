@@ -139,7 +139,7 @@ class _Integer(BlockType):
         return codes[:, 0].t().to(torch.uint8), head
 
     def _nearest(self, blocks: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """As `_search`, but bit-equal to the `gguf` package."""
+        """Does the same as `_search`, but bit-equal to the `gguf` package."""
         levels = 1 << self.bits
         if self.has_minimum:
             minimum = blocks.amin(dim=1, keepdim=True)

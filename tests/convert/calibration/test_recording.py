@@ -28,7 +28,7 @@ from omni_convert.formats.statistics.layer_statistics import LayerStatistics
 from omni_convert.formats.statistics.statistics import Statistics
 
 SETTINGS = GenerationSettings(steps=3, width=32, height=32, guidance_scale=2.0)
-# Of different lengths, so that the shorter half of a guided batch is padded.
+# Prompts of different lengths, so that the shorter half of a guided batch is padded.
 PROMPTS = [Prompt("a red circle on the left and a blue square on the right"), Prompt("a star"), Prompt("a ring")]
 COMPONENTS = ("transformer", "text_encoder")
 

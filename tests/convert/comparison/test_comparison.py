@@ -1,4 +1,4 @@
-"""What `compare` reports of the two models."""
+"""The report of `compare` about the two models."""
 
 from __future__ import annotations
 

@@ -274,7 +274,7 @@ def calibration(tmp_path: Path) -> Recipe:
 
 @pytest.fixture
 def one_thread() -> Iterator[None]:
-    """As the nodes have: with other numbers of threads torch adds in another order."""
+    """Sets the number of threads that the nodes have: with other numbers of threads torch adds in another order."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

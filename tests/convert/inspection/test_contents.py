@@ -141,7 +141,7 @@ def test_a_file_that_lies_is_shown_and_not_converted(tiny_pipeline_folder: Path,
 
 @pytest.fixture(scope="module")
 def demo_fp8(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of six blocks: of two nobody could tell which is incomplete."""
+    """A model of six blocks: with two, nobody could tell which is incomplete."""
     output = tmp_path_factory.mktemp("demo") / "fp8"
     result = CliRunner().invoke(main, ["-m", "fp8", "-o", str(output)])
     assert result.exit_code == 0, result.output

@@ -23,7 +23,7 @@ LAYER = "transformer_blocks.0.attn.to_q.weight"
 
 @dataclass
 class Model:
-    """What a GGUF file will hold."""
+    """The contents of a GGUF file that is to be written."""
 
     tensors: dict[str, tuple[np.ndarray, gguf.GGMLQuantizationType]]
     architecture: str | None = "flux"

@@ -195,7 +195,7 @@ def test_a_file_of_any_name_under_diffusers_names_is_checked(tiny_pipeline_folde
 
 
 def test_names_of_a_tool_that_is_not_known_are_its_own(tiny_pipeline_folder: Path, tmp_path: Path) -> None:
-    """As quanto stores a weight."""
+    """The tensors of a weight as quanto stores it."""
     shutil.copytree(tiny_pipeline_folder / "transformer", tmp_path / "model")
     stem = "layers.0.attention.to_q.weight"
     rows, columns = load_file(tmp_path / "model" / WEIGHTS)[stem].shape

@@ -142,7 +142,7 @@ LAYERS = tuple(stem for group in GROUPS for stem in group)
 
 
 def written(dialect: str, method: str, hidden: int = 256) -> Model:
-    """As our own writer spells it."""
+    """The model as our own writer spells it."""
     fmt, rest = FORMATS[method], unquantized(hidden)
     tensors: dict[str, Tensor] = {}
     for stem, canonical in quantized_layers(fmt, hidden).items():
@@ -855,7 +855,7 @@ def test_all_commands_agree_whether_the_meaning_is_certain(name: str, tmp_path: 
         refuse_undeclared(pipeline)
 
 
-#: What no file tells of itself.
+#: Properties that no file shows by itself.
 BROKEN_BY_REFERENCE: dict[str, Case] = {
     "nibbles of modelopt": (on("modelopt", "nvfp4"), everywhere("weight", swapped), "nibble-order", f"{Q}.weight"),
     "nibbles of comfyui": (on("comfyui", "nvfp4"), everywhere("weight", swapped), "nibble-order", f"{W2}.weight"),

@@ -1,4 +1,4 @@
-"""What the manifest says of the source: what identifies it anywhere, and nothing of this machine."""
+"""The manifest identifies the source on any machine, and says nothing about this one."""
 
 from __future__ import annotations
 

@@ -106,7 +106,7 @@ def converted(source: Path, output: Path, names: str | None = None, kind: str = 
 
 
 def numbers_of(file: Path) -> dict[str, Tensor]:
-    """What the `gguf` package makes of each tensor, as the file calls it."""
+    """Each tensor as the `gguf` package reads it, under its name in the file."""
     return {
         tensor.name: torch.from_numpy(gguf.quants.dequantize(tensor.data.copy(), tensor.tensor_type))
         for tensor in gguf.GGUFReader(file).tensors

@@ -1,4 +1,4 @@
-"""Quantized models as input: spelled anew without a change, dequantized, quantized again; or refused, with a name."""
+"""Quantized models as input: re-encoded without a change, dequantized, quantized again; or refused, with a name."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from omni_convert.formats.int8 import Int8
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 LAYER = "layers.0.attention.to_q"
 
-#: What each dialect can hold of what we make of the tiny model.
+#: The conversions of the tiny model that each dialect can hold.
 HELD = {
     "modelopt": ("fp8", "mxfp8", "nvfp4"),
     "comfyui": ("fp8", "int8", "mxfp8", "nvfp4"),

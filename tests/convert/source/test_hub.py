@@ -34,7 +34,7 @@ Files = dict[str, bytes]
 
 @dataclass
 class Fault:
-    """What happens instead to the next requests of a kind.
+    """A fault that the next requests of a kind meet.
 
     Attributes:
         pattern: of "METHOD /path"
@@ -71,14 +71,14 @@ def is_large(name: str) -> bool:
 
 
 def oid_of(name: str, data: bytes) -> str:
-    """As Git knows a file: the SHA-256 of a large one, else the SHA-1 of a blob."""
+    """The identity of a file in Git: the SHA-256 of a large one, else the SHA-1 of a blob."""
     if is_large(name):
         return hashlib.sha256(data).hexdigest()
     return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
 
 
 def large_part(key: str, name: str, data: bytes) -> dict[str, Any]:
-    """What a listing adds for a large file."""
+    """The entry that a listing adds for a large file."""
     described = {key: oid_of(name, data), "size": len(data), "pointerSize": 130}
     return {"lfs": described} if is_large(name) else {}
 

@@ -34,7 +34,7 @@ FORMATS: dict[str, QuantizingFormat] = {
     "mxfp4_dualscale": Mxfp4DualScale(search=False),
     "nvfp4": Nvfp4(search=False),
 }
-#: As text encoders spell it.
+#: The block as text encoders spell it.
 PER_ROW = QuantizationConfig("fp8", per_channel=True)
 #: Rows of normal numbers have maxima that are much the same, so that it hardly matters whose scale they have.
 ALIKE = [("int8", "normal"), ("fp8 per row", "normal")]

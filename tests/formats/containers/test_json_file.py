@@ -11,7 +11,7 @@ import pytest
 from omni_convert.formats.containers.json_file import MAX_JSON_BYTES, parse_json, read_json
 from omni_convert.formats.errors import CheckpointError
 
-# What the worst text takes of memory while it is read, over its bytes.
+# Memory that the worst text takes while it is read, over its bytes.
 WORST_RATIO = 36
 
 

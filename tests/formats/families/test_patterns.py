@@ -1,4 +1,4 @@
-"""What a user means by a layer pattern, and what is said where it means nothing."""
+"""The meaning of a layer pattern, and the message for one that matches nothing."""
 
 from __future__ import annotations
 

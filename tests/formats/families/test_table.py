@@ -1,4 +1,4 @@
-"""What holds for every family in the table."""
+"""Rules for every family in the table."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What torch's scaled_mm receives for FP8 in blocks. No test here runs the GEMM: that takes a Hopper GPU."""
+"""The arguments of scaled_mm for FP8 in blocks. No test here runs the GEMM: that takes a Hopper GPU."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ CUDA = torch.device("cuda")
 
 
 def definition(codes, weight, scale, recipe, weight_scale, weight_recipe, bias, output_dtype):
-    """What the operator computes, in float64."""
+    """The result of the operator, in float64."""
     assert (recipe, weight_recipe) == (ScalingType.BlockWise1x128, ScalingType.BlockWise128x128)
     assert scale.stride(0) == weight_scale.stride(0) == 1
     groups = weight.shape[0] // 128

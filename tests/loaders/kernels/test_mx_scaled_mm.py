@@ -1,4 +1,4 @@
-"""What torch's scaled_mm receives for MXFP8 and NVFP4. No test here runs the GEMM: that takes a Blackwell GPU."""
+"""The arguments of scaled_mm for MXFP8 and NVFP4. No test here runs the GEMM: that takes a Blackwell GPU."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""What torch_npu's operators receive. No test here runs them: that takes an Ascend 950."""
+"""The arguments that torch_npu's operators receive. No test here runs them: that takes an Ascend 950."""
 
 from types import SimpleNamespace
 
