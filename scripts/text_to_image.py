@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from omni_convert.convert.calibration.frames import check_frames_path, write_frames
 from omni_convert.convert.calibration.generation import GenerationSettings, has_step_callback, run_pipeline
 from omni_convert.convert.calibration.prompts import Prompt
 from omni_convert.convert.source.location import DEMO_PIPELINE
@@ -28,6 +29,7 @@ from omni_convert.loaders.step_cache import BACKENDS, step_cache_of
 
 # The default prompt of serving engines' scripts.
 PROMPT = "a cup of coffee on the table"
+VIDEO_FPS = 24
 #: Backend of a cache → its setting that `--cache-threshold` gives.
 THRESHOLDS = {"tea_cache": "rel_l1_thresh", "first_block_cache": "threshold", "cache_dit": "residual_diff_threshold"}
 
@@ -99,6 +101,7 @@ def generate(options: argparse.Namespace) -> None:
             f"--tensor-parallel-size: found {options.tensor_parallel_size}, but diffusers splits no quantized layers; "
             "use 1, or serve the model with vLLM-Omni"
         )
+    check_frames_path(options.output)
     started = time.monotonic()
     pipe = load_pipeline(options.model, options.device, quantization=quantization_of(options))
     print(f"loaded in {time.monotonic() - started:.1f} s")
@@ -129,8 +132,7 @@ def generate(options: argparse.Namespace) -> None:
         print(
             f"tea_cache: {cache.reused} of {cache.computed + cache.reused} calls of the transformer reused its blocks"
         )
-    frames[0].save(options.output)
-    print(options.output)
+    print(*write_frames(frames, options.output, VIDEO_FPS))
 
 
 def quantization_of(options: argparse.Namespace) -> dict[str, Any] | None:

@@ -53,6 +53,7 @@ def test_what_does_not_fit_is_one_line(run, capsys):
         (("--cache-backend", "tea_cache", "--cache-config", '{"thresh": 1}'), "found 'thresh'"),
         (("--cache-backend", "tea_cache", "--cache-config", "[1]"), "expected a JSON object"),
         (("--cache-config", '{"rel_l1_thresh": 0.2}'), "found settings of a cache without it"),
+        (("--output", "picture.tensor"), "no file extension of an image"),
         (("--tensor-parallel-size", "2"), "use 1, or serve the model with vLLM-Omni"),
         (("--kv-cache-dtype", "fp8"), "found cpu without a kernel"),
         (("--kv-cache-skip-layers", "0-1"), "expected fp8"),

@@ -11,6 +11,7 @@ import contextlib
 import inspect
 import json
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,13 @@ from torch import Tensor, nn
 
 from omni_convert.convert import Recipe, convert_checkpoint
 from omni_convert.convert.calibration.recording import record_source
-from omni_convert.convert.source.location import resolve_source
+from omni_convert.convert.source.location import DEMO_PIPELINE, resolve_source
 from omni_convert.formats.checks.meaning import open_quantized
 from omni_convert.formats.families.table import find_family
 from omni_convert.formats.views.base import dequantized_view
+from omni_convert.loaders import load_pipeline
+from omni_convert.loaders.tea_cache import MODELS as TEA_CACHE_MODELS
+from omni_convert.loaders.tea_cache import TeaCache
 
 pytestmark = [pytest.mark.peers, pytest.mark.filterwarnings("ignore")]  # warnings are their own affair
 
@@ -361,3 +365,36 @@ def test_layers_that_stay_are_ignored_by_them(load, tiny_folder, tmp_path: Path)
     assert theirs.get_parameter("layers.0.attention.to_qkv.weight").dtype is torch.bfloat16
     assert not hasattr(theirs.get_submodule("layers.0.attention.to_qkv"), "weight_scale")
     assert_they_hold_what_we_wrote(theirs, tmp_path / "out" / "transformer")
+
+
+@pytest.mark.parametrize("threshold", [0.1, 0.2, 0.5, 1.0])
+def test_tea_cache_skips_the_steps_that_theirs_would(threshold: float) -> None:
+    from vllm_omni.diffusion.cache.teacache.config import TeaCacheConfig
+    from vllm_omni.diffusion.cache.teacache.hook import TeaCacheHook
+    from vllm_omni.diffusion.cache.teacache.state import TeaCacheState
+
+    pipe = load_pipeline(DEMO_PIPELINE)
+    pipe.set_progress_bar_config(disable=True)
+    kind = type(pipe.transformer).__name__
+    coefficients = list(TEA_CACHE_MODELS[kind].coefficients)
+    inputs: list[Tensor] = []
+
+    def keep(_attention: nn.Module, args: tuple[Any, ...]) -> None:
+        inputs.append(args[0])
+
+    pipe.transformer.layers[0].attention.register_forward_pre_hook(keep)
+    cache = TeaCache(pipe, threshold)
+    reused = [0]
+
+    def after_step(*arguments: Any) -> dict[str, Any]:
+        reused.append(cache.reused)
+        return arguments[-1]
+
+    pipe("a ring", height=64, width=64, num_inference_steps=12, callback_on_step_end=after_step)
+    hook = TeaCacheHook(TeaCacheConfig(rel_l1_thresh=threshold, coefficients=coefficients, transformer_type=kind))
+    state, theirs = TeaCacheState(), []
+    for modulated in inputs:
+        theirs.append(hook._should_compute_full_transformer(state, modulated))
+        state.previous_modulated_input, state.cnt = modulated, state.cnt + 1
+    assert theirs == [before == after for before, after in pairwise(reused)]
+    assert len(theirs) == 12
