@@ -24,6 +24,8 @@ __all__ = ["MANIFEST", "ComponentFolder", "folders_with_weights"]
 
 #: The manifest that a conversion leaves beside the model.
 MANIFEST = "omni_convert.json"
+# `_class_name` in configs that are not for diffusers → whose class it is.
+OWN_CLASSES = {"WanModel": "Wan's"}
 WEIGHT_PATTERNS = ("*.safetensors", "*.gguf")
 
 
@@ -79,8 +81,18 @@ class ComponentFolder:
 
     @cached_property
     def family(self) -> Family:
-        """The family of its class; raises CheckpointError if its config is missing or damaged."""
-        return find_family(model_class(self.config))
+        """The family of its class.
+
+        Raises:
+            CheckpointError: its config is missing or damaged, or of the model's own code.
+        """
+        name = model_class(self.config)
+        if name in OWN_CLASSES:
+            raise CheckpointError(
+                f"{self.config_path}: found {name}, the class of {OWN_CLASSES[name]} own code, expected a model of "
+                "diffusers; use the repository whose name ends in -Diffusers"
+            )
+        return find_family(name)
 
     @property
     def served_family(self) -> Family | None:

@@ -7,6 +7,7 @@ of, may lead elsewhere.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,17 @@ __all__ = ["WeightFiles", "checked_path", "find_weight_files"]
 
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 AGAIN = "download it again"
+CONFIG = "config.json"
+# Pickles of the repositories of Wan's own code, beside which the denoiser has other names.
+WAN_FILES = re.compile(r"Wan[\d.]+_VAE\.pth|models_t5_umt5.*\.pth")
+# `quant_method` of what tools save as pickles → what it is, and what to do.
+PICKLED = {
+    "torchao": ("torchao's tensors", "load it and save it with torchao 0.15 or newer, which writes safetensors"),
+    "modelopt": (
+        "what diffusers' modelopt quantizer saved",
+        "export it with modelopt.torch.export.export_hf_checkpoint",
+    ),
+}
 BLOBS, SNAPSHOTS = "blobs", "snapshots"
 
 
@@ -143,11 +155,25 @@ def _choose_files(folder: Path, entries: Sequence[str]) -> list[str]:
 
 def _nothing_message(folder: Path, entries: Sequence[str]) -> str:
     pickles = [name for name in entries if name.endswith(PICKLE_SUFFIXES)]
+    if any(WAN_FILES.fullmatch(name) for name in pickles):
+        return (
+            f"{folder}: found {quoted(pickles[0])} of Wan's own code, expected a pipeline of diffusers; use the "
+            "repository whose name ends in -Diffusers"
+        )
+    if pickles and (saved := _saved_by(folder, entries)) is not None:
+        tool, remedy = saved
+        return f"{folder}: found {tool} in the pickle {quoted(pickles[0])}, expected safetensors; {remedy}"
     if pickles:
         return _pickle_message(folder, pickles[0])
     if "model_index.json" in entries:
         return f"{folder}: found a whole pipeline, expected one component; name its folder, as {folder / 'transformer'}"
     return f"{folder}: found no weights, expected {WEIGHTS_NAMES[0]} or its shards; download it again"
+
+
+def _saved_by(folder: Path, entries: Sequence[str]) -> tuple[str, str] | None:
+    """Whose tensors a pickle holds, by the config beside it, and what to do; None if the config does not say."""
+    block = read_json(folder / CONFIG).get("quantization_config") if CONFIG in entries else None
+    return PICKLED.get(str(block.get("quant_method"))) if isinstance(block, dict) else None
 
 
 def _pickle_message(where: Path, file: str) -> str:

@@ -28,11 +28,12 @@ PLACES = {
     "bitsandbytes": "bitsandbytes.BITSANDBYTES",
     "vllm-omni": "vllm_omni.VLLM_OMNI",
     "transformers": "transformers.TRANSFORMERS",
+    "unread": "unread.UNREAD",
     "comfyui": "comfyui.COMFYUI",
     "lightx2v": "lightx2v.LIGHTX2V",
     "bfl": "bfl.BFL",
 }
-READ_ONLY = ("gguf", "torchao", "awq", "bitsandbytes", "lightx2v", "bfl")
+READ_ONLY = ("gguf", "unread", "torchao", "awq", "bitsandbytes", "lightx2v", "bfl")
 #: Names of the dialects that conversions can write.
 WRITTEN = tuple(name for name in PLACES if name not in READ_ONLY)
 
