@@ -26,8 +26,8 @@ FEWEST_CUDA_ROWS = 17
 PADDED_CUDA_ROWS = 32
 # Elements at a time on a CPU, so that intermediates stay in cache: quantized rows in that of a core or two, codes and
 # their products in that which the cores share.
-CPU_QUANTIZED, CPU_CODES, CPU_PRODUCTS = 1 << 20, 1 << 23, 1 << 21
-_CODES, _RESULTS = Scratch(), Scratch()
+CPU_QUANTIZED, CPU_ROTATED, CPU_CODES, CPU_PRODUCTS = 1 << 20, 1 << 18, 1 << 23, 1 << 21
+_CODES, _RESULTS, _ROTATED = Scratch(), Scratch(), Scratch()
 
 
 def _run(x: Tensor, tensors: Mapping[str, Tensor], fmt: Format, bias: Tensor | None) -> Tensor:
@@ -77,9 +77,12 @@ def _run_in_tiles(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor 
 
 def _quantize_in_tiles(x: Tensor, group: int | None) -> tuple[Tensor, Tensor]:
     codes, scale = _CODES.take(x.numel(), torch.int8).view(x.shape), x.new_empty(len(x), 1, dtype=torch.float32)
-    for rows in _tiles(len(x), CPU_QUANTIZED // x.shape[1]):
-        tile = x[rows] if group is None else rotate_inputs(x[rows], group)
+    for rows in _tiles(len(x), (CPU_QUANTIZED if group is None else CPU_ROTATED) // x.shape[1]):
+        tile = x[rows]
         values = _RESULTS.take(tile.numel(), torch.float32).view(tile.shape)
+        if group is not None:
+            rotated = _ROTATED.take(tile.numel(), torch.float32).view(tile.shape)
+            tile = rotate_inputs(tile, group, (rotated, values))
         scale[rows] = int8_per_token(tile, values, codes[rows])[1]
     return codes, scale
 
