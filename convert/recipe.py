@@ -11,7 +11,7 @@ from typing import Any
 
 from omni_convert.formats.dialects.table import DIALECTS, WRITTEN
 from omni_convert.formats.errors import RecipeError, did_you_mean
-from omni_convert.formats.options import FormatChoices, check_group_size
+from omni_convert.formats.options import DIALECT_OF_METHOD, FormatChoices, check_group_size
 
 __all__ = [
     "METHODS",
@@ -22,7 +22,7 @@ __all__ = [
 ]
 
 # Names alone, since `--help` and a mistyped method must not import torch. A test keeps them equal to `FORMATS`.
-METHODS = ("fp8", "int8", "mxfp8", "mxfp4", "mxfp4_dualscale", "nvfp4", "w4a16", "gguf")
+METHODS = ("fp8", "int8", "mxfp8", "mxfp4", "mxfp4_dualscale", "nvfp4", "w4a16", "convrot_w4a4", "gguf")
 # Methods for components beside the transformers, which are stored quantized but run in BF16.
 STORAGE_METHODS = ("fp8_storage",)
 # Methods that treat a quantized model without quantizing it again.
@@ -123,8 +123,8 @@ class Recipe(FormatChoices):
     def __post_init__(self) -> None:
         _check_choice("method", self.method, (*METHODS, *TRANSCODINGS))
         _check_choice("dialect", self.dialect, WRITTEN)
-        if self.method == "w4a16" and self.dialect == "vllm-omni":
-            object.__setattr__(self, "dialect", "auto-round")  # whose spelling of it vLLM-Omni reads
+        if self.dialect == "vllm-omni":
+            object.__setattr__(self, "dialect", DIALECT_OF_METHOD.get(self.method, self.dialect))
         _check_choice("activation-scheme", self.activation_scheme, ACTIVATION_SCHEMES)
         _check_choice("runtime", self.runtime or None, RUNTIMES)
         _check_choice("rounding", self.rounding, ROUNDINGS)

@@ -7,6 +7,7 @@ from typing import Any
 
 from omni_convert.formats.containers.names import CANONICAL_COMPANIONS
 from omni_convert.formats.containers.tensor_spec import TensorSpec
+from omni_convert.formats.convrot_w4a4 import ConvrotW4A4
 from omni_convert.formats.format import Format, QuantizingFormat
 from omni_convert.formats.fp8 import Fp8
 from omni_convert.formats.fp8_storage import Fp8Storage
@@ -17,17 +18,19 @@ from omni_convert.formats.mxfp4 import Mxfp4
 from omni_convert.formats.mxfp4_dualscale import Mxfp4DualScale
 from omni_convert.formats.mxfp8 import Mxfp8
 from omni_convert.formats.nvfp4 import Nvfp4
-from omni_convert.formats.options import FormatOptions
+from omni_convert.formats.options import DIALECT_OF_METHOD, FormatOptions
 
-__all__ = ["FORMATS", "LOADABLE", "build_format", "layer_formats"]
+__all__ = ["FORMATS", "LOADABLE", "RUNNABLE", "build_format", "layer_formats"]
 
 #: Method to the class that holds its facts and builds its format.
 FORMATS: dict[str, type[QuantizingFormat]] = {
-    kind.method: kind for kind in (Fp8, Int8, Mxfp8, Mxfp4, Mxfp4DualScale, Nvfp4, Fp8Storage, Int4, Gguf)
+    kind.method: kind for kind in (Fp8, Int8, Mxfp8, Mxfp4, Mxfp4DualScale, Nvfp4, Fp8Storage, Int4, ConvrotW4A4, Gguf)
 }
 
-#: Methods that our loader runs. GGUF is for others' kernels.
-LOADABLE = tuple(name for name in FORMATS if name != Gguf.method)
+#: Methods that our layers run. GGUF is for others' kernels.
+RUNNABLE = tuple(name for name in FORMATS if name != Gguf.method)
+#: Those of which a config block can tell our loader.
+LOADABLE = tuple(name for name in RUNNABLE if DIALECT_OF_METHOD.get(name) != "comfyui")
 
 
 def build_format(method: str, **options: Any) -> QuantizingFormat:

@@ -33,6 +33,7 @@ from omni_convert.formats.families.layers import LayerGroup, linear_widths
 from omni_convert.formats.families.stage import Stage
 from omni_convert.formats.format import Format, QuantizingFormat
 from omni_convert.formats.int8 import Int8
+from omni_convert.formats.options import DIALECT_OF_METHOD
 from omni_convert.formats.table import build_format
 
 __all__ = ["RuntimeTarget", "Scope", "StorageTarget", "Target", "linears_in_blocks", "other_linears"]
@@ -278,6 +279,12 @@ class RuntimeTarget(Target):
         if block is None or self.stage is None or not self.stage.config_path:
             return sidecars
         return {**sidecars, SIDECARS[0]: {**block, "ignore": [*block["ignore"], *self.stage.other_stages]}}
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        if DIALECT_OF_METHOD.get(self.method) != self.dialect.name:
+            return ()
+        return (f"{self.method} is written in the dialect {self.dialect.name}, the only one that holds it",)
 
     def files(self, steps: Sequence[Step], formats: Mapping[str, Format]) -> Shards:
         kept = self.dialect.kept_metadata(self.component.opened.checkpoint.metadata)

@@ -6,6 +6,7 @@ Formats:  float8_e4m3fn, float8_e5m2  weight_scale F32 []; input_scale F32 [] if
           mxfp8             U8 scales in cuBLAS's order, padded
           nvfp4             even element in the high nibble; E4M3 scales in cuBLAS's order, padded; weight_scale_2
           int8_tensorwise   weight_scale F32 [] or [out, 1]; with "convrot": true the weight was rotated
+          convrot_w4a4      I8 [out, in / 2], the even element in the low nibble; weight_scale F32 [out]
 Legacy:   a tensor `scaled_fp8`, whose dtype is that of the weights, and of two elements if the runtime should not
           multiply in FP8; NAME.scale_weight and NAME.scale_input F32 [], the latter absent or 1
 Names:    the runtime's; a prefix that all tensors share, such as `model.diffusion_model.`, is dropped
@@ -21,10 +22,20 @@ from typing import Any
 
 import torch
 
-from omni_convert.formats.arithmetic.rotation import is_rotation_group
+from omni_convert.formats.arithmetic.rotation import LARGEST_GROUP, is_rotation_group
 from omni_convert.formats.containers.checkpoint import Checkpoint
-from omni_convert.formats.dialects.base import Dialect, Found, LayerError, StoredLayer, WrittenSpelling, attempt
-from omni_convert.formats.dialects.codec import SwappedNibbles, Swizzled
+from omni_convert.formats.containers.tensor_spec import TensorSpec
+from omni_convert.formats.convrot_w4a4 import CONVROT_W4A4, ConvrotW4A4
+from omni_convert.formats.dialects.base import (
+    Dialect,
+    Found,
+    LayerError,
+    Spelling,
+    StoredLayer,
+    WrittenSpelling,
+    attempt,
+)
+from omni_convert.formats.dialects.codec import Plain, SwappedNibbles, Swizzled
 from omni_convert.formats.dialects.comfyui_marks import (
     FULL_PRECISION,
     LEGACY_NAMES,
@@ -66,18 +77,29 @@ METHODS = {
     "mxfp8": "mxfp8",
     "nvfp4": "nvfp4",
     "int8_tensorwise": "int8",
+    "convrot_w4a4": "convrot_w4a4",
 }
 ELEMENTS = {"float8_e4m3fn": torch.float8_e4m3fn, "float8_e5m2": torch.float8_e5m2}
 # Hardware on which ComfyUI runs a method without dequantizing it.
 HARDWARE = {
     "fp8": "a GPU with FP8 (SM 8.9)",
     "int8": "a GPU with INT8 (SM 7.5)",
+    "convrot_w4a4": "a GPU with INT4 or INT8 (SM 7.5)",
     "mxfp8": "Blackwell (SM 10.0)",
     "nvfp4": "Blackwell (SM 10.0)",
 }
 STABLE_DIFFUSION_CPP_METHODS = ("fp8", "int8")
 SWIZZLED = ("mxfp8", "nvfp4")
-FORMAT_NAMES = {FP8: "float8_e4m3fn", FP8_E5M2: "float8_e5m2", MXFP8: "mxfp8", NVFP4: "nvfp4", INT8: "int8_tensorwise"}
+FORMAT_NAMES = {
+    FP8: "float8_e4m3fn",
+    FP8_E5M2: "float8_e5m2",
+    MXFP8: "mxfp8",
+    NVFP4: "nvfp4",
+    INT8: "int8_tensorwise",
+    CONVROT_W4A4: "convrot_w4a4",
+}
+# Canonical are unsigned bytes, and a column of scales.
+W4A4_CODECS = {"weight": Plain(torch.int8), "weight_scale": Plain(shape=(-1,))}
 # Keys of the header that ComfyUI reads besides: some models are built from `config`. The hash is that of other bytes.
 CONFIG, MODEL_SPEC, MODEL_SPEC_HASH = "config", "modelspec.", "modelspec.hash_sha256"
 #: Rows and columns are padded to multiples of this.
@@ -123,6 +145,9 @@ class ComfyUi(Dialect):
         if shape[0] % padding or shape[1] % padding:
             return f"ComfyUI pads {name} to multiples of {padding}, which {shape[0]} x {shape[1]} is not"
         extras = {MARK: json.dumps(_mark_of(fmt)).encode()}
+        if fmt.method == ConvrotW4A4.method:
+            assert isinstance(fmt, QuantizingFormat), "others have no name"
+            return fmt.unsupported(*shape) or WrittenSpelling(codecs=W4A4_CODECS, extras=extras)
         if name not in SWIZZLED:
             return WrittenSpelling(extras=extras)
         nibbles = {"weight": SwappedNibbles()} if name == "nvfp4" else {}
@@ -200,8 +225,10 @@ def _format_name(fmt: Format) -> str | None:
 def _mark_of(fmt: Format) -> dict[str, Any]:
     """The content of the mark of a layer."""
     rotation = None if fmt.encoding is None else fmt.encoding.rotation
-    turned = {} if rotation is None else {"convrot": True, "convrot_groupsize": rotation}
-    return {"format": _format_name(fmt), **turned}
+    if rotation is None:
+        return {"format": _format_name(fmt)}
+    turned = {"convrot": True} if fmt.method == "int8" else {}
+    return {"format": _format_name(fmt), **turned, "convrot_groupsize": rotation}
 
 
 def _marked_layer(found: Found, mark: Mark | LayerError) -> StoredLayer:
@@ -216,6 +243,8 @@ def _marked_layer(found: Found, mark: Mark | LayerError) -> StoredLayer:
     if "weight" not in parts:
         what = f"tensor '{place}.weight' is missing, expected with the layer's mark {name}"
         raise LayerError(found, place, what, "missing-companion")
+    if name == ConvrotW4A4.method:
+        return _w4a4(found, mark, parts)
     signature = read_signature(parts, "high" if name == "nvfp4" else "low", swizzled=name in SWIZZLED)
     if signature is None:
         raise unknown_format(found, place, parts)
@@ -226,21 +255,40 @@ def _marked_layer(found: Found, mark: Mark | LayerError) -> StoredLayer:
         raise LayerError(found, place, f"layer '{place}': {what}", "bad-mark") from None
     if group is not None:
         signature = _rotated(found, place, signature, group)
-    marks = (f"{place}.{MARK}",) if found.get(place, MARK) is not None else ()
     layer = stored_layer(place, signature, parts)
-    return replace(layer, unused=marks, is_full_precision=mark.is_full_precision)
+    return replace(layer, unused=_marks_of(found, place), is_full_precision=mark.is_full_precision)
+
+
+def _w4a4(found: Found, mark: Mark, parts: Mapping[str, TensorSpec]) -> StoredLayer:
+    """A layer of packed integers, whose columns the shape of its weight tells."""
+    weight, scale = parts["weight"], parts.get("weight_scale")
+    if weight.dtype is not torch.int8 or len(weight.shape) != 2 or scale is None or scale.elements != weight.shape[0]:
+        raise unknown_format(found, mark.place, parts)
+    shape = (weight.shape[0], 2 * weight.shape[1])
+    group = mark.number("convrot_groupsize", LARGEST_GROUP)
+    _check_rotation(found, mark.place, group, shape[1])
+    places = {suffix: spec.name for suffix, spec in parts.items()}
+    layer = StoredLayer(mark.place, ConvrotW4A4(group), shape, Spelling(codecs=W4A4_CODECS), places=places)
+    return replace(layer, unused=_marks_of(found, mark.place), is_full_precision=mark.is_full_precision)
+
+
+def _marks_of(found: Found, stem: str) -> tuple[str, ...]:
+    return (f"{stem}.{MARK}",) if found.get(stem, MARK) is not None else ()
+
+
+def _check_rotation(found: Found, stem: str, group: Any, columns: int) -> None:
+    if type(group) is not int or not is_rotation_group(group, columns):
+        what = f"found convrot_groupsize {group!r:.20} for {columns} columns"
+        message = f"layer '{stem}': {what}, expected a power of four that divides them"
+        raise LayerError(found, stem, message, "bad-mark")
 
 
 def _rotated(found: Found, stem: str, signature: Signature, group: Any) -> Signature:
-    size = group if type(group) is int else 0
-    if not is_rotation_group(size, signature.shape[1]):
-        what = f"found convrot_groupsize {group!r:.20} for {signature.shape[1]} columns"
-        message = f"layer '{stem}': {what}, expected a power of four that divides them"
-        raise LayerError(found, stem, message, "bad-mark")
+    _check_rotation(found, stem, group, signature.shape[1])
     if signature.format.encoding != INT8:
         what = f"found {signature.format.label} with convrot, expected int8 without zero points"
         raise LayerError(found, stem, f"layer '{stem}': {what}", "bad-mark")
-    return replace(signature, format=RotatedInt8(size))
+    return replace(signature, format=RotatedInt8(group))
 
 
 COMFYUI = ComfyUi()

@@ -93,6 +93,10 @@ class Mark:
         """The keys that ComfyUI reads."""
         return {**self.params, **self.content} if self.format in NESTED else self.content
 
+    def number(self, key: str, default: int) -> Any:
+        """A key that ComfyUI reads, unchecked."""
+        return self._heeded.get(key, default)
+
     def rotation(self) -> Any:
         """The columns of a group that was rotated, unchecked; None if the weight was not.
 

@@ -41,6 +41,7 @@ from omni_convert.formats.families.layers import LayerGroup
 from omni_convert.formats.finding import Finding
 from omni_convert.formats.format import Format, QuantizingFormat
 from omni_convert.formats.fp8 import FP8_PER_ROW, Fp8, fp8_block_size
+from omni_convert.formats.options import DIALECT_OF_METHOD
 from omni_convert.formats.table import layer_formats
 
 __all__ = [
@@ -113,8 +114,7 @@ _SPELLINGS = {
     ),
     "fp8_storage": _Spelling("is_checkpoint_fp8_storage_serialized"),
 }
-# vLLM-Omni reads W4A16 as AutoRound spells it.
-assert {*_SPELLINGS, "nvfp4", "w4a16", "gguf"} == {*ACTIVATION_SCHEMES}
+assert {*_SPELLINGS, "nvfp4", "gguf", *DIALECT_OF_METHOD} == {*ACTIVATION_SCHEMES}
 
 
 def serialized_flag(method: str) -> str | None:

@@ -14,7 +14,7 @@ from omni_convert.formats.errors import CheckpointError, KernelError, RecipeErro
 from omni_convert.formats.format import Format, QuantizingFormat
 from omni_convert.formats.options import FormatChoices, FormatOptions, check_group_size
 from omni_convert.formats.rows import InputStatistics
-from omni_convert.formats.table import FORMATS, LOADABLE, build_format
+from omni_convert.formats.table import FORMATS, RUNNABLE, build_format
 from omni_convert.loaders.kernels.kernel import Activations, LayerTraits
 from omni_convert.loaders.kernels.table import Selection, select_kernel
 from omni_convert.loaders.memory.layout import disk_tensors, memory_tensors
@@ -211,8 +211,8 @@ def quantize_linear(
 
 
 def _format(method: str, options: Mapping[str, Any]) -> QuantizingFormat:
-    if method not in LOADABLE or FORMATS[method].is_storage:  # which is no linear that is run quantized
-        raise RecipeError(f"quantize_linear: found method '{method}', expected one of {', '.join(LOADABLE)}")
+    if method not in RUNNABLE or FORMATS[method].is_storage:  # which is no linear that is run quantized
+        raise RecipeError(f"quantize_linear: found method '{method}', expected one of {', '.join(RUNNABLE)}")
     _check_options(options)
     if options.get("static"):
         raise RecipeError("quantize_linear: static activations need calibration, convert the model instead")

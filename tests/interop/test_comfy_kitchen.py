@@ -14,6 +14,7 @@ from omni_convert.convert import Recipe, convert_checkpoint
 from omni_convert.convert.inspection.verification import verify_source
 from omni_convert.convert.source.location import Source
 from omni_convert.formats.checks.meaning import open_quantized
+from omni_convert.formats.convrot_w4a4 import ConvrotW4A4
 from omni_convert.formats.int8 import RotatedInt8
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -142,6 +143,38 @@ def test_our_rotated_file_is_unpacked_by_their_kernels_and_found_sound(  # type:
             _, params = layout.quantize(original, per_channel=True, convrot=True, convrot_groupsize=group)
             theirs = layout.dequantize(tensors[f"{stem}.weight"], params)
             torch.testing.assert_close(layer.dequantize(0, layer.shape[0]), theirs, rtol=0, atol=2**-18)
+    verified = verify_source(Source(tmp_path / "out", "out"), Source(tiny_pipeline_folder, "source"))
+    assert any(component.layers for component in verified)
+    assert all(component.findings == () for component in verified)
+
+
+@pytest.mark.parametrize("group", [16, 64, 256])
+def test_our_w4a4_without_a_search_has_their_bytes(import_peer, group: int) -> None:  # type: ignore[no-untyped-def]
+    theirs = import_peer("comfy_kitchen.backends.eager.convrot_w4a4")
+    weight = random_weight((320, 768)).to(torch.bfloat16)
+    codes, scales = theirs.quantize_convrot_w4a4_weight(weight.float(), group)
+    ours = ConvrotW4A4(group, search=False).quantize(weight)
+    assert ours["weight"].equal(codes.view(torch.uint8))
+    assert ours["weight_scale"].flatten().equal(scales)
+
+
+def test_our_w4a4_file_is_unpacked_by_their_kernels_and_found_sound(  # type: ignore[no-untyped-def]
+    import_peer, tiny_pipeline_folder: Path, tmp_path: Path
+) -> None:
+    theirs = import_peer("comfy_kitchen.backends.eager.convrot_w4a4")
+    report = convert_checkpoint(tiny_pipeline_folder, tmp_path / "out", Recipe(method="convrot_w4a4"))
+    assert any("the only one that holds it" in note for note in report.notes)
+    convert_checkpoint(tmp_path / "out", tmp_path / "kept", Recipe(method="keep", dialect="comfyui"))
+    folder = tmp_path / "out" / "transformer"
+    tensors = load_file(folder / WEIGHTS)
+    assert (tmp_path / "kept" / "transformer" / WEIGHTS).read_bytes() == (folder / WEIGHTS).read_bytes()
+    with open_quantized(folder) as ours:
+        assert ours.layers
+        for stem, layer in ours.layers.items():
+            assert layer.format.encoding is not None
+            codes, scales = tensors[f"{stem}.weight"], tensors[f"{stem}.weight_scale"]
+            unpacked = theirs.dequantize_convrot_w4a4_weight(codes, scales, layer.format.encoding.rotation)
+            torch.testing.assert_close(layer.dequantize(0, layer.shape[0]), unpacked, rtol=0, atol=2**-18)
     verified = verify_source(Source(tmp_path / "out", "out"), Source(tiny_pipeline_folder, "source"))
     assert any(component.layers for component in verified)
     assert all(component.findings == () for component in verified)

@@ -26,6 +26,7 @@ from omni_convert.formats.arithmetic.swizzle import swizzle_scales, unswizzle_sc
 from omni_convert.formats.checks.meaning import doubts
 from omni_convert.formats.containers.checkpoint import Checkpoint
 from omni_convert.formats.containers.tensor_spec import TensorSpec
+from omni_convert.formats.convrot_w4a4 import ConvrotW4A4
 from omni_convert.formats.dialects.codec import Reciprocal
 from omni_convert.formats.dialects.found import describe
 from omni_convert.formats.dialects.table import DIALECTS
@@ -59,6 +60,7 @@ FORMATS: dict[str, Format] = {
     "fp8 blocks": Fp8Block((64, 64)),
     "int8": Int8(shared_in_group=True),
     "int8 rotated": RotatedInt8(256),
+    "convrot_w4a4": ConvrotW4A4(256),
     "mxfp8": Mxfp8(search=False),
     "mxfp8 searched": Mxfp8(),
     "mxfp4": Mxfp4(search=False),
@@ -309,13 +311,13 @@ def packed_integers() -> Model:
 
 
 WRITTEN = [
-    *(("vllm-omni", method) for method in FORMATS if method[:5] not in ("nvfp4", "w4a16") and "rotated" not in method),
+    *(("vllm-omni", method) for method in FORMATS if method[:5] not in ("nvfp4", "w4a16") and "rot" not in method),
     *(("auto-round", method) for method in ("w4a16", "mxfp8", "mxfp4", "nvfp4 static")),
     ("transformers", "fp8 blocks"),
     ("transformers", "mxfp8"),
     *(("modelopt", method) for method in ("fp8", "fp8 static", "mxfp8", "nvfp4", "nvfp4 static")),
     *(("comfyui", method) for method in ("fp8", "fp8 static", "int8", "int8 rotated", "mxfp8", "nvfp4")),
-    ("comfyui", "nvfp4 static"),
+    *(("comfyui", method) for method in ("nvfp4 static", "convrot_w4a4")),
     *(
         ("compressed-tensors", method)
         for method in ("fp8", "fp8 static", "fp8 blocks", "int8", "mxfp8", "mxfp4", "nvfp4", "nvfp4 static")
