@@ -41,7 +41,7 @@ from omni_convert.formats.dialects.comfyui_marks import (
     LEGACY_NAMES,
     MARK,
     METADATA,
-    ROTATED,
+    NESTED,
     Mark,
     absent_layer,
     bad_mark,
@@ -219,7 +219,7 @@ def _format_name(fmt: Format) -> str | None:
     if not isinstance(fmt.innermost, QuantizingFormat) or fmt.is_storage or fmt.encoding is None:
         return None
     name = FORMAT_NAMES.get(replace(fmt.encoding, rotation=None))
-    return name if fmt.encoding.rotation is None or name == ROTATED else None
+    return name if fmt.encoding.rotation is None or name in NESTED else None
 
 
 def _mark_of(fmt: Format) -> dict[str, Any]:

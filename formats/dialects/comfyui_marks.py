@@ -27,6 +27,7 @@ __all__ = [
     "LEGACY_NAMES",
     "MARK",
     "METADATA",
+    "NESTED",
     "ROTATED",
     "Mark",
     "Marks",
