@@ -167,6 +167,38 @@ FAMILIES: dict[str, Family] = {
             ),
         },
     ),
+    "SD3": _known(
+        "sd3",
+        {
+            "joint_blocks.0.x_block.attn.qkv": _parts("transformer_blocks.0.attn", *QKV),
+            "joint_blocks.0.x_block.mlp.fc1": ("transformer_blocks.0.ff.net.0.proj",),
+        },
+    ),
+    "Krea 2": _known(
+        "krea_2",
+        {
+            "blocks.0.attn.wq": ("transformer_blocks.0.attn.to_q",),
+            "blocks.0.mlp.down": ("transformer_blocks.0.ff.down",),
+            "txtfusion.refiner_blocks.0.attn.wo": ("text_fusion.refiner_blocks.0.attn.to_out.0",),
+        },
+    ),
+    "Lumina 2": Family(
+        "Lumina2Transformer2DModel",
+        {
+            "in_channels": 16,
+            "hidden_size": 192,
+            "num_layers": 1,
+            "num_refiner_layers": 1,
+            "num_attention_heads": 4,
+            "num_kv_heads": 2,
+            "cap_feat_dim": 64,
+            "axes_dim_rope": (16, 16, 16),
+        },
+        {
+            "layers.0.attention.qkv": _parts("layers.0.attn", *QKV),
+            "context_refiner.0.feed_forward.w2": ("context_refiner.0.feed_forward.linear_2",),
+        },
+    ),
     "SDXL": Family(
         "UNet2DConditionModel",
         _UNET,

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from omni_convert.formats.families.family import Family, GgufFacts, RuntimeRefusal
-from omni_convert.formats.families.flux_1 import FLUX_1
-from omni_convert.formats.families.layers import VLLM_OMNI
-from omni_convert.formats.families.original_names import joined, renamed, same
+from omni_convert.formats.families.flux_1 import FLUX_1, ORIGINAL_MODULATION
+from omni_convert.formats.families.layers import ADDED_QKV, QKV, VLLM_OMNI
+from omni_convert.formats.families.original_names import OriginalName, joined, renamed, same
 from omni_convert.formats.families.wan import WAN
 
 __all__ = [
@@ -76,10 +76,54 @@ WAN_ANIMATE = Family(
     ),
     gguf=GgufFacts("wan", kept_layers=("condition_embedder",), diffusers_prefixes=("condition_embedder.",)),
 )
+
+
+def _joint_block(stream: str, attention: str, projections: tuple[str, ...], norms: str) -> tuple[OriginalName, ...]:
+    """Names in a block of Stable Diffusion 3, of the image's or the text's half."""
+    ours, theirs = "transformer_blocks.{}.attn", f"joint_blocks.{{}}.{stream}.attn"
+    return (
+        joined(f"{theirs}.qkv", ours, *projections),
+        *renamed({"proj": attention, "ln_q": f"{norms}q", "ln_k": f"{norms}k"}, f"{theirs}.", f"{ours}."),
+    )
+
+
 SD_3 = Family(
     "Stable Diffusion 3",
     ("SD3Transformer2DModel",),
     refusals=_IN_FULL_PRECISION,
+    # Without the modulation of the text's stream, which is turned in the last block alone.
+    original_names=(
+        *renamed(
+            {
+                "pos_embed": "pos_embed.pos_embed",
+                "x_embedder.proj": "pos_embed.proj",
+                "t_embedder.mlp.0": "time_text_embed.timestep_embedder.linear_1",
+                "t_embedder.mlp.2": "time_text_embed.timestep_embedder.linear_2",
+                "y_embedder.mlp.0": "time_text_embed.text_embedder.linear_1",
+                "y_embedder.mlp.2": "time_text_embed.text_embedder.linear_2",
+                "final_layer.linear": "proj_out",
+            }
+        ),
+        *same("context_embedder"),
+        *_joint_block("x_block", "to_out.0", QKV, "norm_"),
+        *_joint_block("context_block", "to_add_out", ADDED_QKV, "norm_added_"),
+        joined("joint_blocks.{}.x_block.attn2.qkv", "transformer_blocks.{}.attn2", *QKV),
+        *renamed(
+            {
+                "x_block.attn2.proj": "attn2.to_out.0",
+                "x_block.attn2.ln_q": "attn2.norm_q",
+                "x_block.attn2.ln_k": "attn2.norm_k",
+                "x_block.adaLN_modulation.1": "norm1.linear",
+                "x_block.mlp.fc1": "ff.net.0.proj",
+                "x_block.mlp.fc2": "ff.net.2",
+                "context_block.mlp.fc1": "ff_context.net.0.proj",
+                "context_block.mlp.fc2": "ff_context.net.2",
+            },
+            "joint_blocks.{}.",
+            "transformer_blocks.{}.",
+        ),
+        ORIGINAL_MODULATION,
+    ),
     gguf=GgufFacts("sd3", diffusers_prefixes=("transformer_blocks.",), has_converter=True),
 )
 LONGCAT_IMAGE = Family("LongCat-Image", ("LongCatImageTransformer2DModel",), refusals=_IN_FULL_PRECISION)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from omni_convert.formats.families.family import Family
 from omni_convert.formats.families.layers import LayerPattern, kept, linears
+from omni_convert.formats.families.original_names import OriginalName, renamed
 
 __all__ = ["KREA_2"]
 
@@ -19,6 +20,25 @@ _AT_THE_EDGE = "outside of the blocks: small, and every block depends on it"
 def _fusion_block(block: str) -> tuple[LayerPattern, ...]:
     parent = f"text_fusion.{block}.{{}}"
     return tuple(kept(f"{parent}.{part}.{leaf}", _FUSES_TEXT) for part, leaves in _BLOCK.items() for leaf in leaves)
+
+
+def _original_block(original: str, name: str) -> tuple[OriginalName, ...]:
+    return renamed(
+        {
+            "attn.wq": "attn.to_q",
+            "attn.wk": "attn.to_k",
+            "attn.wv": "attn.to_v",
+            "attn.wo": "attn.to_out.0",
+            "attn.gate": "attn.to_gate",
+            "attn.qknorm.qnorm.scale": "attn.norm_q.weight",
+            "attn.qknorm.knorm.scale": "attn.norm_k.weight",
+            "mlp": "ff",
+            "prenorm.scale": "norm1.weight",
+            "postnorm.scale": "norm2.weight",
+        },
+        f"{original}.{{}}.",
+        f"{name}.{{}}.",
+    )
 
 
 KREA_2 = Family(
@@ -41,5 +61,26 @@ KREA_2 = Family(
                 "final_layer.linear",
             )
         ),
+    ),
+    # Without the tables of the blocks' modulation, which are flat there.
+    original_names=(
+        *renamed(
+            {
+                "first": "img_in",
+                "tmlp.0": "time_embed.linear_1",
+                "tmlp.2": "time_embed.linear_2",
+                "tproj.1": "time_mod_proj",
+                "txtmlp.0.scale": "txt_in.norm.weight",
+                "txtmlp.1": "txt_in.linear_1",
+                "txtmlp.3": "txt_in.linear_2",
+                "txtfusion.projector": "text_fusion.projector",
+                "last.linear": "final_layer.linear",
+                "last.norm.scale": "final_layer.norm.weight",
+                "last.modulation.lin": "final_layer.scale_shift_table",
+            }
+        ),
+        *_original_block("blocks", "transformer_blocks"),
+        *_original_block("txtfusion.layerwise_blocks", "text_fusion.layerwise_blocks"),
+        *_original_block("txtfusion.refiner_blocks", "text_fusion.refiner_blocks"),
     ),
 )

@@ -13,7 +13,7 @@ from omni_convert.formats.families.hunyuan_video import (
     TRAINER_NAMES,
 )
 from omni_convert.formats.families.layers import QKV
-from omni_convert.formats.families.original_names import joined, renamed
+from omni_convert.formats.families.original_names import OriginalName, joined, renamed, same
 
 __all__ = [
     "AURA_FLOW",
@@ -80,10 +80,42 @@ HUNYUAN_VIDEO = Family(
     gguf=GgufFacts("hyvid", diffusers_prefixes=("context_embedder.",), has_converter=True),
 )
 FRAMEPACK = replace(HUNYUAN_VIDEO, name="FramePack", model_classes=("HunyuanVideoFramepackTransformer3DModel",))
+
+
+def _lumina_block(block: str, *, is_modulated: bool) -> tuple[OriginalName, ...]:
+    """Names in a block of Lumina 2; only modulated blocks have a linear in their first norm."""
+    ours = theirs = f"{block}.{{}}."
+    first = {"adaLN_modulation.1": "norm1.linear", "attention_norm1": "norm1.norm"}
+    names = {"out": "to_out.0", "q_norm": "norm_q", "k_norm": "norm_k"}
+    return (
+        joined(f"{theirs}attention.qkv", f"{ours}attn", *QKV),
+        *renamed(names, f"{theirs}attention.", f"{ours}attn."),
+        *renamed({f"feed_forward.w{n}": f"feed_forward.linear_{n}" for n in (1, 2, 3)}, theirs, ours),
+        *renamed(first if is_modulated else {"attention_norm1": "norm1"}, theirs, ours),
+        *renamed({"attention_norm2": "norm2"}, theirs, ours),
+        *same(f"{ours}ffn_norm1", f"{ours}ffn_norm2"),
+    )
+
+
 LUMINA_2 = Family(
     "Lumina 2",
     ("Lumina2Transformer2DModel",),
     refusals=_UNKNOWN,
+    original_names=(
+        *same("x_embedder"),
+        *renamed(
+            {
+                "cap_embedder": "time_caption_embed.caption_embedder",
+                "t_embedder.mlp.0": "time_caption_embed.timestep_embedder.linear_1",
+                "t_embedder.mlp.2": "time_caption_embed.timestep_embedder.linear_2",
+                "final_layer.adaLN_modulation.1": "norm_out.linear_1",
+                "final_layer.linear": "norm_out.linear_2",
+            }
+        ),
+        *_lumina_block("layers", is_modulated=True),
+        *_lumina_block("noise_refiner", is_modulated=True),
+        *_lumina_block("context_refiner", is_modulated=False),
+    ),
     gguf=GgufFacts(
         "lumina2",
         kept_layers=("noise_refiner", "context_refiner"),
