@@ -30,11 +30,13 @@ from omni_convert.formats.dialects.verdict import (
     OURS,
     VLLM_OMNI,
     Verdict,
+    for_rows,
     if_incomplete,
     lost_block_verdicts,
 )
 from omni_convert.formats.dialects.vllm_omni import vllm_omni_verdict
 from omni_convert.formats.families.stage import Stage
+from omni_convert.formats.fp8 import FP8_PER_ROW
 from omni_convert.formats.views.base import FLOAT8
 from omni_convert.formats.views.opened import QuantizedCheckpoint, QuantizedLayer, read_layers
 
@@ -134,6 +136,9 @@ def _runtimes(component: ComponentFolder, opened: QuantizedCheckpoint, doubt: st
         found = _stage_runtimes(component, component.stage, opened)
     else:
         found = dialect.verdicts(formats, refusal, opened.checkpoint, family)
+        has_rows = any(fmt.encoding == FP8_PER_ROW for fmt in formats.values())
+        reads_rows = family is None or family.refusal("vllm-omni", "fp8", "modelopt") is None
+        found = for_rows(found) if has_rows and reads_rows else found
     flaw = incomplete(opened)
     if flaw is None:
         return found if doubt is None else if_incomplete(found, (OURS,), doubt)

@@ -16,7 +16,7 @@ from omni_convert.formats.errors import OmniConvertError, listed, nearest
 from omni_convert.formats.families.family import Family
 from omni_convert.formats.families.layers import LayerGroup
 from omni_convert.formats.finding import Finding
-from omni_convert.formats.fp8 import FP8
+from omni_convert.formats.fp8 import FP8, fp8_block_size
 from omni_convert.formats.int8 import INT8
 from omni_convert.formats.rows import tile_ranges
 from omni_convert.formats.views.opened import QuantizedLayer
@@ -186,6 +186,7 @@ def _shared(group: LayerGroup, layers: Sequence[QuantizedLayer]) -> Iterator[Fin
             for layer in layers[1:]:
                 if not layer.read_tensor(suffix, 0, 0).equal(first):
                     yield _differ(layer, suffix, group, "error" if suffix != "input_scale" else "warning")
+    yield from _cut_blocks(group, layers)
     if not are_scales_equal(layers):
         yield _differ(layers[0], "weight_scale", group, "warning")
     if layers[0].format.encoding == INT8 and len(layers) > 1 and not _is_uniform(layers):
@@ -195,6 +196,22 @@ def _shared(group: LayerGroup, layers: Sequence[QuantizedLayer]) -> Iterator[Fin
             "vLLM-Omni on CUDA: gives the rows other rows' scales, 12-29 % error; NPU is right",
             "convert with --int8-fused-scales shared",
         )  # fmt: skip
+
+
+def _cut_blocks(group: LayerGroup, layers: Sequence[QuantizedLayer]) -> Iterator[Finding]:
+    """Parts of a merged layer of FP8 in blocks whose last block would reach into the next part."""
+    sizes = fp8_block_size(layers[0].format)
+    if sizes is None or not group.is_fused:
+        return
+    for layer in layers:
+        width = layer.shape[0] if len(layers) > 1 else layer.shape[0] // 2
+        if width % sizes[0]:
+            yield Finding(
+                "error", "indivisible-width", layer.stem,
+                f"found a part of {width} rows in blocks of {sizes[0]} in what the runtime merges as "
+                f"'{group.runtime_name}'", f"{VLLM_OMNI}: gives rows the scales of another part", ANEW,
+            )  # fmt: skip
+            return
 
 
 def are_scales_equal(layers: Sequence[QuantizedLayer]) -> bool:

@@ -22,6 +22,7 @@ __all__ = [
     "VLLM_OMNI",
     "VLLM_OMNI_CANDIDATE",
     "Verdict",
+    "for_rows",
     "if_incomplete",
     "lost_block_verdicts",
 ]
@@ -61,6 +62,11 @@ CONVERT_FIRST = Verdict(
 )
 NOT_OF_DIFFUSERS = Verdict(OURS, "refuses", "runs models of diffusers, and this is a repository of transformers")
 REQUANTIZE = Verdict(OURS, "refuses", "does not read it; -m METHOD quantizes again, omni-convert dequantize gives BF16")
+
+
+def for_rows(found: Iterable[Verdict]) -> list[Verdict]:
+    """The verdicts on FP8 with a scale for each row, which is kept in ModelOpt's spelling, not in vLLM-Omni's."""
+    return [replace(each, why=each.why.replace("--dialect vllm-omni", "--dialect modelopt")) for each in found]
 
 
 def lost_block_verdicts() -> list[Verdict]:

@@ -320,6 +320,8 @@ class VllmOmni(Dialect):
     def spelling(self, fmt: Format, shape: tuple[int, int]) -> WrittenSpelling | str:
         if fmt.encoding is not None and fmt.encoding.has_unsigned_codes:
             return "vLLM-Omni reads integers with zero points as AutoRound spells them: --dialect auto-round"
+        if fmt.encoding == FP8_PER_ROW and not isinstance(fmt, QuantizingFormat):
+            return "vLLM-Omni reads FP8 with a scale for each row as ModelOpt spells it: --dialect modelopt"
         is_rotated = fmt.encoding is not None and fmt.encoding.rotation is not None
         if is_rotated or not isinstance(fmt, QuantizingFormat):
             return f"vLLM-Omni has no method that loads {fmt.label}"
