@@ -22,6 +22,7 @@ from omni_convert.convert.plan.component_plan import ComponentPlan
 from omni_convert.convert.plan.plan import Plan, plan_conversion
 from omni_convert.convert.recipe import Recipe
 from omni_convert.convert.report import ConversionReport
+from omni_convert.convert.source.file_check import refuse_changed_files
 from omni_convert.convert.source.file_hash import SourceHashes
 from omni_convert.convert.source.location import Source, resolve_source
 from omni_convert.convert.workers import Workers, available_cores
@@ -195,6 +196,10 @@ def _fill(
         if name not in on_hub
     }
     moves = engine.workers.submit(take_files, engine, hub_files, on_hub, folder) if hub_files is not None else None
+    is_checked = hub_files is None and not plan.recipe.force
+    checks = None if not is_checked else engine.workers.submit(
+        refuse_changed_files, plan.source.path, [component.name for component in plan.components]
+    )  # fmt: skip
     results: dict[str, list[LayerResult]] = {}
     known: dict[str, str] = {}
     peak = 0
@@ -212,6 +217,8 @@ def _fill(
     known |= moves.result() if moves is not None else {}
     if hub_files is not None:
         hub_files.clear()
+    if checks is not None:
+        checks.result()
     write_text(folder / "README.md", model_card(plan, dict(results)))
     write_manifest(folder, plan, results, known, sources)
     return results, peak

@@ -18,12 +18,12 @@ from typing import Any
 
 import torch
 
-from omni_convert.convert.inspection.file_check import check_files
 from omni_convert.convert.inspection.lost_block import dialect_of_lost_block
 from omni_convert.convert.inspection.name_check import check_converted_names, check_names
 from omni_convert.convert.inspection.reference_check import Comparison, bits_of
 from omni_convert.convert.source.component import plain_weights
 from omni_convert.convert.source.component_folder import ComponentFolder, folders_with_weights
+from omni_convert.convert.source.file_check import check_files
 from omni_convert.convert.source.location import Source
 from omni_convert.convert.source.original_names import under_diffusers_names
 from omni_convert.formats.checks.block import check_block

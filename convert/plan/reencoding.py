@@ -96,7 +96,8 @@ def reencode(
             f"marked to be multiplied in full precision: {counted(len(lost), 'layer')}; {dialect.name} cannot say so, "
             "and its readers quantize the inputs"
         )
-    return Reencoding(view, block, metadata, [what, *notes])
+    flaw = dialect.names_flaw(family, view) if family is not None and not is_transformers else None
+    return Reencoding(view, block, metadata, [what, *notes, *filter(None, [flaw])])
 
 
 def _spelling(layer: QuantizedLayer, dialect: Dialect, recipe: Recipe) -> WrittenSpelling:

@@ -282,9 +282,13 @@ class RuntimeTarget(Target):
 
     @property
     def notes(self) -> tuple[str, ...]:
-        if DIALECT_OF_METHOD.get(self.method) != self.dialect.name:
-            return ()
-        return (f"{self.method} is written in the dialect {self.dialect.name}, the only one that holds it",)
+        notes = []
+        if DIALECT_OF_METHOD.get(self.method) == self.dialect.name:
+            notes.append(f"{self.method} is written in the dialect {self.dialect.name}, the only one that holds it")
+        if not self.component.is_transformers:
+            flaw = self.dialect.names_flaw(self.component.family, self.component.weights)
+            notes += [f"{self.component.label}: {flaw}"] if flaw is not None else []
+        return tuple(notes)
 
     def files(self, steps: Sequence[Step], formats: Mapping[str, Format]) -> Shards:
         kept = self.dialect.kept_metadata(self.component.opened.checkpoint.metadata)

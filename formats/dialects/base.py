@@ -7,7 +7,7 @@ Writing:  spelling(format, shape) for each layer; config block, marker tensors a
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, ParamSpec
 
@@ -283,6 +283,10 @@ class Dialect(ABC):
             config: the component's config.json; {} if there is none
         """
         yield from ()
+
+    def names_flaw(self, family: Family, names: Iterable[str]) -> str | None:
+        """Why its readers do not know the names of a model's tensors; None if they do."""
+        return None
 
     def ignored_entries(self, block: Mapping[str, Any]) -> tuple[str, ...]:
         """The block's list of ignored layers, as it is written; () where there is none."""

@@ -28,6 +28,7 @@ __all__ = [
     "Codec",
     "OneForAll",
     "PackedValues",
+    "PaddedRows",
     "Plain",
     "Reciprocal",
     "Repeated",
@@ -207,6 +208,31 @@ class Swizzled(WritableCodec):
 
     def decode(self, stored: Tensor, layout: TensorLayout) -> Tensor:
         return unswizzle_scales(stored, stored.shape[0], layout.shape[1]).view(layout.dtype)
+
+
+@dataclass(frozen=True)
+class PaddedRows(Codec):
+    """A tensor below whose rows there are more that mean nothing; only read.
+
+    Attributes:
+        rows: all that are stored
+        inner: the layout of the rows
+    """
+
+    rows: int
+    inner: Codec = PLAIN
+
+    def stored(self, layout: TensorLayout) -> TensorLayout:
+        return self.inner.stored(self._padded(layout))
+
+    def mismatch(self, spec: TensorSpec, layout: TensorLayout) -> str | None:
+        return self.inner.mismatch(spec, self._padded(layout))
+
+    def decode(self, stored: Tensor, layout: TensorLayout) -> Tensor:
+        return self.inner.decode(stored, layout)
+
+    def _padded(self, layout: TensorLayout) -> TensorLayout:
+        return replace(layout, shape=(self.rows, *layout.shape[1:]))
 
 
 @dataclass(frozen=True)

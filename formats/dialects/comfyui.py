@@ -16,7 +16,7 @@ Limits:   weights that ComfyUI would pad (rows or columns that 16, or 32 for mxf
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -35,7 +35,7 @@ from omni_convert.formats.dialects.base import (
     WrittenSpelling,
     attempt,
 )
-from omni_convert.formats.dialects.codec import Plain, SwappedNibbles, Swizzled
+from omni_convert.formats.dialects.codec import PLAIN, PaddedRows, Plain, SwappedNibbles, Swizzled
 from omni_convert.formats.dialects.comfyui_marks import (
     FULL_PRECISION,
     LEGACY_NAMES,
@@ -181,10 +181,22 @@ class ComfyUi(Dialect):
         methods = {fmt.method for fmt in layers.values()}
         needs = ", ".join(f"{method} on {HARDWARE[method]}" for method in sorted(methods & HARDWARE.keys()))
         found = [Verdict(RUNTIME, "loads", f"as it is marked; runs {needs}, else dequantizes"), *self.usual_verdicts]
+        flaw = self.names_flaw(family, checkpoint) if family is not None and checkpoint is not None else None
+        if flaw is not None:
+            found[0] = Verdict(RUNTIME, "refuses", flaw)
         if methods <= {*STABLE_DIFFUSION_CPP_METHODS}:
             why = "in versions that do not drop the scales of scaled FP8 (white images)"
             found.append(Verdict("stable-diffusion.cpp", "loads", why))
         return found
+
+    def names_flaw(self, family: Family, names: Iterable[str]) -> str | None:
+        prefixes = family.gguf.diffusers_prefixes
+        if family.has_original_names or not prefixes or not any(name.startswith(prefixes) for name in names):
+            return None
+        return (
+            f"tensors of {family.name} have diffusers' names, whose quantized layers ComfyUI cannot map to its own; "
+            "-m gguf writes the original names"
+        )
 
     def check(self, found: Found, layers: Mapping[str, StoredLayer], config: Mapping[str, Any]) -> Iterator[Finding]:
         marks = read_marks(found)
@@ -255,7 +267,7 @@ def _marked_layer(found: Found, mark: Mark | LayerError) -> StoredLayer:
         raise LayerError(found, place, f"layer '{place}': {what}", "bad-mark") from None
     if group is not None:
         signature = _rotated(found, place, signature, group)
-    layer = stored_layer(place, signature, parts)
+    layer = stored_layer(place, _without_padding(found, mark, signature), parts)
     return replace(layer, unused=_marks_of(found, place), is_full_precision=mark.is_full_precision)
 
 
@@ -281,6 +293,24 @@ def _check_rotation(found: Found, stem: str, group: Any, columns: int) -> None:
         what = f"found convrot_groupsize {group!r:.20} for {columns} columns"
         message = f"layer '{stem}': {what}, expected a power of four that divides them"
         raise LayerError(found, stem, message, "bad-mark")
+
+
+def _without_padding(found: Found, mark: Mark, signature: Signature) -> Signature:
+    """The layer without the rows that ComfyUI adds to fill tiles: the bias, or `orig_shape` in the mark, tells them."""
+    padding = PADDING.get(str(mark.format), 1)
+    rows, columns = signature.shape
+    bias, original = found.get(mark.place, "bias"), mark.content.get("orig_shape")
+    true = (bias.shape[0] if bias is not None and len(bias.shape) == 1 else rows, columns)
+    if isinstance(original, list) and len(original) == 2 and all(type(size) is int for size in original):
+        true = (original[0], original[1])
+    if true == (rows, columns) or padding == 1:
+        return signature
+    if true[1] != columns or not 0 < true[0] < rows or -(-true[0] // padding) * padding != rows:
+        what = f"found a weight of {rows} x {columns} for a layer of {true[0]} x {true[1]}"
+        message = f"layer '{mark.place}': {what}, expected rows padded to a multiple of {padding}, and no columns"
+        raise LayerError(found, mark.place, message, "wrong-shape")
+    weight = PaddedRows(rows, signature.codecs.get("weight", PLAIN))
+    return replace(signature, shape=(true[0], columns), codecs={**signature.codecs, "weight": weight})
 
 
 def _rotated(found: Found, stem: str, signature: Signature, group: Any) -> Signature:

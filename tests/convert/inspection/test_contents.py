@@ -68,7 +68,7 @@ def test_diffusers_reads_only_some_formats_of_black_forest_labs() -> None:
     [
         ("vllm-omni", "fp8", {"vLLM-Omni": "loads", "ComfyUI": "wrong"}),
         ("vllm-omni", "nvfp4", {"vLLM-Omni": "loads", "diffusers": "refuses", "omni_convert.loaders": "loads"}),
-        ("comfyui", "nvfp4", {"vLLM-Omni": "wrong", "ComfyUI": "loads"}),
+        ("comfyui", "nvfp4", {"vLLM-Omni": "wrong", "ComfyUI": "refuses"}),  # Z-Image has other names there
         ("compressed-tensors", "int8", {"vLLM-Omni": "refuses", "diffusers": "refuses"}),
     ],
     ids=str,

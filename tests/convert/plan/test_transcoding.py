@@ -235,6 +235,7 @@ def rewritten(folder: Path, tensors: dict[str, torch.Tensor], **block: object) -
     config["quantization_config"] |= block
     path.write_text(json.dumps(config))
     save_file(weights_of(folder) | tensors, folder / "transformer" / WEIGHTS, metadata={"format": "pt"})
+    (folder / "omni_convert.json").unlink(missing_ok=True)
     return folder
 
 

@@ -17,11 +17,16 @@ from omni_convert.formats.checks.block import check_block
 from omni_convert.formats.checks.meaning import open_quantized
 from omni_convert.formats.checks.reading import read_tolerantly
 from omni_convert.formats.containers.checkpoint import Checkpoint
+from omni_convert.formats.dialects.base import WrittenSpelling
+from omni_convert.formats.dialects.comfyui import COMFYUI
 from omni_convert.formats.dialects.found import describe
 from omni_convert.formats.errors import CheckpointError
+from omni_convert.formats.families.table import find_family
 from omni_convert.formats.finding import Finding
 from omni_convert.formats.fp8 import Fp8
 from omni_convert.formats.int8 import Int8
+from omni_convert.formats.mxfp8 import Mxfp8
+from omni_convert.formats.nvfp4 import Nvfp4
 
 STEM, GROUP = "blocks.0.proj", 64
 ROTATED = {"format": "int8_tensorwise", "convrot": True, "convrot_groupsize": GROUP}
@@ -173,3 +178,55 @@ def test_the_marker_of_a_whole_file_and_marks_of_single_layers_are_read_together
         assert opened.layers[STEM].dequantize(0, 96).equal(Int8().dequantize(int8))
         assert opened.layers["blocks.1.proj"].dequantize(0, 96).equal(Fp8().dequantize(fp8))
     assert findings(tmp_path / "x.safetensors") == []
+
+
+@pytest.mark.parametrize("told_by", ["bias", "orig_shape"])
+@pytest.mark.parametrize(
+    ("fmt", "padded"), [(Nvfp4(search=False), 32), (Mxfp8(search=False), 32)], ids=["nvfp4", "mxfp8"]
+)
+def test_rows_that_comfyui_adds_are_cut_off(tmp_path: Path, fmt: Nvfp4 | Mxfp8, padded: int, told_by: str) -> None:
+    values = torch.zeros(padded, 256)
+    values[:20] = weight()[:20]
+    canonical, spelling = fmt.quantize(values), COMFYUI.spelling(fmt, (padded, 256))
+    assert isinstance(spelling, WrittenSpelling)
+    tensors = spelling.encode(canonical)
+    if told_by == "bias":
+        tensors["bias"] = torch.zeros(20)
+    else:
+        tensors["comfy_quant"] = mark({**json.loads(bytes(tensors["comfy_quant"].tolist())), "orig_shape": [20, 256]})
+    save_file({f"{STEM}.{leaf}": each for leaf, each in tensors.items()}, tmp_path / "x.safetensors")
+    with open_quantized(tmp_path / "x.safetensors") as opened:
+        assert opened.layers[STEM].shape == (20, 256)
+        assert opened.layers[STEM].dequantize(0, 20).equal(fmt.dequantize(canonical)[:20])
+        assert opened.layers[STEM].dequantize(7, 19).equal(fmt.dequantize(canonical)[7:19])
+    assert findings(tmp_path / "x.safetensors") == []
+
+
+@pytest.mark.parametrize("shape", [[20, 250], [15, 256], [33, 256], [0, 256]], ids=str)
+def test_another_shape_than_padding_explains_is_refused(tmp_path: Path, shape: list[int]) -> None:
+    fmt = Nvfp4(search=False)
+    spelling = COMFYUI.spelling(fmt, (32, 256))
+    assert isinstance(spelling, WrittenSpelling)
+    tensors = spelling.encode(fmt.quantize(weight()[:32]))
+    tensors["comfy_quant"] = mark({"format": "nvfp4", "orig_shape": shape})
+    save_file({f"{STEM}.{leaf}": each for leaf, each in tensors.items()}, tmp_path / "x.safetensors")
+    with pytest.raises(CheckpointError, match=r"found a weight of 32 x 256 for a layer of"):
+        open_quantized(tmp_path / "x.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "is_known"),
+    [
+        ("QwenImageTransformer2DModel", "transformer_blocks.0.attn.to_q.weight", True),
+        ("FluxTransformer2DModel", "double_blocks.0.img_attn.qkv.weight", True),
+        ("FluxTransformer2DModel", "transformer_blocks.0.attn.to_q.weight", False),
+        ("Flux2Transformer2DModel", "single_transformer_blocks.0.attn.to_out.weight", False),
+        ("WanTransformer3DModel", "condition_embedder.time_proj.weight", False),
+        ("WanTransformer3DModel", "time_projection.1.weight", True),
+        ("ZImageTransformer2DModel", "all_x_embedder.2-1.weight", False),
+        ("LTXVideoTransformer3DModel", "proj_in.weight", False),
+    ],
+)
+def test_the_verdict_of_comfyui_looks_at_names(kind: str, name: str, is_known: bool) -> None:
+    family = find_family(kind)
+    assert (COMFYUI.names_flaw(family, [name, "x"]) is None) is is_known

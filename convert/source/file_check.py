@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path, PurePosixPath
 from threading import Event
 
@@ -13,19 +13,22 @@ from omni_convert.formats.containers.weight_files import checked_path
 from omni_convert.formats.errors import CheckpointError
 from omni_convert.formats.finding import Finding, Severity
 
-__all__ = ["check_files"]
+__all__ = ["check_files", "refuse_changed_files"]
 
 BLOCK = 4 << 20
+# Files that people edit on purpose before they convert again.
+CONFIGS = (".json",)
 # Files that people may edit, and no runtime reads.
 TEXTS = (".md",)
 
 
-def check_files(folder: Path, stop: Event) -> list[tuple[str, Finding]]:
+def check_files(folder: Path, stop: Event, places: tuple[str, ...] = ("",)) -> list[tuple[str, Finding]]:
     """Findings about files of the manifest that are missing or changed; none if there is no manifest.
 
     Args:
         folder: an output
         stop: set when the result is no longer needed
+        places: beginnings of the paths that are checked
 
     Returns:
         paths inside the folder, and findings
@@ -39,8 +42,32 @@ def check_files(folder: Path, stop: Event) -> list[tuple[str, Finding]]:
     if not isinstance(recorded, dict) or not all(isinstance(sha256, str) for sha256 in recorded.values()):
         return [_damaged("found no SHA-256 of every file, expected them under 'files'")]
     return [
-        (name, finding) for name, sha256 in sorted(recorded.items()) for finding in _check(folder, name, sha256, stop)
+        (name, finding)
+        for name, sha256 in sorted(recorded.items())
+        if name.startswith(places)
+        for finding in _check(folder, name, sha256, stop)
     ]
+
+
+def refuse_changed_files(path: Path, components: Collection[str]) -> None:
+    """Refuses an output of ours whose weights are not what its manifest records.
+
+    Args:
+        path: a pipeline, a component or a file
+        components: the folders of the pipeline that are read, or "" for the whole
+
+    Raises:
+        CheckpointError: a file is missing or has other bytes; nothing is said where there is no manifest.
+    """
+    folder = path if path.is_dir() else path.parent
+    for root, below in ((folder, ""), (folder.parent, f"{folder.name}/")):
+        if not (root / MANIFEST).is_file():
+            continue
+        wanted = [f"{below}{name}/".removeprefix("/") if name else below for name in components]
+        for name, finding in check_files(root, Event(), tuple(wanted)):
+            if finding.severity == "error" and not name.endswith(CONFIGS):
+                raise CheckpointError(f"{root / name}: {finding.what}; {finding.remedy}, or use --force")
+        return
 
 
 def _damaged(what: str) -> tuple[str, Finding]:
