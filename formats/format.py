@@ -27,7 +27,7 @@ from omni_convert.formats.rows import InputStatistics, TensorLayout, TensorRows,
 __all__ = ["Calibration", "CodedFormat", "ElementFormat", "Format", "QuantizingFormat"]
 
 # Bits of an element → `Format.largest_error`.
-LARGEST_ERRORS = {8: 0.1, 4: 0.3, 2: 1.0}
+LARGEST_ERRORS = {8: 0.1, 6: 0.2, 4: 0.3, 2: 1.0}
 
 
 def _scale_flaw(suffix: str, scale: Tensor) -> str | None:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 __all__ = ["DIALECT_OF_METHOD", "GGUF_TYPES", "GROUP_SIZES", "FormatChoices", "FormatOptions", "check_group_size"]
 
 #: Method to the one dialect that holds it; the others are held by the default dialect.
-DIALECT_OF_METHOD = {"w4a16": "auto-round", "convrot_w4a4": "comfyui"}
+DIALECT_OF_METHOD = {"w4a16": "auto-round", "convrot_w4a4": "comfyui", "w4a8": "comfyui", "w6a8": "comfyui"}
 #: Columns that share a scale of w4a16, as a user may choose: those of Marlin's kernels. Others' files may have any.
 GROUP_SIZES = (32, 64, 128)
 # The names alone, since `formats/gguf.py` imports torch; a test holds both equal.

@@ -19,12 +19,17 @@ from omni_convert.formats.mxfp4_dualscale import Mxfp4DualScale
 from omni_convert.formats.mxfp8 import Mxfp8
 from omni_convert.formats.nvfp4 import Nvfp4
 from omni_convert.formats.options import DIALECT_OF_METHOD, FormatOptions
+from omni_convert.formats.rotated_grid import W4a8, W6a8
 
 __all__ = ["FORMATS", "LOADABLE", "RUNNABLE", "build_format", "layer_formats"]
 
 #: Method to the class that holds its facts and builds its format.
 FORMATS: dict[str, type[QuantizingFormat]] = {
-    kind.method: kind for kind in (Fp8, Int8, Mxfp8, Mxfp4, Mxfp4DualScale, Nvfp4, Fp8Storage, Int4, ConvrotW4A4, Gguf)
+    kind.method: kind
+    for kind in (
+        *(Fp8, Int8, Mxfp8, Mxfp4, Mxfp4DualScale, Nvfp4, Fp8Storage, Int4),
+        *(ConvrotW4A4, W4a8, W6a8, Gguf),
+    )
 }
 
 #: Methods that our layers run. GGUF is for others' kernels.

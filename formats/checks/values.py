@@ -194,7 +194,9 @@ def has_ordered_scales(layer: QuantizedLayer) -> bool:
 def _block(layer: QuantizedLayer) -> int | None:
     """Columns that share a scale in a byte; None where there is no such scale."""
     encoding = layer.format.innermost.encoding
-    return encoding.block[1] if encoding is not None and encoding.has_byte_scales else None
+    # The blocks of a rotated weight have magnitudes so alike that they tell nothing.
+    is_told = encoding is not None and encoding.has_byte_scales and encoding.rotation is None
+    return encoding.block[1] if encoding is not None and is_told else None
 
 
 def _sample(layer: QuantizedLayer, elements: int) -> dict[str, Tensor]:

@@ -21,6 +21,9 @@ CANONICAL_COMPANIONS = (
 COMPANIONS = (
     *CANONICAL_COMPANIONS,
     "weight_global_scale",
+    "weight_s_rel",
+    "weight_s_channel",
+    "weight_codebook",
     "weight_zero_point",
     "weight_offset",
     "weight_shape",

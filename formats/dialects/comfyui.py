@@ -6,6 +6,8 @@ Formats:  float8_e4m3fn, float8_e5m2  weight_scale F32 []; input_scale F32 [] if
           mxfp8             U8 scales in cuBLAS's order, padded
           nvfp4             even element in the high nibble; E4M3 scales in cuBLAS's order, padded; weight_scale_2
           int8_tensorwise   weight_scale F32 [] or [out, 1]; with "convrot": true the weight was rotated
+          asym_w4a8_int8    I8 [out, in / 2] or [out, 3 in / 4]; weight_s_rel E4M3 [out, in / 16]; weight_s_channel
+                            F32 [out]; with four bits weight_codebook F32 [16]; files without one are not read
           convrot_w4a4      I8 [out, in / 2], the even element in the low nibble; weight_scale F32 [out]
 Legacy:   a tensor `scaled_fp8`, whose dtype is that of the weights, and of two elements if the runtime should not
           multiply in FP8; NAME.scale_weight and NAME.scale_input F32 [], the latter absent or 1
@@ -66,10 +68,13 @@ from omni_convert.formats.fp8 import FP8, FP8_E5M2
 from omni_convert.formats.int8 import INT8, RotatedInt8
 from omni_convert.formats.mxfp8 import MXFP8
 from omni_convert.formats.nvfp4 import NVFP4
+from omni_convert.formats.rotated_grid import SCALE_GROUP, W4A8, W6A8, W4a8, W6a8
 
 __all__ = ["COMFYUI"]
 
 NAMES = {"mul_scale": "pre_quant_scale"}
+# The format of W4A8 and W6A8, which the width of a row tells apart.
+GRID = "asym_w4a8_int8"
 # Format in a mark → the method that it stands for.
 METHODS = {
     "float8_e4m3fn": "fp8",
@@ -78,12 +83,15 @@ METHODS = {
     "nvfp4": "nvfp4",
     "int8_tensorwise": "int8",
     "convrot_w4a4": "convrot_w4a4",
+    GRID: "w4a8",
 }
 ELEMENTS = {"float8_e4m3fn": torch.float8_e4m3fn, "float8_e5m2": torch.float8_e5m2}
 # Hardware on which ComfyUI runs a method without dequantizing it.
 HARDWARE = {
     "fp8": "a GPU with FP8 (SM 8.9)",
     "int8": "a GPU with INT8 (SM 7.5)",
+    "w4a8": "a GPU of SM 8.0",
+    "w6a8": "a GPU of SM 8.0",
     "convrot_w4a4": "a GPU with INT4 or INT8 (SM 7.5)",
     "mxfp8": "Blackwell (SM 10.0)",
     "nvfp4": "Blackwell (SM 10.0)",
@@ -97,7 +105,12 @@ FORMAT_NAMES = {
     NVFP4: "nvfp4",
     INT8: "int8_tensorwise",
     CONVROT_W4A4: "convrot_w4a4",
+    W4A8: GRID,
+    W6A8: GRID,
 }
+GRID_METHODS, CODEBOOK = ("w4a8", "w6a8"), "weight_codebook"
+GRID_NAMES = {"weight_scale": "weight_s_rel", "weight_scale_2": "weight_s_channel"}
+GRID_CODECS = {"weight": Plain(torch.int8), "weight_scale_2": Plain(shape=(-1,))}
 # Canonical are unsigned bytes, and a column of scales.
 W4A4_CODECS = {"weight": Plain(torch.int8), "weight_scale": Plain(shape=(-1,))}
 # Keys of the header that ComfyUI reads besides: some models are built from `config`. The hash is that of other bytes.
@@ -148,6 +161,9 @@ class ComfyUi(Dialect):
         if fmt.method == ConvrotW4A4.method:
             assert isinstance(fmt, QuantizingFormat), "others have no name"
             return fmt.unsupported(*shape) or WrittenSpelling(codecs=W4A4_CODECS, extras=extras)
+        if name == GRID:
+            assert isinstance(fmt, QuantizingFormat), "others have no name"
+            return fmt.unsupported(*shape) or WrittenSpelling(GRID_NAMES, GRID_CODECS, extras)
         if name not in SWIZZLED:
             return WrittenSpelling(extras=extras)
         nibbles = {"weight": SwappedNibbles()} if name == "nvfp4" else {}
@@ -211,7 +227,10 @@ class ComfyUi(Dialect):
 def _check_format(stem: str, layer: StoredLayer, mark: Mark) -> Iterator[Finding]:
     """The format in a mark against the layer's tensors."""
     declared, dtype = str(mark.format), layer.format.layout(*layer.shape)["weight"].dtype
-    if METHODS.get(declared) != layer.format.method or ELEMENTS.get(declared, dtype) is not dtype:
+    is_of_mark = METHODS.get(declared) == layer.format.method
+    if declared == GRID:  # whose two widths the tensors tell apart
+        is_of_mark = layer.format.method in GRID_METHODS
+    if not is_of_mark or ELEMENTS.get(declared, dtype) is not dtype:
         what = f"found {layer.format.label} in {dtype}, but its mark says {declared}".replace("torch.", "")
         yield bad_mark(stem, what, "ComfyUI: noise")
 
@@ -240,7 +259,8 @@ def _mark_of(fmt: Format) -> dict[str, Any]:
     if rotation is None:
         return {"format": _format_name(fmt)}
     turned = {"convrot": True} if fmt.method == "int8" else {}
-    return {"format": _format_name(fmt), **turned, "convrot_groupsize": rotation}
+    grid = {"group_size": SCALE_GROUP} if _format_name(fmt) == GRID else {}
+    return {"format": _format_name(fmt), **turned, **grid, "convrot_groupsize": rotation}
 
 
 def _marked_layer(found: Found, mark: Mark | LayerError) -> StoredLayer:
@@ -257,6 +277,8 @@ def _marked_layer(found: Found, mark: Mark | LayerError) -> StoredLayer:
         raise LayerError(found, place, what, "missing-companion")
     if name == ConvrotW4A4.method:
         return _w4a4(found, mark, parts)
+    if name == GRID:
+        return _on_grid(found, mark)
     signature = read_signature(parts, "high" if name == "nvfp4" else "low", swizzled=name in SWIZZLED)
     if signature is None:
         raise unknown_format(found, place, parts)
@@ -281,6 +303,23 @@ def _w4a4(found: Found, mark: Mark, parts: Mapping[str, TensorSpec]) -> StoredLa
     _check_rotation(found, mark.place, group, shape[1])
     places = {suffix: spec.name for suffix, spec in parts.items()}
     layer = StoredLayer(mark.place, ConvrotW4A4(group), shape, Spelling(codecs=W4A4_CODECS), places=places)
+    return replace(layer, unused=_marks_of(found, mark.place), is_full_precision=mark.is_full_precision)
+
+
+def _on_grid(found: Found, mark: Mark) -> StoredLayer:
+    """A layer of W4A8 or W6A8."""
+    roles = {role: found.get(mark.place, GRID_NAMES.get(role, role)) for role in (*GRID_NAMES, "weight", CODEBOOK)}
+    parts = {role: spec for role, spec in roles.items() if spec is not None}
+    weight, steps = parts["weight"], parts.get("weight_scale")
+    if mark.number("group_size", SCALE_GROUP) != SCALE_GROUP or steps is None or len(steps.shape) != 2:
+        raise unknown_format(found, mark.place, parts)
+    shape = (weight.shape[0], steps.shape[1] * SCALE_GROUP)
+    group = mark.number("convrot_groupsize", LARGEST_GROUP)
+    _check_rotation(found, mark.place, group, shape[1])
+    fmt = W4a8(group) if CODEBOOK in parts else W6a8(group)
+    if parts.keys() != fmt.layout(*shape).keys() or weight.shape[1] != fmt.packed_columns(shape[1]):
+        raise unknown_format(found, mark.place, parts)
+    layer = StoredLayer(mark.place, fmt, shape, Spelling(GRID_NAMES, GRID_CODECS))
     return replace(layer, unused=_marks_of(found, mark.place), is_full_precision=mark.is_full_precision)
 
 

@@ -180,6 +180,36 @@ def test_our_w4a4_file_is_unpacked_by_their_kernels_and_found_sound(  # type: ig
     assert all(component.findings == () for component in verified)
 
 
+@pytest.mark.parametrize("method", ["w4a8", "w6a8"])
+def test_our_levels_on_a_grid_are_their_bytes_and_are_read_back(  # type: ignore[no-untyped-def]
+    import_peer, tiny_pipeline_folder: Path, tmp_path: Path, method: str
+) -> None:
+    theirs = import_peer("comfy_kitchen.backends.eager.w4a8_int8")
+    convert_checkpoint(tiny_pipeline_folder, tmp_path / "out", Recipe(method=method, search=False))
+    convert_checkpoint(tmp_path / "out", tmp_path / "kept", Recipe(method="keep", dialect="comfyui"))
+    folder = tmp_path / "out" / "transformer"
+    tensors = load_file(folder / WEIGHTS)
+    assert (tmp_path / "kept" / "transformer" / WEIGHTS).read_bytes() == (folder / WEIGHTS).read_bytes()
+    with open_quantized(folder) as ours, open_quantized(tiny_pipeline_folder / "transformer") as source:
+        assert {layer.format.method for layer in ours.layers.values()} == {method}
+        for stem, layer in ours.layers.items():
+            assert layer.format.encoding is not None
+            group, bits = layer.format.encoding.rotation, int(method[1])
+            original = source.checkpoint.read(f"{stem}.weight").float()
+            book = tensors.get(f"{stem}.weight_codebook")
+            packed, steps, rows, *_ = theirs.quantize_w4a8_int8_weight(
+                original, 16, group, bits=bits, codebook_tensor=book
+            )
+            assert tensors[f"{stem}.weight"].equal(packed), stem
+            assert tensors[f"{stem}.weight_s_rel"].float().equal(steps.float()), stem
+            assert tensors[f"{stem}.weight_s_channel"].equal(rows), stem
+            unpacked = theirs.dequantize_w4a8_int8_weight(packed, steps, rows, book, None, 16, group, torch.float32)
+            torch.testing.assert_close(layer.dequantize(0, layer.shape[0]), unpacked, rtol=0, atol=2**-18)
+    verified = verify_source(Source(tmp_path / "out", "out"), Source(tiny_pipeline_folder, "source"))
+    assert any(component.layers for component in verified)
+    assert all(component.findings == () for component in verified)
+
+
 def test_our_e5m2_file_is_unpacked_by_their_kernels_and_found_sound(  # type: ignore[no-untyped-def]
     kitchen, tiny_pipeline_folder: Path, tmp_path: Path
 ) -> None:

@@ -1,0 +1,270 @@
+"""W4A8 and W6A8 (ComfyUI's `asym_w4a8_int8`): few levels per group on an INT8 grid per row, of a rotated weight.
+
+Tensors:    NAME.weight           U8      [out, in / 2] or [out, 3 in / 4]   packed codes, see below
+            NAME.weight_scale     F8_E4M3 [out, in / 16]    step of a group, relative to the row's
+            NAME.weight_scale_2   F32     [out, 1]          step of the row's INT8 grid
+            NAME.weight_codebook  F32     [16]              W4A8 alone: the levels, sorted
+Arithmetic: W' ≈ v * weight_scale_2 with v = clamp(rne(level * weight_scale), ±127), where level is codebook[code]
+            (W4A8) or code - 32 (W6A8), and W' is the weight rotated in groups of columns (`arithmetic/rotation.py`).
+            The runtime multiplies v by INT8 inputs, which it rotates and quantizes per token.
+Codes:      the low four bits of two columns a byte, even column in the low nibble; W6A8 then has the upper two bits
+            of four columns a byte, the first column lowest
+Consumers:  ComfyUI 0.31 with comfy-kitchen 0.2.31 (W4A8) or 0.2.36 (W6A8), SM 8.0
+Scales:     two rounds of least squares, then the E4M3 neighbours that fit a group best, and for W4A8 a few steps of
+            the row's grid. Without search, the tensors are comfy-kitchen's with its fixed codebook.
+Limits:     in % 16 == 0, for W6A8 in % 32 == 0
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from omni_convert.formats.arithmetic.e2m1 import pack_nibbles, unpack_nibbles
+from omni_convert.formats.arithmetic.element import IntegerType
+from omni_convert.formats.arithmetic.encoding import PER_ROW, Encoding
+from omni_convert.formats.arithmetic.rotation import (
+    LARGEST_GROUP,
+    SMALLEST_GROUP,
+    largest_rotation_group,
+    rotate,
+)
+from omni_convert.formats.arithmetic.tiling import quantize_in_tiles
+from omni_convert.formats.format import QuantizingFormat
+from omni_convert.formats.int8 import RotatedInt8
+from omni_convert.formats.options import FormatOptions
+from omni_convert.formats.rows import TensorLayout
+
+__all__ = ["SCALE_GROUP", "W4A8", "W6A8", "W4a8", "W6a8"]
+
+#: Columns that share a relative step.
+SCALE_GROUP = 16
+W4A8 = Encoding(IntegerType(4, is_signed=False), torch.float8_e4m3fn, (1, SCALE_GROUP), outer_block=PER_ROW)
+W6A8 = replace(W4A8, element=IntegerType(6, is_signed=False))
+GRID_MAX = 127
+SMALLEST_SCALE = 1e-8
+ROUNDS = 2
+# comfy-kitchen's fixed levels, for which it has a fast kernel.
+LEVELS = (
+    -0.980602, -0.794529, -0.638165, -0.500986, -0.377321, -0.263187, -0.155210, -0.050720,
+    0.052541, 0.156985, 0.265284, 0.379533, 0.502636, 0.638953, 0.794876, 0.980671,
+)  # fmt: skip
+# Positive E4M3 bit patterns are in order; the last is 448.
+SMALLEST_BITS, LARGEST_BITS = 1, 0x7E
+# Steps of the row's grid to try, in units of the one that just holds its largest level.
+GRID_FACTORS = (1.0, 0.9, 0.95, 1.05, 1.12)
+
+
+@dataclass(frozen=True)
+class W4a8(QuantizingFormat):
+    """W4A8; the module describes it.
+
+    Attributes:
+        group: columns that are rotated together, a power of four
+        search: choose scales by error
+    """
+
+    group: int = LARGEST_GROUP
+    search: bool = True
+
+    method = "w4a8"
+    elements_per_entry = 2
+    column_multiple: ClassVar[int] = SMALLEST_GROUP
+    own_encoding: ClassVar[Encoding] = W4A8
+    # Steps of E4M3 from the fitted one, and factors of the row's grid, that are tried with and without a search.
+    neighbours: ClassVar[tuple[tuple[int, ...], tuple[int, ...]]] = ((0, -1, 1), (0,))
+    grid_factors: ClassVar[tuple[float, ...]] = GRID_FACTORS
+
+    @classmethod
+    def build(cls, options: FormatOptions) -> W4a8:
+        return cls(search=options.search)
+
+    def for_weight(self, shape: tuple[int, ...]) -> W4a8:
+        return replace(self, group=largest_rotation_group(shape[1]))
+
+    @property
+    def encoding(self) -> Encoding:
+        return replace(self.own_encoding, rotation=self.group)
+
+    def unsupported(self, out_features: int, in_features: int) -> str | None:
+        if in_features % self.column_multiple:
+            return f"{self.method} needs in_features % {self.column_multiple} == 0, found {in_features}"
+        return None
+
+    def layout(self, out_features: int, in_features: int) -> dict[str, TensorLayout]:
+        return {
+            "weight": TensorLayout(torch.uint8, (out_features, self.packed_columns(in_features))),
+            "weight_scale": TensorLayout(torch.float8_e4m3fn, (out_features, in_features // SCALE_GROUP)),
+            "weight_scale_2": TensorLayout(torch.float32, (out_features, 1)),
+            **self._codebook_layout(),
+        }
+
+    def constants(self, fitted: Any) -> dict[str, Tensor]:
+        return {"weight_codebook": torch.tensor(LEVELS)}
+
+    def quantize_rows(self, rows: Tensor, fitted: None) -> dict[str, Tensor]:
+        return quantize_in_tiles(rows, self._quantize_tile)
+
+    def dequantize(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        steps = tensors["weight_scale"].float()
+        levels = self._levels_of(tensors).view(len(steps), -1, SCALE_GROUP)
+        grid = _on_grid(levels * steps[..., None]).flatten(1)
+        return rotate(grid * tensors["weight_scale_2"].float().reshape(-1, 1), self.group)
+
+    def round_inputs(self, inputs: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
+        return RotatedInt8(self.group).round_inputs(inputs, tensors)
+
+    @staticmethod
+    def packed_columns(columns: int) -> int:
+        """Bytes of a row."""
+        return columns // 2
+
+    def _codebook_layout(self) -> dict[str, TensorLayout]:
+        return {"weight_codebook": TensorLayout(torch.float32, (len(LEVELS),), rows_per_entry=0)}
+
+    def _levels_of(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """The level of each element, float32 [rows, in]."""
+        return tensors["weight_codebook"].float()[unpack_nibbles(tensors["weight"]).int()]
+
+    def _table(self) -> Tensor:
+        """The sorted levels."""
+        return torch.tensor(LEVELS)
+
+    def _first_scale(self, amax: Tensor) -> Tensor:
+        """The step of a group from which fitting starts."""
+        return amax
+
+    def _pack(self, indices: Tensor) -> Tensor:
+        """Indices into the table, uint8 [rows, in], to bytes."""
+        return pack_nibbles(indices)
+
+    def _quantize_tile(self, tile: Tensor) -> dict[str, Tensor]:
+        table = self._table().to(tile.device)
+        values = rotate(tile, self.group).view(len(tile), -1, SCALE_GROUP)  # [rows, groups, 16]
+        step, levels = self._fit(values, table)
+        row_step = ((levels * step).abs().amax(dim=(1, 2)) / GRID_MAX).clamp_(min=SMALLEST_SCALE)[:, None, None]
+        best: tuple[Tensor, ...] | None = None
+        for factor in self.grid_factors if self.search else (1.0,):
+            tried = row_step * factor
+            found = self._on_row_grid(values / tried, step / tried, table)
+            error = found[2] * tried.square().squeeze(-1)
+            best = _better_rows(best, (error.sum(dim=1), tried.flatten(), *found[:2]))
+        assert best is not None
+        _, row_step, bits, indices = best
+        return {
+            "weight": self._pack(indices.flatten(1)),
+            "weight_scale": bits.view(torch.float8_e4m3fn),
+            "weight_scale_2": row_step[:, None],
+        }
+
+    def _fit(self, values: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
+        """Steps [rows, groups, 1] by least squares, and the nearest levels."""
+        step = self._first_scale(values.abs().amax(dim=-1, keepdim=True)).clamp_(min=SMALLEST_SCALE)
+        levels = table[_nearest(values / step, table)]
+        for _ in range(ROUNDS):
+            power = levels.square().sum(-1, keepdim=True).clamp_(min=SMALLEST_SCALE)
+            step = ((values * levels).sum(-1, keepdim=True) / power).clamp_(min=SMALLEST_SCALE)
+            levels = table[_nearest(values / step, table)]
+        return step, levels
+
+    def _on_row_grid(self, target: Tensor, step: Tensor, table: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The E4M3 bits of each group's step, the index of each element's level, and the error of each group.
+
+        Args:
+            target: the weight in steps of the row's grid [rows, groups, 16]
+            step: of each group, likewise [rows, groups, 1]
+        """
+        start = step.squeeze(-1).to(torch.float8_e4m3fn).view(torch.uint8).to(torch.int16)
+        best: tuple[Tensor, Tensor, Tensor] | None = None
+        for offset in self.neighbours[0 if self.search else 1]:
+            bits = start if not offset else (start + offset).clamp_(SMALLEST_BITS, LARGEST_BITS)
+            bits = bits.to(torch.uint8)
+            grid = _on_grid(table * bits.view(torch.float8_e4m3fn).float()[..., None])  # [rows, groups, levels]
+            indices = _nearest_of_group(target, grid)
+            error = grid.gather(2, indices).sub_(target).square_().sum(-1)
+            indices = indices.to(torch.uint8)
+            if best is None:
+                best = (bits, indices, error)
+                continue
+            is_better = error < best[2]
+            best = (
+                torch.where(is_better, bits, best[0]),
+                torch.where(is_better[..., None], indices, best[1]),
+                torch.minimum(error, best[2]),
+            )
+        assert best is not None
+        return best
+
+
+@dataclass(frozen=True)
+class W6a8(W4a8):
+    """W6A8: the levels are the integers from -31 to 31."""
+
+    method = "w6a8"
+    elements_per_entry = 1
+    column_multiple = 32
+    own_encoding = W6A8
+    neighbours = ((0, -1, 1), (0, -1, 1))  # comfy-kitchen's own encoder tries them
+    grid_factors = (1.0,)
+
+    def constants(self, fitted: Any) -> dict[str, Tensor]:
+        return {}
+
+    @staticmethod
+    def packed_columns(columns: int) -> int:
+        return columns * 3 // 4
+
+    def _codebook_layout(self) -> dict[str, TensorLayout]:
+        return {}
+
+    def _levels_of(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        packed = tensors["weight"]
+        half = packed.shape[1] * 2 // 3
+        low, high = packed[:, :half], packed[:, half:]
+        upper = torch.stack([high >> shift & 3 for shift in (0, 2, 4, 6)], dim=-1).flatten(1)
+        return (unpack_nibbles(low) | upper << 4).float() - 32
+
+    def _table(self) -> Tensor:
+        return torch.arange(-31.0, 32.0)
+
+    def _first_scale(self, amax: Tensor) -> Tensor:
+        return amax / 31
+
+    def _pack(self, indices: Tensor) -> Tensor:
+        codes = indices + 1
+        high = codes >> 4
+        upper = high[:, ::4] | high[:, 1::4] << 2 | high[:, 2::4] << 4 | high[:, 3::4] << 6
+        return torch.cat([pack_nibbles(codes & 15), upper], dim=1)
+
+
+def _on_grid(values: Tensor) -> Tensor:
+    return values.round_().clamp_(-GRID_MAX, GRID_MAX)
+
+
+def _nearest(values: Tensor, table: Tensor) -> Tensor:
+    """Index of the nearest entry of a sorted table, the lower one of two that are as near."""
+    above = torch.searchsorted(table, values.contiguous())
+    low, high = (above - 1).clamp_(min=0), above.clamp_(max=len(table) - 1)
+    return torch.where((values - table[high]).abs() < (values - table[low]).abs(), high, low)
+
+
+def _nearest_of_group(target: Tensor, grid: Tensor) -> Tensor:
+    """As `_nearest`, with a table of its own for each group."""
+    above = torch.searchsorted(grid, target.contiguous())
+    low, high = (above - 1).clamp_(min=0), above.clamp_(max=grid.shape[-1] - 1)
+    is_above = (target - grid.gather(2, high)).abs() < (target - grid.gather(2, low)).abs()
+    return torch.where(is_above, high, low)
+
+
+def _better_rows(best: tuple[Tensor, ...] | None, tried: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """For each row, the tensors of the attempt with the smaller error, which comes first."""
+    if best is None:
+        return tried
+    is_better = tried[0] < best[0]
+    return tuple(
+        torch.where(is_better.view(-1, *[1] * (new.dim() - 1)), new, old) for new, old in zip(tried, best, strict=True)
+    )
