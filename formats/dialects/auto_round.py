@@ -402,7 +402,14 @@ def _scheme_of(block: Mapping[str, Any], stem: str) -> tuple[Any, bool]:
     """Bits of a layer and whether it is symmetric: what the block says of it alone, or else of all."""
     layers = block.get("extra_config")
     entries = layers.items() if isinstance(layers, Mapping) else ()
-    own = next((entry for name, entry in entries if isinstance(entry, Mapping) and _is_named(stem, str(name))), {})
+    own: Mapping[str, Any] = next(
+        (
+            entry
+            for name, entry in entries
+            if isinstance(entry, Mapping) and not _is_unquantized(entry) and _is_named(stem, str(name))
+        ),
+        {},
+    )
     return own.get("bits", block.get("bits", WRITTEN_BITS)), own.get("sym", block.get("sym")) is True
 
 

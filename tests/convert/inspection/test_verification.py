@@ -257,7 +257,13 @@ def gptq(weight: Tensor, group: int) -> dict[str, Tensor]:
 
 def transformers(scale_dtype: torch.dtype = torch.float32, hidden: int = 256) -> Model:
     model = renamed("fp8 blocks", {}, hidden, weight_scale_inv=lambda scale: scale.to(scale_dtype))
+    kept = [
+        name.removesuffix(".weight")
+        for name, tensor in model.tensors.items()
+        if name.endswith(".weight") and tensor.ndim == 2 and tensor.element_size() > 1
+    ]
     block = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [64, 64]}
+    block["modules_to_not_convert"] = kept
     model.config = {"architectures": ["Qwen3ForCausalLM"], "quantization_config": block}
     return model
 
