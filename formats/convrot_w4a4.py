@@ -6,7 +6,7 @@ Arithmetic: W' ≈ code * weight_scale, where W' is the weight rotated in groups
             (`arithmetic/rotation.py`); codes lie in -7..7
 Consumers:  ComfyUI with comfy-kitchen (SM 7.5). Without search, codes and scales are comfy-kitchen's.
 Limits:     in % 64 == 0
-Error:      about 12 % of a weight, and more of the inputs: for few layers only
+Error:      about 11 % of a weight, and more of the inputs: for few layers only
 """
 
 from __future__ import annotations
