@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from omni_convert.formats.dialects.base import Dialect, Found, LayerError, StoredLayer
+from omni_convert.formats.dialects.verdict import DIFFUSERS, OURS, UNMARKED, VLLM_OMNI, Verdict
 from omni_convert.formats.errors import CheckpointError
 
 __all__ = ["UNREAD"]
@@ -40,6 +41,12 @@ class Unread(Dialect):
 
     name = "unread"
     consumers = "the tool that wrote it"
+    usual_verdicts = (
+        Verdict(VLLM_OMNI, "refuses", "has no loader for such files"),
+        Verdict(DIFFUSERS, "refuses", "unless it has a quantizer for them and the tool is installed"),
+        Verdict(OURS, "refuses", "does not read it; take the original model"),
+        UNMARKED,
+    )
 
     def recognises(self, found: Found) -> bool:
         return _kind(found) is not None
