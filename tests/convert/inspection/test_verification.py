@@ -42,6 +42,7 @@ from omni_convert.formats.mxfp4 import Mxfp4
 from omni_convert.formats.mxfp4_dualscale import Mxfp4DualScale
 from omni_convert.formats.mxfp8 import Mxfp8
 from omni_convert.formats.nvfp4 import Nvfp4
+from omni_convert.formats.rotated_grid import W4a8, W6a8
 from omni_convert.formats.rows import TensorRows
 from omni_convert.formats.views.opened import read_layers
 from omni_convert.loaders.loading.refusal import refuse_undeclared
@@ -61,6 +62,8 @@ FORMATS: dict[str, Format] = {
     "int8": Int8(shared_in_group=True),
     "int8 rotated": RotatedInt8(256),
     "convrot_w4a4": ConvrotW4A4(256),
+    "grid w4a8": W4a8(256),
+    "grid w6a8": W6a8(256),
     "mxfp8": Mxfp8(search=False),
     "mxfp8 searched": Mxfp8(),
     "mxfp4": Mxfp4(search=False),
@@ -317,13 +320,17 @@ def packed_integers() -> Model:
 
 
 WRITTEN = [
-    *(("vllm-omni", method) for method in FORMATS if method[:5] not in ("nvfp4", "w4a16") and "rot" not in method),
+    *(
+        ("vllm-omni", method)
+        for method in FORMATS
+        if method[:5] not in ("nvfp4", "w4a16") and not any(word in method for word in ("rot", "grid"))
+    ),
     *(("auto-round", method) for method in ("w4a16", "mxfp8", "mxfp4", "nvfp4 static")),
     ("transformers", "fp8 blocks"),
     ("transformers", "mxfp8"),
     *(("modelopt", method) for method in ("fp8", "fp8 static", "mxfp8", "nvfp4", "nvfp4 static")),
     *(("comfyui", method) for method in ("fp8", "fp8 static", "int8", "int8 rotated", "mxfp8", "nvfp4")),
-    *(("comfyui", method) for method in ("nvfp4 static", "convrot_w4a4")),
+    *(("comfyui", method) for method in ("nvfp4 static", "convrot_w4a4", "grid w4a8", "grid w6a8")),
     *(
         ("compressed-tensors", method)
         for method in ("fp8", "fp8 static", "fp8 blocks", "int8", "mxfp8", "mxfp4", "nvfp4", "nvfp4 static")
