@@ -399,7 +399,10 @@ def _integers(found: Found, stem: str) -> StoredLayer:
 
 
 def _scheme_of(block: Mapping[str, Any], stem: str) -> tuple[Any, bool]:
-    """Bits of a layer and whether it is symmetric: what the block says of it alone, or else of all."""
+    """Bits of a layer and whether it is symmetric: what the block says of it alone, or else of all.
+
+    An entry that declares the layer unquantized contradicts its tensors, which `check` reports; it says nothing of bits.
+    """
     layers = block.get("extra_config")
     entries = layers.items() if isinstance(layers, Mapping) else ()
     own: Mapping[str, Any] = next(

@@ -45,7 +45,9 @@ def test_layers_of_vace(check_layers: CheckLayers) -> None:
 
 
 def test_modelopt_blocks_are_refused_and_nothing_else() -> None:
-    assert "fp8" in str(WAN.refusal("vllm-omni", "nvfp4"))
+    assert "fp8" in str(WAN.refusal("vllm-omni", "nvfp4", "vllm-omni"))
+    assert "auto-round" in str(WAN.refusal("vllm-omni", "nvfp4", "modelopt"))
+    assert WAN.refusal("vllm-omni", "nvfp4", "auto-round") is None
     assert "--dialect vllm-omni" in str(WAN.refusal("vllm-omni", "fp8", "modelopt"))
     assert WAN.refusal("vllm-omni", "fp8", "vllm-omni") is None
     assert WAN.refusal("diffusers", "nvfp4") is None
