@@ -64,7 +64,7 @@ def check_names(reading: TolerantReading, config: Mapping[str, Any]) -> Iterator
     Args:
         config: config of the component; {} if there is none
     """
-    if reading.found.block and reading.quantized.dialect is None:
+    if reading.is_unreadable or (reading.found.block and reading.quantized.dialect is None):
         return  # its tool may have any names
     yield from check_markers(reading, config)
     kept = [name for name in reading.quantized.kept if name.rpartition(".")[2] not in COMPANIONS]

@@ -27,18 +27,22 @@ class TolerantReading:
         quantized: the checkpoint, with the layers whose values can be checked
         shapes: stem to [out, in] of these and of the layers that are damaged but known
         findings: what is wrong with the rest
+        is_unreadable: the dialect cannot read the component as a whole, so that names and other layers tell nothing
     """
 
     found: Found
     quantized: QuantizedCheckpoint
     shapes: dict[str, tuple[int, int]]
     findings: list[Finding]
+    is_unreadable: bool = False
 
 
 def read_tolerantly(found: Found) -> TolerantReading:
     """Reads headers, configs and tiny markers of a checkpoint, whatever is wrong with it."""
     reading = read_layers(found)
     dialect, quantized = reading.dialect, reading.quantized
+    if reading.is_unreadable:
+        return TolerantReading(found, quantized, {}, list(doubts(reading)), is_unreadable=True)
     findings = [*doubts(reading), *strays(reading)]
     if dialect is None:
         return TolerantReading(found, quantized, {}, findings)

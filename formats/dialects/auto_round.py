@@ -401,7 +401,7 @@ def _integers(found: Found, stem: str) -> StoredLayer:
 def _scheme_of(block: Mapping[str, Any], stem: str) -> tuple[Any, bool]:
     """Bits of a layer and whether it is symmetric: what the block says of it alone, or else of all.
 
-    An entry that declares the layer unquantized contradicts its tensors, which `check` reports; it says nothing of bits.
+    An entry that declares the layer unquantized contradicts its tensors, which `check` reports; it is passed over here.
     """
     layers = block.get("extra_config")
     entries = layers.items() if isinstance(layers, Mapping) else ()

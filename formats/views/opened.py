@@ -160,6 +160,11 @@ class Reading:
     errors: tuple[CheckpointError, ...] = ()
 
     @property
+    def is_unreadable(self) -> bool:
+        """Whether the dialect cannot read the component as a whole."""
+        return any(not isinstance(error, LayerError) for error in self.errors)
+
+    @property
     def quantized(self) -> QuantizedCheckpoint:
         """The checkpoint with the layers that can be read."""
         checkpoint, block = self.found.checkpoint, self.found.block

@@ -204,7 +204,7 @@ def test_names_of_a_tool_that_is_not_known_are_its_own(tiny_pipeline_folder: Pat
     config = json.loads((tmp_path / "model" / "config.json").read_text())
     block = {"quant_method": "quanto", "weights_dtype": "int8"}
     (tmp_path / "model" / "config.json").write_text(json.dumps(config | {"quantization_config": block}))
-    assert [found.check for found in findings_of(tmp_path / "model")] == ["unknown-method"]
+    assert [found.check for found in findings_of(tmp_path / "model")] == ["unreadable-layer"]
 
 
 def test_one_of_several_names_of_a_tensor_is_enough(tmp_path: Path) -> None:
