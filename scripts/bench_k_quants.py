@@ -92,7 +92,7 @@ def ours(kind: str, *, search: bool) -> Quantize:
     def quantize(weight: Tensor, importance: Tensor | None) -> Tensor:
         rows = max(1, CACHED // weight.shape[1])
         tiles = []
-        for tile in weight.split(rows):
+        for tile in torch.split(weight, rows):
             counts = None if importance is None else importance.expand_as(tile).reshape(-1, block.numbers)
             tiles.append(block.quantize(tile.reshape(-1, block.numbers), counts, search=search).view(len(tile), -1))
         return torch.cat(tiles)

@@ -47,7 +47,8 @@ def _parts(parent: str, *names: str) -> tuple[str, ...]:
 
 
 def _known(name: str, layers: Mapping[str, tuple[str, ...]]) -> Family:
-    return Family(*MODELS[name], layers)
+    model_class, arguments = MODELS[name]
+    return Family(model_class, arguments, layers)
 
 
 _DOUBLE = {
@@ -283,7 +284,7 @@ def _oft(weight: Tensor, draw: Draw, _: tuple[str, str]) -> Made:
     blocks = draw(weight.shape[0] // BLOCK, BLOCK, BLOCK)
     skew = blocks.double() - blocks.double().transpose(1, 2)
     eye = torch.eye(BLOCK, dtype=torch.float64)
-    rotation = torch.block_diag(*((eye + skew) @ torch.linalg.inv(eye - skew)))
+    rotation = torch.block_diag(*((eye + skew) @ torch.linalg.inv(eye - skew)))  # type: ignore[no-untyped-call]
     return {".oft_blocks": blocks, ".alpha": torch.tensor(0.0)}, (rotation.T @ weight.flatten(1)).view_as(weight)
 
 
@@ -295,7 +296,7 @@ def _oft_peft(weight: Tensor, draw: Draw, _: tuple[str, str]) -> Made:
     skew[:, rows, columns] = upper.double()
     skew = skew - skew.transpose(1, 2)
     series = 2 * skew + 2 * skew @ skew + 2 * skew @ skew @ skew + skew @ skew @ skew @ skew
-    rotation = torch.block_diag(*(torch.eye(BLOCK, dtype=torch.float64) + series))
+    rotation = torch.block_diag(*(torch.eye(BLOCK, dtype=torch.float64) + series))  # type: ignore[no-untyped-call]
     return {".oft_R.weight": upper}, (flat @ rotation.T).view_as(weight)
 
 
@@ -348,7 +349,7 @@ def file_of(
             written = prefix + stem.replace(".", separator)
             tensors |= {written + leaf: tensor.contiguous() for leaf, tensor in made.items()}
             sizes = [weights[f"{part}.weight"].shape[0] for part in joined]
-            changed |= {f"{part}.weight": rows for part, rows in zip(joined, result.split(sizes), strict=True)}
+            changed |= {f"{part}.weight": rows for part, rows in zip(joined, torch.split(result, sizes), strict=True)}
     return tensors, changed
 
 
