@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from omni_convert.formats.arithmetic.ggml.mixtures import MIXTURES
 from omni_convert.formats.errors import RecipeError
-from omni_convert.formats.gguf_mixes import MIXTURES
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -56,7 +56,7 @@ LAYERS = ("formats", "loaders", "convert")
 #: More modules than this, and nobody finds the right one. Lists of like things may be longer: one file each, one line
 #: each in the room's table.
 MOST_MODULES = 20
-LISTS = ("formats", "formats.families", "formats.dialects")
+LISTS = ("formats.families", "formats.dialects")
 
 
 def modules() -> list[Path]:

@@ -13,6 +13,7 @@ from torch import Tensor
 from omni_convert.convert.plan.gguf_names import GgufNames, choose_names
 from omni_convert.convert.plan.steps import QuantizeStep, Step, outputs
 from omni_convert.convert.plan.target import Scope, Target, linears_in_blocks
+from omni_convert.formats.arithmetic.ggml.mixtures import MIXTURES, types_of
 from omni_convert.formats.containers.checkpoint import Checkpoint
 from omni_convert.formats.containers.names import WEIGHT
 from omni_convert.formats.containers.shards import Shards
@@ -24,7 +25,6 @@ from omni_convert.formats.families.layers import LayerGroup
 from omni_convert.formats.families.patterns import matches
 from omni_convert.formats.format import Format
 from omni_convert.formats.gguf import DEFAULT_TYPE, Gguf
-from omni_convert.formats.gguf_mixes import MIXTURES, types_of
 
 __all__ = ["GgufTarget"]
 

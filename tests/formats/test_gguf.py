@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from omni_convert.formats.arithmetic.ggml.mixtures import MIXTURES
 from omni_convert.formats.gguf import BLOCK_TYPES, GGUF_TYPES, Gguf
-from omni_convert.formats.gguf_mixes import MIXTURES
 from omni_convert.formats.rows import TensorRows, iterate_rows
 
 # The largest relative RMS error of each type on normal numbers, in percent.
