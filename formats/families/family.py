@@ -98,7 +98,7 @@ class RuntimeRefusal:
 
 def unknown_scope(model: str) -> tuple[RuntimeRefusal, ...]:
     """The refusal of a model whose layers in vLLM-Omni nobody has tabulated."""
-    reason = f"which layers vLLM-Omni builds quantized for {model:.100} is not known here"
+    reason = f"which layers vLLM-Omni builds quantized for {model} is not known here"
     return (RuntimeRefusal(VLLM_OMNI, reason),)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from omni_convert.formats.errors import quoted
 from omni_convert.formats.families.cosmos_3 import COSMOS_3
 from omni_convert.formats.families.family import Family, unknown_scope
 from omni_convert.formats.families.flux_1 import FLUX_1
@@ -85,7 +86,9 @@ def find_family(model_class: str) -> Family:
     for family in FAMILIES:
         if model_class in family.model_classes:
             return family
-    return Family("generic", (model_class,), refusals=unknown_scope(model_class or "this model"))
+    return Family(
+        "generic", (model_class,), refusals=unknown_scope(quoted(model_class) if model_class else "this model")
+    )
 
 
 def model_class(config: Mapping[str, Any]) -> str:

@@ -108,7 +108,7 @@ def test_unknown_class_is_generic_and_refused_for_vllm_omni() -> None:
     assert family.is_generic
     refusal = family.refusal("vllm-omni", "fp8")
     assert refusal is not None
-    assert "builds quantized for SomethingNew2DModel is not known here" in refusal.reason
+    assert "builds quantized for 'SomethingNew2DModel' is not known here" in refusal.reason
     assert "--runtime diffusers" in refusal.advice
     assert "--force" in refusal.advice
     assert family.refusal("diffusers", "fp8") is None
