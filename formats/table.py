@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from omni_convert.formats.containers.names import CANONICAL_COMPANIONS
+from omni_convert.formats.containers.names import CANONICAL_COMPANIONS, WEIGHT
 from omni_convert.formats.containers.tensor_spec import TensorSpec
 from omni_convert.formats.convrot_w4a4 import ConvrotW4A4
 from omni_convert.formats.format import Format, QuantizingFormat
@@ -61,9 +61,9 @@ def layer_formats(specs: Mapping[str, TensorSpec], method: str | None = None) ->
     kinds = sorted(FORMATS.values(), key=lambda kind: kind is not declared)
     formats: dict[str, Format] = {}
     for name, spec in specs.items():
-        stem, _, leaf = name.rpartition(".")
+        stem = name.removesuffix(WEIGHT)
         is_matrix = len(spec.shape) == 2 or (declared is not None and declared.is_storage and len(spec.shape) > 2)
-        if leaf != "weight" or not is_matrix:
+        if stem == name or not is_matrix:
             continue
         beside = [suffix for suffix in CANONICAL_COMPANIONS if f"{stem}.{suffix}" in specs]
         tensors = {suffix: specs[f"{stem}.{suffix}"] for suffix in ("weight", *beside)}

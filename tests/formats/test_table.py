@@ -55,3 +55,11 @@ def test_the_shape_of_the_scale_tells_fp8_per_row_from_per_tensor(
         "a.weight_scale": TensorSpec("a.weight_scale", torch.float32, scale),
     }
     assert layer_formats(specs, "fp8") == {"a": expected}
+
+
+def test_a_weight_without_a_stem_is_no_layer() -> None:
+    specs = {
+        "weight": TensorSpec("weight", torch.float8_e4m3fn, (16, 16)),
+        ".weight_scale": TensorSpec(".weight_scale", torch.float32, ()),
+    }
+    assert layer_formats(specs) == {}
