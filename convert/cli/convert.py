@@ -18,7 +18,6 @@ from omni_convert.convert.recipe import (
     METHODS,
     ROUNDINGS,
     RUNTIMES,
-    Recipe,
 )
 from omni_convert.convert.source.readahead import start_reading
 from omni_convert.formats.dialects.table import WRITTEN
@@ -104,7 +103,7 @@ def convert_command(
     MODEL is a diffusers folder, a Hub repo id, a component folder, or a .safetensors or .gguf file. Without MODEL, the
     bundled demo pipeline is converted.
     """
-    _convert(model, output, recipe_of(model, options), dry_run=dry_run, quiet=quiet, as_json=as_json)
+    _convert(model, output, options, dry_run=dry_run, quiet=quiet, as_json=as_json)
 
 
 @click.command("dequantize")
@@ -135,8 +134,8 @@ def dequantize_command(
 
     The model may come from any tool whose files `inspect` can read.
     """
-    recipe = recipe_of(model, {"method": "dequantize", "ignored_layers": (), "calib": None, **options})
-    _convert(model, output, recipe, dry_run=dry_run, quiet=quiet, as_json=as_json)
+    options = {"method": "dequantize", "ignored_layers": (), "calib": None, **options}
+    _convert(model, output, options, dry_run=dry_run, quiet=quiet, as_json=as_json)
 
 
 @click.command("push")
@@ -158,11 +157,12 @@ def push_command(path: Path, repo_id: str, private: bool, revision: str | None, 
 
 
 def _convert(
-    model: str | None, output: str | None, recipe: Recipe, *, dry_run: bool, quiet: bool, as_json: bool
+    model: str | None, output: str | None, options: dict[str, Any], *, dry_run: bool, quiet: bool, as_json: bool
 ) -> None:
-    announce_demo(model, "converting", quiet=quiet or as_json)
     if model is not None and not dry_run:
-        start_reading(Path(model))
+        start_reading(Path(model))  # first of all: the checks of a recipe import torch
+    recipe = recipe_of(model, options)
+    announce_demo(model, "converting", quiet=quiet or as_json)
     quieten_hub(hide_bars=quiet or as_json)
     from omni_convert.convert.conversion import Conversion
     from omni_convert.convert.report import conversion_report, plan_report
