@@ -253,7 +253,7 @@ def _nearest(values: Tensor, table: Tensor) -> Tensor:
 
 
 def _nearest_of_group(target: Tensor, grid: Tensor) -> Tensor:
-    """As `_nearest`, with a table of its own for each group."""
+    """Does what `_nearest` does, with a table for each group."""
     above = torch.searchsorted(grid, target.contiguous())
     low, high = (above - 1).clamp_(min=0), above.clamp_(max=grid.shape[-1] - 1)
     is_above = (target - grid.gather(2, high)).abs() < (target - grid.gather(2, low)).abs()

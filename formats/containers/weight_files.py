@@ -171,7 +171,7 @@ def _nothing_message(folder: Path, entries: Sequence[str]) -> str:
 
 
 def _saved_by(folder: Path, entries: Sequence[str]) -> tuple[str, str] | None:
-    """Whose tensors a pickle holds, by the config beside it, and what to do; None if the config does not say."""
+    """The tool that saved a pickle, by the config beside it, and what to do; None if the config does not say."""
     block = read_json(folder / CONFIG).get("quantization_config") if CONFIG in entries else None
     return PICKLED.get(str(block.get("quant_method"))) if isinstance(block, dict) else None
 
