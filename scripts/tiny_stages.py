@@ -118,8 +118,13 @@ def qwen_2_5_omni() -> transformers.PreTrainedModel:
 def _built(model_class: Any, config: transformers.PretrainedConfig) -> transformers.PreTrainedModel:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model: transformers.PreTrainedModel = model_class(config).to(torch.bfloat16)
-    return model
+        model: transformers.PreTrainedModel = model_class(config)
+        # transformers leaves the talker's stacked experts uninitialized: whatever is in memory there may be NaN.
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.dim() > 1:
+                    parameter.normal_(std=0.02)
+    return model.to(torch.bfloat16)
 
 
 def _save_qwen_3_tts(folder: Path) -> None:
