@@ -18,7 +18,7 @@ __all__ = ["DIALECT_OF_METHOD", "GGUF_TYPES", "GROUP_SIZES", "FormatChoices", "F
 DIALECT_OF_METHOD = {"w4a16": "auto-round", "convrot_w4a4": "comfyui", "w4a8": "comfyui", "w6a8": "comfyui"}
 #: Columns that share a scale of w4a16, as a user may choose: those of Marlin's kernels. Others' files may have any.
 GROUP_SIZES = (32, 64, 128)
-# The names alone, since `formats/gguf.py` imports torch; a test holds both equal.
+# The names alone, since `formats/schemes/gguf.py` imports torch; a test holds both equal.
 GGUF_TYPES = (
     "Q8_0", "Q6_K", "Q5_K", "Q4_K", "Q3_K", "Q2_K", "IQ4_XS", "IQ4_NL",
     "Q5_1", "Q5_0", "Q4_1", "Q4_0", "MXFP4", "BF16", "F16",

@@ -7,19 +7,19 @@ from typing import Any
 
 from omni_convert.formats.containers.names import CANONICAL_COMPANIONS, WEIGHT
 from omni_convert.formats.containers.tensor_spec import TensorSpec
-from omni_convert.formats.convrot_w4a4 import ConvrotW4A4
 from omni_convert.formats.format import Format, QuantizingFormat
-from omni_convert.formats.fp8 import Fp8
-from omni_convert.formats.fp8_storage import Fp8Storage
-from omni_convert.formats.gguf import Gguf
-from omni_convert.formats.int4 import Int4
-from omni_convert.formats.int8 import Int8
-from omni_convert.formats.mxfp4 import Mxfp4
-from omni_convert.formats.mxfp4_dualscale import Mxfp4DualScale
-from omni_convert.formats.mxfp8 import Mxfp8
-from omni_convert.formats.nvfp4 import Nvfp4
 from omni_convert.formats.options import DIALECT_OF_METHOD, FormatOptions
-from omni_convert.formats.rotated_grid import W4a8, W6a8
+from omni_convert.formats.schemes.convrot_w4a4 import ConvrotW4A4
+from omni_convert.formats.schemes.fp8 import Fp8
+from omni_convert.formats.schemes.fp8_storage import Fp8Storage
+from omni_convert.formats.schemes.gguf import Gguf
+from omni_convert.formats.schemes.int4 import Int4
+from omni_convert.formats.schemes.int8 import Int8
+from omni_convert.formats.schemes.mxfp4 import Mxfp4
+from omni_convert.formats.schemes.mxfp4_dualscale import Mxfp4DualScale
+from omni_convert.formats.schemes.mxfp8 import Mxfp8
+from omni_convert.formats.schemes.nvfp4 import Nvfp4
+from omni_convert.formats.schemes.rotated_grid import W4a8, W6a8
 
 __all__ = ["FORMATS", "LOADABLE", "RUNNABLE", "build_format", "layer_formats"]
 

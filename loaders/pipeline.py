@@ -16,8 +16,8 @@ from torch import nn
 from omni_convert.formats.config import QuantizationConfig
 from omni_convert.formats.containers.component import DENOISERS
 from omni_convert.formats.errors import CheckpointError, RecipeError
-from omni_convert.formats.fp8_storage import Fp8Storage
-from omni_convert.formats.gguf import Gguf
+from omni_convert.formats.schemes.fp8_storage import Fp8Storage
+from omni_convert.formats.schemes.gguf import Gguf
 from omni_convert.loaders.kernels.kernel import Activations
 from omni_convert.loaders.layers.quantized_linear import QuantizedLinear
 from omni_convert.loaders.loading.diffusers_quantizer import DiffusersConfig

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from omni_convert.formats.errors import OmniConvertError
-from omni_convert.formats.fp8 import E4M3_MAX, Fp8, Fp8Block
+from omni_convert.formats.schemes.fp8 import E4M3_MAX, Fp8, Fp8Block
 from omni_convert.loaders.kernels import fused_activation
 from omni_convert.loaders.kernels.table import OVERRIDE
 from omni_convert.loaders.layers.quantized_linear import QuantizedLinear, quantize_linear

@@ -36,7 +36,7 @@ from omni_convert.formats.dialects.verdict import (
 )
 from omni_convert.formats.dialects.vllm_omni import vllm_omni_verdict
 from omni_convert.formats.families.stage import Stage
-from omni_convert.formats.fp8 import FP8_PER_ROW
+from omni_convert.formats.schemes.fp8 import FP8_PER_ROW
 from omni_convert.formats.views.base import FLOAT8
 from omni_convert.formats.views.opened import QuantizedCheckpoint, QuantizedLayer, read_layers
 

@@ -13,7 +13,7 @@ from omni_convert.convert.source.component_methods import component_methods
 from omni_convert.convert.source.location import Source
 from omni_convert.formats.containers.names import WEIGHT
 from omni_convert.formats.errors import RecipeError
-from omni_convert.formats.gguf import Gguf
+from omni_convert.formats.schemes.gguf import Gguf
 from omni_convert.formats.statistics.statistics import Statistics
 
 __all__ = ["GgufComponent"]

@@ -24,7 +24,7 @@ from omni_convert.formats.errors import RecipeError, quoted
 from omni_convert.formats.families.layers import LayerGroup
 from omni_convert.formats.families.patterns import matches
 from omni_convert.formats.format import Format
-from omni_convert.formats.gguf import DEFAULT_TYPE, Gguf
+from omni_convert.formats.schemes.gguf import DEFAULT_TYPE, Gguf
 
 __all__ = ["GgufTarget"]
 

@@ -18,7 +18,7 @@ from omni_convert.formats.containers.tensor_spec import TensorSpec
 from omni_convert.formats.dialects.base import WrittenSpelling
 from omni_convert.formats.families.layers import LayerGroup
 from omni_convert.formats.format import QuantizingFormat
-from omni_convert.formats.gguf import Gguf
+from omni_convert.formats.schemes.gguf import Gguf
 from omni_convert.formats.table import FORMATS
 
 __all__ = ["plan_quantized", "target_of"]

@@ -32,8 +32,8 @@ from omni_convert.formats.families.generic_rule import generic_groups
 from omni_convert.formats.families.layers import LayerGroup, linear_widths
 from omni_convert.formats.families.stage import Stage
 from omni_convert.formats.format import Format, QuantizingFormat
-from omni_convert.formats.int8 import Int8
 from omni_convert.formats.options import DIALECT_OF_METHOD
+from omni_convert.formats.schemes.int8 import Int8
 from omni_convert.formats.table import build_format
 
 __all__ = ["RuntimeTarget", "Scope", "StorageTarget", "Target", "linears_in_blocks", "other_linears"]

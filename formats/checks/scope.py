@@ -16,9 +16,9 @@ from omni_convert.formats.errors import OmniConvertError, listed, nearest
 from omni_convert.formats.families.family import Family
 from omni_convert.formats.families.layers import LayerGroup
 from omni_convert.formats.finding import Finding
-from omni_convert.formats.fp8 import FP8, fp8_block_size
-from omni_convert.formats.int8 import INT8
 from omni_convert.formats.rows import tile_ranges
+from omni_convert.formats.schemes.fp8 import FP8, fp8_block_size
+from omni_convert.formats.schemes.int8 import INT8
 from omni_convert.formats.views.opened import QuantizedLayer
 
 __all__ = ["are_scales_equal", "check_built", "check_merged", "check_scope"]

@@ -10,7 +10,7 @@ from omni_convert.formats.dialects.base import Dialect
 from omni_convert.formats.dialects.table import DIALECTS
 from omni_convert.formats.families.stage import BLOCK, Stage
 from omni_convert.formats.finding import Finding
-from omni_convert.formats.fp8 import FP8_PER_ROW
+from omni_convert.formats.schemes.fp8 import FP8_PER_ROW
 
 __all__ = ["check_stage", "stage_refusal"]
 

@@ -56,12 +56,12 @@ from omni_convert.formats.dialects.verdict import (
 from omni_convert.formats.errors import CheckpointError, RecipeError
 from omni_convert.formats.families.family import Family
 from omni_convert.formats.finding import Finding
-from omni_convert.formats.foreign import Scaled
 from omni_convert.formats.format import Format
-from omni_convert.formats.int4 import Int4
-from omni_convert.formats.mxfp4 import MXFP4
-from omni_convert.formats.mxfp8 import MXFP8
-from omni_convert.formats.nvfp4 import NVFP4
+from omni_convert.formats.schemes.foreign import Scaled
+from omni_convert.formats.schemes.int4 import Int4
+from omni_convert.formats.schemes.mxfp4 import MXFP4
+from omni_convert.formats.schemes.mxfp8 import MXFP8
+from omni_convert.formats.schemes.nvfp4 import NVFP4
 
 __all__ = ["AUTO_ROUND", "AUTO_ROUND_METHODS", "from_block", "to_block"]
 

@@ -19,7 +19,7 @@ from omni_convert.formats.dialects.base import Dialect, Found, LayerError, Spell
 from omni_convert.formats.dialects.codec import Transposed
 from omni_convert.formats.dialects.packed_words import WORD_BITS, InterleavedRows
 from omni_convert.formats.dialects.verdict import REQUANTIZE, UNKNOWN_METHOD, UNMARKED, VLLM_OMNI, Verdict
-from omni_convert.formats.foreign import Scaled
+from omni_convert.formats.schemes.foreign import Scaled
 
 __all__ = ["AWQ", "INTEGER_NAMES", "awq_layer"]
 

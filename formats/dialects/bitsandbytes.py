@@ -25,8 +25,8 @@ from omni_convert.formats.containers.checkpoint import Checkpoint
 from omni_convert.formats.dialects.base import Dialect, Found, LayerError, Spelling, StoredLayer, attempt
 from omni_convert.formats.dialects.codec import Codec
 from omni_convert.formats.dialects.verdict import DIFFUSERS, REQUANTIZE, UNMARKED, VLLM_OMNI, Verdict
-from omni_convert.formats.foreign import Codebook, Scaled
 from omni_convert.formats.rows import TensorLayout
+from omni_convert.formats.schemes.foreign import Codebook, Scaled
 
 __all__ = ["BITSANDBYTES"]
 

@@ -27,7 +27,6 @@ import torch
 from omni_convert.formats.arithmetic.rotation import LARGEST_GROUP, is_rotation_group
 from omni_convert.formats.containers.checkpoint import Checkpoint
 from omni_convert.formats.containers.tensor_spec import TensorSpec
-from omni_convert.formats.convrot_w4a4 import CONVROT_W4A4, ConvrotW4A4
 from omni_convert.formats.dialects.base import (
     Dialect,
     Found,
@@ -64,11 +63,12 @@ from omni_convert.formats.dialects.verdict import CONVERT_FIRST, DIFFUSERS, NO_B
 from omni_convert.formats.families.family import Family
 from omni_convert.formats.finding import Finding
 from omni_convert.formats.format import Format, QuantizingFormat
-from omni_convert.formats.fp8 import FP8, FP8_E5M2
-from omni_convert.formats.int8 import INT8, RotatedInt8
-from omni_convert.formats.mxfp8 import MXFP8
-from omni_convert.formats.nvfp4 import NVFP4
-from omni_convert.formats.rotated_grid import SCALE_GROUP, W4A8, W6A8, W4a8, W6a8
+from omni_convert.formats.schemes.convrot_w4a4 import CONVROT_W4A4, ConvrotW4A4
+from omni_convert.formats.schemes.fp8 import FP8, FP8_E5M2
+from omni_convert.formats.schemes.int8 import INT8, RotatedInt8
+from omni_convert.formats.schemes.mxfp8 import MXFP8
+from omni_convert.formats.schemes.nvfp4 import NVFP4
+from omni_convert.formats.schemes.rotated_grid import SCALE_GROUP, W4A8, W6A8, W4a8, W6a8
 
 __all__ = ["COMFYUI"]
 

@@ -37,13 +37,13 @@ from omni_convert.formats.dialects.verdict import (
     Verdict,
 )
 from omni_convert.formats.finding import Finding
-from omni_convert.formats.foreign import Scaled
 from omni_convert.formats.format import Format
-from omni_convert.formats.fp8 import FP8, FP8_PER_ROW, fp8_block_size
-from omni_convert.formats.int8 import INT8
-from omni_convert.formats.mxfp4 import MXFP4
-from omni_convert.formats.mxfp8 import MXFP8
-from omni_convert.formats.nvfp4 import NVFP4
+from omni_convert.formats.schemes.foreign import Scaled
+from omni_convert.formats.schemes.fp8 import FP8, FP8_PER_ROW, fp8_block_size
+from omni_convert.formats.schemes.int8 import INT8
+from omni_convert.formats.schemes.mxfp4 import MXFP4
+from omni_convert.formats.schemes.mxfp8 import MXFP8
+from omni_convert.formats.schemes.nvfp4 import NVFP4
 
 __all__ = ["COMPRESSED_TENSORS"]
 

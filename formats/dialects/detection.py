@@ -28,14 +28,14 @@ from omni_convert.formats.arithmetic.swizzle import padded_scale_shape
 from omni_convert.formats.containers.tensor_spec import DTYPE_NAMES, TensorSpec
 from omni_convert.formats.dialects.base import Found, LayerError, Spelling, StoredLayer
 from omni_convert.formats.dialects.codec import Codec, OneForAll, PackedValues, Plain, SwappedNibbles, Swizzled
-from omni_convert.formats.foreign import Scaled, Smoothed, Spread
 from omni_convert.formats.format import Format
-from omni_convert.formats.fp8 import Fp8, Fp8Block, block_size_of
-from omni_convert.formats.int8 import Int8
-from omni_convert.formats.mxfp4 import Mxfp4
-from omni_convert.formats.mxfp4_dualscale import Mxfp4DualScale
-from omni_convert.formats.mxfp8 import Mxfp8
-from omni_convert.formats.nvfp4 import Nvfp4
+from omni_convert.formats.schemes.foreign import Scaled, Smoothed, Spread
+from omni_convert.formats.schemes.fp8 import Fp8, Fp8Block, block_size_of
+from omni_convert.formats.schemes.int8 import Int8
+from omni_convert.formats.schemes.mxfp4 import Mxfp4
+from omni_convert.formats.schemes.mxfp4_dualscale import Mxfp4DualScale
+from omni_convert.formats.schemes.mxfp8 import Mxfp8
+from omni_convert.formats.schemes.nvfp4 import Nvfp4
 
 __all__ = ["Signature", "parts_of", "read_signature", "signed_layers", "stored_layer", "unknown_format"]
 

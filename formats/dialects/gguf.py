@@ -91,7 +91,7 @@ class Gguf(Dialect):
 
 
 def _stored_layer(entry: GgufEntry, found: Found) -> StoredLayer:
-    from omni_convert.formats.gguf import StoredGguf, is_dequantized
+    from omni_convert.formats.schemes.gguf import StoredGguf, is_dequantized
 
     stem = entry.name.rpartition(".")[0]
     where = f"tensor '{entry.name}'"

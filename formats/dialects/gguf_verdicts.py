@@ -65,7 +65,7 @@ def gguf_verdicts(file: GgufReader, family: Family | None) -> Iterator[Verdict]:
 
 
 def _of_our_loader(types: set[str], family: Family | None) -> Verdict:
-    from omni_convert.formats.gguf import is_dequantized
+    from omni_convert.formats.schemes.gguf import is_dequantized
 
     unknown = ", ".join(sorted(name for name in types if not is_dequantized(name)))
     if unknown:

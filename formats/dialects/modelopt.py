@@ -39,11 +39,11 @@ from omni_convert.formats.dialects.vllm_omni import from_block, vllm_omni_verdic
 from omni_convert.formats.errors import OmniConvertError
 from omni_convert.formats.families.family import Family
 from omni_convert.formats.finding import Finding
-from omni_convert.formats.foreign import LowRank, Smoothed
 from omni_convert.formats.format import Format
-from omni_convert.formats.fp8 import FP8, FP8_PER_ROW, fp8_block_size
-from omni_convert.formats.mxfp8 import MXFP8
-from omni_convert.formats.nvfp4 import NVFP4
+from omni_convert.formats.schemes.foreign import LowRank, Smoothed
+from omni_convert.formats.schemes.fp8 import FP8, FP8_PER_ROW, fp8_block_size
+from omni_convert.formats.schemes.mxfp8 import MXFP8
+from omni_convert.formats.schemes.nvfp4 import NVFP4
 
 __all__ = ["MODELOPT_DIALECT"]
 

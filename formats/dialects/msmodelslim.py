@@ -41,12 +41,12 @@ from omni_convert.formats.dialects.detection import parts_of, read_signature, st
 from omni_convert.formats.dialects.verdict import CONVERT_FIRST, DIFFUSERS, UNMARKED, VLLM_OMNI, Verdict
 from omni_convert.formats.families.wan import has_original_wan_names, wan_diffusers_name
 from omni_convert.formats.finding import Finding
-from omni_convert.formats.foreign import Scaled
 from omni_convert.formats.format import Format
-from omni_convert.formats.int8 import INT8
-from omni_convert.formats.mxfp4 import MXFP4
-from omni_convert.formats.mxfp8 import MXFP8
 from omni_convert.formats.rows import TensorLayout
+from omni_convert.formats.schemes.foreign import Scaled
+from omni_convert.formats.schemes.int8 import INT8
+from omni_convert.formats.schemes.mxfp4 import MXFP4
+from omni_convert.formats.schemes.mxfp8 import MXFP8
 
 __all__ = ["MSMODELSLIM"]
 

@@ -36,8 +36,8 @@ from omni_convert.formats.dialects.vllm_omni import missing_flag
 from omni_convert.formats.errors import RecipeError
 from omni_convert.formats.finding import Finding
 from omni_convert.formats.format import Format
-from omni_convert.formats.fp8 import fp8_block_size
-from omni_convert.formats.mxfp8 import MXFP8
+from omni_convert.formats.schemes.fp8 import fp8_block_size
+from omni_convert.formats.schemes.mxfp8 import MXFP8
 
 __all__ = ["TRANSFORMERS"]
 

@@ -40,8 +40,8 @@ from omni_convert.formats.families.family import Family
 from omni_convert.formats.families.layers import LayerGroup
 from omni_convert.formats.finding import Finding
 from omni_convert.formats.format import Format, QuantizingFormat
-from omni_convert.formats.fp8 import FP8_PER_ROW, Fp8, fp8_block_size
 from omni_convert.formats.options import DIALECT_OF_METHOD
+from omni_convert.formats.schemes.fp8 import FP8_PER_ROW, Fp8, fp8_block_size
 from omni_convert.formats.table import layer_formats
 
 __all__ = [

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.nn.functional import ScalingType
 
 from omni_convert.formats.format import Format
-from omni_convert.formats.fp8 import Fp8Block
+from omni_convert.formats.schemes.fp8 import Fp8Block
 from omni_convert.loaders.kernels.fused_activation import fp8_per_group
 from omni_convert.loaders.kernels.kernel import Kernel, Requirements
 

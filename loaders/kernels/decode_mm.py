@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from omni_convert.formats.arithmetic.scratch import Scratch
 from omni_convert.formats.arithmetic.smoothing import smoothed_input
 from omni_convert.formats.format import Format
-from omni_convert.formats.int8 import Int8
+from omni_convert.formats.schemes.int8 import Int8
 from omni_convert.loaders.kernels.decoding import DECODERS, decode_rows, padded_columns, weight_unit
 from omni_convert.loaders.kernels.kernel import Kernel, Requirements
 from omni_convert.loaders.kernels.reference import rounded_input

@@ -23,12 +23,12 @@ from omni_convert.formats.arithmetic.mx import COARSE_BLOCK, MX_BLOCK
 from omni_convert.formats.arithmetic.nvfp4_scale import NVFP4_BLOCK
 from omni_convert.formats.arithmetic.scratch import Scratch
 from omni_convert.formats.format import Format
-from omni_convert.formats.fp8 import Fp8, Fp8Block, Fp8Channel
-from omni_convert.formats.int8 import Int8
-from omni_convert.formats.mxfp4 import Mxfp4
-from omni_convert.formats.mxfp4_dualscale import Mxfp4DualScale
-from omni_convert.formats.mxfp8 import Mxfp8
-from omni_convert.formats.nvfp4 import Nvfp4
+from omni_convert.formats.schemes.fp8 import Fp8, Fp8Block, Fp8Channel
+from omni_convert.formats.schemes.int8 import Int8
+from omni_convert.formats.schemes.mxfp4 import Mxfp4
+from omni_convert.formats.schemes.mxfp4_dualscale import Mxfp4DualScale
+from omni_convert.formats.schemes.mxfp8 import Mxfp8
+from omni_convert.formats.schemes.nvfp4 import Nvfp4
 from omni_convert.loaders.memory.layout import disk_tensors
 from omni_convert.loaders.memory.packed_int4 import CODES, CODES_PER_WORD, SCALES, ZERO_POINTS, PackedInt4
 

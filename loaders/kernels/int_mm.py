@@ -15,7 +15,7 @@ from omni_convert.formats.arithmetic.input_codes import int8_per_token
 from omni_convert.formats.arithmetic.rotation import rotate_inputs
 from omni_convert.formats.arithmetic.scratch import Scratch
 from omni_convert.formats.format import Format
-from omni_convert.formats.int8 import Int8, RotatedInt8
+from omni_convert.formats.schemes.int8 import Int8, RotatedInt8
 from omni_convert.loaders.kernels import fused_activation
 from omni_convert.loaders.kernels.kernel import Kernel, Requirements
 

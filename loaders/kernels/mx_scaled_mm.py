@@ -15,8 +15,8 @@ from torch.nn.functional import ScalingType, SwizzleType
 
 from omni_convert.formats.arithmetic.swizzle import swizzle_scales
 from omni_convert.formats.format import Format
-from omni_convert.formats.mxfp8 import Mxfp8
-from omni_convert.formats.nvfp4 import Nvfp4
+from omni_convert.formats.schemes.mxfp8 import Mxfp8
+from omni_convert.formats.schemes.nvfp4 import Nvfp4
 from omni_convert.loaders.kernels.fused_activation import mxfp8_swizzled, nvfp4_swizzled
 from omni_convert.loaders.kernels.kernel import Kernel, Requirements
 

@@ -26,9 +26,9 @@ from torch.nn import functional as F
 from omni_convert.formats.arithmetic.mx import MX_BLOCK
 from omni_convert.formats.arithmetic.smoothing import smoothed_input
 from omni_convert.formats.format import Format
-from omni_convert.formats.mxfp4 import Mxfp4
-from omni_convert.formats.mxfp4_dualscale import Mxfp4DualScale
-from omni_convert.formats.mxfp8 import Mxfp8
+from omni_convert.formats.schemes.mxfp4 import Mxfp4
+from omni_convert.formats.schemes.mxfp4_dualscale import Mxfp4DualScale
+from omni_convert.formats.schemes.mxfp8 import Mxfp8
 from omni_convert.loaders.kernels.kernel import Kernel, Requirements
 
 __all__ = ["NPU_MXFP4", "NPU_MXFP4_DUALSCALE", "NPU_MXFP8", "run_mxfp4", "run_mxfp4_dualscale", "run_mxfp8"]

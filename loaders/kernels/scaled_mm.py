@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from torch.nn.functional import ScalingType
 
 from omni_convert.formats.format import Format
-from omni_convert.formats.fp8 import Fp8, Fp8Channel
+from omni_convert.formats.schemes.fp8 import Fp8, Fp8Channel
 from omni_convert.loaders.kernels.fused_activation import fp8_per_token, fp8_static
 from omni_convert.loaders.kernels.kernel import Kernel, Requirements
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from omni_convert.formats.errors import CheckpointError, RecipeError
-from omni_convert.formats.fp8_storage import Fp8Storage
+from omni_convert.formats.schemes.fp8_storage import Fp8Storage
 
 __all__ = [
     "STORED_LAYERS",

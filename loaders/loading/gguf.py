@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from omni_convert.formats.containers.checkpoint import Checkpoint
 from omni_convert.formats.containers.gguf_file import PLAIN_DTYPES
 from omni_convert.formats.errors import CheckpointError
-from omni_convert.formats.gguf import StoredGguf, is_dequantized
+from omni_convert.formats.schemes.gguf import StoredGguf, is_dequantized
 from omni_convert.loaders.layers.quantized_linear import QuantizedLinear
 
 __all__ = ["load_gguf"]

@@ -17,7 +17,7 @@ from omni_convert.formats.config import QuantizationConfig
 from omni_convert.formats.containers.tensor_spec import TensorSpec
 from omni_convert.formats.dialects import auto_round, omni_convert
 from omni_convert.formats.dialects.config_block import read_block
-from omni_convert.formats.int4 import DEFAULT_GROUP, Int4
+from omni_convert.formats.schemes.int4 import DEFAULT_GROUP, Int4
 from omni_convert.formats.statistics.statistics import Statistics
 from omni_convert.loaders.layers.quantized_linear import QuantizedLinear
 from omni_convert.loaders.loading.group_fit import GroupFits

@@ -20,10 +20,10 @@ from omni_convert.formats.families.layers import LayerGroup
 from omni_convert.formats.families.patterns import matches, suggestion_for
 from omni_convert.formats.families.table import find_family
 from omni_convert.formats.format import Format, QuantizingFormat
-from omni_convert.formats.fp8 import FP8, FP8_PER_ROW
-from omni_convert.formats.fp8_storage import Fp8Storage
-from omni_convert.formats.int4 import Int4
 from omni_convert.formats.rows import InputStatistics
+from omni_convert.formats.schemes.fp8 import FP8, FP8_PER_ROW
+from omni_convert.formats.schemes.fp8_storage import Fp8Storage
+from omni_convert.formats.schemes.int4 import Int4
 from omni_convert.formats.statistics.statistics import Statistics
 from omni_convert.formats.table import LOADABLE, build_format, layer_formats
 from omni_convert.loaders.layers.fp8_storage import storage_layers

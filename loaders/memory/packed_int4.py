@@ -18,8 +18,8 @@ from omni_convert.formats.containers.tensor_spec import TensorSpec
 from omni_convert.formats.dialects.auto_round import AUTO_ROUND
 from omni_convert.formats.dialects.base import WrittenSpelling
 from omni_convert.formats.format import Format, QuantizingFormat
-from omni_convert.formats.int4 import PACKED_ROWS, Int4
 from omni_convert.formats.rows import TensorLayout, TensorRows, iterate_rows
+from omni_convert.formats.schemes.int4 import PACKED_ROWS, Int4
 
 __all__ = [
     "CODES",

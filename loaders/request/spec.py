@@ -12,8 +12,8 @@ from omni_convert.formats.config import ACTIVATION_SCHEMES, QuantizationConfig
 from omni_convert.formats.dialects import auto_round, modelopt_config
 from omni_convert.formats.dialects.vllm_omni import meant_options
 from omni_convert.formats.errors import CheckpointError, RecipeError, did_you_mean
-from omni_convert.formats.gguf import Gguf
 from omni_convert.formats.options import check_group_size
+from omni_convert.formats.schemes.gguf import Gguf
 from omni_convert.formats.table import LOADABLE
 
 __all__ = [

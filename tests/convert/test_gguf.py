@@ -17,12 +17,12 @@ from torch import Tensor
 from omni_convert.convert.cli.main import main
 from omni_convert.convert.conversion import convert_checkpoint
 from omni_convert.convert.recipe import Recipe
-from omni_convert.formats import gguf as gguf_format
 from omni_convert.formats.arithmetic.ggml.k_quants import K_QUANTS
 from omni_convert.formats.arithmetic.ggml.mixtures import types_of
 from omni_convert.formats.errors import CalibrationError, RecipeError
 from omni_convert.formats.families.table import find_family
 from omni_convert.formats.options import GGUF_TYPES
+from omni_convert.formats.schemes import gguf as gguf_format
 from omni_convert.formats.statistics.statistics import Statistics
 
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"

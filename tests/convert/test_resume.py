@@ -26,9 +26,9 @@ from omni_convert.convert.execution.tile import tiles_of
 from omni_convert.convert.plan.plan import plan_conversion
 from omni_convert.convert.report import conversion_report
 from omni_convert.convert.source.location import resolve_source
-from omni_convert.formats import nvfp4
 from omni_convert.formats.containers.checkpoint import Checkpoint
 from omni_convert.formats.errors import CheckpointError, OutputError, RecipeError
+from omni_convert.formats.schemes import nvfp4
 
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
 METHOD = "mxfp4"

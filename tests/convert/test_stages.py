@@ -266,7 +266,7 @@ def test_verify_finds_a_layer_that_the_stage_does_not_load_quantized(
 
 def quantize_to_nvfp4(folder: Path, stem: str) -> None:
     """Stores a layer of a finished conversion as NVFP4, as converters do that do not know the stages."""
-    from omni_convert.formats.nvfp4 import Nvfp4
+    from omni_convert.formats.schemes.nvfp4 import Nvfp4
 
     index = json.loads((folder / "model.safetensors.index.json").read_text())
     path = folder / index["weight_map"][f"{stem}.weight"]

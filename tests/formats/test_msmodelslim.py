@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from omni_convert.formats.format import Format
-from omni_convert.formats.mxfp4 import Mxfp4
-from omni_convert.formats.mxfp4_dualscale import Mxfp4DualScale
-from omni_convert.formats.mxfp8 import Mxfp8
+from omni_convert.formats.schemes.mxfp4 import Mxfp4
+from omni_convert.formats.schemes.mxfp4_dualscale import Mxfp4DualScale
+from omni_convert.formats.schemes.mxfp8 import Mxfp8
 
 # The tool indexes with a list, which torch is about to read differently.
 pytestmark = pytest.mark.filterwarnings("ignore:Using a non-tuple sequence for multidimensional indexing:UserWarning")

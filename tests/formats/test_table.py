@@ -7,7 +7,7 @@ import torch
 
 from omni_convert.formats.containers.tensor_spec import TensorSpec
 from omni_convert.formats.format import Format
-from omni_convert.formats.fp8 import Fp8, Fp8Block, Fp8Channel
+from omni_convert.formats.schemes.fp8 import Fp8, Fp8Block, Fp8Channel
 from omni_convert.formats.table import layer_formats
 
 

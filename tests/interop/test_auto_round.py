@@ -17,9 +17,9 @@ from torch import Tensor
 from omni_convert.formats.checks.meaning import open_quantized
 from omni_convert.formats.dialects.auto_round import AUTO_ROUND
 from omni_convert.formats.errors import CheckpointError
-from omni_convert.formats.mxfp4 import Mxfp4
-from omni_convert.formats.mxfp8 import Mxfp8
-from omni_convert.formats.nvfp4 import Nvfp4
+from omni_convert.formats.schemes.mxfp4 import Mxfp4
+from omni_convert.formats.schemes.mxfp8 import Mxfp8
+from omni_convert.formats.schemes.nvfp4 import Nvfp4
 
 
 @pytest.fixture

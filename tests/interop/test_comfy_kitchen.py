@@ -14,8 +14,8 @@ from omni_convert.convert import Recipe, convert_checkpoint
 from omni_convert.convert.inspection.verification import verify_source
 from omni_convert.convert.source.location import Source
 from omni_convert.formats.checks.meaning import open_quantized
-from omni_convert.formats.convrot_w4a4 import ConvrotW4A4
-from omni_convert.formats.int8 import RotatedInt8
+from omni_convert.formats.schemes.convrot_w4a4 import ConvrotW4A4
+from omni_convert.formats.schemes.int8 import RotatedInt8
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 SHAPES = [(64, 96), (128, 64), (320, 576)]

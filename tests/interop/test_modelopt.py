@@ -16,9 +16,9 @@ from omni_convert.formats.checks.meaning import open_quantized
 from omni_convert.formats.dialects.table import DIALECTS
 from omni_convert.formats.errors import CheckpointError
 from omni_convert.formats.format import Format
-from omni_convert.formats.fp8 import Fp8
-from omni_convert.formats.mxfp8 import Mxfp8
-from omni_convert.formats.nvfp4 import Nvfp4
+from omni_convert.formats.schemes.fp8 import Fp8
+from omni_convert.formats.schemes.mxfp8 import Mxfp8
+from omni_convert.formats.schemes.nvfp4 import Nvfp4
 
 SUFFIXES = ("weight", "weight_scale", "weight_scale_2", "pre_quant_scale")
 CONFIGS = {

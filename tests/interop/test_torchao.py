@@ -13,8 +13,8 @@ from torch import Tensor
 from omni_convert.convert import Recipe, convert_checkpoint
 from omni_convert.formats.arithmetic.swizzle import swizzle_scales, unswizzle_scales
 from omni_convert.formats.checks.meaning import open_quantized
-from omni_convert.formats.mxfp4 import Mxfp4
-from omni_convert.formats.mxfp8 import Mxfp8
+from omni_convert.formats.schemes.mxfp4 import Mxfp4
+from omni_convert.formats.schemes.mxfp8 import Mxfp8
 from omni_convert.formats.views.opened import QuantizedLayer
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from omni_convert.formats.errors import RecipeError
-from omni_convert.formats.fp8 import Fp8Block
+from omni_convert.formats.schemes.fp8 import Fp8Block
 from omni_convert.formats.table import LOADABLE
 from omni_convert.loaders import kernel_report, load_pipeline
 from omni_convert.loaders.layers.fp8_storage import Fp8WeightStorage

@@ -7,8 +7,8 @@ import torch
 from safetensors.torch import load_file
 
 from omni_convert.formats.errors import CheckpointError, KernelError, RecipeError
-from omni_convert.formats.fp8 import Fp8Block
-from omni_convert.formats.int8 import Int8
+from omni_convert.formats.schemes.fp8 import Fp8Block
+from omni_convert.formats.schemes.int8 import Int8
 from omni_convert.loaders import QuantizedLinear, kernel_report, load_pipeline, quantize_linear
 
 INT8 = {"quant_method": "int8", "is_checkpoint_int8_serialized": True, "activation_scheme": "dynamic"}

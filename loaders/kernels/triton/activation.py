@@ -16,7 +16,7 @@ import triton.language as tl  # type: ignore[import-not-found,import-untyped,unu
 from torch import Tensor
 
 from omni_convert.formats.arithmetic.input_codes import INT8_MAX, SMALLEST_INT8_AMAX, SMALLEST_TOKEN_SCALE
-from omni_convert.formats.fp8 import E4M3_MAX
+from omni_convert.formats.schemes.fp8 import E4M3_MAX
 
 __all__ = [
     "divide",

@@ -8,14 +8,14 @@ from torch import Tensor
 
 from omni_convert.convert.calibration.gptq import Compensation, plan_compensation, quantize_compensated
 from omni_convert.formats.format import Format
-from omni_convert.formats.fp8 import Fp8, Fp8Block
-from omni_convert.formats.gguf import Gguf
-from omni_convert.formats.int8 import Int8
-from omni_convert.formats.mxfp4 import Mxfp4
-from omni_convert.formats.mxfp4_dualscale import Mxfp4DualScale
-from omni_convert.formats.mxfp8 import Mxfp8
-from omni_convert.formats.nvfp4 import Nvfp4
 from omni_convert.formats.rows import TensorRows
+from omni_convert.formats.schemes.fp8 import Fp8, Fp8Block
+from omni_convert.formats.schemes.gguf import Gguf
+from omni_convert.formats.schemes.int8 import Int8
+from omni_convert.formats.schemes.mxfp4 import Mxfp4
+from omni_convert.formats.schemes.mxfp4_dualscale import Mxfp4DualScale
+from omni_convert.formats.schemes.mxfp8 import Mxfp8
+from omni_convert.formats.schemes.nvfp4 import Nvfp4
 
 COLUMNS = 192  # no multiple of the columns of a lazy update, nor of a block of 512
 FORMATS = [

@@ -10,14 +10,14 @@ from omni_convert.convert.calibration.moments import InputMoments, MomentsRecord
 from omni_convert.convert.calibration.rounding import CompensatedFormat
 from omni_convert.formats.arithmetic.smoothing import split_input_rows
 from omni_convert.formats.format import Format
-from omni_convert.formats.fp8 import Fp8, Fp8Block, Fp8Channel
-from omni_convert.formats.gguf import Gguf
-from omni_convert.formats.int8 import Int8
-from omni_convert.formats.mxfp4 import Mxfp4
-from omni_convert.formats.mxfp4_dualscale import Mxfp4DualScale
-from omni_convert.formats.mxfp8 import Mxfp8
-from omni_convert.formats.nvfp4 import Nvfp4
 from omni_convert.formats.rows import TensorRows
+from omni_convert.formats.schemes.fp8 import Fp8, Fp8Block, Fp8Channel
+from omni_convert.formats.schemes.gguf import Gguf
+from omni_convert.formats.schemes.int8 import Int8
+from omni_convert.formats.schemes.mxfp4 import Mxfp4
+from omni_convert.formats.schemes.mxfp4_dualscale import Mxfp4DualScale
+from omni_convert.formats.schemes.mxfp8 import Mxfp8
+from omni_convert.formats.schemes.nvfp4 import Nvfp4
 from omni_convert.formats.statistics.layer_statistics import LayerStatistics, observe
 from omni_convert.loaders.kernels.reference import rounded_input
 

@@ -14,10 +14,10 @@ from omni_convert.convert import Recipe, convert_checkpoint
 from omni_convert.convert.cli.main import main
 from omni_convert.formats.dialects.table import DIALECTS
 from omni_convert.formats.errors import OmniConvertError
-from omni_convert.formats.foreign import Scaled
-from omni_convert.formats.fp8_storage import Fp8Storage
-from omni_convert.formats.int8 import Int8
-from omni_convert.formats.nvfp4 import Nvfp4
+from omni_convert.formats.schemes.foreign import Scaled
+from omni_convert.formats.schemes.fp8_storage import Fp8Storage
+from omni_convert.formats.schemes.int8 import Int8
+from omni_convert.formats.schemes.nvfp4 import Nvfp4
 from omni_convert.formats.table import FORMATS, build_format
 from omni_convert.loaders import load_pipeline
 

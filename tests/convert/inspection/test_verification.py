@@ -26,7 +26,6 @@ from omni_convert.formats.arithmetic.swizzle import swizzle_scales, unswizzle_sc
 from omni_convert.formats.checks.meaning import doubts
 from omni_convert.formats.containers.checkpoint import Checkpoint
 from omni_convert.formats.containers.tensor_spec import TensorSpec
-from omni_convert.formats.convrot_w4a4 import ConvrotW4A4
 from omni_convert.formats.dialects.codec import Reciprocal
 from omni_convert.formats.dialects.found import describe
 from omni_convert.formats.dialects.table import DIALECTS
@@ -35,15 +34,16 @@ from omni_convert.formats.errors import CheckpointError, RecipeError
 from omni_convert.formats.families.table import find_family
 from omni_convert.formats.finding import CHECKS, Finding
 from omni_convert.formats.format import Format
-from omni_convert.formats.fp8 import Fp8, Fp8Block
-from omni_convert.formats.int4 import Int4
-from omni_convert.formats.int8 import Int8, RotatedInt8
-from omni_convert.formats.mxfp4 import Mxfp4
-from omni_convert.formats.mxfp4_dualscale import Mxfp4DualScale
-from omni_convert.formats.mxfp8 import Mxfp8
-from omni_convert.formats.nvfp4 import Nvfp4
-from omni_convert.formats.rotated_grid import W4a8, W6a8
 from omni_convert.formats.rows import TensorRows
+from omni_convert.formats.schemes.convrot_w4a4 import ConvrotW4A4
+from omni_convert.formats.schemes.fp8 import Fp8, Fp8Block
+from omni_convert.formats.schemes.int4 import Int4
+from omni_convert.formats.schemes.int8 import Int8, RotatedInt8
+from omni_convert.formats.schemes.mxfp4 import Mxfp4
+from omni_convert.formats.schemes.mxfp4_dualscale import Mxfp4DualScale
+from omni_convert.formats.schemes.mxfp8 import Mxfp8
+from omni_convert.formats.schemes.nvfp4 import Nvfp4
+from omni_convert.formats.schemes.rotated_grid import W4a8, W6a8
 from omni_convert.formats.views.opened import read_layers
 from omni_convert.loaders.loading.refusal import refuse_undeclared
 

@@ -21,8 +21,8 @@ from omni_convert.formats.checks.meaning import open_quantized
 from omni_convert.formats.containers.gguf_file import GgufReader
 from omni_convert.formats.errors import CheckpointError
 from omni_convert.formats.finding import Finding
-from omni_convert.formats.fp8 import Fp8
-from omni_convert.formats.int8 import Int8
+from omni_convert.formats.schemes.fp8 import Fp8
+from omni_convert.formats.schemes.int8 import Int8
 
 STEM, MARKER = "blocks.0.proj", "__index_timestep_zero__"
 HEADER = {

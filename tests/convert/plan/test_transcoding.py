@@ -18,7 +18,7 @@ from omni_convert.formats.checks.meaning import open_quantized
 from omni_convert.formats.containers.writer import bytes_of
 from omni_convert.formats.dialects.table import DIALECTS, WRITTEN
 from omni_convert.formats.errors import CheckpointError, OmniConvertError, OutputError, RecipeError
-from omni_convert.formats.int8 import Int8
+from omni_convert.formats.schemes.int8 import Int8
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 LAYER = "layers.0.attention.to_q"

@@ -20,9 +20,9 @@ from omni_convert.formats.containers.writer import bytes_of
 from omni_convert.formats.dialects.table import DIALECTS
 from omni_convert.formats.errors import CheckpointError
 from omni_convert.formats.format import QuantizingFormat
-from omni_convert.formats.fp8 import Fp8, Fp8Block
-from omni_convert.formats.int8 import Int8
 from omni_convert.formats.rows import TensorRows
+from omni_convert.formats.schemes.fp8 import Fp8, Fp8Block
+from omni_convert.formats.schemes.int8 import Int8
 from omni_convert.formats.table import build_format
 from omni_convert.formats.views.renamed import trace_rows
 from omni_convert.formats.views.renamed_layers import renamed_layers

@@ -9,9 +9,9 @@ from omni_convert.formats.arithmetic.input_values import (
     quantize_mxfp8_input,
     quantize_nvfp4_input,
 )
-from omni_convert.formats.mxfp4 import Mxfp4
-from omni_convert.formats.mxfp8 import Mxfp8
-from omni_convert.formats.nvfp4 import Nvfp4
+from omni_convert.formats.schemes.mxfp4 import Mxfp4
+from omni_convert.formats.schemes.mxfp8 import Mxfp8
+from omni_convert.formats.schemes.nvfp4 import Nvfp4
 
 
 def activations(columns: int = 544) -> torch.Tensor:

@@ -9,9 +9,9 @@ from torch import Tensor
 from omni_convert.formats.arithmetic.input_values import quantize_mxfp4_dualscale_input, quantize_mxfp4_input
 from omni_convert.formats.arithmetic.smoothing import channel_amax, split_input_rows
 from omni_convert.formats.format import Format
-from omni_convert.formats.mxfp4 import Mxfp4
-from omni_convert.formats.mxfp4_dualscale import Mxfp4DualScale
 from omni_convert.formats.rows import TensorRows
+from omni_convert.formats.schemes.mxfp4 import Mxfp4
+from omni_convert.formats.schemes.mxfp4_dualscale import Mxfp4DualScale
 
 
 @dataclass(frozen=True)

@@ -18,12 +18,12 @@ from omni_convert.formats.dialects import omni_convert
 from omni_convert.formats.dialects.vllm_omni import config_of, to_block
 from omni_convert.formats.finding import Finding
 from omni_convert.formats.format import QuantizingFormat
-from omni_convert.formats.fp8 import Fp8, Fp8Channel
-from omni_convert.formats.int8 import Int8
-from omni_convert.formats.mxfp4 import Mxfp4
-from omni_convert.formats.mxfp4_dualscale import Mxfp4DualScale
-from omni_convert.formats.mxfp8 import Mxfp8
-from omni_convert.formats.nvfp4 import Nvfp4
+from omni_convert.formats.schemes.fp8 import Fp8, Fp8Channel
+from omni_convert.formats.schemes.int8 import Int8
+from omni_convert.formats.schemes.mxfp4 import Mxfp4
+from omni_convert.formats.schemes.mxfp4_dualscale import Mxfp4DualScale
+from omni_convert.formats.schemes.mxfp8 import Mxfp8
+from omni_convert.formats.schemes.nvfp4 import Nvfp4
 
 FORMATS: dict[str, QuantizingFormat] = {
     "int8": Int8(),

@@ -12,9 +12,9 @@ from omni_convert.formats.arithmetic.mx import split_blocks
 from omni_convert.formats.checks.scale_order import other_order, scales_are_scrambled, smoother_order
 from omni_convert.formats.checks.values import elements_of
 from omni_convert.formats.format import Format
-from omni_convert.formats.mxfp4 import Mxfp4
-from omni_convert.formats.mxfp8 import Mxfp8
-from omni_convert.formats.nvfp4 import Nvfp4
+from omni_convert.formats.schemes.mxfp4 import Mxfp4
+from omni_convert.formats.schemes.mxfp8 import Mxfp8
+from omni_convert.formats.schemes.nvfp4 import Nvfp4
 
 ROWS, COLUMNS = 256, 1024
 GENERATOR = torch.Generator().manual_seed(0)

@@ -13,7 +13,7 @@ from omni_convert.formats.checks.meaning import open_quantized
 from omni_convert.formats.containers.checkpoint import Checkpoint
 from omni_convert.formats.containers.gguf_file import PLAIN_DTYPES, GgufReader
 from omni_convert.formats.errors import CheckpointError
-from omni_convert.formats.gguf import is_dequantized
+from omni_convert.formats.schemes.gguf import is_dequantized
 from omni_convert.formats.views.base import dequantized_view
 
 Q8_0, F32 = gguf.GGMLQuantizationType.Q8_0, gguf.GGMLQuantizationType.F32

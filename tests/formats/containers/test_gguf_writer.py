@@ -9,7 +9,7 @@ from torch import Tensor
 from omni_convert.formats.containers.gguf_writer import GgufFile, GgufWriter
 from omni_convert.formats.containers.tensor_spec import TensorSpec
 from omni_convert.formats.errors import CheckpointError
-from omni_convert.formats.gguf import Gguf
+from omni_convert.formats.schemes.gguf import Gguf
 
 WEIGHT = torch.randn(5, 64, generator=torch.Generator().manual_seed(0))
 STORED = Gguf("Q4_0").quantize(WEIGHT)["weight"]

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from omni_convert.formats.dialects.auto_round import AUTO_ROUND, to_block
 from omni_convert.formats.format import QuantizingFormat
-from omni_convert.formats.mxfp4 import Mxfp4
-from omni_convert.formats.mxfp8 import Mxfp8
-from omni_convert.formats.nvfp4 import Nvfp4
+from omni_convert.formats.schemes.mxfp4 import Mxfp4
+from omni_convert.formats.schemes.mxfp8 import Mxfp8
+from omni_convert.formats.schemes.nvfp4 import Nvfp4
 
 
 def test_an_exception_never_ends_as_a_quantized_layer_does() -> None:

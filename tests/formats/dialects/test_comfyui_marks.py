@@ -23,10 +23,10 @@ from omni_convert.formats.dialects.found import describe
 from omni_convert.formats.errors import CheckpointError
 from omni_convert.formats.families.table import find_family
 from omni_convert.formats.finding import Finding
-from omni_convert.formats.fp8 import Fp8
-from omni_convert.formats.int8 import Int8
-from omni_convert.formats.mxfp8 import Mxfp8
-from omni_convert.formats.nvfp4 import Nvfp4
+from omni_convert.formats.schemes.fp8 import Fp8
+from omni_convert.formats.schemes.int8 import Int8
+from omni_convert.formats.schemes.mxfp8 import Mxfp8
+from omni_convert.formats.schemes.nvfp4 import Nvfp4
 
 STEM, GROUP = "blocks.0.proj", 64
 ROTATED = {"format": "int8_tensorwise", "convrot": True, "convrot_groupsize": GROUP}

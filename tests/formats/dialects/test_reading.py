@@ -18,12 +18,12 @@ from omni_convert.formats.dialects.table import DIALECTS
 from omni_convert.formats.errors import CheckpointError
 from omni_convert.formats.families.wan import wan_diffusers_name
 from omni_convert.formats.format import Format
-from omni_convert.formats.fp8 import Fp8
-from omni_convert.formats.int8 import Int8
-from omni_convert.formats.mxfp4 import Mxfp4
-from omni_convert.formats.mxfp4_dualscale import Mxfp4DualScale
-from omni_convert.formats.mxfp8 import Mxfp8
-from omni_convert.formats.nvfp4 import Nvfp4
+from omni_convert.formats.schemes.fp8 import Fp8
+from omni_convert.formats.schemes.int8 import Int8
+from omni_convert.formats.schemes.mxfp4 import Mxfp4
+from omni_convert.formats.schemes.mxfp4_dualscale import Mxfp4DualScale
+from omni_convert.formats.schemes.mxfp8 import Mxfp8
+from omni_convert.formats.schemes.nvfp4 import Nvfp4
 from omni_convert.formats.views.opened import QuantizedCheckpoint
 
 STEM = "blocks.0.proj"

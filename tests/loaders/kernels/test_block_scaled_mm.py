@@ -5,7 +5,7 @@ import torch
 from torch._subclasses import FakeTensorMode
 from torch.nn.functional import ScalingType
 
-from omni_convert.formats.fp8 import Fp8Block
+from omni_convert.formats.schemes.fp8 import Fp8Block
 from omni_convert.loaders.kernels.block_scaled_mm import BLOCK_SCALED_MM, run_block
 from omni_convert.loaders.kernels.kernel import LayerTraits
 from omni_convert.loaders.kernels.reference import REFERENCE

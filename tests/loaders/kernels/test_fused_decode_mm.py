@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from omni_convert.formats.fp8 import Fp8, Fp8Block, Fp8Channel
-from omni_convert.formats.int8 import Int8
-from omni_convert.formats.mxfp4 import Mxfp4
-from omni_convert.formats.mxfp4_dualscale import Mxfp4DualScale
-from omni_convert.formats.mxfp8 import Mxfp8
-from omni_convert.formats.nvfp4 import Nvfp4
+from omni_convert.formats.schemes.fp8 import Fp8, Fp8Block, Fp8Channel
+from omni_convert.formats.schemes.int8 import Int8
+from omni_convert.formats.schemes.mxfp4 import Mxfp4
+from omni_convert.formats.schemes.mxfp4_dualscale import Mxfp4DualScale
+from omni_convert.formats.schemes.mxfp8 import Mxfp8
+from omni_convert.formats.schemes.nvfp4 import Nvfp4
 from omni_convert.loaders.kernels.decoding import DECODERS
 from omni_convert.loaders.kernels.fused_decode_mm import TRITON_DECODE_MM, run_fused
 from omni_convert.loaders.kernels.kernel import LayerTraits

@@ -11,8 +11,8 @@ from omni_convert.formats.arithmetic.e8m0 import decode_e8m0
 from omni_convert.formats.arithmetic.input_values import quantize_mxfp8_input, quantize_nvfp4_input
 from omni_convert.formats.arithmetic.nvfp4_scale import NVFP4_LARGEST
 from omni_convert.formats.arithmetic.swizzle import unswizzle_scales
-from omni_convert.formats.mxfp8 import Mxfp8
-from omni_convert.formats.nvfp4 import Nvfp4
+from omni_convert.formats.schemes.mxfp8 import Mxfp8
+from omni_convert.formats.schemes.nvfp4 import Nvfp4
 from omni_convert.loaders.kernels.mx_scaled_mm import run_mxfp8, run_nvfp4
 
 # Values of the codes 0 to 15.

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from omni_convert.formats.format import Format
-from omni_convert.formats.mxfp4 import Mxfp4
-from omni_convert.formats.mxfp4_dualscale import Mxfp4DualScale
-from omni_convert.formats.mxfp8 import Mxfp8
+from omni_convert.formats.schemes.mxfp4 import Mxfp4
+from omni_convert.formats.schemes.mxfp4_dualscale import Mxfp4DualScale
+from omni_convert.formats.schemes.mxfp8 import Mxfp8
 from omni_convert.loaders.kernels.npu import run_mxfp4, run_mxfp4_dualscale, run_mxfp8
 from omni_convert.loaders.memory.layout import memory_tensors
 

@@ -12,12 +12,12 @@ from omni_convert.formats.arithmetic.input_values import quantize_mxfp4_dualscal
 from omni_convert.formats.arithmetic.nvfp4_scale import NVFP4_LARGEST
 from omni_convert.formats.errors import KernelError
 from omni_convert.formats.format import Format
-from omni_convert.formats.fp8 import Fp8, Fp8Block, Fp8Channel
-from omni_convert.formats.int8 import Int8, RotatedInt8
-from omni_convert.formats.mxfp4 import Mxfp4
-from omni_convert.formats.mxfp4_dualscale import Mxfp4DualScale
-from omni_convert.formats.mxfp8 import Mxfp8
-from omni_convert.formats.nvfp4 import Nvfp4
+from omni_convert.formats.schemes.fp8 import Fp8, Fp8Block, Fp8Channel
+from omni_convert.formats.schemes.int8 import Int8, RotatedInt8
+from omni_convert.formats.schemes.mxfp4 import Mxfp4
+from omni_convert.formats.schemes.mxfp4_dualscale import Mxfp4DualScale
+from omni_convert.formats.schemes.mxfp8 import Mxfp8
+from omni_convert.formats.schemes.nvfp4 import Nvfp4
 from omni_convert.loaders.kernels import decode_mm, int_mm
 from omni_convert.loaders.kernels.decode_mm import DECODE_MM
 from omni_convert.loaders.kernels.int_mm import INT_MM

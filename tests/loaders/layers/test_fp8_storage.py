@@ -22,7 +22,7 @@ from omni_convert.convert.inspection.contents import inspect_source
 from omni_convert.convert.inspection.verification import verify_source
 from omni_convert.convert.source.location import resolve_source
 from omni_convert.formats.errors import CheckpointError, RecipeError
-from omni_convert.formats.fp8 import Fp8
+from omni_convert.formats.schemes.fp8 import Fp8
 from omni_convert.loaders import apply_fp8_weight_storage, kernel_report, load_pipeline
 from omni_convert.loaders.layers.fp8_storage import Fp8WeightStorage
 

@@ -12,8 +12,8 @@ from diffusers.hooks import apply_layerwise_casting
 from torch import nn
 
 from omni_convert.formats.errors import CheckpointError, KernelError, RecipeError
-from omni_convert.formats.fp8 import Fp8, Fp8Block
-from omni_convert.formats.int8 import Int8
+from omni_convert.formats.schemes.fp8 import Fp8, Fp8Block
+from omni_convert.formats.schemes.int8 import Int8
 from omni_convert.formats.table import LOADABLE
 from omni_convert.loaders.kernels.reference import rounded_input
 from omni_convert.loaders.layers.quantized_linear import QuantizedLinear, quantize_linear

@@ -16,12 +16,12 @@ from safetensors.torch import load_file, save_file
 
 from omni_convert.formats.dialects import auto_round
 from omni_convert.formats.errors import CheckpointError, RecipeError
-from omni_convert.formats.fp8 import Fp8, Fp8Block, Fp8Channel
-from omni_convert.formats.int8 import Int8
-from omni_convert.formats.mxfp4 import Mxfp4
-from omni_convert.formats.mxfp4_dualscale import Mxfp4DualScale
-from omni_convert.formats.mxfp8 import Mxfp8
-from omni_convert.formats.nvfp4 import Nvfp4
+from omni_convert.formats.schemes.fp8 import Fp8, Fp8Block, Fp8Channel
+from omni_convert.formats.schemes.int8 import Int8
+from omni_convert.formats.schemes.mxfp4 import Mxfp4
+from omni_convert.formats.schemes.mxfp4_dualscale import Mxfp4DualScale
+from omni_convert.formats.schemes.mxfp8 import Mxfp8
+from omni_convert.formats.schemes.nvfp4 import Nvfp4
 from omni_convert.loaders import QuantizedLinear, kernel_report, load_pipeline
 from omni_convert.loaders.memory.packed_int4 import PackedInt4
 

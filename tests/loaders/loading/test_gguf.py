@@ -10,7 +10,7 @@ from diffusers.quantizers.gguf.utils import GGUFParameter, dequantize_gguf_tenso
 from omni_convert.convert.conversion import convert_checkpoint
 from omni_convert.convert.recipe import Recipe
 from omni_convert.formats.errors import CheckpointError, KernelError, RecipeError
-from omni_convert.formats.gguf import StoredGguf
+from omni_convert.formats.schemes.gguf import StoredGguf
 from omni_convert.loaders import build_quant_config, kernel_report, load_pipeline
 from omni_convert.loaders.layers.quantized_linear import QuantizedLinear
 from omni_convert.loaders.loading.gguf import _make_known

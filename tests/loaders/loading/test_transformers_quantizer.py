@@ -11,11 +11,11 @@ from transformers import AutoModel, Qwen3ForCausalLM, Qwen3Model
 
 from omni_convert.formats.dialects import auto_round
 from omni_convert.formats.errors import CheckpointError
-from omni_convert.formats.fp8 import Fp8, Fp8Block, Fp8Channel
-from omni_convert.formats.int8 import Int8
-from omni_convert.formats.mxfp4 import Mxfp4
-from omni_convert.formats.mxfp4_dualscale import Mxfp4DualScale
-from omni_convert.formats.mxfp8 import Mxfp8
+from omni_convert.formats.schemes.fp8 import Fp8, Fp8Block, Fp8Channel
+from omni_convert.formats.schemes.int8 import Int8
+from omni_convert.formats.schemes.mxfp4 import Mxfp4
+from omni_convert.formats.schemes.mxfp4_dualscale import Mxfp4DualScale
+from omni_convert.formats.schemes.mxfp8 import Mxfp8
 from omni_convert.loaders import QuantizedLinear, kernel_report
 from omni_convert.loaders.loading.transformers_quantizer import TransformersConfig
 from omni_convert.loaders.memory.packed_int4 import PackedInt4

@@ -19,8 +19,8 @@ from omni_convert.convert import Recipe, convert_checkpoint
 from omni_convert.formats.checks.meaning import open_quantized
 from omni_convert.formats.dialects import auto_round
 from omni_convert.formats.errors import CheckpointError
-from omni_convert.formats.int4 import Int4
 from omni_convert.formats.rows import TILE_ELEMENTS
+from omni_convert.formats.schemes.int4 import Int4
 from omni_convert.loaders import QuantizedLinear, kernel_report, load_pipeline, quantize_linear
 from omni_convert.loaders.loading.quantizer import ConfigBlock
 from omni_convert.loaders.memory.packed_int4 import PackedInt4

@@ -14,9 +14,9 @@ from omni_convert.convert.source.location import Source
 from omni_convert.formats.checks.meaning import open_quantized
 from omni_convert.formats.config import QuantizationConfig
 from omni_convert.formats.errors import CheckpointError, RecipeError
-from omni_convert.formats.fp8 import Fp8, Fp8Channel
-from omni_convert.formats.mxfp8 import Mxfp8
-from omni_convert.formats.nvfp4 import Nvfp4
+from omni_convert.formats.schemes.fp8 import Fp8, Fp8Channel
+from omni_convert.formats.schemes.mxfp8 import Mxfp8
+from omni_convert.formats.schemes.nvfp4 import Nvfp4
 from omni_convert.loaders import build_quant_config, kernel_report, load_pipeline
 from omni_convert.loaders.loading.diffusers_quantizer import DiffusersConfig
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from omni_convert.formats.arithmetic.ggml.blocks import BLOCK, BLOCK_TYPES
-from omni_convert.formats.gguf import CACHED_BLOCKS, PLAIN_TYPES, Gguf
+from omni_convert.formats.schemes.gguf import CACHED_BLOCKS, PLAIN_TYPES, Gguf
 
 GENERATOR = torch.Generator().manual_seed(0)
 COLUMNS = 64

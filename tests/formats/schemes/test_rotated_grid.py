@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from omni_convert.convert.recipe import Recipe
 from omni_convert.formats.dialects.comfyui import COMFYUI
 from omni_convert.formats.dialects.table import DIALECTS, WRITTEN
-from omni_convert.formats.rotated_grid import W4a8, W6a8
+from omni_convert.formats.schemes.rotated_grid import W4a8, W6a8
 from omni_convert.loaders import quantize_linear
 
 # Codes, relative steps and steps of rows that comfy-kitchen 0.2.40 has for the weight of `golden_weight`.

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from omni_convert.convert.recipe import Recipe
-from omni_convert.formats.convrot_w4a4 import ConvrotW4A4
 from omni_convert.formats.dialects.comfyui import COMFYUI
 from omni_convert.formats.dialects.table import DIALECTS, WRITTEN
+from omni_convert.formats.schemes.convrot_w4a4 import ConvrotW4A4
 from omni_convert.loaders import quantize_linear
 
 # Group to the codes and scales that comfy-kitchen 0.2.40 has for the weight of `golden_weight`.

@@ -37,9 +37,9 @@ from omni_convert.formats.arithmetic.mx import (
 from omni_convert.formats.arithmetic.smoothing import Quantizers, search_mul_scale
 from omni_convert.formats.arithmetic.tiling import quantize_in_tiles
 from omni_convert.formats.containers.tensor_spec import TensorSpec
-from omni_convert.formats.mxfp4 import E2m1Format
-from omni_convert.formats.mxfp8 import has_mx_scales
 from omni_convert.formats.rows import InputStatistics, TensorLayout, WeightRows
+from omni_convert.formats.schemes.mxfp4 import E2m1Format
+from omni_convert.formats.schemes.mxfp8 import has_mx_scales
 
 __all__ = ["Mxfp4DualScale"]
 

@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from omni_convert.formats.int8 import Int8
 from omni_convert.formats.rows import TensorRows
+from omni_convert.formats.schemes.int8 import Int8
 
 
 def test_each_row_uses_the_whole_range() -> None:

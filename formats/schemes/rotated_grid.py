@@ -35,9 +35,9 @@ from omni_convert.formats.arithmetic.rotation import (
 )
 from omni_convert.formats.arithmetic.tiling import quantize_in_tiles
 from omni_convert.formats.format import QuantizingFormat
-from omni_convert.formats.int8 import RotatedInt8
 from omni_convert.formats.options import FormatOptions
 from omni_convert.formats.rows import TensorLayout
+from omni_convert.formats.schemes.int8 import RotatedInt8
 
 __all__ = ["SCALE_GROUP", "W4A8", "W6A8", "W4a8", "W6a8"]
 

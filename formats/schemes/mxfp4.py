@@ -32,8 +32,8 @@ from omni_convert.formats.arithmetic.smoothing import Quantizers, search_mul_sca
 from omni_convert.formats.arithmetic.tiling import quantize_in_tiles
 from omni_convert.formats.containers.tensor_spec import TensorSpec
 from omni_convert.formats.format import Calibration
-from omni_convert.formats.mxfp8 import MxFormat, has_mx_scales
 from omni_convert.formats.rows import InputStatistics, TensorLayout, WeightRows
+from omni_convert.formats.schemes.mxfp8 import MxFormat, has_mx_scales
 
 __all__ = ["MXFP4", "E2m1Format", "Mxfp4"]
 

@@ -20,9 +20,9 @@ from torch import Tensor
 
 from omni_convert.formats.containers.tensor_spec import TensorSpec
 from omni_convert.formats.format import Calibration
-from omni_convert.formats.fp8 import Fp8, has_float_scale
 from omni_convert.formats.options import FormatOptions
 from omni_convert.formats.rows import TensorLayout
+from omni_convert.formats.schemes.fp8 import Fp8, has_float_scale
 
 __all__ = ["Fp8Storage"]
 

@@ -5,8 +5,8 @@ import torch
 from torch import Tensor
 
 from omni_convert.formats.arithmetic.ggml.mixtures import MIXTURES
-from omni_convert.formats.gguf import BLOCK_TYPES, GGUF_TYPES, Gguf
 from omni_convert.formats.rows import TensorRows, iterate_rows
+from omni_convert.formats.schemes.gguf import BLOCK_TYPES, GGUF_TYPES, Gguf
 
 # The largest relative RMS error of each type on normal numbers, in percent.
 BOUNDS = {

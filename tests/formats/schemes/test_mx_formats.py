@@ -12,11 +12,11 @@ from omni_convert.formats.arithmetic.e2m1 import holds_e2m1
 from omni_convert.formats.arithmetic.e8m0 import E8M0_NAN
 from omni_convert.formats.errors import RecipeError
 from omni_convert.formats.format import Format
-from omni_convert.formats.mxfp4 import Mxfp4
-from omni_convert.formats.mxfp4_dualscale import Mxfp4DualScale
-from omni_convert.formats.mxfp8 import Mxfp8
-from omni_convert.formats.nvfp4 import Nvfp4
 from omni_convert.formats.rows import TensorRows
+from omni_convert.formats.schemes.mxfp4 import Mxfp4
+from omni_convert.formats.schemes.mxfp4_dualscale import Mxfp4DualScale
+from omni_convert.formats.schemes.mxfp8 import Mxfp8
+from omni_convert.formats.schemes.nvfp4 import Nvfp4
 
 FORMATS: dict[str, Format] = {
     "mxfp8": Mxfp8(),

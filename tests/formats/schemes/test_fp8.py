@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from omni_convert.formats.errors import RecipeError
-from omni_convert.formats.fp8 import E4M3_MAX, Fp8, Fp8Block, Fp8Channel, Fp8E5m2, round_to_e4m3
 from omni_convert.formats.options import FormatChoices
 from omni_convert.formats.rows import TensorRows
+from omni_convert.formats.schemes.fp8 import E4M3_MAX, Fp8, Fp8Block, Fp8Channel, Fp8E5m2, round_to_e4m3
 from omni_convert.formats.table import FORMATS, build_format
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from omni_convert.formats.arithmetic.rotation import hadamard, largest_rotation_group, rotate, rotate_inputs
 from omni_convert.formats.dialects.comfyui import COMFYUI
 from omni_convert.formats.dialects.table import DIALECTS, WRITTEN
-from omni_convert.formats.int8 import Int8, RotatedInt8
+from omni_convert.formats.schemes.int8 import Int8, RotatedInt8
 from omni_convert.formats.table import build_format
 
 # Group to the codes and scales that comfy-kitchen 0.2.40 has for the weight of `golden_weight`.

@@ -7,8 +7,8 @@ import torch
 
 from omni_convert.formats.dialects.codec import Transposed
 from omni_convert.formats.dialects.packed_words import PackedColumns
-from omni_convert.formats.int4 import Int4
 from omni_convert.formats.rows import TensorLayout
+from omni_convert.formats.schemes.int4 import Int4
 
 
 def weight(rows: int = 64, columns: int = 256) -> torch.Tensor:

@@ -1,0 +1,1 @@
+"""One file for each format: its tensors, its arithmetic, its limits and what it says of itself."""
