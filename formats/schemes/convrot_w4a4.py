@@ -12,7 +12,7 @@ Error:      about 11 % of a weight, and more of the inputs: for few layers only
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -20,52 +20,35 @@ from torch import Tensor
 from omni_convert.formats.arithmetic.e2m1 import pack_nibbles, unpack_nibbles
 from omni_convert.formats.arithmetic.element import IntegerType
 from omni_convert.formats.arithmetic.encoding import PER_ROW, Encoding
-from omni_convert.formats.arithmetic.rotation import LARGEST_GROUP, largest_rotation_group, rotate, rotate_inputs
+from omni_convert.formats.arithmetic.rotation import rotate, rotate_inputs
+from omni_convert.formats.arithmetic.search import better_attempt
 from omni_convert.formats.arithmetic.tiling import quantize_in_tiles
-from omni_convert.formats.format import QuantizingFormat
-from omni_convert.formats.options import FormatOptions
 from omni_convert.formats.rows import TensorLayout
+from omni_convert.formats.schemes.rotated import RotatedFormat
 
 __all__ = ["CONVROT_W4A4", "ConvrotW4A4"]
 
 CONVROT_W4A4 = Encoding(IntegerType(4), block=PER_ROW)
 LARGEST_CODE = 7
 SMALLEST_AMAX = 1e-10
-COLUMN_MULTIPLE = 64
 # Scales to try, in units of the largest magnitude over 7: the smaller ones clip a few numbers.
 FACTORS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6)
 
 
 @dataclass(frozen=True)
-class ConvrotW4A4(QuantizingFormat):
+class ConvrotW4A4(RotatedFormat):
     """ConvRot W4A4; the module describes it.
 
     Attributes:
-        group: columns that are rotated together, a power of four
         search: choose scales by error
     """
 
-    group: int = LARGEST_GROUP
     search: bool = True
 
     method = "convrot_w4a4"
     elements_per_entry = 2
-
-    @classmethod
-    def build(cls, options: FormatOptions) -> ConvrotW4A4:
-        return cls(search=options.search)
-
-    def for_weight(self, shape: tuple[int, ...]) -> ConvrotW4A4:
-        return replace(self, group=largest_rotation_group(shape[1]))
-
-    @property
-    def encoding(self) -> Encoding:
-        return replace(CONVROT_W4A4, rotation=self.group)
-
-    def unsupported(self, out_features: int, in_features: int) -> str | None:
-        if in_features % COLUMN_MULTIPLE:
-            return f"convrot_w4a4 needs in_features % {COLUMN_MULTIPLE} == 0, found {in_features}"
-        return None
+    encoding_inside = CONVROT_W4A4
+    column_multiple = 64
 
     def layout(self, out_features: int, in_features: int) -> dict[str, TensorLayout]:
         return {
@@ -87,14 +70,21 @@ class ConvrotW4A4(QuantizingFormat):
 
     def _quantize_tile(self, tile: Tensor) -> dict[str, Tensor]:
         values = rotate(tile, self.group)
-        scale = plain = _plain_scale(values)
-        best = torch.full_like(plain, torch.inf)
-        for factor in FACTORS if self.search else ():
-            tried = plain * factor
-            error = _round(values, tried).mul_(tried).sub_(values).square_().sum(dim=1, keepdim=True)
-            scale, best = torch.where(error < best, tried, scale), torch.minimum(best, error)
+        scale = _searched_scale(values) if self.search else _plain_scale(values)
         codes = _round(values, scale).to(torch.int8).view(torch.uint8).bitwise_and_(15)
         return {"weight": pack_nibbles(codes), "weight_scale": scale}
+
+
+def _searched_scale(values: Tensor) -> Tensor:
+    """The scale of each row with the smallest error, float32 [rows, 1]."""
+    plain = _plain_scale(values)
+    best: tuple[Tensor, ...] | None = None
+    for factor in FACTORS:
+        tried = plain * factor
+        error = _round(values, tried).mul_(tried).sub_(values).square_().sum(dim=1, keepdim=True)
+        best = better_attempt(best, (error, tried))
+    assert best is not None
+    return best[1]
 
 
 def _plain_scale(values: Tensor) -> Tensor:

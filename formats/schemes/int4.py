@@ -20,6 +20,7 @@ from torch import Tensor
 
 from omni_convert.formats.arithmetic.element import IntegerType
 from omni_convert.formats.arithmetic.encoding import Encoding
+from omni_convert.formats.arithmetic.search import better_attempt
 from omni_convert.formats.arithmetic.tiling import quantize_in_tiles
 from omni_convert.formats.format import CodedFormat
 from omni_convert.formats.options import FormatOptions
@@ -105,12 +106,13 @@ class Int4(CodedFormat):
     def _quantize_tile(self, tile: Tensor) -> dict[str, Tensor]:
         values = tile.float().reshape(len(tile), -1, self.group)  # [rows, groups, group]
         amax = values.abs().amax(dim=2, keepdim=True)
-        best, scale = torch.full_like(amax, torch.inf), torch.empty_like(amax)
+        best: tuple[Tensor, ...] | None = None
         for divisor in DIVISORS if self.search else (PLAIN_DIVISOR,):
             tried = (amax / divisor).half().float().clamp_(min=SMALLEST_SCALE)
             error = (self.round_elements(values / tried) * tried - values).square().sum(dim=2, keepdim=True)
-            scale = torch.where(error < best, tried, scale) if self.search else tried
-            best = torch.minimum(best, error)
+            best = better_attempt(best, (error, tried))
+        assert best is not None
+        scale = best[1]
         codes = self.encode_elements(self.round_elements(values / scale)).flatten(1)
         scale = scale.squeeze(2)
         return {"weight": codes, "weight_scale": scale, "weight_zero_point": torch.full_like(scale, ZERO_POINT)}

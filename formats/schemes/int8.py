@@ -15,7 +15,7 @@ Limits:     Ascend runs out_features <= 65535.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -24,9 +24,7 @@ from omni_convert.formats.arithmetic.element import IntegerType
 from omni_convert.formats.arithmetic.encoding import PER_ROW, Encoding
 from omni_convert.formats.arithmetic.input_codes import INT8_MAX, int8_per_token
 from omni_convert.formats.arithmetic.rotation import (
-    LARGEST_GROUP,
     SMALLEST_GROUP,
-    largest_rotation_group,
     rotate,
     rotate_inputs,
 )
@@ -34,6 +32,7 @@ from omni_convert.formats.arithmetic.tiling import quantize_in_tiles
 from omni_convert.formats.format import CodedFormat, QuantizingFormat
 from omni_convert.formats.options import FormatOptions
 from omni_convert.formats.rows import InputStatistics, TensorLayout, WeightRows, weight_amax
+from omni_convert.formats.schemes.rotated import RotatedFormat
 
 __all__ = ["INT8", "Int8", "RotatedInt8"]
 
@@ -113,24 +112,12 @@ class Int8(CodedFormat):
 
 
 @dataclass(frozen=True)
-class RotatedInt8(QuantizingFormat):
-    """INT8 per output row of a weight whose rows were rotated (ConvRot).
-
-    Attributes:
-        group: columns that are rotated together, a power of four
-    """
-
-    group: int = LARGEST_GROUP
+class RotatedInt8(RotatedFormat):
+    """INT8 per output row of a weight whose rows were rotated (ConvRot)."""
 
     method = Int8.method
     options = Int8.options
-
-    def for_weight(self, shape: tuple[int, ...]) -> RotatedInt8:
-        return replace(self, group=largest_rotation_group(shape[1]))
-
-    @property
-    def encoding(self) -> Encoding:
-        return replace(INT8, rotation=self.group)
+    encoding_inside = INT8
 
     @property
     def label(self) -> str:

@@ -27,17 +27,12 @@ from torch import Tensor
 from omni_convert.formats.arithmetic.e2m1 import pack_nibbles, unpack_nibbles
 from omni_convert.formats.arithmetic.element import IntegerType
 from omni_convert.formats.arithmetic.encoding import PER_ROW, Encoding
-from omni_convert.formats.arithmetic.rotation import (
-    LARGEST_GROUP,
-    SMALLEST_GROUP,
-    largest_rotation_group,
-    rotate,
-)
+from omni_convert.formats.arithmetic.rotation import rotate
+from omni_convert.formats.arithmetic.search import better_attempt, nearest_level
 from omni_convert.formats.arithmetic.tiling import quantize_in_tiles
-from omni_convert.formats.format import QuantizingFormat
-from omni_convert.formats.options import FormatOptions
 from omni_convert.formats.rows import TensorLayout
 from omni_convert.formats.schemes.int8 import RotatedInt8
+from omni_convert.formats.schemes.rotated import RotatedFormat
 
 __all__ = ["SCALE_GROUP", "W4A8", "W6A8", "W4a8", "W6a8"]
 
@@ -60,40 +55,21 @@ GRID_FACTORS = (1.0, 0.9, 0.95, 1.05, 1.12)
 
 
 @dataclass(frozen=True)
-class W4a8(QuantizingFormat):
+class W4a8(RotatedFormat):
     """W4A8; the module describes it.
 
     Attributes:
-        group: columns that are rotated together, a power of four
         search: choose scales by error
     """
 
-    group: int = LARGEST_GROUP
     search: bool = True
 
     method = "w4a8"
     elements_per_entry = 2
-    column_multiple: ClassVar[int] = SMALLEST_GROUP
-    own_encoding: ClassVar[Encoding] = W4A8
+    encoding_inside = W4A8
     # Steps of E4M3 from the fitted one, and factors of the row's grid, that are tried with and without a search.
     neighbours: ClassVar[tuple[tuple[int, ...], tuple[int, ...]]] = ((0, -1, 1), (0,))
     grid_factors: ClassVar[tuple[float, ...]] = GRID_FACTORS
-
-    @classmethod
-    def build(cls, options: FormatOptions) -> W4a8:
-        return cls(search=options.search)
-
-    def for_weight(self, shape: tuple[int, ...]) -> W4a8:
-        return replace(self, group=largest_rotation_group(shape[1]))
-
-    @property
-    def encoding(self) -> Encoding:
-        return replace(self.own_encoding, rotation=self.group)
-
-    def unsupported(self, out_features: int, in_features: int) -> str | None:
-        if in_features % self.column_multiple:
-            return f"{self.method} needs in_features % {self.column_multiple} == 0, found {in_features}"
-        return None
 
     def layout(self, out_features: int, in_features: int) -> dict[str, TensorLayout]:
         return {
@@ -150,9 +126,9 @@ class W4a8(QuantizingFormat):
         best: tuple[Tensor, ...] | None = None
         for factor in self.grid_factors if self.search else (1.0,):
             tried = row_step * factor
-            found = self._on_row_grid(values / tried, step / tried, table)
-            error = found[2] * tried.square().squeeze(-1)
-            best = _better_rows(best, (error.sum(dim=1), tried.flatten(), *found[:2]))
+            errors, *rest = self._on_row_grid(values / tried, step / tried, table)
+            error = (errors * tried.square().squeeze(-1)).sum(dim=1)
+            best = better_attempt(best, (error, tried.flatten(), *rest))
         assert best is not None
         _, row_step, bits, indices = best
         return {
@@ -164,38 +140,29 @@ class W4a8(QuantizingFormat):
     def _fit(self, values: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
         """Steps [rows, groups, 1] by least squares, and the nearest levels."""
         step = self._first_scale(values.abs().amax(dim=-1, keepdim=True)).clamp_(min=SMALLEST_SCALE)
-        levels = table[_nearest(values / step, table)]
+        levels = table[nearest_level(values / step, table)]
         for _ in range(ROUNDS):
             power = levels.square().sum(-1, keepdim=True).clamp_(min=SMALLEST_SCALE)
             step = ((values * levels).sum(-1, keepdim=True) / power).clamp_(min=SMALLEST_SCALE)
-            levels = table[_nearest(values / step, table)]
+            levels = table[nearest_level(values / step, table)]
         return step, levels
 
-    def _on_row_grid(self, target: Tensor, step: Tensor, table: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The E4M3 bits of each group's step, the index of each element's level, and the error of each group.
+    def _on_row_grid(self, target: Tensor, step: Tensor, table: Tensor) -> tuple[Tensor, ...]:
+        """The error of each group, the E4M3 bits of its step, and the index of each element's level.
 
         Args:
             target: the weight in steps of the row's grid [rows, groups, 16]
             step: of each group, likewise [rows, groups, 1]
         """
         start = step.squeeze(-1).to(torch.float8_e4m3fn).view(torch.uint8).to(torch.int16)
-        best: tuple[Tensor, Tensor, Tensor] | None = None
+        best: tuple[Tensor, ...] | None = None
         for offset in self.neighbours[0 if self.search else 1]:
             bits = start if not offset else (start + offset).clamp_(SMALLEST_BITS, LARGEST_BITS)
             bits = bits.to(torch.uint8)
             grid = _on_grid(table * bits.view(torch.float8_e4m3fn).float()[..., None])  # [rows, groups, levels]
-            indices = _nearest_of_group(target, grid)
+            indices = nearest_level(target, grid)
             error = grid.gather(2, indices).sub_(target).square_().sum(-1)
-            indices = indices.to(torch.uint8)
-            if best is None:
-                best = (bits, indices, error)
-                continue
-            is_better = error < best[2]
-            best = (
-                torch.where(is_better, bits, best[0]),
-                torch.where(is_better[..., None], indices, best[1]),
-                torch.minimum(error, best[2]),
-            )
+            best = better_attempt(best, (error, bits, indices.to(torch.uint8)))
         assert best is not None
         return best
 
@@ -207,7 +174,7 @@ class W6a8(W4a8):
     method = "w6a8"
     elements_per_entry = 1
     column_multiple = 32
-    own_encoding = W6A8
+    encoding_inside = W6A8
     neighbours = ((0, -1, 1), (0, -1, 1))  # comfy-kitchen's own encoder tries them
     grid_factors = (1.0,)
 
@@ -243,28 +210,3 @@ class W6a8(W4a8):
 
 def _on_grid(values: Tensor) -> Tensor:
     return values.round_().clamp_(-GRID_MAX, GRID_MAX)
-
-
-def _nearest(values: Tensor, table: Tensor) -> Tensor:
-    """Index of the nearest entry of a sorted table, the lower one of two that are as near."""
-    above = torch.searchsorted(table, values.contiguous())
-    low, high = (above - 1).clamp_(min=0), above.clamp_(max=len(table) - 1)
-    return torch.where((values - table[high]).abs() < (values - table[low]).abs(), high, low)
-
-
-def _nearest_of_group(target: Tensor, grid: Tensor) -> Tensor:
-    """Does what `_nearest` does, with a table for each group."""
-    above = torch.searchsorted(grid, target.contiguous())
-    low, high = (above - 1).clamp_(min=0), above.clamp_(max=grid.shape[-1] - 1)
-    is_above = (target - grid.gather(2, high)).abs() < (target - grid.gather(2, low)).abs()
-    return torch.where(is_above, high, low)
-
-
-def _better_rows(best: tuple[Tensor, ...] | None, tried: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """For each row, the tensors of the attempt with the smaller error, which comes first."""
-    if best is None:
-        return tried
-    is_better = tried[0] < best[0]
-    return tuple(
-        torch.where(is_better.view(-1, *[1] * (new.dim() - 1)), new, old) for new, old in zip(tried, best, strict=True)
-    )
