@@ -112,7 +112,8 @@ class Conversion:
         from omni_convert.convert.calibration.recording import record_source  # runs a pipeline: seconds of imports
 
         started = time.monotonic()
-        self.plan = self.plan.with_statistics(record_source(self.plan.source, self.plan.recipe).statistics)
+        statistics = record_source(self.plan.source, self.plan.recipe, self.plan.weights).statistics
+        self.plan = self.plan.with_statistics(statistics)
         self.calibration_seconds = time.monotonic() - started
 
     def execute(self, progress: Progress) -> ConversionReport:

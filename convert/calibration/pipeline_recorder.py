@@ -17,6 +17,7 @@ from omni_convert.convert.calibration.prompts import Prompt
 from omni_convert.convert.device import resolve_device
 from omni_convert.convert.progress_bar import progress_bar
 from omni_convert.convert.recipe import Recipe
+from omni_convert.convert.source.component_folder import ComponentFolder
 from omni_convert.convert.source.component_methods import component_methods
 from omni_convert.convert.source.location import Source
 from omni_convert.formats.containers.checkpoint import Checkpoint
@@ -106,8 +107,18 @@ class PipelineRecorder:
         self._checkpoints: Mapping[str, Checkpoint] = {}
 
     @classmethod
-    def load(cls, source: Source, recipe: Recipe, *, with_moments: bool = False) -> PipelineRecorder:
+    def load(
+        cls,
+        source: Source,
+        recipe: Recipe,
+        weights: Mapping[str, Checkpoint] | None = None,
+        *,
+        with_moments: bool = False,
+    ) -> PipelineRecorder:
         """Loads the pipeline of a source, to be run as a recipe says.
+
+        Args:
+            weights: component to its weights, of every component that is recorded; None to open them
 
         Raises:
             RecipeError: the pipeline does not take a setting.
@@ -118,7 +129,9 @@ class PipelineRecorder:
         width, height = recipe.calib_size or (None, None)
         overrides = {"steps": recipe.calib_steps, "width": width, "height": height, "frames": recipe.calib_frames}
         settings = GenerationSettings.for_pipeline(source.path, overrides)
-        checkpoints = {name: Checkpoint.open(source.path / name) for name in component_methods(source, recipe)}
+        checkpoints = weights or {
+            name: ComponentFolder(source, name).checkpoint() for name in component_methods(source, recipe)
+        }
         recorder = cls(
             load_pipeline(source.path, device=resolve_device(recipe.device)),
             settings,

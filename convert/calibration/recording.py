@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from omni_convert.convert.calibration.cluster_recorder import record_on_cluster
 from omni_convert.convert.calibration.pipeline_recorder import PipelineRecorder, Recording
 from omni_convert.convert.calibration.prompts import read_prompts
@@ -9,13 +11,24 @@ from omni_convert.convert.calibration.stage_recorder import StageRecorder
 from omni_convert.convert.recipe import Recipe
 from omni_convert.convert.source.component_folder import ComponentFolder
 from omni_convert.convert.source.location import Source
+from omni_convert.formats.containers.checkpoint import Checkpoint
 from omni_convert.formats.errors import CalibrationError
 
 __all__ = ["record_source"]
 
 
-def record_source(source: Source, recipe: Recipe, *, with_moments: bool = False, progress: bool = True) -> Recording:
+def record_source(
+    source: Source,
+    recipe: Recipe,
+    weights: Mapping[str, Checkpoint] | None = None,
+    *,
+    with_moments: bool = False,
+    progress: bool = True,
+) -> Recording:
     """Loads a pipeline and runs it over the recipe's prompts.
+
+    Args:
+        weights: component to its weights, if they are open already; machines of a cluster open them themselves
 
     Raises:
         CalibrationError: the source is no pipeline; there are no prompts; the pipeline computes NaN.
@@ -30,7 +43,7 @@ def record_source(source: Source, recipe: Recipe, *, with_moments: bool = False,
             raise CalibrationError(
                 f"{source.path}: found --engine {recipe.engine}, expected local for one language model"
             )
-        return StageRecorder.load(source, recipe, with_moments=with_moments).record(prompts, progress=progress)
+        return StageRecorder.load(source, recipe, weights, with_moments=with_moments).record(prompts, progress=progress)
     if not source.is_pipeline:
         raise CalibrationError(
             f"{source.path}: found no pipeline (model_index.json), which calibrating has to run; give the whole "
@@ -38,4 +51,4 @@ def record_source(source: Source, recipe: Recipe, *, with_moments: bool = False,
         )
     if recipe.is_distributed:
         return record_on_cluster(source, recipe, prompts, with_moments=with_moments, progress=progress)
-    return PipelineRecorder.load(source, recipe, with_moments=with_moments).record(prompts, progress=progress)
+    return PipelineRecorder.load(source, recipe, weights, with_moments=with_moments).record(prompts, progress=progress)

@@ -7,7 +7,7 @@ a block in two stacked tensors; while recording, each expert is linears again, w
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -52,8 +52,18 @@ class StageRecorder:
     with_moments: bool = False
 
     @classmethod
-    def load(cls, source: Source, recipe: Recipe, *, with_moments: bool = False) -> StageRecorder:
+    def load(
+        cls,
+        source: Source,
+        recipe: Recipe,
+        weights: Mapping[str, Checkpoint] | None = None,
+        *,
+        with_moments: bool = False,
+    ) -> StageRecorder:
         """Loads the stage of a repository.
+
+        Args:
+            weights: {"": weights of the repository}; None to open them
 
         Raises:
             CalibrationError: no class of transformers runs the stage, or the repository has no tokenizer.
@@ -61,8 +71,7 @@ class StageRecorder:
         """
         folder = ComponentFolder(source, "")
         assert folder.stage is not None, "the caller knows that there is one"
-        with Checkpoint.open(source.path) as checkpoint:
-            fingerprint = checkpoint.fingerprint()
+        fingerprint = (weights[""] if weights else folder.checkpoint()).fingerprint()
         model = _loaded_stage(source, folder.family).get_decoder().to(resolve_device(recipe.device))
         split_experts(model)
         root, stage = nn.Module(), nn.Module()

@@ -15,9 +15,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from omni_convert.convert import Recipe, convert_checkpoint
+from omni_convert.convert.conversion import Conversion
 from omni_convert.convert.plan.plan import plan_conversion
 from omni_convert.convert.report import conversion_report
 from omni_convert.convert.source.location import resolve_source
+from omni_convert.formats.containers.checkpoint import Checkpoint
 from omni_convert.formats.errors import CalibrationError, CheckpointError, OmniConvertError, OutputError, RecipeError
 from omni_convert.formats.table import layer_formats
 
@@ -146,10 +148,17 @@ def test_two_runs_give_the_same_bytes(tiny_pipeline_folder: Path, statistics_fil
 
 
 def test_calibrating_gives_the_same_bytes_as_its_statistics_file(
-    tiny_pipeline_folder: Path, statistics_file: Path, tmp_path: Path
+    tiny_pipeline_folder: Path, statistics_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    def refuse(path: Path, *_: object) -> Checkpoint:
+        pytest.fail(f"{path} is opened again")
+
     live = Recipe(calib=statistics_file.with_name("prompts.txt"), calib_steps=2, calib_size=(32, 32))
-    convert_checkpoint(tiny_pipeline_folder, tmp_path / "live" / "out", live)
+    conversion = Conversion.prepare(tiny_pipeline_folder, tmp_path / "live" / "out", live)
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoint, "open", refuse)  # the plan has opened them already
+        conversion.calibrate()
+    conversion.execute(lambda _: None)
     convert_checkpoint(tiny_pipeline_folder, tmp_path / "file" / "out", Recipe(calibration=(statistics_file,)))
     assert digests(tmp_path / "live" / "out") == digests(tmp_path / "file" / "out")
 
