@@ -15,7 +15,6 @@ from omni_convert.formats.options import DIALECT_OF_METHOD, FormatChoices, check
 
 __all__ = [
     "METHODS",
-    "STORAGE_METHODS",
     "TRANSCODINGS",
     "LoraRequest",
     "Recipe",
@@ -131,9 +130,6 @@ class Recipe(FormatChoices):
         _check_choice("dtype", self.dtype, DTYPES)
         for name, method in self.component.items():
             _check_choice(f"component {name}", method, ("none", *METHODS, *STORAGE_METHODS))
-        self._check_gguf()
-        if self.weight_block_size is not None:
-            self._check_block_size(self.weight_block_size)
         self._check_input_scale()
         self._check_format_choices()
         if self.bf16_blocks is not None and self.bf16_blocks < 0:
@@ -148,7 +144,7 @@ class Recipe(FormatChoices):
             raise RecipeError("--calib and --calibration: found both, expected one; --calibration reuses a --calib run")
         self._check_lora()
         self._settle_runtime()  # which imports torch, so that other mistakes are told at once
-        self._check_storage()
+        self._check_formats()
 
     def _settle_runtime(self) -> None:
         runtimes = DIALECTS[self.dialect].runtimes
@@ -166,35 +162,34 @@ class Recipe(FormatChoices):
                 "first with -m keep --lora, and calibrate on the result"
             )
 
-    def _check_block_size(self, block_size: tuple[int, int]) -> None:
-        if self.method != "fp8":
-            raise RecipeError(f"--weight-block-size: found with method '{self.method}', expected method 'fp8'")
-        if min(block_size) < 1:
-            raise RecipeError(
-                f"--weight-block-size: found {block_size[0]},{block_size[1]}, expected two positive sizes"
-            )
+    def _check_formats(self) -> None:
+        """Refuses a dialect or runtime that a format of the recipe does not have."""
+        from omni_convert.formats.table import FORMATS  # torch
 
-    def _check_storage(self) -> None:
-        stored = next((name for name, method in self.component.items() if method in STORAGE_METHODS), None)
-        if stored is not None and (self.runtime != "diffusers" or self.dialect != "vllm-omni"):
-            found = f"--runtime {self.runtime}" if self.runtime != "diffusers" else f"--dialect {self.dialect}"
-            raise RecipeError(
-                f"--component {stored}={self.component[stored]}: found with {found}, expected --runtime diffusers and "
-                "the default dialect: our loader alone reads it"
-            )
-
-    def _check_gguf(self) -> None:
-        if "gguf" not in (self.method, *self.component.values()):
-            if self.imatrix is not None:
-                raise RecipeError(f"--imatrix: found with method '{self.method}', expected method 'gguf'")
-            return
-        if self.dialect != "vllm-omni":
-            raise RecipeError(f"--dialect {self.dialect}: found with method 'gguf', which is a kind of file by itself")
-        if self.imatrix is not None and self.is_calibrated:
-            raise RecipeError("--imatrix: found with --calib or --calibration, expected one: both weight the errors")
+        is_default, is_for_us = self.dialect == "vllm-omni", self.runtime == "diffusers"
+        dialect, runtime = f"--dialect {self.dialect}", f"--runtime {self.runtime}"
+        for name, method in {"": self.method, **self.component}.items():
+            if method not in FORMATS:
+                continue
+            if FORMATS[method].is_container and not is_default:
+                raise RecipeError(f"{dialect}: found with method '{method}', which is a kind of file by itself")
+            if FORMATS[method].is_storage and not (is_default and is_for_us):
+                raise RecipeError(
+                    f"--component {name}={method}: found with {dialect if is_for_us else runtime}, expected --runtime "
+                    "diffusers and the default dialect: our loader alone reads it"
+                )
 
     def _check_format_choices(self) -> None:
         check_group_size(self.group_size, "--group-size")
+        if self.weight_block_size is not None and min(self.weight_block_size) < 1:
+            rows, columns = self.weight_block_size
+            raise RecipeError(f"--weight-block-size: found {rows},{columns}, expected two positive sizes")
+        if self.imatrix is not None:
+            self._check_is_honoured("imatrix", "imatrix")
+            if self.is_calibrated:
+                raise RecipeError(
+                    "--imatrix: found with --calib or --calibration, expected one: both weight the errors"
+                )
         for choice in fields(FormatChoices):
             value, option = getattr(self, choice.name), choice.name.replace("_", "-")
             if choice.metadata["choices"]:

@@ -15,6 +15,14 @@ __all__ = ["ACTIVATION_SCHEMES", "MIXED", "QuantizationConfig"]
 #: stores an `input_scale`; `none`, that activations stay as they are.
 ACTIVATION_SCHEMES = {method: kind.activation_schemes for method, kind in FORMATS.items()}
 
+# Fields that only some methods have, and the one scheme of activations with which they have them; None for any.
+NEEDED_SCHEMES = {
+    "require_smooth_scale": None,
+    "group_size": None,
+    "weight_block_size": "dynamic",
+    "per_channel": "dynamic",
+}
+
 #: Stands in place of a method where layers have several.
 MIXED = "mixed"
 
@@ -26,12 +34,14 @@ class QuantizationConfig:
     Attributes:
         method: one of `ACTIVATION_SCHEMES`, or `mixed`
         activation_scheme: one of the method's
-        weight_block_size: rows and columns that share a scale (fp8 only, activations dynamic)
+        weight_block_size: rows and columns that share a scale (activations dynamic)
         ignored_layers: names of layers that stay as they are, as the runtime and as the checkpoint call them
-        require_smooth_scale: every layer stores a `mul_scale` (mxfp4 only)
-        group_size: columns that share a scale (w4a16 only); None for the default
-        per_channel: every row of a weight has its own scale (fp8 only, activations dynamic)
+        require_smooth_scale: every layer stores a `mul_scale`
+        group_size: columns that share a scale; None for the default
+        per_channel: every row of a weight has its own scale (activations dynamic)
         layers: name of each quantized layer, and its own config (mixed only)
+
+    `QuantizingFormat.config_fields` says which methods have the fields of `NEEDED_SCHEMES`.
 
     Raises:
         RecipeError: the fields contradict each other.
@@ -60,36 +70,34 @@ class QuantizationConfig:
                 f"activation_scheme: found {self.activation_scheme!r} with {self.method}, expected {expected}"
             )
         self._check_flags()
-        if self.require_smooth_scale and self.method != "mxfp4":
-            raise RecipeError(f"require_smooth_scale: found with {self.method}, expected mxfp4")
-        if self.group_size is not None and (self.method != "w4a16" or self.group_size < 1):
-            raise RecipeError(f"group_size: found {self.group_size!r:.20} with {self.method}, expected w4a16 alone")
+        for name, needed_scheme in NEEDED_SCHEMES.items():
+            if getattr(self, name) not in (None, False):
+                self._check_method_has(name, needed_scheme)
+        if self.group_size is not None and self.group_size < 1:
+            raise RecipeError(f"group_size: found {self.group_size!r:.20}, expected a positive size")
         if self.weight_block_size is not None:
             self._check_blocks(self.weight_block_size)
-        if self.per_channel:
-            self._check_rows()
+
+    def _check_method_has(self, name: str, scheme: str | None) -> None:
+        """Refuses a field that the method does not have, or has with another scheme of activations alone."""
+        methods = [method for method, kind in FORMATS.items() if name in kind.config_fields]
+        if self.method in methods and scheme in (None, self.activation_scheme):
+            return
+        found, expected = self.method, " or ".join(methods)
+        if scheme is not None:
+            found, expected = f"{found} and {self.activation_scheme} activations", f"{expected} and {scheme} ones"
+        raise RecipeError(f"{name}: found with {found}, expected {expected}")
 
     def _check_blocks(self, block_size: tuple[int, int]) -> None:
-        if self.method != "fp8" or self.activation_scheme != "dynamic":
-            raise RecipeError(
-                f"weight_block_size: found with {self.method} and {self.activation_scheme} activations, expected fp8 "
-                f"and dynamic ones"
-            )
         if len(block_size) != 2 or min(block_size) < 1:
             raise RecipeError(f"weight_block_size: found {list(block_size)!r:.40}, expected two positive sizes")
+        if self.per_channel:
+            raise RecipeError(f"per_channel: found with weight_block_size {[*block_size]}, expected one of the two")
 
     def _check_flags(self) -> None:
         for flag in ("require_smooth_scale", "per_channel"):
             if not isinstance(getattr(self, flag), bool):
                 raise RecipeError(f"{flag}: found {getattr(self, flag)!r:.40}, expected True or False")
-
-    def _check_rows(self) -> None:
-        if self.weight_block_size is not None:
-            found = f"weight_block_size {list(self.weight_block_size)}"
-            raise RecipeError(f"per_channel: found with {found}, expected one of the two")
-        if self.method != "fp8" or self.activation_scheme != "dynamic":
-            found = f"{self.method} and {self.activation_scheme} activations"
-            raise RecipeError(f"per_channel: found with {found}, expected fp8 and dynamic ones")
 
     @property
     def is_static(self) -> bool:

@@ -165,8 +165,13 @@ class QuantizingFormat(Format):
     activation_schemes: ClassVar[tuple[str, ...]] = ("dynamic",)
     #: The use that the method has for statistics of the activations.
     calibration: ClassVar[Calibration] = Calibration.UNUSED
-    #: The fields of `FormatChoices` that change the format. All formats honour `search`, if they search at all.
+    #: The user's choices that change the format: fields of `FormatChoices`, and `imatrix`. All formats honour `search`,
+    #: if they search at all.
     options: ClassVar[tuple[str, ...]] = ()
+    #: The fields of `QuantizationConfig`, beside the method and the scheme of activations, that a config may set.
+    config_fields: ClassVar[tuple[str, ...]] = ()
+    #: Whether it is a kind of file by itself, which no dialect spells otherwise.
+    is_container: ClassVar[bool] = False
 
     @classmethod
     def build(cls, options: FormatOptions) -> QuantizingFormat:

@@ -11,25 +11,23 @@ from omni_convert.convert.plan.gguf_target import GgufTarget
 from omni_convert.convert.plan.selection import Selection
 from omni_convert.convert.plan.steps import KeptLayer, QuantizeStep, matrix_shape, ordered_steps, outputs
 from omni_convert.convert.plan.target import RuntimeTarget, StorageTarget, Target
-from omni_convert.convert.recipe import STORAGE_METHODS, Recipe
+from omni_convert.convert.recipe import Recipe
 from omni_convert.convert.source.component import SourceComponent
 from omni_convert.formats.containers.names import WEIGHT
 from omni_convert.formats.containers.tensor_spec import TensorSpec
 from omni_convert.formats.dialects.base import WrittenSpelling
 from omni_convert.formats.families.layers import LayerGroup
 from omni_convert.formats.format import QuantizingFormat
-from omni_convert.formats.schemes.gguf import Gguf
 from omni_convert.formats.table import FORMATS
 
 __all__ = ["plan_quantized", "target_of"]
 
-# Methods whose results are for other readers than a runtime that builds layers quantized.
-TARGETS: dict[str, type[Target]] = {Gguf.method: GgufTarget, **dict.fromkeys(STORAGE_METHODS, StorageTarget)}
-
 
 def target_of(component: SourceComponent, method: str, recipe: Recipe) -> Target:
     """The target of a component that is quantized with a method."""
-    return TARGETS.get(method, RuntimeTarget)(component, method, recipe)
+    kind = FORMATS[method]
+    target = GgufTarget if kind.is_container else StorageTarget if kind.is_storage else RuntimeTarget
+    return target(component, method, recipe)
 
 
 def plan_quantized(

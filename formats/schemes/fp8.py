@@ -163,6 +163,7 @@ class Fp8(_PerTensor):
     activation_schemes: ClassVar[tuple[str, ...]] = ("dynamic", "static")
     calibration = Calibration.INPUT_SCALE
     options: ClassVar[tuple[str, ...]] = ("input_scale", "weight_block_size", "element")
+    config_fields: ClassVar[tuple[str, ...]] = ("weight_block_size", "per_channel")
 
     @classmethod
     def build(cls, options: FormatOptions) -> QuantizingFormat:

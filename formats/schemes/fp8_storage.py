@@ -44,6 +44,7 @@ class Fp8Storage(Fp8):
     activation_schemes = ("none",)
     calibration = Calibration.UNUSED
     options = ()
+    config_fields = ()
 
     @classmethod
     def build(cls, options: FormatOptions) -> Fp8Storage:  # noqa: ARG003  # it has none

@@ -78,7 +78,8 @@ class Gguf(ElementFormat):
     method = "gguf"
     activation_schemes = ("none",)
     calibration = Calibration.IMPORTANCE
-    options = ("gguf_type", "gguf_names")
+    options = ("gguf_type", "gguf_names", "imatrix")
+    is_container = True
 
     @classmethod
     def build(cls, options: FormatOptions) -> Gguf:

@@ -58,6 +58,7 @@ class Int4(CodedFormat):
     is_weight_only = True
     activation_schemes = ("none",)
     options = ("group_size",)
+    config_fields = ("group_size",)
 
     @classmethod
     def build(cls, options: FormatOptions) -> Int4:

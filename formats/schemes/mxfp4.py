@@ -65,6 +65,7 @@ class Mxfp4(E2m1Format):
     smooth: bool = False
 
     method = "mxfp4"
+    config_fields = ("require_smooth_scale",)
 
     @classmethod
     def stored_in(cls, tensors: Mapping[str, TensorSpec]) -> Mxfp4 | None:

@@ -21,7 +21,10 @@ def test_methods_are_those_of_the_format_table() -> None:
         ({"method": "fp9"}, "--method: found 'fp9', expected one of .*; did you mean 'fp8'"),
         ({"activation_scheme": "sometimes"}, "--activation-scheme: found 'sometimes'"),
         ({"component": {"text_encoder": "int9"}}, "--component text_encoder: found 'int9'.*did you mean 'int8'"),
-        ({"method": "int8", "weight_block_size": (128, 128)}, "expected method 'fp8'"),
+        (
+            {"method": "int8", "weight_block_size": (128, 128)},
+            "--weight-block-size: found with method 'int8', .* expected method fp8",
+        ),
         ({"method": "int8", "rotate": True}, "--rotate: found with --dialect vllm-omni, expected --dialect comfyui"),
         ({"method": "fp8", "rotate": True}, "--rotate: found with method 'fp8'.*expected method int8"),
         ({"weight_block_size": (0, 128)}, "found 0,128, expected two positive sizes"),
@@ -86,3 +89,5 @@ def test_options_that_mean_nothing_are_refused(method: str, options: dict[str, A
 def test_an_option_may_be_for_another_component() -> None:
     recipe = Recipe("mxfp8", component={"text_encoder": "int8"}, int8_fused_scales="per-row")
     assert recipe.int8_fused_scales == "per-row"
+    recipe = Recipe("mxfp8", component={"text_encoder": "fp8"}, weight_block_size=(128, 128))
+    assert recipe.weight_block_size == (128, 128)

@@ -38,7 +38,7 @@ from omni_convert.formats.table import FORMATS
             {"method": "int8", "per_channel": True},
             r"per_channel: found with int8 and dynamic activations, expected fp8",
         ),
-        ({"method": "fp8", "group_size": 32}, r"group_size: found 32 with fp8, expected w4a16"),
+        ({"method": "fp8", "group_size": 32}, r"group_size: found with fp8, expected w4a16"),
     ],
 )
 def test_contradictions_are_refused(fields: dict[str, Any], message: str) -> None:
