@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from omni_convert.convert.inspection.lost_block import dialect_of_lost_block
-from omni_convert.convert.plan.reencoding import vllm_omni_refusal
+from omni_convert.convert.plan.reencoding import keeping_options, vllm_omni_refusal
 from omni_convert.convert.recipe import Recipe
 from omni_convert.convert.report import size_text
 from omni_convert.convert.source.component_folder import ComponentFolder, folders_with_weights
 from omni_convert.convert.source.location import Source
+from omni_convert.convert.source.original_names import has_original_files
 from omni_convert.convert.terminal import MAX_WIDTH, terminal_width, wrapped
 from omni_convert.formats.checks.completeness import incomplete
 from omni_convert.formats.checks.meaning import doubts
@@ -30,13 +31,12 @@ from omni_convert.formats.dialects.verdict import (
     OURS,
     VLLM_OMNI,
     Verdict,
-    for_rows,
     if_incomplete,
     lost_block_verdicts,
+    with_remedy,
 )
 from omni_convert.formats.dialects.vllm_omni import vllm_omni_verdict
 from omni_convert.formats.families.stage import Stage
-from omni_convert.formats.schemes.fp8 import FP8_PER_ROW
 from omni_convert.formats.views.base import FLOAT8
 from omni_convert.formats.views.opened import QuantizedCheckpoint, QuantizedLayer, read_layers
 
@@ -136,15 +136,20 @@ def _runtimes(component: ComponentFolder, opened: QuantizedCheckpoint, doubt: st
         found = _stage_runtimes(component, component.stage, opened)
     else:
         found = dialect.verdicts(formats, refusal, opened.checkpoint, family)
-        has_rows = any(fmt.encoding == FP8_PER_ROW for fmt in formats.values())
-        reads_rows = family is None or family.refusal("vllm-omni", "fp8", "modelopt") is None
-        found = for_rows(found) if has_rows and reads_rows else found
+        found = with_remedy(found, lambda runtime: _keeping_options(component, opened, runtime))
     flaw = incomplete(opened)
     if flaw is None:
         return found if doubt is None else if_incomplete(found, (OURS,), doubt)
     # vLLM-Omni leaves a missing scale unset, with a warning.
     strict = {*dialect.strict_runtimes} - ({VLLM_OMNI} if flaw.is_scale else set())
     return if_incomplete(found, strict, flaw.reason)
+
+
+def _keeping_options(component: ComponentFolder, opened: QuantizedCheckpoint, runtime: str) -> str | None:
+    """The options with which a runtime gets every value of a component."""
+    runtimes = ("vllm-omni", "diffusers") if runtime == OURS else ("vllm-omni",)
+    family = None if has_original_files(opened.checkpoint) else component.served_family
+    return keeping_options(opened, family, runtimes, is_transformers=component.is_transformers)
 
 
 def _stage_runtimes(component: ComponentFolder, stage: Stage, opened: QuantizedCheckpoint) -> list[Verdict]:

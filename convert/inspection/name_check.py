@@ -9,7 +9,6 @@ from __future__ import annotations
 import inspect
 import math
 import re
-import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -18,7 +17,12 @@ from typing import Any
 import torch
 from torch.nn.modules.module import register_module_module_registration_hook
 
-from omni_convert.convert.source.original_names import convert_names, has_original_files, shapes_of
+from omni_convert.convert.source.original_names import (
+    convert_names,
+    has_original_files,
+    quiet,
+    shapes_of,
+)
 from omni_convert.formats.checks.reading import TolerantReading
 from omni_convert.formats.containers.names import COMPANIONS
 from omni_convert.formats.dialects.table import DIALECTS
@@ -181,7 +185,7 @@ def _expected(config: Mapping[str, Any]) -> _Expected | None:
     try:
         if not _is_plausible(plain):
             return None
-        with _quietly(is_of_diffusers), _bounded(), torch.device("meta"):
+        with quiet("diffusers" if is_of_diffusers else "transformers"), _bounded(), torch.device("meta"):
             model = _of_diffusers(plain) if is_of_diffusers else _of_transformers(plain)
     except Exception:  # noqa: BLE001  # constructors fail in any way with configs that nobody has tried
         return None
@@ -257,20 +261,3 @@ def _of_transformers(config: Mapping[str, Any]) -> torch.nn.Module | None:
     settings: Any = known.config_class  # type: ignore[attr-defined]  # mypy keeps `type`, for the class is not typed
     built: torch.nn.Module = known(settings.from_dict(dict(config)))
     return built
-
-
-@contextmanager
-def _quietly(is_of_diffusers: bool) -> Iterator[None]:
-    """Silences warnings about configs of other versions; imports one of the two libraries alone, since each is slow."""
-    if is_of_diffusers:
-        from diffusers.utils import logging
-    else:
-        from transformers.utils import logging
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # initialisations do nothing on this device
-            yield
-    finally:
-        logging.set_verbosity(level)

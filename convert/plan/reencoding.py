@@ -20,13 +20,15 @@ from omni_convert.formats.dialects.base import Dialect, WrittenSpelling
 from omni_convert.formats.dialects.table import DIALECTS
 from omni_convert.formats.errors import CheckpointError, OmniConvertError, RecipeError, counted
 from omni_convert.formats.families.family import Family
-from omni_convert.formats.families.layers import LayerGroup
+from omni_convert.formats.families.layers import DIFFUSERS, LayerGroup
 from omni_convert.formats.format import Format
 from omni_convert.formats.views.base import CheckpointView, dequantized_view, respelled_view
 from omni_convert.formats.views.opened import QuantizedCheckpoint, QuantizedLayer
 
-__all__ = ["Reencoding", "reencode", "vllm_omni_refusal"]
+__all__ = ["Reencoding", "keeping_options", "reencode", "vllm_omni_refusal"]
 
+# Dialects that both vLLM-Omni and our loader read.
+READ_BY_VLLM_OMNI = ("vllm-omni", "modelopt")
 INSTEAD = "-m METHOD quantizes again"
 DIFFERING_SCALES = "layers that the runtime merges have scales that differ: it will quantize them again, to the largest"
 
@@ -143,6 +145,31 @@ def vllm_omni_refusal(quantized: QuantizedCheckpoint, family: Family | None, rec
     return None
 
 
+def keeping_options(
+    quantized: QuantizedCheckpoint, family: Family | None, runtimes: Sequence[str], *, is_transformers: bool = False
+) -> str | None:
+    """The options with which a component is kept in a dialect that vLLM-Omni and our loader read.
+
+    Args:
+        family: as for `reencode`; None also if the tensors do not have diffusers' names, so that only formats decide
+        runtimes: whose layers may be stored quantized, most wanted first
+
+    Returns:
+        None if no dialect can hold it without a change
+    """
+    for runtime, dialect in itertools.product(runtimes, READ_BY_VLLM_OMNI):
+        recipe = Recipe(method="keep", dialect=dialect, runtime=runtime)
+        try:
+            if family is None:
+                _ = [_spelling(layer, DIALECTS[dialect], recipe) for layer in quantized.layers.values()]
+            else:
+                reencode(quantized, family, recipe, is_transformers=is_transformers)
+        except OmniConvertError:
+            continue
+        return f"-m keep --dialect {dialect}" + ("" if runtime == runtimes[0] else f" --runtime {runtime}")
+    return None
+
+
 def _runtime_names(quantized: QuantizedCheckpoint, family: Family | None, recipe: Recipe) -> list[str]:
     """The names that vLLM-Omni, which reads other dialects too, has for layers that are not quantized."""
     groups = _groups(quantized, family, recipe)
@@ -186,7 +213,7 @@ def _ignored_by_vllm_omni(quantized: QuantizedCheckpoint, family: Family | None,
     stored = [group for group in groups if group not in kept]
     flaws = itertools.chain(
         [] if recipe.force else check_built(quantized.layers, groups),
-        *(check_merged(group, quantized.layers) for group in stored),
+        *(check_merged(group, quantized.layers) for group in stored if recipe.runtime != DIFFUSERS),
     )
     error = next((flaw for flaw in flaws if flaw.severity == "error"), None)
     if error is not None:

@@ -18,6 +18,7 @@ from omni_convert.convert.plan.shared_encoder import unquantized_encoder_layers
 from omni_convert.convert.plan.steps import Step, dtype_of_copy
 from omni_convert.convert.recipe import Recipe
 from omni_convert.convert.source.component import SourceComponent
+from omni_convert.convert.source.original_names import quiet
 from omni_convert.formats.containers.checkpoint import Checkpoint
 from omni_convert.formats.containers.names import WEIGHT
 from omni_convert.formats.containers.shards import Shards
@@ -331,7 +332,7 @@ class StorageTarget(RuntimeTarget):
             raise RecipeError(f"{where}: found class {str(name)[:64]!r}, expected a model of diffusers for fp8_storage")
         settings = {key: value for key, value in config.items() if key != "quantization_config"}
         try:
-            with torch.device("meta"):
+            with torch.device("meta"), quiet("diffusers"):
                 model = model_class.from_config(settings)  # type: ignore[attr-defined]  # diffusers is untyped
         except (TypeError, ValueError, KeyError, RuntimeError) as error:
             reason = str(error).strip().split("\n", 1)[0]

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -25,6 +27,7 @@ __all__ = [
     "has_original_files",
     "layers_under_diffusers_names",
     "missing_config",
+    "quiet",
     "shapes_of",
     "trace_conversion",
     "under_diffusers_names",
@@ -163,24 +166,49 @@ def _trace(checkpoint: Checkpoint, config: Mapping[str, Any]) -> _Traced | None:
     try:
         runs = trace_conversion(checkpoint, config)
     except CheckpointError as error:
+        if 2 * len(shapes.keys() & checkpoint.keys()) > len(shapes):  # most names are diffusers' already
+            _refuse_missing(checkpoint, kind, shapes, checkpoint)
         raise CheckpointError(f"{checkpoint.path}: {error}") from None
     assert runs is not None, "the class is known"
-    missing = [name for name in shapes if name not in runs]
+    _refuse_missing(checkpoint, kind, shapes, runs)
+    return _Traced(runs, shapes)
+
+
+def _refuse_missing(checkpoint: Checkpoint, kind: str, shapes: Collection[str], present: Container[str]) -> None:
+    """Raises CheckpointError if a tensor of the model is not present.
+
+    Args:
+        kind: class of the model
+        shapes: the names of all of its tensors
+    """
+    missing = [name for name in shapes if name not in present]
     if missing:
         raise CheckpointError(
             f"{checkpoint.path}: tensor '{missing[0]}': found neither it nor the tensors that diffusers makes it from, "
             f"expected all {len(shapes)} tensors of {kind} as config.json describes it; {len(missing)} are missing"
         )
-    return _Traced(runs, shapes)
 
 
 def shapes_of(model: Any, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     """Name → shape of every tensor of the model that a config describes."""
     plain = {key: value for key, value in config.items() if key != "quantization_config"}
-    with torch.device("meta"), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # initialisations have no effect on this device
+    with torch.device("meta"), quiet("diffusers"):
         built = model.from_config(plain)
     return {name: tuple(tensor.shape) for name, tensor in built.state_dict().items()}
+
+
+@contextmanager
+def quiet(library: Literal["diffusers", "transformers"]) -> Iterator[None]:
+    """Silences warnings about configs of other versions, and about initialisations, which do nothing on "meta"."""
+    logging = import_module(f"{library}.utils").logging
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(level)
 
 
 def missing_config(checkpoint: Checkpoint, path: Path) -> CheckpointError:

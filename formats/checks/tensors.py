@@ -48,7 +48,8 @@ def _tolerated(layer: QuantizedLayer, suffix: str, spec: TensorSpec, dialect: st
     codec, layout = layer.stored.spelling.codec(suffix), layer.tensors[suffix]
     stored = codec.stored(layout)
     is_f32 = stored.dtype is torch.float32 and not isinstance(codec, Transposed)  # AutoRound's are fp16
-    if is_f32 and spec.dtype in HALF and not DIALECTS[dialect].has_low_precision_scales:
+    is_exact = DIALECTS[dialect].has_low_precision_scales or suffix in DIALECTS[dialect].low_precision_parts
+    if is_f32 and spec.dtype in HALF and not is_exact:
         yield Finding(
             "warning", "low-precision-scale", spec.name,
             f"found {DTYPE_NAMES[spec.dtype]}, expected F32: up to {'0.4' if spec.dtype is HALF[0] else '0.05'} % off",

@@ -191,6 +191,8 @@ class Dialect(ABC):
     lists_runtime_names: bool = False
     #: Whether scales in BF16 are those with which its writers made the codes, so that nothing is lost.
     has_low_precision_scales: bool = False
+    #: The same for tensors with these canonical suffixes alone.
+    low_precision_parts: tuple[str, ...] = ()
     #: Whether its block names the blocks that are quantized, so that stages with others leave it aside.
     names_quantized_blocks: bool = False
     #: Whether FP8 with dynamic activations has a scale for each row.

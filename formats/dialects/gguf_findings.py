@@ -6,7 +6,7 @@ from collections.abc import Container, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from omni_convert.formats.containers.names import WEIGHT
-from omni_convert.formats.dialects.gguf_verdicts import COMFYUI_ARCHITECTURES
+from omni_convert.formats.dialects.gguf_verdicts import COMFYUI_ARCHITECTURES, GUESSED
 from omni_convert.formats.families.table import find_family
 from omni_convert.formats.finding import Finding
 
@@ -41,8 +41,9 @@ def gguf_findings(file: GgufReader, layers: Container[str], config: Mapping[str,
 
 
 def _architecture(found: str | None, config: Mapping[str, Any]) -> Iterator[Finding]:
-    if found is None:
-        what = "found no general.architecture, expected the name of the model"
+    if found in GUESSED:
+        named = "no general.architecture" if found is None else f"general.architecture '{found}'"
+        what = f"found {named}, expected the name of the model"
         hurts = f"{COMFYUI}: guesses the model by its tensors, in compatibility mode"
         yield Finding("warning", "no-architecture", "", what, hurts, AGAIN)
         return

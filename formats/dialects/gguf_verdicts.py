@@ -12,7 +12,7 @@ from omni_convert.formats.families.table import FAMILIES
 if TYPE_CHECKING:  # the gguf package is slow to import, and few need it
     from omni_convert.formats.containers.gguf_file import GgufReader
 
-__all__ = ["COMFYUI_ARCHITECTURES", "DIFFUSERS_TYPES", "gguf_verdicts", "has_diffusers_names"]
+__all__ = ["COMFYUI_ARCHITECTURES", "DIFFUSERS_TYPES", "GUESSED", "gguf_verdicts", "has_diffusers_names"]
 
 #: Block types that diffusers' GGUFQuantizationConfig dequantizes.
 DIFFUSERS_TYPES = (
@@ -24,8 +24,8 @@ COMFYUI_TYPES = DIFFUSERS_TYPES
 COMFYUI_ARCHITECTURES = (
     "flux", "sd1", "sdxl", "sd3", "aura", "hidream", "cosmos", "ltxv", "hyvid", "wan", "lumina2", "qwen_image",
 )  # fmt: skip
-# Without an architecture, or with this, ComfyUI-GGUF goes by the names of tensors.
-GUESSED = (None, "pig")
+#: Without an architecture, or with one of these, ComfyUI-GGUF goes by the names of tensors.
+GUESSED = (None, "pig", "cow")
 PLUGIN = "with vllm-gguf-plugin and its `gguf_model`; it adapts Qwen-Image, Z-Image and FLUX.2-klein"
 
 

@@ -59,6 +59,7 @@ class ModelOpt(Dialect):
     """See the module."""
 
     name = "modelopt"
+    low_precision_parts = ("mul_scale", "lora_a", "lora_b")
     consumers = "vLLM-Omni, vLLM, SGLang"
     usual_verdicts = (
         Verdict(DIFFUSERS, "refuses", "its `modelopt` is another kind of checkpoint (quant_type is missing)"),

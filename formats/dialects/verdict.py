@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -22,10 +22,13 @@ __all__ = [
     "VLLM_OMNI",
     "VLLM_OMNI_CANDIDATE",
     "Verdict",
-    "for_rows",
     "if_incomplete",
     "lost_block_verdicts",
+    "with_remedy",
 ]
+
+# The usual remedy, and the one for components that no dialect can hold as they are.
+KEEP, REQUANTIZED = "-m keep --dialect vllm-omni", "-m METHOD quantizes again"
 
 Outcome = Literal["loads", "wrong", "refuses"]
 
@@ -58,15 +61,22 @@ NO_BLOCK = Verdict(
 )
 UNKNOWN_METHOD = Verdict(DIFFUSERS, "refuses", "its quantizers do not know this quant_method")
 CONVERT_FIRST = Verdict(
-    OURS, "refuses", "reads vLLM-Omni's spelling, and ModelOpt's FP8 and NVFP4: -m keep --dialect vllm-omni first"
+    OURS, "refuses", "reads vLLM-Omni's spelling, and ModelOpt's FP8 and NVFP4: -m keep --dialect vllm-omni"
 )
 NOT_OF_DIFFUSERS = Verdict(OURS, "refuses", "runs models of diffusers, and this is a repository of transformers")
 REQUANTIZE = Verdict(OURS, "refuses", "does not read it; -m METHOD quantizes again, omni-convert dequantize gives BF16")
 
 
-def for_rows(found: Iterable[Verdict]) -> list[Verdict]:
-    """The verdicts on FP8 with a scale for each row, which is kept in ModelOpt's spelling, not in vLLM-Omni's."""
-    return [replace(each, why=each.why.replace("--dialect vllm-omni", "--dialect modelopt")) for each in found]
+def with_remedy(found: Iterable[Verdict], keep: Callable[[str], str | None]) -> list[Verdict]:
+    """The verdicts, with the options that keep every value of this component in place of the usual ones.
+
+    Args:
+        keep: runtime to these options; None if there are none
+    """
+    return [
+        replace(each, why=each.why.replace(KEEP, keep(each.runtime) or REQUANTIZED)) if KEEP in each.why else each
+        for each in found
+    ]
 
 
 def lost_block_verdicts() -> list[Verdict]:

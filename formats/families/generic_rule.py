@@ -3,7 +3,8 @@
 *   Candidates are two-dimensional `.weight` tensors inside repeated blocks. A block is a prefix that ends in an integer
     (`layers.3`, the outermost one counts) with at least two candidates below it; so `t_embedder.mlp.0` is none.
 *   Left alone by name, anywhere on the path: embedders (`emb`), norms, modulation (`modulation`, `adaln`, `img_mod`,
-    `scale_shift`), position biases, routers and gates. What lies outside the blocks stays, the final projection too.
+    `scale_shift`, Chroma's `distilled_guidance`), position biases, routers and gates. What lies outside the blocks
+    stays, the final projection too.
 *   Siblings that runtimes commonly merge (`to_q, to_k, to_v`; `w1, w3`; ...) form one fused group if all of them are
     there with one input width, and the attention is no cross-attention (`attn2`, `cross`), where inputs differ.
 """
@@ -18,7 +19,7 @@ from omni_convert.formats.families.layers import ADDED_QKV, QKV, LayerGroup
 
 __all__ = ["generic_groups"]
 
-LEFT_ALONE = re.compile(r"emb|norm|modulation|adaln|ada_ln|scale_shift|bias|router|gate_logits")
+LEFT_ALONE = re.compile(r"emb|norm|modulation|adaln|ada_ln|scale_shift|distilled_guidance|bias|router|gate_logits")
 LEFT_ALONE_WHOLE = re.compile(r"(.*_)?mod|gate")
 CROSS_ATTENTION = re.compile(r"attn2|.*cross.*")
 # Siblings that runtimes merge → the name of the merged layer.

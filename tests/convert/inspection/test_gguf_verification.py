@@ -134,6 +134,7 @@ BROKEN: dict[str, tuple[str, Callable[[Model], None], str, str]] = {
     "truncated": (Q8_0, assign(cut=100), "damaged-file", ""),
     "a tail": (Q8_0, assign(tail=4096), "unused-bytes", ""),
     "no architecture": (Q8_0, assign(architecture=None), "no-architecture", ""),
+    "an architecture that tells nothing": (Q8_0, assign(architecture="pig"), "no-architecture", ""),
     "another architecture": (Q8_0, assign(architecture="wan"), "wrong-architecture", ""),
     "blocks of a vector": (Q8_0, lambda model: _blocks_of_vector(model), "wrong-type", NORM),
     "name that nobody knows": (Q8_0, rename(LAYER, "attention.weight"), "unknown-names", ""),
@@ -161,6 +162,14 @@ def test_what_is_wrong_is_found(name: str, flux_folder: Path, tmp_path: Path) ->
     findings = findings_of(model.write(tmp_path / "model", flux_folder))
     assert any(found.check == check and layer in found.layer for found in findings), findings
     assert not any("\n" in found.what for found in findings)
+
+
+@pytest.mark.parametrize("architecture", ["pig", "cow", None])
+def test_a_guessed_architecture_is_no_error(architecture: str | None, flux_folder: Path, tmp_path: Path) -> None:
+    model = model_of(flux_folder)
+    model.architecture = architecture
+    (found,) = findings_of(model.write(tmp_path / "model", flux_folder))
+    assert (found.severity, found.check) == ("warning", "no-architecture")
 
 
 @pytest.mark.parametrize("kind", ["Q8_0", "Q5_1", "Q4_0", "MXFP4", "BF16", "TQ1_0"])

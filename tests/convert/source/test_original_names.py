@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
+from diffusers import FluxTransformer2DModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -289,3 +290,20 @@ def test_a_conversion_that_computes_is_refused_by_tensor() -> None:
         trace_rows(specs, lambda tensors: {"b.weight": tensors["a.weight"] * 0.5})
     with pytest.raises(CheckpointError, match=r"b\.weight"):
         trace_rows(specs, lambda tensors: {"b.weight": tensors["a.weight"].T})
+
+
+def test_a_missing_tensor_is_named_not_the_key_that_a_conversion_missed(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """FLUX.1 under diffusers' names: its conversion fails with a KeyError about a name that is due nowhere."""
+    settings = {"num_layers": 1, "num_single_layers": 1, "attention_head_dim": 32, "num_attention_heads": 2}
+    sizes = {"joint_attention_dim": 32, "pooled_projection_dim": 32, "axes_dims_rope": (8, 12, 12)}
+    model = FluxTransformer2DModel(**settings, **sizes, in_channels=4).to(torch.bfloat16)
+    tensors = model.state_dict()
+    del tensors["time_text_embed.text_embedder.linear_1.weight"]
+    save_file(tensors, tmp_path / "flux.safetensors")
+    config = dict(model.config) | {"_class_name": "FluxTransformer2DModel", "of another version": list(range(500))}
+    (tmp_path / "config.json").write_text(json.dumps(config, default=list))
+    with pytest.raises(CheckpointError, match=r"time_text_embed\.text_embedder\.linear_1\.weight.*1 are missing"):
+        convert_checkpoint(tmp_path / "flux.safetensors", tmp_path / "out", Recipe())
+    assert "of another version" not in capfd.readouterr().err

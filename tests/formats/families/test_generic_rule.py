@@ -69,6 +69,7 @@ def test_generic_rule_fuses_the_attention_of_a_language_model(tiny_model: Callab
         "blocks.0.time_emb_proj.weight",
         "blocks.0.mlp.gate.weight",
         "blocks.0.scale_shift.weight",
+        "distilled_guidance_layer.layers.0.linear_1.weight",
         "embedder.blocks.0.fc1.weight",
         "final_layer.weight",
         "proj_out.weight",
