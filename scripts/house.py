@@ -195,7 +195,9 @@ class CallPath:
 
 
 def report(label: str, path: CallPath, with_chain: bool) -> None:
-    print(f"{label}: {len(path.files)} files, {len(path.crossings)} crossings, {len(path.deepest) - 1} hops")
+    layers = Counter(name.partition(os.sep)[0] for name in path.files)
+    files = ", ".join(f"{layer} {count}" for layer, count in sorted(layers.items()))
+    print(f"{label}: {layers.total()} files ({files}), {len(path.crossings)} crossings, {len(path.deepest) - 1} hops")
     for step in path.deepest if with_chain else ():
         print(f"    {step}")
 

@@ -20,9 +20,8 @@ from omni_convert.formats.arithmetic.smoothing import smoothed_input
 from omni_convert.formats.format import Format
 from omni_convert.formats.schemes.int8 import Int8
 from omni_convert.loaders.kernels.decoding import DECODERS, decode_rows, padded_columns, weight_unit
-from omni_convert.loaders.kernels.kernel import Kernel, Requirements
-from omni_convert.loaders.kernels.reference import rounded_input
-from omni_convert.loaders.memory.packed_int4 import weight_shape
+from omni_convert.loaders.kernels.kernel import Kernel, Requirements, rounded_input
+from omni_convert.loaders.memory.layout import weight_shape
 
 __all__ = ["CPU_DECODE_MM", "DECODE_MM", "DECODE_WEIGHT_MM"]
 

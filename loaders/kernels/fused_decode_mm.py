@@ -17,9 +17,8 @@ from omni_convert.formats.arithmetic.smoothing import smoothed_input
 from omni_convert.formats.format import Format
 from omni_convert.loaders.kernels.decoding import DECODERS, Operands
 from omni_convert.loaders.kernels.fused_activation import on_device_of
-from omni_convert.loaders.kernels.kernel import Kernel, Requirements
-from omni_convert.loaders.kernels.reference import rounded_input
-from omni_convert.loaders.memory.packed_int4 import weight_shape
+from omni_convert.loaders.kernels.kernel import Kernel, Requirements, rounded_input
+from omni_convert.loaders.memory.layout import weight_shape
 
 __all__ = ["TRITON_DECODE_MM", "TRITON_DECODE_WEIGHT_MM", "run_fused"]
 

@@ -10,9 +10,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from omni_convert.formats.arithmetic.smoothing import smoothed_input
 from omni_convert.formats.format import Format
 
-__all__ = ["Activations", "Kernel", "LayerTraits", "Requirements", "RunLinear"]
+__all__ = ["Activations", "Kernel", "LayerTraits", "Requirements", "RunLinear", "rounded_input"]
 
 #: `quantized`: inputs are quantized as serving runtimes do it. `bf16`: only weights are; inputs keep their dtype.
 Activations = Literal["quantized", "bf16"]
@@ -121,3 +122,8 @@ class Kernel:
     is_scaled_gemm: bool
     requirements: Requirements
     run: RunLinear
+
+
+def rounded_input(x: Tensor, tensors: Mapping[str, Tensor], fmt: Format) -> Tensor:
+    """The input [M, in] as the runtime's GEMM sees it: smoothed, quantized and restored, float32."""
+    return fmt.round_inputs(smoothed_input(x.detach(), tensors), tensors)  # rounding has no derivative

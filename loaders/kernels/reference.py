@@ -13,17 +13,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from omni_convert.formats.arithmetic.smoothing import smoothed_input
 from omni_convert.formats.format import Format
-from omni_convert.loaders.kernels.kernel import Kernel, Requirements
+from omni_convert.loaders.kernels.kernel import Kernel, Requirements, rounded_input
 from omni_convert.loaders.memory.layout import disk_tensors
 
-__all__ = ["REFERENCE", "WEIGHT_ONLY", "rounded_input"]
-
-
-def rounded_input(x: Tensor, tensors: Mapping[str, Tensor], fmt: Format) -> Tensor:
-    """The input [M, in] as the runtime's GEMM sees it: smoothed, quantized and restored, float32."""
-    return fmt.round_inputs(smoothed_input(x.detach(), tensors), tensors)  # rounding has no derivative
+__all__ = ["REFERENCE", "WEIGHT_ONLY"]
 
 
 def _stored_weight(x: Tensor, tensors: Mapping[str, Tensor], fmt: Format) -> Tensor:

@@ -17,8 +17,7 @@ from omni_convert.formats.rows import InputStatistics
 from omni_convert.formats.table import FORMATS, RUNNABLE, build_format
 from omni_convert.loaders.kernels.kernel import Activations, LayerTraits
 from omni_convert.loaders.kernels.table import Selection, select_kernel
-from omni_convert.loaders.memory.layout import disk_tensors, memory_tensors
-from omni_convert.loaders.memory.packed_int4 import as_loaded, weight_shape
+from omni_convert.loaders.memory.layout import as_loaded, disk_tensors, memory_tensors, weight_shape
 from omni_convert.loaders.memory.pickling import module_state, restore_buffers
 
 __all__ = ["QuantizedLinear", "quantize_linear"]

@@ -27,7 +27,8 @@ from omni_convert.formats.schemes.int4 import Int4
 from omni_convert.formats.statistics.statistics import Statistics
 from omni_convert.formats.table import LOADABLE, build_format, layer_formats
 from omni_convert.loaders.layers.fp8_storage import storage_layers
-from omni_convert.loaders.memory.packed_int4 import as_loaded, packed_layers
+from omni_convert.loaders.memory.layout import as_loaded
+from omni_convert.loaders.memory.packed_int4 import packed_layers
 from omni_convert.loaders.request.per_layer import requested_configs
 
 __all__ = ["PlannedLayer", "declared_format", "select_layers", "stored_layers"]

@@ -17,7 +17,7 @@ from torch import Tensor
 from omni_convert.formats.containers.tensor_spec import TensorSpec
 from omni_convert.formats.dialects.auto_round import AUTO_ROUND
 from omni_convert.formats.dialects.base import WrittenSpelling
-from omni_convert.formats.format import Format, QuantizingFormat
+from omni_convert.formats.format import Format
 from omni_convert.formats.rows import TensorLayout, TensorRows, iterate_rows
 from omni_convert.formats.schemes.int4 import PACKED_ROWS, Int4
 
@@ -27,9 +27,7 @@ __all__ = [
     "SCALES",
     "ZERO_POINTS",
     "PackedInt4",
-    "as_loaded",
     "packed_layers",
-    "weight_shape",
 ]
 
 #: Suffixes on disk.
@@ -62,7 +60,8 @@ class PackedInt4(Int4):
         return packed
 
     def dequantize(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        rows, columns = weight_shape(tensors)
+        words, rows = tensors[CODES].shape
+        columns = words * CODES_PER_WORD
         spelling = self._spelling(rows, columns)
         canonical = {
             suffix: spelling.codec(suffix).decode(tensors[spelling.name(suffix)], layout)
@@ -75,21 +74,6 @@ class PackedInt4(Int4):
         spelling = AUTO_ROUND.spelling(self, (rows, columns))
         assert isinstance(spelling, WrittenSpelling), "AutoRound has this format"
         return spelling
-
-
-def as_loaded(fmt: QuantizingFormat) -> QuantizingFormat:
-    """The format whose tensors a layer holds in memory: for W4A16 the packed one, otherwise the format itself."""
-    if isinstance(fmt, Int4) and not isinstance(fmt, PackedInt4):
-        return PackedInt4(fmt.group, fmt.search)
-    return fmt
-
-
-def weight_shape(tensors: Mapping[str, Tensor]) -> tuple[int, int]:
-    """Rows and stored columns of a weight, from the tensors of its layer in memory."""
-    if CODES in tensors:
-        return tensors[CODES].shape[1], tensors[CODES].shape[0] * CODES_PER_WORD
-    rows, columns = tensors["weight"].shape
-    return rows, columns
 
 
 def packed_layers(specs: Mapping[str, TensorSpec]) -> dict[str, Format]:

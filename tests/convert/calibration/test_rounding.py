@@ -19,7 +19,7 @@ from omni_convert.formats.schemes.mxfp4_dualscale import Mxfp4DualScale
 from omni_convert.formats.schemes.mxfp8 import Mxfp8
 from omni_convert.formats.schemes.nvfp4 import Nvfp4
 from omni_convert.formats.statistics.layer_statistics import LayerStatistics, observe
-from omni_convert.loaders.kernels.reference import rounded_input
+from omni_convert.loaders.kernels.kernel import rounded_input
 
 COLUMNS = 128
 FORMATS = [

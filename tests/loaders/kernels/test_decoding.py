@@ -14,8 +14,8 @@ from omni_convert.formats.schemes.nvfp4 import Nvfp4
 from omni_convert.loaders.kernels.decode_mm import DECODE_MM
 from omni_convert.loaders.kernels.decoding import DECODERS, decode_rows, padded_columns, weight_unit
 from omni_convert.loaders.kernels.reference import REFERENCE
-from omni_convert.loaders.memory.layout import disk_tensors, memory_tensors
-from omni_convert.loaders.memory.packed_int4 import PackedInt4, weight_shape
+from omni_convert.loaders.memory.layout import disk_tensors, memory_tensors, weight_shape
+from omni_convert.loaders.memory.packed_int4 import PackedInt4
 
 FORMATS = (Fp8(), Fp8Channel(), Fp8Block((16, 48)), Int8(), Mxfp8(), Mxfp4(), Mxfp4DualScale(), Nvfp4(), PackedInt4(32))
 WIDTHS = [1, 16, 33, 640]

@@ -11,8 +11,7 @@ from omni_convert.formats.schemes.mxfp8 import Mxfp8
 from omni_convert.formats.schemes.nvfp4 import Nvfp4
 from omni_convert.loaders.kernels.decoding import DECODERS
 from omni_convert.loaders.kernels.fused_decode_mm import TRITON_DECODE_MM, run_fused
-from omni_convert.loaders.kernels.kernel import LayerTraits
-from omni_convert.loaders.kernels.reference import rounded_input
+from omni_convert.loaders.kernels.kernel import LayerTraits, rounded_input
 from omni_convert.loaders.kernels.table import KERNELS
 from omni_convert.loaders.memory.layout import disk_tensors, memory_tensors
 from omni_convert.loaders.memory.packed_int4 import PackedInt4

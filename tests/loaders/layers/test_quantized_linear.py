@@ -15,7 +15,7 @@ from omni_convert.formats.errors import CheckpointError, KernelError, RecipeErro
 from omni_convert.formats.schemes.fp8 import Fp8, Fp8Block
 from omni_convert.formats.schemes.int8 import Int8
 from omni_convert.formats.table import LOADABLE
-from omni_convert.loaders.kernels.reference import rounded_input
+from omni_convert.loaders.kernels.kernel import rounded_input
 from omni_convert.loaders.layers.quantized_linear import QuantizedLinear, quantize_linear
 from omni_convert.loaders.report import kernel_report
 
