@@ -70,7 +70,8 @@ class GgufTarget(Target):
             raise RecipeError(
                 f"{component.config_path}: found no layer to quantize to {self.method}, expected linears in blocks"
             )
-        return Scope(groups, {name for stem, parts in layers.items() for name in (stem, *parts)})
+        others = {name for stem, parts in layers.items() for name in (stem, *parts)}
+        return Scope(list(self.without_leading_blocks(groups)), others)
 
     def _reason_to_keep(self, parts: Sequence[str]) -> str | None:
         facts = self.component.family.gguf

@@ -120,6 +120,25 @@ class Target(ABC):
             CheckpointError: a member of a group is missing.
         """
 
+    def without_leading_blocks(self, groups: Sequence[LayerGroup]) -> Iterator[LayerGroup]:
+        """The groups; those of a denoiser's leading blocks that stay as they are have that as their reason.
+
+        Raises:
+            RecipeError: the recipe asks for leading blocks, and none of the groups is in one.
+        """
+        component, wanted = self.component, self.recipe.bf16_blocks
+        leading = component.family.bf16_blocks(self.method) if wanted is None else wanted
+        if component.name and not component.is_denoiser:
+            leading = 0
+        if leading and wanted and all(_block_number(group) >= leading for group in groups):
+            raise RecipeError(
+                f"--bf16-blocks: found {leading}, but none of the layers that can be quantized is in one of the first "
+                "blocks; name layers with --ignored-layers"
+            )
+        for group in groups:
+            is_leading = group.keep_reason is None and _block_number(group) < leading
+            yield replace(group, keep_reason=f"one of the first {leading} blocks") if is_leading else group
+
     def written_group(self, group: LayerGroup) -> LayerGroup:
         """A group of the source as the result holds it."""
         return group
@@ -200,7 +219,7 @@ class RuntimeTarget(Target):
         if component.is_transformers:
             groups = list(_without_casting_layers(without_towers(groups), self.method))
         return Scope(
-            list(self._without_leading_blocks(groups)),
+            list(self.without_leading_blocks(groups)),
             other_linears(component.weights, members),
             tuple(each.pattern for each in recommended) if recipe.recommended else (),
             tuple(self._notes()),
@@ -222,19 +241,6 @@ class RuntimeTarget(Target):
         dynamic = component.stage.dynamic_refusal if component.stage is not None else None
         if dynamic is not None and self.method == "fp8" and self.scheme.name == "dynamic":
             raise RecipeError(f"{component.config_path}: {dynamic}; add --calib PROMPTS or --calibration STATISTICS")
-
-    def _without_leading_blocks(self, groups: Sequence[LayerGroup]) -> Iterator[LayerGroup]:
-        """The groups; those of the leading blocks that stay in BF16 have that as their reason."""
-        recipe = self.recipe
-        leading = self.component.family.bf16_blocks(self.method) if recipe.bf16_blocks is None else recipe.bf16_blocks
-        if recipe.bf16_blocks and all(_block_number(group) >= leading for group in groups):
-            raise RecipeError(
-                f"--bf16-blocks: found {leading}, but none of the layers that {recipe.runtime} runs quantized is in "
-                "one of the first blocks; name layers with --ignored-layers"
-            )
-        for group in groups:
-            is_leading = group.keep_reason is None and _block_number(group) < leading
-            yield replace(group, keep_reason=f"one of the first {leading} blocks") if is_leading else group
 
     def _notes(self) -> Iterator[str]:
         family, recipe = self.component.family, self.recipe
@@ -317,7 +323,7 @@ class StorageTarget(RuntimeTarget):
             raise RecipeError(
                 f"{component.config_path}: found no layer to store as fp8, expected a text encoder or a VAE"
             )
-        return Scope(groups, other_linears(component.weights, {*stems}))
+        return Scope(list(self.without_leading_blocks(groups)), other_linears(component.weights, {*stems}))
 
     def _layers_of_class(self) -> Collection[str]:
         """Asks the class, because names and shapes do not tell a convolution from a transposed one."""

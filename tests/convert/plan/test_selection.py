@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from omni_convert.convert import Recipe, convert_checkpoint
+from omni_convert.formats.checks.meaning import open_quantized
 from omni_convert.formats.errors import RecipeError
 
 WAN = {"num_attention_heads": 2, "attention_head_dim": 32, "text_dim": 32, "freq_dim": 16, "ffn_dim": 128}
@@ -32,6 +34,13 @@ def flux(folder: Path) -> Path:
         **FLUX, joint_attention_dim=32, pooled_projection_dim=16, in_channels=4, axes_dims_rope=(8, 12, 12)
     )
     return saved(model, folder)
+
+
+def in_pipeline(transformer: Path, folder: Path) -> Path:
+    shutil.copytree(transformer, folder / "transformer")
+    index = {"_class_name": "WanPipeline", "transformer": ["diffusers", "WanTransformer3DModel"]}
+    (folder / "model_index.json").write_text(json.dumps(index))
+    return folder
 
 
 def quantized_layers(output: Path) -> set[str]:
@@ -58,6 +67,31 @@ def test_the_number_of_bf16_blocks_can_be_chosen(tmp_path: Path) -> None:
     report = convert_checkpoint(wan(tmp_path / "wan", num_layers=2), tmp_path / "out", recipe)
     assert {name.split(".")[1] for name in quantized_layers(tmp_path / "out")} == {"1"}
     assert {layer.reason for layer in report.kept} == {"one of the first 1 blocks"}
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        Recipe(method="gguf", bf16_blocks=1),
+        Recipe(component={"transformer": "fp8_storage"}, runtime="diffusers", bf16_blocks=1),
+    ],
+    ids=["gguf", "fp8_storage"],
+)
+def test_leading_blocks_stay_whatever_reads_the_result(tmp_path: Path, recipe: Recipe) -> None:
+    source = wan(tmp_path / "wan", num_layers=2)
+    if recipe.component:
+        source = in_pipeline(source, tmp_path / "pipeline")
+    convert_checkpoint(source, tmp_path / "out", recipe)
+    opened = open_quantized(tmp_path / "out" / "transformer" if recipe.component else tmp_path / "out")
+    assert {stem.split(".")[1] for stem in opened.layers if stem.startswith("blocks.")} == {"1"}
+
+
+def test_leading_blocks_are_those_of_the_transformer(tiny_pipeline_folder: Path, tmp_path: Path) -> None:
+    recipe = Recipe(component={"text_encoder": "fp8"}, runtime="diffusers", bf16_blocks=1)
+    report = convert_checkpoint(tiny_pipeline_folder, tmp_path / "out", recipe)
+    leading = [layer.name for layer in report.layers if ".layers.0." in layer.name]
+    assert leading
+    assert all(name.startswith("text_encoder.") for name in leading)
 
 
 def test_wan_5b_is_refused_with_four_bit_activations_unless_forced(tmp_path: Path) -> None:
