@@ -26,7 +26,9 @@ from omni_convert.loaders.loading.hub import fetch_gguf_file
 from omni_convert.loaders.loading.packages import missing_package
 from omni_convert.loaders.loading.pipeline_files import find_gguf_components, require_pipeline, shared_readers
 from omni_convert.loaders.loading.refusal import refuse_undeclared
+from omni_convert.loaders.loading.streamed import PipelineStream, attach
 from omni_convert.loaders.loading.transformers_quantizer import TransformersConfig
+from omni_convert.loaders.memory.streaming import Streamer
 from omni_convert.loaders.report import kernel_report, require_scaled_gemm
 from omni_convert.loaders.request.spec import (
     CalibratedConfig,
@@ -57,6 +59,7 @@ def load_pipeline(
     activations: Activations = "quantized",
     cache_backend: str | None = None,
     cache_config: Mapping[str, Any] | None = None,
+    memory: str = "full",
     **kwargs: Any,
 ) -> DiffusionPipeline:
     """Loads a pipeline. A quantized one is loaded as it is; any other is quantized while it loads, if asked to.
@@ -72,6 +75,9 @@ def load_pipeline(
             (see `kernel_report`)
         activations: `quantized`, as the serving runtime does, or `bf16` to quantize weights only
         cache_backend, cache_config: a step cache and its settings, as `enable_step_cache` takes them
+        memory: `full` loads all weights, `stream` leaves those of denoising models and text encoders in their files and
+            brings each block when it runs, `auto` streams what does not fit. `stream:12` takes at most about 12 GB,
+            where several prompts share the blocks. Quantized models are loaded whole.
         kwargs: passed to `DiffusionPipeline.from_pretrained`
 
     Raises:
@@ -87,9 +93,11 @@ def load_pipeline(
         requested, in_gguf = _requested_configs(str(model), quantization, hub_options)
         kwargs = _load_gguf_components(model, torch_dtype, requested, in_gguf, hub_options) | kwargs
         with shared_readers():
-            _check_files(model, kwargs)
+            folder = _check_files(model, kwargs)
+            stream = PipelineStream(folder, torch.device(device or "cpu"), torch_dtype, kwargs)
+            streamer, models = stream.open(memory, _unstreamable(requested, in_gguf, cache_backend))
             pipeline = DiffusionPipeline.from_pretrained(
-                str(model), dtype=torch_dtype, **_quantization_argument(requested), **kwargs
+                str(model), dtype=torch_dtype, **_quantization_argument(requested), **kwargs, **models
             )
     except ImportError as error:
         raise missing_package(str(model), error) from error
@@ -98,14 +106,13 @@ def load_pipeline(
         raise CheckpointError(f"{model}: cannot be loaded ({reason}); download or convert it again") from error
     modules = {name: module for name, module in pipeline.components.items() if isinstance(module, nn.Module)}
     _refuse_other_method(requested, modules)
-    if device is not None:
-        pipeline.to(device)
-    if activations != "quantized":
-        for layer in _quantized_layers(modules.values()):
+    _place(pipeline, streamer, device)
+    for layer in _quantized_layers(modules.values()):
+        if activations != "quantized":
             layer.activations = activations
-    if strict:
-        for layer in _quantized_layers(modules.values()):
+        if strict:
             layer.prefers_scaled_gemm = True
+    if strict:
         require_scaled_gemm(kernel_report(pipeline))
     if cache_backend is not None:
         enable_step_cache(pipeline, cache_backend, cache_config)
@@ -151,14 +158,19 @@ def _load_gguf_components(
     return loaded
 
 
-def _check_files(model: str | Path, kwargs: dict[str, Any]) -> None:
-    """Looks at the headers of the files before they are loaded; diffusers downloads a repository for that."""
+def _check_files(model: str | Path, kwargs: dict[str, Any]) -> Path:
+    """Looks at the headers of the files before they are loaded; diffusers downloads a repository for that.
+
+    Returns:
+        the pipeline's folder
+    """
     folder = Path(model)
     if not folder.is_dir():
         folder = Path(DiffusionPipeline.download(str(model), **kwargs))
         kwargs.pop("force_download", None)  # once is enough
     if kwargs.get("use_safetensors") is not False:
         refuse_undeclared(folder, kwargs.keys(), kwargs.get("variant"))
+    return folder
 
 
 def _requested_configs(
@@ -214,6 +226,20 @@ def _refuse_unknown_components(
         for key, value in config.component_configs.items():
             if value is not None and not any(name.startswith(key) for name in components):
                 raise RecipeError(f"quantization: found component '{key}', expected one of {', '.join(components)}")
+
+
+def _place(pipeline: DiffusionPipeline, streamer: Streamer | None, device: str | torch.device | None) -> None:
+    if streamer is not None:
+        attach(pipeline, streamer)
+    elif device is not None:
+        pipeline.to(device)
+
+
+def _unstreamable(requested: Mapping[str, Any], in_gguf: Mapping[str, Any], cache_backend: str | None) -> str | None:
+    """Why a pipeline is loaded whole although it might not fit; None if there is no reason."""
+    if requested or in_gguf:
+        return "is quantized while it loads"
+    return None if cache_backend is None else "has a step cache, which skips blocks"
 
 
 def _quantization_argument(requested: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,17 +1,21 @@
 """Runs a diffusers pipeline over prompts, for calibration, comparison and generation alike.
 
-Pipelines accept different arguments, which are found in their signatures. One prompt runs at a time with its own
-generator on the CPU, so that an image depends neither on other prompts nor on the device.
+Pipelines accept different arguments, which are found in their signatures. Each prompt has its own generator on the CPU,
+so that an image depends neither on other prompts nor on the device.
 """
 
 from __future__ import annotations
 
+import copy
 import inspect
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from omni_convert.convert.calibration.lockstep import MOST_PROMPTS, Lockstep
 from omni_convert.convert.calibration.prompts import Prompt
 from omni_convert.formats.containers.json_file import read_json
 from omni_convert.formats.errors import CheckpointError, RecipeError
@@ -20,7 +24,18 @@ if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
     from PIL.Image import Image
 
-__all__ = ["DEFAULTS_FILE", "GenerationSettings", "has_step_callback", "run_pipeline", "set_flow_shift"]
+    from omni_convert.loaders.memory.streaming import Streamer
+
+__all__ = [
+    "DEFAULTS_FILE",
+    "GenerationSettings",
+    "has_step_callback",
+    "run_pipeline",
+    "run_prompts",
+    "set_flow_shift",
+]
+
+logger = logging.getLogger(__name__)
 
 DEFAULTS_FILE = "generation_defaults.json"
 #: Names in that file, which are diffusers' names of the arguments, and our names of the settings.
@@ -105,7 +120,7 @@ def run_pipeline(
     on_step: Callable[[int], None] | None = None,
     decode: bool = True,
 ) -> list[list[Image]]:
-    """Runs a pipeline over prompts, one at a time.
+    """Runs a pipeline over prompts, each with its own noise.
 
     Args:
         pipe: any text- or image-conditioned diffusers pipeline
@@ -120,12 +135,74 @@ def run_pipeline(
         RecipeError: the pipeline does not accept a setting or its value; it accepts no image, or needs one; or it needs
             a package that is not installed.
     """
+    runs = [(prompt, seed + offset) for offset, prompt in enumerate(prompts)]
+    return run_prompts(pipe, runs, settings, on_step=on_step, decode=decode)
+
+
+def run_prompts(
+    pipe: DiffusionPipeline,
+    runs: Sequence[tuple[Prompt, int]],
+    settings: GenerationSettings,
+    *,
+    on_start: Callable[[Prompt], None] = lambda _: None,
+    on_step: Callable[[int], None] | None = None,
+    after_group: Callable[[Sequence[int]], None] = lambda _: None,
+    decode: bool = True,
+) -> list[list[Image]]:
+    """Runs a pipeline over prompts: one at a time, or side by side if it is streamed.
+
+    Callbacks are called in the thread that runs the prompt; only one thread runs at a time.
+
+    Args:
+        runs: each prompt and the seed of its noise
+        on_start: called before each prompt
+        on_step, decode: see `run_pipeline`
+        after_group: called with the positions of prompts that have finished
+
+    Returns:
+        see `run_pipeline`, which raises the same errors
+    """
+    from omni_convert.loaders.loading.streamed import streamer_of  # seconds of imports
+
+    def run(own: DiffusionPipeline, prompt: Prompt, seed: int) -> list[Image]:
+        on_start(prompt)
+        return _run(own, prompt, settings, seed, on_step, decode)
+
+    streamer = streamer_of(pipe)
     progress = getattr(pipe, "_progress_bar_config", {})
     pipe.set_progress_bar_config(disable=True)
     try:
-        return [_run(pipe, prompt, settings, seed + offset, on_step, decode) for offset, prompt in enumerate(prompts)]
+        if streamer is not None:
+            return _run_streamed(streamer, [partial(run, _with_own_state(pipe), *each) for each in runs], after_group)
+        images = []
+        for position, each in enumerate(runs):
+            images.append(run(pipe, *each))
+            after_group([position])
+        return images
     finally:
         pipe.set_progress_bar_config(**progress)
+
+
+def _run_streamed(
+    streamer: Streamer, jobs: Sequence[Callable[[], list[Image]]], after_group: Callable[[Sequence[int]], None]
+) -> list[list[Image]]:
+    images: list[list[Image]] = []
+    for start in range(0, len(jobs), MOST_PROMPTS):
+        lockstep: Lockstep[list[Image]] = Lockstep(streamer, partial(_after, after_group, start))
+        images += lockstep.run(jobs[start : start + MOST_PROMPTS])
+        logger.info("%d prompts ran in groups of %s", sum(lockstep.groups), ", ".join(map(str, lockstep.groups)))
+    return images
+
+
+def _after(after_group: Callable[[Sequence[int]], None], start: int, group: Sequence[int]) -> None:
+    after_group([start + position for position in group])
+
+
+def _with_own_state(pipe: DiffusionPipeline) -> DiffusionPipeline:
+    """The same models under a pipeline of its own: pipelines and schedulers keep what belongs to one prompt."""
+    own = copy.copy(pipe)
+    own.scheduler = copy.deepcopy(pipe.scheduler)
+    return own
 
 
 def set_flow_shift(pipe: DiffusionPipeline, shift: float) -> None:

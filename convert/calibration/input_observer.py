@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import logging
 import math
+import threading
 import weakref
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -63,12 +64,28 @@ def candidate_layers(model: nn.Module, family: Family | None = None) -> dict[str
     return first
 
 
-class InputObserver:
-    """Records the inputs of the candidate linears of some models while it is entered.
+class _Place(threading.local):
+    """Where a prompt is in its run; prompts that run side by side have a thread each.
 
     Attributes:
-        step: the current denoising step, from 0; the code that runs the pipeline sets it
+        step: the denoising step, from 0
+        timestep: that of the model's last call
+        mask: of the tokens of the module that runs; None if no token is padding
+        outer_masks: those of the modules around it
+        last: the last recorder and its input: q, k and v read the same tensor, which must be counted once
     """
+
+    def __init__(self) -> None:
+        self.prompt = ""
+        self.step = 0
+        self.timestep: float | None = None
+        self.mask: Tensor | None = None
+        self.outer_masks: list[Tensor | None] = []
+        self.last: tuple[InputRecorder, weakref.ref[Tensor], int] | None = None
+
+
+class InputObserver:
+    """Records the inputs of the candidate linears of some models while it is entered."""
 
     def __init__(
         self,
@@ -90,16 +107,11 @@ class InputObserver:
         Raises:
             CalibrationError: a model has no linears that can be quantized.
         """
-        self.step = 0
-        self._prompt = ""
+        self._place = _Place()
         self._counts_timesteps = counts_timesteps
-        self._timestep: float | None = None
         self._models = dict(models)
         self._recorder_type = MomentsRecorder if with_moments else InputRecorder
         self._recorders: dict[str, InputRecorder] = {}
-        self._mask: Tensor | None = None
-        # The last recorder and its input: q, k and v read the same tensor, which must be counted once.
-        self._last: tuple[InputRecorder, weakref.ref[Tensor], int] | None = None
         self._hooks = ExitStack()
         self._candidates = {component: candidate_layers(model, family) for component, model in self._models.items()}
         for component, layers in self._candidates.items():
@@ -109,10 +121,19 @@ class InputObserver:
                 )
 
     def start(self, prompt: Prompt) -> None:
-        """Begins another prompt; its text is encoded before the first step."""
+        """Begins another prompt in the thread that runs it; its text is encoded before the first step."""
         self.step = 0
-        self._timestep = None
-        self._prompt = prompt.text
+        self._place.timestep = None
+        self._place.prompt = prompt.text
+
+    @property
+    def step(self) -> int:
+        """The denoising step of this thread's prompt, from 0; the code that runs the pipeline sets it."""
+        return self._place.step
+
+    @step.setter
+    def step(self, step: int) -> None:
+        self._place.step = step
 
     def __enter__(self) -> InputObserver:
         with ExitStack() as hooks:
@@ -131,7 +152,7 @@ class InputObserver:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._hooks.close()
-        self._last = self._mask = None
+        self._place = _Place()
 
     def statistics(self) -> dict[str, LayerStatistics]:
         """Statistics by `component.stem`; layers that never ran are left out."""
@@ -176,7 +197,7 @@ class InputObserver:
             if not math.isfinite(observation.amax):
                 raise CalibrationError(
                     f"{name}: found NaN or Inf in its input at denoising step {self.step} of "
-                    f"'{self._prompt:.40}', expected finite values; check the weights, or run in another dtype"
+                    f"'{self._place.prompt:.40}', expected finite values; check the weights, or run in another dtype"
                 )
             recorder.record(observation, self.step)
 
@@ -184,26 +205,27 @@ class InputObserver:
 
     def _is_repeated(self, values: Tensor, recorder: InputRecorder) -> bool:
         version = 0 if values.is_inference() else values._version  # noqa: SLF001  # torch has no other name for it
-        if self._last is not None:
-            last_recorder, last_values, last_version = self._last
+        if self._place.last is not None:
+            last_recorder, last_values, last_version = self._place.last
             if last_recorder is recorder and last_values() is values and last_version == version:
                 return True
-        self._last = (recorder, weakref.ref(values), version)
+        self._place.last = (recorder, weakref.ref(values), version)
         return False
 
     def _without_padding(self, values: Tensor) -> Tensor:
         """An input [..., in] as rows [rows, in], without the rows of padding."""
         rows = values.detach().reshape(-1, values.shape[-1])
-        if self._mask is None or self._mask.shape != values.shape[:-1]:
+        mask = self._place.mask
+        if mask is None or mask.shape != values.shape[:-1]:
             return rows
-        return rows[self._mask.flatten().to(rows.device)]
+        return rows[mask.flatten().to(rows.device)]
 
     def _count_timestep(self, _module: nn.Module, _args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if isinstance(kwargs.get("timestep"), Tensor):
             timestep = float(kwargs["timestep"].max())
-            if self._timestep is not None and timestep != self._timestep:
+            if self._place.timestep is not None and timestep != self._place.timestep:
                 self.step += 1
-            self._timestep = timestep
+            self._place.timestep = timestep
 
     def _watch_mask(self, module: nn.Module, hooks: ExitStack) -> None:
         """Applies a mask that a module gets to everything inside the module while it runs."""
@@ -211,17 +233,17 @@ class InputObserver:
         positions = {name: names.index(name) for name in MASK_PARAMETERS if name in names}
         if not positions:
             return
-        outer: list[Tensor | None] = []
 
         def enter(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            outer.append(self._mask)
+            self._place.outer_masks.append(self._place.mask)
             for name, position in positions.items():
                 mask = kwargs.get(name, args[position] if position < len(args) else None)
                 if _is_token_mask(mask):
-                    self._mask = None if bool(mask.all()) else mask.bool()
+                    self._place.mask = None if bool(mask.all()) else mask.bool()
 
         def leave(_module: nn.Module, _args: Any, _output: Any) -> None:
-            self._mask = outer.pop()
+            if self._place.outer_masks:  # none if an error came before the mask
+                self._place.mask = self._place.outer_masks.pop()
 
         hooks.callback(module.register_forward_pre_hook(enter, with_kwargs=True).remove)
         hooks.callback(module.register_forward_hook(leave, always_call=True).remove)

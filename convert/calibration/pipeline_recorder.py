@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import nn
 
-from omni_convert.convert.calibration.generation import GenerationSettings, has_step_callback, run_pipeline
+from omni_convert.convert.calibration.generation import GenerationSettings, has_step_callback, run_prompts
 from omni_convert.convert.calibration.input_observer import InputObserver
 from omni_convert.convert.calibration.moments import Moments
 from omni_convert.convert.calibration.prompts import Prompt
@@ -177,10 +177,8 @@ class PipelineRecorder:
                 observer.step = step + 1
                 advance(1)
 
-            for prompt in prompts:
-                observer.start(prompt)
-                seed = _noise_seed(self._seed, prompt)
-                run_pipeline(self._pipe, [prompt], settings, seed, on_step=after_step, decode=False)
+            runs = [(prompt, _noise_seed(self._seed, prompt)) for prompt in prompts]
+            run_prompts(self._pipe, runs, settings, on_start=observer.start, on_step=after_step, decode=False)
         return observer
 
 

@@ -142,6 +142,10 @@ class TensorFile:
             raise IndexError(f"bytes {start} to {start + len(buffer)} of tensor {quoted(name)}")
         self._file().read_into(buffer, self._offsets[name] + start)
 
+    def offset(self, name: str) -> int:
+        """Where the bytes of a tensor begin in the file."""
+        return self._offsets[name]
+
     def prefetch(self, name: str, limit: int) -> None:
         """Has the system read a tensor, at most `limit` bytes of it, while we do something else."""
         self._file().descriptor.will_need(self._offsets[name], min(limit, self.specs[name].nbytes))

@@ -26,7 +26,7 @@ from omni_convert.loaders.loading.quantizer import ConfigBlock, LayerQuantizer
 from omni_convert.loaders.loading.select import PlannedLayer
 from omni_convert.loaders.memory.packed_int4 import CODES
 
-__all__ = ["TransformersConfig", "TransformersOmniQuantizer", "register"]
+__all__ = ["TransformersConfig", "TransformersOmniQuantizer", "names_in_model", "register"]
 
 MODEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -50,24 +50,7 @@ class TransformersOmniQuantizer(LayerQuantizer, HfQuantizer):  # type: ignore[mi
         self._prepare(model, checkpoint_files or ())
 
     def _under_model_names(self, specs: Mapping[str, TensorSpec], model: nn.Module) -> Mapping[str, TensorSpec]:
-        """Applies transformers' renamings. They know weights alone; the other tensors of a layer follow its weight."""
-        mapping = get_model_conversion_mapping(model)
-        renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
-        converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-        own = model.state_dict()
-
-        def rename(name: str) -> str:
-            renamed: str = rename_source_key(name, renamings, converters, model.base_model_prefix, own)[0]
-            return renamed
-
-        renamed_specs: dict[str, TensorSpec] = {}
-        for name, spec in specs.items():
-            stem, dot, suffix = name.rpartition(".")
-            weight = f"{stem}.weight"
-            is_of_layer = weight in specs or f"{stem}.{CODES}" in specs
-            new_name = rename(weight).removesuffix(".weight") + dot + suffix if is_of_layer else rename(name)
-            renamed_specs[new_name] = spec
-        return renamed_specs
+        return names_in_model(specs, model)
 
     def _required_names(self, names: Iterable[str]) -> list[str]:
         """Names of layers with a scale; plain tensors may be left over, as a causal LM's head is for a base model."""
@@ -98,6 +81,30 @@ class TransformersOmniQuantizer(LayerQuantizer, HfQuantizer):  # type: ignore[mi
 
     def is_serializable(self) -> bool:
         return True
+
+
+def names_in_model(specs: Mapping[str, TensorSpec], model: nn.Module) -> dict[str, TensorSpec]:
+    """The tensors of files by their names in a model of transformers, which renames some.
+
+    Its renamings know weights alone; the other tensors of a layer follow its weight.
+    """
+    mapping = get_model_conversion_mapping(model)
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    own = model.state_dict()
+
+    def rename(name: str) -> str:
+        renamed: str = rename_source_key(name, renamings, converters, model.base_model_prefix, own)[0]
+        return renamed
+
+    renamed_specs: dict[str, TensorSpec] = {}
+    for name, spec in specs.items():
+        stem, dot, suffix = name.rpartition(".")
+        weight = f"{stem}.weight"
+        is_of_layer = weight in specs or f"{stem}.{CODES}" in specs
+        new_name = rename(weight).removesuffix(".weight") + dot + suffix if is_of_layer else rename(name)
+        renamed_specs[new_name] = spec
+    return renamed_specs
 
 
 class _QuantizeOp(ConversionOps):  # type: ignore[misc]  # transformers is untyped

@@ -26,6 +26,7 @@ from omni_convert.formats.containers.checkpoint import Checkpoint
 from omni_convert.formats.errors import CalibrationError
 from omni_convert.formats.statistics.layer_statistics import LayerStatistics
 from omni_convert.formats.statistics.statistics import Statistics
+from omni_convert.loaders import load_pipeline
 
 SETTINGS = GenerationSettings(steps=3, width=32, height=32, guidance_scale=2.0)
 # Prompts of different lengths, so that the shorter half of a guided batch is padded.
@@ -51,6 +52,20 @@ def prompts_file(tmp_path: Path) -> Path:
     path = tmp_path / "prompts.txt"
     path.write_text("\n".join(prompt.text for prompt in PROMPTS))
     return path
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_a_streamed_pipeline_gives_the_same_statistics(tiny_pipeline_folder: Path, dtype: torch.dtype) -> None:
+    recorded = [
+        calibrate(
+            load_pipeline(tiny_pipeline_folder, torch_dtype=dtype, memory=memory),
+            PROMPTS,
+            SETTINGS,
+            components=COMPONENTS,
+        )
+        for memory in ("full", "stream")
+    ]
+    assert recorded[0].fingerprint() == recorded[1].fingerprint()
 
 
 def same(first: LayerStatistics, second: LayerStatistics) -> bool:

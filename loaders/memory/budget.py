@@ -1,0 +1,83 @@
+"""How much memory there is for a pipeline, and whether it is loaded whole or streamed."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+import torch
+
+from omni_convert.formats.errors import RecipeError
+
+__all__ = ["MemoryChoice", "available_memory", "gigabytes"]
+
+CHOICE = re.compile(r"auto|full|stream(:\d+(\.\d+)?)?")
+MEMINFO = Path("/proc/meminfo")
+#: The memory of a container, in cgroups of either version: its limit, and what it uses without the page cache.
+CGROUPS = (
+    (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.stat"), "anon"),
+    (Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"), Path("/sys/fs/cgroup/memory/memory.stat"), "total_rss"),
+)
+#: What a pipeline needs beside its weights, as a part of them and at least; activations depend on the size of images.
+ROOM, LEAST_ROOM = 0.2, 1 << 30
+UNKNOWN = 1 << 62
+
+
+@dataclass(frozen=True)
+class MemoryChoice:
+    """What `memory` asks for: `auto`, `full` or `stream[:GB]`.
+
+    Attributes:
+        kind: `auto`, `full` or `stream`
+        limit: bytes that streaming may take; None for what there is
+    """
+
+    kind: str
+    limit: int | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Reads the text of an option.
+
+        Raises:
+            RecipeError: it is none of the three.
+        """
+        if not CHOICE.fullmatch(text):
+            raise RecipeError(f"memory: found '{text}', expected auto, full, stream or stream:GB, as stream:12")
+        kind, _, limit = text.partition(":")
+        return cls(kind, int(float(limit) * 1e9) if limit else None)
+
+    def streams(self, weights: int, device: torch.device) -> bool:
+        """Whether to stream weights of so many bytes, which would have to be on a device."""
+        if self.kind != "auto":
+            return self.kind == "stream"
+        return weights + max(LEAST_ROOM, int(ROOM * weights)) > available_memory(device)
+
+    def budget(self, device: torch.device) -> int:
+        """Bytes that streaming may take."""
+        return available_memory(device) if self.limit is None else self.limit
+
+
+def available_memory(device: torch.device) -> int:
+    """Bytes that are free on a device, or that the system would free for us; a great many if it does not say."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    limits = [
+        int(text) - _entry(stat, key)
+        for limit, stat, key in CGROUPS
+        if limit.exists() and (text := limit.read_text().strip()).isdigit()
+    ]
+    return min([*limits, 1024 * _entry(MEMINFO, "MemAvailable:") or UNKNOWN])
+
+
+def _entry(path: Path, key: str) -> int:
+    """The number after a key in a file of the system; 0 if there is none."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    return next((int(line.split()[1]) for line in lines if line.split()[:1] == [key]), 0)
+
+
+def gigabytes(size: int) -> str:
+    """A number of bytes for messages."""
+    return f"{size / 1e9:.1f} GB"

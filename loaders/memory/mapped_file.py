@@ -1,0 +1,89 @@
+"""Weights that stay in their file: tensors are views of its mapped pages, which come and go while the views stay.
+
+Nothing is copied. A page that is read takes memory of the process (`RssFile`) until it is given up; after that a view
+of it is as good as before, and the next use reads the page again.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from omni_convert.formats.containers.safetensors_file import SafetensorsFile
+from omni_convert.formats.errors import CheckpointError
+
+__all__ = ["MappedFile"]
+
+# Linux's numbers; Python's own `madvise` would hold the interpreter's lock while the disk reads.
+MADV_DONTNEED, MADV_POPULATE_READ = 4, 22
+# The system accepts only a few MiB per call of `posix_fadvise`.
+AHEAD = 8 << 20
+
+_madvise: Callable[..., int] | None = getattr(ctypes.CDLL(None), "madvise", None)
+
+
+class MappedFile:
+    """A safetensors file in memory, page by page as it is needed.
+
+    Attributes:
+        path: the file
+        specs: its tensors by name
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Maps a file whose header is sound.
+
+        Raises:
+            CheckpointError: the file cannot be read, or is damaged.
+        """
+        with SafetensorsFile(path) as file:
+            self.path = path
+            self.specs = file.specs
+            self._offsets = {name: file.offset(name) for name in file.specs}
+        try:
+            with path.open("rb") as opened:
+                # Private and writable: torch warns of tensors that it must not write.
+                self._map = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY)
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{path}: cannot be mapped into memory ({error})") from None
+        self._address = torch.frombuffer(self._map, dtype=torch.uint8).data_ptr()
+
+    def tensor(self, name: str) -> Tensor:
+        """A view of a tensor's bytes in the file."""
+        spec = self.specs[name]
+        if not spec.nbytes:
+            return torch.empty(spec.shape, dtype=spec.dtype)
+        count = spec.nbytes // spec.dtype.itemsize
+        return torch.frombuffer(self._map, dtype=spec.dtype, count=count, offset=self._offsets[name]).view(spec.shape)
+
+    def read(self, name: str) -> None:
+        """Brings a tensor's pages into memory now; without this, each would come at its first use."""
+        self._advise(name, MADV_POPULATE_READ)
+
+    def give_up(self, name: str) -> None:
+        """Takes a tensor's pages out of the process; the system may keep them in its page cache."""
+        self._advise(name, MADV_DONTNEED)
+
+    def read_ahead(self, name: str) -> None:
+        """Has the system read a tensor into its page cache."""
+        if not hasattr(os, "posix_fadvise"):  # macOS has none
+            return
+        begin = self._offsets[name]
+        end = begin + self.specs[name].nbytes
+        with suppress(OSError), self.path.open("rb") as file:
+            for start in range(begin, end, AHEAD):
+                os.posix_fadvise(file.fileno(), start, min(AHEAD, end - start), os.POSIX_FADV_WILLNEED)
+
+    def _advise(self, name: str, advice: int) -> None:
+        """A hint that may come to nothing: older systems read page by page, and keep what they have."""
+        begin = self._offsets[name] // mmap.PAGESIZE * mmap.PAGESIZE
+        end = self._offsets[name] + self.specs[name].nbytes
+        if _madvise is not None and end > begin:
+            _madvise(ctypes.c_void_p(self._address + begin), ctypes.c_size_t(end - begin), advice)
