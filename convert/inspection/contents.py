@@ -24,6 +24,7 @@ from omni_convert.formats.checks.completeness import incomplete
 from omni_convert.formats.checks.meaning import doubts
 from omni_convert.formats.checks.stage import stage_refusal
 from omni_convert.formats.containers.tensor_spec import DTYPE_NAMES
+from omni_convert.formats.dialects.base import JudgedComponent
 from omni_convert.formats.dialects.found import describe
 from omni_convert.formats.dialects.table import DIALECTS
 from omni_convert.formats.dialects.verdict import (
@@ -135,7 +136,7 @@ def _runtimes(component: ComponentFolder, opened: QuantizedCheckpoint, doubt: st
     if component.stage is not None:
         found = _stage_runtimes(component, component.stage, opened)
     else:
-        found = dialect.verdicts(formats, refusal, opened.checkpoint, family)
+        found = dialect.verdicts(JudgedComponent(formats, refusal, opened.checkpoint, family))
         found = with_remedy(found, lambda runtime: _keeping_options(component, opened, runtime))
     flaw = incomplete(opened)
     if flaw is None:

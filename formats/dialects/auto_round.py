@@ -34,6 +34,7 @@ from omni_convert.formats.dialects.awq import INTEGER_NAMES, awq_layer
 from omni_convert.formats.dialects.base import (
     Dialect,
     Found,
+    JudgedComponent,
     LayerError,
     Spelling,
     StoredLayer,
@@ -54,7 +55,6 @@ from omni_convert.formats.dialects.verdict import (
     Verdict,
 )
 from omni_convert.formats.errors import CheckpointError, RecipeError
-from omni_convert.formats.families.family import Family
 from omni_convert.formats.finding import Finding
 from omni_convert.formats.format import Format
 from omni_convert.formats.schemes.foreign import Scaled
@@ -165,13 +165,8 @@ class AutoRound(Dialect):
         block = to_block(WHOLE_ROW if group is None else group, layers, ignored)
         return block | {"bits": bits, "sym": encoding.is_symmetric}
 
-    def verdicts(
-        self,
-        layers: Mapping[str, Format],
-        refusal: str | None = None,
-        checkpoint: Checkpoint | None = None,
-        family: Family | None = None,
-    ) -> list[Verdict]:
+    def verdicts(self, component: JudgedComponent) -> list[Verdict]:
+        layers = component.layers
         encodings = {fmt.encoding for fmt in layers.values()}
         if encodings.isdisjoint(FLOATS):
             ours = Verdict(OURS, "loads", "W4A16 in GPTQ's packing, the same for all layers")
@@ -179,7 +174,8 @@ class AutoRound(Dialect):
         candidate = Verdict(VLLM_OMNI_CANDIDATE, "loads", "MX and NVFP4 on CUDA and XPU")
         if NVFP4 in encodings and not all(fmt.is_static for fmt in layers.values()):
             candidate = Verdict(VLLM_OMNI_CANDIDATE, "wrong", f"leaves input_global_scale unset; {CALIBRATE}")
-        return [_released_verdict(encodings, layers, checkpoint), candidate, *self.usual_verdicts, CONVERT_FIRST]
+        released = _released_verdict(encodings, layers, component.checkpoint)
+        return [released, candidate, *self.usual_verdicts, CONVERT_FIRST]
 
     def ignored_entries(self, block: Mapping[str, Any]) -> tuple[str, ...]:
         exceptions = block.get("extra_config")

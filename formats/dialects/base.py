@@ -24,7 +24,7 @@ from omni_convert.formats.finding import Finding
 from omni_convert.formats.format import Format
 from omni_convert.formats.rows import TensorLayout
 
-__all__ = ["Dialect", "Found", "LayerError", "Spelling", "StoredLayer", "WrittenSpelling", "attempt"]
+__all__ = ["Dialect", "Found", "JudgedComponent", "LayerError", "Spelling", "StoredLayer", "WrittenSpelling", "attempt"]
 
 P = ParamSpec("P")
 
@@ -125,6 +125,28 @@ class StoredLayer:
         """Name in the file of a canonical tensor."""
         prefix = self.stem if self.place is None else self.place
         return self.places.get(suffix) or f"{prefix}.{self.spelling.name(suffix)}"
+
+
+@dataclass(frozen=True)
+class JudgedComponent:
+    """A quantized component, as runtimes see it.
+
+    Attributes:
+        layers: stem to format
+        refusal: why vLLM-Omni refuses or misreads it in a dialect that it knows, or None
+        checkpoint: its tensors, for dialects whose readers depend on more than formats
+        family: the model's family; None if no config names it
+    """
+
+    layers: Mapping[str, Format]
+    refusal: str | None = None
+    checkpoint: Checkpoint | None = None
+    family: Family | None = None
+
+    @property
+    def methods(self) -> set[str]:
+        """The methods of its layers."""
+        return {fmt.method for fmt in self.layers.values()}
 
 
 class LayerError(CheckpointError):
@@ -260,21 +282,8 @@ class Dialect(ABC):
         """What its readers obey in the free text of a source's header, quantization apart."""
         return {}
 
-    def verdicts(
-        self,
-        layers: Mapping[str, Format],
-        refusal: str | None = None,
-        checkpoint: Checkpoint | None = None,
-        family: Family | None = None,
-    ) -> list[Verdict]:
-        """The verdict of each runtime on a component.
-
-        Args:
-            layers: stem to format
-            checkpoint: the component, for dialects whose readers depend on more than formats
-            family: the model's family; None if no config names it
-            refusal: why vLLM-Omni refuses or misreads a component in a dialect that it knows, or None
-        """
+    def verdicts(self, component: JudgedComponent) -> list[Verdict]:
+        """The verdict of each runtime on a component."""
         return list(self.usual_verdicts)
 
     def check(self, found: Found, layers: Mapping[str, StoredLayer], config: Mapping[str, Any]) -> Iterator[Finding]:

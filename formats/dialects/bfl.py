@@ -6,14 +6,11 @@ Limits:   MXFP6 is not read. A weight of MXFP8 that is stored as U8 is read as E
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
-from omni_convert.formats.containers.checkpoint import Checkpoint
-from omni_convert.formats.dialects.base import Dialect, Found, LayerError, StoredLayer
+from omni_convert.formats.dialects.base import Dialect, Found, JudgedComponent, LayerError, StoredLayer
 from omni_convert.formats.dialects.detection import signed_layers
 from omni_convert.formats.dialects.verdict import CONVERT_FIRST, DIFFUSERS, NO_BLOCK, UNMARKED, Verdict
-from omni_convert.formats.families.family import Family
-from omni_convert.formats.format import Format
 
 __all__ = ["BFL"]
 
@@ -35,14 +32,8 @@ class BlackForestLabs(Dialect):
     def stored_layers(self, found: Found) -> Iterator[StoredLayer | LayerError]:
         return signed_layers(found)
 
-    def verdicts(
-        self,
-        layers: Mapping[str, Format],
-        refusal: str | None = None,
-        checkpoint: Checkpoint | None = None,
-        family: Family | None = None,
-    ) -> list[Verdict]:
-        unread = sorted({fmt.label for fmt in layers.values()} - {*READ_BY_DIFFUSERS})
+    def verdicts(self, component: JudgedComponent) -> list[Verdict]:
+        unread = sorted({fmt.label for fmt in component.layers.values()} - {*READ_BY_DIFFUSERS})
         reader = Verdict(
             DIFFUSERS, "loads", "from_single_file with BFLQuantizationConfig, fp8 per row and nvfp4 with input_scale"
         )

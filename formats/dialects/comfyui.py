@@ -25,11 +25,11 @@ from typing import Any
 import torch
 
 from omni_convert.formats.arithmetic.rotation import LARGEST_GROUP, is_rotation_group
-from omni_convert.formats.containers.checkpoint import Checkpoint
 from omni_convert.formats.containers.tensor_spec import TensorSpec
 from omni_convert.formats.dialects.base import (
     Dialect,
     Found,
+    JudgedComponent,
     LayerError,
     Spelling,
     StoredLayer,
@@ -187,14 +187,8 @@ class ComfyUi(Dialect):
             if key == CONFIG or (key.startswith(MODEL_SPEC) and key != MODEL_SPEC_HASH)
         }
 
-    def verdicts(
-        self,
-        layers: Mapping[str, Format],
-        refusal: str | None = None,
-        checkpoint: Checkpoint | None = None,
-        family: Family | None = None,
-    ) -> list[Verdict]:
-        methods = {fmt.method for fmt in layers.values()}
+    def verdicts(self, component: JudgedComponent) -> list[Verdict]:
+        methods, family, checkpoint = component.methods, component.family, component.checkpoint
         needs = ", ".join(f"{method} on {HARDWARE[method]}" for method in sorted(methods & HARDWARE.keys()))
         found = [Verdict(RUNTIME, "loads", f"as it is marked; runs {needs}, else dequantizes"), *self.usual_verdicts]
         flaw = self.names_flaw(family, checkpoint) if family is not None and checkpoint is not None else None

@@ -17,11 +17,18 @@ from omni_convert.formats.containers.checkpoint import Checkpoint
 from omni_convert.formats.containers.component import GGUF_SUFFIX
 from omni_convert.formats.containers.names import WEIGHT
 from omni_convert.formats.containers.tensor_spec import TensorSpec
-from omni_convert.formats.dialects.base import Dialect, Found, LayerError, StoredLayer, WrittenSpelling, attempt
+from omni_convert.formats.dialects.base import (
+    Dialect,
+    Found,
+    JudgedComponent,
+    LayerError,
+    StoredLayer,
+    WrittenSpelling,
+    attempt,
+)
 from omni_convert.formats.dialects.gguf_findings import gguf_findings
 from omni_convert.formats.dialects.gguf_verdicts import gguf_verdicts
 from omni_convert.formats.dialects.verdict import Verdict
-from omni_convert.formats.families.family import Family
 from omni_convert.formats.finding import Finding
 from omni_convert.formats.format import Format
 
@@ -59,15 +66,9 @@ class Gguf(Dialect):
             if entry.type.name not in PLAIN_DTYPES:
                 yield attempt(_stored_layer, entry, found)
 
-    def verdicts(
-        self,
-        layers: Mapping[str, Format],
-        refusal: str | None = None,
-        checkpoint: Checkpoint | None = None,
-        family: Family | None = None,
-    ) -> list[Verdict]:
-        file = gguf_file_of(checkpoint) if checkpoint is not None else None
-        return list(gguf_verdicts(file, family)) if file is not None else []
+    def verdicts(self, component: JudgedComponent) -> list[Verdict]:
+        file = gguf_file_of(component.checkpoint) if component.checkpoint is not None else None
+        return list(gguf_verdicts(file, component.family)) if file is not None else []
 
     def check(self, found: Found, layers: Mapping[str, StoredLayer], config: Mapping[str, Any]) -> Iterator[Finding]:
         file = gguf_file_of(found.checkpoint)

@@ -20,8 +20,7 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from omni_convert.formats.containers.checkpoint import Checkpoint
-from omni_convert.formats.dialects.base import Dialect, Found, LayerError, StoredLayer, WrittenSpelling
+from omni_convert.formats.dialects.base import Dialect, Found, JudgedComponent, LayerError, StoredLayer, WrittenSpelling
 from omni_convert.formats.dialects.block_findings import FIX_BLOCK, block_mismatch
 from omni_convert.formats.dialects.codec import Plain, Repeated
 from omni_convert.formats.dialects.detection import signed_layers
@@ -37,7 +36,6 @@ from omni_convert.formats.dialects.verdict import (
 )
 from omni_convert.formats.dialects.vllm_omni import from_block, vllm_omni_verdict
 from omni_convert.formats.errors import OmniConvertError
-from omni_convert.formats.families.family import Family
 from omni_convert.formats.finding import Finding
 from omni_convert.formats.format import Format
 from omni_convert.formats.schemes.foreign import LowRank, Smoothed
@@ -99,22 +97,17 @@ class ModelOpt(Dialect):
         algorithms = {stem: _algorithm(fmt) for stem, fmt in layers.items()}
         return spell_algorithms(algorithms, ignored, is_mixed=len(set(algorithms.values())) > 1)
 
-    def verdicts(
-        self,
-        layers: Mapping[str, Format],
-        refusal: str | None = None,
-        checkpoint: Checkpoint | None = None,
-        family: Family | None = None,
-    ) -> list[Verdict]:
-        methods, labels = {fmt.method for fmt in layers.values()}, {fmt.label for fmt in layers.values()}
-        if any(_is_smoothed_nvfp4(fmt) for fmt in layers.values()):
+    def verdicts(self, component: JudgedComponent) -> list[Verdict]:
+        formats = component.layers.values()
+        if any(_is_smoothed_nvfp4(fmt) for fmt in formats):
             refused = Verdict(VLLM_OMNI, "refuses", REFUSES_SMOOTHED)
             return [refused, *(each for each in self.usual_verdicts if each.outcome != "loads"), REQUANTIZE]
+        labels = {fmt.label for fmt in formats}
         is_loaded = labels <= LOADED_ALONE or (len(labels) > 1 and labels <= LOADED_IN_MIXTURES)
         return [
             Verdict(VLLM_OMNI, "loads", "on CUDA; it dequantizes layers that it builds unquantized; not Wan")
-            if self.is_dequantized_by_vllm_omni(methods)
-            else vllm_omni_verdict(methods, refusal),
+            if self.is_dequantized_by_vllm_omni(component.methods)
+            else vllm_omni_verdict(component.methods, component.refusal),
             *self.usual_verdicts,
             Verdict(OURS, "loads", "FP8, NVFP4 and mixtures") if is_loaded else CONVERT_FIRST,
         ]

@@ -23,8 +23,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from omni_convert.formats.config import ACTIVATION_SCHEMES, QuantizationConfig
-from omni_convert.formats.containers.checkpoint import Checkpoint
-from omni_convert.formats.dialects.base import Dialect, Found, LayerError, StoredLayer, WrittenSpelling
+from omni_convert.formats.dialects.base import Dialect, Found, JudgedComponent, LayerError, StoredLayer, WrittenSpelling
 from omni_convert.formats.dialects.block_findings import FIX_BLOCK, block_mismatch, unknown_keys
 from omni_convert.formats.dialects.modelopt_config import (
     MODELOPT,
@@ -36,7 +35,6 @@ from omni_convert.formats.dialects.modelopt_config import (
 from omni_convert.formats.dialects.verdict import DIFFUSERS, OURS, UNMARKED, Verdict
 from omni_convert.formats.dialects.verdict import VLLM_OMNI as RUNTIME
 from omni_convert.formats.errors import CheckpointError, OmniConvertError, RecipeError, did_you_mean
-from omni_convert.formats.families.family import Family
 from omni_convert.formats.families.layers import LayerGroup
 from omni_convert.formats.finding import Finding
 from omni_convert.formats.format import Format, QuantizingFormat
@@ -338,14 +336,8 @@ class VllmOmni(Dialect):
     def encoder_block(self, layers: Mapping[str, Format], ignored: Collection[str]) -> dict[str, Any]:
         return wrapped(self.block(layers, ignored))
 
-    def verdicts(
-        self,
-        layers: Mapping[str, Format],
-        refusal: str | None = None,
-        checkpoint: Checkpoint | None = None,
-        family: Family | None = None,
-    ) -> list[Verdict]:
-        return [vllm_omni_verdict({fmt.method for fmt in layers.values()}, refusal), *self.usual_verdicts]
+    def verdicts(self, component: JudgedComponent) -> list[Verdict]:
+        return [vllm_omni_verdict(component.methods, component.refusal), *self.usual_verdicts]
 
     def check(self, found: Found, layers: Mapping[str, StoredLayer], config: Mapping[str, Any]) -> Iterator[Finding]:
         block = dict(found.block)

@@ -14,7 +14,7 @@ from omni_convert.formats.checks.undeclared import undeclared_codes
 from omni_convert.formats.containers.checkpoint import Checkpoint
 from omni_convert.formats.containers.json_file import read_json
 from omni_convert.formats.containers.tensor_spec import DTYPE_NAMES
-from omni_convert.formats.dialects.base import Dialect
+from omni_convert.formats.dialects.base import Dialect, JudgedComponent
 from omni_convert.formats.dialects.found import describe
 from omni_convert.formats.dialects.verdict import DIFFUSERS, OURS
 from omni_convert.formats.errors import CheckpointError
@@ -63,7 +63,7 @@ def _refuse_dialect(dialect: Dialect | None, folder: Path, is_declared: bool) ->
     # Without a block or marks it could be any dialect that has lost its block.
     if dialect is None or not (is_declared or dialect.declared_by == "marks"):
         return
-    readers = [each for each in dialect.verdicts({}) if each.runtime in (OURS, DIFFUSERS)]
+    readers = [each for each in dialect.verdicts(JudgedComponent({})) if each.runtime in (OURS, DIFFUSERS)]
     if all(each.outcome != "loads" for each in readers):
         raise CheckpointError(
             f"{folder}: found the spelling of {dialect.name}, which this loader does not read; `omni-convert "

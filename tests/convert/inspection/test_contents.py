@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from omni_convert.convert import Recipe, convert_checkpoint
 from omni_convert.convert.cli.main import main
+from omni_convert.formats.dialects.base import JudgedComponent
 from omni_convert.formats.dialects.table import DIALECTS
 from omni_convert.formats.errors import OmniConvertError
 from omni_convert.formats.schemes.foreign import Scaled
@@ -43,27 +44,34 @@ def test_every_dialect_has_verdicts_and_readers() -> None:
     for name, dialect in DIALECTS.items():
         assert dialect.name == name
         assert dialect.consumers
-        assert dialect.verdicts({}) or name in WITHOUT_VERDICTS
+        assert dialect.verdicts(JudgedComponent({})) or name in WITHOUT_VERDICTS
 
 
 @pytest.mark.parametrize("dialect", [name for name in DIALECTS if name not in WITHOUT_VERDICTS])
 @pytest.mark.parametrize("method", FORMATS)
 def test_every_format_of_every_dialect_has_one_verdict_of_each_runtime(dialect: str, method: str) -> None:
-    found = DIALECTS[dialect].verdicts({"a": build_format(method)})
+    found = DIALECTS[dialect].verdicts(JudgedComponent({"a": build_format(method)}))
     runtimes = [verdict.runtime for verdict in found]  # with their versions, which may differ
     assert len(runtimes) == len(set(runtimes))
     assert {"vLLM-Omni", "diffusers", "omni_convert.loaders", "ComfyUI"} <= {each.split()[0] for each in runtimes}
 
 
 def test_what_only_our_loader_reads_loads_wrong_elsewhere() -> None:
-    found = {each.runtime.split()[0]: each.outcome for each in DIALECTS["vllm-omni"].verdicts({"a": Fp8Storage()})}
+    found = {
+        each.runtime.split()[0]: each.outcome
+        for each in DIALECTS["vllm-omni"].verdicts(JudgedComponent({"a": Fp8Storage()}))
+    }
     assert found["vLLM-Omni"] == "wrong"
     assert found["omni_convert.loaders"] == "loads"
 
 
 def test_diffusers_reads_only_some_formats_of_black_forest_labs() -> None:
     for fmt, outcome in ((Nvfp4(static=True), "loads"), (Scaled("fp8"), "loads"), (Int8(), "wrong")):
-        (found,) = [each for each in DIALECTS["bfl"].verdicts({"a": fmt}) if each.runtime.startswith("diffusers")]
+        (found,) = [
+            each
+            for each in DIALECTS["bfl"].verdicts(JudgedComponent({"a": fmt}))
+            if each.runtime.startswith("diffusers")
+        ]
         assert found.outcome == outcome
 
 

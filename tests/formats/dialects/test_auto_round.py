@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from omni_convert.formats.dialects.auto_round import AUTO_ROUND, to_block
+from omni_convert.formats.dialects.base import JudgedComponent
 from omni_convert.formats.format import QuantizingFormat
 from omni_convert.formats.schemes.mxfp4 import Mxfp4
 from omni_convert.formats.schemes.mxfp8 import Mxfp8
@@ -121,7 +122,9 @@ def test_the_block_has_the_facts_that_vllm_asserts(fmt: QuantizingFormat, expect
 
 def test_verdicts_name_the_versions_of_vllm_omni() -> None:
     def outcomes(fmt: QuantizingFormat) -> dict[str, str]:
-        return {verdict.runtime: verdict.outcome for verdict in AUTO_ROUND.verdicts({"blocks.0.to_q": fmt})}
+        return {
+            verdict.runtime: verdict.outcome for verdict in AUTO_ROUND.verdicts(JudgedComponent({"blocks.0.to_q": fmt}))
+        }
 
     for fmt in (Mxfp4(), Nvfp4(static=True)):
         assert outcomes(fmt)["vLLM-Omni 0.30"] == "refuses"

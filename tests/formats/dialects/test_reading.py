@@ -14,6 +14,7 @@ from omni_convert.formats.arithmetic.e2m1 import encode_e2m1, pack_nibbles
 from omni_convert.formats.arithmetic.swizzle import swizzle_scales
 from omni_convert.formats.checks.meaning import open_quantized
 from omni_convert.formats.checks.tensors import check_layer
+from omni_convert.formats.dialects.base import JudgedComponent
 from omni_convert.formats.dialects.codec import Reciprocal
 from omni_convert.formats.dialects.table import DIALECTS
 from omni_convert.formats.errors import CheckpointError
@@ -293,7 +294,7 @@ def test_modelopts_smoothed_nvfp4(tmp_path: Path, weight: Tensor, rank: int | No
         torch.testing.assert_close(layer.dequantize(7, 131), (expected * factors.float())[7:131], rtol=1e-6, atol=1e-6)
         assert not set(stored) & {name.removeprefix(f"{STEM}.") for name in found.kept}
         assert not list(check_layer(layer, "modelopt"))  # its factors are in the model's dtype
-        verdicts = DIALECTS["modelopt"].verdicts({STEM: layer.format})
+        verdicts = DIALECTS["modelopt"].verdicts(JudgedComponent({STEM: layer.format}))
     assert {verdict.outcome for verdict in verdicts if "vLLM-Omni" in verdict.runtime} == {"refuses"}
     assert not [verdict for verdict in verdicts if verdict.outcome == "loads"]
 
