@@ -1,6 +1,6 @@
 """Tiny repositories of transformers with several stages: real classes with fixed random weights, and files beside them.
 
-Qwen3-TTS has a class in no package, so that its tensors have the names that vLLM-Omni's loader reads.
+Some have a class in no package, so that their tensors have the names that vLLM-Omni's loader reads.
 """
 
 from __future__ import annotations
@@ -129,7 +129,6 @@ def _built(model_class: Any, config: transformers.PretrainedConfig) -> transform
 
 def _save_qwen_3_tts(folder: Path) -> None:
     """A talker, a code predictor, and the modules beside them, under the names that vLLM-Omni's loader reads."""
-    generator = torch.Generator().manual_seed(0)
     shapes: dict[str, tuple[int, ...]] = {
         "talker.codec_head": (96, 64),
         "talker.model.codec_embedding": (96, 64),
@@ -143,12 +142,118 @@ def _save_qwen_3_tts(folder: Path) -> None:
         shapes |= {f"{block}.self_attn.{leaf}_proj": (32 if leaf in "kv" else 64, 64) for leaf in "qkvo"}
         shapes |= {f"{block}.mlp.{leaf}_proj": (96, 64) for leaf in ("gate", "up")}
         shapes |= {f"{block}.mlp.down_proj": (64, 96)}
-    weights = {
-        f"{stem}.weight": torch.randn(shape, generator=generator).to(torch.bfloat16) for stem, shape in shapes.items()
-    }
-    folder.mkdir(parents=True)
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     config = {"architectures": ["Qwen3TTSForConditionalGeneration"], "model_type": "qwen3_tts", "talker_config": {}}
+    _save_named(folder, _random_weights(shapes), config)
+
+
+#: HunyuanImage-3.0 as its config.json describes it, but for the parts beside the language model.
+HUNYUAN_IMAGE_3: dict[str, Any] = {
+    "vocab_size": 160,
+    "hidden_size": 64,
+    "intermediate_size": 32,
+    "moe_intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "attention_head_dim": 16,
+    "num_experts": 4,
+    "moe_topk": 2,
+    "num_shared_expert": 1,
+    "use_mixed_mlp_moe": True,
+    "moe_layer_num_skipped": 0,
+    "use_qk_norm": True,
+    "tie_word_embeddings": False,
+}
+BAGEL_LANGUAGE_MODEL: dict[str, Any] = {
+    "model_type": "qwen2",
+    "vocab_size": 160,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+
+
+def _save_hunyuan_image_3(folder: Path) -> None:
+    """Rows of q, k and v in turn for each of two heads of keys; up before gate."""
+    shapes: dict[str, tuple[int, ...]] = {
+        "model.wte": (160, 64),
+        "model.ln_f": (64,),
+        "lm_head": (160, 64),
+        "vision_model.encoder.layers.0.self_attn.q_proj": (32, 32),
+        "vision_model.encoder.layers.0.mlp.fc1": (64, 32),
+        "vision_aligner.layers.0": (64, 32),
+        "vae.decoder.mid.attn_1.q": (32, 32, 1, 1, 1),
+        "patch_embed.model.0": (64, 16, 3, 3),
+        "final_layer.model.1.emb_layers.1": (64, 64),
+        "timestep_emb.mlp.0": (64, 256),
+        "time_embed.mlp.2": (64, 64),
+        "time_embed_2.mlp.2": (64, 64),
+    }
+    for block in ("model.layers.0", "model.layers.1"):
+        shapes |= {f"{block}.{norm}_layernorm": (64,) for norm in ("input", "post_attention")}
+        shapes |= {f"{block}.self_attn.{norm}_layernorm": (16,) for norm in ("query", "key")}
+        shapes |= {f"{block}.self_attn.qkv_proj": (128, 64), f"{block}.self_attn.o_proj": (64, 64)}
+        shapes[f"{block}.mlp.gate.wg"] = (4, 64)
+        for mlp in ("shared_mlp", *(f"experts.{number}" for number in range(4))):
+            shapes |= {f"{block}.mlp.{mlp}.gate_and_up_proj": (64, 64), f"{block}.mlp.{mlp}.down_proj": (64, 32)}
+    config = {"architectures": ["HunyuanImage3ForCausalMM"], "model_type": "hunyuan_image_3_moe", **HUNYUAN_IMAGE_3}
+    _save_named(folder, _random_weights(shapes), config)
+
+
+def _save_bagel(folder: Path) -> None:
+    """The layout of the original: the model in one file, its VAE in another, and a config for each part."""
+    shapes: dict[str, tuple[int, ...]] = {
+        "language_model.lm_head": (160, 64),
+        "language_model.model.embed_tokens": (160, 64),
+        "vit_model.vision_model.encoder.layers.0.self_attn.q_proj": (32, 32),
+        "vit_model.vision_model.encoder.layers.0.mlp.fc1": (64, 32),
+        "connector.fc1": (64, 32),
+        "connector.fc2": (64, 64),
+        "time_embedder.mlp.0": (64, 256),
+        "time_embedder.mlp.2": (64, 64),
+        "vae2llm": (64, 64),
+        "llm2vae": (64, 64),
+    }
+    biases: dict[str, tuple[int, ...]] = {}
+    for expert in ("", "_moe_gen"):
+        shapes[f"language_model.model.norm{expert}"] = (64,)
+        for block in ("language_model.model.layers.0", "language_model.model.layers.1"):
+            shapes |= {f"{block}.{norm}_layernorm{expert}": (64,) for norm in ("input", "post_attention")}
+            shapes |= {f"{block}.self_attn.{leaf}_norm{expert}": (16,) for leaf in "qk"}
+            rows = {f"{block}.self_attn.{leaf}_proj{expert}": 32 if leaf in "kv" else 64 for leaf in "qkvo"}
+            shapes |= {stem: (count, 64) for stem, count in rows.items()}
+            biases |= {stem: (count,) for stem, count in rows.items() if "o_proj" not in stem}
+            shapes |= {f"{block}.mlp{expert}.{leaf}_proj": (96, 64) for leaf in ("gate", "up")}
+            shapes[f"{block}.mlp{expert}.down_proj"] = (64, 96)
+    weights = _random_weights(shapes) | _random_weights(biases, "bias")
+    config = {
+        "architectures": ["BagelForConditionalGeneration"],
+        "model_type": "bagel",
+        "llm_config": BAGEL_LANGUAGE_MODEL,
+        "vae_config": {"z_channels": 16, "downsample": 8},
+    }
+    _save_named(folder, weights, config, "ema.safetensors")
+    vae = _random_weights({"encoder.conv_in": (8, 3, 3, 3), "decoder.conv_out": (3, 8, 3, 3)})
+    save_file(vae, folder / "ae.safetensors", metadata={"format": "pt"})
+    (folder / "llm_config.json").write_text(json.dumps(BAGEL_LANGUAGE_MODEL))
+    (folder / "vit_config.json").write_text(json.dumps({"hidden_size": 32}))
+
+
+def _random_weights(shapes: dict[str, tuple[int, ...]], leaf: str = "weight") -> dict[str, torch.Tensor]:
+    """A tensor STEM.leaf of each shape."""
+    generator = torch.Generator().manual_seed(0)
+    return {
+        f"{stem}.{leaf}": torch.randn(shape, generator=generator).to(torch.bfloat16) for stem, shape in shapes.items()
+    }
+
+
+def _save_named(
+    folder: Path, weights: dict[str, torch.Tensor], config: dict[str, Any], file: str = "model.safetensors"
+) -> None:
+    folder.mkdir(parents=True)
+    save_file(weights, folder / file, metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(config))
 
 
@@ -171,6 +276,8 @@ REPOSITORIES: dict[str, Callable[[Path], None]] = {
     "qwen_3_omni": lambda folder: _save_of_transformers(qwen_3_omni, folder),
     "qwen_2_5_omni": lambda folder: _save_of_transformers(qwen_2_5_omni, folder),
     "qwen_3_tts": _save_qwen_3_tts,
+    "hunyuan_image_3": _save_hunyuan_image_3,
+    "bagel": _save_bagel,
 }
 
 

@@ -157,9 +157,9 @@ def _stage_runtimes(component: ComponentFolder, stage: Stage, opened: QuantizedC
     """The verdicts on a repository with stages, which vLLM-Omni alone runs quantized."""
     formats = [layer.format for layer in opened.layers.values()]
     assert opened.shown_dialect is not None
-    refusal = stage_refusal(
-        stage, component.config, DIALECTS[opened.shown_dialect], {fmt.encoding for fmt in formats}
-    ) or vllm_omni_refusal(opened, component.served_family, Recipe(dialect=opened.shown_dialect))
+    refusal = stage_refusal(stage, component.config, DIALECTS[opened.shown_dialect], formats) or vllm_omni_refusal(
+        opened, component.served_family, Recipe(dialect=opened.shown_dialect)
+    )
     return [vllm_omni_verdict({fmt.method for fmt in formats}, refusal), NOT_OF_DIFFUSERS]
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from omni_convert.convert.calibration.activation_scheme import ActivationScheme
 from omni_convert.convert.plan.steps import KeptLayer, QuantizeStep, Step, outputs
 from omni_convert.convert.recipe import Recipe
+from omni_convert.convert.source.component_folder import ComponentFolder
 from omni_convert.formats.containers.checkpoint import Checkpoint
 from omni_convert.formats.containers.safetensors_header import FORMAT_PT
 from omni_convert.formats.containers.safetensors_writer import Safetensors
@@ -137,12 +138,15 @@ def _coverage_notes(steps: Sequence[QuantizeStep]) -> list[str]:
     return [f"the statistics do not cover {listed(missing, 3)}, whose columns weigh the same"]
 
 
-def plan_files(steps: Sequence[Step], recipe: Recipe, metadata: Mapping[str, str], *, is_transformers: bool) -> Shards:
-    """Distributes a component over files; some dialects have a single one."""
+def plan_files(
+    steps: Sequence[Step], recipe: Recipe, metadata: Mapping[str, str], component: ComponentFolder
+) -> Shards:
+    """Distributes a component over files; some dialects and some stages have a single one."""
     specs = outputs(steps)
     is_single = DIALECTS[recipe.dialect].is_single_file and recipe.method != "dequantize"
-    limit = sum(spec.nbytes for spec in specs) + 1 if is_single else recipe.max_shard_size
-    weights_name = "model.safetensors" if is_transformers else "diffusion_pytorch_model.safetensors"
+    has_others = component.stage is not None and bool(component.stage.other_weights)
+    limit = sum(spec.nbytes for spec in specs) + 1 if is_single or has_others else recipe.max_shard_size
+    weights_name = "model.safetensors" if component.is_transformers else "diffusion_pytorch_model.safetensors"
     return replace(plan_shards(specs, limit, weights_name), container=Safetensors({**FORMAT_PT, **metadata}))
 
 

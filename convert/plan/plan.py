@@ -188,10 +188,16 @@ def _files_to_copy(source: Source, rewritten: Mapping[str, SourceComponent]) -> 
     }
 
 
-def _is_rewritten(name: str, components: Collection[str]) -> bool:
+def _is_rewritten(name: str, components: Mapping[str, SourceComponent]) -> bool:
     """Whether a file is a config or the weights of a component; a model by itself has its own in the top folder."""
     folder, _, file = name.rpartition("/") if "" in components else name.partition("/")
     is_written = file in ("config.json", *SIDECARS) or fnmatch(file, DESCRIPTIONS)
-    # Qwen2.5-Omni keeps its voices, which vLLM-Omni loads, in a `.pt` file.
-    is_other = "" in components and file.endswith(".pt")
+    # Qwen2.5-Omni keeps its voices, which vLLM-Omni loads, in a `.pt` file, BAGEL its VAE in safetensors.
+    is_other = "" in components and (file.endswith(".pt") or file in _other_weights(components[""]))
     return folder in components and (is_written or (file.endswith(WEIGHT_SUFFIXES) and not is_other))
+
+
+def _other_weights(component: SourceComponent) -> Collection[str]:
+    """Files of weights that are not those of the model, and that its reader needs."""
+    names = component.stage.other_weights if component.stage is not None else ()
+    return [name for name in names if name not in component.opened.checkpoint.files]

@@ -188,7 +188,10 @@ def _merged_names(quantized: QuantizedCheckpoint, family: Family | None, recipe:
 
 def _groups(quantized: QuantizedCheckpoint, family: Family | None, recipe: Recipe) -> list[LayerGroup]:
     """The layers that the recipe's runtime builds quantized; none if the model is unknown."""
-    return [] if family is None else family.layer_groups(dequantized_view(quantized), recipe.runtime)
+    if family is None:
+        return []
+    methods = {layer.format.method for layer in quantized.layers.values()}
+    return family.layer_groups(dequantized_view(quantized), recipe.runtime, methods, recipe.dialect)
 
 
 def _ignored_by_vllm_omni(quantized: QuantizedCheckpoint, family: Family | None, recipe: Recipe) -> list[str]:
@@ -208,7 +211,7 @@ def _ignored_by_vllm_omni(quantized: QuantizedCheckpoint, family: Family | None,
     refusal = None if recipe.force else family.refusal(recipe.runtime, method, recipe.dialect)
     if refusal is not None:
         raise RecipeError(f"{where}: {refusal.advice}")
-    groups = family.layer_groups(dequantized_view(quantized), recipe.runtime)
+    groups = _groups(quantized, family, recipe)
     kept = [group for group in groups if quantized.layers.keys().isdisjoint(group.members)]
     stored = [group for group in groups if group not in kept]
     flaws = itertools.chain(

@@ -19,6 +19,7 @@ from omni_convert.convert.plan.steps import Step, dtype_of_copy
 from omni_convert.convert.recipe import Recipe
 from omni_convert.convert.source.component import SourceComponent
 from omni_convert.convert.source.original_names import quiet
+from omni_convert.formats.checks.stage import fp8_refusal
 from omni_convert.formats.containers.checkpoint import Checkpoint
 from omni_convert.formats.containers.names import WEIGHT
 from omni_convert.formats.containers.shards import Shards
@@ -196,9 +197,15 @@ class RuntimeTarget(Target):
 
     @property
     def dialect(self) -> Dialect:
-        """The recipe's; ModelOpt's in place of vLLM-Omni's own for a stage, which is a model of vLLM."""
+        """The recipe's; ModelOpt's in place of vLLM-Omni's own for a stage that is a model of vLLM."""
         dialect = DIALECTS[self.recipe.dialect]
-        return MODELOPT_DIALECT if self.component.stage is not None and dialect is vllm_omni.VLLM_OMNI else dialect
+        return MODELOPT_DIALECT if self._vllm_stage is not None and dialect is vllm_omni.VLLM_OMNI else dialect
+
+    @property
+    def _vllm_stage(self) -> Stage | None:
+        """The stage, if it is a model of vLLM and not one of vLLM-Omni's diffusion models."""
+        stage = self.component.stage
+        return stage if stage is not None and not stage.is_diffusion else None
 
     @property
     def stage(self) -> Stage | None:
@@ -209,11 +216,15 @@ class RuntimeTarget(Target):
     def scope(self) -> Scope:
         component, recipe, family = self.component, self.recipe, self.component.family
         self._refuse()
-        groups = family.layer_groups(component.weights, recipe.runtime)
+        groups = family.layer_groups(component.weights, recipe.runtime, {self.method}, self.dialect.name)
         if not groups:
             raise RecipeError(
                 f"{component.config_path}: found no layer of {family.name} that {recipe.runtime} runs quantized"
             )
+        if component.stage is not None:
+            refused = fp8_refusal(component.stage, map(self.format_of, groups))
+            if refused is not None:
+                raise RecipeError(f"{component.config_path}: {refused.reason}; {refused.remedy}")
         members = {stem for group in groups for stem in group.members}
         recommended = family.recommended_ignored(self.method)
         if component.is_transformers:
@@ -238,13 +249,10 @@ class RuntimeTarget(Target):
         reason = family.refused_variant(component.config, self.method)
         if reason is not None:
             raise RecipeError(f"{component.config_path}: {reason}; choose another method, or --force")
-        dynamic = component.stage.dynamic_refusal if component.stage is not None else None
-        if dynamic is not None and self.method == "fp8" and self.scheme.name == "dynamic":
-            raise RecipeError(f"{component.config_path}: {dynamic}; add --calib PROMPTS or --calibration STATISTICS")
 
     def _notes(self) -> Iterator[str]:
         family, recipe = self.component.family, self.recipe
-        if not self.component.is_transformers:  # the family of an encoder is neither known nor needed
+        if not self.component.is_encoder:  # whose family is neither known nor needed
             yield from family.notes(self.method, recipe.runtime, self.component.weights)
         if not recipe.recommended:
             for each in family.recommended_ignored(self.method):
@@ -257,14 +265,14 @@ class RuntimeTarget(Target):
         self, formats: Mapping[str, Format], kept: Sequence[LayerGroup], encoder: Collection[str]
     ) -> dict[str, Any] | None:
         component = self.component
-        if component.stage is not None:
-            return self._stage_block(component.stage, formats, kept)
+        if self._vllm_stage is not None:
+            return self._stage_block(self._vllm_stage, formats, kept)
         ignored = {*vllm_omni.ignored_names(kept)}
         if component.is_denoiser:
             ignored |= {*unquantized_encoder_layers(component.source, component.family, encoder)}
         if not self.dialect.lists_built_layers:
             ignored |= {*other_linears(component.weights, formats)}
-        block = self.dialect.encoder_block if component.is_transformers else self.dialect.block
+        block = self.dialect.encoder_block if component.is_encoder else self.dialect.block
         return block(formats, ignored)
 
     def _stage_block(
@@ -300,7 +308,7 @@ class RuntimeTarget(Target):
     def files(self, steps: Sequence[Step], formats: Mapping[str, Format]) -> Shards:
         kept = self.dialect.kept_metadata(self.component.opened.checkpoint.metadata)
         metadata = {**kept, **self.dialect.metadata(formats)}
-        return plan_files(steps, self.recipe, metadata, is_transformers=self.component.is_transformers)
+        return plan_files(steps, self.recipe, metadata, self.component)
 
 
 @dataclass(frozen=True)

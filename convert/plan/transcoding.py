@@ -64,7 +64,7 @@ def plan_transcoded(component: SourceComponent, recipe: Recipe, encoder: Compone
         steps,
         (),
         replace_config(component.config_if_any, block, component.stage),
-        plan_files(steps, recipe, metadata, is_transformers=component.is_transformers),
+        plan_files(steps, recipe, metadata, component),
         {stem: layer.format.label for stem, layer in quantized.items()},
         sidecars,
         tuple(notes),

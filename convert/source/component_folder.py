@@ -120,6 +120,11 @@ class ComponentFolder:
         return "_class_name" not in config and ("architectures" in config or "model_type" in config)
 
     @property
+    def is_encoder(self) -> bool:
+        """Whether transformers loads it, and vLLM-Omni builds no stage of it quantized."""
+        return self.is_transformers and self.stage is None
+
+    @property
     def has_weights(self) -> bool:
         on_hub = self.source.hub_files.streamed if self.source.hub_files is not None else ()
         return bool(self.weight_files()) or any(file.startswith(f"{self.name}/") for file in on_hub)

@@ -7,7 +7,7 @@ import re
 from collections.abc import Collection
 from pathlib import PurePosixPath
 
-from omni_convert.formats.containers.component import GGUF_SUFFIX
+from omni_convert.formats.containers.component import BAGEL_WEIGHTS, GGUF_SUFFIX
 from omni_convert.formats.errors import CheckpointError, did_you_mean, quoted
 
 __all__ = ["REPO_FILE", "REPO_ID", "cached_patterns", "needed_files"]
@@ -32,7 +32,7 @@ PATTERNS = (
     "*/*.jinja",
 )
 # The weights of a repository of transformers, all of whose other files are needed too.
-TRANSFORMERS_WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
+TRANSFORMERS_WEIGHTS = ("model.safetensors", "model.safetensors.index.json", BAGEL_WEIGHTS)
 # Weights in other containers. A `.pt` is none of these: Qwen2.5-Omni keeps its voices in one, which is copied unread.
 OTHER_WEIGHTS = (".bin", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", GGUF_SUFFIX)
 # Only one file of a folder is read; several are usually the same model in several types.

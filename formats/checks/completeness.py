@@ -150,7 +150,7 @@ def _of_list(prefix: str, blocks: Mapping[int, Mapping[str, Shape]]) -> Iterator
     numbers = range(max(blocks) + 1)
     kinds = Counter(frozenset(blocks.get(number, {}).items()) for number in numbers)
     ((usual, count),) = kinds.most_common(1)
-    if count < 2 or len(numbers) - count > max(1, len(numbers) // ODD_IN):
+    if not usual or count < 2 or len(numbers) - count > max(1, len(numbers) // ODD_IN):
         return
     expected = dict(sorted(usual))
     like = next(number for number in numbers if blocks.get(number) == expected)

@@ -49,7 +49,7 @@ def check_scope(
         )
         return
     try:
-        groups = family.layer_groups(_weights(reading), RUNTIME)
+        groups = family.layer_groups(_weights(reading), RUNTIME, methods, quantized.dialect)
     except OmniConvertError as error:
         if not reading.findings:
             yield Finding("error", "half-quantized-group", "", str(error), VLLM_OMNI, ANEW)

@@ -12,7 +12,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from omni_convert.formats.containers.component import GGUF_SUFFIX
+from omni_convert.formats.containers.component import BAGEL_WEIGHTS, GGUF_SUFFIX
 from omni_convert.formats.containers.json_file import read_json
 from omni_convert.formats.containers.shards import WEIGHTS_NAMES, ShardName, check_shard_names, index_name
 from omni_convert.formats.errors import CheckpointError, quoted
@@ -141,9 +141,9 @@ def _choose_files(folder: Path, entries: Sequence[str]) -> list[str]:
         )
     if not names:
         raise CheckpointError(_nothing_message(folder, entries))
-    usual = [name for name in WEIGHTS_NAMES if name in names]
+    usual = [name for name in (*WEIGHTS_NAMES, BAGEL_WEIGHTS) if name in names]
     if usual:
-        return usual
+        return usual[:1]
     stems = {shard.stem if (shard := ShardName.parse(name)) else None for name in names}
     if len(names) == 1 or (len(stems) == 1 and None not in stems):
         return names

@@ -13,6 +13,8 @@ from omni_convert.formats.containers.tensor_spec import Run, TensorSpec
 from omni_convert.formats.errors import CheckpointError
 from omni_convert.formats.families.generic_rule import generic_groups
 from omni_convert.formats.families.layers import (
+    COMFYUI,
+    DIFFUSERS,
     EVERY_RUNTIME,
     VLLM_OMNI,
     LayerGroup,
@@ -32,6 +34,7 @@ __all__ = [
     "Recommendation",
     "RuntimeRefusal",
     "VariantRefusal",
+    "repository_refusals",
     "unknown_scope",
 ]
 
@@ -100,6 +103,24 @@ def unknown_scope(model: str) -> tuple[RuntimeRefusal, ...]:
     """The refusal of a model whose layers in vLLM-Omni nobody has tabulated."""
     reason = f"which layers vLLM-Omni builds quantized for {model} is not known here"
     return (RuntimeRefusal(VLLM_OMNI, reason),)
+
+
+def repository_refusals(methods: tuple[str, ...], reason: str, *dialects: str) -> tuple[RuntimeRefusal, ...]:
+    """The refusals of a repository of transformers, which vLLM-Omni alone runs quantized.
+
+    Args:
+        methods: those that vLLM-Omni does not load
+        reason: why it does not
+        dialects: those in which it was not tried
+    """
+    tried = "vllm-omni or modelopt" if "auto-round" in dialects else "vllm-omni, modelopt or auto-round"
+    untried = f"vLLM-Omni was not tried with this model in this dialect; expected {tried}"
+    elsewhere = "this is a repository of transformers, which vLLM-Omni alone runs quantized"
+    return (
+        RuntimeRefusal(VLLM_OMNI, reason, methods, is_final=True, is_loaded_here=False),
+        RuntimeRefusal(VLLM_OMNI, untried, dialects=dialects, is_final=True, is_loaded_here=False),
+        *(RuntimeRefusal(runtime, elsewhere, is_final=True, is_loaded_here=False) for runtime in (DIFFUSERS, COMFYUI)),
+    )
 
 
 @dataclass(frozen=True)
@@ -232,7 +253,13 @@ class Family:
         """How many leading blocks the runtime's own quantizing leaves in BF16."""
         return dict(self.leading_blocks).get(method, 0)
 
-    def layer_groups(self, specs: Mapping[str, TensorSpec], runtime: str) -> list[LayerGroup]:
+    def layer_groups(
+        self,
+        specs: Mapping[str, TensorSpec],
+        runtime: str,
+        methods: Collection[str] = (),
+        dialect: str | None = None,
+    ) -> list[LayerGroup]:
         """Groups of linears that the runtime builds quantized, in checkpoint order.
 
         Empty if the runtime runs nothing of this family quantized; `refusal` then says why. Groups with a
@@ -241,6 +268,8 @@ class Family:
         Args:
             specs: tensors of the checkpoint, by name
             runtime: one of `EVERY_RUNTIME`
+            methods: those of the quantized layers; empty for any
+            dialect: in which they are stored; None for any
 
         Raises:
             CheckpointError: a member of a fused group is missing or has another input width; or the checkpoint holds
@@ -252,7 +281,7 @@ class Family:
         widths = linear_widths(specs)
         if not self.layers:
             return generic_groups(widths)
-        patterns = [pattern for pattern in self.layers if runtime in pattern.runtimes]
+        patterns = [each for each in self.layers if each.is_built_quantized(runtime, methods, dialect)]
         groups = matching_groups(patterns, widths)
         if not groups:
             raise CheckpointError(

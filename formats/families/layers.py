@@ -55,6 +55,8 @@ class LayerPattern:
         is_fused: the runtime's layer has several logical widths, each with a slot for a scale
         loads_merged: a checkpoint may also hold the members already merged, under the runtime's name
         runtimes: the runtimes whose scope includes the layer
+        methods: the methods with which the runtime builds it quantized; empty for all
+        dialects: the dialects in which it does so; empty for all
         keep_reason: why the layer stays as it is although the runtime builds it quantized, or None
         stack: name of the runtime's layer that holds all experts of a block, or None
     """
@@ -66,6 +68,18 @@ class LayerPattern:
     runtimes: tuple[str, ...] = EVERY_RUNTIME
     keep_reason: str | None = None
     stack: str | None = None
+    methods: tuple[str, ...] = ()
+    dialects: tuple[str, ...] = ()
+
+    def is_built_quantized(self, runtime: str, methods: Collection[str], dialect: str | None) -> bool:
+        """Whether a runtime builds it quantized with one of these methods, in this dialect.
+
+        Args:
+            methods: empty for any
+            dialect: None for any
+        """
+        is_method = not self.methods or not methods or any(method in self.methods for method in methods)
+        return runtime in self.runtimes and is_method and (not self.dialects or dialect in (None, *self.dialects))
 
     def numbered(self, numbers: tuple[str, ...], members: tuple[str, ...] | None = None) -> LayerGroup:
         """The layer in the block, and of the expert, of these numbers.

@@ -5,44 +5,19 @@ Their stages are vLLM's own autoregressive models. These have vLLM's methods, no
 
 from __future__ import annotations
 
-from omni_convert.formats.families.family import Family, RuntimeRefusal
-from omni_convert.formats.families.layers import (
-    COMFYUI,
-    DIFFUSERS,
-    VLLM_OMNI,
-    LayerPattern,
-    experts,
-    kept,
-    linears,
-    merged,
-)
-from omni_convert.formats.families.stage import Stage
+from omni_convert.formats.families.family import Family, RuntimeRefusal, repository_refusals
+from omni_convert.formats.families.layers import VLLM_OMNI, LayerPattern, experts, kept, linears, merged
+from omni_convert.formats.families.stage import Fp8Refusal, Stage
 
 __all__ = ["QWEN_2_5_OMNI", "QWEN_3_OMNI", "QWEN_3_TTS"]
 
 _HEAD = "head: turns the last hidden state into tokens"
 _ROUTER = "router: its choice of experts decides what is computed"
-_REFUSALS = (
-    RuntimeRefusal(
-        VLLM_OMNI,
-        "vLLM-Omni's autoregressive stages have no method that loads this one; fp8, nvfp4 and w4a16 are there",
-        methods=("int8", "mxfp8", "mxfp4", "mxfp4_dualscale", "gguf"),
-        is_final=True,
-        is_loaded_here=False,
-    ),
-    RuntimeRefusal(
-        VLLM_OMNI,
-        "vLLM-Omni's stages were not tried with this dialect; expected vllm-omni, modelopt or auto-round",
-        dialects=("compressed-tensors", "msmodelslim"),
-        is_final=True,
-        is_loaded_here=False,
-    ),
-    *(
-        RuntimeRefusal(
-            runtime, "this is a repository of transformers, which vLLM-Omni alone runs quantized", (), (), True, False
-        )
-        for runtime in (DIFFUSERS, COMFYUI)
-    ),
+_REFUSALS = repository_refusals(
+    ("int8", "mxfp8", "mxfp4", "mxfp4_dualscale", "gguf"),
+    "vLLM-Omni's autoregressive stages have no method that loads this one; fp8, nvfp4 and w4a16 are there",
+    "compressed-tensors",
+    "msmodelslim",
 )
 
 
@@ -79,7 +54,13 @@ QWEN_3_OMNI = Family(
         config_path=("thinker_config", "text_config"),
         ignored=("*mlp.gate", "lm_head"),
         other_stages=("talker*",),
-        dynamic_refusal="the experts of vLLM-Omni's thinker load FP8 with static activations alone",
+        fp8_refusals=(
+            Fp8Refusal(
+                ("row",),
+                "the experts of vLLM-Omni's thinker load FP8 with static activations alone",
+                "add --calib PROMPTS or --calibration STATISTICS",
+            ),
+        ),
         transformers_class="Qwen3OmniMoeThinkerForConditionalGeneration",
     ),
 )

@@ -1,17 +1,31 @@
-"""Repositories of transformers with several stages, of which vLLM-Omni builds one quantized."""
+"""Repositories of transformers, of which vLLM-Omni builds one stage or one model quantized."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from omni_convert.formats.families.layers import LayerGroup
 
-__all__ = ["BLOCK", "Stage", "without_block"]
+__all__ = ["BLOCK", "Fp8Refusal", "Stage", "without_block"]
 
 #: The key of a config block.
 BLOCK = "quantization_config"
+
+
+@dataclass(frozen=True)
+class Fp8Refusal:
+    """Why a stage does not load FP8 with a scale for each row, or for each block, of the weight.
+
+    Attributes:
+        scales: what the scales are for
+        remedy: what the user can do instead
+    """
+
+    scales: tuple[Literal["row", "block"], ...]
+    reason: str
+    remedy: str
 
 
 @dataclass(frozen=True)
@@ -20,19 +34,24 @@ class Stage:
 
     Attributes:
         prefix: what the names of its layers begin with in the checkpoint
+        is_diffusion: it is one of vLLM-Omni's diffusion models, with their methods; others are models of vLLM
         config_path: keys of config.json that lead to the part with the stage's config block; () for the top level
         ignored: patterns of layers that the runtime would build quantized, and that always stay
         other_stages: patterns of the layers of stages that get the block of `hf_quant_config.json` as well
-        dynamic_refusal: why FP8 needs static activations, or None
+        fp8_refusals: kinds of FP8 that it does not load
         transformers_class: transformers' class of the stage, which calibrating runs; "" if there is none
+        other_weights: files of weights beside those of the model, which are copied; vLLM-Omni would leave them out if
+            an index listed the model's alone, so that these are one file
     """
 
-    prefix: str
+    prefix: str = ""
+    is_diffusion: bool = False
     config_path: tuple[str, ...] = ()
     ignored: tuple[str, ...] = ()
     other_stages: tuple[str, ...] = ()
-    dynamic_refusal: str | None = None
+    fp8_refusals: tuple[Fp8Refusal, ...] = ()
     transformers_class: str = ""
+    other_weights: tuple[str, ...] = ()
 
     def block_of(self, config: Mapping[str, Any]) -> Mapping[str, Any]:
         """The stage's config block; {} if there is none where the runtime looks for it."""

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from omni_convert.formats.errors import quoted
+from omni_convert.formats.families.bagel import BAGEL
 from omni_convert.formats.families.cosmos_3 import COSMOS_3
 from omni_convert.formats.families.family import Family, unknown_scope
 from omni_convert.formats.families.flux_1 import FLUX_1
@@ -22,6 +23,7 @@ from omni_convert.formats.families.full_precision import (
     WAN_ANIMATE,
 )
 from omni_convert.formats.families.glm_image import GLM_IMAGE
+from omni_convert.formats.families.hunyuan_image_3 import HUNYUAN_IMAGE_3
 from omni_convert.formats.families.hunyuan_video import HUNYUAN_VIDEO_15
 from omni_convert.formats.families.krea_2 import KREA_2
 from omni_convert.formats.families.ltx import LTX_2, LTX_VIDEO
@@ -78,6 +80,8 @@ FAMILIES = (
     QWEN_3_OMNI,
     QWEN_2_5_OMNI,
     QWEN_3_TTS,
+    HUNYUAN_IMAGE_3,
+    BAGEL,
 )
 
 

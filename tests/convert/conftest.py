@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -44,3 +47,27 @@ def flux_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models") / "flux"
     model.to(torch.bfloat16).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_stages() -> ModuleType:
+    path = Path(__file__).parents[2] / "scripts" / "tiny_stages.py"
+    spec = importlib.util.spec_from_file_location("tiny_stages", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def repository(tiny_stages: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A function of a family: its tiny repository, read-only."""
+    folder = tmp_path_factory.mktemp("repositories")
+
+    def saved(name: str) -> Path:
+        if not (folder / name).exists():
+            tiny_stages.save_repository(name, folder / name)
+        return folder / name
+
+    return saved

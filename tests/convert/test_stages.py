@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 import shutil
@@ -54,30 +53,6 @@ IGNORED = {
 }
 IN_THINKER = ("thinker_config", "text_config", "quantization_config")
 PLACES = {"qwen_3_omni": IN_THINKER, "qwen_2_5_omni": IN_THINKER, "qwen_3_tts": ("quantization_config",)}
-
-
-@pytest.fixture(scope="module")
-def tiny_stages() -> ModuleType:
-    path = Path(__file__).parents[2] / "scripts" / "tiny_stages.py"
-    spec = importlib.util.spec_from_file_location("tiny_stages", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(scope="module")
-def repository(tiny_stages: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """A function of a family: its tiny repository, read-only."""
-    folder = tmp_path_factory.mktemp("repositories")
-
-    def saved(name: str) -> Path:
-        if not (folder / name).exists():
-            tiny_stages.save_repository(name, folder / name)
-        return folder / name
-
-    return saved
 
 
 @pytest.fixture(scope="module")

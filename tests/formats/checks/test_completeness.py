@@ -53,6 +53,10 @@ def test_of_two_blocks_nobody_knows_which_is_right() -> None:
     assert found(shapes) == []
 
 
+def test_a_number_without_those_before_it_lacks_nothing() -> None:
+    assert found({"time_embed.mlp.2.to_q.weight": (8, 8)}) == []
+
+
 def test_numbers_of_a_hostile_file_cost_nothing() -> None:
     assert found({**blocks(3), "layers.9999.attn.to_q.weight": (8, 8), f"layers.{10**30}.x": ()}) == []
 

@@ -1,0 +1,303 @@
+"""vLLM-Omni's diffusion models of HunyuanImage-3.0 and BAGEL on our files, without a GPU: configs, classes, loaders.
+
+Only the language models are built, which are all that is quantized; no kernel is run. Run by scripts/nightly.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from omni_convert.convert import Recipe, convert_checkpoint
+from omni_convert.formats.checks.meaning import open_quantized
+
+pytestmark = [pytest.mark.peers, pytest.mark.filterwarnings("ignore")]  # warnings are their own affair
+
+#: The device that each method is for, and the largest relative error of a weight.
+METHODS = {
+    "fp8": ("CUDA", 0.04),
+    "nvfp4": ("CUDA", 0.12),
+    "int8": ("NPU", 0.02),
+    "mxfp8": ("NPU", 0.04),
+    "mxfp4": ("NPU", 0.15),
+}
+#: Names of methods of theirs that leave a layer as it is.
+PLAIN = ("UnquantizedLinearMethod", "UnquantizedFusedMoEMethod")
+#: A parameter that nothing reads where activations are quantized as they come, or not at all.
+UNREAD = "input_scale"
+#: Heads of queries for each head of keys, and the width of a head, in the tiny HunyuanImage-3.0.
+QUERIES, HEAD = 2, 16
+
+
+def tiny_stages() -> ModuleType:
+    path = Path(__file__).parents[2] / "scripts" / "tiny_stages.py"
+    spec = importlib.util.spec_from_file_location("tiny_stages", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def take_for(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], None]]:
+    """A platform for this machine, as their plugins add one; call it with the name of the device to take it for."""
+    for name in ("nms", "qnms"):  # of torchvision's compiled part, which suits one build of torch alone
+        if not hasattr(torch.ops.torchvision, name):
+            torch.library.define(f"torchvision::{name}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    if not hasattr(torch.ops._C, "silu_and_mul"):
+        torch.library.define("_C::silu_and_mul", "(Tensor! out, Tensor x) -> ()")
+    platforms = importlib.import_module("vllm_omni.platforms")
+    interface = importlib.import_module("vllm_omni.platforms.interface")
+
+    class Cpu(interface.UnspecifiedOmniPlatform):  # type: ignore[misc, name-defined]
+        @classmethod
+        def get_diffusion_attn_backend_cls(cls, *_: object, **__: object) -> str:
+            return "vllm_omni.diffusion.attention.backends.sdpa.SDPABackend"
+
+        @classmethod
+        def get_device_count(cls) -> int:
+            return 1
+
+        @classmethod
+        def set_device(cls, device: torch.device) -> None:
+            pass
+
+    platforms._current_omni_platform = Cpu()
+    for name in ("int8_config", "mxfp8_config", "mxfp4_config"):  # on an NPU they would import its torch
+        importlib.import_module(f"vllm_omni.quantization.{name}")
+    parallel = importlib.import_module("vllm_omni.diffusion.distributed.parallel_state")
+    config = importlib.import_module("vllm.config")
+    rendezvous = tmp_path_factory.mktemp("group") / "file"
+    with config.set_current_vllm_config(config.VllmConfig()):
+        parallel.init_distributed_environment(1, 0, f"file://{rendezvous}", 0, "gloo")
+        parallel.initialize_model_parallel(backend="gloo")
+
+    def take(name: str) -> None:
+        Cpu._omni_enum = interface.OmniPlatformEnum[name]
+
+    yield take
+    torch.distributed.destroy_process_group()
+
+
+@pytest.fixture
+def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel of theirs for every method, as there is one on the device."""
+    linear = importlib.import_module("vllm.model_executor.kernels.linear")
+    cpu = importlib.import_module("vllm.platforms.interface").PlatformEnum.CPU
+    monkeypatch.setitem(linear._POSSIBLE_NVFP4_KERNELS, cpu, [linear.EmulationNvFp4LinearKernel])
+    monkeypatch.setattr(linear, "MarlinNvFp4LinearKernel", linear.EmulationNvFp4LinearKernel)
+    fp8 = importlib.import_module("vllm.model_executor.layers.quantization.fp8")
+    modelopt = importlib.import_module("vllm.model_executor.layers.quantization.modelopt")
+    oracles = "vllm.model_executor.layers.fused_moe.oracle"
+    fp8_backend = importlib.import_module(f"{oracles}.fp8").Fp8MoeBackend.TRITON
+    nvfp4_backend = importlib.import_module(f"{oracles}.nvfp4").NvFp4MoeBackend.MARLIN
+    monkeypatch.setattr(fp8, "select_fp8_moe_backend", lambda **_: (fp8_backend, None))
+    monkeypatch.setattr(modelopt, "select_nvfp4_moe_backend", lambda **_: (nvfp4_backend, None))
+
+
+class Pipeline(nn.Module):
+    """The part of a pipeline class of theirs that concerns the language model."""
+
+    def __init__(self, config: Any, name: str, model: nn.Module) -> None:
+        super().__init__()
+        loading = importlib.import_module("vllm_omni.diffusion.model_loader.diffusers_loader")
+        self.weights_sources = [loading.DiffusersPipelineLoader.ComponentSource(config.model, None, None, "", True)]
+        self.add_module(name, model)
+
+    def load_weights(self, weights: Any) -> Any:
+        loader = importlib.import_module("vllm.model_executor.models.utils").AutoWeightsLoader
+        own = tuple(f"{name}." for name, _ in self.named_children())
+        # Their pipelines have modules for the others, or skip them.
+        return loader(self).load_weights((name, tensor) for name, tensor in weights if name.startswith(own))
+
+
+def hunyuan_image_3(config: Any) -> Pipeline:
+    module = importlib.import_module("vllm_omni.diffusion.models.hunyuan_image3.hunyuan_image3_transformer")
+    pipeline = importlib.import_module("vllm_omni.diffusion.models.hunyuan_image3.pipeline_hunyuan_image3")
+    prepared(config, pipeline.HunyuanImage3Pipeline)
+    described = json.loads((Path(config.model) / "config.json").read_text())
+    described.pop("quantization_config")
+    settings = module.HunyuanImage3Config(**described)
+    return Pipeline(config, "model", module.HunyuanImage3Model(settings, quant_config=config.quantization_config))
+
+
+def bagel(config: Any) -> Pipeline:
+    module = importlib.import_module("vllm_omni.diffusion.models.bagel.bagel_transformer")
+    pipeline = importlib.import_module("vllm_omni.diffusion.models.bagel.pipeline_bagel")
+    prepared(config, pipeline.BagelPipeline)
+    settings = module.Qwen2MoTConfig.from_json_file(str(Path(config.model) / "llm_config.json"))
+    settings.qk_norm, settings.layer_module = True, "Qwen2MoTDecoderLayer"
+    model = module.Qwen2MoTForCausalLM(
+        settings,
+        parallel_config=config.parallel_config,
+        quant_config=config.quantization_config,
+        prefix="bagel.language_model",
+    )
+    return Pipeline(config, "language_model", model)
+
+
+def prepared(config: Any, pipeline_class: Any) -> None:
+    """Binds their config of the quantization to the names of their model."""
+    importlib.import_module("vllm_omni.diffusion.registry")._prepare_diffusion_quant_config(config, pipeline_class)
+
+
+MODELS: dict[str, Callable[[Any], Pipeline]] = {"hunyuan_image_3": hunyuan_image_3, "bagel": bagel}
+
+
+@pytest.fixture
+def load(take_for: Callable[[str], None], kernels: None) -> Callable[[str, Path, str], nn.Module]:
+    """A function of a family, a folder and a device: their language model, filled from our files by their loader."""
+    data = importlib.import_module("vllm_omni.diffusion.data")
+    configs = importlib.import_module("vllm_omni.diffusion.vllm_config")
+    loading = importlib.import_module("vllm_omni.diffusion.model_loader.diffusers_loader")
+    settings = importlib.import_module("vllm.config")
+
+    def load_by_them(name: str, folder: Path, device: str) -> nn.Module:
+        take_for(device)
+        config = data.OmniDiffusionConfig.from_kwargs(model=str(folder))
+        config.enrich_config()
+        assert config.quantization_config_is_auto_detected
+        base = configs.create_base_diffusion_vllm_config(torch.device("cpu"), config)
+        base = configs.configure_diffusion_vllm_config(base, config) or base
+        torch.set_default_dtype(torch.bfloat16)
+        try:
+            with settings.set_current_vllm_config(base):
+                pipeline = MODELS[name](config)
+                loader = loading.DiffusersPipelineLoader(settings.LoadConfig(), config)
+                loader.counter_before_loading_weights = 0.0
+                loader.load_weights(pipeline)
+        finally:
+            torch.set_default_dtype(torch.float32)
+        return pipeline
+
+    return load_by_them
+
+
+def sorted_heads(rows: Tensor) -> Tensor:
+    """The rows of q, k and v, which the file has in turn for each head of keys, one after the other."""
+    heads = rows.unflatten(0, (-1, QUERIES + 2, HEAD))
+    return torch.cat([part.flatten(0, 2) for part in heads.split((QUERIES, 1, 1), dim=1)])
+
+
+def gate_first(rows: Tensor) -> Tensor:
+    up, gate = rows.chunk(2)
+    return torch.cat([gate, up])
+
+
+def as_stored(rows: Tensor) -> Tensor:
+    return rows
+
+
+#: Leaf of a block in their model → leaves in the file, and the order in which theirs has their rows.
+LAYERS: dict[str, dict[str, tuple[tuple[str, ...], Callable[[Tensor], Tensor]]]] = {
+    "hunyuan_image_3": {
+        "self_attn.qkv_proj": (("self_attn.qkv_proj",), sorted_heads),
+        "self_attn.o_proj": (("self_attn.o_proj",), as_stored),
+        "mlp.shared_mlp.gate_up_proj": (("mlp.shared_mlp.gate_and_up_proj",), gate_first),
+        "mlp.shared_mlp.down_proj": (("mlp.shared_mlp.down_proj",), as_stored),
+    },
+    "bagel": {
+        "self_attn.qkv_proj": (tuple(f"self_attn.{leaf}_proj" for leaf in "qkv"), as_stored),
+        "self_attn.qkv_proj.gen_exp": (tuple(f"self_attn.{leaf}_proj_moe_gen" for leaf in "qkv"), as_stored),
+        "self_attn.o_proj": (("self_attn.o_proj",), as_stored),
+        "self_attn.o_proj.gen_exp": (("self_attn.o_proj_moe_gen",), as_stored),
+        **{
+            f"{mlp}.{theirs}": (tuple(f"{mlp}.{leaf}" for leaf in ours), as_stored)
+            for mlp in ("mlp", "mlp_moe_gen")
+            for theirs, ours in {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}.items()
+        },
+    },
+}
+BLOCKS = {"hunyuan_image_3": "model.layers.{}", "bagel": "language_model.model.layers.{}"}
+CASES = [(name, method) for name in BLOCKS for method in METHODS if (name, method) != ("bagel", "int8")]
+
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Path]:
+    """A function of a family and a method: its tiny repository, converted, beside `source`."""
+    folder = tmp_path_factory.mktemp("repositories")
+
+    def made(name: str, method: str) -> Path:
+        if not (folder / name / "source").exists():
+            tiny_stages().save_repository(name, folder / name / "source")
+        if not (folder / name / method).exists():
+            convert_checkpoint(folder / name / "source", folder / name / method, Recipe(method=method))
+        return folder / name / method
+
+    return made
+
+
+def tensors_of(folder: Path) -> dict[str, Tensor]:
+    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+def same(theirs: Tensor, ours: Tensor) -> bool:
+    """Whether all numbers are equal; their parameter may have a wider type than our codes."""
+    return theirs.flatten().float().equal(ours.flatten().float())
+
+
+@pytest.mark.parametrize(("name", "method"), CASES)
+def test_every_linear_holds_what_we_wrote(
+    load: Callable[[str, Path, str], nn.Module], converted: Callable[[str, str], Path], name: str, method: str
+) -> None:
+    device, bound = METHODS[method]
+    folder = converted(name, method)
+    stored, source = tensors_of(folder), tensors_of(folder.parent / "source")
+    modules = dict(load(name, folder, device).named_modules())
+    for number in range(2):
+        block = BLOCKS[name].format(number)
+        for theirs, (leaves, in_order) in LAYERS[name].items():
+            module = modules[f"{block}.{theirs}"]
+            assert type(module.quant_method).__name__ not in PLAIN, theirs
+            for suffix, parameter in module.named_parameters(recurse=False):
+                if f"{block}.{leaves[0]}.{suffix}" not in stored:
+                    assert suffix == UNREAD or parameter.unique().tolist() == [1]  # mul_scale
+                    continue
+                parts = [stored[f"{block}.{leaf}.{suffix}"] for leaf in leaves]
+                if parts[0].numel() == 1:  # a slot for each part of theirs; one of our parts may serve several
+                    assert parameter.unique().equal(torch.stack([part.reshape(()) for part in parts]).unique())
+                else:
+                    assert same(parameter, in_order(torch.cat(parts))), f"{theirs}.{suffix}"
+    with open_quantized(folder) as quantized:
+        for stem, layer in quantized.layers.items():
+            weight = source[f"{stem}.weight"].float()
+            difference = layer.dequantize(0, layer.shape[0]) - weight
+            assert difference.norm() < bound * weight.norm(), stem
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_experts_hold_what_we_wrote_and_routers_the_original(
+    load: Callable[[str, Path, str], nn.Module], converted: Callable[[str, str], Path], method: str
+) -> None:
+    folder = converted("hunyuan_image_3", method)
+    stored = tensors_of(folder)
+    modules = dict(load("hunyuan_image_3", folder, METHODS[method][0]).named_modules())
+    for number in range(2):
+        mlp = f"model.layers.{number}.mlp"
+        router, experts = modules[f"{mlp}.gate"], modules[f"{mlp}.experts.routed_experts"]
+        assert same(router.weight, stored[f"{mlp}.gate.wg.weight"])
+        is_plain = method in ("int8", "mxfp8", "mxfp4")
+        assert (type(experts.quant_method).__name__ in PLAIN) == is_plain
+        for name, parameter in experts.named_parameters(recurse=False):
+            stack, _, suffix = name.partition("_")
+            if suffix == UNREAD:
+                continue
+            leaf, in_order = ("gate_and_up_proj", gate_first) if stack == "w13" else ("down_proj", as_stored)
+            for expert in range(4):
+                ours = stored[f"{mlp}.experts.{expert}.{leaf}.{suffix}"]
+                theirs = parameter[expert]
+                if ours.numel() == 1:
+                    assert theirs.unique().equal(ours.reshape(1)), name
+                else:
+                    assert same(theirs, in_order(ours)), name
