@@ -19,7 +19,7 @@ from typing import Any
 import diffusers
 import torch
 from safetensors.torch import save_file
-from tiny_models import MODELS, WAN  # type: ignore[import-not-found]  # beside it
+from tiny_models import MODELS  # type: ignore[import-not-found]  # beside it
 from torch import Tensor
 
 from omni_convert.convert.recipe import LoraRequest
@@ -69,45 +69,12 @@ _LTX = {
     "patchify_proj": ("proj_in",),
     "adaln_single.linear": ("time_embed.linear",),
 }
-_UNET = {
-    "block_out_channels": (64, 64, 128),
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    "attention_head_dim": (1, 1, 2),
-    "cross_attention_dim": 64,
-    "use_linear_projection": True,
-}
-_ANIMATE = {
-    **WAN,
-    "num_layers": 5,
-    "image_dim": 64,
-    "added_kv_proj_dim": 128,
-    "motion_encoder_channel_sizes": {str(2**size): 16 for size in range(2, 10)},
-    "motion_style_dim": 16,
-    "motion_dim": 4,
-    "motion_encoder_dim": 16,
-    "face_encoder_hidden_dim": 32,
-    "face_encoder_num_heads": 2,
-}
-
 #: Family → its model.
 FAMILIES: dict[str, Family] = {
     "FLUX.1": _known("flux_1", {**_DOUBLE, **_MLP, **_SINGLE}),
     "FLUX.2": _known("flux_2", {**_DOUBLE, "single_blocks.0.linear2": ("single_transformer_blocks.0.attn.to_out",)}),
-    "Chroma": Family(
-        "ChromaTransformer2DModel",
-        {
-            "in_channels": 16,
-            "num_layers": 1,
-            "num_single_layers": 1,
-            "attention_head_dim": 64,
-            "num_attention_heads": 2,
-            "joint_attention_dim": 64,
-            "axes_dims_rope": (16, 24, 24),
-            "approximator_num_channels": 16,
-            "approximator_hidden_dim": 64,
-            "approximator_layers": 1,
-        },
+    "Chroma": _known(
+        "chroma",
         {
             **_DOUBLE,
             **_MLP,
@@ -136,10 +103,8 @@ FAMILIES: dict[str, Family] = {
             "vace_blocks.0.after_proj": ("vace_blocks.0.proj_out",),
         },
     ),
-    "Wan-Animate": Family(
-        "WanAnimateTransformer3DModel",
-        _ANIMATE,
-        {**_WAN, "face_adapter.fuser_blocks.0.linear1_kv": _parts("face_adapter.0", "to_k", "to_v")},
+    "Wan-Animate": _known(
+        "wan_animate", {**_WAN, "face_adapter.fuser_blocks.0.linear1_kv": _parts("face_adapter.0", "to_k", "to_v")}
     ),
     "LTX-Video": _known("ltx_video", _LTX),
     "LTX-2": _known(
@@ -183,26 +148,15 @@ FAMILIES: dict[str, Family] = {
             "txtfusion.refiner_blocks.0.attn.wo": ("text_fusion.refiner_blocks.0.attn.to_out.0",),
         },
     ),
-    "Lumina 2": Family(
-        "Lumina2Transformer2DModel",
-        {
-            "in_channels": 16,
-            "hidden_size": 192,
-            "num_layers": 1,
-            "num_refiner_layers": 1,
-            "num_attention_heads": 4,
-            "num_kv_heads": 2,
-            "cap_feat_dim": 64,
-            "axes_dim_rope": (16, 16, 16),
-        },
+    "Lumina 2": _known(
+        "lumina_2",
         {
             "layers.0.attention.qkv": _parts("layers.0.attn", *QKV),
             "context_refiner.0.feed_forward.w2": ("context_refiner.0.feed_forward.linear_2",),
         },
     ),
-    "SDXL": Family(
-        "UNet2DConditionModel",
-        _UNET,
+    "SDXL": _known(
+        "sdxl",
         {
             "input_blocks.4.1.transformer_blocks.0.attn1.to_q": (
                 "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q",

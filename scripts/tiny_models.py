@@ -6,6 +6,7 @@ Names and structure are those of the real models; widths are 128 to 512, so that
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -123,13 +124,66 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "sdxl": (
         "UNet2DConditionModel",
         {
-            "block_out_channels": (64, 128),
-            "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
-            "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
-            "layers_per_block": 1,
-            "attention_head_dim": (1, 2),
+            "block_out_channels": (64, 64, 128),
+            "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+            "attention_head_dim": (1, 1, 2),
             "cross_attention_dim": 64,
             "use_linear_projection": True,
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": 8,
+            "projection_class_embeddings_input_dim": 112,
+        },
+    ),
+    "sd_15": (
+        "UNet2DConditionModel",
+        {
+            "block_out_channels": (64, 64, 64, 128),
+            "attention_head_dim": 2,
+            "cross_attention_dim": 64,
+        },
+    ),
+    "chroma": (
+        "ChromaTransformer2DModel",
+        {
+            "in_channels": 16,
+            "num_layers": 1,
+            "num_single_layers": 1,
+            "attention_head_dim": 64,
+            "num_attention_heads": 2,
+            "joint_attention_dim": 64,
+            "axes_dims_rope": (16, 24, 24),
+            "approximator_num_channels": 16,
+            "approximator_hidden_dim": 64,
+            "approximator_layers": 1,
+        },
+    ),
+    "lumina_2": (
+        "Lumina2Transformer2DModel",
+        {
+            "in_channels": 16,
+            "hidden_size": 192,
+            "num_layers": 1,
+            "num_refiner_layers": 1,
+            "num_attention_heads": 4,
+            "num_kv_heads": 2,
+            "cap_feat_dim": 64,
+            "axes_dim_rope": (16, 16, 16),
+        },
+    ),
+    "wan_animate": (
+        "WanAnimateTransformer3DModel",
+        {
+            **WAN,
+            "num_layers": 5,
+            "image_dim": 64,
+            "added_kv_proj_dim": 128,
+            "motion_encoder_channel_sizes": {str(2**size): 16 for size in range(2, 10)},
+            "motion_style_dim": 16,
+            "motion_dim": 4,
+            "motion_encoder_dim": 16,
+            "face_encoder_hidden_dim": 32,
+            "face_encoder_num_heads": 2,
         },
     ),
     "longcat_image": ("LongCatImageTransformer2DModel", {**DUAL, "pooled_projection_dim": 64, "axes_dims_rope": ROPE}),
@@ -285,7 +339,8 @@ def save_pipeline(name: str, folder: Path) -> None:
 
 
 def _save(build: Callable[[], Any], folder: Path, seed: int) -> Any:
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of diffusers about its own code
         torch.manual_seed(seed)
         model: Any = build()
         with torch.no_grad():

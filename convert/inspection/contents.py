@@ -18,7 +18,7 @@ from omni_convert.convert.recipe import Recipe
 from omni_convert.convert.report import size_text
 from omni_convert.convert.source.component_folder import ComponentFolder, folders_with_weights
 from omni_convert.convert.source.location import Source
-from omni_convert.convert.source.original_names import has_original_files
+from omni_convert.convert.source.original_names import layers_under_diffusers_names
 from omni_convert.convert.terminal import MAX_WIDTH, terminal_width, wrapped
 from omni_convert.formats.checks.completeness import incomplete
 from omni_convert.formats.checks.meaning import doubts
@@ -37,6 +37,7 @@ from omni_convert.formats.dialects.verdict import (
     with_remedy,
 )
 from omni_convert.formats.dialects.vllm_omni import vllm_omni_verdict
+from omni_convert.formats.errors import CheckpointError
 from omni_convert.formats.families.stage import Stage
 from omni_convert.formats.views.base import FLOAT8
 from omni_convert.formats.views.opened import QuantizedCheckpoint, QuantizedLayer, read_layers
@@ -149,8 +150,12 @@ def _runtimes(component: ComponentFolder, opened: QuantizedCheckpoint, doubt: st
 def _keeping_options(component: ComponentFolder, opened: QuantizedCheckpoint, runtime: str) -> str | None:
     """The options with which a runtime gets every value of a component."""
     runtimes = ("vllm-omni", "diffusers") if runtime == OURS else ("vllm-omni",)
-    family = None if has_original_files(opened.checkpoint) else component.served_family
-    return keeping_options(opened, family, runtimes, is_transformers=component.is_transformers)
+    family = component.served_family
+    try:
+        named = opened if family is None else layers_under_diffusers_names(opened, component.config)[0]
+    except CheckpointError:  # a layer cannot be split without a change
+        return None
+    return keeping_options(named, family, runtimes, is_transformers=component.is_transformers)
 
 
 def _stage_runtimes(component: ComponentFolder, stage: Stage, opened: QuantizedCheckpoint) -> list[Verdict]:

@@ -19,7 +19,7 @@ from torch.nn.modules.module import register_module_module_registration_hook
 
 from omni_convert.convert.source.original_names import (
     convert_names,
-    has_original_files,
+    may_have_original_names,
     quiet,
     shapes_of,
 )
@@ -31,7 +31,7 @@ from omni_convert.formats.families.table import find_family, model_class
 from omni_convert.formats.finding import Finding
 from omni_convert.formats.views.base import dequantized_view
 
-__all__ = ["check_converted_names", "check_names"]
+__all__ = ["check_converted_names", "check_names", "has_converted_names"]
 
 # A config with more layers or blocks is not believed; no real model has more.
 LARGEST_COUNT = 1000
@@ -86,7 +86,7 @@ def check_names(reading: TolerantReading, config: Mapping[str, Any]) -> Iterator
         if name not in found and name not in tied and not optional.search(name) and not _is_of(name, damaged)
     ]
     strange = [name for name in found if name not in expected.names and not optional.search(name)]
-    if missing and strange and (has_original_files(reading.found.checkpoint) or _is_translated(strange, expected)):
+    if missing and strange and (may_have_original_names(reading.found.checkpoint) or _is_translated(strange, expected)):
         return  # what is missing may be there under a name that the library translates
     markers = find_family(model_class(config)).every_marker if _may_be_for_comfyui(reading) else frozenset()
     unknown = [name for name in kept if name in {*strange} - markers and not _is_of(name, damaged)]
@@ -115,8 +115,18 @@ def _may_be_for_comfyui(reading: TolerantReading) -> bool:
     """Whether ComfyUI reads such a file: one in a dialect of its own, or not quantized and not in diffusers' files."""
     dialect = reading.quantized.dialect
     if dialect is None:
-        return has_original_files(reading.found.checkpoint)
+        return may_have_original_names(reading.found.checkpoint)
     return DIALECTS[dialect].has_converted_names or not DIALECTS[dialect].has_diffusers_names
+
+
+def has_converted_names(reading: TolerantReading, config: Mapping[str, Any]) -> bool:
+    """Whether a component is for readers that convert names, or has those of the model's own code."""
+    if reading.quantized.dialect is None:
+        return False
+    dialect, family = DIALECTS[reading.quantized.dialect], find_family(model_class(config))
+    names = (*reading.quantized.kept, *(f"{stem}.weight" for stem in reading.quantized.layers))
+    has_own_names = bool(family.original_names) and not family.has_names_of_diffusers(names)
+    return dialect.has_converted_names or (dialect.has_original_names and has_own_names)
 
 
 def check_converted_names(reading: TolerantReading, config: Mapping[str, Any]) -> Iterator[Finding]:

@@ -55,7 +55,7 @@ class Comparison:
         self.errors: dict[str, float] = {}
         self.findings: list[Finding] = []
         weights = plain_weights(quantized)
-        self._weights, _ = under_diffusers_names(weights, config)
+        self._weights, _ = under_diffusers_names(weights, config, quantized.dialect)
         self._reference = reference
         self._dialect = DIALECTS[quantized.dialect]
         self._layers = quantized.layers if self._weights is weights else {}

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from omni_convert.convert.inspection.lost_block import dialect_of_lost_block
-from omni_convert.convert.inspection.name_check import check_converted_names, check_names
+from omni_convert.convert.inspection.name_check import check_converted_names, check_names, has_converted_names
 from omni_convert.convert.inspection.reference_check import Comparison, bits_of
 from omni_convert.convert.source.component import plain_weights
 from omni_convert.convert.source.component_folder import ComponentFolder, folders_with_weights
@@ -186,8 +186,7 @@ def _scope(component: ComponentFolder, reading: TolerantReading) -> list[Finding
 
 def _names(component: ComponentFolder, reading: TolerantReading, config: dict[str, Any]) -> Iterator[Finding]:
     """Whether names and shapes are those of the model; a SHA-256 in the manifest says more than names do."""
-    dialect = reading.quantized.dialect
-    if dialect is not None and DIALECTS[dialect].has_converted_names:
+    if has_converted_names(reading, config):
         yield from check_converted_names(reading, config)
     elif not _is_in_manifest(component, reading.found.checkpoint):
         yield from check_names(reading, config)
@@ -276,4 +275,4 @@ def _open_reference(reference: Source, name: str, config: dict[str, Any]) -> Che
     if reference.is_pipeline and not name:
         component = next((each for each in DENOISERS if each in reference.components), "")
     opened = ComponentFolder(reference, component if reference.is_pipeline else "").open()
-    return under_diffusers_names(plain_weights(opened), config)[0]
+    return under_diffusers_names(plain_weights(opened), config, opened.dialect)[0]

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from omni_convert.convert.plan.gguf_names import GgufNames, choose_names
+from omni_convert.convert.plan.file_names import FileNames, gguf_names
 from omni_convert.convert.recipe import Recipe
 from omni_convert.convert.source.component import open_components
 from omni_convert.convert.source.component_methods import component_methods
@@ -24,7 +24,7 @@ class GgufComponent:
     """The denoising model of a pipeline, and the names that its GGUF file has."""
 
     component: str
-    names: GgufNames
+    names: FileNames
 
     @classmethod
     def of(cls, source: Source, recipe: Recipe) -> GgufComponent:
@@ -42,7 +42,7 @@ class GgufComponent:
                 "no names of components; leave the others out with --component NAME=none"
             )
         ((name, component),) = open_components(source, methods, recipe).items()
-        return cls(name, choose_names(component.weights, component.config, recipe))
+        return cls(name, gguf_names(component.weights, component.config, recipe))
 
     def importance(self, statistics: Statistics) -> dict[str, tuple[Tensor, int]]:
         """Each weight whose inputs were recorded → their mean squares, float32 [in], and the number of tokens.

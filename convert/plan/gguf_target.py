@@ -10,11 +10,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from omni_convert.convert.plan.gguf_names import GgufNames, choose_names
+from omni_convert.convert.plan.file_names import FileNames, gguf_names
 from omni_convert.convert.plan.steps import QuantizeStep, Step, outputs
 from omni_convert.convert.plan.target import Scope, Target, linears_in_blocks
 from omni_convert.formats.arithmetic.ggml.mixtures import MIXTURES, types_of
-from omni_convert.formats.containers.checkpoint import Checkpoint
 from omni_convert.formats.containers.names import WEIGHT
 from omni_convert.formats.containers.shards import Shards
 from omni_convert.formats.containers.tensor_spec import TensorSpec
@@ -43,13 +42,9 @@ class GgufTarget(Target):
         return GGUF
 
     @cached_property
-    def names(self) -> GgufNames:
+    def names(self) -> FileNames:
         """The names that the file has; raises RecipeError if it cannot have those that the recipe asks for."""
-        return choose_names(self.component.weights, self.component.config, self.recipe)
-
-    @property
-    def weights(self) -> Checkpoint:
-        return self.names.checkpoint
+        return gguf_names(self.component.weights, self.component.config, self.recipe)
 
     def scope(self) -> Scope:
         """Layers of the file; one that joins several of diffusers' layers is a group of these."""
@@ -122,9 +117,6 @@ class GgufTarget(Target):
         importance = self._importance.get(name)
         return {**self.recipe.format_choices, "gguf_type": self._types[name], "importance": importance}
 
-    def written_group(self, group: LayerGroup) -> LayerGroup:
-        return LayerGroup(group.runtime_name, (group.runtime_name,), is_fused=False)
-
     def dtype_of_copy(self, spec: TensorSpec, *, is_layer: bool) -> torch.dtype:
         return GGUF.dtype_of_copy(spec, is_layer=is_layer)
 
@@ -137,7 +129,8 @@ class GgufTarget(Target):
             if isinstance(step, QuantizeStep)
             for stem, weight in zip(step.group.members, step.weights, strict=True)
         }
-        content = GgufFile(self.component.family.gguf.architecture, self._kind, quantized, self._key_values)
+        architecture = self.component.family.gguf.architecture_of(self.component.weights)
+        content = GgufFile(architecture, self._kind, quantized, self._key_values)
         return Shards({f"{self.component.source.short_name}-{self._kind}.gguf": outputs(steps)}, None, "", content)
 
     @property

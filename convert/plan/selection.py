@@ -23,9 +23,11 @@ class Selection:
 
     Attributes:
         scope: the layers that there were to choose from
+        names: every name that a pattern may give one of these
     """
 
     scope: Scope
+    names: frozenset[str]
     chosen: tuple[LayerGroup, ...]
     kept: tuple[tuple[LayerGroup, str], ...]
 
@@ -43,7 +45,7 @@ def choose_layers(target: Target) -> Selection:
     chosen: list[LayerGroup] = []
     kept: list[tuple[LayerGroup, str]] = []
     for group in scope.groups:
-        reason = group.keep_reason or _ignored(group, patterns) or _unsupported(group, target)
+        reason = group.keep_reason or _ignored(_names(target, group), patterns) or _unsupported(group, target)
         if reason is None:
             chosen.append(group)
         else:
@@ -54,7 +56,8 @@ def choose_layers(target: Target) -> Selection:
             f"{target.component.config_path}: every layer is ignored or unsupported; nothing is left to quantize with "
             f"{target.method} (the first: {kept[0][1]})"
         )
-    return Selection(scope, tuple(chosen), tuple(kept))
+    names = {*scope.others, *(name for group in scope.groups for name in _names(target, group))}
+    return Selection(scope, frozenset(names), tuple(chosen), tuple(kept))
 
 
 def _whole_stacks(
@@ -72,29 +75,27 @@ def _whole_stacks(
 
 def check_patterns(recipe: Recipe, selections: Iterable[Selection]) -> None:
     """Raises RecipeError if a pattern of the recipe matches no layer of any component."""
-    scopes = [selection.scope for selection in selections]
-    names = {name for scope in scopes for group in scope.groups for name in _names(group)}
-    names |= {name for scope in scopes for name in scope.others}
+    names = {name for selection in selections for name in selection.names}
     for pattern in recipe.ignored_layers:
         if not any(matches(pattern, name) for name in names):
             raise RecipeError(f"--ignored-layers: '{pattern}' matches no layer{suggestion_for(pattern, names)}")
 
 
-def _names(group: LayerGroup) -> tuple[str, ...]:
+def _names(target: Target, group: LayerGroup) -> tuple[str, ...]:
     """Every name that a pattern may give a group."""
-    return group.runtime_name, *group.members
+    return group.runtime_name, *group.members, *target.written_group(group).members
 
 
-def _ignored(group: LayerGroup, patterns: Sequence[str]) -> str | None:
-    pattern = next((each for each in patterns if any(matches(each, name) for name in _names(group))), None)
+def _ignored(names: Sequence[str], patterns: Sequence[str]) -> str | None:
+    pattern = next((each for each in patterns if any(matches(each, name) for name in names)), None)
     return f"ignored by '{pattern}'" if pattern is not None else None
 
 
 def _unsupported(group: LayerGroup, target: Target) -> str | None:
     """Why the format or the dialect cannot hold a member of the group, or None."""
-    weights, recipe = target.component.weights, target.recipe
-    for stem in group.members:
-        spec = weights[f"{stem}{WEIGHT}"]
+    recipe = target.recipe
+    for stem in target.written_group(group).members:
+        spec = target.weights[f"{stem}{WEIGHT}"]
         if not spec.dtype.is_floating_point or spec.dtype.itemsize < 2:
             return f"found {DTYPE_NAMES[spec.dtype]} weights, expected F32, F16 or BF16"
         rows, columns = matrix_shape(spec)

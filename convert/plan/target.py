@@ -14,6 +14,7 @@ import torch
 
 from omni_convert.convert.calibration.activation_scheme import ActivationScheme, choose_activation_scheme
 from omni_convert.convert.plan.component_plan import plan_files
+from omni_convert.convert.plan.file_names import FileNames, comfyui_names
 from omni_convert.convert.plan.shared_encoder import unquantized_encoder_layers
 from omni_convert.convert.plan.steps import Step, dtype_of_copy
 from omni_convert.convert.recipe import Recipe
@@ -81,9 +82,14 @@ class Target(ABC):
         """How the result is spelled."""
 
     @property
+    def names(self) -> FileNames | None:
+        """The names in the result, where its reader has others than diffusers."""
+        return None
+
+    @property
     def weights(self) -> Checkpoint:
         """The tensors of the component under the names that they have in the result."""
-        return self.component.weights
+        return self.names.checkpoint if self.names is not None else self.component.weights
 
     @cached_property
     def scheme(self) -> ActivationScheme:
@@ -110,7 +116,7 @@ class Target(ABC):
             shared_in_group=group.is_fused and recipe.int8_fused_scales == "shared",
             **self.choices_of(group),
         )
-        return fmt.for_weight(self.component.weights[f"{group.members[0]}{WEIGHT}"].shape)
+        return fmt.for_weight(self.weights[f"{self.written_group(group).members[0]}{WEIGHT}"].shape)
 
     @abstractmethod
     def scope(self) -> Scope:
@@ -142,7 +148,7 @@ class Target(ABC):
 
     def written_group(self, group: LayerGroup) -> LayerGroup:
         """A group of the source as the result holds it."""
-        return group
+        return self.names.written(group) if self.names is not None else group
 
     def dtype_of_copy(self, spec: TensorSpec, *, is_layer: bool) -> torch.dtype:
         """The dtype of a tensor that is not quantized.
@@ -207,6 +213,18 @@ class RuntimeTarget(Target):
         stage = self.component.stage
         return stage if stage is not None and not stage.is_diffusion else None
 
+    @cached_property
+    def names(self) -> FileNames | None:
+        """The names of the model's own code, for a dialect whose readers know no others.
+
+        Raises:
+            RecipeError: they are not known.
+        """
+        component = self.component
+        if not self.dialect.has_original_names or component.served_family is None or component.stage is not None:
+            return None
+        return comfyui_names(component.weights, component.config, self.recipe)
+
     @property
     def stage(self) -> Stage | None:
         """The stage whose block is written, and where it stands."""
@@ -229,8 +247,9 @@ class RuntimeTarget(Target):
         recommended = family.recommended_ignored(self.method)
         if component.is_transformers:
             groups = list(_without_casting_layers(without_towers(groups), self.method))
+        groups = list(self.without_leading_blocks(groups))
         return Scope(
-            list(self.without_leading_blocks(groups)),
+            groups if self.names is None else self.names.joined(groups),
             other_linears(component.weights, members),
             tuple(each.pattern for each in recommended) if recipe.recommended else (),
             tuple(self._notes()),
@@ -300,9 +319,8 @@ class RuntimeTarget(Target):
         notes = []
         if DIALECT_OF_METHOD.get(self.method) == self.dialect.name:
             notes.append(f"{self.method} is written in the dialect {self.dialect.name}, the only one that holds it")
-        if not self.component.is_transformers:
-            flaw = self.dialect.names_flaw(self.component.family, self.component.weights)
-            notes += [f"{self.component.label}: {flaw}"] if flaw is not None else []
+        if self.names is not None:
+            notes.append(f"{self.component.label}: the file has {self.names.note}")
         return tuple(notes)
 
     def files(self, steps: Sequence[Step], formats: Mapping[str, Format]) -> Shards:

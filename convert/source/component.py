@@ -11,8 +11,9 @@ from omni_convert.convert.source.component_folder import ComponentFolder
 from omni_convert.convert.source.location import Source
 from omni_convert.convert.source.lora import Lora, bake, check_requests
 from omni_convert.convert.source.original_names import (
-    has_original_files,
     layers_under_diffusers_names,
+    layers_under_original_names,
+    may_have_original_names,
     missing_config,
     under_diffusers_names,
 )
@@ -65,7 +66,7 @@ class SourceComponent(ComponentFolder):
         if family is None or recipe.method == "dequantize":
             return weights
         wanted, present = family.markers_of(self.config), family.every_marker & weights.keys()
-        if recipe.method == "gguf" or not DIALECTS[recipe.dialect].has_diffusers_names:
+        if recipe.method == "gguf" or DIALECTS[recipe.dialect].has_original_names:
             return marked_view(weights, (), wanted - present) if wanted - present else weights
         for key, marker in family.markers:
             if marker in present - wanted:
@@ -106,19 +107,26 @@ def open_components(source: Source, names: Iterable[str], recipe: Recipe) -> dic
     is_here = source.hub_files is None  # rows of a file on the Hub would have to be downloaded before the plan is made
     opened = {name: ComponentFolder(source, name).open(values=is_here) for name in names}
     components = {name: SourceComponent(source, name, opened[name], plain_weights(opened[name])) for name in opened}
-    components = {name: _under_diffusers_names(component, recipe) for name, component in components.items()}
+    components = {name: _named_for_recipe(component, recipe) for name, component in components.items()}
     requests, parts = check_requests(recipe.lora, opened)
     components |= {name: _baked(components[name], requests[name], parts, recipe) for name in requests}
     return {name: replace(each, weights=each.marked(each.weights, recipe)) for name, each in components.items()}
 
 
-def _under_diffusers_names(component: SourceComponent, recipe: Recipe) -> SourceComponent:
-    """Renames tensors of a GGUF file or of a model that is a single component, if they have their original names."""
-    dialect = component.opened.dialect
-    is_of_pipeline = bool(component.name) and not (dialect is not None and DIALECTS[dialect].has_converted_names)
-    if is_of_pipeline:
-        return component
+def _named_for_recipe(component: SourceComponent, recipe: Recipe) -> SourceComponent:
+    """Gives tensors diffusers' names, from which every method starts, or those of the dialect in which they stay."""
     is_kept = recipe.method == "keep" and bool(component.opened.layers)
+    if is_kept and DIALECTS[recipe.dialect].has_original_names:
+        if component.served_family is None or component.stage is not None:
+            return component
+        opened, notes = layers_under_original_names(component.opened, component.config)
+        return replace(component, opened=opened, weights=plain_weights(opened), notes=tuple(notes))
+    dialect = component.opened.dialect
+    has_other_names = dialect is not None and (
+        DIALECTS[dialect].has_converted_names or DIALECTS[dialect].has_original_names
+    )
+    if component.name and not has_other_names:
+        return component
     is_for_diffusers = is_kept and DIALECTS[recipe.dialect].has_diffusers_names
     if not component.has_config:
         if component.source.path.is_file() and not recipe.is_transcoding:
@@ -129,12 +137,12 @@ def _under_diffusers_names(component: SourceComponent, recipe: Recipe) -> Source
             return component
         opened, notes = layers_under_diffusers_names(component.opened, component.config)
         return replace(component, opened=opened, weights=plain_weights(opened), notes=tuple(notes))
-    weights, notes = under_diffusers_names(component.weights, component.config)
+    weights, notes = under_diffusers_names(component.weights, component.config, dialect)
     return replace(component, weights=weights, notes=tuple(notes))
 
 
 def _unknown_names(component: SourceComponent) -> tuple[str, ...]:
-    if not has_original_files(component.opened.checkpoint):
+    if not may_have_original_names(component.opened.checkpoint):
         return ()
     return (
         f"{component.label}: names of tensors stay as they are, since there is no config.json that names the model; if "

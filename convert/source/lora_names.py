@@ -70,7 +70,7 @@ class LayerNames:
             for name, runs in self._diffusers.items()
             if (short := name.removeprefix("model.")) not in self._diffusers
         }
-        self._original = known_runs((*family.original_names, *family.trainer_names), specs)
+        self._original = known_runs(family.known_names, specs)
         self._in_dots = _in_dots(self._diffusers, self._original)
         bare = {_underscored(without_prefix(stem)) for stem in stems}
         ours, theirs = (_stems(names) for names in (self._diffusers, self._original))

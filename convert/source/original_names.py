@@ -1,11 +1,15 @@
-"""Renames single files and original checkpoints with diffusers' own conversion for the model class."""
+"""Gives the tensors of single files and original checkpoints diffusers' names.
+
+The table of the model's family knows the names of its own code, at any width. Names that it does not know go through
+diffusers' own conversion for the model class.
+"""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Collection, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
@@ -15,8 +19,9 @@ from torch import Tensor
 
 from omni_convert.formats.containers.checkpoint import Checkpoint
 from omni_convert.formats.containers.tensor_spec import Run, TensorSpec
+from omni_convert.formats.dialects.table import DIALECTS
 from omni_convert.formats.errors import CheckpointError, counted
-from omni_convert.formats.families.table import model_class
+from omni_convert.formats.families.table import find_family, model_class
 from omni_convert.formats.views.base import CheckpointView, dequantized_view
 from omni_convert.formats.views.opened import QuantizedCheckpoint
 from omni_convert.formats.views.renamed import renamed_view, trace_rows
@@ -24,8 +29,10 @@ from omni_convert.formats.views.renamed_layers import renamed_layers
 
 __all__ = [
     "convert_names",
-    "has_original_files",
     "layers_under_diffusers_names",
+    "layers_under_original_names",
+    "loads_single_files",
+    "may_have_original_names",
     "missing_config",
     "quiet",
     "shapes_of",
@@ -35,25 +42,33 @@ __all__ = [
 
 # The prefix of files that diffusers writes; any other file may have the model's original names.
 DIFFUSERS_FILES = "diffusion_pytorch_model"
+# What files of a whole model, trainers and ComfyUI put before the names of the denoising model.
+PREFIXES = ("model.diffusion_model.", "diffusion_model.", "net.", "model.", "transformer.")
 
 
-def has_original_files(checkpoint: Checkpoint) -> bool:
-    """Whether the files are named differently from those that diffusers writes."""
-    return not all(name.startswith(DIFFUSERS_FILES) for name in checkpoint.files)
+def may_have_original_names(checkpoint: Checkpoint, dialect: str | None = None) -> bool:
+    """Whether it makes sense to look for names that are not diffusers'.
+
+    Args:
+        dialect: of its quantized layers; None if there are none
+    """
+    is_for_diffusers = all(name.startswith(DIFFUSERS_FILES) for name in checkpoint.files)
+    return not is_for_diffusers or (dialect is not None and DIALECTS[dialect].has_original_names)
 
 
-def under_diffusers_names(checkpoint: Checkpoint, config: Mapping[str, Any]) -> tuple[Checkpoint, list[str]]:
+def under_diffusers_names(
+    checkpoint: Checkpoint, config: Mapping[str, Any], dialect: str | None = None
+) -> tuple[Checkpoint, list[str]]:
     """The checkpoint as diffusers would load it, and notes; the same checkpoint if there is nothing to rename.
 
     Args:
         config: the model's config in diffusers
+        dialect: of its quantized layers; None if there are none
 
     Raises:
         CheckpointError: the conversion fails, or its result is not the model of the config.
     """
-    if not has_original_files(checkpoint):
-        return checkpoint, []
-    renamed = convert_names(checkpoint, config)
+    renamed = convert_names(checkpoint, config) if may_have_original_names(checkpoint, dialect) else None
     return (checkpoint, []) if renamed is None else (renamed[0], [_note(checkpoint, config, renamed[1])])
 
 
@@ -66,18 +81,36 @@ def layers_under_diffusers_names(
         CheckpointError: as there; or a layer cannot be split or joined without changing values.
     """
     checkpoint = quantized.checkpoint
-    traced = _trace(dequantized_view(quantized), config) if has_original_files(checkpoint) else None
+    is_original = may_have_original_names(checkpoint, quantized.dialect)
+    traced = _trace(dequantized_view(quantized), config) if is_original else None
     if traced is None:
         return quantized, []
     renamed = renamed_layers(quantized, traced.runs, traced.shapes)
     return renamed, [_note(checkpoint, config, traced.unused)]
 
 
+def layers_under_original_names(
+    quantized: QuantizedCheckpoint, config: Mapping[str, Any]
+) -> tuple[QuantizedCheckpoint, list[str]]:
+    """The checkpoint under the names of the model's own code, with layers kept quantized; the same if it has them.
+
+    Raises:
+        CheckpointError: a layer cannot be joined without changing values.
+    """
+    family, view = find_family(model_class(config)), dequantized_view(quantized)
+    tensors = None if family.has_original_names else family.original_tensors(view)
+    if tensors is None or tensors.keys() <= view.keys():
+        return quantized, []
+    runs = {name: tensor.runs for name, tensor in tensors.items()}
+    renamed = renamed_layers(quantized, runs, {name: tensor.shape for name, tensor in tensors.items()})
+    return renamed, [f"{quantized.checkpoint.path.name}: renamed as {family.name}'s own code names its tensors"]
+
+
 def convert_names(checkpoint: Checkpoint, config: Mapping[str, Any]) -> tuple[CheckpointView, list[str]] | None:
     """The checkpoint under diffusers' names, and the names of tensors that the model does not use.
 
     Returns:
-        None if it has diffusers' names already, or diffusers has no conversion for the class
+        None if it has diffusers' names already, or nobody here knows others for the class
 
     Raises:
         CheckpointError: as `under_diffusers_names`.
@@ -92,25 +125,29 @@ def _note(checkpoint: Checkpoint, config: Mapping[str, Any], unused: Sequence[st
         if unused
         else ""
     )
-    return f"{checkpoint.path.name}: renamed by diffusers' own conversion for {model_class(config)}{left_out}"
+    return f"{checkpoint.path.name}: renamed as diffusers names the tensors of {model_class(config)}{left_out}"
 
 
 @dataclass(frozen=True)
 class _Traced:
-    """The effect of diffusers' conversion of names.
+    """The effect of a conversion of names.
 
     Attributes:
         runs: new name → the rows of old tensors that make up its tensor
         shapes: name → shape, for each of the model's tensors
+        unused: names of tensors that the model does not use
     """
 
     runs: Mapping[str, Sequence[Run]]
     shapes: Mapping[str, tuple[int, ...]]
+    unused: list[str]
 
-    @property
-    def unused(self) -> list[str]:
-        """Names of tensors that the model does not use."""
-        return sorted(self.runs.keys() - self.shapes.keys())
+
+def loads_single_files(kind: str) -> bool:
+    """Whether diffusers loads single files of a class, and so has a conversion of original names."""
+    from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
+
+    return kind in SINGLE_FILE_LOADABLE_CLASSES
 
 
 def trace_conversion(
@@ -155,23 +192,34 @@ def trace_conversion(
 
 def _trace(checkpoint: Checkpoint, config: Mapping[str, Any]) -> _Traced | None:
     import diffusers
-    from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
 
     kind = model_class(config)
-    if kind not in SINGLE_FILE_LOADABLE_CLASSES:
+    family = find_family(kind)
+    prefixes = [prefix for prefix in PREFIXES if any(name.startswith(prefix) for name in checkpoint)]
+    is_known = family.original_names or prefixes or loads_single_files(kind)
+    if not is_known or not hasattr(diffusers, kind):
         return None
     shapes = shapes_of(getattr(diffusers, kind), config)
     if shapes.keys() <= checkpoint.keys():
         return None
+    specs = {name: TensorSpec(name, torch.float32, shape) for name, shape in shapes.items()}
+    for prefix in ("", *prefixes):
+        stored = {name.removeprefix(prefix): spec for name, spec in checkpoint.items() if name.startswith(prefix)}
+        known = family.diffusers_runs(specs, stored)
+        if known is not None:
+            runs = {name: [replace(run, source=prefix + run.source) for run in found] for name, found in known.items()}
+            used = {run.source for found in runs.values() for run in found}
+            return _Traced(runs, shapes, sorted(checkpoint.keys() - used))
     try:
-        runs = trace_conversion(checkpoint, config)
+        converted = trace_conversion(checkpoint, config)
     except CheckpointError as error:
         if 2 * len(shapes.keys() & checkpoint.keys()) > len(shapes):  # most names are diffusers' already
             _refuse_missing(checkpoint, kind, shapes, checkpoint)
         raise CheckpointError(f"{checkpoint.path}: {error}") from None
-    assert runs is not None, "the class is known"
-    _refuse_missing(checkpoint, kind, shapes, runs)
-    return _Traced(runs, shapes)
+    if converted is None:
+        return None
+    _refuse_missing(checkpoint, kind, shapes, converted)
+    return _Traced(converted, shapes, sorted(converted.keys() - shapes.keys()))
 
 
 def _refuse_missing(checkpoint: Checkpoint, kind: str, shapes: Collection[str], present: Container[str]) -> None:

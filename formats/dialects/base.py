@@ -205,6 +205,8 @@ class Dialect(ABC):
     is_single_file: bool = False
     #: Whether its readers expect diffusers' names, not those of the model's own code.
     has_diffusers_names: bool = True
+    #: Whether its readers know a model by the names of its own code, so that files are written with them.
+    has_original_names: bool = False
     #: Whether its readers, diffusers among them, convert the names of the model's own code.
     has_converted_names: bool = False
     #: Whether its writers recast and reshape the tensors that they do not quantize.

@@ -133,6 +133,7 @@ class ComfyUi(Dialect):
     declared_by = "marks"
     is_single_file = True
     has_diffusers_names = False
+    has_original_names = True
 
     def recognises(self, found: Found) -> bool:
         return has_marks(found)
@@ -200,12 +201,11 @@ class ComfyUi(Dialect):
         return found
 
     def names_flaw(self, family: Family, names: Iterable[str]) -> str | None:
-        prefixes = family.gguf.diffusers_prefixes
-        if family.has_original_names or not prefixes or not any(name.startswith(prefixes) for name in names):
+        if not family.has_names_of_diffusers(names):
             return None
         return (
             f"tensors of {family.name} have diffusers' names, whose quantized layers ComfyUI cannot map to its own; "
-            "-m gguf writes the original names"
+            "-m keep --dialect comfyui writes the original names"
         )
 
     def check(self, found: Found, layers: Mapping[str, StoredLayer], config: Mapping[str, Any]) -> Iterator[Finding]:

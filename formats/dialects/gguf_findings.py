@@ -47,9 +47,10 @@ def _architecture(found: str | None, config: Mapping[str, Any]) -> Iterator[Find
         hurts = f"{COMFYUI}: guesses the model by its tensors, in compatibility mode"
         yield Finding("warning", "no-architecture", "", what, hurts, AGAIN)
         return
-    expected = find_family(str(config.get("_class_name"))).gguf.architecture if config else None
-    if expected is not None and expected != found and expected in COMFYUI_ARCHITECTURES:
-        what = f"found general.architecture {found[:40]!r}, expected {expected!r} by the config beside it"
+    expected = find_family(str(config.get("_class_name"))).gguf.every_architecture if config else None
+    if expected is not None and found not in expected and {*expected} & {*COMFYUI_ARCHITECTURES}:
+        named = " or ".join(map(repr, expected))
+        what = f"found general.architecture {found[:40]!r}, expected {named} by the config beside it"
         yield Finding("error", "wrong-architecture", "", what, f"{COMFYUI}: refuses it or builds another model", AGAIN)
     elif expected is None and found not in COMFYUI_ARCHITECTURES:
         what = f"found general.architecture {found[:40]!r}, which is no image model that {COMFYUI} knows"

@@ -23,6 +23,7 @@ COMFYUI_TYPES = DIFFUSERS_TYPES
 #: `general.architecture` of image models that ComfyUI-GGUF loads.
 COMFYUI_ARCHITECTURES = (
     "flux", "sd1", "sdxl", "sd3", "aura", "hidream", "cosmos", "ltxv", "hyvid", "wan", "lumina2", "qwen_image",
+    "qwen_image21",
 )  # fmt: skip
 #: Without an architecture, or with one of these, ComfyUI-GGUF goes by the names of tensors.
 GUESSED = (None, "pig", "cow")
@@ -31,13 +32,8 @@ PLUGIN = "with vllm-gguf-plugin and its `gguf_model`; it adapts Qwen-Image, Z-Im
 
 def has_diffusers_names(architecture: str | None, names: Mapping[str, object]) -> bool:
     """Whether tensors have names that ComfyUI does not know."""
-    prefixes = tuple(
-        prefix
-        for family in FAMILIES
-        if family.gguf.architecture == architecture
-        for prefix in family.gguf.diffusers_prefixes
-    )
-    return any(name.startswith(prefixes) for name in names)
+    families = [family for family in FAMILIES if architecture in family.gguf.every_architecture]
+    return any(family.has_names_of_diffusers(names) for family in families)
 
 
 def gguf_verdicts(file: GgufReader, family: Family | None) -> Iterator[Verdict]:

@@ -6,7 +6,7 @@ without its scales. Stated layers match state-dict names exactly; a family witho
 
 from __future__ import annotations
 
-from collections.abc import Collection, Container, Iterator, Mapping
+from collections.abc import Collection, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from omni_convert.formats.containers.tensor_spec import Run, TensorSpec
@@ -23,7 +23,13 @@ from omni_convert.formats.families.layers import (
     linear_widths,
     matching_groups,
 )
-from omni_convert.formats.families.original_names import OriginalName, original_runs
+from omni_convert.formats.families.original_names import (
+    OriginalName,
+    OriginalTensor,
+    diffusers_runs,
+    is_of_diffusers_alone,
+    original_tensors,
+)
 from omni_convert.formats.families.stage import Stage
 
 __all__ = [
@@ -177,17 +183,27 @@ class GgufFacts:
 
     Attributes:
         architecture: `general.architecture`, as ComfyUI-GGUF calls it; `diffusion` where nobody has named one
+        other_architectures: tensor of diffusers → the name for models of the family that lack it
         kept_layers: layers in blocks, as patterns, that ComfyUI-GGUF's quantizer keeps in full precision
-        diffusers_prefixes: beginnings of names that only diffusers gives, where the model's own code has others
         has_vllm_adapter: vLLM's GGUF plugin has an adapter for the family
         has_converter: ComfyUI-GGUF's converter takes the family, and so says which types its mixtures consist of
     """
 
     architecture: str = "diffusion"
+    other_architectures: tuple[tuple[str, str], ...] = ()
     kept_layers: tuple[str, ...] = ()
-    diffusers_prefixes: tuple[str, ...] = ()
     has_vllm_adapter: bool = False
     has_converter: bool = False
+
+    def architecture_of(self, names: Container[str]) -> str:
+        """The name for a model with these tensors, as diffusers calls them."""
+        others = (other for tensor, other in self.other_architectures if tensor not in names)
+        return next(others, self.architecture)
+
+    @property
+    def every_architecture(self) -> tuple[str, ...]:
+        """The names for all models of the family."""
+        return self.architecture, *(other for _, other in self.other_architectures)
 
 
 @dataclass(frozen=True)
@@ -201,6 +217,7 @@ class Family:
         refused_variants: models of the family that a method harms too much
         leading_blocks: method to the number of leading blocks that the runtime's own quantizing leaves in BF16
         original_names: what the model's own code calls its tensors; empty where that is not known
+        comfyui_names: tensors that ComfyUI calls otherwise than the model's own code
         has_original_names: diffusers' names are those of the model's own code
         markers: key of the config → the tensor by which ComfyUI tells that it is true, whatever the tensor holds
         trainer_names: other names that trainers of LoRA give to modules
@@ -217,6 +234,7 @@ class Family:
     refused_variants: tuple[VariantRefusal, ...] = ()
     leading_blocks: tuple[tuple[str, int], ...] = ()
     original_names: tuple[OriginalName, ...] = ()
+    comfyui_names: tuple[OriginalName, ...] = ()
     has_original_names: bool = False
     markers: tuple[tuple[str, str], ...] = ()
     trainer_names: tuple[OriginalName, ...] = ()
@@ -231,6 +249,11 @@ class Family:
     def every_marker(self) -> frozenset[str]:
         """Names of all marker tensors that a model of the family may have."""
         return frozenset(tensor for _, tensor in self.markers)
+
+    @property
+    def known_names(self) -> tuple[OriginalName, ...]:
+        """All names other than diffusers' that a tensor may have somewhere; the most common ones come first."""
+        return *self.comfyui_names, *self.original_names, *self.trainer_names
 
     @property
     def is_generic(self) -> bool:
@@ -336,8 +359,8 @@ class Family:
             for name in dict.fromkeys((group.runtime_name, *group.members))
         )
 
-    def original_runs(self, specs: Mapping[str, TensorSpec]) -> dict[str, list[Run]] | None:
-        """Original name → the rows of diffusers' tensors that the tensor consists of.
+    def original_tensors(self, specs: Mapping[str, TensorSpec]) -> dict[str, OriginalTensor] | None:
+        """Original name → tensor, as ComfyUI and the readers of GGUF expect them.
 
         Args:
             specs: the tensors of the model in diffusers
@@ -345,7 +368,27 @@ class Family:
         Returns:
             None if the original name of a tensor is not known; see `has_original_names`
         """
-        return original_runs(self.original_names, specs) if self.original_names else None
+        return original_tensors((*self.comfyui_names, *self.original_names), specs) if self.original_names else None
+
+    def has_names_of_diffusers(self, names: Iterable[str]) -> bool:
+        """Whether some of these names of tensors are diffusers', where the model's own code has others."""
+        return any(is_of_diffusers_alone(self.original_names, name) for name in names)
+
+    def diffusers_runs(
+        self, specs: Mapping[str, TensorSpec], stored: Mapping[str, TensorSpec]
+    ) -> dict[str, list[Run]] | None:
+        """Diffusers' name → the rows of stored tensors of which the tensor consists.
+
+        Args:
+            specs: the tensors of the model in diffusers
+            stored: tensors by their original names
+
+        Returns:
+            None if these are not the tensors of the model under names that are known, diffusers' among them
+        """
+        if specs.keys() <= stored.keys():
+            return {name: [Run(name, 0, spec.shape[0] if spec.shape else 1)] for name, spec in specs.items()}
+        return diffusers_runs(self.known_names, specs, stored)
 
 
 def _layer_count(config: Mapping[str, object], part: str, key: str) -> int:

@@ -53,7 +53,7 @@ ORIGINAL_SINGLE_NORMS = renamed(
     ORIGINAL_SINGLE,
     SINGLE,
 )
-ORIGINAL_MODULATION = OriginalName("final_layer.adaLN_modulation.1", ("norm_out.linear",), is_turned=True)
+ORIGINAL_MODULATION = OriginalName("final_layer.adaLN_modulation.1", ("norm_out.linear",), turned="always")
 
 FLUX_1 = Family(
     name="FLUX.1",
@@ -115,7 +115,5 @@ FLUX_1 = Family(
         ),
         *renamed({"processor.proj_lora": "proj_out"}, ORIGINAL_SINGLE, SINGLE),
     ),
-    gguf=GgufFacts(
-        "flux", diffusers_prefixes=("transformer_blocks.", "single_transformer_blocks."), has_converter=True
-    ),
+    gguf=GgufFacts("flux", has_converter=True),
 )

@@ -80,7 +80,6 @@ FLUX_2 = Family(
     ),
     gguf=GgufFacts(
         "flux",
-        diffusers_prefixes=("transformer_blocks.", "single_transformer_blocks."),
         has_vllm_adapter=True,  # for klein alone, which the class does not tell
     ),
 )

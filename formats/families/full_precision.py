@@ -54,6 +54,7 @@ CHROMA = Family(
         ),
     ),
     trainer_names=FLUX_1.trainer_names,
+    gguf=GgufFacts("flux"),  # whose readers tell Chroma by its tensors
 )
 HUNYUAN_IMAGE_21 = Family("HunyuanImage-2.1", ("HunyuanImageTransformer2DModel",), refusals=_WITHOUT_CLASS)
 WAN_ANIMATE = Family(
@@ -74,7 +75,7 @@ WAN_ANIMATE = Family(
             "face_adapter.{}.",
         ),
     ),
-    gguf=GgufFacts("wan", kept_layers=("condition_embedder",), diffusers_prefixes=("condition_embedder.",)),
+    gguf=GgufFacts("wan", kept_layers=("condition_embedder",)),
 )
 
 
@@ -91,7 +92,6 @@ SD_3 = Family(
     "Stable Diffusion 3",
     ("SD3Transformer2DModel",),
     refusals=_IN_FULL_PRECISION,
-    # Without the modulation of the text's stream, which is turned in the last block alone.
     original_names=(
         *renamed(
             {
@@ -122,12 +122,18 @@ SD_3 = Family(
             "joint_blocks.{}.",
             "transformer_blocks.{}.",
         ),
+        # In the last block it is scale and shift of the norm after which the text is dropped.
+        OriginalName(
+            "joint_blocks.{}.context_block.adaLN_modulation.1",
+            ("transformer_blocks.{}.norm1_context.linear",),
+            turned="alone",
+        ),
         ORIGINAL_MODULATION,
     ),
-    gguf=GgufFacts("sd3", diffusers_prefixes=("transformer_blocks.",), has_converter=True),
+    gguf=GgufFacts("sd3", has_converter=True),
 )
 LONGCAT_IMAGE = Family("LongCat-Image", ("LongCatImageTransformer2DModel",), refusals=_IN_FULL_PRECISION)
 OVIS_IMAGE = Family("Ovis-Image", ("OvisImageTransformer2DModel",), refusals=_IN_FULL_PRECISION)
 SANA_VIDEO = Family("SANA-Video", ("SanaVideoTransformer3DModel",), refusals=_IN_FULL_PRECISION)
 HELIOS = Family("Helios", ("HeliosTransformer3DModel",), refusals=_WITHOUT_NAMES)
-ERNIE_IMAGE = Family("ERNIE-Image", ("ErnieImageTransformer2DModel",), refusals=_WITHOUT_NAMES)
+ERNIE_IMAGE = Family("ERNIE-Image", ("ErnieImageTransformer2DModel",), refusals=_WITHOUT_NAMES, has_original_names=True)

@@ -120,6 +120,7 @@ HUNYUAN_VIDEO_15 = Family(
         *ORIGINAL_DOUBLE_BLOCK,
         ORIGINAL_MODULATION,
     ),
+    comfyui_names=ORIGINAL_JOINED_ATTENTION,  # ComfyUI builds it as HunyuanVideo
     trainer_names=TRAINER_NAMES,
-    gguf=GgufFacts("hyvid", diffusers_prefixes=("context_embedder.",)),
+    gguf=GgufFacts("hyvid"),
 )

@@ -6,7 +6,7 @@ gets the config block and has diffusers' name; nothing is merged.
 
 from __future__ import annotations
 
-from omni_convert.formats.families.family import Family
+from omni_convert.formats.families.family import Family, GgufFacts
 from omni_convert.formats.families.layers import LayerPattern, kept, linears
 from omni_convert.formats.families.original_names import OriginalName, renamed
 
@@ -62,7 +62,6 @@ KREA_2 = Family(
             )
         ),
     ),
-    # Without the tables of the blocks' modulation, which are flat there.
     original_names=(
         *renamed(
             {
@@ -80,7 +79,9 @@ KREA_2 = Family(
             }
         ),
         *_original_block("blocks", "transformer_blocks"),
+        OriginalName("blocks.{}.mod.lin", ("transformer_blocks.{}.scale_shift_table",), is_flat=True),
         *_original_block("txtfusion.layerwise_blocks", "text_fusion.layerwise_blocks"),
         *_original_block("txtfusion.refiner_blocks", "text_fusion.refiner_blocks"),
     ),
+    gguf=GgufFacts("krea2"),
 )

@@ -10,7 +10,7 @@ from omni_convert.formats.families.original_names import OriginalName, renamed, 
 
 __all__ = ["LTX_2", "LTX_VIDEO"]
 
-_GGUF = GgufFacts("ltxv", diffusers_prefixes=("time_embed.", "proj_in."))
+_GGUF = GgufFacts("ltxv")
 _UNMERGED = ("audio_attn1", "attn2", "audio_attn2", "audio_to_video_attn", "video_to_audio_attn")
 
 

@@ -77,7 +77,7 @@ HUNYUAN_VIDEO = Family(
         ORIGINAL_MODULATION,
     ),
     trainer_names=(*TRAINER_NAMES, *renamed({"modulation.lin": "norm.linear"}, ORIGINAL_SINGLE, SINGLE)),
-    gguf=GgufFacts("hyvid", diffusers_prefixes=("context_embedder.",), has_converter=True),
+    gguf=GgufFacts("hyvid", has_converter=True),
 )
 FRAMEPACK = replace(HUNYUAN_VIDEO, name="FramePack", model_classes=("HunyuanVideoFramepackTransformer3DModel",))
 
@@ -119,7 +119,6 @@ LUMINA_2 = Family(
     gguf=GgufFacts(
         "lumina2",
         kept_layers=("noise_refiner", "context_refiner"),
-        diffusers_prefixes=("time_caption_embed.",),
         has_converter=True,
     ),
 )

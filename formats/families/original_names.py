@@ -8,14 +8,31 @@ Source: diffusers' conversions of single files (`loaders/single_file_utils.py`),
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from typing import Literal
 
+from omni_convert.formats.containers.names import WEIGHT
 from omni_convert.formats.containers.tensor_spec import Run, TensorSpec
 
-__all__ = ["OriginalName", "diffusers_name", "joined", "known_runs", "original_runs", "renamed", "same"]
+__all__ = [
+    "OriginalName",
+    "OriginalTensor",
+    "diffusers_name",
+    "diffusers_runs",
+    "is_of_diffusers_alone",
+    "joined",
+    "known_runs",
+    "original_tensors",
+    "renamed",
+    "same",
+]
+
+#: The row of a modulation whose second half is the first in diffusers: always, or where it is scale and shift alone.
+Turned = Literal["always", "alone"]
 
 
 @dataclass(frozen=True)
@@ -25,12 +42,34 @@ class OriginalName:
     Attributes:
         original: its name
         parts: the diffusers module or tensor that it is, or those that it joins, in order
-        is_turned: its second half is the first in diffusers (scale and shift of a modulation)
+        turned: its second half is the first in diffusers (scale and shift of a modulation); None if it never is
+        is_flat: it has a single dimension there
+        beside: a tensor of diffusers without which it has another name
     """
 
     original: str
     parts: tuple[str, ...]
-    is_turned: bool = False
+    turned: Turned | None = None
+    is_flat: bool = False
+    beside: str | None = None
+
+
+@dataclass(frozen=True)
+class OriginalTensor:
+    """A tensor of the model's own code.
+
+    Attributes:
+        runs: the rows of diffusers' tensors that it consists of
+        shape: its own
+    """
+
+    runs: list[Run]
+    shape: tuple[int, ...]
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """The tensors of diffusers of which it holds rows."""
+        return tuple(dict.fromkeys(run.source for run in self.runs))
 
 
 def renamed(names: Mapping[str, str], original: str = "", diffusers: str = "") -> tuple[OriginalName, ...]:
@@ -48,8 +87,10 @@ def joined(original: str, parent: str, *parts: str) -> OriginalName:
     return OriginalName(original, tuple(f"{parent}.{part}" for part in parts))
 
 
-def original_runs(table: Sequence[OriginalName], specs: Mapping[str, TensorSpec]) -> dict[str, list[Run]] | None:
-    """Original name → the rows of diffusers' tensors that the tensor consists of.
+def original_tensors(
+    table: Sequence[OriginalName], specs: Mapping[str, TensorSpec]
+) -> dict[str, OriginalTensor] | None:
+    """Original name → tensor.
 
     Args:
         table: rows of the model; where several match, the first one counts
@@ -58,29 +99,59 @@ def original_runs(table: Sequence[OriginalName], specs: Mapping[str, TensorSpec]
     Returns:
         None if the table lacks a tensor, or the model lacks a part of one
     """
-    runs: dict[str, list[Run]] = {}
+    tensors: dict[str, OriginalTensor] = {}
     for name in specs:
-        found = _found(name, table)
+        found = _found(name, table, specs)
         if found is None:
             return None
         row, original, parts = found
-        if original in runs:
+        if original in tensors:
             continue
         if any(part not in specs for part in parts):
             return None
-        runs[original] = [run for part in parts for run in _runs(row, specs[part])]
-    return runs
+        tensors[original] = _tensor(row, parts, specs)
+    return tensors
 
 
 def known_runs(table: Sequence[OriginalName], specs: Mapping[str, TensorSpec]) -> dict[str, list[Run]]:
-    """Like `original_runs`, for the tensors that the table names; every matching row gives a name."""
-    runs: dict[str, list[Run]] = {}
-    for name in specs:
-        for row in table:
-            for original, parts in _matches(name, row):
-                if original not in runs and all(part in specs for part in parts):
-                    runs[original] = [run for part in parts for run in _runs(row, specs[part])]
-    return runs
+    """Original name → the rows of diffusers' tensors, for each name that a row of the table gives."""
+    return {name: tensor.runs for name, tensor in _known_tensors(table, specs).items()}
+
+
+def diffusers_runs(
+    table: Sequence[OriginalName], specs: Mapping[str, TensorSpec], stored: Mapping[str, TensorSpec]
+) -> dict[str, list[Run]] | None:
+    """Diffusers' name → the rows of stored tensors of which the tensor consists.
+
+    Args:
+        table: rows of the model; a tensor may have the name that any of them gives
+        specs: the tensors of the model in diffusers
+        stored: tensors by their original names
+
+    Returns:
+        None if a tensor of the model is not there, or has another size
+    """
+    pieces: dict[str, list[tuple[int, Run]]] = {}
+    for name, tensor in _known_tensors(table, specs).items():
+        spec = stored.get(name)
+        if spec is None or not _is_of_size(spec, tensor.shape) or not pieces.keys().isdisjoint(tensor.sources):
+            continue
+        if len(tensor.runs) == 1:
+            pieces[tensor.runs[0].source] = [(0, Run(name, 0, _rows(spec.shape)))]
+            continue
+        first = 0
+        for run in tensor.runs:
+            pieces.setdefault(run.source, []).append((run.start, Run(name, first, run.count)))
+            first += run.count
+    if pieces.keys() != specs.keys():
+        return None
+    return {name: [run for _, run in sorted(pieces[name], key=lambda piece: piece[0])] for name in specs}
+
+
+def is_of_diffusers_alone(table: Sequence[OriginalName], name: str) -> bool:
+    """Whether diffusers has a tensor of this name in a model whose own code has none."""
+    is_of_diffusers = any(_pattern(part).fullmatch(name) for row in table for part in row.parts)
+    return is_of_diffusers and not any(_pattern(row.original).fullmatch(name) for row in table)
 
 
 def diffusers_name(table: Sequence[OriginalName], name: str) -> str:
@@ -93,9 +164,12 @@ def diffusers_name(table: Sequence[OriginalName], name: str) -> str:
     return name
 
 
-def _found(name: str, table: Sequence[OriginalName]) -> tuple[OriginalName, str, tuple[str, ...]] | None:
+def _found(
+    name: str, table: Sequence[OriginalName], specs: Mapping[str, TensorSpec]
+) -> tuple[OriginalName, str, tuple[str, ...]] | None:
     """The first row for a tensor of diffusers, with the original tensor that it belongs to and its parts, if any."""
-    return next(((row, *found) for row in table for found in _matches(name, row)), None)
+    rows = (row for row in table if row.beside is None or row.beside in specs)
+    return next(((row, *found) for row in rows for found in _matches(name, row)), None)
 
 
 def _matches(name: str, row: OriginalName) -> Iterator[tuple[str, tuple[str, ...]]]:
@@ -113,9 +187,41 @@ def _pattern(name: str) -> re.Pattern[str]:
     return re.compile(re.escape(name).replace(r"\{\}", r"(\d+)") + r"((?:\..+)?)")
 
 
-def _runs(row: OriginalName, spec: TensorSpec) -> list[Run]:
+def _known_tensors(table: Sequence[OriginalName], specs: Mapping[str, TensorSpec]) -> dict[str, OriginalTensor]:
+    tensors: dict[str, OriginalTensor] = {}
+    for name in specs:
+        for row in table:
+            for original, parts in _matches(name, row):
+                if original not in tensors and all(part in specs for part in parts):
+                    tensors[original] = _tensor(row, parts, specs)
+    return tensors
+
+
+def _tensor(row: OriginalName, parts: Sequence[str], specs: Mapping[str, TensorSpec]) -> OriginalTensor:
+    runs = [run for part in parts for run in _runs(row, specs[part], specs)]
+    first = specs[parts[0]]
+    if row.is_flat:
+        return OriginalTensor(runs, (first.elements,))
+    return OriginalTensor(runs, (sum(run.count for run in runs), *first.shape[1:]) if first.shape else ())
+
+
+def _runs(row: OriginalName, spec: TensorSpec, specs: Mapping[str, TensorSpec]) -> list[Run]:
     """The rows of a tensor of diffusers in the order in which the original tensor has them."""
-    if row.is_turned:
+    if row.turned == "always" or (row.turned == "alone" and _is_scale_and_shift(spec, specs)):
         half = spec.shape[0] // 2
         return [Run(spec.name, half, spec.shape[0] - half), Run(spec.name, 0, half)]
-    return [Run(spec.name, 0, spec.shape[0] if spec.shape else 1)]
+    return [Run(spec.name, 0, _rows(spec.shape))]
+
+
+def _is_scale_and_shift(spec: TensorSpec, specs: Mapping[str, TensorSpec]) -> bool:
+    """Whether the modulation of this weight or bias has two rows for each of its inputs, and so no gate."""
+    weight = specs[f"{spec.name.rpartition('.')[0]}{WEIGHT}"]
+    return weight.shape[0] == 2 * weight.shape[1]
+
+
+def _is_of_size(spec: TensorSpec, shape: tuple[int, ...]) -> bool:
+    return spec.elements == math.prod(shape) and _rows(spec.shape) == _rows(shape)
+
+
+def _rows(shape: tuple[int, ...]) -> int:
+    return shape[0] if shape else 1

@@ -7,7 +7,7 @@ Qwen3-VL encoder (`pipeline_qwen_image_21.py`); its vision tower is left out of 
 
 from __future__ import annotations
 
-from omni_convert.formats.families.family import EncoderLayers, Family, MethodNote
+from omni_convert.formats.families.family import EncoderLayers, Family, GgufFacts, MethodNote
 from omni_convert.formats.families.layers import QKV, VLLM_OMNI, LayerPattern, linears
 
 __all__ = ["QWEN_IMAGE_21"]
@@ -58,4 +58,6 @@ QWEN_IMAGE_21 = Family(
         ),
         stays="vLLM-Omni builds the vision tower of this text encoder quantized with some methods and not with others",
     ),
+    has_original_names=True,
+    gguf=GgufFacts("qwen_image21"),
 )

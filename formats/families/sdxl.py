@@ -5,7 +5,7 @@ Source of the names: diffusers' `convert_ldm_unet_checkpoint`.
 
 from __future__ import annotations
 
-from omni_convert.formats.families.family import Family, RuntimeRefusal
+from omni_convert.formats.families.family import Family, GgufFacts, RuntimeRefusal
 from omni_convert.formats.families.layers import VLLM_OMNI
 from omni_convert.formats.families.original_names import OriginalName, renamed
 
@@ -54,7 +54,13 @@ def _way_up(level: int) -> tuple[OriginalName, ...]:
                 *renamed({f"output_blocks.{first + n}.1": f"{block}.attentions.{n}"}),
             )
         ),
-        *renamed({f"output_blocks.{first + _RESNETS}.2.conv": f"{block}.upsamplers.0.conv"}),
+        # A block without attention has its upsampler in the attention's place.
+        OriginalName(
+            f"output_blocks.{first + _RESNETS}.2.conv",
+            (f"{block}.upsamplers.0.conv",),
+            beside=f"{block}.attentions.0.norm.weight",
+        ),
+        *renamed({f"output_blocks.{first + _RESNETS}.1.conv": f"{block}.upsamplers.0.conv"}),
     )
 
 
@@ -81,11 +87,5 @@ SDXL = Family(
         *_resnet("middle_block.2", "mid_block.resnets.1"),
         *(row for level in range(_LEVELS) for row in (*_way_down(level), *_way_up(level))),
     ),
-    # A block without attention has its upsampler in the attention's place.
-    trainer_names=renamed(
-        {
-            f"output_blocks.{level * (_RESNETS + 1) + _RESNETS}.1.conv": f"up_blocks.{level}.upsamplers.0.conv"
-            for level in range(_LEVELS)
-        }
-    ),
+    gguf=GgufFacts("sdxl", other_architectures=(("add_embedding.linear_1.weight", "sd1"),), has_converter=True),
 )

@@ -106,11 +106,10 @@ WAN = Family(
     ),
     leading_blocks=(("mxfp4_dualscale", 5),),
     original_names=_ORIGINAL_NAMES,
-    trainer_names=_ALSO_READ,
+    comfyui_names=_ALSO_READ,
     gguf=GgufFacts(
         "wan",
         kept_layers=("condition_embedder",),
-        diffusers_prefixes=("condition_embedder.",),
         has_converter=True,
     ),
 )

@@ -73,7 +73,6 @@ Z_IMAGE = Family(
     gguf=GgufFacts(
         "lumina2",
         kept_layers=("noise_refiner", "context_refiner"),
-        diffusers_prefixes=("all_x_embedder.",),
         has_vllm_adapter=True,
         has_converter=True,
     ),

@@ -31,6 +31,7 @@ __all__ = [
     "KeptTensor",
     "ViewedTensor",
     "dequantized_view",
+    "finite_part",
     "marked_view",
     "respelled_view",
 ]
@@ -132,7 +133,7 @@ class _Respelled(ViewedTensor):
     spelling: WrittenSpelling
 
     def read(self, start: int, stop: int) -> Tensor:
-        return _finite(self._read(start, stop), self.layer, self.suffix)
+        return finite_part(self._read(start, stop), self.layer, self.suffix)
 
     def _read(self, start: int, stop: int) -> Tensor:
         codec, layout = self.spelling.codec(self.suffix), self.layer.tensors[self.suffix]
@@ -161,10 +162,10 @@ class _Unchanged(KeptTensor):
     suffix: str
 
     def read(self, start: int, stop: int) -> Tensor:
-        return _finite(super().read(start, stop), self.layer, self.suffix)
+        return finite_part(super().read(start, stop), self.layer, self.suffix)
 
 
-def _finite(tensor: Tensor, layer: QuantizedLayer, suffix: str) -> Tensor:
+def finite_part(tensor: Tensor, layer: QuantizedLayer, suffix: str) -> Tensor:
     """The codes or scales of a layer as they are stored.
 
     Raises:

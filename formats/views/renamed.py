@@ -53,13 +53,30 @@ class _Joined(ViewedTensor):
         return parts[0].to(self.spec.dtype).reshape(stop - start, *self.spec.shape[1:])
 
 
+@dataclass(frozen=True)
+class _Reshaped(ViewedTensor):
+    """A whole tensor in another shape."""
+
+    spec: TensorSpec
+    checkpoint: Checkpoint
+    source: str
+
+    @property
+    def sources(self) -> tuple[str, ...]:  # type: ignore[override]  # follows from the name
+        return (self.source,)
+
+    def read(self, start: int, stop: int) -> Tensor:
+        return self.checkpoint.read(self.source).reshape(self.spec.shape)[start:stop]
+
+
 def trace_rows(
     specs: Mapping[str, TensorSpec], convert: Callable[[dict[str, Tensor]], Mapping[str, Tensor]]
 ) -> dict[str, list[Run]]:
     """New name → the rows of which a conversion makes the tensor.
 
     Args:
-        convert: maps a state dict to another; it may split, join and permute along the first dimension
+        convert: maps a state dict to another; it may split, join and permute along the first dimension, and reshape a
+            vector
 
     Raises:
         CheckpointError: it does more than that with a tensor, which is named.
@@ -74,10 +91,15 @@ def trace_rows(
         bounds.append(total)
         total += rows
 
+    def is_whole(flat: Tensor) -> bool:
+        """Whether these are the numbers of all elements of a vector, in order."""
+        shape = specs[names[bisect_right(bounds, int(flat[0])) - 1]].shape
+        return shape == (len(flat),) and bool((flat.diff() == 1).all())
+
     def runs_of(name: str, rows: Tensor) -> list[Run]:
         flat = rows.reshape(-1)
-        is_traced = rows.dtype is torch.int64 and (not rows.dim() or len(rows) == len(flat)) and bool(len(flat))
-        if not is_traced or not 0 <= int(flat.min()) <= int(flat.max()) < total:
+        is_traced = rows.dtype is torch.int64 and bool(len(flat)) and 0 <= int(flat.min()) <= int(flat.max()) < total
+        if not is_traced or not (not rows.dim() or len(rows) == len(flat) or is_whole(flat)):
             raise CheckpointError(
                 f"tensor '{name}': found that diffusers computes it, expected rows of the file's tensors; save the "
                 "model with diffusers first"
@@ -109,7 +131,8 @@ def renamed_view(
 
     Args:
         runs: of each tensor, from `trace_rows`
-        shapes: what each should be; columns may have other dimensions in the file, not another number
+        shapes: what each should be; columns may have other dimensions in the file, not another number, and a whole
+            tensor may have any, if it is a vector in the file or should be one
         widens: floats of several dtypes become float32 together
 
     Raises:
@@ -123,7 +146,8 @@ def renamed_view(
         rows = sum(run.count for run in runs[name])
         columns = {math.prod(spec.shape[1:]) for spec in specs}
         dtype = _dtype_of({spec.dtype for spec in specs}, widens=widens)
-        if rows != (shape[0] if shape else 1) or columns != {math.prod(shape[1:])}:
+        is_reshaped = len(runs[name]) == 1 and _is_vector_reshaped(runs[name][0], specs[0], shape)
+        if not is_reshaped and (rows != (shape[0] if shape else 1) or columns != {math.prod(shape[1:])}):
             sizes = ", ".join(f"{list(spec.shape)} of '{spec.name}'" for spec in specs[:2])
             raise CheckpointError(
                 f"{checkpoint.path}: tensor '{name}': found {rows} rows from {sizes}, expected {list(shape)} by the "
@@ -134,10 +158,20 @@ def renamed_view(
             raise CheckpointError(
                 f"{checkpoint.path}: tensor '{name}': found rows in {found}, expected one dtype; cast the model to one"
             )
-        tensors.append(_Joined(TensorSpec(name, dtype, shape), checkpoint, tuple(runs[name])))
+        spec = TensorSpec(name, dtype, shape)
+        reshaped = _Reshaped(spec, checkpoint, specs[0].name)
+        tensors.append(reshaped if is_reshaped else _Joined(spec, checkpoint, tuple(runs[name])))
         if specs[0].name in earlier:
             storage[name] = earlier[specs[0].name]
     return CheckpointView(checkpoint, tensors, storage)
+
+
+def _is_vector_reshaped(run: Run, spec: TensorSpec, shape: tuple[int, ...]) -> bool:
+    """Whether a run is a whole tensor of another shape, of which one is that of a vector."""
+    is_whole = run.start == 0 and run.count == (spec.shape[0] if spec.shape else 1)
+    is_vector = any(sum(size > 1 for size in each) == 1 for each in (spec.shape, shape))
+    has_other_rows = bool(shape and spec.shape) and shape[0] != spec.shape[0]
+    return is_whole and is_vector and has_other_rows and spec.elements == math.prod(shape)
 
 
 def _dtype_of(dtypes: set[torch.dtype], *, widens: bool) -> torch.dtype | None:

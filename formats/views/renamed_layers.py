@@ -17,7 +17,7 @@ from omni_convert.formats.containers.tensor_spec import Run, TensorSpec
 from omni_convert.formats.dialects.base import StoredLayer
 from omni_convert.formats.errors import CheckpointError
 from omni_convert.formats.rows import TensorLayout
-from omni_convert.formats.views.base import CheckpointView, ViewedTensor, dequantized_view
+from omni_convert.formats.views.base import CheckpointView, ViewedTensor, dequantized_view, finite_part
 from omni_convert.formats.views.opened import QuantizedCheckpoint, QuantizedLayer
 from omni_convert.formats.views.renamed import renamed_view
 
@@ -45,7 +45,7 @@ class _Rows(ViewedTensor):
 
     def read(self, start: int, stop: int) -> Tensor:
         if not self.layout.rows_per_entry:
-            whole = self.parts[0].layer.read_tensor(self.suffix, 0, 0)
+            whole = self._finite(self.parts[0], 0, 0)
             return whole[start:stop] if self.spec.shape else whole
         found, first = [], 0
         for part in self.parts:
@@ -53,9 +53,12 @@ class _Rows(ViewedTensor):
             low, high = max(start, first), min(stop, first + end - begin)
             if low < high:
                 offset = begin - first
-                found.append(part.layer.read_tensor(self.suffix, low + offset, high + offset))
+                found.append(self._finite(part, low + offset, high + offset))
             first += end - begin
         return found[0] if len(found) == 1 else torch.cat(found)
+
+    def _finite(self, part: _Part, start: int, stop: int) -> Tensor:
+        return finite_part(part.layer.read_tensor(self.suffix, start, stop), part.layer, self.suffix)
 
 
 def _entries(part: _Part, layout: TensorLayout) -> tuple[int, int]:
@@ -162,6 +165,6 @@ def _check_alike(quantized: QuantizedCheckpoint, name: str, parts: Sequence[_Par
 
 def _refusal(quantized: QuantizedCheckpoint, name: str, why: str) -> CheckpointError:
     return CheckpointError(
-        f"{quantized.checkpoint.path}: tensor '{name}': cannot be renamed for diffusers without a change: {why}; "
+        f"{quantized.checkpoint.path}: tensor '{name}': cannot be renamed without a change: {why}; "
         "-m METHOD quantizes again"
     )

@@ -80,7 +80,7 @@ def test_diffusers_reads_only_some_formats_of_black_forest_labs() -> None:
     [
         ("vllm-omni", "fp8", {"vLLM-Omni": "loads", "ComfyUI": "wrong"}),
         ("vllm-omni", "nvfp4", {"vLLM-Omni": "loads", "diffusers": "refuses", "omni_convert.loaders": "loads"}),
-        ("comfyui", "nvfp4", {"vLLM-Omni": "wrong", "ComfyUI": "refuses"}),  # Z-Image has other names there
+        ("comfyui", "nvfp4", {"vLLM-Omni": "wrong", "ComfyUI": "loads"}),
         ("compressed-tensors", "int8", {"vLLM-Omni": "refuses", "diffusers": "refuses"}),
     ],
     ids=str,
@@ -97,9 +97,10 @@ def test_layers_and_runtimes_of_what_we_write(
     assert transformer["nbytes"] == sum(tensor.nbytes for tensor in stored.values())
     counted = sum(nbytes for _, nbytes in transformer["kept"].values())
     assert counted + sum(layer["nbytes"] for layer in transformer["layers"]) == transformer["nbytes"]
-    (layer,) = [layer for layer in transformer["layers"] if layer["name"] == LAYER]
-    assert (layer["format"], layer["shape"]) == (method, [192, 192])
-    assert layer["tensors"].keys() == {name for name in stored if name.startswith(f"{LAYER}.")}
+    name, rows = ("layers.0.attention.qkv", 576) if dialect == "comfyui" else (LAYER, 192)
+    (layer,) = [layer for layer in transformer["layers"] if layer["name"] == name]
+    assert (layer["format"], layer["shape"]) == (method, [rows, 192])
+    assert layer["tensors"].keys() == {tensor for tensor in stored if tensor.startswith(f"{name}.")}
     assert expected.items() <= outcomes(transformer).items()
 
 

@@ -176,9 +176,9 @@ def test_a_model_under_its_original_names_is_left_alone(tiny_pipeline_folder: Pa
     transformer = tiny_pipeline_folder / "transformer"
     tensors = load_file(transformer / WEIGHTS)
     with Checkpoint.open(transformer) as checkpoint:
-        runs = find_family("ZImageTransformer2DModel").original_runs(checkpoint)
-    assert runs is not None
-    originals = {name: torch.cat([tensors[run.source] for run in parts]) for name, parts in runs.items()}
+        found = find_family("ZImageTransformer2DModel").original_tensors(checkpoint)
+    assert found is not None
+    originals = {name: torch.cat([tensors[run.source] for run in each.runs]) for name, each in found.items()}
     assert not originals.keys() <= tensors.keys()
     save_file(originals, tmp_path / "z_image_turbo_bf16.safetensors", metadata={"format": "pt"})
     shutil.copy(transformer / "config.json", tmp_path)

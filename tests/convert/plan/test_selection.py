@@ -43,6 +43,24 @@ def in_pipeline(transformer: Path, folder: Path) -> Path:
     return folder
 
 
+def flux_parts(stem: str) -> list[str]:
+    """The layers of diffusers of which a layer of ComfyUI consists, in a model of FLUX.1."""
+    _, number, layer = stem.split(".", 2)
+    single, double = f"single_transformer_blocks.{number}", f"transformer_blocks.{number}"
+    return {
+        "linear1": [f"{single}.attn.to_q", f"{single}.attn.to_k", f"{single}.attn.to_v", f"{single}.proj_mlp"],
+        "linear2": [f"{single}.proj_out"],
+        "img_attn.qkv": [f"{double}.attn.to_q", f"{double}.attn.to_k", f"{double}.attn.to_v"],
+        "txt_attn.qkv": [f"{double}.attn.add_{part}_proj" for part in "qkv"],
+        "img_attn.proj": [f"{double}.attn.to_out.0"],
+        "txt_attn.proj": [f"{double}.attn.to_add_out"],
+        "img_mlp.0": [f"{double}.ff.net.0.proj"],
+        "img_mlp.2": [f"{double}.ff.net.2"],
+        "txt_mlp.0": [f"{double}.ff_context.net.0.proj"],
+        "txt_mlp.2": [f"{double}.ff_context.net.2"],
+    }[layer]
+
+
 def quantized_layers(output: Path) -> set[str]:
     return {name.removesuffix(".weight_scale") for name in load_all(output) if name.endswith(".weight_scale")}
 
@@ -129,10 +147,11 @@ def test_a_file_for_comfyui_obeys_the_scope_of_comfyui(tmp_path: Path) -> None:
     source = flux(tmp_path / "flux")
     report = convert_checkpoint(source, tmp_path / "comfyui", Recipe(dialect="comfyui"))
     convert_checkpoint(source, tmp_path / "ours", Recipe(runtime="diffusers"))
-    assert quantized_layers(tmp_path / "comfyui") == quantized_layers(tmp_path / "ours")
+    stems = quantized_layers(tmp_path / "comfyui")
+    assert quantized_layers(tmp_path / "ours") == {part for stem in stems for part in flux_parts(stem)}
     assert not any("vLLM-Omni" in note for note in report.notes)
     convert_checkpoint(source, tmp_path / "vllm", Recipe(dialect="comfyui", runtime="vllm-omni"))
-    assert {name.partition(".")[0] for name in quantized_layers(tmp_path / "vllm")} == {"single_transformer_blocks"}
+    assert {name.partition(".")[0] for name in quantized_layers(tmp_path / "vllm")} == {"single_blocks"}
 
 
 def test_wan_in_nvfp4_is_refused_by_the_runtime_that_cannot_load_it_alone(tmp_path: Path) -> None:
@@ -141,13 +160,13 @@ def test_wan_in_nvfp4_is_refused_by_the_runtime_that_cannot_load_it_alone(tmp_pa
         convert_checkpoint(source, tmp_path / "vllm", Recipe(method="nvfp4", search=False))
     convert_checkpoint(source, tmp_path / "comfyui", Recipe(method="nvfp4", dialect="comfyui", search=False))
     layers = {name.removesuffix(".weight_scale_2") for name in load_all(tmp_path / "comfyui") if "scale_2" in name}
-    assert {"blocks.0.attn1.to_q", "blocks.0.attn2.to_out.0", "blocks.0.ffn.net.2"} <= layers
+    assert {"blocks.0.self_attn.q", "blocks.0.cross_attn.o", "blocks.0.ffn.2"} <= layers
 
 
 def test_layers_that_comfyui_would_pad_stay_as_they_are(tmp_path: Path) -> None:
     source = wan(tmp_path / "wan", num_layers=1, ffn_dim=72)
     report = convert_checkpoint(source, tmp_path / "out", Recipe(method="nvfp4", dialect="comfyui", search=False))
-    assert {layer.name for layer in report.kept} == {"blocks.0.ffn.net.0.proj", "blocks.0.ffn.net.2"}
+    assert {layer.name for layer in report.kept} == {"blocks.0.ffn.0", "blocks.0.ffn.2"}
     assert any("ComfyUI pads nvfp4 to multiples of 16" in layer.reason for layer in report.kept)
 
 

@@ -22,6 +22,8 @@ from omni_convert.formats.schemes.int8 import Int8
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 LAYER = "layers.0.attention.to_q"
+# The layer of ComfyUI that holds it.
+JOINED = "layers.0.attention.qkv"
 
 #: The conversions of the tiny model that each dialect can hold.
 HELD = {
@@ -58,8 +60,17 @@ def weights_of(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def dequantized_layers(component: Path) -> dict[str, torch.Tensor]:
+    """The layers under diffusers' names, of files with ComfyUI's names too."""
     with open_quantized(component) as opened:
-        return {stem: layer.dequantize(0, layer.shape[0]) for stem, layer in opened.layers.items()}
+        layers = {stem: layer.dequantize(0, layer.shape[0]) for stem, layer in opened.layers.items()}
+    parts = {stem: (diffusers_names(stem), weight.chunk(len(diffusers_names(stem)))) for stem, weight in layers.items()}
+    return {name: part for names, weights in parts.values() for name, part in zip(names, weights, strict=True)}
+
+
+def diffusers_names(stem: str) -> list[str]:
+    if stem.endswith(".attention.qkv"):
+        return [stem.replace("qkv", f"to_{part}") for part in "qkv"]
+    return [stem.replace(".attention.out", ".attention.to_out.0")]
 
 
 def test_the_command_line_knows_the_dialects_that_are_written() -> None:
@@ -102,7 +113,8 @@ def test_quantizing_in_a_dialect_and_keeping_into_it_agree(
     assert direct.keys() == kept.keys()
     for name, tensor in direct.items():
         assert (tensor.dtype, tensor.shape) == (kept[name].dtype, kept[name].shape), name
-        if (dialect, method) != ("modelopt", "fp8"):  # quantized for it, each row has a scale of its own
+        # Quantized for these, each row has a scale of its own.
+        if (dialect, method) not in (("modelopt", "fp8"), ("comfyui", "int8")):
             assert tensor.view(torch.uint8 if tensor.dim() else tensor.dtype).equal(
                 kept[name].view(torch.uint8 if tensor.dim() else tensor.dtype)
             ), name
@@ -338,16 +350,17 @@ def test_comfyui_files_are_marked_both_ways(quantized, tmp_path: Path) -> None: 
     (file,) = (tmp_path / "out" / "transformer").glob("*.safetensors")  # one, whatever the shard size
     with safe_open(file, "pt") as opened:
         layers = json.loads(opened.metadata()["_quantization_metadata"])["layers"]
-        assert layers[LAYER] == {"format": "nvfp4"}
-        assert json.loads(bytes(opened.get_tensor(f"{LAYER}.comfy_quant").tolist())) == {"format": "nvfp4"}
+        assert layers[JOINED] == {"format": "nvfp4"}
+        assert json.loads(bytes(opened.get_tensor(f"{JOINED}.comfy_quant").tolist())) == {"format": "nvfp4"}
 
 
 def test_a_single_file_without_a_config_is_dequantized(quantized, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     convert_checkpoint(quantized("mxfp8"), tmp_path / "comfy", Recipe(method="keep", dialect="comfyui"))
     shutil.copy(tmp_path / "comfy" / "transformer" / WEIGHTS, tmp_path / "model.safetensors")
     convert_checkpoint(tmp_path / "model.safetensors", tmp_path / "out", Recipe(method="dequantize"))
-    weight = load_file(tmp_path / "out" / WEIGHTS)[f"{LAYER}.weight"]
-    assert weight.equal(dequantized_layers(quantized("mxfp8") / "transformer")[LAYER].to(torch.bfloat16))
+    weight = load_file(tmp_path / "out" / WEIGHTS)[f"{JOINED}.weight"]
+    parts = dequantized_layers(quantized("mxfp8") / "transformer")
+    assert weight.equal(torch.cat([parts[name] for name in diffusers_names(JOINED)]).to(torch.bfloat16))
 
 
 def test_a_dry_run_names_every_layer(quantized) -> None:  # type: ignore[no-untyped-def]
@@ -356,7 +369,7 @@ def test_a_dry_run_names_every_layer(quantized) -> None:  # type: ignore[no-unty
     assert result.exit_code == 0, result.output
     rows = json.loads(result.output)["layers"]
     assert {(row["from"], row["to"]) for row in rows} == {("nvfp4", "nvfp4")}
-    assert f"transformer.{LAYER}" in {row["layer"] for row in rows}
+    assert f"transformer.{JOINED}" in {row["layer"] for row in rows}
 
 
 def test_an_interrupted_keep_goes_on(quantized, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
@@ -390,9 +403,10 @@ def test_calibrated_scales_survive_in_every_dialect(static_nvfp4: Path, tmp_path
         open_quantized(static_nvfp4 / "transformer") as first,
         open_quantized(tmp_path / "there" / "transformer") as second,
     ):
-        assert first.layers.keys() == second.layers.keys()
+        there = {name: layer for stem, layer in second.layers.items() for name in diffusers_names(stem)}
+        assert first.layers.keys() == there.keys()
         for stem, layer in first.layers.items():
-            scales = [each.read_tensor("input_scale", 0, 0) for each in (layer, second.layers[stem])]
+            scales = [each.read_tensor("input_scale", 0, 0) for each in (layer, there[stem])]
             torch.testing.assert_close(*scales, rtol=2**-23, atol=0)  # a forced reciprocal may be off by its last bit
 
 

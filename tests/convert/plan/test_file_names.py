@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from omni_convert.convert.cli.main import main
 from omni_convert.convert.conversion import convert_checkpoint
-from omni_convert.convert.plan.gguf_names import choose_names
+from omni_convert.convert.plan.file_names import gguf_names
 from omni_convert.convert.recipe import Recipe
 from omni_convert.convert.source.original_names import shapes_of
 from omni_convert.formats.containers.checkpoint import Checkpoint
@@ -170,7 +170,7 @@ def check_that_diffusers_runs_the_same(model_class: Any, file: Path, plain: dict
 def test_published_models_have_original_names_that_diffusers_reads_back(name: str, tmp_path: Path) -> None:
     model_class, config, joined, shape = PUBLISHED[name]
     with Checkpoint.open(hollow_checkpoint(model_class, config, tmp_path)) as checkpoint:
-        names = choose_names(checkpoint, {"_class_name": model_class.__name__, **config}, Recipe("gguf"))
+        names = gguf_names(checkpoint, {"_class_name": model_class.__name__, **config}, Recipe("gguf"))
         assert names.note.startswith("its original names")
         assert names.checkpoint[joined].shape == shape
         assert names.checkpoint.keys() >= {*DETECTED_BY[find_family(model_class.__name__).gguf.architecture]}
@@ -297,9 +297,9 @@ def test_models_whose_original_names_nobody_knows_keep_those_of_diffusers(tmp_pa
     save_file({"transformer_blocks.0.ff.weight": torch.zeros(4, 64)}, tmp_path / WEIGHTS)
     config = {"_class_name": "GlmImageTransformer2DModel"}
     with Checkpoint.open(tmp_path / WEIGHTS) as checkpoint:
-        assert "are not all known here" in choose_names(checkpoint, config, Recipe("gguf")).note
+        assert "are not all known here" in gguf_names(checkpoint, config, Recipe("gguf")).note
         with pytest.raises(RecipeError, match="expected --gguf-names diffusers"):
-            choose_names(checkpoint, config, Recipe("gguf", gguf_names="original"))
+            gguf_names(checkpoint, config, Recipe("gguf", gguf_names="original"))
 
 
 @pytest.mark.parametrize(
@@ -313,7 +313,7 @@ def test_a_model_with_a_tensor_whose_original_name_nobody_knows_keeps_those_of_d
     model_class: Any, config: dict[str, Any], tmp_path: Path
 ) -> None:
     with Checkpoint.open(hollow_checkpoint(model_class, config, tmp_path)) as checkpoint:
-        names = choose_names(checkpoint, {"_class_name": model_class.__name__, **config}, Recipe("gguf"))
+        names = gguf_names(checkpoint, {"_class_name": model_class.__name__, **config}, Recipe("gguf"))
         assert names.note.startswith("diffusers' names, since")
         assert names.checkpoint.keys() == checkpoint.keys()
 
@@ -321,13 +321,13 @@ def test_a_model_with_a_tensor_whose_original_name_nobody_knows_keeps_those_of_d
 @pytest.mark.parametrize("kind", ["FluxTransformer2DModel", "ZImageTransformer2DModel", "WanTransformer3DModel"])
 def test_no_class_has_an_original_name_for_what_it_does_not_know(kind: str) -> None:
     stray = TensorSpec("nobody.knows.weight", torch.bfloat16, (4, 4))
-    assert find_family(kind).original_runs({stray.name: stray}) is None
+    assert find_family(kind).original_tensors({stray.name: stray}) is None
 
 
 def test_wan_keeps_diffusers_names_where_its_conversion_would_lose_a_tensor(tmp_path: Path) -> None:
     config = {"num_layers": 1, "num_attention_heads": 1, "image_dim": 32, "pos_embed_seq_len": 4}
     with Checkpoint.open(hollow_checkpoint(WanTransformer3DModel, config, tmp_path)) as checkpoint:
-        names = choose_names(checkpoint, {"_class_name": "WanTransformer3DModel", **config}, Recipe("gguf"))
+        names = gguf_names(checkpoint, {"_class_name": "WanTransformer3DModel", **config}, Recipe("gguf"))
         assert "condition_embedder.image_embedder.pos_embed" in names.checkpoint
         assert names.note.startswith("diffusers' names, since")
 

@@ -1,0 +1,185 @@
+"""Chooses the names in a file: diffusers', or the original ones of the model's own code.
+
+ComfyUI, ComfyUI-GGUF, stable-diffusion.cpp and vLLM's GGUF plugin know the original names, and no others; diffusers
+converts them when it loads a GGUF file. Before one is written, that conversion is traced with row numbers as values,
+since some conversions work for one width only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from omni_convert.convert.recipe import Recipe
+from omni_convert.convert.source.original_names import loads_single_files, trace_conversion
+from omni_convert.formats.containers.checkpoint import Checkpoint
+from omni_convert.formats.containers.names import WEIGHT
+from omni_convert.formats.containers.tensor_spec import Run
+from omni_convert.formats.errors import CheckpointError, RecipeError
+from omni_convert.formats.families.layers import LayerGroup
+from omni_convert.formats.families.original_names import OriginalTensor
+from omni_convert.formats.families.table import find_family, model_class
+from omni_convert.formats.views.renamed import renamed_view
+
+__all__ = ["FileNames", "comfyui_names", "gguf_names"]
+
+ORIGINAL, DIFFUSERS = "original", "diffusers"
+FOR_OTHERS = "ComfyUI-GGUF and stable-diffusion.cpp"
+
+
+@dataclass(frozen=True)
+class FileNames:
+    """A model under the names that its file has.
+
+    Attributes:
+        checkpoint: its tensors
+        runs: tensor → the rows of diffusers' tensors that it consists of
+        note: which names these are
+        is_for_diffusers: diffusers loads a GGUF file with them, as long as it loads this model from single files
+    """
+
+    checkpoint: Checkpoint
+    runs: Mapping[str, list[Run]]
+    note: str
+    is_for_diffusers: bool = True
+
+    def written(self, group: LayerGroup) -> LayerGroup:
+        """A group of diffusers' layers as the file holds it."""
+        stems = tuple(dict.fromkeys(self._layer_of[member] for member in group.members))
+        return replace(group, members=stems, is_fused=group.is_fused and len(stems) == len(group.members))
+
+    def joined(self, groups: Sequence[LayerGroup]) -> list[LayerGroup]:
+        """The groups, where all that have parts of one layer of the file are one group.
+
+        Parts that are in no group cannot be quantized, nor can the layer that holds them.
+        """
+        group_of = {member: group for group in groups for member in group.members}
+        result: dict[str, LayerGroup] = {}
+        for group in groups:
+            for stem in dict.fromkeys(self._layer_of[member] for member in group.members):
+                parts = self.layers[stem]
+                if len(parts) == 1:
+                    result.setdefault(group.runtime_name, group)
+                elif group_of.keys() >= {*parts}:
+                    reasons = (group_of[part].keep_reason for part in parts)
+                    result[stem] = LayerGroup(stem, parts, False, next(filter(None, reasons), None), group.stack)
+        return list(result.values())
+
+    @cached_property
+    def _layer_of(self) -> dict[str, str]:
+        """Stem of every layer of diffusers → the stem of the layer in the file that holds it."""
+        return {part: stem for stem, parts in self.layers.items() for part in parts}
+
+    @cached_property
+    def layers(self) -> dict[str, tuple[str, ...]]:
+        """Stem of every layer in the file → the stems of diffusers' layers that it consists of."""
+        return {
+            name.removesuffix(WEIGHT): tuple(dict.fromkeys(run.source.removesuffix(WEIGHT) for run in runs))
+            for name, runs in self.runs.items()
+            if name.endswith(WEIGHT)
+        }
+
+
+def gguf_names(checkpoint: Checkpoint, config: Mapping[str, Any], recipe: Recipe) -> FileNames:
+    """The model under its original names, or under diffusers'.
+
+    Args:
+        checkpoint: the model under diffusers' names
+        config: of the model
+
+    Raises:
+        RecipeError: the recipe wants original names, and nobody here knows them, or diffusers would not read them.
+    """
+    kind, wanted = model_class(config), recipe.gguf_names
+    family = find_family(kind)
+    if wanted == DIFFUSERS or family.has_original_names:
+        same = ", which are its original ones" if family.has_original_names else ""
+        return _of_diffusers(checkpoint, f"diffusers' names{same}")
+    tensors = family.original_tensors(checkpoint)
+    if tensors is None:
+        reason = f"the original ones of {kind} are not all known here"
+        if wanted == ORIGINAL:
+            raise RecipeError(f"--gguf-names original: found that {reason}, expected --gguf-names diffusers")
+        return _of_diffusers(checkpoint, f"diffusers' names, since {reason}")
+    if not loads_single_files(kind):
+        return _original(checkpoint, tensors, f"its original names, for {FOR_OTHERS} alone", False)
+    trouble = _trouble(checkpoint, tensors, config)
+    if trouble is None:
+        return _original(checkpoint, tensors, "its original names, which diffusers converts when it loads the file")
+    reason = f"diffusers would not load this model under its original ones: {trouble}"
+    if wanted == ORIGINAL and recipe.force:
+        return _original(checkpoint, tensors, f"its original names, for {FOR_OTHERS} alone: {reason}", False)
+    remedy = f"--gguf-names original --force writes them for {FOR_OTHERS} alone"
+    if wanted == ORIGINAL:
+        raise RecipeError(f"--gguf-names original: found that {reason}; {remedy}")
+    return _of_diffusers(checkpoint, f"diffusers' names, since {reason}; {remedy}")
+
+
+def comfyui_names(checkpoint: Checkpoint, config: Mapping[str, Any], recipe: Recipe) -> FileNames:
+    """The model under the names that ComfyUI knows.
+
+    Args:
+        checkpoint: the model under diffusers' names
+        config: of the model
+
+    Raises:
+        RecipeError: nobody here knows them.
+    """
+    kind = model_class(config)
+    family = find_family(kind)
+    if family.has_original_names:
+        return _of_diffusers(checkpoint, "diffusers' names, which are its original ones")
+    tensors = family.original_tensors(checkpoint)
+    if tensors is not None:
+        return _original(checkpoint, tensors, "its original names", False)
+    if recipe.force:
+        return _of_diffusers(checkpoint, f"diffusers' names: ComfyUI's names of {kind} are not all known here")
+    raise RecipeError(
+        f"--dialect comfyui: found {kind}, whose tensors' names in ComfyUI are not all known here, expected a model "
+        "of formats/README.md's table; --force writes diffusers' names, of which ComfyUI cannot split quantized layers"
+    )
+
+
+def _of_diffusers(checkpoint: Checkpoint, note: str) -> FileNames:
+    runs = {name: [Run(name, 0, spec.shape[0] if spec.shape else 1)] for name, spec in checkpoint.items()}
+    return FileNames(checkpoint, runs, note)
+
+
+def _original(
+    checkpoint: Checkpoint, tensors: Mapping[str, OriginalTensor], note: str, is_for_diffusers: bool = True
+) -> FileNames:
+    runs = {name: tensor.runs for name, tensor in tensors.items()}
+    view = renamed_view(checkpoint, runs, {name: tensor.shape for name, tensor in tensors.items()}, widens=True)
+    return FileNames(view, runs, note, is_for_diffusers)
+
+
+def _trouble(checkpoint: Checkpoint, tensors: Mapping[str, OriginalTensor], config: Mapping[str, Any]) -> str | None:
+    """Why diffusers' conversion does not restore the tensors, or None."""
+
+    def joined(numbers: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {name: _joined(numbers, tensor.runs) for name, tensor in tensors.items()}
+
+    try:
+        back = trace_conversion(checkpoint, config, joined)
+    except CheckpointError as error:
+        return str(error)
+    assert back is not None, "it loads single files"
+    differing = sorted({name for name in back.keys() | checkpoint.keys() if not _is_whole(back, checkpoint, name)})
+    return f"it makes something else of '{differing[0]}'" if differing else None
+
+
+def _joined(numbers: Mapping[str, Tensor], runs: list[Run]) -> Tensor:
+    rows = [numbers[run.source] for run in runs]
+    if not rows[0].dim():
+        return rows[0]
+    return torch.cat([part[run.start : run.start + run.count] for part, run in zip(rows, runs, strict=True)])
+
+
+def _is_whole(back: Mapping[str, list[Run]], checkpoint: Checkpoint, name: str) -> bool:
+    shape = checkpoint[name].shape if name in checkpoint else ()
+    return back.get(name) == [Run(name, 0, shape[0] if shape else 1)]
