@@ -11,7 +11,7 @@ from typing import Any
 
 from omni_convert.formats.dialects.table import DIALECTS, WRITTEN
 from omni_convert.formats.errors import RecipeError, did_you_mean
-from omni_convert.formats.options import DIALECT_OF_METHOD, FormatChoices, check_group_size
+from omni_convert.formats.options import DIALECT_OF_METHOD, FormatChoices, check_group_size, check_memory
 
 __all__ = [
     "METHODS",
@@ -108,6 +108,7 @@ class Recipe(FormatChoices):
     seed: int = 0
 
     device: str = "auto"
+    memory: str = "auto"
     engine: str = "local"
     revision: str | None = None
     workers: int | None = None
@@ -136,6 +137,7 @@ class Recipe(FormatChoices):
             raise RecipeError(f"--bf16-blocks: found {self.bf16_blocks}, expected 0 or more")
         if not ENGINE.fullmatch(self.engine):
             raise RecipeError(f"--engine: found '{self.engine}', expected local, ray, ray://HOST:PORT or HOST:PORT")
+        check_memory(self.memory, "--memory")
         if self.private and self.push_to_hub is None:
             raise RecipeError("--private: found without --push-to-hub REPO_ID, which it refines")
         if self.workers is not None and self.workers < 1:

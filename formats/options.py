@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -12,12 +13,21 @@ from omni_convert.formats.errors import RecipeError
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["DIALECT_OF_METHOD", "GGUF_TYPES", "GROUP_SIZES", "FormatChoices", "FormatOptions", "check_group_size"]
+__all__ = [
+    "DIALECT_OF_METHOD",
+    "GGUF_TYPES",
+    "GROUP_SIZES",
+    "FormatChoices",
+    "FormatOptions",
+    "check_group_size",
+    "check_memory",
+]
 
 #: Method to the one dialect that holds it; the others are held by the default dialect.
 DIALECT_OF_METHOD = {"w4a16": "auto-round", "convrot_w4a4": "comfyui", "w4a8": "comfyui", "w6a8": "comfyui"}
 #: Columns that share a scale of w4a16, as a user may choose: those of Marlin's kernels. Others' files may have any.
 GROUP_SIZES = (32, 64, 128)
+MEMORY = re.compile(r"auto|full|stream(:\d+(\.\d+)?)?")
 # The names alone, since `formats/schemes/gguf.py` imports torch; a test holds both equal.
 GGUF_TYPES = (
     "Q8_0", "Q6_K", "Q5_K", "Q4_K", "Q3_K", "Q2_K", "IQ4_XS", "IQ4_NL",
@@ -110,3 +120,16 @@ def check_group_size(size: object, where: str) -> None:
     """
     if size is not None and (type(size) is not int or size not in GROUP_SIZES):
         raise RecipeError(f"{where}: found {size!r:.40}, expected one of {', '.join(map(str, GROUP_SIZES))}")
+
+
+def check_memory(choice: str, where: str) -> None:
+    """Accepts how a pipeline may be held in memory.
+
+    Args:
+        where: the name under which the user gave it
+
+    Raises:
+        RecipeError: the choice is none of `auto`, `full`, `stream` and `stream:GB`.
+    """
+    if not MEMORY.fullmatch(choice):
+        raise RecipeError(f"{where}: found '{choice}', expected auto, full, stream or stream:GB, as stream:12")

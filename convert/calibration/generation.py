@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import copy
 import inspect
-import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from omni_convert.convert.calibration.lockstep import MOST_PROMPTS, Lockstep
+from omni_convert.convert.calibration.lockstep import run_jobs
 from omni_convert.convert.calibration.prompts import Prompt
 from omni_convert.formats.containers.json_file import read_json
 from omni_convert.formats.errors import CheckpointError, RecipeError
@@ -23,9 +22,6 @@ from omni_convert.formats.errors import CheckpointError, RecipeError
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
     from PIL.Image import Image
-
-    from omni_convert.loaders.memory.streaming import Streamer
-
 __all__ = [
     "DEFAULTS_FILE",
     "GenerationSettings",
@@ -34,8 +30,6 @@ __all__ = [
     "run_prompts",
     "set_flow_shift",
 ]
-
-logger = logging.getLogger(__name__)
 
 DEFAULTS_FILE = "generation_defaults.json"
 #: Names in that file, which are diffusers' names of the arguments, and our names of the settings.
@@ -172,30 +166,11 @@ def run_prompts(
     progress = getattr(pipe, "_progress_bar_config", {})
     pipe.set_progress_bar_config(disable=True)
     try:
-        if streamer is not None:
-            return _run_streamed(streamer, [partial(run, _with_own_state(pipe), *each) for each in runs], after_group)
-        images = []
-        for position, each in enumerate(runs):
-            images.append(run(pipe, *each))
-            after_group([position])
-        return images
+        own = [pipe if streamer is None else _with_own_state(pipe) for _ in runs]
+        jobs = [partial(run, *each) for each in zip(own, *zip(*runs, strict=True), strict=True)]
+        return run_jobs(streamer, jobs, after_group)
     finally:
         pipe.set_progress_bar_config(**progress)
-
-
-def _run_streamed(
-    streamer: Streamer, jobs: Sequence[Callable[[], list[Image]]], after_group: Callable[[Sequence[int]], None]
-) -> list[list[Image]]:
-    images: list[list[Image]] = []
-    for start in range(0, len(jobs), MOST_PROMPTS):
-        lockstep: Lockstep[list[Image]] = Lockstep(streamer, partial(_after, after_group, start))
-        images += lockstep.run(jobs[start : start + MOST_PROMPTS])
-        logger.info("%d prompts ran in groups of %s", sum(lockstep.groups), ", ".join(map(str, lockstep.groups)))
-    return images
-
-
-def _after(after_group: Callable[[Sequence[int]], None], start: int, group: Sequence[int]) -> None:
-    after_group([start + position for position in group])
 
 
 def _with_own_state(pipe: DiffusionPipeline) -> DiffusionPipeline:

@@ -9,13 +9,17 @@ Prompts need memory while they wait. All of them encode their texts; then as man
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Callable, Sequence
-from typing import Generic, TypeVar
+from typing import TYPE_CHECKING, Generic, TypeVar
 
-from omni_convert.loaders.memory.streaming import Part, Streamer
+if TYPE_CHECKING:
+    from omni_convert.loaders.memory.streaming import Part, Streamer
 
-__all__ = ["MOST_PROMPTS", "Lockstep"]
+__all__ = ["Lockstep", "run_jobs"]
+
+logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 
@@ -23,6 +27,36 @@ Result = TypeVar("Result")
 MOST_PROMPTS = 64
 #: Of the bytes that go into a block, what a prompt keeps while it waits, and what it needs while the block runs.
 WAITING, RUNNING = 4, 24
+
+
+def run_jobs(
+    streamer: Streamer | None,
+    jobs: Sequence[Callable[[], Result]],
+    after_group: Callable[[Sequence[int]], None] = lambda _: None,
+) -> list[Result]:
+    """Runs one job for each prompt: one after another, or side by side if their model is streamed.
+
+    Args:
+        streamer: what streams the model that the jobs run; None if it is loaded whole
+        after_group: called with the positions of jobs that have finished
+
+    Returns:
+        the results of the jobs, in their order
+
+    Raises:
+        BaseException: what the first job that failed has raised.
+    """
+    results: list[Result] = []
+    if streamer is None:
+        for position, job in enumerate(jobs):
+            results.append(job())
+            after_group([position])
+        return results
+    for start in range(0, len(jobs), MOST_PROMPTS):
+        lockstep: Lockstep[Result] = Lockstep(streamer, after_group, start)
+        results += lockstep.run(jobs[start : start + MOST_PROMPTS])
+        logger.info("prompts ran in groups of %s", ", ".join(map(str, lockstep.groups)))
+    return results
 
 
 class _AbandonedError(BaseException):
@@ -58,15 +92,19 @@ class Lockstep(Generic[Result]):
         groups: sizes of the groups that have denoised together
     """
 
-    def __init__(self, streamer: Streamer, after_group: Callable[[Sequence[int]], None] = lambda _: None) -> None:
+    def __init__(
+        self, streamer: Streamer, after_group: Callable[[Sequence[int]], None] = lambda _: None, first: int = 0
+    ) -> None:
         """Prepares to run.
 
         Args:
             after_group: called with the positions of the jobs of each group that has finished
+            first: the position of the first job
         """
         self.groups: list[int] = []
         self._streamer = streamer
         self._after_group = after_group
+        self._first = first
         self._runners: list[_Runner[Result]] = []
         self._capacity = 1
         self._group: list[int] = []
@@ -143,6 +181,8 @@ class Lockstep(Generic[Result]):
             self._admit(self._capacity)
             ready = [runner for runner in self._runners if not runner.is_done and not runner.is_held]
         if not ready:
+            self._group = [index for index, runner in enumerate(self._runners) if not runner.is_admitted]
+            self._end_group()  # of those that ran no denoising model
             self._is_over.set()
             return
         here = [runner for runner in ready if runner.part is self._part]
@@ -162,7 +202,7 @@ class Lockstep(Generic[Result]):
         group, self._group = self._group, []
         if group:
             self.groups.append(len(group))
-            self._after_group(group)
+            self._after_group([self._first + index for index in group])
 
     def _abandon(self) -> None:
         """Ends every thread at the next block it comes to."""

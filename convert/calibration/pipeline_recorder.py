@@ -133,7 +133,7 @@ class PipelineRecorder:
             name: ComponentFolder(source, name).checkpoint() for name in component_methods(source, recipe)
         }
         recorder = cls(
-            load_pipeline(source.path, device=resolve_device(recipe.device)),
+            load_pipeline(source.path, device=resolve_device(recipe.device), memory=recipe.memory),
             settings,
             components=tuple(checkpoints),
             seed=recipe.seed,

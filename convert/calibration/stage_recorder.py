@@ -9,12 +9,14 @@ from __future__ import annotations
 import importlib.metadata
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from omni_convert.convert.calibration.input_observer import InputObserver
+from omni_convert.convert.calibration.lockstep import run_jobs
 from omni_convert.convert.calibration.moments import Moments
 from omni_convert.convert.calibration.pipeline_recorder import Recording, recording_identity
 from omni_convert.convert.calibration.prompts import Prompt
@@ -27,6 +29,9 @@ from omni_convert.formats.containers.checkpoint import Checkpoint
 from omni_convert.formats.errors import CalibrationError, CheckpointError
 from omni_convert.formats.families.family import Family
 from omni_convert.formats.statistics.statistics import Statistics
+from omni_convert.loaders.loading.pipeline_files import loaded_files, open_weights
+from omni_convert.loaders.memory.budget import MemoryChoice
+from omni_convert.loaders.memory.streaming import Streamer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -42,6 +47,7 @@ class StageRecorder:
         root: holds the language model so that its modules are called as in the checkpoint
         model: the language model
         fingerprint: `Checkpoint.fingerprint()` of the repository
+        streamer: what brings the model's blocks when they run; None if it is loaded whole
     """
 
     family: Family
@@ -50,6 +56,7 @@ class StageRecorder:
     tokenizer: PreTrainedTokenizerBase
     fingerprint: str
     with_moments: bool = False
+    streamer: Streamer | None = None
 
     @classmethod
     def load(
@@ -72,12 +79,18 @@ class StageRecorder:
         folder = ComponentFolder(source, "")
         assert folder.stage is not None, "the caller knows that there is one"
         fingerprint = (weights[""] if weights else folder.checkpoint()).fingerprint()
-        model = _loaded_stage(source, folder.family).get_decoder().to(resolve_device(recipe.device))
-        split_experts(model)
+        device, model_class = resolve_device(recipe.device), _class_of(source, folder.family)
+        streamer = _streamer(source, recipe, device)
+        whole = (
+            _loaded_stage(source, model_class) if streamer is None else _streamed_stage(source, model_class, streamer)
+        )
+        model = whole.get_decoder()
+        if streamer is None:
+            split_experts(model.to(device))
         root, stage = nn.Module(), nn.Module()
         root.add_module(folder.stage.prefix.rstrip("."), stage)
         stage.add_module("model", model)
-        return cls(folder.family, root, model, _loaded_tokenizer(source), fingerprint, with_moments)
+        return cls(folder.family, root, model, _loaded_tokenizer(source), fingerprint, with_moments, streamer)
 
     def record(self, prompts: Sequence[Prompt], *, progress: bool = False) -> Recording:
         """Runs the language model over prompts.
@@ -95,10 +108,13 @@ class StageRecorder:
                 raise CalibrationError(f"calibration: found an image with '{prompt.text:.40}', expected text alone")
         observer = InputObserver({"": self.root}, family=self.family, with_moments=self.with_moments)
         with observer, progress_bar("calibrating", len(prompts), "prompt", hidden=not progress, stays=False) as advance:
-            for prompt in prompts:
+
+            def run(prompt: Prompt) -> None:
                 observer.start(prompt)
                 self._run(prompt)
                 advance(1)
+
+            run_jobs(self.streamer, [partial(run, prompt) for prompt in prompts])
         identity = recording_identity(prompts, {}, {"": self.fingerprint})
         statistics = Statistics(identity, observer.statistics())
         return Recording(statistics, Moments.recorded(identity, observer.moments()) if self.with_moments else None)
@@ -111,11 +127,12 @@ class StageRecorder:
         else:
             text = prompt.text
         tokens = self.tokenizer(text, return_tensors="pt")["input_ids"]
-        device = next(self.model.parameters()).device
+        device = self.streamer.device if self.streamer is not None else next(self.model.parameters()).device
         self.model(input_ids=tokens.to(device), use_cache=False)
 
 
-def _loaded_stage(source: Source, family: Family) -> PreTrainedModel:
+def _class_of(source: Source, family: Family) -> Any:
+    """The class of transformers that runs a family's stage."""
     import transformers
 
     stage = family.stage
@@ -127,6 +144,32 @@ def _loaded_stage(source: Source, family: Family) -> PreTrainedModel:
             f"{source.path}: found {family.name}, which transformers {version} has no class for, expected a model that "
             "calibrating can run; leave --calib out"
         )
+    return model_class
+
+
+def _streamer(source: Source, recipe: Recipe, device: torch.device) -> Streamer | None:
+    """What streams the model; None if it is loaded whole."""
+    choice = MemoryChoice.parse(recipe.memory)
+    weights = sum(file.stat().st_size for file in loaded_files(source.path, "transformers"))
+    return Streamer(device, choice.limit) if choice.streams(weights, device) else None
+
+
+def _streamed_stage(source: Source, model_class: Any, streamer: Streamer) -> PreTrainedModel:
+    """A model with experts that are linears, whose weights stay in their files."""
+    from omni_convert.loaders.loading.streamed import bind, empty_model_of_transformers  # seconds of imports
+
+    files = loaded_files(source.path, "transformers")
+    with open_weights(files) as checkpoint:
+        stored_dtype = next(spec.dtype for spec in checkpoint.values() if spec.dtype.is_floating_point)
+    dtype = model_class.config_class.from_pretrained(source.path).dtype or stored_dtype
+    model, dtypes = empty_model_of_transformers(model_class, source.path, dtype)
+    split_experts(model)
+    streamer.add("", model, bind(model, dtypes, files), repeats=False)
+    whole: PreTrainedModel = model
+    return whole
+
+
+def _loaded_stage(source: Source, model_class: Any) -> PreTrainedModel:
     try:
         model, loading = model_class.from_pretrained(
             source.path, dtype="auto", local_files_only=True, output_loading_info=True

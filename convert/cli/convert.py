@@ -9,7 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from omni_convert.convert.cli.options import calibration_options, engine_option, format_options, recipe_of
+from omni_convert.convert.cli.options import (
+    calibration_options,
+    engine_option,
+    format_options,
+    memory_option,
+    recipe_of,
+)
 from omni_convert.convert.cli.output import announce_demo, print_lines, quieten_hub, silence_libraries
 from omni_convert.convert.progress_bar import progress_bar
 from omni_convert.convert.recipe import (
@@ -79,6 +85,7 @@ __all__ = ["convert_command", "dequantize_command", "push_command"]
 @click.option("--dtype", type=click.Choice(DTYPES), help="Recast unquantized floats; default: keep.")
 @click.option("--max-shard-size", default="5GB", show_default=True)
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+@memory_option
 @engine_option
 @click.option("--revision", help="Branch, tag or commit on the Hub.")
 @click.option("--workers", type=int, metavar="N", help="Number of threads. Default: one per core.")

@@ -12,7 +12,7 @@ import click
 
 from omni_convert.convert.recipe import LoraRequest, Recipe
 from omni_convert.formats.errors import CalibrationError, RecipeError
-from omni_convert.formats.options import FormatChoices
+from omni_convert.formats.options import FormatChoices, check_memory
 
 __all__ = [
     "Pair",
@@ -22,6 +22,7 @@ __all__ = [
     "generation_options",
     "given",
     "json_option",
+    "memory_option",
     "recipe_of",
     "serving_options",
 ]
@@ -97,6 +98,23 @@ def _format_option(choice: Field[Any]) -> Callable[[Command], Command]:
     )
 
 
+def memory_option(command: Command) -> Command:
+    """Adds `--memory`."""
+    return click.option(
+        "--memory",
+        default="auto",
+        show_default=True,
+        callback=_check_memory,
+        metavar="auto|full|stream[:GB]",
+        help="stream: read each block of the models when it runs, in about GB; auto: if they do not fit.",
+    )(command)
+
+
+def _check_memory(_context: click.Context, option: click.Parameter, value: str) -> str:
+    check_memory(value, option.opts[0])
+    return value
+
+
 def engine_option(command: Command) -> Command:
     """Adds `--engine`."""
     return click.option(
@@ -129,6 +147,7 @@ def generation_options(command: Command) -> Command:
             ),
             click.option("--seed", type=int, default=42, show_default=True),
             click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N."),
+            memory_option,
         ]
     ):
         command = option(command)

@@ -15,6 +15,7 @@ from omni_convert.convert.cli.options import (
     generation_options,
     given,
     json_option,
+    memory_option,
     recipe_of,
     serving_options,
 )
@@ -46,6 +47,7 @@ DEFAULT_PROMPT = "a cup of coffee on the table"
     "--component", multiple=True, metavar="NAME=METHOD", help="Also record this component, e.g. text_encoder=fp8."
 )
 @click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:N.")
+@memory_option
 @engine_option
 @click.option("--revision", help="Branch, tag or commit on the Hub.")
 @click.option("--overwrite", is_flag=True, help="Replace an earlier file.")
@@ -115,6 +117,7 @@ def generate_command(
     strict: bool,
     seed: int,
     device: str,
+    memory: str,
     fps: int,
     flow_shift: float | None,
     **options: Any,
@@ -138,7 +141,9 @@ def generate_command(
     if image is not None:
         check_image("--image", image)
     silence_libraries()
-    pipe = load_pipeline(source.path, device=resolve_device(device), quantization=quantization, strict=strict)
+    pipe = load_pipeline(
+        source.path, device=resolve_device(device), quantization=quantization, strict=strict, memory=memory
+    )
     if flow_shift is not None:
         set_flow_shift(pipe, flow_shift)
     settings = asked.completed(pipe)
@@ -198,6 +203,7 @@ def compare_command(
     quiet: bool,
     seed: int,
     device: str,
+    memory: str,
     fps: int,
     flow_shift: float | None,
     **options: Any,
@@ -224,6 +230,7 @@ def compare_command(
         flow_shift,
         vae_use_slicing,
         vae_use_tiling,
+        memory,
     )
     comparison = compare(
         reference,

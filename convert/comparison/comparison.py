@@ -70,6 +70,7 @@ class RunOptions:
         offload: None keeps everything on the device
         flow_shift: shift of the scheduler's noise levels; None keeps the scheduler's own
         vae_slicing, vae_tiling: decode images one by one, or in tiles
+        memory: as `load_pipeline` takes it; with offloading, models are loaded whole
     """
 
     device: str | torch.device = "cpu"
@@ -77,6 +78,7 @@ class RunOptions:
     flow_shift: float | None = None
     vae_slicing: bool = False
     vae_tiling: bool = False
+    memory: str = "full"
 
 
 @dataclass(frozen=True)
@@ -174,7 +176,11 @@ def _run_loaded(
 def _load(variant: Variant, options: RunOptions) -> Any:
     device = options.device if options.offload is None else None
     pipe = load_pipeline(
-        variant.source.path, device=device, torch_dtype=variant.dtype, quantization=variant.quantization
+        variant.source.path,
+        device=device,
+        torch_dtype=variant.dtype,
+        quantization=variant.quantization,
+        memory=options.memory if options.offload is None else "full",
     )
     if options.flow_shift is not None:
         set_flow_shift(pipe, options.flow_shift)

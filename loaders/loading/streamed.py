@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib
 import itertools
-import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -28,13 +27,11 @@ from omni_convert.formats.containers.json_file import read_json
 from omni_convert.formats.errors import CheckpointError, RecipeError
 from omni_convert.loaders.loading.pipeline_files import INDEX, loaded_files, open_weights
 from omni_convert.loaders.loading.transformers_quantizer import names_in_model
-from omni_convert.loaders.memory.budget import MemoryChoice, available_memory, gigabytes
+from omni_convert.loaders.memory.budget import MemoryChoice
 from omni_convert.loaders.memory.mapped_file import MappedFile
 from omni_convert.loaders.memory.streaming import StoredTensor, Streamer
 
-__all__ = ["PipelineStream", "attach", "bind", "empty_model_of_transformers", "streamer_of"]
-
-logger = logging.getLogger(__name__)
+__all__ = ["PipelineStream", "attach", "bind", "empty_model_of_transformers", "memory_bytes", "streamer_of"]
 
 CONFIG = "config.json"
 FULL = "use memory='full' (--memory full)"
@@ -68,7 +65,7 @@ class PipelineStream:
         """What streams the models, and these by component; None and nothing if the pipeline is loaded whole.
 
         Args:
-            memory: as in `MemoryChoice`; what `auto` decides is told to the user
+            memory: as in `MemoryChoice`
             refusal: why the pipeline cannot be streamed, whatever its files hold
 
         Raises:
@@ -87,18 +84,8 @@ class PipelineStream:
             if choice.kind == "stream":
                 raise RecipeError(f"memory: found 'stream' for {self.folder}, which {refusal}; {FULL}")
             return False
-        sizes = {name: self._weights(name) for name in self._components}
-        if not choice.streams(sum(sizes.values()), self.device):
-            return False
-        if choice.kind == "auto":
-            logger.warning(
-                "%s of weights do not fit in the %s that are free: they are streamed; each step reads %s once for all "
-                "prompts that run together",
-                gigabytes(sum(sizes.values())),
-                gigabytes(available_memory(self.device)),
-                " or ".join(f"{gigabytes(size)} of {name}" for name, size in sizes.items() if name in DENOISERS),
-            )
-        return True
+        weights = sum(memory_bytes(self._files(name), self.dtype) for name in self._components)
+        return choice.streams(weights, self.device)
 
     def _refusal(self, name: str) -> str | None:
         config = self.folder / name / CONFIG
@@ -109,16 +96,6 @@ class PipelineStream:
     def _files(self, name: str) -> list[Path]:
         return loaded_files(self.folder / name, self._components[name][0], self.arguments.get("variant"))
 
-    def _weights(self, name: str) -> int:
-        """Bytes of a component's weights in memory."""
-        with open_weights(self._files(name)) as checkpoint:
-            return sum(
-                spec.nbytes
-                // spec.dtype.itemsize
-                * (self.dtype if spec.dtype.is_floating_point else spec.dtype).itemsize
-                for spec in checkpoint.values()
-            )
-
     def _stream(self, name: str, streamer: Streamer) -> nn.Module:
         library, class_name = self._components[name]
         empty_model = _empty_model_of_diffusers if library == "diffusers" else empty_model_of_transformers
@@ -126,6 +103,15 @@ class PipelineStream:
         model, dtypes = empty_model(model_class, self.folder / name, self.dtype)
         streamer.add(name, model, bind(model, dtypes, self._files(name)), repeats=name in DENOISERS)
         return model
+
+
+def memory_bytes(files: Sequence[Path], dtype: torch.dtype) -> int:
+    """Bytes that the weights in some files take in memory, if floats become this dtype."""
+    with open_weights(files) as checkpoint:
+        return sum(
+            spec.nbytes // spec.dtype.itemsize * (dtype if spec.dtype.is_floating_point else spec.dtype).itemsize
+            for spec in checkpoint.values()
+        )
 
 
 def attach(pipeline: DiffusionPipeline, streamer: Streamer) -> None:
@@ -202,7 +188,7 @@ def bind(model: nn.Module, dtypes: Mapping[str, torch.dtype], files: Sequence[Pa
     owners = {name: file for file in mapped for name in file.specs}
     specs = {name: file.specs[name] for name, file in owners.items()}
     is_theirs = isinstance(model, transformers.PreTrainedModel)
-    stored = names_in_model(specs, model) if is_theirs else specs
+    stored = names_in_model(specs, model, merges=False) if is_theirs else specs
     where = files[0].parent
     bound = []
     for names, tensor in _unique_tensors(model):
@@ -220,7 +206,7 @@ def bind(model: nn.Module, dtypes: Mapping[str, torch.dtype], files: Sequence[Pa
                 f"{type(model).__name__}; download it again"
             )
         places = tuple((model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2]) for name in names)
-        bound.append(StoredTensor(places, owners[found.name], found.name, dtypes.get(names[0], found.dtype)))
+        bound.append(StoredTensor(places, owners[found.name], found.name, dtypes.get(names[0], tensor.dtype)))
     return bound
 
 

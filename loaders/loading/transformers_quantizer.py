@@ -83,14 +83,17 @@ class TransformersOmniQuantizer(LayerQuantizer, HfQuantizer):  # type: ignore[mi
         return True
 
 
-def names_in_model(specs: Mapping[str, TensorSpec], model: nn.Module) -> dict[str, TensorSpec]:
+def names_in_model(specs: Mapping[str, TensorSpec], model: nn.Module, *, merges: bool = True) -> dict[str, TensorSpec]:
     """The tensors of files by their names in a model of transformers, which renames some.
 
     Its renamings know weights alone; the other tensors of a layer follow its weight.
+
+    Args:
+        merges: a tensor that becomes a part of another, as an expert's does, has the name of that
     """
     mapping = get_model_conversion_mapping(model)
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
-    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    converters = [entry for entry in mapping if merges and isinstance(entry, WeightConverter)]
     own = model.state_dict()
 
     def rename(name: str) -> str:

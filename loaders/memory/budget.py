@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import re
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
 import torch
 
-from omni_convert.formats.errors import RecipeError
+from omni_convert.formats.options import check_memory
 
-__all__ = ["MemoryChoice", "available_memory", "gigabytes"]
+__all__ = ["MemoryChoice", "available_memory"]
 
-CHOICE = re.compile(r"auto|full|stream(:\d+(\.\d+)?)?")
+logger = logging.getLogger(__name__)
+
 MEMINFO = Path("/proc/meminfo")
 #: The memory of a container, in cgroups of either version: its limit, and what it uses without the page cache.
 CGROUPS = (
@@ -44,20 +45,26 @@ class MemoryChoice:
         Raises:
             RecipeError: it is none of the three.
         """
-        if not CHOICE.fullmatch(text):
-            raise RecipeError(f"memory: found '{text}', expected auto, full, stream or stream:GB, as stream:12")
+        check_memory(text, "memory")
         kind, _, limit = text.partition(":")
         return cls(kind, int(float(limit) * 1e9) if limit else None)
 
     def streams(self, weights: int, device: torch.device) -> bool:
-        """Whether to stream weights of so many bytes, which would have to be on a device."""
-        if self.kind != "auto":
-            return self.kind == "stream"
-        return weights + max(LEAST_ROOM, int(ROOM * weights)) > available_memory(device)
+        """Whether to stream weights of so many bytes; tells the user if `auto` decides so.
 
-    def budget(self, device: torch.device) -> int:
-        """Bytes that streaming may take."""
-        return available_memory(device) if self.limit is None else self.limit
+        Args:
+            weights: bytes that they would take on the device
+        """
+        free = available_memory(device)
+        if self.kind != "auto" or weights + max(LEAST_ROOM, int(ROOM * weights)) <= free:
+            return self.kind == "stream"
+        logger.warning(
+            "%s of weights do not fit in the %s that are free: they stay in their files, and each pass through a model "
+            "reads its weights once, for all prompts that run together",
+            gigabytes(weights),
+            gigabytes(free),
+        )
+        return True
 
 
 def available_memory(device: torch.device) -> int:

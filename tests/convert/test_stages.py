@@ -337,6 +337,19 @@ def test_calibrated_fp8_has_a_scalar_input_scale_for_each_layer(
     assert outcome(tmp_path / "out") == "loads"
 
 
+@pytest.mark.parametrize("name", ["qwen_3_omni", "qwen_2_5_omni"])
+def test_a_streamed_stage_gives_the_same_statistics(
+    name: str, repository: Callable[[str], Path], prompts: Path
+) -> None:
+    source = resolve_source(repository(name))
+    full, streamed = (
+        record_source(source, Recipe(calib=prompts, device="cpu", memory=memory), progress=False).statistics
+        for memory in ("full", "stream")
+    )
+    assert full.layers
+    assert full.fingerprint() == streamed.fingerprint()
+
+
 def test_recorded_inputs_are_those_that_transformers_computes(repository: Callable[[str], Path], prompts: Path) -> None:
     recipe = Recipe(calib=prompts)
     statistics = record_source(resolve_source(repository("qwen_3_omni")), recipe, progress=False).statistics

@@ -23,7 +23,10 @@ from transformers import (
     UMT5EncoderModel,
 )
 
+from omni_convert.convert.calibration.generation import GenerationSettings
+from omni_convert.convert.calibration.prompts import Prompt
 from omni_convert.convert.cli.main import main
+from omni_convert.convert.comparison.comparison import RunOptions, Variant, run_variant
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning:diffusers|transformers"),
@@ -242,6 +245,29 @@ def test_compare_videos_that_start_from_an_image(ltx_i2v: Path, tmp_path: Path, 
     _, report = compare(ltx_i2v, tmp_path / "a.json", *options)
     assert report["sampling_kwargs"]["task"] == "i2v"
     assert report["sampling_kwargs"]["num_frames"] == report["output_metrics"]["num_frames"] == 9
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "has_image"),
+    [("wan", False), ("ltx_i2v", True), ("klein", True), ("tiny_pipeline_folder", False)],
+    ids=str,
+)
+def test_streamed_prompts_give_what_each_gives_alone(
+    pipeline: str, has_image: bool, picture: Path, request: pytest.FixtureRequest
+) -> None:
+    folder: Path = request.getfixturevalue(pipeline)
+    prompts = [Prompt(text, picture if has_image else None) for text in ("a star", "a longer prompt about a ring")]
+    settings = GenerationSettings(steps=3, width=32, height=32, frames=5 if pipeline in ("wan", "ltx_i2v") else None)
+    full, streamed = (
+        run_variant(Variant("a", str(folder)), prompts, settings, 0, RunOptions(memory=memory)).images
+        for memory in ("full", "stream")
+    )
+    assert all(np.array_equal(*pair) for pair in zip(full, streamed, strict=True))
+
+
+def test_memory_is_checked_before_any_work(tmp_path: Path) -> None:
+    for command in (["generate", "--prompt", "a"], ["compare", "--output-json", "a.json"], ["calibrate"], []):
+        assert "expected auto, full, stream or stream:GB" in error_line(run(*command, "--memory", "stream:x"))
 
 
 def test_an_image_is_edited(klein: Path, tmp_path: Path, picture: Path) -> None:
