@@ -91,7 +91,7 @@ def tile_count(larger_pipeline: Path) -> int:
     return sum(len(tiles_of(step)) for component in plan.components for step in component.steps)
 
 
-def kill_and_resume(source: Path, output: Path, whole: dict[str, str], tile_count: int, seed: int) -> None:
+def kill_and_resume(source: Path, output: Path, tile_count: int, seed: int) -> None:
     """Kills one or two runs at random points, then lets one finish."""
     chance = random.Random(seed)
     for _ in range(5):
@@ -105,7 +105,6 @@ def kill_and_resume(source: Path, output: Path, whole: dict[str, str], tile_coun
         convert_until(source, output, chance.randrange(tile_count), "--resume", "--workers", str(chance.randint(1, 3)))
     result = run(source, "-m", METHOD, "-o", output, "--resume", "--workers", chance.randint(1, 3))
     assert result.exit_code == 0, result.output
-    assert digests(output) == whole
     assert [path.name for path in output.parent.iterdir()] == [output.name]
 
 
@@ -113,7 +112,8 @@ def kill_and_resume(source: Path, output: Path, whole: dict[str, str], tile_coun
 def test_a_killed_conversion_goes_on_to_the_same_bytes(
     larger_pipeline: Path, tmp_path: Path, whole: dict[str, str], tile_count: int, seed: int
 ) -> None:
-    kill_and_resume(larger_pipeline, tmp_path / "out", whole, tile_count, seed)
+    kill_and_resume(larger_pipeline, tmp_path / "out", tile_count, seed)
+    assert digests(tmp_path / "out") == whole
 
 
 @pytest.mark.slow
@@ -121,7 +121,8 @@ def test_a_killed_conversion_goes_on_to_the_same_bytes(
 def test_a_kill_at_any_point(
     larger_pipeline: Path, tmp_path: Path, whole: dict[str, str], tile_count: int, seed: int
 ) -> None:
-    kill_and_resume(larger_pipeline, tmp_path / "out", whole, tile_count, seed)
+    kill_and_resume(larger_pipeline, tmp_path / "out", tile_count, seed)
+    assert digests(tmp_path / "out") == whole
 
 
 @pytest.mark.parametrize("workers", [2, 5])

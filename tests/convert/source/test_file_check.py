@@ -59,6 +59,8 @@ def test_what_is_not_read_may_have_changed(output: Path, tmp_path: Path) -> None
     shutil.copytree(output, tmp_path / "model")
     flip(next((tmp_path / "model" / "vae").glob("*.safetensors")))
     convert_checkpoint(tmp_path / "model" / "transformer", tmp_path / "one", Recipe("dequantize"))
+    convert_checkpoint(output / "transformer", tmp_path / "unchanged", Recipe("dequantize"))
+    assert (tmp_path / "one" / WEIGHTS).read_bytes() == (tmp_path / "unchanged" / WEIGHTS).read_bytes()
 
 
 def test_a_file_that_the_manifest_does_not_name_is_not_compared(output: Path, tmp_path: Path) -> None:
@@ -68,3 +70,6 @@ def test_a_file_that_the_manifest_does_not_name_is_not_compared(output: Path, tm
     (tmp_path / "model" / MANIFEST).write_text(json.dumps(manifest))
     flip(tmp_path / "model" / "transformer" / WEIGHTS)
     convert_checkpoint(tmp_path / "model", tmp_path / "out", Recipe("dequantize"))
+    plain = load_file(tmp_path / "out" / "transformer" / WEIGHTS)
+    assert plain
+    assert not any(name.endswith("_scale") for name in plain)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -40,15 +41,35 @@ def _load_script() -> ModuleType:
 CASES = _load_script()
 
 
-@pytest.fixture(scope="module", params=CASES.FAMILIES)
+AXES = (CASES.FAMILIES, CASES.ALGORITHMS, CASES.NAMINGS)
+
+
+def is_quick(family: int, algorithm: int, naming: int) -> bool:
+    """Whether a combination, by the positions of its parts, is in the quick suite."""
+    return naming == (family + algorithm) % len(CASES.NAMINGS)
+
+
+def combinations() -> Iterator[Any]:
+    """Every family with every algorithm and naming; those that no pair of these needs are slow."""
+    for positions in itertools.product(*(range(len(axis)) for axis in AXES)):
+        parts = [list(axis)[position] for axis, position in zip(AXES, positions, strict=True)]
+        yield pytest.param(*parts, marks=() if is_quick(*positions) else pytest.mark.slow)
+
+
+def test_the_quick_suite_has_every_pair() -> None:
+    quick = [each for each in itertools.product(*(range(len(axis)) for axis in AXES)) if is_quick(*each)]
+    for first, second in itertools.combinations(range(len(AXES)), 2):
+        assert len({(each[first], each[second]) for each in quick}) == len(AXES[first]) * len(AXES[second])
+
+
+@pytest.fixture(scope="module")
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path, Any]:
     """A family, a folder with its model, and the weights."""
     family, folder = CASES.FAMILIES[request.param], tmp_path_factory.mktemp("model")
     return family, folder, CASES.save_family(family, folder)
 
 
-@pytest.mark.parametrize("naming", CASES.NAMINGS)
-@pytest.mark.parametrize("algorithm", CASES.ALGORITHMS)
+@pytest.mark.parametrize(("model", "algorithm", "naming"), list(combinations()), indirect=["model"])
 def test_every_algorithm_and_naming_gives_the_dense_weights(
     model: tuple[Any, Path, Any], algorithm: str, naming: str
 ) -> None:

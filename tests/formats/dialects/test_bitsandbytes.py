@@ -51,7 +51,7 @@ def write(folder: Path, tensors: dict[str, Tensor], **block: Any) -> Path:
     return folder
 
 
-def dequantized(model: Path, wanted: Tensor) -> None:
+def assert_dequantizes_to(model: Path, wanted: Tensor) -> None:
     """Checks what is read, in parts too, and what `dequantize` and `verify` make of it."""
     rows = len(wanted)
     with open_quantized(model) as quantized:
@@ -106,7 +106,7 @@ def test_values(tmp_path: Path, shape: tuple[int, int], block: int, nested: bool
         absmax = tensors["weight.absmax"] = torch.rand(blocks, generator=generator) + 0.1
     tensors["weight.quant_state.bitsandbytes__nf4"] = state("nf4", shape, block, **others)
     wanted = torch.tensor(TABLES["nf4"])[numbers] * absmax.repeat_interleave(block)
-    dequantized(write(tmp_path / "model", tensors, load_in_4bit=True), wanted.view(shape))
+    assert_dequantizes_to(write(tmp_path / "model", tensors, load_in_4bit=True), wanted.view(shape))
 
 
 def test_int8(tmp_path: Path) -> None:
@@ -114,7 +114,7 @@ def test_int8(tmp_path: Path) -> None:
     largest = torch.rand(8) + 0.1
     tensors = {"weight": codes, "SCB": largest, "weight_format": torch.zeros((), dtype=torch.uint8)}
     wanted = codes.float() * (largest / 127)[:, None]
-    dequantized(write(tmp_path / "model", tensors, load_in_8bit=True), wanted)
+    assert_dequantizes_to(write(tmp_path / "model", tensors, load_in_8bit=True), wanted)
 
 
 BROKEN = {
