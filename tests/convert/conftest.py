@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -71,3 +72,43 @@ def repository(tiny_stages: ModuleType, tmp_path_factory: pytest.TempPathFactory
         return folder / name
 
     return saved
+
+
+@pytest.fixture(scope="session")
+def video_pipeline(tiny_pipeline_folder: Path) -> Any:
+    """A pipeline that makes videos from an image and a text, and needs no further package."""
+    import diffusers
+    import torch
+    from transformers import AutoTokenizer, T5Config, T5EncoderModel
+
+    torch.manual_seed(0)
+    return diffusers.LTXImageToVideoPipeline(
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(),
+        vae=diffusers.AutoencoderKLLTXVideo(
+            latent_channels=8,
+            block_out_channels=(8, 8, 8, 8),
+            decoder_block_out_channels=(8, 8, 8, 8),
+            layers_per_block=(1, 1, 1, 1, 1),
+            decoder_layers_per_block=(1, 1, 1, 1, 1),
+            spatio_temporal_scaling=(True, True, False, False),
+            decoder_spatio_temporal_scaling=(True, True, False, False),
+            decoder_inject_noise=(False,) * 5,
+            upsample_residual=(False,) * 4,
+            upsample_factor=(1,) * 4,
+            patch_size=1,
+            patch_size_t=1,
+        ),
+        text_encoder=T5EncoderModel(
+            T5Config(vocab_size=300, d_model=32, d_ff=32, d_kv=8, num_layers=1, num_heads=2)
+        ).eval(),
+        tokenizer=AutoTokenizer.from_pretrained(tiny_pipeline_folder / "tokenizer"),
+        transformer=diffusers.LTXVideoTransformer3DModel(
+            in_channels=8,
+            out_channels=8,
+            num_attention_heads=4,
+            attention_head_dim=8,
+            cross_attention_dim=32,
+            num_layers=1,
+            caption_channels=32,
+        ),
+    )

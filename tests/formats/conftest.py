@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from omni_convert.formats.containers.tensor_spec import TensorSpec
+from omni_convert.formats.statistics.layer_statistics import InputRecorder, LayerStatistics, observe
 
 HEADS = {"num_attention_heads": 2, "attention_head_dim": 16}
 ROPE = {"axes_dims_rope": (4, 6, 6)}
@@ -165,3 +166,17 @@ def tiny_specs() -> Callable[[str], Mapping[str, TensorSpec]]:
         return {name: TensorSpec(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in state.items()}
 
     return specs
+
+
+@pytest.fixture(scope="session")
+def record_inputs() -> Callable[[Tensor], LayerStatistics]:
+    """Records the rows of a layer's input, bfloat16 [rows, in], in one denoising step."""
+
+    def record(rows: Tensor) -> LayerStatistics:
+        recorder = InputRecorder()
+        recorder.record(observe(rows), step=0)
+        statistics = recorder.statistics()
+        assert statistics is not None
+        return statistics
+
+    return record

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoTokenizer, T5Config, T5EncoderModel
 
 from omni_convert.convert.calibration import generation
 from omni_convert.convert.calibration.generation import DEFAULTS_FILE, GenerationSettings, run_pipeline
@@ -26,42 +25,6 @@ PROMPTS = [Prompt("a red circle"), Prompt("a blue square on the left")]
 @pytest.fixture(scope="module")
 def pipe(tiny_pipeline_folder: Path) -> Any:
     return diffusers.ZImagePipeline.from_pretrained(tiny_pipeline_folder, dtype=torch.bfloat16)
-
-
-@pytest.fixture(scope="module")
-def video_pipe(tiny_pipeline_folder: Path) -> Any:
-    """A pipeline that makes a video from an image and a text."""
-    torch.manual_seed(0)
-    return diffusers.LTXImageToVideoPipeline(
-        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(),
-        vae=diffusers.AutoencoderKLLTXVideo(
-            latent_channels=8,
-            block_out_channels=(8, 8, 8, 8),
-            decoder_block_out_channels=(8, 8, 8, 8),
-            layers_per_block=(1, 1, 1, 1, 1),
-            decoder_layers_per_block=(1, 1, 1, 1, 1),
-            spatio_temporal_scaling=(True, True, False, False),
-            decoder_spatio_temporal_scaling=(True, True, False, False),
-            decoder_inject_noise=(False,) * 5,
-            upsample_residual=(False,) * 4,
-            upsample_factor=(1,) * 4,
-            patch_size=1,
-            patch_size_t=1,
-        ),
-        text_encoder=T5EncoderModel(
-            T5Config(vocab_size=300, d_model=32, d_ff=32, d_kv=8, num_layers=1, num_heads=2)
-        ).eval(),
-        tokenizer=AutoTokenizer.from_pretrained(tiny_pipeline_folder / "tokenizer"),
-        transformer=diffusers.LTXVideoTransformer3DModel(
-            in_channels=8,
-            out_channels=8,
-            num_attention_heads=4,
-            attention_head_dim=8,
-            cross_attention_dim=32,
-            num_layers=1,
-            caption_channels=32,
-        ),
-    )
 
 
 def pixels(images: list[list[Image.Image]]) -> list[np.ndarray]:
@@ -103,23 +66,25 @@ def test_steps_are_reported_in_order(pipe: Any) -> None:
     assert images == [[], []]
 
 
-def test_a_video_from_an_image(video_pipe: Any, tmp_path: Path) -> None:
+def test_a_video_from_an_image(video_pipeline: Any, tmp_path: Path) -> None:
     for colour in ("red", "blue"):
         Image.new("RGB", (40, 40), colour).save(tmp_path / f"{colour}.png")
     settings = GenerationSettings(steps=2, width=32, height=32, frames=9, guidance_scale=2.0)
     prompts = [Prompt("it turns", tmp_path / f"{colour}.png") for colour in ("red", "blue")]
-    videos = run_pipeline(video_pipe, prompts, settings, 0)
+    videos = run_pipeline(video_pipeline, prompts, settings, 0)
     assert [len(frames) for frames in videos] == [9, 9]
     assert videos[0][0].size == (32, 32)
     assert not np.array_equal(*(np.asarray(frames[0]) for frames in videos))
 
 
-def test_images_where_none_are_taken_and_none_where_one_is_needed(pipe: Any, video_pipe: Any, tmp_path: Path) -> None:
+def test_images_where_none_are_taken_and_none_where_one_is_needed(
+    pipe: Any, video_pipeline: Any, tmp_path: Path
+) -> None:
     Image.new("RGB", (8, 8)).save(tmp_path / "black.png")
     with pytest.raises(RecipeError, match=r"black\.png: found an image, but ZImagePipeline takes none"):
         run_pipeline(pipe, [Prompt("a", tmp_path / "black.png")], SMALL, 0)
     with pytest.raises(RecipeError, match="LTXImageToVideoPipeline needs one; use JSON Lines"):
-        run_pipeline(video_pipe, [Prompt("a")], SMALL, 0)
+        run_pipeline(video_pipeline, [Prompt("a")], SMALL, 0)
 
 
 def test_settings_that_a_pipeline_does_not_take(pipe: Any) -> None:

@@ -17,8 +17,6 @@ from transformers import (
     AutoTokenizer,
     Qwen3Config,
     Qwen3ForCausalLM,
-    T5Config,
-    T5EncoderModel,
     UMT5Config,
     UMT5EncoderModel,
 )
@@ -95,38 +93,9 @@ def wan_i2v(tiny_pipeline_folder: Path, tmp_path_factory: pytest.TempPathFactory
 
 
 @pytest.fixture(scope="module")
-def ltx_i2v(tiny_pipeline_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A pipeline that makes videos from an image and a text, and needs no further package."""
-    torch.manual_seed(0)
+def ltx_i2v(video_pipeline: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("ltx-i2v")
-    diffusers.LTXImageToVideoPipeline(
-        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(),
-        vae=diffusers.AutoencoderKLLTXVideo(
-            latent_channels=8,
-            block_out_channels=(8, 8, 8, 8),
-            decoder_block_out_channels=(8, 8, 8, 8),
-            layers_per_block=(1, 1, 1, 1, 1),
-            decoder_layers_per_block=(1, 1, 1, 1, 1),
-            spatio_temporal_scaling=(True, True, False, False),
-            decoder_spatio_temporal_scaling=(True, True, False, False),
-            decoder_inject_noise=(False,) * 5,
-            upsample_residual=(False,) * 4,
-            upsample_factor=(1,) * 4,
-            patch_size=1,
-            patch_size_t=1,
-        ),
-        text_encoder=T5EncoderModel(T5Config(vocab_size=300, d_model=32, d_ff=32, d_kv=8, num_layers=1, num_heads=2)),
-        tokenizer=AutoTokenizer.from_pretrained(tiny_pipeline_folder / "tokenizer"),
-        transformer=diffusers.LTXVideoTransformer3DModel(
-            in_channels=8,
-            out_channels=8,
-            num_attention_heads=4,
-            attention_head_dim=8,
-            cross_attention_dim=32,
-            num_layers=1,
-            caption_channels=32,
-        ),
-    ).save_pretrained(folder)
+    video_pipeline.save_pretrained(folder)
     return folder
 
 
