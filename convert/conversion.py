@@ -87,6 +87,7 @@ class Conversion:
         if output is not None and not dry_run:
             destination_of(output).check(recipe)  # before anything is downloaded
         source = resolve_source(model, recipe.revision, stream=recipe.streams_source)
+        source = replace(source, files=recipe.component_files)
         target = destination_of(output or f"{source.short_name}-{recipe.outcome}")
         if not dry_run:
             target.check(recipe, source)
@@ -197,10 +198,9 @@ def _fill(
         if name not in on_hub
     }
     moves = engine.workers.submit(take_files, engine, hub_files, on_hub, folder) if hub_files is not None else None
-    is_checked = hub_files is None and not plan.recipe.force
-    checks = None if not is_checked else engine.workers.submit(
-        refuse_changed_files, plan.source.path, [component.name for component in plan.components]
-    )  # fmt: skip
+    checks = [] if plan.recipe.force else [
+        engine.workers.submit(refuse_changed_files, path, components) for path, components in _read_folders(plan)
+    ]  # fmt: skip
     results: dict[str, list[LayerResult]] = {}
     known: dict[str, str] = {}
     peak = 0
@@ -218,11 +218,20 @@ def _fill(
     known |= moves.result() if moves is not None else {}
     if hub_files is not None:
         hub_files.clear()
-    if checks is not None:
-        checks.result()
+    for check in checks:
+        check.result()
     write_text(folder / "README.md", model_card(plan, dict(results)))
     write_manifest(folder, plan, results, known, sources)
     return results, peak
+
+
+def _read_folders(plan: Plan) -> Iterator[tuple[Path, list[str]]]:
+    """The places on the disk from which weights are read, each with the components that are read there."""
+    files = plan.source.files
+    names = [component.name for component in plan.components if component.name not in files]
+    if names and plan.source.hub_files is None:
+        yield plan.source.path, names
+    yield from ((path, [""]) for path in files.values())
 
 
 def _ignore(_: int) -> None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from omni_convert.formats.containers.component import GGUF_SUFFIX
 from omni_convert.formats.dialects.table import DIALECTS, WRITTEN
 from omni_convert.formats.errors import RecipeError, did_you_mean
 from omni_convert.formats.options import DIALECT_OF_METHOD, FormatChoices, check_group_size, check_memory
@@ -31,6 +32,8 @@ RUNTIMES = ("vllm-omni", "diffusers", "comfyui")
 ROUNDINGS = ("nearest", "gptq", "auto")
 LORA_COMPONENT = re.compile(r"([A-Za-z]\w*)=")
 ENGINE = re.compile(r"local|ray|(ray://)?[\w.-]+:\d+|ray://[\w.-]+")
+# Endings of a component's file, which no method has.
+WEIGHTS_FILES = (".safetensors", GGUF_SUFFIX)
 DTYPES = ("bfloat16", "float16", "float32")
 
 
@@ -78,6 +81,7 @@ class Recipe(FormatChoices):
     """A conversion as the user asks for it; `convert.plan` decides what it means for a given checkpoint.
 
     Attributes:
+        component: component to its method, or to a file with the weights that it gets in place of its own
         runtime: whose layer scope to obey; left empty, it becomes that of the dialect
 
     Raises:
@@ -129,8 +133,9 @@ class Recipe(FormatChoices):
         _check_choice("runtime", self.runtime or None, RUNTIMES)
         _check_choice("rounding", self.rounding, ROUNDINGS)
         _check_choice("dtype", self.dtype, DTYPES)
-        for name, method in self.component.items():
+        for name, method in self.component_methods.items():
             _check_choice(f"component {name}", method, ("none", *METHODS, *STORAGE_METHODS))
+        self._check_component_files()
         self._check_input_scale()
         self._check_format_choices()
         if self.bf16_blocks is not None and self.bf16_blocks < 0:
@@ -164,13 +169,24 @@ class Recipe(FormatChoices):
                 "first with -m keep --lora, and calibrate on the result"
             )
 
+    def _check_component_files(self) -> None:
+        for name, path in self.component_files.items():
+            option = f"--component {name}={path}"
+            if not path.is_file():
+                raise RecipeError(f"{option}: found no such file, expected weights for the component")
+            if self.calib is not None:
+                raise RecipeError(
+                    f"{option}: found with --calib, which would run the model without it, expected it alone; assemble "
+                    "the pipeline first with `omni-convert dequantize MODEL --component ...`, and calibrate on that"
+                )
+
     def _check_formats(self) -> None:
         """Refuses a dialect or runtime that a format of the recipe does not have."""
         from omni_convert.formats.table import FORMATS  # torch
 
         is_default, is_for_us = self.dialect == "vllm-omni", self.runtime == "diffusers"
         dialect, runtime = f"--dialect {self.dialect}", f"--runtime {self.runtime}"
-        for name, method in {"": self.method, **self.component}.items():
+        for name, method in {"": self.method, **self.component_methods}.items():
             if method not in FORMATS:
                 continue
             if FORMATS[method].is_container and not is_default:
@@ -211,7 +227,7 @@ class Recipe(FormatChoices):
         from omni_convert.formats.table import FORMATS  # torch
 
         honouring = [method for method, kind in FORMATS.items() if name in kind.options]
-        if honouring and {self.method, *self.component.values()}.isdisjoint(honouring):
+        if honouring and {self.method, *self.component_methods.values()}.isdisjoint(honouring):
             raise RecipeError(
                 f"--{option}: found with method '{self.method}', which has no such choice, expected method "
                 f"{' or '.join(honouring)}"
@@ -229,6 +245,16 @@ class Recipe(FormatChoices):
         raise RecipeError(
             f"--input-scale: found '{self.input_scale}', expected max, mse or percentile:P with 0 < P <= 100"
         )
+
+    @property
+    def component_methods(self) -> dict[str, str]:
+        """Component to its own method, where it has one."""
+        return {name: value for name, value in self.component.items() if name not in self.component_files}
+
+    @property
+    def component_files(self) -> dict[str, Path]:
+        """Component to the file with the weights that it gets in place of its own."""
+        return {name: Path(value) for name, value in self.component.items() if value.endswith(WEIGHTS_FILES)}
 
     @property
     def format_choices(self) -> dict[str, Any]:
@@ -274,6 +300,10 @@ class Recipe(FormatChoices):
             return "nearest" if self.rounding == "auto" else self.rounding or "nearest"
         return self.rounding or "auto"
 
+    @property
+    def _names_of_files(self) -> dict[str, str]:
+        return {name: path.name for name, path in self.component_files.items()}
+
     def of_the_bytes(self) -> dict[str, Any]:
         """The options on which the output's bytes depend, for the manifest; paths and devices are not among them."""
         options = {
@@ -282,7 +312,7 @@ class Recipe(FormatChoices):
             "input_scale": self.input_scale,
             "weight_block_size": list(self.weight_block_size) if self.weight_block_size else None,
             "ignored_layers": sorted(self.ignored_layers),
-            "component": dict(sorted(self.component.items())),
+            "component": dict(sorted((self.component_methods | self._names_of_files).items())),
             "recommended": self.recommended,
             "runtime": "" if self.runtime == RUNTIMES[0] else self.runtime,  # manifests that name none mean this one
             "dialect": self.dialect,

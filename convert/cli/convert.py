@@ -60,7 +60,12 @@ __all__ = ["convert_command", "dequantize_command", "push_command"]
 @click.option(
     "--ignored-layers", multiple=True, metavar="PATTERN", help="Name, fnmatch pattern or dotted part; or a JSON list."
 )
-@click.option("--component", multiple=True, metavar="NAME=METHOD", help="e.g. text_encoder=fp8, transformer_2=none.")
+@click.option(
+    "--component",
+    multiple=True,
+    metavar="NAME=METHOD|FILE",
+    help="e.g. text_encoder=fp8, transformer_2=none; or transformer=FILE: its weights are in that file.",
+)
 @click.option("--recommended", is_flag=True, help="Apply the ignored layers recommended for this model family.")
 @click.option("--runtime", type=click.Choice(RUNTIMES), help="Whose layer scope to obey. Default: the dialect's.")
 @click.option(
@@ -116,7 +121,12 @@ def convert_command(
 @click.command("dequantize")
 @click.argument("model", metavar="PATH")
 @click.option("-o", "--output", help="Folder, or a URL for fsspec. Default: ./<model name>-dequantized.")
-@click.option("--component", multiple=True, metavar="NAME=none", help="A component to leave as it is.")
+@click.option(
+    "--component",
+    multiple=True,
+    metavar="NAME=none|FILE",
+    help="A component to leave as it is; or the file with its weights, which becomes part of the pipeline.",
+)
 @click.option(
     "--lora", multiple=True, metavar="[NAME=]FILE[:SCALE]", help="Bake this LoRA in, into component NAME; repeatable."
 )

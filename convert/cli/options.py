@@ -196,7 +196,7 @@ def recipe_of(model: str | None, options: dict[str, Any]) -> Recipe:
     for item in options.pop("component"):
         name, equals, method = item.partition("=")
         if not equals:
-            raise RecipeError(f"--component: found '{item}', expected NAME=METHOD")
+            raise RecipeError(f"--component: found '{item}', expected NAME=METHOD or NAME=FILE")
         components[name] = method
     patterns = [pattern for text in options.pop("ignored_layers") for pattern in _patterns(text)]
     options["calib"] = _prompts_file(model, options["calib"])

@@ -15,6 +15,7 @@ from omni_convert.convert.source.original_names import (
     layers_under_original_names,
     may_have_original_names,
     missing_config,
+    refuse_other_model,
     under_diffusers_names,
 )
 from omni_convert.formats.containers.checkpoint import Checkpoint
@@ -45,7 +46,8 @@ class SourceComponent(ComponentFolder):
     @property
     def is_changed(self) -> bool:
         """Whether a conversion that quantizes nothing would change this component."""
-        return self.opened.shown_dialect is not None or self.weights is not self.opened.checkpoint
+        is_dequantized = self.opened.shown_dialect is not None or self.weights is not self.opened.checkpoint
+        return self.is_assembled or is_dequantized
 
     @property
     def counted_layers(self) -> str:
@@ -114,6 +116,18 @@ def open_components(source: Source, names: Iterable[str], recipe: Recipe) -> dic
 
 
 def _named_for_recipe(component: SourceComponent, recipe: Recipe) -> SourceComponent:
+    """The component under the names that the recipe needs; an assembled one is that of its config."""
+    renamed = _renamed(component, recipe)
+    if not component.is_assembled:
+        return renamed
+    markers = component.family.every_marker
+    if not (recipe.method == "keep" and DIALECTS[recipe.dialect].has_original_names):
+        refuse_other_model(renamed.weights, component.config, component.config_path, markers)
+    note = f"{component.label}: the weights of {component.path.name} instead of those in {component.source.name}"
+    return replace(renamed, notes=(note, *renamed.notes))
+
+
+def _renamed(component: SourceComponent, recipe: Recipe) -> SourceComponent:
     """Gives tensors diffusers' names, from which every method starts, or those of the dialect in which they stay."""
     is_kept = recipe.method == "keep" and bool(component.opened.layers)
     if is_kept and DIALECTS[recipe.dialect].has_original_names:
@@ -125,11 +139,11 @@ def _named_for_recipe(component: SourceComponent, recipe: Recipe) -> SourceCompo
     has_other_names = dialect is not None and (
         DIALECTS[dialect].has_converted_names or DIALECTS[dialect].has_original_names
     )
-    if component.name and not has_other_names:
+    if component.name and not component.is_assembled and not has_other_names:
         return component
     is_for_diffusers = is_kept and DIALECTS[recipe.dialect].has_diffusers_names
     if not component.has_config:
-        if component.source.path.is_file() and not recipe.is_transcoding:
+        if component.path.is_file() and not recipe.is_transcoding:
             raise missing_config(component.weights, component.config_path)
         return replace(component, notes=_unknown_names(component)) if is_for_diffusers else component
     if is_kept:

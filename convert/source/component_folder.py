@@ -16,7 +16,7 @@ from omni_convert.formats.containers.json_file import read_json
 from omni_convert.formats.containers.reader import TensorFile
 from omni_convert.formats.errors import CheckpointError
 from omni_convert.formats.families.family import Family
-from omni_convert.formats.families.stage import Stage
+from omni_convert.formats.families.stage import Stage, without_block
 from omni_convert.formats.families.table import find_family, model_class
 from omni_convert.formats.views.opened import QuantizedCheckpoint
 
@@ -42,13 +42,22 @@ class ComponentFolder:
     name: str
 
     @property
+    def is_assembled(self) -> bool:
+        """Whether its weights are in a file that the user names, and not in the model's folder."""
+        return self.name in self.source.files
+
+    @property
     def path(self) -> Path:
-        """Its folder, or the file of weights of a model that is only that."""
+        """Its folder; or its file of weights, if it is assembled or all of the model."""
+        if self.is_assembled:
+            return self.source.files[self.name]
         return self.source.path / self.name if self.name else self.source.path
 
     @property
     def folder(self) -> Path:
         """The folder of its config."""
+        if self.is_assembled:
+            return self.source.path / self.name
         return self.path if self.path.is_dir() else self.path.parent
 
     @property
@@ -66,8 +75,12 @@ class ComponentFolder:
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        """Its config.json; raises CheckpointError if that is missing or damaged."""
-        return read_json(self.config_path)
+        """Its config.json; raises CheckpointError if that is missing or damaged.
+
+        The block of weights that are not taken is left out.
+        """
+        config = read_json(self.config_path)
+        return without_block(config) if self.is_assembled else config
 
     @property
     def config_if_any(self) -> dict[str, Any]:
@@ -137,7 +150,7 @@ class ComponentFolder:
 
     def checkpoint(self) -> Checkpoint:
         """Its tensors as they are stored; raises CheckpointError if a file is damaged."""
-        return Checkpoint.open(self.path, _streamed_files(self.source, self.name))
+        return Checkpoint.open(self.path, self._streamed_files())
 
     def open(self, *, values: bool = False) -> QuantizedCheckpoint:
         """Its tensors and quantized layers, in any dialect.
@@ -148,7 +161,10 @@ class ComponentFolder:
         Raises:
             CheckpointError: a file is damaged, or its meaning is not certain.
         """
-        return open_quantized(self.path, _streamed_files(self.source, self.name), values=values)
+        return open_quantized(self.path, self._streamed_files(), values=values)
+
+    def _streamed_files(self) -> dict[str, Callable[[], TensorFile]]:
+        return {} if self.is_assembled else _streamed_files(self.source, self.name)
 
     @cached_property
     def manifest(self) -> Mapping[str, Any]:

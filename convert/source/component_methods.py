@@ -31,7 +31,13 @@ def component_methods(source: Source, recipe: Recipe) -> dict[str, str]:
             )
     if recipe.is_transcoding:
         return _transcoded_components(source, recipe, present)
-    methods = {name: recipe.method for name in DENOISERS if name in present} | recipe.component
+    files = dict.fromkeys(recipe.component_files, recipe.method)
+    if files and recipe.method == "none":
+        raise RecipeError(
+            f"--component {next(iter(files))}: found a file with -m none, expected -m METHOD; `omni-convert dequantize "
+            "MODEL --component NAME=FILE` puts files into a pipeline in BF16"
+        )
+    methods = {name: recipe.method for name in DENOISERS if name in present} | files | recipe.component_methods
     if not any(method != "none" for method in methods.values()):
         raise RecipeError(f"{source.name}: no component to quantize; name one with --component NAME=METHOD")
     return {name: method for name, method in methods.items() if method != "none"}
@@ -39,14 +45,15 @@ def component_methods(source: Source, recipe: Recipe) -> dict[str, str]:
 
 def _transcoded_components(source: Source, recipe: Recipe, present: Collection[str]) -> dict[str, str]:
     """Components that may be quantized already: those whose config says so, and the denoisers, whose files may."""
-    for name, method in recipe.component.items():
+    for name, method in recipe.component_methods.items():
         if method != "none":
             raise RecipeError(
                 f"--component {name}={method}: found with -m {recipe.method}, expected {name}=none or nothing"
             )
-    folders = [ComponentFolder(source, name) for name in present if name not in recipe.component]
+    folders = [ComponentFolder(source, name) for name in present if name not in recipe.component_methods]
     return {
         folder.name: recipe.method
         for folder in folders
-        if folder.path.is_dir() and (folder.is_denoiser or folder.config_if_any.get("quantization_config"))
+        if folder.is_assembled
+        or (folder.path.is_dir() and (folder.is_denoiser or folder.config_if_any.get("quantization_config")))
     }

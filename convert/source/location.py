@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import glob
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -37,12 +37,14 @@ class Source:
         name: repo id, or the folder's name
         revision: commit of the Hub repository, if the model came from there
         hub_files: files of the Hub repository, if the weights are still there
+        files: component to the file with its weights, for those that are not in the pipeline's folder
     """
 
     path: Path
     name: str
     revision: str | None = None
     hub_files: HubFiles | None = None
+    files: Mapping[str, Path] = field(default_factory=dict)
 
     @property
     def is_pipeline(self) -> bool:
@@ -75,7 +77,8 @@ class Source:
 
     def state(self, name: str, path: Path) -> list[int | str]:
         """Size plus mtime or Hub hash of a file, to detect a changed file."""
-        if self.hub_files is not None and name.lstrip("/") in self.hub_files.known:
+        is_named = path in self.files.values()
+        if self.hub_files is not None and not is_named and name.lstrip("/") in self.hub_files.known:
             file = self.hub_files.known[name.lstrip("/")]
             return [file.size, file.identity]
         status = path.stat()

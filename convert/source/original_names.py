@@ -35,6 +35,7 @@ __all__ = [
     "may_have_original_names",
     "missing_config",
     "quiet",
+    "refuse_other_model",
     "shapes_of",
     "trace_conversion",
     "under_diffusers_names",
@@ -218,7 +219,10 @@ def _trace(checkpoint: Checkpoint, config: Mapping[str, Any]) -> _Traced | None:
         raise CheckpointError(f"{checkpoint.path}: {error}") from None
     if converted is None:
         return None
-    _refuse_missing(checkpoint, kind, shapes, converted)
+    if not shapes.keys() <= converted.keys():
+        # The conversion may have changed names that were diffusers' already: the fewer gaps tell what is missing.
+        is_converted = len(shapes.keys() & converted.keys()) >= len(shapes.keys() & checkpoint.keys())
+        _refuse_missing(checkpoint, kind, shapes, converted if is_converted else checkpoint)
     return _Traced(converted, shapes, sorted(converted.keys() - shapes.keys()))
 
 
@@ -234,6 +238,41 @@ def _refuse_missing(checkpoint: Checkpoint, kind: str, shapes: Collection[str], 
         raise CheckpointError(
             f"{checkpoint.path}: tensor '{missing[0]}': found neither it nor the tensors that diffusers makes it from, "
             f"expected all {len(shapes)} tensors of {kind} as config.json describes it; {len(missing)} are missing"
+        )
+
+
+def refuse_other_model(
+    checkpoint: Checkpoint, config: Mapping[str, Any], where: Path, markers: Collection[str]
+) -> None:
+    """Refuses weights under diffusers' names that are not those of a config's model.
+
+    Args:
+        where: the config, for messages
+        markers: names of tensors that only mark the model
+
+    Raises:
+        CheckpointError: a tensor is missing, has another shape or is one too many. Models of a class that diffusers
+            does not have pass.
+    """
+    import diffusers
+
+    kind = model_class(config)
+    known = getattr(diffusers, kind, None)
+    if not (isinstance(known, type) and issubclass(known, diffusers.ModelMixin)):
+        return
+    shapes = shapes_of(known, config)
+    _refuse_missing(checkpoint, kind, shapes, checkpoint)
+    for name, shape in shapes.items():
+        if checkpoint[name].shape != shape:
+            raise CheckpointError(
+                f"{checkpoint.path}: tensor '{name}': found {list(checkpoint[name].shape)}, expected {list(shape)} as "
+                f"{where} describes {kind}; use the pipeline to which the file belongs"
+            )
+    strange = next((name for name in checkpoint if name not in shapes and name not in markers), None)
+    if strange is not None:
+        raise CheckpointError(
+            f"{checkpoint.path}: found '{strange}', which {kind} as {where} describes it does not have; use the "
+            "pipeline to which the file belongs"
         )
 
 
