@@ -32,11 +32,6 @@ def component_methods(source: Source, recipe: Recipe) -> dict[str, str]:
     if recipe.is_transcoding:
         return _transcoded_components(source, recipe, present)
     files = dict.fromkeys(recipe.component_files, recipe.method)
-    if files and recipe.method == "none":
-        raise RecipeError(
-            f"--component {next(iter(files))}: found a file with -m none, expected -m METHOD; `omni-convert dequantize "
-            "MODEL --component NAME=FILE` puts files into a pipeline in BF16"
-        )
     methods = {name: recipe.method for name in DENOISERS if name in present} | files | recipe.component_methods
     if not any(method != "none" for method in methods.values()):
         raise RecipeError(f"{source.name}: no component to quantize; name one with --component NAME=METHOD")

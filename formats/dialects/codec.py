@@ -26,6 +26,7 @@ from omni_convert.formats.rows import TensorLayout
 __all__ = [
     "PLAIN",
     "Codec",
+    "Exponents",
     "OneForAll",
     "PackedValues",
     "PaddedRows",
@@ -165,19 +166,35 @@ class PackedValues(WritableCodec):
     even: NibbleOrder = "low"
 
     def stored(self, layout: TensorLayout) -> TensorLayout:
-        rows, columns = layout.shape
-        return replace(layout, dtype=torch.uint8, shape=(rows, -(-columns // 2)))
+        *others, columns = layout.shape
+        return replace(layout, dtype=torch.uint8, shape=(*others, -(-columns // 2)))
 
     def encode(self, tensor: Tensor) -> Tensor:
         return _in_order(pack_container(tensor), self.even)
 
     def decode(self, stored: Tensor, layout: TensorLayout) -> Tensor:
-        return unpack_container(_in_order(stored, self.even), layout.shape[1])
+        *others, width = stored.shape
+        rows = _in_order(stored, self.even).reshape(-1, width)
+        return unpack_container(rows, layout.shape[-1]).view(*others, layout.shape[-1])
 
 
 def _in_order(packed: Tensor, even: NibbleOrder) -> Tensor:
     """Packed codes from one order of nibbles to the low one first, or back."""
     return packed if even == "low" else (packed << 4) | (packed >> 4)
+
+
+@dataclass(frozen=True)
+class Exponents(Codec):
+    """E8M0 bytes where the format has float32 numbers; only read."""
+
+    def stored(self, layout: TensorLayout) -> TensorLayout:
+        return replace(layout, dtype=torch.uint8)
+
+    def mismatch(self, spec: TensorSpec, layout: TensorLayout) -> str | None:
+        return None if spec.dtype in BYTES and spec.shape == layout.shape else super().mismatch(spec, layout)
+
+    def decode(self, stored: Tensor, layout: TensorLayout) -> Tensor:
+        return stored.view(torch.float8_e8m0fnu).to(layout.dtype)
 
 
 @dataclass(frozen=True)

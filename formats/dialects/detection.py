@@ -12,6 +12,7 @@ The names below are canonical, whatever the file calls the tensors.
     U8 [out, in / 2]  bytes [out, in / 32]                                mxfp4, packed
     U8 [out, in / 2]  E4M3 [out, in / 16]           weight_scale_2        nvfp4
     E4M3, E5M2, I8 [a, b, c, ...]   one number, [a], or a number for each block     fp8 or int8 of several dimensions
+    U8 [a, b, c / 2]  bytes [a, b, c / 32]                                mxfp4 of several dimensions
 """
 
 from __future__ import annotations
@@ -27,7 +28,15 @@ from omni_convert.formats.arithmetic.mx import MX_BLOCK
 from omni_convert.formats.arithmetic.swizzle import padded_scale_shape
 from omni_convert.formats.containers.tensor_spec import DTYPE_NAMES, TensorSpec
 from omni_convert.formats.dialects.base import Found, LayerError, Spelling, StoredLayer
-from omni_convert.formats.dialects.codec import Codec, OneForAll, PackedValues, Plain, SwappedNibbles, Swizzled
+from omni_convert.formats.dialects.codec import (
+    Codec,
+    Exponents,
+    OneForAll,
+    PackedValues,
+    Plain,
+    SwappedNibbles,
+    Swizzled,
+)
 from omni_convert.formats.format import Format
 from omni_convert.formats.schemes.foreign import Scaled, Smoothed, Spread
 from omni_convert.formats.schemes.fp8 import Fp8, Fp8Block, block_size_of
@@ -103,17 +112,24 @@ def _read(parts: Mapping[str, TensorSpec], even: NibbleOrder, *, swizzled: bool)
 
 def _spread(weight: TensorSpec, scale: TensorSpec) -> Signature | None:
     """More than two dimensions, with scales for none of them, the first, or blocks of any."""
-    first, *rest = weight.shape
+    is_packed = weight.dtype is torch.uint8 and scale.dtype in BYTES and len(weight.shape) == 3
+    first, *rest = (*weight.shape[:-1], 2 * weight.shape[-1]) if is_packed else weight.shape
     counts = scale.shape if len(scale.shape) == len(weight.shape) else (scale.elements, *[1] * len(rest))
-    if weight.dtype not in (*FLOAT8, torch.int8) or scale.dtype in BYTES or counts[0] not in (1, first):
+    if (weight.dtype not in (*FLOAT8, torch.int8) and not is_packed) or counts[0] not in (1, first):
+        return None
+    if is_packed and counts != (first, rest[0], rest[1] // MX_BLOCK):
         return None
     sizes = [_block_of(size, count) for size, count in zip(rest, counts[1:], strict=True)]
     blocks = tuple(size for size in sizes if size is not None)
     if len(blocks) < len(rest) or 0 in weight.shape:
         return None
-    method = "int8" if weight.dtype is torch.int8 else "fp8"
-    fmt = Spread(method, weight.dtype, tuple(rest), blocks, is_shared=counts[0] == 1)
-    return Signature(fmt, (first, math.prod(rest)))
+    codecs: dict[str, Codec] = {"weight_scale": Exponents()} if scale.dtype in BYTES else {}
+    if is_packed:
+        codecs["weight"] = PackedValues()
+    method = "mxfp4" if is_packed else "int8" if weight.dtype is torch.int8 else "fp8"
+    element = torch.float8_e4m3fn if is_packed else weight.dtype
+    fmt = Spread(method, element, tuple(rest), blocks, is_shared=counts[0] == 1)
+    return Signature(fmt, (first, math.prod(rest)), codecs)
 
 
 def _block_of(size: int, count: int) -> int | None:

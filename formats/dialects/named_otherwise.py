@@ -61,8 +61,8 @@ def _layer(found: Found, codes: TensorSpec, scale: TensorSpec) -> StoredLayer | 
     is_scalar = inputs is not None and inputs.elements == 1
     parts = {"weight": codes, "weight_scale": scale, **({"input_scale": inputs} if inputs and is_scalar else {})}
     stem = codes.name.removesuffix(WEIGHT)
-    is_packed = codes.dtype in (torch.uint8, torch.int32)
-    signature = None if is_packed else read_signature(parts)
+    is_of_words = codes.dtype is torch.int32 or (codes.dtype is torch.uint8 and len(codes.shape) == 2)
+    signature = None if is_of_words else read_signature(parts)
     if signature is None:
         return unknown_format(found, stem, parts)
     layer = stored_layer(stem, signature, parts)

@@ -1,4 +1,4 @@
-"""Codecs of integers in int32 words: consecutive codes, lowest bits first."""
+"""Codecs of integers that are packed in bytes or int32 words: consecutive codes, lowest bits first."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from omni_convert.formats.arithmetic.e2m1 import unpack_nibbles
 from omni_convert.formats.containers.checkpoint import Checkpoint
+from omni_convert.formats.containers.tensor_spec import TensorSpec
 from omni_convert.formats.dialects.codec import Codec, WritableCodec
 from omni_convert.formats.errors import CheckpointError
 from omni_convert.formats.rows import TensorLayout
 
-__all__ = ["WORD_BITS", "InterleavedRows", "PackedColumns", "PackedRows"]
+__all__ = ["WORD_BITS", "InterleavedRows", "PackedColumns", "PackedRows", "SignedNibbles"]
 
 WORD_BITS = 32
 
@@ -120,3 +122,20 @@ class InterleavedRows(Codec):
         first, last = start // len(self.places), -(-stop // len(self.places))
         offset = first * len(self.places)
         return self.decode(checkpoint.read_columns(name, first, last), layout)[start - offset : stop - offset]
+
+
+@dataclass(frozen=True)
+class SignedNibbles(Codec):
+    """Two 4-bit integers in two's complement a byte, the even element in the low nibble; only read."""
+
+    def stored(self, layout: TensorLayout) -> TensorLayout:
+        rows, columns = layout.shape
+        return TensorLayout(torch.int8, (rows, -(-columns // 2)))
+
+    def mismatch(self, spec: TensorSpec, layout: TensorLayout) -> str | None:
+        is_of_bytes = spec.dtype is torch.uint8 and spec.shape == self.stored(layout).shape
+        return None if is_of_bytes else super().mismatch(spec, layout)
+
+    def decode(self, stored: Tensor, layout: TensorLayout) -> Tensor:
+        codes = unpack_nibbles(stored.view(torch.uint8)).to(torch.int8)[:, : layout.shape[1]]
+        return ((codes ^ 8) - 8).to(layout.dtype)

@@ -1,11 +1,15 @@
 """How torchao stores its tensors in safetensors, through diffusers, transformers or by itself; only read.
 
-Tensors:  NAME._weight_qdata       E4M3 or I8 [out, in]
-          NAME._weight_scale       F32 or the model's dtype: one number, a row's, a group's or a block's; it multiplies
-          NAME._weight_zero_point  I8, of Int8Tensor; all zero where codes are symmetric
+Tensors:  NAME._weight_qdata          E4M3 or I8 [out, in]
+          NAME._weight_scale          F32 or the model's dtype; for all, a row, a group or a block; it multiplies
+          NAME._weight_zero_point     I8, of integers; all zero where codes are symmetric
+          NAME._weight_act_pre_scale  [in], of integers with smoothed inputs, which it multiplies
+          Int4Tensor                  qdata I8 [out, in / 2], the even element in the low nibble, two's complement;
+                                      scale and zero_point [in / group, out]: W = code * scale + zero_point
 Header:   NAME.weight → {"_type": "Float8Tensor", "_data": {...}, "_tensor_data_names": ["qdata", "scale"]} as JSON;
           tensor_names → the list of names
-Limits:   Float8Tensor and Int8Tensor are read. Int4 lies in the order of kernels, MX and NVFP4 have swizzled scales.
+Limits:   Float8Tensor, Int8Tensor, IntxUnpackedToInt8Tensor and Int4Tensor are read. Other Int4 lies in the order of
+          kernels, MX and NVFP4 have swizzled scales.
 """
 
 from __future__ import annotations
@@ -18,20 +22,31 @@ from typing import Any
 import torch
 
 from omni_convert.formats.containers.names import WEIGHT
+from omni_convert.formats.containers.tensor_spec import TensorSpec
 from omni_convert.formats.dialects.base import Dialect, Found, LayerError, StoredLayer, attempt
-from omni_convert.formats.dialects.codec import Plain
-from omni_convert.formats.dialects.detection import read_signature, stored_layer, unknown_format
+from omni_convert.formats.dialects.codec import Codec, Plain, Transposed
+from omni_convert.formats.dialects.detection import Signature, read_signature, stored_layer, unknown_format
+from omni_convert.formats.dialects.packed_words import SignedNibbles
 from omni_convert.formats.dialects.verdict import DIFFUSERS, REQUANTIZE, UNMARKED, VLLM_OMNI, Verdict
 from omni_convert.formats.errors import CheckpointError
+from omni_convert.formats.schemes.foreign import Scaled, Smoothed
 
 __all__ = ["TORCHAO"]
 
 QUANT_METHOD = "torchao"
-READ = ("Float8Tensor", "Int8Tensor")
+INT4 = "Int4Tensor"
+READ = ("Float8Tensor", "Int8Tensor", "IntxUnpackedToInt8Tensor", INT4)
 PLAIN_TENSOR = "Tensor"
 PARTS = "_tensor_data_names"
 # Role to torchao's name of the part.
-ROLES = {"weight": "qdata", "weight_scale": "scale", "weight_zero_point": "zero_point"}
+ROLES = {
+    "weight": "qdata",
+    "weight_scale": "scale",
+    "weight_zero_point": "zero_point",
+    "mul_scale": "act_pre_scale",
+}
+# Parts by which inputs are quantized; the weight is the same without them.
+OF_INPUTS = ("act_quant_scale", "act_quant_zero_point")
 
 
 class TorchAo(Dialect):
@@ -84,19 +99,38 @@ def _layer(found: Found, name: str, entry: Mapping[str, Any]) -> StoredLayer:
         for role, part in ROLES.items()
         if (spec := found.checkpoint.get(f"{module}._{leaf}_{part}")) is not None
     }
+    listed = entry.get(PARTS)
+    strange = [str(part) for part in listed or () if part not in (*ROLES.values(), *OF_INPUTS)]
+    if not isinstance(listed, list) or strange:
+        part = str(strange[0] if strange else listed)[:40]
+        raise LayerError(found, stem, f"layer '{stem}': found part '{part}' in torchao's {kind}, expected known ones")
     missing = [role for role in ("weight", "weight_scale") if role not in parts]
     if missing:
         what = f"tensor '{module}._{leaf}_{ROLES[missing[0]]}' is missing, expected with torchao's {kind}"
         raise LayerError(found, stem, what, "missing-companion")
-    signature = read_signature(parts)
+    signature = _int4(parts) if kind == INT4 else read_signature(parts)
     if signature is None:
         raise unknown_format(found, stem, parts)
-    zeros = {"weight_zero_point": Plain(dtype=torch.int8)} if "weight_zero_point" in parts else {}
-    used = {spec.name for spec in parts.values()}
-    prefix = f"{module}._{leaf}_"
-    others = tuple(each for each in found.checkpoint if each.startswith(prefix) and each not in used)
+    zeros = {"weight_zero_point": Plain(dtype=torch.int8)} if "weight_zero_point" in parts and kind != INT4 else {}
+    of_inputs = (f"{module}._{leaf}_{part}" for part in OF_INPUTS)
     layer = stored_layer(stem, signature, parts, zeros)
-    return replace(layer, unused=others, weight=None if name.endswith(WEIGHT) else name)
+    unused = tuple(each for each in of_inputs if each in found.checkpoint)
+    return replace(layer, unused=unused, weight=None if name.endswith(WEIGHT) else name)
+
+
+def _int4(parts: Mapping[str, TensorSpec]) -> Signature | None:
+    """The format of an Int4Tensor; None if its parts do not fit each other, or hold a stack of matrices."""
+    codes, scale, zero = parts["weight"], parts["weight_scale"], parts.get("weight_zero_point")
+    if len(codes.shape) != 2 or len(scale.shape) != 2 or zero is None or not scale.shape[0]:
+        return None
+    rows, columns = codes.shape[0], 2 * codes.shape[1]
+    fmt = Scaled("int4", torch.int8, -(-columns // scale.shape[0]), has_zero_point=True, adds_zero_point=True)
+    codecs: dict[str, Codec] = {
+        "weight": SignedNibbles(),
+        "weight_scale": Transposed(),
+        "weight_zero_point": Transposed(),
+    }
+    return Signature(Smoothed(fmt) if "mul_scale" in parts else fmt, (rows, columns), codecs)
 
 
 TORCHAO = TorchAo()

@@ -3,7 +3,7 @@
 Scaled      NAME.weight             any element type [out, in]: E4M3, E5M2, 8-bit integers, 4-bit codes one a byte
             NAME.weight_scale       F32 [out, ceil(in / group)], one number for each row and group of columns
             NAME.weight_zero_point  F32 of that shape, where codes are not symmetric
-            W = (code - zero point) * scale
+            W = (code - zero point) * scale, or code * scale + zero point
 Spread      NAME.weight             E4M3, E5M2 or I8 of three dimensions or more: experts [E, out, in], convolutions
             NAME.weight_scale       F32, one number, or for each dimension 1, the same size, or a number of blocks
 Codebook    NAME.weight             U8 [out, in / 2], two codes a byte, even element in the high nibble
@@ -46,6 +46,7 @@ class Scaled(Format):
         dtype: of the elements
         group: columns that share a scale; None for the whole row
         has_zero_point: there is one for each scale
+        adds_zero_point: it is added to the scaled code, not subtracted from the code
         symmetric: the file says that every zero point is the middle code
         static: the layer stores NAME.input_scale, F32 []
     """
@@ -56,6 +57,7 @@ class Scaled(Format):
     has_zero_point: bool = False
     static: bool = False
     symmetric: bool = False
+    adds_zero_point: bool = False
 
     @property
     def encoding(self) -> Encoding:
@@ -91,9 +93,12 @@ class Scaled(Format):
 
     def dequantize(self, tensors: Mapping[str, Tensor]) -> Tensor:
         values = tensors["weight"].float()
-        if self.has_zero_point:
-            values = values - self._spread(tensors["weight_zero_point"], values.shape[1])
-        return values * self._spread(tensors["weight_scale"].float(), values.shape[1])
+        columns = values.shape[1]
+        scales = self._spread(tensors["weight_scale"].float(), columns)
+        if not self.has_zero_point:
+            return values * scales
+        zeros = self._spread(tensors["weight_zero_point"], columns)
+        return values * scales + zeros if self.adds_zero_point else (values - zeros) * scales
 
     def _spread(self, numbers: Tensor, columns: int) -> Tensor:
         return numbers if self.group is None else numbers.repeat_interleave(self.group, dim=1)[:, :columns]

@@ -33,6 +33,9 @@ from omni_convert.formats.errors import CheckpointError
 from omni_convert.formats.format import Format
 from omni_convert.formats.rows import TensorLayout
 
+# What the names of packed codes end in, and those of the weights that they stand for do not.
+PACKED = "_packed"
+
 __all__ = [
     "QuantizedCheckpoint",
     "QuantizedLayer",
@@ -209,7 +212,7 @@ def _stored_layers(found: Found, dialect: Dialect) -> Iterator[StoredLayer | Lay
         yield stored
     for stored in layers_named_otherwise(found, used):
         if isinstance(stored, StoredLayer):
-            (name,) = dialect.kept_names(found, [stored.name_of("weight")])
+            (name,) = dialect.kept_names(found, [stored.name_of("weight").removesuffix(PACKED)])
             is_usual = name.endswith(WEIGHT)
             stored = replace(stored, stem=name.removesuffix(WEIGHT), weight=None if is_usual else name)
         yield stored

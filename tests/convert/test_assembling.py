@@ -157,10 +157,9 @@ def test_weights_of_another_model_are_refused(sizes: dict[str, int], message: st
     [
         ({"component": {"transformer": "gone.safetensors"}}, "no such file"),
         ({"component": {"unet": "FILE"}}, "expected one of"),
-        ({"component": {"transformer": "FILE"}, "method": "none"}, "dequantize"),
         ({"component": {"transformer": "FILE"}, "calib": Path("prompts.txt")}, "--calib"),
     ],
-    ids=["no file", "no component", "no method", "calibrating"],
+    ids=["no file", "no component", "calibrating"],
 )
 def test_what_cannot_be_assembled_is_said_at_once(
     recipe: dict[str, object], message: str, base: Path, tmp_path: Path

@@ -13,6 +13,7 @@ from torch import Tensor
 from omni_convert.convert import Recipe, convert_checkpoint
 from omni_convert.convert.inspection.verification import verify_source
 from omni_convert.convert.source.location import resolve_source
+from omni_convert.formats.arithmetic.e2m1 import E2M1_VALUES
 from omni_convert.formats.checks.meaning import open_quantized
 from omni_convert.formats.errors import CheckpointError
 
@@ -138,3 +139,31 @@ def test_keeping_what_no_dialect_spells_is_refused(tmp_path: Path) -> None:
     model = write(tmp_path, {EXPERTS: codes(4, 256, 128), f"{EXPERTS}_scale_inv": scales(4, 2, 1)}, BLOCKWISE)
     with pytest.raises(CheckpointError, match=r"gate_up_proj.*no dialect"):
         convert_checkpoint(model, tmp_path / "out", Recipe(method="keep", dialect="transformers"))
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float8_e8m0fnu], ids=["bytes", "E8M0"])
+@pytest.mark.parametrize(
+    ("ending", "packed", "block"),
+    [("_scale_inv", False, 128), ("_weight_scale", False, 32), ("_scale", True, 32)],
+    ids=["blocks", "MXFP8", "MXFP4"],
+)
+def test_scales_of_experts_may_be_powers_of_two(
+    tmp_path: Path, dtype: torch.dtype, ending: str, packed: bool, block: int
+) -> None:
+    rows = 256 // block if ending == "_scale_inv" else 256
+    exponents = torch.randint(110, 125, (4, rows, 128 // block), dtype=torch.uint8)
+    scale = torch.exp2(exponents.float() - 127)
+    nibbles = torch.randint(0, 16, (4, 256, 128))
+    weight = torch.tensor(E2M1_VALUES)[nibbles] if packed else codes(4, 256, 128).float()
+    stored = nibbles[..., ::2] | nibbles[..., 1::2] << 4
+    tensor = stored.to(torch.uint8) if packed else codes(4, 256, 128)
+    name = f"{EXPERTS}_packed" if packed else EXPERTS
+    block_of = COMPRESSED | ({"format": "mxfp4-pack-quantized"} if packed else {})
+    model = write(tmp_path, {name: tensor, f"{EXPERTS}{ending}": exponents.view(dtype)}, block_of)
+    wanted = weight * scale.repeat_interleave(256 // rows, 1).repeat_interleave(block, 2)
+    convert_checkpoint(model, tmp_path / "out", Recipe(method="dequantize"))
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    assert tensors[EXPERTS].float().equal(wanted.bfloat16().float())
+    assert tensors.keys().isdisjoint({f"{EXPERTS}{ending}", f"{EXPERTS}_packed"})
+    (verified,) = verify_source(resolve_source(model))
+    assert not [finding for finding in verified.findings if finding.severity == "error" and EXPERTS in finding.layer]

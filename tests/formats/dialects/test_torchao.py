@@ -46,7 +46,7 @@ def check(folder: Path, output: Path, wanted: torch.Tensor) -> None:
     assert stored[f"{STEM}.weight"].equal(wanted.bfloat16())
 
 
-@pytest.mark.parametrize("config", ["Float8WeightOnlyConfig", "Int8WeightOnlyConfig"])
+@pytest.mark.parametrize("config", ["Float8WeightOnlyConfig", "Int8WeightOnlyConfig", "IntxWeightOnlyConfig"])
 def test_what_torchao_writes(import_peer: Callable[[str], ModuleType], tmp_path: Path, config: str) -> None:
     quantization = import_peer("torchao.quantization")
     support = import_peer("torchao.prototype.safetensors.safetensors_support")
@@ -54,6 +54,9 @@ def test_what_torchao_writes(import_peer: Callable[[str], ModuleType], tmp_path:
     model = nn.ModuleDict({"layers": nn.ModuleList([nn.ModuleDict({"proj": nn.Linear(128, 64, bias=False)})])})
     model = model.bfloat16()
     options = {"version": 2} if config.startswith("Int8") else {}
+    if config.startswith("Intx"):
+        granularity = import_peer("torchao.quantization.granularity").PerGroup(32)
+        options = {"weight_dtype": torch.int4, "granularity": granularity}
     quantization.quantize_(model, getattr(quantization, config)(**options))
     tensors, header = support.flatten_tensor_state_dict(model.state_dict())
     wanted = model.state_dict()[f"{STEM}.weight"].dequantize().float()
@@ -95,3 +98,36 @@ def test_other_tensors_are_named(tmp_path: Path, kind: str, message: str) -> Non
             convert_checkpoint(model, tmp_path / method, Recipe(method=method, runtime="diffusers"))
     (verified,) = verify_source(resolve_source(model))
     assert any("torchao" in finding.what for finding in verified.findings if finding.severity == "error")
+
+
+@pytest.mark.parametrize("is_smoothed", [False, True], ids=["plain", "smoothed"])
+def test_plain_int4(import_peer: Callable[[str], ModuleType], tmp_path: Path, *, is_smoothed: bool) -> None:
+    """Packed and flattened by torchao: the zero point is added to the scaled code."""
+    kind = import_peer("torchao.quantization").Int4Tensor
+    support = import_peer("torchao.prototype.safetensors.safetensors_support")
+    draw = torch.Generator().manual_seed(0)
+    codes = torch.randint(-8, 8, (64, 128), generator=draw, dtype=torch.int8)
+    scale, zero = (torch.rand(4, 64, generator=draw).bfloat16() / 100 for _ in range(2))
+    factors = torch.rand(128, generator=draw).bfloat16() + 0.5 if is_smoothed else None
+    packed = (codes[:, ::2] & 0xF) | (codes[:, 1::2] << 4)
+    weight = kind(packed, scale, zero, [1, 32], torch.Size((64, 128)), factors)
+    tensors, header = support.flatten_tensor_state_dict({f"{STEM}.weight": weight})
+    wanted = codes * scale.T.float().repeat_interleave(32, 1) + zero.T.float().repeat_interleave(32, 1)
+    wanted = wanted if factors is None else wanted * factors.float()
+    check(write(tmp_path / "model", tensors, header), tmp_path / "out", wanted)
+
+
+@pytest.mark.parametrize("kind", ["Int8Tensor", "IntxUnpackedToInt8Tensor"])
+def test_smoothed_inputs_are_multiplied_in(tmp_path: Path, kind: str) -> None:
+    codes, scale = torch.randint(-128, 128, (64, 128)).to(torch.int8), torch.rand(64, 1) / 100
+    factors = torch.rand(128) + 0.5
+    static = {"act_quant_scale": torch.ones(1), "act_quant_zero_point": torch.zeros(1)}
+    model = write(tmp_path / "model", *described(kind, qdata=codes, scale=scale, act_pre_scale=factors, **static))
+    check(model, tmp_path / "out", codes * scale * factors)
+
+
+def test_a_part_of_unknown_meaning_is_refused(tmp_path: Path) -> None:
+    parts = {"qdata": CODES, "scale": torch.ones(64, 1), "row_scale": torch.full((64, 1), 2.0)}
+    model = write(tmp_path / "model", *described("Float8Tensor", **parts))
+    with pytest.raises(CheckpointError, match="row_scale"):
+        convert_checkpoint(model, tmp_path / "out", Recipe(method="dequantize"))
