@@ -16,6 +16,7 @@ from omni_convert.convert.inspection.lost_block import dialect_of_lost_block
 from omni_convert.convert.plan.reencoding import keeping_options, vllm_omni_refusal
 from omni_convert.convert.recipe import Recipe
 from omni_convert.convert.report import size_text
+from omni_convert.convert.source.built_model import names_in_model
 from omni_convert.convert.source.component_folder import ComponentFolder, folders_with_weights
 from omni_convert.convert.source.location import Source
 from omni_convert.convert.source.original_names import layers_under_diffusers_names
@@ -139,7 +140,7 @@ def _runtimes(component: ComponentFolder, opened: QuantizedCheckpoint, doubt: st
     else:
         found = dialect.verdicts(JudgedComponent(formats, refusal, opened.checkpoint, family))
         found = with_remedy(found, lambda runtime: _keeping_options(component, opened, runtime))
-    flaw = incomplete(opened)
+    flaw = incomplete(opened, names_in_model(opened.checkpoint, component.config_if_any))
     if flaw is None:
         return found if doubt is None else if_incomplete(found, (OURS,), doubt)
     # vLLM-Omni leaves a missing scale unset, with a warning.

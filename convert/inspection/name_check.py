@@ -6,21 +6,18 @@ names differ from those of the class, is not checked: a false alarm would be wor
 
 from __future__ import annotations
 
-import inspect
 import math
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch.nn.modules.module import register_module_module_registration_hook
 
+from omni_convert.convert.source.built_model import built_model
 from omni_convert.convert.source.original_names import (
     convert_names,
     may_have_original_names,
-    quiet,
     shapes_of,
 )
 from omni_convert.formats.checks.reading import TolerantReading
@@ -33,13 +30,8 @@ from omni_convert.formats.views.base import dequantized_view
 
 __all__ = ["check_converted_names", "check_names", "has_converted_names"]
 
-# A config with more layers or blocks is not believed; no real model has more.
-LARGEST_COUNT = 1000
-# Ten times those of the largest model; so many are built within seconds, whatever a config asks for.
-MOST_MODULES = 50_000
 # Findings of each kind; the last tells how many more there are.
 MOST_FINDINGS = 20
-COUNT = re.compile(r"layers|blocks|depth|num_.*layer")
 #: Names that libraries translate while they load: of attention in old VAEs of diffusers.
 TRANSLATED = re.compile(r"\.(query|key|value|proj_attn)\.(weight|bias)$")
 
@@ -188,17 +180,8 @@ def _unknown(name: str, class_name: str) -> Finding:
 
 def _expected(config: Mapping[str, Any]) -> _Expected | None:
     """The tensors of the class that a config names; None if the class cannot be built."""
-    plain = {key: value for key, value in config.items() if key != "quantization_config"}
-    is_of_diffusers = "_class_name" in plain
-    if not (is_of_diffusers or "model_type" in plain):
-        return None
-    try:
-        if not _is_plausible(plain):
-            return None
-        with quiet("diffusers" if is_of_diffusers else "transformers"), _bounded(), torch.device("meta"):
-            model = _of_diffusers(plain) if is_of_diffusers else _of_transformers(plain)
-    except Exception:  # noqa: BLE001  # constructors fail in any way with configs that nobody has tried
-        return None
+    is_of_diffusers = "_class_name" in config
+    model = built_model(config)
     if model is None:
         return None
     patterns = (getattr(model, f"_keys_to_ignore_on_load_{kind}", None) or () for kind in ("missing", "unexpected"))
@@ -221,53 +204,3 @@ def _ties(model: torch.nn.Module) -> Iterator[frozenset[str]]:
     later = getattr(model, "all_tied_weights_keys", None)
     if isinstance(later, Mapping):
         yield from (frozenset(pair) for pair in later.items())
-
-
-def _is_plausible(settings: Any, key: str = "") -> bool:
-    """Whether every count of layers is one that a real model may have."""
-    if isinstance(settings, Mapping):
-        return all(_is_plausible(value, str(inner)) for inner, value in settings.items())
-    if isinstance(settings, list):
-        return all(_is_plausible(value, key) for value in settings)
-    return not (isinstance(settings, int) and settings > LARGEST_COUNT and COUNT.search(key))
-
-
-@contextmanager
-def _bounded() -> Iterator[None]:
-    """Raises once more modules are built than any model has: counts that are plausible alone may multiply."""
-    built = 0
-
-    def count(*_: object) -> None:
-        nonlocal built
-        built += 1
-        if built > MOST_MODULES:
-            raise RuntimeError(f"found more than {MOST_MODULES} modules, expected a model")
-
-    hook = register_module_module_registration_hook(count)
-    try:
-        yield
-    finally:
-        hook.remove()
-
-
-def _of_diffusers(config: Mapping[str, Any]) -> torch.nn.Module | None:
-    import diffusers
-
-    known = getattr(diffusers, model_class(config), None)
-    if not (isinstance(known, type) and issubclass(known, diffusers.ModelMixin)):
-        return None
-    if config.keys().isdisjoint(inspect.signature(known).parameters):
-        return None  # the config names the class, but no size
-    built: torch.nn.Module = known.from_config(dict(config))  # type: ignore[attr-defined]  # diffusers is untyped
-    return built
-
-
-def _of_transformers(config: Mapping[str, Any]) -> torch.nn.Module | None:
-    import transformers
-
-    known = getattr(transformers, model_class(config), None)
-    if not (isinstance(known, type) and issubclass(known, transformers.PreTrainedModel)) or "model_type" not in config:
-        return None
-    settings: Any = known.config_class  # type: ignore[attr-defined]  # mypy keeps `type`, for the class is not typed
-    built: torch.nn.Module = known(settings.from_dict(dict(config)))
-    return built

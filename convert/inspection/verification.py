@@ -21,6 +21,7 @@ import torch
 from omni_convert.convert.inspection.lost_block import dialect_of_lost_block
 from omni_convert.convert.inspection.name_check import check_converted_names, check_names, has_converted_names
 from omni_convert.convert.inspection.reference_check import Comparison, bits_of
+from omni_convert.convert.source.built_model import names_in_model
 from omni_convert.convert.source.component import plain_weights
 from omni_convert.convert.source.component_folder import ComponentFolder, folders_with_weights
 from omni_convert.convert.source.file_check import check_files
@@ -119,7 +120,8 @@ def _verify(component: ComponentFolder, reference: Source | None, progress: Call
         except CheckpointError as error:
             return _unopened(component, error)
         quantized = reading.quantized
-        findings = [*reading.findings, *check_block(reading, config), *_scope(component, reading)]
+        names = names_in_model(checkpoint, config) if quantized.layers else {}
+        findings = [*reading.findings, *check_block(reading, config, names), *_scope(component, reading)]
         findings += _names(component, reading, config)
         compared = reference if quantized.shown_dialect is not None else None
         with nullcontext() if compared is None else _open_reference(compared, component.name, config) as original:

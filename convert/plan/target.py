@@ -18,6 +18,7 @@ from omni_convert.convert.plan.file_names import FileNames, comfyui_names
 from omni_convert.convert.plan.shared_encoder import unquantized_encoder_layers
 from omni_convert.convert.plan.steps import Step, dtype_of_copy
 from omni_convert.convert.recipe import Recipe
+from omni_convert.convert.source.built_model import stems_in_model
 from omni_convert.convert.source.component import SourceComponent
 from omni_convert.convert.source.original_names import quiet
 from omni_convert.formats.checks.stage import fp8_refusal
@@ -291,6 +292,8 @@ class RuntimeTarget(Target):
             ignored |= {*unquantized_encoder_layers(component.source, component.family, encoder)}
         if not self.dialect.lists_built_layers:
             ignored |= {*other_linears(component.weights, formats)}
+        if component.is_encoder and self.dialect.looks_up_model_names:
+            ignored |= {*stems_in_model(component.weights, component.config, ignored)}
         block = self.dialect.encoder_block if component.is_encoder else self.dialect.block
         return block(formats, ignored)
 

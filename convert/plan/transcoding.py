@@ -8,7 +8,9 @@ from omni_convert.convert.plan.component_plan import ComponentPlan, plan_files, 
 from omni_convert.convert.plan.reencoding import Reencoding, reencode
 from omni_convert.convert.plan.shared_encoder import unquantized_encoder_layers
 from omni_convert.convert.plan.steps import CopyStep, dtype_of_copy, outputs
+from omni_convert.convert.plan.target import other_linears
 from omni_convert.convert.recipe import Recipe
+from omni_convert.convert.source.built_model import stems_in_model
 from omni_convert.convert.source.component import SourceComponent
 from omni_convert.formats.containers.checkpoint import Checkpoint
 from omni_convert.formats.dialects.table import DIALECTS
@@ -77,4 +79,8 @@ def _reencoding(component: SourceComponent, recipe: Recipe, encoder: ComponentPl
     if family is not None and component.is_denoiser:
         stems = encoder.quantized_stems if encoder is not None else ()
         others = unquantized_encoder_layers(component.source, family, stems)
+    if component.is_transformers and DIALECTS[recipe.dialect].looks_up_model_names:
+        opened = component.opened
+        kept = other_linears({name: opened.checkpoint[stored] for name, stored in opened.kept.items()})
+        others += stems_in_model(opened.checkpoint, component.config_if_any, kept)
     return reencode(component.opened, family, recipe, others, is_transformers=component.is_transformers)

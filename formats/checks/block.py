@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 from typing import Any
 
 from omni_convert.formats.checks.reading import TolerantReading
@@ -16,11 +17,14 @@ from omni_convert.formats.finding import Finding
 __all__ = ["check_block"]
 
 
-def check_block(reading: TolerantReading, config: Mapping[str, Any]) -> Iterator[Finding]:
+def check_block(
+    reading: TolerantReading, config: Mapping[str, Any], names: Mapping[str, str] = MappingProxyType({})
+) -> Iterator[Finding]:
     """Everything that is wrong with what is declared about a component.
 
     Args:
         config: its config.json; {} if there is none
+        names: see `unlisted_linears`
     """
     dialect = None if reading.quantized.dialect is None else DIALECTS[reading.quantized.dialect]
     if dialect is None or dialect.declared_by != "block":
@@ -31,7 +35,7 @@ def check_block(reading: TolerantReading, config: Mapping[str, Any]) -> Iterator
         is_of_diffusers = dialect.fills_vllm_omni_parameters and "_class_name" in config
         has_stages = find_family(model_class(config)).stage is not None
         if not is_of_diffusers and not has_stages:  # of these, `check_scope` knows what vLLM-Omni builds
-            yield from check_unlisted(reading.quantized)
+            yield from check_unlisted(reading.quantized, names)
 
 
 def _unexplained_block(reading: TolerantReading, config: Mapping[str, Any], *, is_bare: bool) -> Iterator[Finding]:

@@ -60,8 +60,12 @@ def without_weight(checkpoint: Checkpoint, stem: str) -> str | None:
     return f"found {listed(shown, LEAVES_SHOWN)} without a weight"
 
 
-def incomplete(quantized: QuantizedCheckpoint) -> Flaw | None:
-    """The first flaw of a checkpoint; None if its names show none."""
+def incomplete(quantized: QuantizedCheckpoint, names: Mapping[str, str]) -> Flaw | None:
+    """The first flaw of a checkpoint; None if its names show none.
+
+    Args:
+        names: see `unlisted_linears`
+    """
     if quantized.dialect is None or _is_container(quantized.dialect):
         return None
     shapes = {stem: layer.shape for stem, layer in quantized.layers.items()}
@@ -72,7 +76,7 @@ def incomplete(quantized: QuantizedCheckpoint) -> Flaw | None:
     if (
         stray is None
         and not DIALECTS[quantized.dialect].fills_vllm_omni_parameters
-        and (stems := unlisted_linears(quantized))
+        and (stems := unlisted_linears(quantized, names))
     ):
         return Flaw(f"found {shown_unlisted(stems)}")
     return stray

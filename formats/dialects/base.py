@@ -215,7 +215,9 @@ class Dialect(ABC):
     lists_runtime_names: bool = False
     #: Whether scales in BF16 are those with which its writers made the codes, so that nothing is lost.
     has_low_precision_scales: bool = False
-    #: The same for tensors with these canonical suffixes alone.
+    #: Whether transformers reads it, which looks layers up by the names in its model, where files have others.
+    looks_up_model_names: bool = False
+    #: The same as `has_low_precision_scales` for tensors with these canonical suffixes alone.
     low_precision_parts: tuple[str, ...] = ()
     #: Whether its block names the blocks that are quantized, so that stages with others leave it aside.
     names_quantized_blocks: bool = False

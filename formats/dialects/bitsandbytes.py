@@ -97,6 +97,7 @@ class BitsAndBytes(Dialect):
     """See the module."""
 
     name = "bitsandbytes"
+    looks_up_model_names = True
     consumers = "diffusers, transformers"
     usual_verdicts = (
         Verdict(VLLM_OMNI, "refuses", "quantizes with bitsandbytes online only, and knows no key of its block"),

@@ -75,6 +75,7 @@ class CompressedTensors(Dialect):
     name = "compressed-tensors"
     consumers = "vLLM, transformers"
     has_low_precision_scales = True
+    looks_up_model_names = True
     usual_verdicts = (
         Verdict(VLLM_OMNI, "refuses", "the name of the method is not in its registry; -m keep --dialect vllm-omni"),
         UNKNOWN_METHOD,

@@ -72,6 +72,7 @@ class Transformers(Dialect):
     name = "transformers"
     consumers = "transformers"
     has_low_precision_scales = True
+    looks_up_model_names = True
     usual_verdicts = (
         Verdict(
             VLLM_OMNI, "refuses", "unknown keys, or without its flag quantized online; -m keep --dialect vllm-omni"
