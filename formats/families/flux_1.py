@@ -20,6 +20,7 @@ __all__ = [
     "MLP_EMBEDDER",
     "ORIGINAL_DOUBLE",
     "ORIGINAL_DOUBLE_ATTENTION",
+    "ORIGINAL_DOUBLE_MODULATION_AND_MLP",
     "ORIGINAL_EMBEDDERS",
     "ORIGINAL_MODULATION",
     "ORIGINAL_SINGLE",
@@ -47,6 +48,18 @@ ORIGINAL_DOUBLE_ATTENTION = (
         ORIGINAL_DOUBLE,
         DOUBLE,
     ),
+)
+ORIGINAL_DOUBLE_MODULATION_AND_MLP = renamed(
+    {
+        "img_mod.lin": "norm1.linear",
+        "txt_mod.lin": "norm1_context.linear",
+        "img_mlp.0": "ff.net.0.proj",
+        "img_mlp.2": "ff.net.2",
+        "txt_mlp.0": "ff_context.net.0.proj",
+        "txt_mlp.2": "ff_context.net.2",
+    },
+    ORIGINAL_DOUBLE,
+    DOUBLE,
 )
 ORIGINAL_SINGLE_NORMS = renamed(
     {"norm.query_norm.scale": "attn.norm_q.weight", "norm.key_norm.scale": "attn.norm_k.weight"},
@@ -83,18 +96,7 @@ FLUX_1 = Family(
         *renamed(MLP_EMBEDDER, "vector_in.", "time_text_embed.text_embedder."),
         *renamed(MLP_EMBEDDER, "guidance_in.", "time_text_embed.guidance_embedder."),
         *ORIGINAL_DOUBLE_ATTENTION,
-        *renamed(
-            {
-                "img_mod.lin": "norm1.linear",
-                "txt_mod.lin": "norm1_context.linear",
-                "img_mlp.0": "ff.net.0.proj",
-                "img_mlp.2": "ff.net.2",
-                "txt_mlp.0": "ff_context.net.0.proj",
-                "txt_mlp.2": "ff_context.net.2",
-            },
-            ORIGINAL_DOUBLE,
-            DOUBLE,
-        ),
+        *ORIGINAL_DOUBLE_MODULATION_AND_MLP,
         joined(
             "single_blocks.{}.linear1", "single_transformer_blocks.{}", *(f"attn.{part}" for part in QKV), "proj_mlp"
         ),

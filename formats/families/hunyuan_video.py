@@ -11,6 +11,7 @@ from omni_convert.formats.families.flux_1 import (
     DOUBLE,
     ORIGINAL_DOUBLE,
     ORIGINAL_DOUBLE_ATTENTION,
+    ORIGINAL_DOUBLE_MODULATION_AND_MLP,
     ORIGINAL_MODULATION,
 )
 from omni_convert.formats.families.layers import ADDED_QKV, DOUBLE_STREAM_ATTENTION, QKV, linears
@@ -74,18 +75,7 @@ ORIGINAL_JOINED_ATTENTION = (
 TRAINER_NAMES = (
     *ORIGINAL_JOINED_ATTENTION,
     *ORIGINAL_DOUBLE_ATTENTION,
-    *renamed(
-        {
-            "img_mod.lin": "norm1.linear",
-            "txt_mod.lin": "norm1_context.linear",
-            "img_mlp.0": "ff.net.0.proj",
-            "img_mlp.2": "ff.net.2",
-            "txt_mlp.0": "ff_context.net.0.proj",
-            "txt_mlp.2": "ff_context.net.2",
-        },
-        ORIGINAL_DOUBLE,
-        DOUBLE,
-    ),
+    *ORIGINAL_DOUBLE_MODULATION_AND_MLP,
 )
 
 HUNYUAN_VIDEO_15 = Family(
