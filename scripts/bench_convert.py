@@ -89,11 +89,15 @@ class Run:
     peak_memory: int
 
 
-def write_transformer(folder: Path, gigabytes: float, shards: int) -> None:
-    """A Z-Image transformer of about this size, random bf16 values, in so many shards."""
+def write_transformer(folder: Path, gigabytes: float, shards: int, **config: int) -> None:
+    """A Z-Image transformer of about this size, random bf16 values, in so many shards.
+
+    Args:
+        config: arguments of the class, so that other components fit
+    """
     layers = max(1, round(gigabytes * 1e9 / BLOCK_BYTES) - 2)
     with torch.device("meta"):
-        model = ZImageTransformer2DModel(n_layers=layers, n_refiner_layers=1)
+        model = ZImageTransformer2DModel(n_layers=layers, n_refiner_layers=1, **config)
     specs = [TensorSpec(name, torch.bfloat16, tuple(tensor.shape)) for name, tensor in model.state_dict().items()]
     limit = sum(spec.nbytes for spec in specs) // shards + 100_000_000
     plan = plan_shards(specs, limit, "diffusion_pytorch_model.safetensors")

@@ -53,9 +53,7 @@ def run_jobs(
             after_group([position])
         return results
     for start in range(0, len(jobs), MOST_PROMPTS):
-        lockstep: Lockstep[Result] = Lockstep(streamer, after_group, start)
-        results += lockstep.run(jobs[start : start + MOST_PROMPTS])
-        logger.info("prompts ran in groups of %s", ", ".join(map(str, lockstep.groups)))
+        results += Lockstep[Result](streamer, after_group, start).run(jobs[start : start + MOST_PROMPTS])
     return results
 
 
@@ -86,11 +84,7 @@ class _Runner(Generic[Result]):
 
 
 class Lockstep(Generic[Result]):
-    """Runs jobs that all run one streamed pipeline.
-
-    Attributes:
-        groups: sizes of the groups that have denoised together
-    """
+    """Runs jobs that all run one streamed pipeline."""
 
     def __init__(
         self, streamer: Streamer, after_group: Callable[[Sequence[int]], None] = lambda _: None, first: int = 0
@@ -101,7 +95,6 @@ class Lockstep(Generic[Result]):
             after_group: called with the positions of the jobs of each group that has finished
             first: the position of the first job
         """
-        self.groups: list[int] = []
         self._streamer = streamer
         self._after_group = after_group
         self._first = first
@@ -201,7 +194,8 @@ class Lockstep(Generic[Result]):
     def _end_group(self) -> None:
         group, self._group = self._group, []
         if group:
-            self.groups.append(len(group))
+            logger.info("a group of %d prompts has run", len(group))
+            self._streamer.groups.append(len(group))
             self._after_group([self._first + index for index in group])
 
     def _abandon(self) -> None:

@@ -123,6 +123,7 @@ class Streamer:
         gate: waits until this thread may run a part; None where there is one thread
         at_give_up: called with a component and the name of its block when that is given up
         read_bytes: component → bytes of parts that were brought
+        groups: sizes of the groups of prompts that have shared its blocks
     """
 
     def __init__(self, device: torch.device, limit: int | None = None) -> None:
@@ -137,6 +138,7 @@ class Streamer:
         self.gate: Gate | None = None
         self.at_give_up: Callable[[str, str], None] | None = None
         self.read_bytes: dict[str, int] = {}
+        self.groups: list[int] = []
         self._parts: dict[str, list[Part]] = {}
         self._rest: Part | None = None
         self._block: Part | None = None

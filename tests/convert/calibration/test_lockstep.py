@@ -66,10 +66,9 @@ def test_each_block_is_read_once_a_call_for_all_prompts(models: tuple[Streamer, 
     jobs = [job_of(models, seed, steps=3) for seed in range(4)]
     alone = [job() for job in jobs]
     streamer.read_bytes = dict.fromkeys(streamer.read_bytes, 0)
-    lockstep: Lockstep[Tensor] = Lockstep(streamer)
-    together = lockstep.run(jobs)
+    together = Lockstep[Tensor](streamer).run(jobs)
     assert all(torch.equal(*pair) for pair in zip(together, alone, strict=True))
-    assert lockstep.groups == [4]
+    assert streamer.groups == [4]
     assert streamer.read_bytes == {
         "text_encoder": BLOCKS * BLOCK_BYTES,
         "transformer": 3 * BLOCKS * BLOCK_BYTES,
@@ -94,11 +93,10 @@ def test_a_group_holds_what_memory_has_room_for(
     input_bytes = 4 * 2 * WIDTH
     monkeypatch.setattr(Streamer, "room", lambda _: (24 + 2 * 4) * input_bytes)
     finished: list[list[int]] = []
-    lockstep: Lockstep[Tensor] = Lockstep(streamer, lambda group: finished.append(list(group)))
-    together = lockstep.run(jobs)
+    together = Lockstep[Tensor](streamer, lambda group: finished.append(list(group))).run(jobs)
     assert all(torch.equal(*pair) for pair in zip(together, alone, strict=True))
     assert finished == [[0, 1], [2, 3], [4]]
-    assert lockstep.groups == [2, 2, 1]
+    assert streamer.groups == [2, 2, 1]
     assert streamer.read_bytes == {
         "text_encoder": BLOCKS * BLOCK_BYTES,
         "transformer": 3 * 2 * BLOCKS * BLOCK_BYTES,
