@@ -83,6 +83,7 @@ class Recipe(FormatChoices):
     Attributes:
         component: component to its method, or to a file with the weights that it gets in place of its own
         runtime: whose layer scope to obey; left empty, it becomes that of the dialect
+        config: file or repo id of the config of a model that is a single file
 
     Raises:
         RecipeError: no checkpoint could be converted with these options.
@@ -100,6 +101,7 @@ class Recipe(FormatChoices):
     dtype: str | None = None
     max_shard_size: str = "5GB"
     lora: tuple[LoraRequest, ...] = ()
+    config: str | None = None
 
     calib: Path | None = None
     calibration: tuple[Path, ...] = ()

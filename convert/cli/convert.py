@@ -47,6 +47,7 @@ __all__ = ["convert_command", "dequantize_command", "push_command"]
     "--dialect", type=click.Choice(WRITTEN), default="vllm-omni", show_default=True, help="Names and layout on disk."
 )
 @click.option("-o", "--output", help="Folder, or a URL for fsspec. Default: ./<model name>-<method>.")
+@click.option("--config", metavar="FILE|REPO_ID", help="Config of a single file that has none beside it.")
 @click.option("--calib", type=click.Path(path_type=Path), help="Prompts to calibrate on: one per line, or JSON Lines.")
 @click.option(
     "--calibration",

@@ -169,7 +169,9 @@ def _trouble(checkpoint: Checkpoint, tensors: Mapping[str, OriginalTensor], conf
     except CheckpointError as error:
         return str(error)
     assert back is not None, "it loads single files"
-    differing = sorted({name for name in back.keys() | checkpoint.keys() if not _is_whole(back, checkpoint, name)})
+    family = find_family(model_class(config))
+    names = {name for name in back.keys() | checkpoint.keys() if not family.is_spare(name)}
+    differing = sorted(name for name in names if not _is_whole(back, checkpoint, name))
     return f"it makes something else of '{differing[0]}'" if differing else None
 
 

@@ -72,6 +72,8 @@ class GgufTarget(Target):
         facts = self.component.family.gguf
         if any(matches(pattern, part) for pattern in facts.kept_layers for part in parts):
             return f"kept by ComfyUI-GGUF's quantizer for {facts.architecture}"
+        if any(self.component.family.is_spare(part) for part in parts):
+            return "is no layer of the model in diffusers"
         if any(self.component.weights[f"{part}{WEIGHT}"].elements <= SMALL_ELEMENTS for part in parts):
             return f"has {SMALL_ELEMENTS} elements or less"
         return None

@@ -64,7 +64,7 @@ def plan_quantized(
         target.weights,
         ordered,
         KeptLayer.of(kept),
-        replace_config(component.config, block, target.stage),
+        replace_config(component.written_config, block, target.stage),
         target.files(ordered, format_of),
         sidecars=target.sidecars(block, format_of, [spec.name for spec in outputs(ordered)]),
         notes=(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from omni_convert.convert.recipe import LoraRequest, Recipe
 from omni_convert.convert.source.component_folder import ComponentFolder
@@ -14,15 +15,25 @@ from omni_convert.convert.source.original_names import (
     layers_under_diffusers_names,
     layers_under_original_names,
     may_have_original_names,
-    missing_config,
+    prefixes_of,
     refuse_other_model,
     under_diffusers_names,
+    without_prefix,
+)
+from omni_convert.convert.source.single_file import (
+    derive_config,
+    missing_config,
+    read_given_config,
+    undecided_config,
 )
 from omni_convert.formats.containers.checkpoint import Checkpoint
+from omni_convert.formats.containers.tensor_spec import Run
 from omni_convert.formats.dialects.table import DIALECTS
 from omni_convert.formats.errors import CheckpointError, RecipeError, counted, quoted
+from omni_convert.formats.families.table import model_class
 from omni_convert.formats.views.base import FLOAT8, dequantized_view, marked_view
 from omni_convert.formats.views.opened import QuantizedCheckpoint
+from omni_convert.formats.views.renamed import renamed_view
 
 __all__ = ["SourceComponent", "cast_tensors", "open_components", "plain_weights"]
 
@@ -36,12 +47,19 @@ class SourceComponent(ComponentFolder):
         weights: the input of every method: plain numbers under diffusers' names, with LoRA files baked in
         loras: the LoRA files that are baked in
         notes: notes for the user on how `weights` were derived
+        is_config_certain: the config is that of the model, not only one with the same tensors
     """
 
     opened: QuantizedCheckpoint
     weights: Checkpoint
     loras: tuple[Lora, ...] = ()
     notes: tuple[str, ...] = ()
+    is_config_certain: bool = True
+
+    @property
+    def written_config(self) -> dict[str, Any]:
+        """The config for the result; {} if there is none that is certain."""
+        return self.config if self.is_config_certain else {}
 
     @property
     def is_changed(self) -> bool:
@@ -109,10 +127,52 @@ def open_components(source: Source, names: Iterable[str], recipe: Recipe) -> dic
     is_here = source.hub_files is None  # rows of a file on the Hub would have to be downloaded before the plan is made
     opened = {name: ComponentFolder(source, name).open(values=is_here) for name in names}
     components = {name: SourceComponent(source, name, opened[name], plain_weights(opened[name])) for name in opened}
+    components = {name: _with_config(component, recipe) for name, component in components.items()}
     components = {name: _named_for_recipe(component, recipe) for name, component in components.items()}
     requests, parts = check_requests(recipe.lora, opened)
     components |= {name: _baked(components[name], requests[name], parts, recipe) for name in requests}
     return {name: replace(each, weights=each.marked(each.weights, recipe)) for name, each in components.items()}
+
+
+def _with_config(component: SourceComponent, recipe: Recipe) -> SourceComponent:
+    """A single file with the config that the user names, or that its tensors tell.
+
+    Raises:
+        RecipeError: the model has configs of its own.
+        CheckpointError: the tensors do not tell it, and the result needs it.
+    """
+    if recipe.config is not None:
+        if component.name:
+            raise RecipeError(f"--config: found with {component.source.name}, whose components have their own configs")
+        return replace(component, given_config=read_given_config(recipe.config))
+    if component.has_config or component.path.is_dir() or recipe.is_transcoding:
+        return component
+    derived = derive_config(component.weights)
+    needs_none = recipe.method == "gguf" or DIALECTS[recipe.dialect].has_original_names
+    if derived is None and not needs_none:
+        raise missing_config(component.weights, component.config_path)
+    if derived is None:
+        return _of_unknown_model(component)
+    if derived.undecided and not needs_none:
+        raise undecided_config(derived, component.config_path)
+    found = f"{component.label}: no config.json beside it; by its tensors it is {model_class(derived.config)}"
+    return replace(
+        component,
+        given_config=derived.config,
+        is_config_certain=not derived.undecided,
+        notes=(found if not derived.undecided else f"{found}, of which they tell the names and not every setting",),
+    )
+
+
+def _of_unknown_model(component: SourceComponent) -> SourceComponent:
+    """A file whose names stay, but for a prefix, below which the denoising model of several is."""
+    weights = component.weights
+    prefix = next((prefix for prefix in prefixes_of(weights) if prefix.endswith("diffusion_model.")), "")
+    own = without_prefix(weights, prefix)
+    runs = {name: [Run(prefix + name, 0, spec.shape[0] if spec.shape else 1)] for name, spec in own.items()}
+    view = renamed_view(weights, runs, {name: spec.shape for name, spec in own.items()}) if prefix else weights
+    note = f"{component.label}: no config.json beside it, and its tensors do not tell the model: their names stay"
+    return replace(component, given_config={}, is_config_certain=False, weights=view, notes=(note,))
 
 
 def _named_for_recipe(component: SourceComponent, recipe: Recipe) -> SourceComponent:
@@ -143,16 +203,15 @@ def _renamed(component: SourceComponent, recipe: Recipe) -> SourceComponent:
         return component
     is_for_diffusers = is_kept and DIALECTS[recipe.dialect].has_diffusers_names
     if not component.has_config:
-        if component.path.is_file() and not recipe.is_transcoding:
-            raise missing_config(component.weights, component.config_path)
         return replace(component, notes=_unknown_names(component)) if is_for_diffusers else component
     if is_kept:
         if not is_for_diffusers:
             return component
         opened, notes = layers_under_diffusers_names(component.opened, component.config)
         return replace(component, opened=opened, weights=plain_weights(opened), notes=tuple(notes))
-    weights, notes = under_diffusers_names(component.weights, component.config, dialect)
-    return replace(component, weights=weights, notes=tuple(notes))
+    keeps_spare = recipe.method == "gguf" or DIALECTS[recipe.dialect].has_original_names
+    weights, notes = under_diffusers_names(component.weights, component.config, dialect, keeps_spare=keeps_spare)
+    return replace(component, weights=weights, notes=(*component.notes, *notes))
 
 
 def _unknown_names(component: SourceComponent) -> tuple[str, ...]:

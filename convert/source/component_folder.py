@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -36,10 +36,12 @@ class ComponentFolder:
     Attributes:
         source: the model
         name: the component's folder, or "" for a model that is a single component
+        given_config: its config from elsewhere than its folder, or None
     """
 
     source: Source
     name: str
+    given_config: Mapping[str, Any] | None = field(default=None, kw_only=True)
 
     @property
     def is_assembled(self) -> bool:
@@ -71,7 +73,7 @@ class ComponentFolder:
 
     @property
     def has_config(self) -> bool:
-        return self.config_path.is_file()
+        return self.given_config is not None or self.config_path.is_file()
 
     @cached_property
     def config(self) -> dict[str, Any]:
@@ -79,7 +81,7 @@ class ComponentFolder:
 
         The block of weights that are not taken is left out.
         """
-        config = read_json(self.config_path)
+        config = dict(self.given_config) if self.given_config is not None else read_json(self.config_path)
         return without_block(config) if self.is_assembled else config
 
     @property

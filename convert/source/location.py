@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import glob
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -18,7 +18,14 @@ if TYPE_CHECKING:
 
     from omni_convert.convert.source.hub_files import HubFile, HubFiles
 
-__all__ = ["DEMO_EVALUATION_PROMPTS", "DEMO_PIPELINE", "DEMO_PROMPTS", "Source", "resolve_source"]
+__all__ = [
+    "DEMO_EVALUATION_PROMPTS",
+    "DEMO_PIPELINE",
+    "DEMO_PROMPTS",
+    "Source",
+    "fetch_config",
+    "resolve_source",
+]
 
 DEMO_PIPELINE = Path(__file__).parents[1] / "demo" / "pipeline"
 DEMO_PROMPTS = Path(__file__).parents[1] / "demo" / "prompts.txt"
@@ -140,6 +147,22 @@ def _stream(repo_id: str, revision: str | None) -> Source:
     commit = str(info.sha)
     folder = _fetch(repo_id, commit, needed - weights)
     return Source(folder, repo_id, commit, hub_files=HubFiles(repo_id, commit, known, weights))
+
+
+def fetch_config(repo_id: str, places: Sequence[str]) -> Path:
+    """Downloads one file of a repository: the first of these that there is.
+
+    Raises:
+        HubError: this is no repository, it has none of them, or the Hub cannot deliver it.
+    """
+    if not REPO_ID.fullmatch(repo_id):
+        raise HubError(f"{repo_id}: nothing is there; expected a file, a folder, or a repo id like Qwen/Qwen-Image")
+    info = _ask_for_files(repo_id, None)
+    names = {file.rfilename for file in info.siblings or ()}
+    place = next((place for place in places if place in names), None)
+    if place is None:
+        raise HubError(f"{repo_id}: found none of {', '.join(places)}, expected a model of diffusers")
+    return _fetch(repo_id, str(info.sha), [place]) / place
 
 
 def _ask_for_files(repo_id: str, revision: str | None) -> ModelInfo:

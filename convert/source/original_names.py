@@ -7,6 +7,7 @@ diffusers' own conversion for the model class.
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Callable, Collection, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -33,12 +34,13 @@ __all__ = [
     "layers_under_original_names",
     "loads_single_files",
     "may_have_original_names",
-    "missing_config",
+    "prefixes_of",
     "quiet",
     "refuse_other_model",
     "shapes_of",
     "trace_conversion",
     "under_diffusers_names",
+    "without_prefix",
 ]
 
 # The prefix of files that diffusers writes; any other file may have the model's original names.
@@ -57,19 +59,32 @@ def may_have_original_names(checkpoint: Checkpoint, dialect: str | None = None) 
     return not is_for_diffusers or (dialect is not None and DIALECTS[dialect].has_original_names)
 
 
+def prefixes_of(checkpoint: Checkpoint) -> list[str]:
+    """What may stand before the names of the denoising model's tensors."""
+    return [prefix for prefix in PREFIXES if any(name.startswith(prefix) for name in checkpoint)]
+
+
+def without_prefix(checkpoint: Checkpoint, prefix: str) -> dict[str, TensorSpec]:
+    """The tensors whose names begin with a prefix, by the rest of their names."""
+    return {name.removeprefix(prefix): spec for name, spec in checkpoint.items() if name.startswith(prefix)}
+
+
 def under_diffusers_names(
-    checkpoint: Checkpoint, config: Mapping[str, Any], dialect: str | None = None
+    checkpoint: Checkpoint, config: Mapping[str, Any], dialect: str | None = None, *, keeps_spare: bool = False
 ) -> tuple[Checkpoint, list[str]]:
     """The checkpoint as diffusers would load it, and notes; the same checkpoint if there is nothing to rename.
 
     Args:
         config: the model's config in diffusers
         dialect: of its quantized layers; None if there are none
+        keeps_spare: whether tensors that diffusers' class does without stay, under their own names
 
     Raises:
         CheckpointError: the conversion fails, or its result is not the model of the config.
     """
-    renamed = convert_names(checkpoint, config) if may_have_original_names(checkpoint, dialect) else None
+    if not may_have_original_names(checkpoint, dialect):
+        return checkpoint, []
+    renamed = convert_names(checkpoint, config, keeps_spare=keeps_spare)
     return (checkpoint, []) if renamed is None else (renamed[0], [_note(checkpoint, config, renamed[1])])
 
 
@@ -107,8 +122,13 @@ def layers_under_original_names(
     return renamed, [f"{quantized.checkpoint.path.name}: renamed as {family.name}'s own code names its tensors"]
 
 
-def convert_names(checkpoint: Checkpoint, config: Mapping[str, Any]) -> tuple[CheckpointView, list[str]] | None:
-    """The checkpoint under diffusers' names, and the names of tensors that the model does not use.
+def convert_names(
+    checkpoint: Checkpoint, config: Mapping[str, Any], *, keeps_spare: bool = False
+) -> tuple[CheckpointView, list[str]] | None:
+    """The checkpoint under diffusers' names, and the names of tensors that are left out.
+
+    Args:
+        keeps_spare: whether tensors that diffusers' class does without stay, under their own names
 
     Returns:
         None if it has diffusers' names already, or nobody here knows others for the class
@@ -116,16 +136,14 @@ def convert_names(checkpoint: Checkpoint, config: Mapping[str, Any]) -> tuple[Ch
     Raises:
         CheckpointError: as `under_diffusers_names`.
     """
-    traced = _trace(checkpoint, config)
+    traced = _trace(checkpoint, config, keeps_spare=keeps_spare)
     return None if traced is None else (renamed_view(checkpoint, traced.runs, traced.shapes), traced.unused)
 
 
 def _note(checkpoint: Checkpoint, config: Mapping[str, Any], unused: Sequence[str]) -> str:
-    left_out = (
-        f"; left out {counted(len(unused), 'tensor')} that the model does not use, such as '{unused[0]}'"
-        if unused
-        else ""
-    )
+    parts = Counter(name.partition(".")[0] for name in unused)
+    counts = ", ".join(f"{part} ({counted(count, 'tensor')})" for part, count in parts.items())
+    left_out = f"; left out what the model does not use: {counts}" if unused else ""
     return f"{checkpoint.path.name}: renamed as diffusers names the tensors of {model_class(config)}{left_out}"
 
 
@@ -191,12 +209,12 @@ def trace_conversion(
         ) from None
 
 
-def _trace(checkpoint: Checkpoint, config: Mapping[str, Any]) -> _Traced | None:
+def _trace(checkpoint: Checkpoint, config: Mapping[str, Any], *, keeps_spare: bool = False) -> _Traced | None:
     import diffusers
 
     kind = model_class(config)
     family = find_family(kind)
-    prefixes = [prefix for prefix in PREFIXES if any(name.startswith(prefix) for name in checkpoint)]
+    prefixes = prefixes_of(checkpoint)
     is_known = family.original_names or prefixes or loads_single_files(kind)
     if not is_known or not hasattr(diffusers, kind):
         return None
@@ -205,9 +223,12 @@ def _trace(checkpoint: Checkpoint, config: Mapping[str, Any]) -> _Traced | None:
         return None
     specs = {name: TensorSpec(name, torch.float32, shape) for name, shape in shapes.items()}
     for prefix in ("", *prefixes):
-        stored = {name.removeprefix(prefix): spec for name, spec in checkpoint.items() if name.startswith(prefix)}
+        stored = without_prefix(checkpoint, prefix)
         known = family.diffusers_runs(specs, stored)
         if known is not None:
+            spare = {name: spec for name, spec in stored.items() if keeps_spare and family.is_spare(name)}
+            known |= {name: [Run(name, 0, spec.shape[0] if spec.shape else 1)] for name, spec in spare.items()}
+            shapes |= {name: spec.shape for name, spec in spare.items()}
             runs = {name: [replace(run, source=prefix + run.source) for run in found] for name, found in known.items()}
             used = {run.source for found in runs.values() for run in found}
             return _Traced(runs, shapes, sorted(checkpoint.keys() - used))
@@ -296,17 +317,3 @@ def quiet(library: Literal["diffusers", "transformers"]) -> Iterator[None]:
             yield
     finally:
         logging.set_verbosity(level)
-
-
-def missing_config(checkpoint: Checkpoint, path: Path) -> CheckpointError:
-    """The error for a single file without a config beside it; names the likely model, as diffusers detects it."""
-    from diffusers.loaders.single_file_utils import DIFFUSERS_DEFAULT_PIPELINE_PATHS, infer_diffusers_model_type
-
-    tensors = {name: torch.empty(spec.shape, device="meta") for name, spec in checkpoint.items()}
-    kind = infer_diffusers_model_type(tensors)
-    default = DIFFUSERS_DEFAULT_PIPELINE_PATHS.get(kind, {}).get("pretrained_model_name_or_path")
-    # diffusers answers "v1" for every model that it does not know.
-    whose = f", by its tensors perhaps that of {default}" if default and kind != "v1" else ""
-    return CheckpointError(
-        f"{path}: file missing, expected the config.json of the model in diffusers (its transformer folder){whose}"
-    )

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from omni_convert.formats.containers.tensor_spec import Run, TensorSpec
 from omni_convert.formats.errors import CheckpointError
+from omni_convert.formats.families.derived_config import ConfigRule
 from omni_convert.formats.families.generic_rule import generic_groups
 from omni_convert.formats.families.layers import (
     COMFYUI,
@@ -221,6 +222,7 @@ class Family:
         has_original_names: diffusers' names are those of the model's own code
         markers: key of the config → the tensor by which ComfyUI tells that it is true, whatever the tensor holds
         trainer_names: other names that trainers of LoRA give to modules
+        config: how the config follows from shapes; one rule for each class
         stage: the stage that is quantized, in a repository of transformers; None for a model of diffusers
     """
 
@@ -239,7 +241,12 @@ class Family:
     markers: tuple[tuple[str, str], ...] = ()
     trainer_names: tuple[OriginalName, ...] = ()
     gguf: GgufFacts = GgufFacts()
+    config: tuple[ConfigRule, ...] = ()
     stage: Stage | None = None
+
+    def is_spare(self, name: str) -> bool:
+        """Whether diffusers' class does without a tensor that the model's own code has."""
+        return name.startswith(tuple(prefix for rule in self.config for prefix in rule.spare))
 
     def markers_of(self, config: Mapping[str, object]) -> frozenset[str]:
         """Names of the marker tensors of the model that a config describes."""
@@ -386,7 +393,7 @@ class Family:
         Returns:
             None if these are not the tensors of the model under names that are known, diffusers' among them
         """
-        if specs.keys() <= stored.keys():
+        if all(name in stored and stored[name].elements == spec.elements for name, spec in specs.items()):
             return {name: [Run(name, 0, spec.shape[0] if spec.shape else 1)] for name, spec in specs.items()}
         return diffusers_runs(self.known_names, specs, stored)
 

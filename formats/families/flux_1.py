@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+from omni_convert.formats.families.derived_config import ConfigRule, Shapes, rotary_axes
 from omni_convert.formats.families.family import Family, GgufFacts, MethodNote
 from omni_convert.formats.families.layers import (
     ADDED_QKV,
@@ -26,6 +29,7 @@ __all__ = [
     "ORIGINAL_SINGLE",
     "ORIGINAL_SINGLE_NORMS",
     "SINGLE",
+    "single_and_double",
 ]
 
 ORIGINAL_DOUBLE, DOUBLE = "double_blocks.{}.", "transformer_blocks.{}."
@@ -67,6 +71,32 @@ ORIGINAL_SINGLE_NORMS = renamed(
     SINGLE,
 )
 ORIGINAL_MODULATION = OriginalName("final_layer.adaLN_modulation.1", ("norm_out.linear",), turned="always")
+
+
+def single_and_double(shapes: Shapes) -> dict[str, Any]:
+    """Settings that FLUX.1, Chroma and FLUX.2 have in common."""
+    inner, channels = shapes.rows("x_embedder.weight"), shapes.columns("x_embedder.weight")
+    head = shapes.rows("transformer_blocks.0.attn.norm_q.weight")
+    return {
+        "patch_size": 1,
+        "in_channels": channels,
+        "out_channels": shapes.rows("proj_out.weight"),
+        "num_layers": shapes.count("transformer_blocks.{}.attn.norm_q.weight"),
+        "num_single_layers": shapes.count("single_transformer_blocks.{}.attn.norm_q.weight"),
+        "attention_head_dim": head,
+        "num_attention_heads": inner // head,
+        "joint_attention_dim": shapes.columns("context_embedder.weight"),
+        "axes_dims_rope": rotary_axes(head),
+    }
+
+
+def _settings(shapes: Shapes) -> dict[str, Any]:
+    return {
+        **single_and_double(shapes),
+        "pooled_projection_dim": shapes.columns("time_text_embed.text_embedder.linear_1.weight"),
+        "guidance_embeds": "time_text_embed.guidance_embedder.linear_1.weight" in shapes,
+    }
+
 
 FLUX_1 = Family(
     name="FLUX.1",
@@ -118,4 +148,12 @@ FLUX_1 = Family(
         *renamed({"processor.proj_lora": "proj_out"}, ORIGINAL_SINGLE, SINGLE),
     ),
     gguf=GgufFacts("flux", has_converter=True),
+    config=(
+        ConfigRule(
+            "FluxTransformer2DModel",
+            ("time_text_embed.text_embedder.linear_1.weight", "single_transformer_blocks.0.norm.linear.weight"),
+            _settings,
+            {"axes_dims_rope": {"attention_head_dim": (128,)}},
+        ),
+    ),
 )

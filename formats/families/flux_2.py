@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+from omni_convert.formats.families.derived_config import ConfigRule, Shapes
 from omni_convert.formats.families.family import EncoderLayers, Family, GgufFacts
 from omni_convert.formats.families.flux_1 import (
     DOUBLE,
@@ -13,6 +16,7 @@ from omni_convert.formats.families.flux_1 import (
     ORIGINAL_SINGLE,
     ORIGINAL_SINGLE_NORMS,
     SINGLE,
+    single_and_double,
 )
 from omni_convert.formats.families.layers import DOUBLE_STREAM_ATTENTION, LayerPattern, linears, merged
 from omni_convert.formats.families.original_names import renamed
@@ -25,6 +29,18 @@ _ENCODER = "language_model.model.layers.{}"
 def _gate_up(stem: str) -> LayerPattern:
     """One tensor of two halves (gate, up) on disk, and two logical widths in the runtime."""
     return LayerPattern(stem, (stem,), is_fused=True)
+
+
+def _settings(shapes: Shapes) -> dict[str, Any]:
+    common = single_and_double(shapes)
+    inner = common["attention_head_dim"] * common["num_attention_heads"]
+    return {
+        **common,
+        "timestep_guidance_channels": shapes.columns("time_guidance_embed.timestep_embedder.linear_1.weight"),
+        "mlp_ratio": shapes.columns("transformer_blocks.0.ff.linear_out.weight") / inner,
+        "guidance_embeds": "time_guidance_embed.guidance_embedder.linear_1.weight" in shapes,
+        "axes_dims_rope": [common["attention_head_dim"] // 4] * 4,
+    }
 
 
 FLUX_2 = Family(
@@ -81,5 +97,13 @@ FLUX_2 = Family(
     gguf=GgufFacts(
         "flux",
         has_vllm_adapter=True,  # for klein alone, which the class does not tell
+    ),
+    config=(
+        ConfigRule(
+            "Flux2Transformer2DModel",
+            ("double_stream_modulation_img.linear.weight", "single_stream_modulation.linear.weight"),
+            _settings,
+            {"axes_dims_rope": {"attention_head_dim": (128,)}},
+        ),
     ),
 )

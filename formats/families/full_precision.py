@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
+from omni_convert.formats.families.derived_config import ConfigRule, Shapes
 from omni_convert.formats.families.family import Family, GgufFacts, RuntimeRefusal
-from omni_convert.formats.families.flux_1 import FLUX_1, ORIGINAL_MODULATION
+from omni_convert.formats.families.flux_1 import FLUX_1, ORIGINAL_MODULATION, single_and_double
 from omni_convert.formats.families.layers import ADDED_QKV, QKV, VLLM_OMNI
 from omni_convert.formats.families.original_names import OriginalName, joined, renamed, same
 from omni_convert.formats.families.wan import WAN
@@ -36,6 +40,17 @@ _WITHOUT_CLASS = (
     RuntimeRefusal(VLLM_OMNI, "neither vLLM-Omni 0.30.0 nor 0.32.0rc1 has a class for this model", is_final=True),
 )
 
+
+def _chroma_settings(shapes: Shapes) -> dict[str, Any]:
+    guidance = "distilled_guidance_layer"
+    return {
+        **single_and_double(shapes),
+        "approximator_num_channels": shapes.columns(f"{guidance}.in_proj.weight"),
+        "approximator_hidden_dim": shapes.rows(f"{guidance}.in_proj.weight"),
+        "approximator_layers": shapes.count(f"{guidance}.layers.{{}}.linear_1.weight"),
+    }
+
+
 CHROMA = Family(
     "Chroma",
     ("ChromaTransformer2DModel",),
@@ -54,7 +69,15 @@ CHROMA = Family(
         ),
     ),
     trainer_names=FLUX_1.trainer_names,
-    gguf=GgufFacts("flux"),  # whose readers tell Chroma by its tensors
+    gguf=GgufFacts("flux"),  # whose readers tell Chroma by its tensors,
+    config=(
+        ConfigRule(
+            "ChromaTransformer2DModel",
+            ("distilled_guidance_layer.in_proj.weight", "x_embedder.weight"),
+            _chroma_settings,
+            {"axes_dims_rope": {"attention_head_dim": (128,)}},
+        ),
+    ),
 )
 HUNYUAN_IMAGE_21 = Family("HunyuanImage-2.1", ("HunyuanImageTransformer2DModel",), refusals=_WITHOUT_CLASS)
 WAN_ANIMATE = Family(
@@ -86,6 +109,27 @@ def _joint_block(stream: str, attention: str, projections: tuple[str, ...], norm
         joined(f"{theirs}.qkv", ours, *projections),
         *renamed({"proj": attention, "ln_q": f"{norms}q", "ln_k": f"{norms}k"}, f"{theirs}.", f"{ours}."),
     )
+
+
+def _sd_3_settings(shapes: Shapes) -> dict[str, Any]:
+    inner, head = shapes.rows("pos_embed.proj.weight"), shapes.find("transformer_blocks.0.attn.norm_q.weight")
+    blocks = shapes.count("transformer_blocks.{}.norm1.linear.weight")
+    _, channels, patch, _ = shapes.find("pos_embed.proj.weight") or (0, 0, 1, 1)
+    return {
+        "sample_size": 128,
+        "patch_size": patch,
+        "in_channels": channels,
+        "num_layers": blocks,
+        "attention_head_dim": head[0] if head is not None else 64,
+        "num_attention_heads": inner // (head[0] if head is not None else 64),
+        "joint_attention_dim": shapes.columns("context_embedder.weight"),
+        "caption_projection_dim": shapes.rows("context_embedder.weight"),
+        "pooled_projection_dim": shapes.columns("time_text_embed.text_embedder.linear_1.weight"),
+        "out_channels": shapes.rows("proj_out.weight") // patch**2,
+        "pos_embed_max_size": math.isqrt(shapes.columns("pos_embed.pos_embed")),
+        "dual_attention_layers": shapes.numbers("transformer_blocks.{}.attn2.to_q.weight", blocks),
+        "qk_norm": "rms_norm" if head is not None else None,
+    }
 
 
 SD_3 = Family(
@@ -131,6 +175,15 @@ SD_3 = Family(
         ORIGINAL_MODULATION,
     ),
     gguf=GgufFacts("sd3", has_converter=True),
+    config=(
+        # All published models have this `sample_size`; heads without norms have 64 channels.
+        ConfigRule(
+            "SD3Transformer2DModel",
+            ("pos_embed.pos_embed", "transformer_blocks.0.attn.add_q_proj.weight"),
+            _sd_3_settings,
+            {"sample_size": {"pos_embed_max_size": (192, 384)}},
+        ),
+    ),
 )
 LONGCAT_IMAGE = Family("LongCat-Image", ("LongCatImageTransformer2DModel",), refusals=_IN_FULL_PRECISION)
 OVIS_IMAGE = Family("Ovis-Image", ("OvisImageTransformer2DModel",), refusals=_IN_FULL_PRECISION)

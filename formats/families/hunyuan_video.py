@@ -6,6 +6,9 @@ Source of the names: diffusers' conversions, `scripts/convert_hunyuan_video1_5_t
 
 from __future__ import annotations
 
+from typing import Any
+
+from omni_convert.formats.families.derived_config import ConfigRule, Shapes, rotary_axes
 from omni_convert.formats.families.family import Family, GgufFacts
 from omni_convert.formats.families.flux_1 import (
     DOUBLE,
@@ -78,6 +81,27 @@ TRAINER_NAMES = (
     *ORIGINAL_DOUBLE_MODULATION_AND_MLP,
 )
 
+
+def _settings(shapes: Shapes) -> dict[str, Any]:
+    inner, channels, frames, patch, _ = shapes.find("x_embedder.proj.weight") or (0, 0, 1, 1, 1)
+    head = shapes.rows("transformer_blocks.0.attn.norm_q.weight")
+    return {
+        "in_channels": channels,
+        "out_channels": shapes.rows("proj_out.weight") // (frames * patch**2),
+        "num_attention_heads": inner // head,
+        "attention_head_dim": head,
+        "num_layers": shapes.count("transformer_blocks.{}.attn.norm_q.weight"),
+        "num_refiner_layers": shapes.count("context_embedder.token_refiner.refiner_blocks.{}.norm1.weight"),
+        "mlp_ratio": shapes.rows("transformer_blocks.0.ff.net.0.proj.weight") / inner,
+        "patch_size": patch,
+        "patch_size_t": frames,
+        "text_embed_dim": shapes.columns("context_embedder.proj_in.weight"),
+        "text_embed_2_dim": shapes.columns("context_embedder_2.linear_1.weight"),
+        "image_embed_dim": shapes.columns("image_embedder.linear_1.weight"),
+        "rope_axes_dim": rotary_axes(head),
+    }
+
+
 HUNYUAN_VIDEO_15 = Family(
     name="HunyuanVideo-1.5",
     model_classes=("HunyuanVideo15Transformer3DModel",),
@@ -113,4 +137,12 @@ HUNYUAN_VIDEO_15 = Family(
     comfyui_names=ORIGINAL_JOINED_ATTENTION,  # ComfyUI builds it as HunyuanVideo
     trainer_names=TRAINER_NAMES,
     gguf=GgufFacts("hyvid"),
+    config=(
+        ConfigRule(
+            "HunyuanVideo15Transformer3DModel",
+            ("cond_type_embed.weight", "context_embedder_2.linear_1.weight", "image_embedder.linear_1.weight"),
+            _settings,
+            {"rope_axes_dim": {"attention_head_dim": (128,)}, "task_type": {}, "target_size": {}},
+        ),
+    ),
 )

@@ -6,6 +6,9 @@ gets the config block and has diffusers' name; nothing is merged.
 
 from __future__ import annotations
 
+from typing import Any
+
+from omni_convert.formats.families.derived_config import ConfigRule, Shapes
 from omni_convert.formats.families.family import Family, GgufFacts
 from omni_convert.formats.families.layers import LayerPattern, kept, linears
 from omni_convert.formats.families.original_names import OriginalName, renamed
@@ -39,6 +42,29 @@ def _original_block(original: str, name: str) -> tuple[OriginalName, ...]:
         f"{original}.{{}}.",
         f"{name}.{{}}.",
     )
+
+
+def _settings(shapes: Shapes) -> dict[str, Any]:
+    inner, head = shapes.rows("img_in.weight"), shapes.rows("transformer_blocks.0.attn.norm_q.weight")
+    text = "text_fusion.layerwise_blocks.0"
+    text_head = shapes.rows(f"{text}.attn.norm_q.weight")
+    return {
+        "in_channels": shapes.columns("img_in.weight"),
+        "num_layers": shapes.count("transformer_blocks.{}.attn.norm_q.weight"),
+        "attention_head_dim": head,
+        "num_attention_heads": inner // head,
+        "num_key_value_heads": shapes.rows("transformer_blocks.0.attn.to_k.weight") // head,
+        "intermediate_size": shapes.rows("transformer_blocks.0.ff.up.weight"),
+        "timestep_embed_dim": shapes.columns("time_embed.linear_1.weight"),
+        "text_hidden_dim": shapes.rows(f"{text}.norm1.weight"),
+        "num_text_layers": shapes.columns("text_fusion.projector.weight"),
+        "text_num_attention_heads": shapes.rows(f"{text}.attn.to_q.weight") // text_head,
+        "text_num_key_value_heads": shapes.rows(f"{text}.attn.to_k.weight") // text_head,
+        "text_intermediate_size": shapes.rows(f"{text}.ff.up.weight"),
+        "num_layerwise_text_blocks": shapes.count("text_fusion.layerwise_blocks.{}.norm1.weight"),
+        "num_refiner_text_blocks": shapes.count("text_fusion.refiner_blocks.{}.norm1.weight"),
+        "axes_dims_rope": [head // 4, 3 * head // 8, 3 * head // 8],
+    }
 
 
 KREA_2 = Family(
@@ -84,4 +110,12 @@ KREA_2 = Family(
         *_original_block("txtfusion.refiner_blocks", "text_fusion.refiner_blocks"),
     ),
     gguf=GgufFacts("krea2"),
+    config=(
+        ConfigRule(
+            "Krea2Transformer2DModel",
+            ("text_fusion.projector.weight", "transformer_blocks.0.attn.to_gate.weight"),
+            _settings,
+            {"axes_dims_rope": {"attention_head_dim": (128,)}},
+        ),
+    ),
 )

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
+from omni_convert.formats.families.derived_config import ConfigRule, Shapes
 from omni_convert.formats.families.family import Family, GgufFacts, unknown_scope
 from omni_convert.formats.families.layers import QKV, linears, merged
 from omni_convert.formats.families.original_names import OriginalName, renamed, same
@@ -20,6 +22,30 @@ def _original_attention(attention: str) -> tuple[OriginalName, ...]:
         *renamed({"q_norm": "norm_q", "k_norm": "norm_k"}, stem, stem),
         *same(*(stem + part for part in (*QKV, "to_out"))),
     )
+
+
+def _ltx_settings(shapes: Shapes) -> dict[str, Any]:
+    inner = shapes.rows("proj_in.weight")
+    return {
+        "in_channels": shapes.columns("proj_in.weight"),
+        "out_channels": shapes.rows("proj_out.weight"),
+        "num_attention_heads": 32,
+        "attention_head_dim": inner // 32,
+        "cross_attention_dim": shapes.columns("transformer_blocks.0.attn2.to_k.weight"),
+        "num_layers": shapes.count("transformer_blocks.{}.scale_shift_table"),
+        "caption_channels": shapes.columns("caption_projection.linear_1.weight"),
+    }
+
+
+def _ltx_2_settings(shapes: Shapes) -> dict[str, Any]:
+    return {
+        **_ltx_settings(shapes),
+        "audio_in_channels": shapes.columns("audio_proj_in.weight"),
+        "audio_out_channels": shapes.rows("audio_proj_out.weight"),
+        "audio_num_attention_heads": 32,
+        "audio_attention_head_dim": shapes.rows("audio_proj_in.weight") // 32,
+        "audio_cross_attention_dim": shapes.columns("transformer_blocks.0.audio_attn2.to_k.weight"),
+    }
 
 
 LTX_2 = Family(
@@ -51,6 +77,7 @@ LTX_2 = Family(
         ),
         *same("caption_projection", "audio_caption_projection", "proj_out", "audio_proj_out"),
         *same("scale_shift_table", "audio_scale_shift_table"),
+        *same("video_embeddings_connector", "audio_embeddings_connector"),  # components of their own in diffusers
         *renamed(
             {
                 "scale_shift_table_a2v_ca_video": "video_a2v_cross_attn_scale_shift_table",
@@ -64,6 +91,16 @@ LTX_2 = Family(
         *(name for attention in ("attn1", *_UNMERGED) for name in _original_attention(attention)),
     ),
     gguf=_GGUF,
+    config=(
+        # Two types of rotary embeddings were published.
+        ConfigRule(
+            "LTX2VideoTransformer3DModel",
+            ("audio_proj_in.weight", "time_embed.linear.weight"),
+            _ltx_2_settings,
+            {"rope_type": {}, "num_attention_heads": {"attention_head_dim": (128,)}},
+            spare=("video_embeddings_connector.", "audio_embeddings_connector."),
+        ),
+    ),
 )
 
 LTX_VIDEO = Family(
@@ -77,4 +114,12 @@ LTX_VIDEO = Family(
         *(name for attention in ("attn1", "attn2") for name in _original_attention(attention)),
     ),
     gguf=replace(_GGUF, has_converter=True),
+    config=(
+        ConfigRule(
+            "LTXVideoTransformer3DModel",
+            ("proj_in.weight", "time_embed.linear.weight", "caption_projection.linear_1.weight"),
+            _ltx_settings,
+            {"num_attention_heads": {"attention_head_dim": (64, 128), "num_layers": (28, 48)}},
+        ),
+    ),
 )

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
+from omni_convert.formats.families.derived_config import ConfigRule, Shapes, rotary_axes
 from omni_convert.formats.families.family import Family, GgufFacts, unknown_scope
 from omni_convert.formats.families.flux_1 import MLP_EMBEDDER, ORIGINAL_MODULATION, ORIGINAL_SINGLE, SINGLE
 from omni_convert.formats.families.hunyuan_video import (
@@ -28,12 +30,45 @@ __all__ = [
 
 _UNKNOWN = unknown_scope("this model")
 
+
+def _hidream_settings(shapes: Shapes) -> dict[str, Any]:
+    inner = shapes.rows("x_embedder.proj.weight")
+    captions = shapes.count("caption_projection.{}.linear.weight")
+    return {
+        "patch_size": 2,
+        "in_channels": shapes.columns("x_embedder.proj.weight") // 4,
+        "out_channels": shapes.rows("final_layer.linear.weight") // 4,
+        "num_layers": shapes.count("double_stream_blocks.{}.block.attn1.to_q.weight"),
+        "num_single_layers": shapes.count("single_stream_blocks.{}.block.attn1.to_q.weight"),
+        "attention_head_dim": 128,
+        "num_attention_heads": inner // 128,
+        "caption_channels": [shapes.columns(f"caption_projection.{n}.linear.weight") for n in (captions - 1, 0)],
+        "text_emb_dim": shapes.columns("p_embedder.pooled_embedder.linear_1.weight"),
+        "num_routed_experts": shapes.count("double_stream_blocks.0.block.ff_i.experts.{}.w1.weight"),
+        "num_activated_experts": 2,
+        "axes_dims_rope": [64, 32, 32],
+        "max_resolution": [128, 128],
+        "llama_layers": [*range(32), *[31] * (captions - 33)],
+    }
+
+
 HIDREAM_I1 = Family(
     "HiDream-I1",
     ("HiDreamImageTransformer2DModel",),
     refusals=_UNKNOWN,
     has_original_names=True,
     gguf=GgufFacts("hidream", kept_layers=("gate",), has_converter=True),
+    config=(
+        ConfigRule(
+            "HiDreamImageTransformer2DModel",
+            ("caption_projection.0.linear.weight", "double_stream_blocks.0.block.attn1.to_q.weight"),
+            _hidream_settings,
+            {
+                key: {"num_attention_heads": (20,), "num_layers": (16,), "num_single_layers": (32,)}
+                for key in ("num_activated_experts", "axes_dims_rope", "max_resolution", "llama_layers")
+            },
+        ),
+    ),
 )
 MINIMAX_H3 = Family("MiniMax-H3", ("MiniMaxH3Transformer3DModel",), refusals=_UNKNOWN)
 SANA_WM = Family("SANA-WM", ("SanaWMTransformer3DModel",), refusals=_UNKNOWN)
@@ -44,6 +79,30 @@ AURA_FLOW = Family(
 COSMOS = Family(
     "Cosmos", ("CosmosTransformer3DModel",), refusals=_UNKNOWN, gguf=GgufFacts("cosmos", has_converter=True)
 )
+
+
+def _hunyuan_video_settings(shapes: Shapes) -> dict[str, Any]:
+    inner, channels, frames, patch, _ = shapes.find("x_embedder.proj.weight") or (0, 0, 1, 1, 1)
+    head = shapes.rows("transformer_blocks.0.attn.norm_q.weight")
+    return {
+        "in_channels": channels,
+        "out_channels": shapes.rows("proj_out.weight") // (frames * patch**2),
+        "num_attention_heads": inner // head,
+        "attention_head_dim": head,
+        "num_layers": shapes.count("transformer_blocks.{}.attn.norm_q.weight"),
+        "num_single_layers": shapes.count("single_transformer_blocks.{}.attn.norm_q.weight"),
+        "num_refiner_layers": shapes.count("context_embedder.token_refiner.refiner_blocks.{}.norm1.weight"),
+        "mlp_ratio": shapes.rows("transformer_blocks.0.ff.net.0.proj.weight") / inner,
+        "patch_size": patch,
+        "patch_size_t": frames,
+        "guidance_embeds": "time_text_embed.guidance_embedder.linear_1.weight" in shapes,
+        "text_embed_dim": shapes.columns("context_embedder.proj_in.weight"),
+        "pooled_projection_dim": shapes.columns("time_text_embed.text_embedder.linear_1.weight"),
+        "rope_axes_dim": rotary_axes(head),
+        "image_condition_type": "latent_concat" if channels == 33 else None,
+    }
+
+
 HUNYUAN_VIDEO = Family(
     "HunyuanVideo",
     ("HunyuanVideoTransformer3DModel",),
@@ -78,6 +137,21 @@ HUNYUAN_VIDEO = Family(
     ),
     trainer_names=(*TRAINER_NAMES, *renamed({"modulation.lin": "norm.linear"}, ORIGINAL_SINGLE, SINGLE)),
     gguf=GgufFacts("hyvid", has_converter=True),
+    config=(
+        ConfigRule(
+            "HunyuanVideoTransformer3DModel",
+            (
+                "x_embedder.proj.weight",
+                "context_embedder.proj_in.weight",
+                "time_text_embed.text_embedder.linear_1.weight",
+            ),
+            _hunyuan_video_settings,
+            {
+                "rope_axes_dim": {"attention_head_dim": (128,)},
+                "image_condition_type": {"image_condition_type": ("latent_concat",)},
+            },
+        ),
+    ),
 )
 FRAMEPACK = replace(HUNYUAN_VIDEO, name="FramePack", model_classes=("HunyuanVideoFramepackTransformer3DModel",))
 
@@ -97,12 +171,27 @@ def _lumina_block(block: str, *, is_modulated: bool) -> tuple[OriginalName, ...]
     )
 
 
+def _lumina_settings(shapes: Shapes) -> dict[str, Any]:
+    hidden, head = shapes.rows("x_embedder.weight"), shapes.rows("layers.0.attn.norm_q.weight")
+    rows = shapes.rows("layers.0.attn.to_k.weight")  # of q, k and v where the file joins them
+    return {
+        "in_channels": shapes.columns("x_embedder.weight") // 4,
+        "hidden_size": hidden,
+        "num_layers": shapes.count("layers.{}.attn.norm_q.weight"),
+        "num_refiner_layers": shapes.count("noise_refiner.{}.attn.norm_q.weight"),
+        "num_attention_heads": hidden // head,
+        "num_kv_heads": (rows if rows <= hidden else (rows - hidden) // 2) // head,
+        "axes_dim_rope": [head // 3] * 3,
+        "cap_feat_dim": shapes.rows("time_caption_embed.caption_embedder.0.weight"),
+    }
+
+
 LUMINA_2 = Family(
     "Lumina 2",
     ("Lumina2Transformer2DModel",),
     refusals=_UNKNOWN,
     original_names=(
-        *same("x_embedder"),
+        *same("x_embedder", "norm_final"),
         *renamed(
             {
                 "cap_embedder": "time_caption_embed.caption_embedder",
@@ -120,5 +209,14 @@ LUMINA_2 = Family(
         "lumina2",
         kept_layers=("noise_refiner", "context_refiner"),
         has_converter=True,
+    ),
+    config=(
+        ConfigRule(
+            "Lumina2Transformer2DModel",
+            ("time_caption_embed.caption_embedder.0.weight", "layers.0.attn.norm_q.weight"),
+            _lumina_settings,
+            {"axes_dim_rope": {"num_attention_heads": (24,), "hidden_size": (2304,)}},
+            spare=("norm_final.",),
+        ),
     ),
 )

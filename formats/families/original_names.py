@@ -26,6 +26,7 @@ __all__ = [
     "is_of_diffusers_alone",
     "joined",
     "known_runs",
+    "names_of",
     "original_tensors",
     "renamed",
     "same",
@@ -146,6 +147,11 @@ def diffusers_runs(
     if pieces.keys() != specs.keys():
         return None
     return {name: [run for _, run in sorted(pieces[name], key=lambda piece: piece[0])] for name in specs}
+
+
+def names_of(table: Sequence[OriginalName], name: str) -> Iterator[str]:
+    """Every original tensor that holds a tensor of diffusers, or a part of it."""
+    return (original for row in table for original, _ in _matches(name, row))
 
 
 def is_of_diffusers_alone(table: Sequence[OriginalName], name: str) -> bool:

@@ -2,10 +2,34 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+from omni_convert.formats.families.derived_config import ConfigRule, Shapes, rotary_axes
 from omni_convert.formats.families.family import Family, GgufFacts, Recommendation
 from omni_convert.formats.families.layers import DOUBLE_STREAM_ATTENTION, linears
 
 __all__ = ["QWEN_IMAGE"]
+
+_INDEX_TIMESTEP_ZERO = "__index_timestep_zero__"
+
+
+def _settings(shapes: Shapes) -> dict[str, Any]:
+    inner, head = shapes.rows("img_in.weight"), shapes.rows("transformer_blocks.0.attn.norm_q.weight")
+    is_layered = "time_text_embed.addition_t_embedding.weight" in shapes
+    return {
+        "patch_size": 2,
+        "in_channels": shapes.columns("img_in.weight"),
+        "out_channels": shapes.rows("proj_out.weight") // 4,
+        "num_layers": shapes.count("transformer_blocks.{}.attn.norm_q.weight"),
+        "attention_head_dim": head,
+        "num_attention_heads": inner // head,
+        "joint_attention_dim": shapes.rows("txt_norm.weight"),
+        "axes_dims_rope": rotary_axes(head),
+        "zero_cond_t": _INDEX_TIMESTEP_ZERO in shapes,
+        "use_additional_t_cond": is_layered,
+        "use_layer3d_rope": is_layered,
+    }
+
 
 QWEN_IMAGE = Family(
     name="Qwen-Image",
@@ -24,6 +48,15 @@ QWEN_IMAGE = Family(
         ),
     ),
     has_original_names=True,
-    markers=(("zero_cond_t", "__index_timestep_zero__"),),
+    markers=(("zero_cond_t", _INDEX_TIMESTEP_ZERO),),
     gguf=GgufFacts("qwen_image", has_vllm_adapter=True),
+    config=(
+        # Files from elsewhere than ComfyUI have no marker, whatever `zero_cond_t` is.
+        ConfigRule(
+            "QwenImageTransformer2DModel",
+            ("txt_norm.weight", "transformer_blocks.0.img_mod.1.weight", "transformer_blocks.0.attn.add_q_proj.weight"),
+            _settings,
+            {"axes_dims_rope": {"attention_head_dim": (128,)}, "zero_cond_t": {"zero_cond_t": (True,)}},
+        ),
+    ),
 )

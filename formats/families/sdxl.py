@@ -5,6 +5,9 @@ Source of the names: diffusers' `convert_ldm_unet_checkpoint`.
 
 from __future__ import annotations
 
+from typing import Any
+
+from omni_convert.formats.families.derived_config import ConfigRule, Shapes
 from omni_convert.formats.families.family import Family, GgufFacts, RuntimeRefusal
 from omni_convert.formats.families.layers import VLLM_OMNI
 from omni_convert.formats.families.original_names import OriginalName, renamed
@@ -64,6 +67,31 @@ def _way_up(level: int) -> tuple[OriginalName, ...]:
     )
 
 
+def _settings(shapes: Shapes) -> dict[str, Any]:
+    levels = shapes.count("down_blocks.{}.resnets.0.conv1.weight")
+    has_attention = [f"down_blocks.{level}.attentions.0.norm.weight" in shapes for level in range(levels)]
+    attention = f"down_blocks.{has_attention.index(True)}.attentions.0"
+    is_linear = len(shapes.find(f"{attention}.proj_in.weight") or ()) == 2
+    channels = [shapes.rows(f"down_blocks.{level}.resnets.0.conv1.weight") for level in range(levels)]
+    depths = [shapes.count(f"down_blocks.{n}.attentions.0.transformer_blocks.{{}}.norm1.weight") for n in range(levels)]
+    added = shapes.columns_if_any("add_embedding.linear_1.weight")
+    return {
+        "in_channels": shapes.columns("conv_in.weight"),
+        "out_channels": shapes.rows("conv_out.weight"),
+        "block_out_channels": channels,
+        "down_block_types": ["CrossAttnDownBlock2D" if has else "DownBlock2D" for has in has_attention],
+        "up_block_types": ["CrossAttnUpBlock2D" if has else "UpBlock2D" for has in reversed(has_attention)],
+        "layers_per_block": shapes.count("down_blocks.0.resnets.{}.conv1.weight"),
+        "transformer_layers_per_block": [max(depth, 1) for depth in depths],
+        "cross_attention_dim": shapes.columns(f"{attention}.transformer_blocks.0.attn2.to_k.weight"),
+        "use_linear_projection": is_linear,
+        "attention_head_dim": [size // 64 for size in channels] if is_linear else 8,
+        "addition_embed_type": "text_time" if added is not None else None,
+        "addition_time_embed_dim": 256 if added is not None else None,
+        "projection_class_embeddings_input_dim": added,
+    }
+
+
 SDXL = Family(
     "SDXL",
     ("UNet2DConditionModel",),
@@ -88,4 +116,15 @@ SDXL = Family(
         *(row for level in range(_LEVELS) for row in (*_way_down(level), *_way_up(level))),
     ),
     gguf=GgufFacts("sdxl", other_architectures=(("add_embedding.linear_1.weight", "sd1"),), has_converter=True),
+    config=(
+        ConfigRule(
+            "UNet2DConditionModel",
+            ("conv_in.weight", "mid_block.resnets.1.conv1.weight", "time_embedding.linear_1.weight"),
+            _settings,
+            {
+                key: {"block_out_channels": ([320, 640, 1280], [320, 640, 1280, 1280])}
+                for key in ("attention_head_dim", "addition_time_embed_dim")
+            },
+        ),
+    ),
 )

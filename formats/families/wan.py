@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Container
+from typing import Any
 
+from omni_convert.formats.families.derived_config import ConfigRule, Shapes
 from omni_convert.formats.families.family import Family, GgufFacts, RuntimeRefusal, VariantRefusal
 from omni_convert.formats.families.layers import QKV, VLLM_OMNI, LayerPattern, linears, merged
 from omni_convert.formats.families.layers import renamed as renamed_layer
@@ -77,6 +80,38 @@ _ORIGINAL_NAMES = (
 # A name that diffusers' conversion of single files would drop.
 _ALSO_READ = renamed({"img_emb.emb_pos": "condition_embedder.image_embedder.pos_embed"})
 
+
+def _settings(shapes: Shapes) -> dict[str, Any]:
+    inner, channels, *patch = shapes.find("patch_embedding.weight") or (0, 0, 1, 1, 1)
+    embedder = "condition_embedder.image_embedder"
+    positions = shapes.find(f"{embedder}.pos_embed")
+    return {
+        "patch_size": patch,
+        "num_attention_heads": inner // 128,
+        "attention_head_dim": 128,
+        "in_channels": channels,
+        "out_channels": shapes.rows("proj_out.weight") // math.prod(patch),
+        "text_dim": shapes.columns("condition_embedder.text_embedder.linear_1.weight"),
+        "freq_dim": shapes.columns("condition_embedder.time_embedder.linear_1.weight"),
+        "ffn_dim": shapes.rows("blocks.0.ffn.net.0.proj.weight"),
+        "num_layers": shapes.count("blocks.{}.attn1.norm_q.weight"),
+        "cross_attn_norm": "blocks.0.norm2.weight" in shapes,
+        "image_dim": shapes.rows(f"{embedder}.norm1.weight") if f"{embedder}.norm1.weight" in shapes else None,
+        "added_kv_proj_dim": shapes.columns_if_any("blocks.0.attn2.add_k_proj.weight"),
+        "pos_embed_seq_len": positions[1] if positions is not None else None,
+    }
+
+
+def _vace_settings(shapes: Shapes) -> dict[str, Any]:
+    settings, copies = _settings(shapes), shapes.count("vace_blocks.{}.attn1.norm_q.weight")
+    step = max(settings["num_layers"] // copies, 1) if copies else 1
+    layers = list(range(0, settings["num_layers"], step))[:copies]
+    return {**settings, "vace_layers": layers, "vace_in_channels": shapes.columns("vace_patch_embedding.weight")}
+
+
+# The sizes 1.3B, 5B and 14B, whose heads have 128 channels.
+_PUBLISHED = {"num_attention_heads": (12, 24, 40), "ffn_dim": (8960, 14336, 13824)}
+
 WAN = Family(
     name="Wan",
     model_classes=("WanTransformer3DModel", "WanVACETransformer3DModel"),
@@ -111,6 +146,20 @@ WAN = Family(
         "wan",
         kept_layers=("condition_embedder",),
         has_converter=True,
+    ),
+    config=(
+        ConfigRule(
+            "WanVACETransformer3DModel",
+            ("condition_embedder.time_proj.weight", "vace_patch_embedding.weight"),
+            _vace_settings,
+            {"num_attention_heads": _PUBLISHED, "vace_layers": _PUBLISHED},
+        ),
+        ConfigRule(
+            "WanTransformer3DModel",
+            ("condition_embedder.time_proj.weight", "blocks.0.attn2.norm_q.weight"),
+            _settings,
+            {"num_attention_heads": _PUBLISHED},
+        ),
     ),
 )
 

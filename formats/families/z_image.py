@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+from omni_convert.formats.families.derived_config import ConfigRule, Shapes
 from omni_convert.formats.families.family import EncoderLayers, Family, GgufFacts, MethodNote
 from omni_convert.formats.families.layers import (
     EVERY_RUNTIME,
@@ -36,6 +39,24 @@ def _original_block(block: str) -> tuple[OriginalName, ...]:
     )
 
 
+def _settings(shapes: Shapes) -> dict[str, Any]:
+    dim, head = shapes.rows("all_x_embedder.2-1.weight"), shapes.rows("layers.0.attention.norm_q.weight")
+    rows = shapes.rows("layers.0.attention.to_k.weight")  # of q, k and v where the file joins them
+    return {
+        "all_patch_size": [2],
+        "all_f_patch_size": [1],
+        "in_channels": shapes.columns("all_x_embedder.2-1.weight") // 4,
+        "dim": dim,
+        "n_layers": shapes.count("layers.{}.attention.norm_q.weight"),
+        "n_refiner_layers": shapes.count("noise_refiner.{}.attention.norm_q.weight"),
+        "n_heads": dim // head,
+        "n_kv_heads": (rows if rows <= dim else (rows - dim) // 2) // head,
+        "cap_feat_dim": shapes.rows("cap_embedder.0.weight"),
+        "siglip_feat_dim": shapes.rows("siglip_embedder.0.weight") if "siglip_embedder.0.weight" in shapes else None,
+        "axes_dims": [head // 4, 3 * head // 8, 3 * head // 8],
+    }
+
+
 Z_IMAGE = Family(
     name="Z-Image",
     model_classes=("ZImageTransformer2DModel",),
@@ -63,6 +84,7 @@ Z_IMAGE = Family(
     ),
     original_names=(
         *renamed({"x_embedder": "all_x_embedder.2-1", "final_layer": "all_final_layer.2-1"}),
+        *same("norm_final"),  # which is unused
         *same("t_embedder", "cap_embedder", "siglip_embedder", "x_pad_token", "cap_pad_token", "siglip_pad_token"),
         *(
             name
@@ -75,5 +97,14 @@ Z_IMAGE = Family(
         kept_layers=("noise_refiner", "context_refiner"),
         has_vllm_adapter=True,
         has_converter=True,
+    ),
+    config=(
+        ConfigRule(
+            "ZImageTransformer2DModel",
+            ("all_x_embedder.2-1.weight", "cap_pad_token"),
+            _settings,
+            {"axes_dims": {"dim": (3840,), "n_heads": (30,)}},
+            spare=("norm_final.",),
+        ),
     ),
 )
