@@ -22,7 +22,20 @@ __all__ = [
 ]
 
 # Names alone, since `--help` and a mistyped method must not import torch. A test keeps them equal to `FORMATS`.
-METHODS = ("fp8", "int8", "mxfp8", "mxfp4", "mxfp4_dualscale", "nvfp4", "w4a16", "convrot_w4a4", "w4a8", "w6a8", "gguf")
+METHODS = (
+    "fp8",
+    "int8",
+    "mxfp8",
+    "mxfp4",
+    "mxfp4_dualscale",
+    "nvfp4",
+    "w4a16",
+    "convrot_w4a4",
+    "w4a8",
+    "w6a8",
+    "nf4",
+    "gguf",
+)
 # Methods for components beside the transformers, which are stored quantized but run in BF16.
 STORAGE_METHODS = ("fp8_storage",)
 # Methods that treat a quantized model without quantizing it again.

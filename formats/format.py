@@ -61,6 +61,8 @@ class Format(ABC):
     is_storage: bool = False
     #: Who chooses the format asks for inputs that stay as they are, so that decoding the weight is no fallback.
     is_weight_only: bool = False
+    #: Files hold it under names that only their dialect knows, so that loaders read layers through the dialect.
+    is_named_by_dialect: bool = False
     #: Elements of a row that share an entry of `weight`.
     elements_per_entry: int = 1
     #: Largest input that static activations can hold, in units of `input_scale`; None if unknown.
@@ -241,7 +243,7 @@ class QuantizingFormat(Format):
         }
         for start, tile in iterate_rows(TensorRows(weight), self.row_multiple):
             for suffix, rows in self.quantize_rows(tile, fitted).items():
-                first = start // layouts[suffix].rows_per_entry
+                first = layouts[suffix].entries_of(start, start).start
                 by_row[suffix][first : first + len(rows)] = rows
         return by_row | self.constants(fitted)
 

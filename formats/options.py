@@ -24,7 +24,13 @@ __all__ = [
 ]
 
 #: Method to the one dialect that holds it; the others are held by the default dialect.
-DIALECT_OF_METHOD = {"w4a16": "auto-round", "convrot_w4a4": "comfyui", "w4a8": "comfyui", "w6a8": "comfyui"}
+DIALECT_OF_METHOD = {
+    "w4a16": "auto-round",
+    "convrot_w4a4": "comfyui",
+    "w4a8": "comfyui",
+    "w6a8": "comfyui",
+    "nf4": "bitsandbytes",
+}
 #: Columns that share a scale of w4a16, as a user may choose: those of Marlin's kernels. Others' files may have any.
 GROUP_SIZES = (32, 64, 128)
 MEMORY = re.compile(r"auto|full|stream(:\d+(\.\d+)?)?")
@@ -86,6 +92,7 @@ class FormatChoices:
         "Rotate weights (ConvRot) with int8, for --dialect comfyui alone.",
         dialects={True: ("comfyui",)},
     )
+    double_quant: bool = _choice(False, "Quantize the scales of nf4 too: 0.516 bytes a weight instead of 0.5625.")
     search: bool = _choice(True, "Compute scales by rule instead of searching for the best.")
 
 

@@ -32,13 +32,21 @@ SAMPLE_RUN = 8
 class TensorLayout:
     """One tensor of a quantized weight.
 
-    `rows_per_entry` is how many rows of the weight one row of this tensor stands for; 0 for a tensor that belongs to
-    the whole weight and comes from `Format.constants`.
+    Attributes:
+        rows_per_entry: how many rows of the weight `entries` rows of this tensor stand for; 0 for a tensor that belongs
+            to the whole weight and comes from `Format.constants`
+        entries: more than one where the tensor is flat, so that a row of the weight is several of its rows
     """
 
     dtype: torch.dtype
     shape: tuple[int, ...]
     rows_per_entry: int = 1
+    entries: int = 1
+
+    def entries_of(self, start: int, stop: int) -> slice:
+        """The rows of this tensor that stand for rows `start` to `stop` of the weight, unless it belongs to all."""
+        share = self.rows_per_entry or 1
+        return slice(start * self.entries // share, -(-stop * self.entries // share))
 
 
 class InputStatistics(Protocol):

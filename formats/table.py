@@ -18,6 +18,7 @@ from omni_convert.formats.schemes.int8 import Int8
 from omni_convert.formats.schemes.mxfp4 import Mxfp4
 from omni_convert.formats.schemes.mxfp4_dualscale import Mxfp4DualScale
 from omni_convert.formats.schemes.mxfp8 import Mxfp8
+from omni_convert.formats.schemes.nf4 import Nf4
 from omni_convert.formats.schemes.nvfp4 import Nvfp4
 from omni_convert.formats.schemes.rotated_grid import W4a8, W6a8
 
@@ -28,14 +29,16 @@ FORMATS: dict[str, type[QuantizingFormat]] = {
     kind.method: kind
     for kind in (
         *(Fp8, Int8, Mxfp8, Mxfp4, Mxfp4DualScale, Nvfp4, Fp8Storage, Int4),
-        *(ConvrotW4A4, W4a8, W6a8, Gguf),
+        *(ConvrotW4A4, W4a8, W6a8, Nf4, Gguf),
     )
 }
 
 #: Methods that our layers run. GGUF is for others' kernels.
 RUNNABLE = tuple(name for name in FORMATS if name != Gguf.method)
-#: Those of which a config block can tell our loader.
-LOADABLE = tuple(name for name in RUNNABLE if DIALECT_OF_METHOD.get(name) != "comfyui")
+#: Those that our loader quantizes to while it loads a model, and that a config block can then declare.
+LOADABLE = tuple(
+    name for name in RUNNABLE if DIALECT_OF_METHOD.get(name) != "comfyui" and not FORMATS[name].is_named_by_dialect
+)
 
 
 def build_format(method: str, **options: Any) -> QuantizingFormat:

@@ -29,6 +29,7 @@ from omni_convert.formats.schemes.int8 import Int8
 from omni_convert.formats.schemes.mxfp4 import Mxfp4
 from omni_convert.formats.schemes.mxfp4_dualscale import Mxfp4DualScale
 from omni_convert.formats.schemes.mxfp8 import Mxfp8
+from omni_convert.formats.schemes.nf4 import Nf4
 from omni_convert.formats.schemes.nvfp4 import Nvfp4
 
 Quantize = Callable[[Tensor], object]
@@ -45,6 +46,8 @@ FORMATS: dict[str, QuantizingFormat] = {
     "mxfp4_dualscale": Mxfp4DualScale(),
     "nvfp4, nearest": Nvfp4(search=False),
     "nvfp4": Nvfp4(),
+    "nf4, nearest": Nf4(search=False),
+    "nf4": Nf4(),
 }
 
 

@@ -82,7 +82,8 @@ def _output_rows(layout: TensorLayout, start: int, stop: int, *, is_last: bool) 
     """The rows of a stored tensor that belong to rows of the weight; the last ones bring the padding, if any."""
     if not layout.rows_per_entry:
         return 0, layout.shape[0] if layout.shape else 1
-    return start // layout.rows_per_entry, layout.shape[0] if is_last else -(-stop // layout.rows_per_entry)
+    rows = layout.entries_of(start, stop)
+    return rows.start, layout.shape[0] if is_last else rows.stop
 
 
 def _tiles_to_copy(step: CopyStep) -> list[Tile]:
@@ -98,6 +99,4 @@ def sampled_rows(
     multiple = fmt.row_multiple
     count = len(rows) if tile.is_whole else min(len(rows), -(-len(rows) // (ERROR_SAMPLE * multiple)) * multiple)
     layouts = fmt.layout(*matrix_shape(tile.source))
-    return rows[:count], {
-        suffix: tensor[: -(-count // layouts[suffix].rows_per_entry)] for suffix, tensor in tensors.items()
-    }
+    return rows[:count], {suffix: tensor[layouts[suffix].entries_of(0, count)] for suffix, tensor in tensors.items()}

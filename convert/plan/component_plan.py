@@ -11,6 +11,7 @@ from omni_convert.convert.plan.steps import KeptLayer, QuantizeStep, Step, outpu
 from omni_convert.convert.recipe import Recipe
 from omni_convert.convert.source.component_folder import ComponentFolder
 from omni_convert.formats.containers.checkpoint import Checkpoint
+from omni_convert.formats.containers.names import layer_of
 from omni_convert.formats.containers.safetensors_header import FORMAT_PT
 from omni_convert.formats.containers.safetensors_writer import Safetensors
 from omni_convert.formats.containers.shards import Shards, plan_shards
@@ -143,11 +144,13 @@ def plan_files(
 ) -> Shards:
     """Distributes a component over files; some dialects and some stages have a single one."""
     specs = outputs(steps)
-    is_single = DIALECTS[recipe.dialect].is_single_file and recipe.method != "dequantize"
+    dialect, is_written = DIALECTS[recipe.dialect], recipe.method != "dequantize"
+    is_single = dialect.is_single_file and is_written
     has_others = component.stage is not None and bool(component.stage.other_weights)
     limit = sum(spec.nbytes for spec in specs) + 1 if is_single or has_others else recipe.max_shard_size
     weights_name = "model.safetensors" if component.is_transformers else "diffusion_pytorch_model.safetensors"
-    return replace(plan_shards(specs, limit, weights_name), container=Safetensors({**FORMAT_PT, **metadata}))
+    unit_of = layer_of if dialect.keeps_layers_whole and is_written else str
+    return replace(plan_shards(specs, limit, weights_name, unit_of), container=Safetensors({**FORMAT_PT, **metadata}))
 
 
 def replace_config(

@@ -244,6 +244,7 @@ class RuntimeTarget(Target):
             refused = fp8_refusal(component.stage, map(self.format_of, groups))
             if refused is not None:
                 raise RecipeError(f"{component.config_path}: {refused.reason}; {refused.remedy}")
+        groups = [*groups, *self._covering(groups)]
         members = {stem for group in groups for stem in group.members}
         recommended = family.recommended_ignored(self.method)
         if component.is_transformers:
@@ -255,6 +256,13 @@ class RuntimeTarget(Target):
             tuple(each.pattern for each in recommended) if recipe.recommended else (),
             tuple(self._notes()),
         )
+
+    def _covering(self, groups: Sequence[LayerGroup]) -> Iterator[LayerGroup]:
+        """Layers that have to be quantized as well, or readers would take others for unquantized by their names."""
+        stems = [stem for group in groups if group.keep_reason is None for stem in group.members]
+        for name in other_linears(self.component.weights, {stem for group in groups for stem in group.members}):
+            if any(self.dialect.is_covered(stem, name) for stem in stems):
+                yield LayerGroup(name, (name,), is_fused=False)
 
     def _refuse(self) -> None:
         """Raises RecipeError if the runtime cannot run the result, or if it would be too bad."""
@@ -288,7 +296,7 @@ class RuntimeTarget(Target):
         if self._vllm_stage is not None:
             return self._stage_block(self._vllm_stage, formats, kept)
         ignored = {*vllm_omni.ignored_names(kept)}
-        if component.is_denoiser:
+        if component.is_denoiser and vllm_omni.VLLM_OMNI.name in self.dialect.runtimes:
             ignored |= {*unquantized_encoder_layers(component.source, component.family, encoder)}
         if not self.dialect.lists_built_layers:
             ignored |= {*other_linears(component.weights, formats)}

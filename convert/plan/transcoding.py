@@ -14,6 +14,7 @@ from omni_convert.convert.source.built_model import stems_in_model
 from omni_convert.convert.source.component import SourceComponent
 from omni_convert.formats.containers.checkpoint import Checkpoint
 from omni_convert.formats.dialects.table import DIALECTS
+from omni_convert.formats.dialects.vllm_omni import VLLM_OMNI
 from omni_convert.formats.errors import RecipeError
 
 __all__ = ["plan_transcoded"]
@@ -76,7 +77,7 @@ def plan_transcoded(component: SourceComponent, recipe: Recipe, encoder: Compone
 def _reencoding(component: SourceComponent, recipe: Recipe, encoder: ComponentPlan | None) -> Reencoding:
     family = component.family if component.has_config else None
     others: list[str] = []
-    if family is not None and component.is_denoiser:
+    if family is not None and component.is_denoiser and VLLM_OMNI.name in DIALECTS[recipe.dialect].runtimes:
         stems = encoder.quantized_stems if encoder is not None else ()
         others = unquantized_encoder_layers(component.source, family, stems)
     if component.is_transformers and DIALECTS[recipe.dialect].looks_up_model_names:

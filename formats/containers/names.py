@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-__all__ = ["CANONICAL_COMPANIONS", "CODES", "COMPANIONS", "LOW_BIT", "WEIGHT"]
+__all__ = ["CANONICAL_COMPANIONS", "CODES", "COMPANIONS", "LOW_BIT", "WEIGHT", "layer_of"]
 
 #: What a layer's name is followed by in that of its weight.
 WEIGHT = ".weight"
@@ -40,3 +40,8 @@ COMPANIONS = (
 #: Codes in any tool's layout, and the dtypes that they are stored in.
 CODES = ("weight", "weight_packed", "qweight")
 LOW_BIT = (torch.float8_e4m3fn, torch.float8_e5m2, torch.int8, torch.uint8, torch.int32)
+
+
+def layer_of(name: str) -> str:
+    """The layer of a tensor that is a weight, or whose name begins with that of a weight; else the name itself."""
+    return name.partition(WEIGHT)[0]

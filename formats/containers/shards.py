@@ -8,7 +8,7 @@ NAME.safetensors.index.json             {"metadata": {"total_size": BYTES}, "wei
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -61,22 +61,27 @@ def index_name(weights_name: str) -> str:
     return f"{weights_name}.index.json"
 
 
-def plan_shards(specs: Sequence[TensorSpec], max_shard_size: int | str, weights_name: str) -> Shards:
-    """Distributes tensors over files of at most `max_shard_size` bytes (or one tensor), in the order given.
+def plan_shards(
+    specs: Sequence[TensorSpec], max_shard_size: int | str, weights_name: str, unit_of: Callable[[str], str] = str
+) -> Shards:
+    """Distributes tensors over files of at most `max_shard_size` bytes (or one unit), in the order given.
 
     Args:
         max_shard_size: bytes, or a number with a unit, as "5GB"
         weights_name: one of `WEIGHTS_NAMES`
+        unit_of: name of a tensor to that of its unit, whose tensors are neighbours and share a file
 
     Raises:
         RecipeError: the size cannot be understood.
     """
-    by_name = {spec.name: spec for spec in specs}
-    assert len(by_name) == len(specs), "tensor names are unique"
+    assert len({spec.name for spec in specs}) == len(specs), "tensor names are unique"
+    units: dict[str, list[TensorSpec]] = {}
+    for spec in specs:
+        units.setdefault(unit_of(spec.name), []).append(spec)
     try:
         split = split_state_dict_into_shards_factory(
-            by_name,
-            get_storage_size=lambda spec: spec.nbytes,
+            units,
+            get_storage_size=lambda unit: sum(spec.nbytes for spec in unit),
             filename_pattern=weights_name.replace(".safetensors", "{suffix}.safetensors"),
             max_shard_size=max_shard_size,
         )
@@ -84,8 +89,11 @@ def plan_shards(specs: Sequence[TensorSpec], max_shard_size: int | str, weights_
         raise RecipeError(
             f"--max-shard-size: found '{max_shard_size}', expected a size like 5GB or 500MB (units KB, MB, GB, TB)"
         ) from None
-    files = {file: [by_name[name] for name in names] for file, names in split.filename_to_tensors.items()}
-    index = {"metadata": split.metadata, "weight_map": dict(sorted(split.tensor_to_filename.items()))}
+    files = {
+        file: [spec for name in names for spec in units[name]] for file, names in split.filename_to_tensors.items()
+    }
+    weight_map = {spec.name: file for file, members in files.items() for spec in members}
+    index = {"metadata": split.metadata, "weight_map": dict(sorted(weight_map.items()))}
     return Shards(files, index if split.is_sharded else None, index_name(weights_name))
 
 

@@ -203,6 +203,8 @@ class Dialect(ABC):
     has_storage: bool = False
     #: Whether all tensors must be in one file.
     is_single_file: bool = False
+    #: Whether readers look for all tensors of a layer in the file of its weight, so that no shard ends within a layer.
+    keeps_layers_whole: bool = False
     #: Whether its readers expect diffusers' names, not those of the model's own code.
     has_diffusers_names: bool = True
     #: Whether its readers know a model by the names of its own code, so that files are written with them.
@@ -310,6 +312,10 @@ class Dialect(ABC):
     def is_ignored(self, name: str, entries: Collection[str]) -> bool:
         """Whether a list of ignored layers covers a layer's name."""
         return name in entries
+
+    def is_covered(self, name: str, kept: str) -> bool:
+        """Whether readers leave a layer unquantized because a kept one, whose name they ignore, has a similar name."""
+        return False
 
     def declares_quantized(self, block: Mapping[str, Any], stem: str) -> bool:
         """Whether readers take a linear for quantized by the block alone; False where they look at its tensors."""

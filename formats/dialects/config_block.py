@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from omni_convert.formats.config import QuantizationConfig
-from omni_convert.formats.dialects import auto_round, modelopt_config, omni_convert, vllm_omni
+from omni_convert.formats.dialects import auto_round, bitsandbytes, modelopt_config, omni_convert, vllm_omni
 
 __all__ = ["read_block", "read_claimed_block"]
 
@@ -16,7 +16,7 @@ WHERE = "quantization_config"
 def read_claimed_block(block: Any, where: str = WHERE) -> QuantizationConfig | None:
     """Reads a block that our loader claims although the library has another quantizer under its `quant_method`.
 
-    These are exported ModelOpt checkpoints, and W4A16 in AutoRound's packing.
+    These are exported ModelOpt checkpoints, W4A16 in AutoRound's packing, and NF4 of bitsandbytes.
 
     Returns:
         None for any other block
@@ -26,7 +26,7 @@ def read_claimed_block(block: Any, where: str = WHERE) -> QuantizationConfig | N
     """
     if isinstance(block, Mapping) and block.get("quant_method") == modelopt_config.MODELOPT:
         return modelopt_config.from_export(block, where) if modelopt_config.algorithm_of(block) else None
-    return auto_round.from_block(block)
+    return auto_round.from_block(block) or bitsandbytes.from_block(block)
 
 
 def read_block(block: Any, where: str = WHERE) -> QuantizationConfig:

@@ -33,7 +33,7 @@ PLACES = {
     "lightx2v": "lightx2v.LIGHTX2V",
     "bfl": "bfl.BFL",
 }
-READ_ONLY = ("gguf", "unread", "torchao", "awq", "bitsandbytes", "lightx2v", "bfl")
+READ_ONLY = ("gguf", "unread", "torchao", "awq", "lightx2v", "bfl")
 #: Names of the dialects that conversions can write.
 WRITTEN = tuple(name for name in PLACES if name not in READ_ONLY)
 

@@ -321,7 +321,7 @@ class VllmOmni(Dialect):
         if fmt.encoding == FP8_PER_ROW and not isinstance(fmt, QuantizingFormat):
             return "vLLM-Omni reads FP8 with a scale for each row as ModelOpt spells it: --dialect modelopt"
         is_rotated = fmt.encoding is not None and fmt.encoding.rotation is not None
-        if is_rotated or not isinstance(fmt, QuantizingFormat):
+        if is_rotated or fmt.is_named_by_dialect or not isinstance(fmt, QuantizingFormat):
             return f"vLLM-Omni has no method that loads {fmt.label}"
         return fmt.unsupported(*shape) or WrittenSpelling()
 

@@ -6,9 +6,6 @@ Scaled      NAME.weight             any element type [out, in]: E4M3, E5M2, 8-bi
             W = (code - zero point) * scale, or code * scale + zero point
 Spread      NAME.weight             E4M3, E5M2 or I8 of three dimensions or more: experts [E, out, in], convolutions
             NAME.weight_scale       F32, one number, or for each dimension 1, the same size, or a number of blocks
-Codebook    NAME.weight             U8 [out, in / 2], two codes a byte, even element in the high nibble
-            NAME.weight_scale       F32 [out / R, R * in / block]; R rows hold a whole number of blocks
-            NAME.table              F32 [16]; W = table[code] * scale
 LowRank     another format's tensors, and
             NAME.lora_a             F32 [rank, in]
             NAME.lora_b             F32 [out, rank]; W = W' + lora_b lora_a
@@ -18,7 +15,6 @@ Smoothed    another format's tensors, and
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -31,9 +27,8 @@ from omni_convert.formats.arithmetic.float8 import E4M3, E5M2
 from omni_convert.formats.format import Format
 from omni_convert.formats.rows import TensorLayout
 
-__all__ = ["Codebook", "LowRank", "Scaled", "Smoothed", "Spread"]
+__all__ = ["LowRank", "Scaled", "Smoothed", "Spread"]
 
-TABLE_ENTRIES = 16
 FLOATS = {torch.float8_e4m3fn: E4M3, torch.float8_e5m2: E5M2}
 
 
@@ -102,52 +97,6 @@ class Scaled(Format):
 
     def _spread(self, numbers: Tensor, columns: int) -> Tensor:
         return numbers if self.group is None else numbers.repeat_interleave(self.group, dim=1)[:, :columns]
-
-
-@dataclass(frozen=True)
-class Codebook(Format):
-    """4-bit codes that name entries of a table, with a scale for each block of the flattened weight.
-
-    Attributes:
-        method: the name that users know: nf4, fp4
-        block: elements that share a scale
-        row_multiple: rows that hold a whole number of blocks
-    """
-
-    method: str
-    block: int
-    row_multiple: int = 1
-
-    elements_per_entry = 2
-
-    @classmethod
-    def for_columns(cls, method: str, block: int, columns: int) -> Codebook:
-        return cls(method, block, block // math.gcd(columns, block))
-
-    @property
-    def encoding(self) -> Encoding:
-        return Encoding(IntegerType(4), block=(1, self.block))
-
-    @property
-    def activation_scheme(self) -> str:
-        return "none"
-
-    @property
-    def label(self) -> str:
-        return f"{self.method} block {self.block}"
-
-    def layout(self, out_features: int, in_features: int) -> dict[str, TensorLayout]:
-        scales = (-(-out_features // self.row_multiple), self.row_multiple * in_features // self.block)
-        return {
-            "weight": TensorLayout(torch.uint8, (out_features, in_features // 2)),
-            "weight_scale": TensorLayout(torch.float32, scales, self.row_multiple),
-            "table": TensorLayout(torch.float32, (TABLE_ENTRIES,), 0),
-        }
-
-    def dequantize(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        codes = tensors["weight"]
-        elements = tensors["table"][torch.stack([codes >> 4, codes & 0xF], dim=-1).flatten(1).long()]
-        return (elements.view(-1, self.block) * tensors["weight_scale"].reshape(-1, 1)).view(elements.shape)
 
 
 @dataclass(frozen=True)

@@ -97,10 +97,8 @@ class QuantizedLayer:
 
         `start` is a multiple of the format's `row_multiple`, and `stop` too or the last row.
         """
-        return {
-            suffix: self.read_tensor(suffix, start // (layout.rows_per_entry or 1), _last_entry(stop, layout))
-            for suffix, layout in self.tensors.items()
-        }
+        ranges = {suffix: layout.entries_of(start, stop) for suffix, layout in self.tensors.items()}
+        return {suffix: self.read_tensor(suffix, rows.start, rows.stop) for suffix, rows in ranges.items()}
 
     def dequantize(self, start: int, stop: int) -> Tensor:
         """Rows `start` to `stop` of the weight, float32."""
@@ -108,10 +106,6 @@ class QuantizedLayer:
         first = start // multiple * multiple
         last = min(-(-stop // multiple) * multiple, self.shape[0])
         return self.format.dequantize(self.read(first, last))[start - first : stop - first]
-
-
-def _last_entry(stop: int, layout: TensorLayout) -> int:
-    return -(-stop // (layout.rows_per_entry or 1))
 
 
 @dataclass(frozen=True)

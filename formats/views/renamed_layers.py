@@ -49,21 +49,16 @@ class _Rows(ViewedTensor):
             return whole[start:stop] if self.spec.shape else whole
         found, first = [], 0
         for part in self.parts:
-            begin, end = _entries(part, self.layout)
-            low, high = max(start, first), min(stop, first + end - begin)
+            rows = self.layout.entries_of(part.start, part.stop)
+            low, high = max(start, first), min(stop, first + rows.stop - rows.start)
             if low < high:
-                offset = begin - first
+                offset = rows.start - first
                 found.append(self._finite(part, low + offset, high + offset))
-            first += end - begin
+            first += rows.stop - rows.start
         return found[0] if len(found) == 1 else torch.cat(found)
 
     def _finite(self, part: _Part, start: int, stop: int) -> Tensor:
         return finite_part(part.layer.read_tensor(self.suffix, start, stop), part.layer, self.suffix)
-
-
-def _entries(part: _Part, layout: TensorLayout) -> tuple[int, int]:
-    """The rows of a part in a tensor of its layer: the first, and the one after the last."""
-    return part.start // layout.rows_per_entry, -(-part.stop // layout.rows_per_entry)
 
 
 def renamed_layers(

@@ -5,9 +5,9 @@ two, and one multiplication, which has to bring in the scale anyway, puts that r
 overflow on the way, such weights come out times 2^-32, which `weight_unit` undoes. E2M1 codes are shifted likewise and
 given the exponent that they lack; a subnormal bfloat16 for 0.5 would cost time, and flushed to zero be wrong. Integers
 of 4 bits are the last bits of 128 + code, from which 128 is subtracted with the zero point. Nothing is looked up in a
-table, which would be of one device, and of the mode that it was first used in. Codes times a power of two or an E4M3
-scale are exact; float32 scales of blocks are rounded to bfloat16 first (an error of 2^-8 at most, where that of E4M3
-codes is 2^-4). W4A16 weights are exact products, rounded once.
+table of ours, which would be of one device, and of the mode that it was first used in; NF4 brings its own. Codes times
+a power of two or an E4M3 scale are exact; float32 scales of blocks are rounded to bfloat16 first (an error of 2^-8 at
+most, where that of E4M3 codes is 2^-4). W4A16 weights are exact products, rounded once.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from omni_convert.formats.schemes.int8 import Int8
 from omni_convert.formats.schemes.mxfp4 import Mxfp4
 from omni_convert.formats.schemes.mxfp4_dualscale import Mxfp4DualScale
 from omni_convert.formats.schemes.mxfp8 import Mxfp8
+from omni_convert.formats.schemes.nf4 import Nf4
 from omni_convert.formats.schemes.nvfp4 import Nvfp4
 from omni_convert.loaders.memory.layout import disk_tensors
 from omni_convert.loaders.memory.packed_int4 import CODES, CODES_PER_WORD, SCALES, ZERO_POINTS, PackedInt4
@@ -81,8 +82,8 @@ def _dequantize_rows(fmt: Format, tensors: Mapping[str, Tensor], rows: slice, co
     last = -(-rows.stop // multiple) * multiple
     tile = {}
     for suffix, layout in fmt.layout(len(tensors["weight"]), columns).items():
-        share = layout.rows_per_entry
-        tile[suffix] = tensors[suffix][first // share : -(-last // share)] if share else tensors[suffix]
+        is_of_rows = layout.rows_per_entry > 0
+        tile[suffix] = tensors[suffix][layout.entries_of(first, last)] if is_of_rows else tensors[suffix]
     if "mul_scale" in tile:
         tile["mul_scale"] = torch.ones_like(tile["mul_scale"])
     out[:, columns:] = 0
@@ -148,6 +149,20 @@ def _decode_packed_int4(
     groups = out.view(len(out), -1, fmt.group)
     groups.sub_(_zero_points(tensors[ZERO_POINTS], rows).add_(OFFSET)[..., None])
     torch.mul(groups, tensors[SCALES][:, rows].t().float().contiguous()[..., None], out=groups)
+
+
+def _decode_nf4(fmt: Nf4, tensors: Mapping[str, Tensor], rows: slice, columns: int, out: Tensor) -> None:
+    if columns % fmt.block:
+        _dequantize_rows(fmt, tensors, rows, columns, out)
+        return
+    table = tensors["table"].bfloat16()
+    pairs = torch.stack([table.repeat_interleave(len(table)), table.repeat(len(table))], dim=1).view(torch.int32)
+    codes = tensors["weight"][rows].flatten().int()
+    torch.index_select(pairs.flatten(), 0, codes, out=out.view(torch.int32).view(-1))
+    first, last = (row * columns // fmt.block for row in (rows.start, rows.stop))
+    blocks = torch.arange(first, last, device=out.device)
+    numbers = out.view(-1, fmt.block)
+    torch.mul(numbers, fmt.scales_of(tensors, blocks)[:, None], out=numbers)
 
 
 def _zero_points(words: Tensor, rows: slice) -> Tensor:
@@ -231,12 +246,12 @@ class Decoder:
     Attributes:
         decode: fills bfloat16 rows: (format, tensors, rows, columns, out)
         unit: the number, or the suffix of the number, by which decoded weights are still to be multiplied
-        operands: for the kernel that decodes inside the GEMM
+        operands: for the kernel that decodes inside the GEMM; None if it does not know the format
     """
 
     decode: Callable[..., None]
     unit: float | str
-    operands: Operands
+    operands: Operands | None
 
 
 #: The formats with a decoder of their own. Any other is decoded by `Format.dequantize`.
@@ -256,4 +271,5 @@ DECODERS: dict[type[Format], Decoder] = {
         1.0,
         Operands(weight=CODES, group_scale=SCALES, zero_points=ZERO_POINTS, is_turned=True),
     ),
+    Nf4: Decoder(_decode_nf4, 1.0, None),
 }

@@ -63,6 +63,7 @@ def run_fused(x: Tensor, tensors: Mapping[str, Tensor], fmt: Format, bias: Tenso
     """`RunLinear`, with the input rounded as the runtime does, or only smoothed."""
     inputs = rounded_input(x, tensors, fmt) if is_rounded else smoothed_input(x, tensors)
     operands = DECODERS[type(fmt)].operands
+    assert operands is not None, "the kernel declines such formats"
     out: Tensor = _triton_decode_mm(
         inputs.bfloat16(),
         tensors[operands.weight],
@@ -97,7 +98,11 @@ def _group_scale(tensors: Mapping[str, Tensor], operands: Operands) -> Tensor | 
 # The elements along K that tensor cores multiply at once must lie within one group.
 GROUP_MULTIPLE = 16
 REQUIREMENTS = Requirements(
-    tuple(DECODERS), devices=("cuda",), capability=(8, 0), module="triton", group_multiple=GROUP_MULTIPLE
+    tuple(fmt for fmt, decoder in DECODERS.items() if decoder.operands is not None),
+    devices=("cuda",),
+    capability=(8, 0),
+    module="triton",
+    group_multiple=GROUP_MULTIPLE,
 )
 TRITON_DECODE_MM = Kernel(
     "triton_decode_mm",

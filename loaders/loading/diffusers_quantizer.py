@@ -1,11 +1,12 @@
 """Makes `from_pretrained` of diffusers read our checkpoints, and quantize others while it loads them.
 
 diffusers has no public way to register a quantizer. Ours is entered in its mappings under names that are free, as are
-its other third-party quantizers. Two blocks are ours although diffusers has another quantizer for their name:
+its other third-party quantizers. Three blocks are ours although diffusers has another quantizer for their name:
 
 - `modelopt` with a `quant_algo`, which describes an exported checkpoint that diffusers' quantizer cannot read;
+- `bitsandbytes` for NF4, which then runs without the package and without a GPU;
 - `auto-round` for W4A16 in GPTQ's packing, because diffusers needs the auto-round package and casts its scales to the
-  model's dtype. A caller who passes diffusers' own `AutoRoundConfig` gets its quantizer.
+  model's dtype. A caller who passes diffusers' own `AutoRoundConfig` or `BitsAndBytesConfig` gets its quantizer.
 """
 
 from __future__ import annotations
@@ -17,15 +18,16 @@ import torch
 from diffusers.configuration_utils import FrozenDict
 from diffusers.quantizers import auto
 from diffusers.quantizers.base import DiffusersQuantizer
-from diffusers.quantizers.quantization_config import AutoRoundConfig, QuantizationConfigMixin
+from diffusers.quantizers.quantization_config import AutoRoundConfig, BitsAndBytesConfig, QuantizationConfigMixin
 from torch import Tensor, nn
 
 from omni_convert.formats.dialects import omni_convert, vllm_omni
 from omni_convert.formats.dialects.config_block import read_claimed_block
 from omni_convert.formats.errors import CheckpointError, RecipeError, counted
 from omni_convert.formats.format import Format
-from omni_convert.formats.table import LOADABLE
+from omni_convert.formats.table import FORMATS, LOADABLE
 from omni_convert.loaders.loading.install import install_quantized, quantized_layers, restore_linears, to_disk_state
+from omni_convert.loaders.loading.opened import OpenedLayers, spelled_state
 from omni_convert.loaders.loading.quantizer import ConfigBlock, LayerQuantizer
 
 __all__ = ["DiffusersConfig", "DiffusersOmniQuantizer", "register"]
@@ -59,12 +61,18 @@ class DiffusersOmniQuantizer(LayerQuantizer, DiffusersQuantizer):  # type: ignor
         return bool(self.pre_quantized)  # quantizing in several threads would need memory for several layers
 
     def maybe_update_loaded_keys(self, loaded_keys: list[str], checkpoint_files: Sequence[str]) -> list[str]:
-        """Keeps the paths of the files, which diffusers passes to no later step."""
-        self._files = checkpoint_files
-        return loaded_keys
+        """Keeps the paths of the files, which diffusers passes to no later step.
 
-    def _process_model_before_weight_loading(self, model: nn.Module, **_: Any) -> None:
-        self._prepare(model, self._files)
+        Layers that are read through their dialect count as loaded under their names in the model.
+        """
+        self._files = checkpoint_files
+        if not self.pre_quantized or not FORMATS[self.meaning.method].is_named_by_dialect:
+            return loaded_keys
+        in_files, self.loaded = OpenedLayers(checkpoint_files, self.quantization_config.block).names()
+        return [*({*loaded_keys} - in_files), *self.loaded]
+
+    def _process_model_before_weight_loading(self, model: nn.Module, device_map: Any = None, **_: Any) -> None:
+        self._prepare(model, self._files, device_map)
 
     def update_missing_keys(self, model: nn.Module, missing_keys: list[str], **_: Any) -> list[str]:
         """Raises CheckpointError; diffusers would only warn and leave the tensors on the meta device."""
@@ -94,6 +102,8 @@ class DiffusersOmniQuantizer(LayerQuantizer, DiffusersQuantizer):  # type: ignor
         """Uses the tensor in `state_dict`, because diffusers has cast the other one, scales included."""
         raw = state_dict[param_name]
         stem, _dot, suffix = param_name.rpartition(".")
+        if self.dialect is not None:
+            return  # the layer is there already
         if not self.pre_quantized:
             install_quantized(model, stem, raw.to(target_device), self.planned[stem], self.where, self.fits)
             return
@@ -110,6 +120,8 @@ class DiffusersOmniQuantizer(LayerQuantizer, DiffusersQuantizer):  # type: ignor
         self, state_dict: dict[str, Tensor], **_: Any
     ) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """The tensors as they were on disk, for `save_pretrained`."""
+        if self.dialect is not None:
+            return spelled_state(state_dict, self._layers, self.dialect), {}
         return to_disk_state(state_dict, self._layers), {}
 
     def _dequantize(self, model: Any) -> Any:
@@ -140,8 +152,8 @@ def _claim_blocks() -> None:
         return read_theirs(block) if meaning is None else DiffusersConfig(block, meaning)
 
     def merge(_cls: type, block: Any, asked_for: Any) -> Any:
-        is_theirs = isinstance(asked_for, AutoRoundConfig) and isinstance(block, dict)
-        return merge_theirs(AutoRoundConfig.from_dict(block) if is_theirs else block, asked_for)
+        is_theirs = isinstance(asked_for, AutoRoundConfig | BitsAndBytesConfig) and isinstance(block, dict)
+        return merge_theirs(type(asked_for).from_dict(block) if is_theirs else block, asked_for)
 
     from_dict.reads_ours = True  # type: ignore[attr-defined]  # marks the wrapper, so that it wraps once
     library.from_dict = classmethod(from_dict)

@@ -16,12 +16,15 @@ from torch import nn
 from omni_convert.formats.config import QuantizationConfig
 from omni_convert.formats.containers.tensor_spec import TensorSpec
 from omni_convert.formats.dialects import auto_round, omni_convert
+from omni_convert.formats.dialects.base import Dialect
 from omni_convert.formats.dialects.config_block import read_block
 from omni_convert.formats.schemes.int4 import DEFAULT_GROUP, Int4
 from omni_convert.formats.statistics.statistics import Statistics
+from omni_convert.formats.table import FORMATS
 from omni_convert.loaders.layers.quantized_linear import QuantizedLinear
 from omni_convert.loaders.loading.group_fit import GroupFits
 from omni_convert.loaders.loading.install import install_empty_layers, refuse_unexpected, settle_compute_dtypes
+from omni_convert.loaders.loading.opened import OpenedLayers
 from omni_convert.loaders.loading.pipeline_files import open_weights
 from omni_convert.loaders.loading.select import PlannedLayer, select_layers, stored_layers
 from omni_convert.loaders.loading.values import check_stored_values
@@ -109,11 +112,13 @@ class LayerQuantizer:
         loaded: tensors of quantized layers that are stored so
         planned: layers to quantize while loading
         fits: quantizes these
+        dialect: that of layers that were read through it, and are saved so
     """
 
     quantization_config: ConfigBlock
     pre_quantized: bool
     fits: GroupFits | None = None
+    dialect: Dialect | None = None
     is_trainable = False
     is_compileable = True
 
@@ -125,11 +130,17 @@ class LayerQuantizer:
         self.planned: dict[str, PlannedLayer] = {}
         self._opened = ExitStack()
 
-    def _prepare(self, model: nn.Module, files: Sequence[str]) -> None:
-        """Puts empty layers in place of those that the files hold quantized, or plans which ones to quantize."""
+    def _prepare(self, model: nn.Module, files: Sequence[str], device_map: Any = None) -> None:
+        """Puts layers in place of those that the files hold quantized, or plans which ones to quantize.
+
+        The layers are empty, but for those that are read through their dialect.
+        """
         self.where = str(Path(files[0]).parent) if files else type(model).__name__
         if not self.pre_quantized:
             self._plan(model, files)
+            return
+        if FORMATS[self.meaning.method].is_named_by_dialect:
+            self.dialect = OpenedLayers(files, self.quantization_config.block).install(model, device_map)
             return
         with open_weights(files) as checkpoint:
             stored = self._under_model_names(checkpoint, model)

@@ -10,6 +10,7 @@ from omni_convert.formats.schemes.int8 import Int8
 from omni_convert.formats.schemes.mxfp4 import Mxfp4
 from omni_convert.formats.schemes.mxfp4_dualscale import Mxfp4DualScale
 from omni_convert.formats.schemes.mxfp8 import Mxfp8
+from omni_convert.formats.schemes.nf4 import Nf4
 from omni_convert.formats.schemes.nvfp4 import Nvfp4
 from omni_convert.loaders.kernels.decode_mm import DECODE_MM
 from omni_convert.loaders.kernels.decoding import DECODERS, decode_rows, padded_columns, weight_unit
@@ -17,7 +18,18 @@ from omni_convert.loaders.kernels.reference import REFERENCE
 from omni_convert.loaders.memory.layout import disk_tensors, memory_tensors, weight_shape
 from omni_convert.loaders.memory.packed_int4 import PackedInt4
 
-FORMATS = (Fp8(), Fp8Channel(), Fp8Block((16, 48)), Int8(), Mxfp8(), Mxfp4(), Mxfp4DualScale(), Nvfp4(), PackedInt4(32))
+FORMATS = (
+    Fp8(),
+    Fp8Channel(),
+    Fp8Block((16, 48)),
+    Int8(),
+    Mxfp8(),
+    Mxfp4(),
+    Mxfp4DualScale(),
+    Nvfp4(),
+    PackedInt4(32),
+    Nf4(),
+)
 WIDTHS = [1, 16, 33, 640]
 CASES = [(fmt, width) for fmt in FORMATS for width in WIDTHS if fmt.unsupported(24, width) is None]
 
