@@ -94,8 +94,11 @@ def load_pipeline(
         kwargs = _load_gguf_components(model, torch_dtype, requested, in_gguf, hub_options) | kwargs
         with shared_readers():
             folder = _check_files(model, kwargs)
-            stream = PipelineStream(folder, torch.device(device or "cpu"), torch_dtype, kwargs)
-            streamer, models = stream.open(memory, _unstreamable(requested, in_gguf, cache_backend))
+            streamer: Streamer | None = None
+            models: dict[str, nn.Module] = {}
+            if memory != "full":
+                stream = PipelineStream(folder, torch.device(device or "cpu"), torch_dtype, kwargs)
+                streamer, models = stream.open(memory, _unstreamable(requested, in_gguf, cache_backend))
             pipeline = DiffusionPipeline.from_pretrained(
                 str(model), dtype=torch_dtype, **_quantization_argument(requested), **kwargs, **models
             )
