@@ -299,7 +299,7 @@ class Family:
             specs: tensors of the checkpoint, by name
             runtime: one of `EVERY_RUNTIME`
             methods: those of the quantized layers; empty for any
-            dialect: in which they are stored; None for any
+            dialect: in which they are stored; None for the default one
 
         Raises:
             CheckpointError: a member of a fused group is missing or has another input width; or the checkpoint holds

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from omni_convert.formats.families.derived_config import ConfigRule, Shapes, rotary_axes
@@ -98,25 +99,29 @@ def _settings(shapes: Shapes) -> dict[str, Any]:
     }
 
 
+_DOUBLE_BLOCK = (
+    merged("transformer_blocks.{}.attn", "to_qkv", QKV, loads_merged=False),
+    merged("transformer_blocks.{}.attn", "add_kv_proj", ADDED_QKV, loads_merged=False),
+    *linears("transformer_blocks.{}.attn", "to_out.0", "to_add_out"),
+    *linears("transformer_blocks.{}.ff", "net.0.proj", "net.2"),
+    *linears("transformer_blocks.{}.ff_context", "net.0.proj", "net.2"),
+)
+
 FLUX_1 = Family(
     name="FLUX.1",
     model_classes=("FluxTransformer2DModel",),
     layers=(
         merged("single_transformer_blocks.{}.attn", "to_qkv", QKV, loads_merged=False),
         *linears("single_transformer_blocks.{}", "proj_mlp", "proj_out"),
-        merged("transformer_blocks.{}.attn", "to_qkv", QKV, loads_merged=False, runtimes=WHOLE_BLOCK_RUNTIMES),
-        merged(
-            "transformer_blocks.{}.attn", "add_kv_proj", ADDED_QKV, loads_merged=False, runtimes=WHOLE_BLOCK_RUNTIMES
-        ),
-        *linears("transformer_blocks.{}.attn", "to_out.0", "to_add_out", runtimes=WHOLE_BLOCK_RUNTIMES),
-        *linears("transformer_blocks.{}.ff", "net.0.proj", "net.2", runtimes=WHOLE_BLOCK_RUNTIMES),
-        *linears("transformer_blocks.{}.ff_context", "net.0.proj", "net.2", runtimes=WHOLE_BLOCK_RUNTIMES),
+        *(replace(layer, runtimes=WHOLE_BLOCK_RUNTIMES) for layer in _DOUBLE_BLOCK),
+        # vLLM-Omni withholds all other configs from the double blocks (`safe_quant_config`).
+        *(replace(layer, runtimes=(VLLM_OMNI,), dialects=("auto-round",)) for layer in _DOUBLE_BLOCK),
     ),
     method_notes=(
         MethodNote(
-            (),
-            "vLLM-Omni runs only the single blocks of FLUX.1 quantized; --runtime diffusers quantizes the double "
-            "blocks as well, for omni_convert.loaders alone",
+            ("fp8", "int8", "mxfp8", "mxfp4", "mxfp4_dualscale", "nvfp4", "gguf"),
+            "vLLM-Omni runs only the single blocks of FLUX.1 quantized, but for AutoRound's; --runtime diffusers "
+            "quantizes the double blocks as well, for omni_convert.loaders alone",
             runtimes=(VLLM_OMNI, DIFFUSERS),
         ),
     ),

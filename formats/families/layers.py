@@ -76,10 +76,10 @@ class LayerPattern:
 
         Args:
             methods: empty for any
-            dialect: None for any
+            dialect: None for the default one
         """
         is_method = not self.methods or not methods or any(method in self.methods for method in methods)
-        return runtime in self.runtimes and is_method and (not self.dialects or dialect in (None, *self.dialects))
+        return runtime in self.runtimes and is_method and (not self.dialects or dialect in self.dialects)
 
     def numbered(self, numbers: tuple[str, ...], members: tuple[str, ...] | None = None) -> LayerGroup:
         """The layer in the block, and of the expert, of these numbers.

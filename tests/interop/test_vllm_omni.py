@@ -333,14 +333,14 @@ def test_a_mixture_of_ours_is_loaded_by_them(  # type: ignore[no-untyped-def]
     assert_they_hold_what_we_wrote(load(tmp_path / "out", model, "CUDA"), folder)
 
 
-def test_w4a16_of_ours_is_loaded_by_them(load, tiny_folder, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
-    model = "ZImageTransformer2DModel"
+@pytest.mark.parametrize("model", ["ZImageTransformer2DModel", "FluxTransformer2DModel"])
+def test_w4a16_of_ours_is_loaded_by_them(load, tiny_folder, tmp_path: Path, model: str) -> None:  # type: ignore[no-untyped-def]
     convert_checkpoint(tiny_folder(model), tmp_path / "out", Recipe(method="w4a16", group_size=32))
     modules = dict(load(tmp_path / "out", model, "CUDA").named_modules())
     folder = tmp_path / "out" / "transformer"
-    family = find_family("ZImageTransformer2DModel")
+    family = find_family(model)
     with open_quantized(folder) as opened:
-        groups = family.layer_groups(dequantized_view(opened), "vllm-omni")
+        groups = family.layer_groups(dequantized_view(opened), "vllm-omni", {"w4a16"}, "auto-round")
         groups = [group for group in groups if group.members[0] in opened.layers]
         assert sum(len(group.members) for group in groups) == len(opened.layers) > 0
         for group in groups:

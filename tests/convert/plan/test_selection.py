@@ -143,6 +143,19 @@ def test_flux_double_blocks_are_for_our_loader_only(tmp_path: Path) -> None:
     }
 
 
+def test_flux_double_blocks_are_packed_for_auto_round_and_their_norms_listed(tmp_path: Path) -> None:
+    source = flux(tmp_path / "flux")
+    report = convert_checkpoint(source, tmp_path / "out", Recipe(method="w4a16", group_size=32))
+    packed = {name.removesuffix(".qweight") for name in load_all(tmp_path / "out") if name.endswith(".qweight")}
+    convert_checkpoint(source, tmp_path / "ours", Recipe(runtime="diffusers"))
+    assert packed == quantized_layers(tmp_path / "ours")
+    block = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert block["block_name_to_quantize"] == "single_transformer_blocks,transformer_blocks"
+    assert {"transformer_blocks.0.norm1.linear", "norm_out.linear"} <= block["extra_config"].keys()
+    assert "proj_out" not in block["extra_config"]  # their reader compares ends of names
+    assert not any("only the single blocks" in note for note in report.notes)
+
+
 def test_a_file_for_comfyui_obeys_the_scope_of_comfyui(tmp_path: Path) -> None:
     source = flux(tmp_path / "flux")
     report = convert_checkpoint(source, tmp_path / "comfyui", Recipe(dialect="comfyui"))

@@ -37,14 +37,15 @@ def test_layers_and_their_members(check_layers: CheckLayers) -> None:
     )
 
 
-def test_double_blocks_are_only_in_the_scope_of_diffusers(
+def test_double_blocks_are_only_in_the_scope_of_diffusers_and_of_auto_round(
     tiny_specs: Callable[[str], Mapping[str, TensorSpec]],
 ) -> None:
     specs = tiny_specs("FluxTransformer2DModel")
+    packed = {group.runtime_name for group in FLUX_1.layer_groups(specs, "vllm-omni", {"w4a16"}, "auto-round")}
     omni = {group.runtime_name for group in FLUX_1.layer_groups(specs, "vllm-omni")}
     ours = {group.runtime_name for group in FLUX_1.layer_groups(specs, "diffusers")}
     double = {
         f"transformer_blocks.{number}.{layer}" for number in range(2) for layer in {**DOUBLE_STREAM, **FEED_FORWARDS}
     }
     assert not any(name.startswith("transformer_blocks") for name in omni)
-    assert ours == omni | double
+    assert ours == omni | double == packed
