@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from tiny_models import MODELS, PIPELINES  # type: ignore[import-not-found]  # beside it
+from tiny_models import MODELS, OTHERS, PIPELINES  # type: ignore[import-not-found]  # beside it
 
 METHODS = {
     "fp8": ("-m", "fp8"),
@@ -88,7 +88,7 @@ class Case:
 
 def every_case() -> Iterator[Case]:
     yield from demo_cases()
-    for model in MODELS:
+    for model in (*MODELS, *OTHERS):
         yield from written_cases(model)
         if model in DETAILED:
             yield from option_cases(model)

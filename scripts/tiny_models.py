@@ -1,5 +1,7 @@
 """Tiny models of every family that the converter knows: diffusers' own classes with fixed random weights.
 
+A few families have a class in no package. Their tensors have the names that vLLM-Omni's loader reads.
+
 Names and structure are those of the real models; widths are 128 to 512, so that every format can hold most layers.
 """
 
@@ -14,8 +16,9 @@ from typing import Any
 import diffusers
 import torch
 import transformers
+from safetensors.torch import save_file
 
-__all__ = ["MODELS", "PIPELINES", "save_model", "save_pipeline"]
+__all__ = ["MODELS", "OTHERS", "PIPELINES", "save_model", "save_pipeline"]
 
 JOINT = {"num_layers": 1, "attention_head_dim": 64, "num_attention_heads": 2, "joint_attention_dim": 128}
 DUAL = {**JOINT, "num_single_layers": 1, "in_channels": 16}
@@ -279,6 +282,23 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+#: What makes `OmniGen2Transformer2DModel`, which vLLM-Omni has and diffusers has not, small.
+OMNIGEN_2: dict[str, Any] = {
+    "patch_size": 2,
+    "in_channels": 4,
+    "hidden_size": 128,
+    "num_layers": 2,
+    "num_refiner_layers": 1,
+    "num_attention_heads": 4,
+    "num_kv_heads": 2,
+    "multiple_of": 64,
+    "axes_dim_rope": [8, 12, 12],
+    "axes_lens": [64, 64, 64],
+    "text_feat_dim": 64,
+    "timestep_scale": 1000.0,
+}
+
+
 def _qwen3() -> Any:
     return transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**TEXT))
 
@@ -320,7 +340,10 @@ PIPELINES: dict[str, tuple[str, dict[str, str], Callable[[], Any] | None]] = {
 
 
 def save_model(name: str, folder: Path, seed: int = 0) -> None:
-    """Saves one of `MODELS` in bfloat16, with values that have the outliers of trained weights."""
+    """Saves one of `MODELS` or `OTHERS` in bfloat16, with values that have the outliers of trained weights."""
+    if name in OTHERS:
+        OTHERS[name](folder, seed)
+        return
     class_name, arguments = MODELS[name]
     _save(lambda: getattr(diffusers, class_name)(**arguments), folder, seed)
 
@@ -351,7 +374,59 @@ def _save(build: Callable[[], Any], folder: Path, seed: int) -> Any:
     return model
 
 
+def _save_omnigen_2(folder: Path, seed: int) -> None:
+    """The names of OmniGen2's own code, which vLLM-Omni's loader reads."""
+    linears: dict[str, tuple[int, int]] = {
+        "x_embedder": (128, 16),
+        "ref_image_patch_embedder": (128, 16),
+        "time_caption_embed.timestep_embedder.linear_1": (128, 256),
+        "time_caption_embed.timestep_embedder.linear_2": (128, 128),
+        "time_caption_embed.caption_embedder.1": (128, 64),
+        "norm_out.linear_1": (128, 128),
+        "norm_out.linear_2": (16, 128),
+    }
+    biases = {stem: shape[:1] for stem, shape in linears.items()}
+    norms = {"time_caption_embed.caption_embedder.0": 64}
+    for block in ("noise_refiner.0", "ref_image_refiner.0", "context_refiner.0", "layers.0", "layers.1"):
+        heads = {"to_q": 128, "to_k": 64, "to_v": 64, "to_out.0": 128}
+        linears |= {f"{block}.attn.{leaf}": (rows, 128) for leaf, rows in heads.items()}
+        linears |= {f"{block}.feed_forward.linear_{number}": (512, 128) for number in (1, 3)}
+        linears[f"{block}.feed_forward.linear_2"] = (128, 512)
+        norms |= {f"{block}.attn.{leaf}": 32 for leaf in ("norm_q", "norm_k")}
+        norms |= {f"{block}.{leaf}": 128 for leaf in ("ffn_norm1", "norm2", "ffn_norm2")}
+        if block == "context_refiner.0":
+            norms[f"{block}.norm1"] = 128
+        else:
+            norms[f"{block}.norm1.norm"] = 128
+            linears[f"{block}.norm1.linear"], biases[f"{block}.norm1.linear"] = (512, 128), (512,)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        tensors = {f"{stem}.weight": _trained_like(*shape) for stem, shape in linears.items()}
+        tensors["image_index_embedding"] = torch.randn(5, 128)
+    tensors |= {f"{stem}.bias": torch.zeros(shape) for stem, shape in biases.items()}
+    tensors |= {f"{stem}.weight": torch.ones(width) for stem, width in norms.items()}
+    folder.mkdir(parents=True)
+    save_file(
+        {name: tensor.to(torch.bfloat16) for name, tensor in tensors.items()},
+        folder / "diffusion_pytorch_model.safetensors",
+        metadata={"format": "pt"},
+    )
+    (folder / "config.json").write_text(json.dumps({"_class_name": "OmniGen2Transformer2DModel", **OMNIGEN_2}))
+
+
+def _save_ming_image(folder: Path, seed: int) -> None:
+    """Z-Image's transformer under the name of Ming-Image's own class."""
+    save_model("z_image", folder, seed)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"_class_name": "DiffusionTransformer", "alignment_padding_mode": "learned", "multi_frame_output": True}
+    (folder / "config.json").write_text(json.dumps(config))
+
+
 def _trained_like(rows: int, columns: int) -> torch.Tensor:
     """Heavy tails, and rows and columns of different sizes: [rows, columns]."""
     values = torch.distributions.StudentT(4.0).sample((rows, columns)) * 0.02
     return values * (torch.randn(columns) * 0.7).exp() * (torch.randn(rows, 1) * 0.4).exp()
+
+
+#: Models that diffusers has no class for: name of the family → what saves one, with a seed.
+OTHERS: dict[str, Callable[[Path, int], None]] = {"omnigen_2": _save_omnigen_2, "ming_image": _save_ming_image}

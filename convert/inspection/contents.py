@@ -36,6 +36,7 @@ from omni_convert.formats.dialects.verdict import (
     if_incomplete,
     lost_block_verdicts,
     with_remedy,
+    without_class,
 )
 from omni_convert.formats.dialects.vllm_omni import vllm_omni_verdict
 from omni_convert.formats.errors import CheckpointError
@@ -140,6 +141,8 @@ def _runtimes(component: ComponentFolder, opened: QuantizedCheckpoint, doubt: st
     else:
         found = dialect.verdicts(JudgedComponent(formats, refusal, opened.checkpoint, family))
         found = with_remedy(found, lambda runtime: _keeping_options(component, opened, runtime))
+        refused = family.refusal("diffusers") if family is not None else None
+        found = without_class(found, refused.reason) if refused is not None else found
     flaw = incomplete(opened, names_in_model(opened.checkpoint, component.config_if_any))
     if flaw is None:
         return found if doubt is None else if_incomplete(found, (OURS,), doubt)

@@ -25,6 +25,7 @@ __all__ = [
     "if_incomplete",
     "lost_block_verdicts",
     "with_remedy",
+    "without_class",
 ]
 
 # The usual remedy, and the one for components that no dialect can hold as they are.
@@ -65,6 +66,13 @@ CONVERT_FIRST = Verdict(
 )
 NOT_OF_DIFFUSERS = Verdict(OURS, "refuses", "runs models of diffusers, and this is a repository of transformers")
 REQUANTIZE = Verdict(OURS, "refuses", "does not read it; -m METHOD quantizes again, omni-convert dequantize gives BF16")
+
+
+def without_class(found: Iterable[Verdict], reason: str) -> list[Verdict]:
+    """The verdicts on a component whose model diffusers has no class for."""
+    return [
+        replace(each, outcome="refuses", why=reason) if each.runtime in (DIFFUSERS, OURS) else each for each in found
+    ]
 
 
 def with_remedy(found: Iterable[Verdict], keep: Callable[[str], str | None]) -> list[Verdict]:

@@ -34,6 +34,7 @@ from omni_convert.formats.families.original_names import (
 from omni_convert.formats.families.stage import Stage
 
 __all__ = [
+    "NOT_IN_DIFFUSERS",
     "EncoderLayers",
     "Family",
     "GgufFacts",
@@ -110,6 +111,12 @@ def unknown_scope(model: str) -> tuple[RuntimeRefusal, ...]:
     """The refusal of a model whose layers in vLLM-Omni nobody has tabulated."""
     reason = f"which layers vLLM-Omni builds quantized for {model} is not known here"
     return (RuntimeRefusal(VLLM_OMNI, reason),)
+
+
+#: The refusal of our loader, and of its scope, for a model that diffusers has no class for.
+NOT_IN_DIFFUSERS = RuntimeRefusal(
+    DIFFUSERS, "diffusers 0.42 has no class for this model", is_final=True, is_loaded_here=False
+)
 
 
 def repository_refusals(methods: tuple[str, ...], reason: str, *dialects: str) -> tuple[RuntimeRefusal, ...]:

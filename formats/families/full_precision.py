@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 from omni_convert.formats.families.derived_config import ConfigRule, Shapes
-from omni_convert.formats.families.family import Family, GgufFacts, RuntimeRefusal
+from omni_convert.formats.families.family import NOT_IN_DIFFUSERS, Family, GgufFacts, RuntimeRefusal
 from omni_convert.formats.families.flux_1 import FLUX_1, ORIGINAL_MODULATION, single_and_double
 from omni_convert.formats.families.layers import ADDED_QKV, QKV, VLLM_OMNI
 from omni_convert.formats.families.original_names import OriginalName, joined, renamed, same
@@ -16,22 +17,33 @@ __all__ = [
     "CHROMA",
     "ERNIE_IMAGE",
     "HELIOS",
+    "HIDREAM_I1",
     "HUNYUAN_IMAGE_21",
+    "KANDINSKY_5",
+    "KANDINSKY_6",
+    "KANDINSKY_6_SR",
     "LONGCAT_IMAGE",
     "OVIS_IMAGE",
     "SANA_VIDEO",
     "SD_3",
     "WAN_ANIMATE",
+    "WAN_ANIMATE_2",
+    "WAN_S2V",
 ]
 
 _IN_FULL_PRECISION = (
-    RuntimeRefusal(VLLM_OMNI, "vLLM-Omni 0.30.0 builds every layer of this model in full precision", is_final=True),
+    RuntimeRefusal(
+        VLLM_OMNI,
+        "vLLM-Omni 0.30.0 and 0.32.0rc1 build every layer of this model in full precision",
+        is_final=True,
+    ),
 )
 # helios_transformer.py and ernie_image_transformer.py pass `quant_config` to their linears, and no `prefix`.
 _WITHOUT_NAMES = (
     RuntimeRefusal(
         VLLM_OMNI,
-        "vLLM-Omni 0.30.0 builds this model's linears without names, so that no layer could be left in BF16",
+        "vLLM-Omni 0.30.0 and 0.32.0rc1 build this model's linears without names, so that no layer could be left in "
+        "BF16",
         is_final=True,
     ),
 )
@@ -79,6 +91,78 @@ CHROMA = Family(
         ),
     ),
 )
+
+
+def _hidream_settings(shapes: Shapes) -> dict[str, Any]:
+    inner = shapes.rows("x_embedder.proj.weight")
+    captions = shapes.count("caption_projection.{}.linear.weight")
+    return {
+        "patch_size": 2,
+        "in_channels": shapes.columns("x_embedder.proj.weight") // 4,
+        "out_channels": shapes.rows("final_layer.linear.weight") // 4,
+        "num_layers": shapes.count("double_stream_blocks.{}.block.attn1.to_q.weight"),
+        "num_single_layers": shapes.count("single_stream_blocks.{}.block.attn1.to_q.weight"),
+        "attention_head_dim": 128,
+        "num_attention_heads": inner // 128,
+        "caption_channels": [shapes.columns(f"caption_projection.{n}.linear.weight") for n in (captions - 1, 0)],
+        "text_emb_dim": shapes.columns("p_embedder.pooled_embedder.linear_1.weight"),
+        "num_routed_experts": shapes.count("double_stream_blocks.0.block.ff_i.experts.{}.w1.weight"),
+        "num_activated_experts": 2,
+        "axes_dims_rope": [64, 32, 32],
+        "max_resolution": [128, 128],
+        "llama_layers": [*range(32), *[31] * (captions - 33)],
+    }
+
+
+# Its class in 0.30.0 takes a config block, and passes it to no layer.
+HIDREAM_I1 = Family(
+    "HiDream-I1",
+    ("HiDreamImageTransformer2DModel",),
+    refusals=(
+        RuntimeRefusal(
+            VLLM_OMNI,
+            "vLLM-Omni 0.30.0 builds every layer of this model in full precision, and 0.32.0rc1 has no class for it",
+            is_final=True,
+        ),
+    ),
+    has_original_names=True,
+    gguf=GgufFacts("hidream", kept_layers=("gate",), has_converter=True),
+    config=(
+        ConfigRule(
+            "HiDreamImageTransformer2DModel",
+            ("caption_projection.0.linear.weight", "double_stream_blocks.0.block.attn1.to_q.weight"),
+            _hidream_settings,
+            {
+                key: {"num_attention_heads": (20,), "num_layers": (16,), "num_single_layers": (32,)}
+                for key in ("num_activated_experts", "axes_dims_rope", "max_resolution", "llama_layers")
+            },
+        ),
+    ),
+)
+KANDINSKY_5 = Family("Kandinsky 5", ("Kandinsky5Transformer3DModel",), refusals=_WITHOUT_CLASS)
+# kandinsky6_transformer.py calls layers `self_attention`, `feed_forward.in_layer` and `time_embeddings.in_layer`,
+# which are `attn`, `feed_forward.net.0.proj` and `time_embeddings.timestep_embedder.linear_1` in diffusers; nothing
+# maps them. Its pipeline rounds every scale to BF16.
+KANDINSKY_6 = Family(
+    "Kandinsky 6",
+    ("Kandinsky6Transformer3DModel",),
+    refusals=(
+        RuntimeRefusal(
+            VLLM_OMNI,
+            "vLLM-Omni 0.32.0rc1 does not load this model under the names that diffusers gives its layers, and 0.30.0 "
+            "has no class for it",
+            is_final=True,
+        ),
+    ),
+)
+KANDINSKY_6_SR = Family("Kandinsky 6 SR", ("Kandinsky6SRTransformer3DModel",), refusals=_WITHOUT_CLASS)
+# wan2_2_s2v_transformer.py reads this model of Wan's own code, and hands `quant_config` to none of its linears.
+WAN_S2V = Family(
+    "Wan-S2V",
+    ("WanModel_S2V",),
+    refusals=(*(replace(each, is_loaded_here=False) for each in _IN_FULL_PRECISION), NOT_IN_DIFFUSERS),
+)
+WAN_ANIMATE_2 = Family("Wan-Animate 2", ("WanAnimate2Transformer3DModel",), refusals=_WITHOUT_CLASS)
 HUNYUAN_IMAGE_21 = Family("HunyuanImage-2.1", ("HunyuanImageTransformer2DModel",), refusals=_WITHOUT_CLASS)
 WAN_ANIMATE = Family(
     "Wan-Animate",

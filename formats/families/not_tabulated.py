@@ -21,7 +21,6 @@ __all__ = [
     "AURA_FLOW",
     "COSMOS",
     "FRAMEPACK",
-    "HIDREAM_I1",
     "HUNYUAN_VIDEO",
     "LUMINA_2",
     "MINIMAX_H3",
@@ -30,46 +29,6 @@ __all__ = [
 
 _UNKNOWN = unknown_scope("this model")
 
-
-def _hidream_settings(shapes: Shapes) -> dict[str, Any]:
-    inner = shapes.rows("x_embedder.proj.weight")
-    captions = shapes.count("caption_projection.{}.linear.weight")
-    return {
-        "patch_size": 2,
-        "in_channels": shapes.columns("x_embedder.proj.weight") // 4,
-        "out_channels": shapes.rows("final_layer.linear.weight") // 4,
-        "num_layers": shapes.count("double_stream_blocks.{}.block.attn1.to_q.weight"),
-        "num_single_layers": shapes.count("single_stream_blocks.{}.block.attn1.to_q.weight"),
-        "attention_head_dim": 128,
-        "num_attention_heads": inner // 128,
-        "caption_channels": [shapes.columns(f"caption_projection.{n}.linear.weight") for n in (captions - 1, 0)],
-        "text_emb_dim": shapes.columns("p_embedder.pooled_embedder.linear_1.weight"),
-        "num_routed_experts": shapes.count("double_stream_blocks.0.block.ff_i.experts.{}.w1.weight"),
-        "num_activated_experts": 2,
-        "axes_dims_rope": [64, 32, 32],
-        "max_resolution": [128, 128],
-        "llama_layers": [*range(32), *[31] * (captions - 33)],
-    }
-
-
-HIDREAM_I1 = Family(
-    "HiDream-I1",
-    ("HiDreamImageTransformer2DModel",),
-    refusals=_UNKNOWN,
-    has_original_names=True,
-    gguf=GgufFacts("hidream", kept_layers=("gate",), has_converter=True),
-    config=(
-        ConfigRule(
-            "HiDreamImageTransformer2DModel",
-            ("caption_projection.0.linear.weight", "double_stream_blocks.0.block.attn1.to_q.weight"),
-            _hidream_settings,
-            {
-                key: {"num_attention_heads": (20,), "num_layers": (16,), "num_single_layers": (32,)}
-                for key in ("num_activated_experts", "axes_dims_rope", "max_resolution", "llama_layers")
-            },
-        ),
-    ),
-)
 MINIMAX_H3 = Family("MiniMax-H3", ("MiniMaxH3Transformer3DModel",), refusals=_UNKNOWN)
 SANA_WM = Family("SANA-WM", ("SanaWMTransformer3DModel",), refusals=_UNKNOWN)
 

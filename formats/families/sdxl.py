@@ -96,7 +96,9 @@ SDXL = Family(
     "SDXL",
     ("UNet2DConditionModel",),
     refusals=(
-        RuntimeRefusal(VLLM_OMNI, "vLLM-Omni 0.30.0 builds every layer of this model in full precision", is_final=True),
+        RuntimeRefusal(
+            VLLM_OMNI, "vLLM-Omni 0.30.0 and 0.32.0rc1 build every layer of it in full precision", is_final=True
+        ),
     ),
     original_names=(
         *renamed(

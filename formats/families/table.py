@@ -15,12 +15,18 @@ from omni_convert.formats.families.full_precision import (
     CHROMA,
     ERNIE_IMAGE,
     HELIOS,
+    HIDREAM_I1,
     HUNYUAN_IMAGE_21,
+    KANDINSKY_5,
+    KANDINSKY_6,
+    KANDINSKY_6_SR,
     LONGCAT_IMAGE,
     OVIS_IMAGE,
     SANA_VIDEO,
     SD_3,
     WAN_ANIMATE,
+    WAN_ANIMATE_2,
+    WAN_S2V,
 )
 from omni_convert.formats.families.glm_image import GLM_IMAGE
 from omni_convert.formats.families.hunyuan_image_3 import HUNYUAN_IMAGE_3
@@ -31,18 +37,18 @@ from omni_convert.formats.families.not_tabulated import (
     AURA_FLOW,
     COSMOS,
     FRAMEPACK,
-    HIDREAM_I1,
     HUNYUAN_VIDEO,
     LUMINA_2,
     MINIMAX_H3,
     SANA_WM,
 )
+from omni_convert.formats.families.omnigen_2 import OMNIGEN_2
 from omni_convert.formats.families.qwen_image import QWEN_IMAGE
 from omni_convert.formats.families.qwen_image_21 import QWEN_IMAGE_21
 from omni_convert.formats.families.qwen_omni import QWEN_2_5_OMNI, QWEN_3_OMNI, QWEN_3_TTS
 from omni_convert.formats.families.sdxl import SDXL
 from omni_convert.formats.families.wan import WAN
-from omni_convert.formats.families.z_image import Z_IMAGE
+from omni_convert.formats.families.z_image import MING_IMAGE, Z_IMAGE
 
 __all__ = ["FAMILIES", "find_family", "model_class"]
 
@@ -70,6 +76,11 @@ FAMILIES = (
     CHROMA,
     HUNYUAN_IMAGE_21,
     WAN_ANIMATE,
+    WAN_ANIMATE_2,
+    WAN_S2V,
+    KANDINSKY_5,
+    KANDINSKY_6,
+    KANDINSKY_6_SR,
     HIDREAM_I1,
     KREA_2,
     MINIMAX_H3,
@@ -82,6 +93,8 @@ FAMILIES = (
     QWEN_3_TTS,
     HUNYUAN_IMAGE_3,
     BAGEL,
+    OMNIGEN_2,
+    MING_IMAGE,
 )
 
 

@@ -1,11 +1,12 @@
-"""Z-Image."""
+"""Z-Image, and Ming-Image, whose transformer is Z-Image's under another name."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from omni_convert.formats.families.derived_config import ConfigRule, Shapes
-from omni_convert.formats.families.family import EncoderLayers, Family, GgufFacts, MethodNote
+from omni_convert.formats.families.family import NOT_IN_DIFFUSERS, EncoderLayers, Family, GgufFacts, MethodNote
 from omni_convert.formats.families.layers import (
     EVERY_RUNTIME,
     QKV,
@@ -16,7 +17,7 @@ from omni_convert.formats.families.layers import (
 )
 from omni_convert.formats.families.original_names import OriginalName, joined, renamed, same
 
-__all__ = ["Z_IMAGE"]
+__all__ = ["MING_IMAGE", "Z_IMAGE"]
 
 
 def _block(block: str, runtimes: tuple[str, ...] = EVERY_RUNTIME) -> tuple[LayerPattern, ...]:
@@ -107,4 +108,18 @@ Z_IMAGE = Family(
             spare=("norm_final.",),
         ),
     ),
+)
+
+# vLLM-Omni's `MingImageTransformer2DModel` inherits all layers and their loading. What makes its conditions is loaded
+# in full precision.
+MING_IMAGE = replace(
+    Z_IMAGE,
+    name="Ming-Image",
+    model_classes=("DiffusionTransformer",),
+    method_notes=(),
+    shared_encoder=None,
+    refusals=(NOT_IN_DIFFUSERS,),
+    original_names=(),
+    gguf=GgufFacts(),
+    config=(),
 )

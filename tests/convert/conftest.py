@@ -50,15 +50,24 @@ def flux_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="session")
-def tiny_stages() -> ModuleType:
-    path = Path(__file__).parents[2] / "scripts" / "tiny_stages.py"
-    spec = importlib.util.spec_from_file_location("tiny_stages", path)
+def script(name: str) -> ModuleType:
+    path = Path(__file__).parents[2] / "scripts" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="session")
+def tiny_stages() -> ModuleType:
+    return script("tiny_stages")
+
+
+@pytest.fixture(scope="session")
+def tiny_models() -> ModuleType:
+    return script("tiny_models")
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""Diffusion models in repositories of transformers: HunyuanImage-3.0 and BAGEL."""
+"""Diffusion models that diffusers has no class for: HunyuanImage-3.0, BAGEL, OmniGen2 and Ming-Image."""
 
 from __future__ import annotations
 
@@ -348,3 +348,19 @@ def test_every_layer_of_the_table_is_in_a_model(name: str, method: str, reposito
 def test_the_files_of_bagel_on_the_hub_are_needed() -> None:
     files = {"config.json", "llm_config.json", "ema.safetensors", "ae.safetensors", "merges.txt"}
     assert needed_files("owner/name", files | {".gitattributes", "ema.bin"}) == files
+
+
+@pytest.mark.parametrize(("name", "count"), [("omnigen_2", 35), ("ming_image", 28)])
+def test_a_pipeline_that_diffusers_has_no_class_for_is_for_vllm_omni_alone(
+    name: str, count: int, tiny_models: ModuleType, tmp_path: Path
+) -> None:
+    tiny_models.save_model(name, tmp_path / "source")
+    convert_checkpoint(tmp_path / "source", tmp_path / "out", Recipe())
+    assert findings(tmp_path / "out") == set()
+    (component,) = inspect_source(resolve_source(tmp_path / "out"))
+    assert len(component.layers) == count
+    outcomes = {verdict.runtime: verdict.outcome for verdict in component.runtimes}
+    assert outcomes["vLLM-Omni 0.30"] == "loads"
+    assert outcomes["omni_convert.loaders"] == outcomes["diffusers 0.42"] == "refuses"
+    with pytest.raises(RecipeError, match=r"diffusers 0\.42 has no class for this model$"):
+        convert_checkpoint(tmp_path / "source", tmp_path / "ours", Recipe(runtime="diffusers"))

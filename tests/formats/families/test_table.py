@@ -10,6 +10,7 @@ import pytest
 from torch import nn
 
 from omni_convert.formats.containers.tensor_spec import TensorSpec
+from omni_convert.formats.families.family import Family
 from omni_convert.formats.families.layers import LayerGroup
 from omni_convert.formats.families.table import FAMILIES, find_family
 
@@ -24,6 +25,11 @@ ONLY_DIFFUSERS = (
 )
 
 
+def is_of_diffusers(family: Family) -> bool:
+    """Whether diffusers has its classes; others are tested with the names that vLLM-Omni reads, and with its code."""
+    return family.refusal("diffusers") is None
+
+
 def groups_of(model_class: str, specs: Specs, runtime: str) -> list[LayerGroup]:
     return find_family(model_class).layer_groups(specs(model_class), runtime)
 
@@ -34,14 +40,14 @@ def test_every_pattern_matches_a_layer_of_some_model(tiny_specs: Specs) -> None:
         names = {
             group.runtime_name
             for model_class in family.model_classes
-            if family.layers and family.stage is None  # those of transformers: test_stages.py
+            if family.layers and is_of_diffusers(family)
             for runtime in ("vllm-omni", "diffusers")
             for group in groups_of(model_class, tiny_specs, runtime)
         }
         unmatched |= {
             pattern.runtime_name
             for pattern in family.layers
-            if family.stage is None and pattern.runtime_name.replace("{}", "0") not in names
+            if is_of_diffusers(family) and pattern.runtime_name.replace("{}", "0") not in names
         }
     # FastVideo's and I2V's variants of Wan have layers that diffusers' plain classes lack.
     assert unmatched == {
@@ -80,10 +86,32 @@ def test_members_are_linear_modules_of_the_model(
 def test_every_model_class_exists_and_belongs_to_one_family() -> None:
     classes = [model_class for family in FAMILIES for model_class in family.model_classes]
     assert len(classes) == len(set(classes))
-    # Those of transformers are checked with the tensors that transformers saves; see test_stages.py.
-    of_transformers = {each for family in FAMILIES if family.stage is not None for each in family.model_classes}
-    for model_class in {*classes} - of_transformers:
-        assert hasattr(diffusers, model_class), model_class
+    for family in FAMILIES:
+        for model_class in family.model_classes:
+            assert hasattr(diffusers, model_class) == is_of_diffusers(family), model_class
+
+
+@pytest.mark.parametrize(
+    "model_class",
+    [
+        "HiDreamImageTransformer2DModel",
+        "Kandinsky5Transformer3DModel",
+        "Kandinsky6Transformer3DModel",
+        "Kandinsky6SRTransformer3DModel",
+        "WanAnimateTransformer3DModel",
+        "WanAnimate2Transformer3DModel",
+        "WanModel_S2V",
+        "ChromaTransformer2DModel",
+    ],
+)
+def test_models_that_the_runtime_does_not_run_quantized_are_refused_for_versions_by_name(model_class: str) -> None:
+    refusal = find_family(model_class).refusal("vllm-omni")
+    assert refusal is not None
+    assert refusal.is_final
+    assert "0.30.0" in refusal.reason
+    assert "0.32.0rc1" in refusal.reason
+    # What the advice names must be there.
+    assert ("--runtime diffusers" in refusal.advice) == hasattr(diffusers, model_class)
 
 
 def test_recommended_patterns_match_layers(tiny_specs: Specs) -> None:
