@@ -40,22 +40,34 @@ class _Pipeline:
         self._with_moments = with_moments
         self._recorder: PipelineRecorder | None = None
 
-    def run(self, prompts: Sequence[Prompt]) -> tuple[int, Recording] | OmniConvertError:
+    def run(
+        self, prompts: Sequence[Prompt], differentiated: Sequence[Prompt]
+    ) -> tuple[int, Recording] | OmniConvertError:
         """The number of prompts and their recording, or the error that occurred."""
         try:
             if self._recorder is None:
                 check_versions(self._versions, platform.node())
                 torch.set_num_threads(self._threads)
                 self._recorder = PipelineRecorder.load(*self._arguments, with_moments=self._with_moments)
-            return len(prompts), self._recorder.record(prompts)
+            return len(prompts), self._recorder.record(prompts, differentiated)
         except OmniConvertError as error:
             return error
 
 
 def record_on_cluster(
-    source: Source, recipe: Recipe, prompts: Sequence[Prompt], *, with_moments: bool, progress: bool
+    source: Source,
+    recipe: Recipe,
+    prompts: Sequence[Prompt],
+    differentiated: int = 0,
+    *,
+    with_moments: bool,
+    progress: bool,
 ) -> Recording:
-    """Records over prompts on the cluster that the recipe names; raises as `record_source`."""
+    """Records over prompts on the cluster that the recipe names; raises as `record_source`.
+
+    Args:
+        differentiated: number of prompts, from the first, over which sensitivity is recorded, too
+    """
     source = replace(source, path=source.path.absolute())
     prompts = [
         replace(prompt, image=prompt.image.absolute()) if prompt.image is not None else prompt for prompt in prompts
@@ -67,7 +79,7 @@ def record_on_cluster(
         recipe = replace(recipe, device=str(device))
         slots = cluster.slots(recipe.workers, needs_gpu=device.type == "cuda")
         shares = min(len(prompts), SHARES_A_PIPELINE * slots.count)
-        calls = [(prompts[share::shares],) for share in range(shares)]
+        calls = [(prompts[share::shares], prompts[:differentiated][share::shares]) for share in range(shares)]
         arguments = (source, recipe, slots.cores, versions(), with_moments)
         merged: Recording | None = None
         with closing(cluster.on_actors(_Pipeline, arguments, calls, slots, size)) as results:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
@@ -22,9 +23,12 @@ from omni_convert.formats.errors import CheckpointError, RecipeError
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
     from PIL.Image import Image
+    from torch import Tensor
+
 __all__ = [
     "DEFAULTS_FILE",
     "GenerationSettings",
+    "differentiable_images",
     "has_step_callback",
     "run_pipeline",
     "run_prompts",
@@ -163,12 +167,19 @@ def run_prompts(
         return _run(own, prompt, settings, seed, on_step, decode)
 
     streamer = streamer_of(pipe)
-    progress = getattr(pipe, "_progress_bar_config", {})
-    pipe.set_progress_bar_config(disable=True)
-    try:
+    with _without_bars(pipe):
         own = [pipe if streamer is None else _with_own_state(pipe) for _ in runs]
         jobs = [partial(run, *each) for each in zip(own, *zip(*runs, strict=True), strict=True)]
         return run_jobs(streamer, jobs, after_group)
+
+
+@contextmanager
+def _without_bars(pipe: DiffusionPipeline) -> Iterator[None]:
+    """Hides the pipeline's own progress bars."""
+    progress = getattr(pipe, "_progress_bar_config", {})
+    pipe.set_progress_bar_config(disable=True)
+    try:
+        yield
     finally:
         pipe.set_progress_bar_config(**progress)
 
@@ -208,6 +219,31 @@ def _run(
     on_step: Callable[[int], None] | None,
     decode: bool,
 ) -> list[Image]:
+    arguments = _arguments(pipe, prompt, settings, seed, "pil" if decode else "latent")
+    if on_step is not None and has_step_callback(pipe):
+        arguments["callback_on_step_end"] = _step_callback(on_step)
+    output = _called(pipe, type(pipe).__call__, arguments)
+    return list(_frames(output)) if decode else []
+
+
+def differentiable_images(pipe: DiffusionPipeline, prompt: Prompt, settings: GenerationSettings, seed: int) -> Tensor:
+    """The images or frames of one prompt from 0 to 1, with the graph of their computation where gradients are wanted.
+
+    Raises:
+        RecipeError: as `run_pipeline`
+    """
+    import torch
+
+    undecorated = inspect.unwrap(type(pipe).__call__)  # pipelines turn gradients off around it
+    with torch.enable_grad(), _without_bars(pipe):
+        output = _called(pipe, undecorated, _arguments(pipe, prompt, settings, seed, "pt"))
+    images: Tensor = output.frames if hasattr(output, "frames") else output.images
+    return images
+
+
+def _arguments(
+    pipe: DiffusionPipeline, prompt: Prompt, settings: GenerationSettings, seed: int, output_type: str
+) -> dict[str, Any]:
     import torch
 
     parameters = _parameters(pipe)
@@ -215,18 +251,20 @@ def _run(
     # A new list, since ZImagePipeline writes the chat template into the list that it gets.
     arguments["prompt"] = [prompt.text]
     arguments["generator"] = torch.Generator("cpu").manual_seed(seed)
-    arguments["output_type"] = "pil" if decode else "latent"
-    if on_step is not None and has_step_callback(pipe):
-        arguments["callback_on_step_end"] = _step_callback(on_step)
+    arguments["output_type"] = output_type
+    return arguments
+
+
+def _called(pipe: DiffusionPipeline, call: Callable[..., Any], arguments: Mapping[str, Any]) -> Any:
+    """The output of a pipeline's call; raises RecipeError if it does not accept the arguments, or needs a package."""
     try:
-        output = pipe(**arguments)
+        return call(pipe, **arguments)
     except ValueError as error:  # pipelines raise it for invalid arguments
         raise RecipeError(f"{type(pipe).__name__}: {str(error).partition(chr(10))[0]}") from error
     except (ImportError, NameError) as error:  # some use a package without having asked whether it is there
         from omni_convert.loaders.loading.packages import missing_package  # seconds of imports
 
         raise missing_package(type(pipe).__name__, error) from error
-    return list(_frames(output)) if decode else []
 
 
 def _step_callback(on_step: Callable[[int], None]) -> Callable[..., dict[str, Any]]:

@@ -14,6 +14,7 @@ from omni_convert.convert.calibration.generation import GenerationSettings, has_
 from omni_convert.convert.calibration.input_observer import InputObserver
 from omni_convert.convert.calibration.moments import Moments
 from omni_convert.convert.calibration.prompts import Prompt
+from omni_convert.convert.calibration.sensitivity_observer import SensitivityObserver
 from omni_convert.convert.device import resolve_device
 from omni_convert.convert.progress_bar import progress_bar
 from omni_convert.convert.recipe import Recipe
@@ -25,6 +26,7 @@ from omni_convert.formats.containers.component import DENOISERS
 from omni_convert.formats.containers.tensor_spec import TensorSpec
 from omni_convert.formats.errors import CalibrationError
 from omni_convert.formats.statistics.recording_header import CalibrationRun, Identity
+from omni_convert.formats.statistics.sensitivity import PipelineSensitivity
 from omni_convert.formats.statistics.statistics import Statistics
 
 if TYPE_CHECKING:
@@ -143,14 +145,18 @@ class PipelineRecorder:
         recorder._checkpoints = checkpoints
         return recorder
 
-    def record(self, prompts: Sequence[Prompt], *, progress: bool = False) -> Recording:
+    def record(
+        self, prompts: Sequence[Prompt], differentiated: Sequence[Prompt] = (), *, progress: bool = False
+    ) -> Recording:
         """Runs the pipeline over prompts.
 
         Args:
+            differentiated: prompts over which the sensitivity of the denoisers' layers is recorded, too
             progress: show a bar, if standard error is a terminal
 
         Raises:
             CalibrationError: there are no prompts, or no linears to record; or an input is NaN or infinite.
+            CalibrationError: the pipeline cannot be differentiated, though that is asked for.
             RecipeError: the pipeline does not take a setting or an image.
         """
         if not prompts:
@@ -158,7 +164,8 @@ class PipelineRecorder:
         settings = self._settings.completed(self._pipe)
         observer = self._observe(prompts, settings, progress=progress)
         identity = recording_identity(prompts, {**asdict(settings), "seed": self._seed}, self._fingerprints)
-        statistics = Statistics(identity, _as_stored(observer.statistics(), self._checkpoints))
+        sensitivity = self._differentiate(differentiated, settings, progress=progress) if differentiated else None
+        statistics = Statistics(identity, _as_stored(observer.statistics(), self._checkpoints), sensitivity)
         if not self._with_moments:
             return Recording(statistics, None)
         moments = Moments.recorded(identity, observer.moments())
@@ -180,6 +187,20 @@ class PipelineRecorder:
             runs = [(prompt, _noise_seed(self._seed, prompt)) for prompt in prompts]
             run_prompts(self._pipe, runs, settings, on_start=observer.start, on_step=after_step, decode=False)
         return observer
+
+    def _differentiate(
+        self, prompts: Sequence[Prompt], settings: GenerationSettings, *, progress: bool
+    ) -> PipelineSensitivity:
+        """The sensitivity of the layers of the denoisers that are recorded."""
+        models = _modules(self._pipe, self._components)
+        observer = SensitivityObserver(self._pipe, {name: model for name, model in models.items() if name in DENOISERS})
+        bar = progress_bar("differentiating", len(prompts), "prompt", hidden=not progress, stays=False)
+        with observer, bar as advance:
+            for prompt in prompts:
+                observer.record(prompt, settings, _noise_seed(self._seed, prompt), _noise_seed(self._seed + 1, prompt))
+                advance(1)
+        found = observer.sensitivity()
+        return replace(found, layers=_as_stored(found.layers, self._checkpoints))
 
 
 def _modules(pipe: DiffusionPipeline, components: Sequence[str] | None) -> dict[str, nn.Module]:

@@ -16,6 +16,9 @@ from omni_convert.formats.errors import CalibrationError
 
 __all__ = ["record_source"]
 
+#: Prompts over which sensitivity is recorded, which takes several times as long as running them.
+DIFFERENTIATED_PROMPTS = 8
+
 
 def record_source(
     source: Source,
@@ -23,12 +26,14 @@ def record_source(
     weights: Mapping[str, Checkpoint] | None = None,
     *,
     with_moments: bool = False,
+    with_sensitivity: bool = False,
     progress: bool = True,
 ) -> Recording:
     """Loads a pipeline and runs it over the recipe's prompts.
 
     Args:
         weights: component to its weights, if they are open already; machines of a cluster open them themselves
+        with_sensitivity: record how errors of layers change the images, over the first of the prompts
 
     Raises:
         CalibrationError: the source is no pipeline; there are no prompts; the pipeline computes NaN.
@@ -43,12 +48,18 @@ def record_source(
             raise CalibrationError(
                 f"{source.path}: found --engine {recipe.engine}, expected local for one language model"
             )
+        if with_sensitivity:
+            raise CalibrationError(
+                f"{source.path}: found a language model, expected a pipeline that makes images for --sensitivity"
+            )
         return StageRecorder.load(source, recipe, weights, with_moments=with_moments).record(prompts, progress=progress)
     if not source.is_pipeline:
         raise CalibrationError(
             f"{source.path}: found no pipeline (model_index.json), which calibrating has to run; give the whole "
             f"pipeline, or --calibration with its statistics"
         )
+    differentiated = DIFFERENTIATED_PROMPTS if with_sensitivity else 0
     if recipe.is_distributed:
-        return record_on_cluster(source, recipe, prompts, with_moments=with_moments, progress=progress)
-    return PipelineRecorder.load(source, recipe, weights, with_moments=with_moments).record(prompts, progress=progress)
+        return record_on_cluster(source, recipe, prompts, differentiated, with_moments=with_moments, progress=progress)
+    recorder = PipelineRecorder.load(source, recipe, weights, with_moments=with_moments)
+    return recorder.record(prompts, prompts[:differentiated], progress=progress)

@@ -42,6 +42,11 @@ DEFAULT_PROMPT = "a cup of coffee on the table"
 @click.option(
     "--imatrix-output", type=click.Path(path_type=Path), help="Also write llama.cpp's importance matrix into this file."
 )
+@click.option(
+    "--sensitivity",
+    is_flag=True,
+    help="Also record how errors of each layer change the images, which --target-* and analyze need.",
+)
 @calibration_options
 @click.option(
     "--component", multiple=True, metavar="NAME=METHOD", help="Also record this component, e.g. text_encoder=fp8."
@@ -52,7 +57,12 @@ DEFAULT_PROMPT = "a cup of coffee on the table"
 @click.option("--revision", help="Branch, tag or commit on the Hub.")
 @click.option("--overwrite", is_flag=True, help="Replace an earlier file.")
 def calibrate_command(
-    model: str | None, output: Path, moments: Path | None, imatrix_output: Path | None, **options: Any
+    model: str | None,
+    output: Path,
+    moments: Path | None,
+    imatrix_output: Path | None,
+    sensitivity: bool,
+    **options: Any,
 ) -> None:
     """Record the inputs of every linear layer of MODEL.
 
@@ -74,7 +84,7 @@ def calibrate_command(
     silence_libraries()
     source = resolve_source(model, recipe.revision)
     weights = GgufComponent.of(source, recipe) if imatrix_output is not None else None
-    recording = record_source(source, recipe, with_moments=moments is not None)
+    recording = record_source(source, recipe, with_moments=moments is not None, with_sensitivity=sensitivity)
     statistics = recording.statistics
     statistics.save(output)
     if imatrix_output is not None and weights is not None:

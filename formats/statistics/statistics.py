@@ -7,6 +7,7 @@ It is one safetensors file. For each layer NAME (`component.stem`) it holds
     NAME.histogram        I64  [1027]       number of values by magnitude, on the bins of `histogram`
     NAME.rows             BF16 [<= 64, in]  rows with the smallest hashes, in the order of these
     NAME.channel_squares  I64  [2, in]      sums of squares by input channel, as in `square_sums`; not in older files
+    sensitivity.*         see `sensitivity`; only where it was recorded
 
 The metadata holds, under `omni_convert_statistics`, a JSON object with the identity and, as `layers`, the name under
 which each layer's tensors are stored: layers that read the same input (q, k and v) are stored once.
@@ -34,6 +35,7 @@ from omni_convert.formats.errors import CalibrationError, OutputError, listed
 from omni_convert.formats.statistics.histogram import BINS
 from omni_convert.formats.statistics.layer_statistics import SAMPLE_ROWS, LayerStatistics
 from omni_convert.formats.statistics.recording_header import Identity, RecordingHeader, RecordingKind, read_header
+from omni_convert.formats.statistics.sensitivity import PipelineSensitivity
 
 __all__ = ["MORE_STEPS", "LayerStatistics", "RiskyLayer", "Statistics"]
 
@@ -88,10 +90,15 @@ class RiskyLayer:
 
 @dataclass(frozen=True, eq=False)
 class Statistics:
-    """Statistics of the linear inputs of a pipeline, by `component.stem`."""
+    """Statistics of the linear inputs of a pipeline, by `component.stem`.
+
+    Attributes:
+        sensitivity: how errors of the layers change the final latents; None if that was not recorded
+    """
 
     identity: Identity
     layers: Mapping[str, LayerStatistics]
+    sensitivity: PipelineSensitivity | None = None
 
     def for_group(self, component: str, members: Sequence[str]) -> LayerStatistics | None:
         """Statistics of the common input of a fused group, or None unless every member was recorded.
@@ -137,6 +144,8 @@ class Statistics:
     def merge(self, others: Iterable[Statistics]) -> Statistics:
         """Merges these statistics with others; the order does not matter.
 
+        The result has the sensitivity of those that have it.
+
         Raises:
             CalibrationError: they belong to different models.
         """
@@ -152,7 +161,8 @@ class Statistics:
                     f"expected those of one model; calibrate again"
                 )
             layers[name] = parts[0] if len(parts) == 1 else LayerStatistics.merged(parts)
-        return Statistics(identity, layers)
+        sensitivities = [each.sensitivity for each in everything if each.sensitivity is not None]
+        return Statistics(identity, layers, sensitivities[0].merge(sensitivities[1:]) if sensitivities else None)
 
     def risky_layers(self) -> list[RiskyLayer]:
         """Layers where a static scale is risky, the worst first.
@@ -226,7 +236,8 @@ class Statistics:
         except (OSError, SafetensorError) as error:
             raise CalibrationError(f"{path}: cannot be read ({error}), expected a statistics file") from None
         stored = {owner: _layer(path, owner, tensors) for owner in sorted(set(header.owners.values()))}
-        return cls(header.identity, {layer: stored[owner] for layer, owner in sorted(header.owners.items())})
+        layers = {layer: stored[owner] for layer, owner in sorted(header.owners.items())}
+        return cls(header.identity, layers, PipelineSensitivity.from_tensors(str(path), tensors))
 
     @classmethod
     def load_all(cls, paths: Sequence[str | Path]) -> Statistics:
@@ -252,11 +263,12 @@ class Statistics:
         return RecordingHeader(self.identity, self._owners).to_text(KIND)
 
     def _stored_tensors(self) -> dict[str, Tensor]:
-        return {
+        inputs = {
             f"{owner}.{suffix}": tensor.contiguous()
             for owner in sorted(set(self._owners.values()))
             for suffix, tensor in self.layers[owner].tensors().items()
         }
+        return inputs | (self.sensitivity.tensors() if self.sensitivity is not None else {})
 
 
 def _bytes(tensor: Tensor) -> bytes:
