@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from omni_convert.convert.device import resolve_device
 from omni_convert.convert.execution.component_result import LayerResult
@@ -26,6 +27,10 @@ from omni_convert.convert.source.file_check import refuse_changed_files
 from omni_convert.convert.source.file_hash import SourceHashes
 from omni_convert.convert.source.location import Source, resolve_source
 from omni_convert.convert.workers import Workers, available_cores
+from omni_convert.formats.errors import RecipeError
+
+if TYPE_CHECKING:
+    from omni_convert.formats.statistics.statistics import Statistics
 
 __all__ = ["Conversion", "convert_checkpoint"]
 
@@ -91,11 +96,13 @@ class Conversion:
         target = destination_of(output or f"{source.short_name}-{recipe.outcome}")
         if not dry_run:
             target.check(recipe, source)
-        plan = plan_conversion(source, recipe)
+        _check_budget(recipe)
         if recipe.calibration:
             from omni_convert.formats.statistics.statistics import Statistics
 
-            plan = plan.with_statistics(Statistics.load_all(recipe.calibration))
+            plan = _planned(source, recipe, Statistics.load_all(recipe.calibration))
+        else:
+            plan = plan_conversion(source, recipe)
         if dry_run and recipe.calib is not None:
             plan = replace(plan, notes=(*plan.notes, "a real run first records statistics over the prompts"))
         if dry_run or recipe.push_to_hub is None:
@@ -113,8 +120,10 @@ class Conversion:
         from omni_convert.convert.calibration.recording import record_source  # runs a pipeline: seconds of imports
 
         started = time.monotonic()
-        statistics = record_source(self.plan.source, self.plan.recipe, self.plan.weights).statistics
-        self.plan = self.plan.with_statistics(statistics)
+        source, recipe = self.plan.source, self.plan.recipe
+        is_mixed = recipe.budget is not None
+        statistics = record_source(source, recipe, self.plan.weights, with_sensitivity=is_mixed).statistics
+        self.plan = _planned(source, recipe, statistics) if is_mixed else self.plan.with_statistics(statistics)
         self.calibration_seconds = time.monotonic() - started
 
     def execute(self, progress: Progress) -> ConversionReport:
@@ -158,6 +167,34 @@ class Conversion:
             self.calibration_seconds,
             peak_memory,
         )
+
+
+def _check_budget(recipe: Recipe) -> None:
+    """Raises RecipeError if a budget lacks what it needs, or options that refine one have none."""
+    if recipe.budget is None:
+        for name in ("formats", "analysis"):
+            if getattr(recipe, name):
+                raise RecipeError(
+                    f"--{name}: found without a budget, expected --target-size, --target-noise or another"
+                )
+    elif recipe.is_transcoding:
+        raise RecipeError(f"{recipe.budget}: found with -m {recipe.method}, which chooses no formats")
+    elif not recipe.is_calibrated:
+        raise RecipeError(
+            f"{recipe.budget}: found no statistics; add --calib PROMPTS, or --calibration FILE of "
+            "`omni-convert calibrate --sensitivity`"
+        )
+
+
+def _planned(source: Source, recipe: Recipe, statistics: Statistics) -> Plan:
+    """The plan with statistics, and with the formats that a budget chooses, if the recipe has one."""
+    if recipe.budget is None:
+        return plan_conversion(source, recipe).with_statistics(statistics)
+    from omni_convert.convert.precision.mixture import choose_mixture
+
+    mixture = choose_mixture(source, recipe, statistics)
+    plan = plan_conversion(source, recipe, mixture.chosen).with_statistics(statistics)
+    return replace(plan, notes=(*plan.notes, mixture.note))
 
 
 @contextmanager

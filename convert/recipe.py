@@ -9,10 +9,17 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from omni_convert.convert.budget import BUDGETS, KEPT, BudgetOptions
 from omni_convert.formats.containers.component import GGUF_SUFFIX
 from omni_convert.formats.dialects.table import DIALECTS, WRITTEN
 from omni_convert.formats.errors import RecipeError, did_you_mean
-from omni_convert.formats.options import DIALECT_OF_METHOD, FormatChoices, check_group_size, check_memory
+from omni_convert.formats.options import (
+    DIALECT_OF_METHOD,
+    GGUF_TYPES,
+    FormatChoices,
+    check_group_size,
+    check_memory,
+)
 
 __all__ = [
     "METHODS",
@@ -40,6 +47,8 @@ METHODS = (
 STORAGE_METHODS = ("fp8_storage",)
 # Methods that treat a quantized model without quantizing it again.
 TRANSCODINGS = ("keep", "dequantize")
+#: Types of GGUF among which a budget chooses.
+MIXED_GGUF_TYPES = ("Q3_K", "Q4_K", "Q5_K", "Q6_K", "Q8_0")
 ACTIVATION_SCHEMES = ("dynamic", "static")
 RUNTIMES = ("vllm-omni", "diffusers", "comfyui")
 ROUNDINGS = ("nearest", "gptq", "auto")
@@ -90,7 +99,7 @@ class LoraRequest:
 
 
 @dataclass(frozen=True)
-class Recipe(FormatChoices):
+class Recipe(BudgetOptions, FormatChoices):
     """A conversion as the user asks for it; `convert.plan` decides what it means for a given checkpoint.
 
     Attributes:
@@ -142,6 +151,9 @@ class Recipe(FormatChoices):
     def __post_init__(self) -> None:
         _check_choice("method", self.method, (*METHODS, *TRANSCODINGS))
         _check_choice("dialect", self.dialect, WRITTEN)
+        self.check_budget()
+        if self.formats:
+            self._settle_formats()
         if self.dialect == "vllm-omni":
             object.__setattr__(self, "dialect", DIALECT_OF_METHOD.get(self.method, self.dialect))
         _check_choice("activation-scheme", self.activation_scheme, ACTIVATION_SCHEMES)
@@ -165,8 +177,51 @@ class Recipe(FormatChoices):
         if self.calib is not None and self.calibration:
             raise RecipeError("--calib and --calibration: found both, expected one; --calibration reuses a --calib run")
         self._check_lora()
+        if self.budget is not None or self.formats:
+            self._check_mixture()
         self._settle_runtime()  # which imports torch, so that other mistakes are told at once
         self._check_formats()
+
+    def _settle_formats(self) -> None:
+        """Checks the formats to choose from; the method becomes one of them."""
+        kinds = tuple(name for name in self.formats if name != KEPT)
+        if self.method == "gguf":
+            for name in kinds:
+                _check_choice("formats", name, GGUF_TYPES)
+            return
+        for name in kinds:
+            _check_choice("formats", name, tuple(method for method in METHODS if method != "gguf"))
+        if not kinds:
+            raise RecipeError(f"--formats: found {KEPT} alone, expected a format to quantize to")
+        if self.method not in kinds:
+            if self.method != Recipe.method:
+                raise RecipeError(f"--formats: found {', '.join(kinds)} with method '{self.method}', expected it there")
+            object.__setattr__(self, "method", kinds[0])
+
+    @property
+    def mixed_formats(self) -> tuple[str, ...]:
+        """The formats among which a budget chooses: those asked for, or those that the dialect mixes."""
+        if self.formats:
+            return self.formats
+        if self.method == "gguf":
+            return MIXED_GGUF_TYPES
+        usual = DIALECTS[self.dialect].mixed_methods
+        return (*(usual if self.method in usual else (self.method,)), KEPT)
+
+    def _check_mixture(self) -> None:
+        """Settles the dialect of a mixture, and refuses one that the dialect cannot hold."""
+        kinds = [name for name in self.mixed_formats if name != KEPT]
+        if self.method == "gguf" or len(kinds) < 2:
+            return
+        dialect = DIALECTS[self.dialect]
+        unheld = next((name for name in kinds if name not in dialect.mixed_methods), None)
+        if unheld is not None:
+            usual = f"of {', '.join(dialect.mixed_methods)}" if dialect.mixed_methods else f"such as {unheld},{KEPT}"
+            raise RecipeError(
+                f"--formats: found {unheld} beside others with --dialect {self.dialect}, expected a mixture {usual}"
+            )
+        if self.dialect == "vllm-omni":
+            object.__setattr__(self, "dialect", "modelopt")  # in which vLLM-Omni reads mixtures
 
     def _settle_runtime(self) -> None:
         runtimes = DIALECTS[self.dialect].runtimes
@@ -281,6 +336,8 @@ class Recipe(FormatChoices):
         """The suffix of the result's name, after the model's name."""
         if self.method == "keep" and self.lora:
             return "baked"
+        if self.budget is not None:
+            return "mixed"
         return {"keep": self.dialect, "dequantize": "dequantized"}.get(self.method, self.method)
 
     @property
@@ -342,6 +399,8 @@ class Recipe(FormatChoices):
             "imatrix": None if self.imatrix is None else hashlib.sha256(self.imatrix.read_bytes()).hexdigest(),
             "dtype": self.dtype,
             "max_shard_size": self.max_shard_size,
+            **{name: getattr(self, name) for name in BUDGETS},
+            "formats": list(self.formats),
         }
         options = {**options, **self.format_choices, "weight_block_size": options["weight_block_size"]}
         defaults = {name: Recipe.__dataclass_fields__[name].default for name in options}

@@ -139,10 +139,11 @@ def _plan_rows(component: ComponentPlan) -> Iterator[dict[str, Any]]:
     prefix = f"{component.name}." if component.name else ""
     for step in component.steps:
         if isinstance(step, QuantizeStep):
+            label = step.format.label if component.is_mixed else component.method
             for stem, weight in zip(step.group.members, step.weights, strict=True):
                 size = sum(spec.nbytes for spec in step.outputs() if spec.name.rpartition(".")[0] == stem)
                 source = DTYPE_NAMES[weight.dtype]
-                yield {"layer": prefix + stem, "from": source, "to": component.method, "bytes": size, "why": ""}
+                yield {"layer": prefix + stem, "from": source, "to": label, "bytes": size, "why": ""}
     written = {spec.name: spec for specs in component.shards.files.values() for spec in specs}
     for stem, label in component.transcoded.items():
         specs = [spec for name, spec in written.items() if name.startswith(f"{stem}.")]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from omni_convert.convert.recipe import Recipe
 from omni_convert.formats.config import ACTIVATION_SCHEMES
@@ -10,7 +11,7 @@ from omni_convert.formats.errors import CalibrationError, RecipeError
 from omni_convert.formats.format import Calibration
 from omni_convert.formats.table import FORMATS
 
-__all__ = ["ActivationScheme", "choose_activation_scheme"]
+__all__ = ["ActivationScheme", "choose_activation_scheme", "merged_scheme"]
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,13 @@ def choose_activation_scheme(method: str, recipe: Recipe) -> ActivationScheme:
     note = f"{method} {how}: the statistics were not used" if is_unused else ""
     is_importance = calibration is Calibration.IMPORTANCE
     return ActivationScheme(name, recipe.is_calibrated and not is_unused, note, is_importance)
+
+
+def merged_scheme(schemes: Sequence[ActivationScheme]) -> ActivationScheme:
+    """The scheme of a component with layers of several, at least one; static if some are."""
+    named = max(schemes, key=lambda scheme: (scheme.name == "static", scheme.is_calibrated))
+    notes = dict.fromkeys(scheme.note for scheme in schemes if scheme.note)
+    return replace(named, note="; ".join(notes), is_importance=all(scheme.is_importance for scheme in schemes))
 
 
 def _choose_with_input_scale(method: str, recipe: Recipe) -> ActivationScheme:

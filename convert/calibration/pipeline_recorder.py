@@ -192,6 +192,13 @@ class PipelineRecorder:
         self, prompts: Sequence[Prompt], settings: GenerationSettings, *, progress: bool
     ) -> PipelineSensitivity:
         """The sensitivity of the layers of the denoisers that are recorded."""
+        from omni_convert.loaders.loading.streamed import streamer_of  # seconds of imports
+
+        if streamer_of(self._pipe) is not None:
+            raise CalibrationError(
+                "--memory: found a pipeline that is read block by block, expected --memory full for the sensitivity of "
+                "layers: gradients need the whole model"
+            )
         models = _modules(self._pipe, self._components)
         observer = SensitivityObserver(self._pipe, {name: model for name, model in models.items() if name in DENOISERS})
         bar = progress_bar("differentiating", len(prompts), "prompt", hidden=not progress, stays=False)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from omni_convert.convert.cli.options import (
+    budget_options,
     calibration_options,
     engine_option,
     format_options,
@@ -58,6 +59,7 @@ __all__ = ["convert_command", "dequantize_command", "push_command"]
 @calibration_options
 @click.option("--activation-scheme", type=click.Choice(ACTIVATION_SCHEMES), help="Default: static with statistics.")
 @format_options
+@budget_options
 @click.option(
     "--ignored-layers", multiple=True, metavar="PATTERN", help="Name, fnmatch pattern or dotted part; or a JSON list."
 )

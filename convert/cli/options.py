@@ -16,9 +16,11 @@ from omni_convert.formats.options import FormatChoices, check_memory
 
 __all__ = [
     "Pair",
+    "budget_options",
     "calibration_options",
     "engine_option",
     "format_options",
+    "formats_option",
     "generation_options",
     "given",
     "json_option",
@@ -115,6 +117,32 @@ def _check_memory(_context: click.Context, option: click.Parameter, value: str) 
     return value
 
 
+def formats_option(command: Command) -> Command:
+    """Adds `--formats`."""
+    return click.option(
+        "--formats",
+        metavar="NAME,...",
+        default="",
+        help="What a budget chooses from, as in nvfp4,fp8,bf16; with gguf its types. Default: what the dialect mixes.",
+    )(command)
+
+
+def budget_options(command: Command) -> Command:
+    """Adds the options of `BudgetOptions`."""
+    for option in reversed(
+        [
+            click.option("--target-size", metavar="SIZE", help="Mix formats so that the weights take at most 12GB."),
+            click.option("--target-noise", type=float, metavar="RATIO", help="... so that images have this noise."),
+            click.option("--target-bits", type=float, metavar="N", help="... to this mean of bits per weight."),
+            click.option("--target-speed", type=float, metavar="X", help="... to this time of linears over BF16's."),
+            formats_option,
+            click.option("--analysis", type=click.Path(path_type=Path), help="Table that analyze stored."),
+        ]
+    ):
+        command = option(command)
+    return command
+
+
 def engine_option(command: Command) -> Command:
     """Adds `--engine`."""
     return click.option(
@@ -199,6 +227,7 @@ def recipe_of(model: str | None, options: dict[str, Any]) -> Recipe:
             raise RecipeError(f"--component: found '{item}', expected NAME=METHOD or NAME=FILE")
         components[name] = method
     patterns = [pattern for text in options.pop("ignored_layers") for pattern in _patterns(text)]
+    options["formats"] = tuple(filter(None, (options.get("formats") or "").split(",")))
     options["calib"] = _prompts_file(model, options["calib"])
     options["runtime"] = options.get("runtime") or ""
     options["lora"] = tuple(LoraRequest.parse(text) for text in options.get("lora", ()))

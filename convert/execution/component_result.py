@@ -51,5 +51,5 @@ def layer_results(component: ComponentPlan, records: Mapping[str, list[Record]])
             layouts = step.layout(weight).values()
             written = sum(math.prod(layout.shape) * layout.dtype.itemsize for layout in layouts)
             relative = math.sqrt(error / norm) if norm else 0.0
-            results.append(LayerResult(stem, component.method, weight.nbytes, written, relative))
+            results.append(LayerResult(stem, step.format.method, weight.nbytes, written, relative))
     return results

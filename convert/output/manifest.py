@@ -88,7 +88,7 @@ def write_manifest(
                 component.name: {
                     "method": component.method,
                     "source_files": _source_files(component, source_sha256),
-                    "layers": _layers(results[component.name]),
+                    "layers": _layers(component, results[component.name]),
                     "kept": {layer.name: layer.reason for layer in component.kept},
                     **({"transcoded": dict(component.transcoded)} if component.transcoded else {}),
                 }
@@ -110,9 +110,14 @@ def _source_files(component: ComponentPlan, sha256: Mapping[Path, str]) -> dict[
     }
 
 
-def _layers(results: Sequence[LayerResult]) -> dict[str, Any]:
+def _layers(component: ComponentPlan, results: Sequence[LayerResult]) -> dict[str, Any]:
+    labels = component.labels if component.is_mixed else {}
     return {
-        result.name: {"bytes": result.bytes_after, "relative_error": round(result.relative_error, ERROR_DIGITS)}
+        result.name: {
+            **({"format": labels[result.name]} if result.name in labels else {}),
+            "bytes": result.bytes_after,
+            "relative_error": round(result.relative_error, ERROR_DIGITS),
+        }
         for result in results
     }
 
@@ -142,7 +147,7 @@ def _results_of(folder: Path, component: ComponentPlan, manifest: Mapping[str, A
     if headers != {name: file.header_sha256 for name, file in component.checkpoint.files.items()}:
         raise _another(folder)
     return [
-        LayerResult(stem, component.method, weight.nbytes, layer["bytes"], layer["relative_error"])
+        LayerResult(stem, step.format.method, weight.nbytes, layer["bytes"], layer["relative_error"])
         for step in component.quantize_steps
         for stem, weight in zip(step.group.members, step.weights, strict=True)
         for layer in [described["layers"][stem]]

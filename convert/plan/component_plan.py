@@ -39,6 +39,7 @@ class ComponentPlan:
         sidecars: JSON files that the dialect has beside the weights: name → content
         notes: what the user should know about how the recipe was read
         scheme: how activations are quantized; None in a plan that knows no statistics
+        is_mixed: a budget chose the format of each layer
     """
 
     name: str
@@ -53,6 +54,7 @@ class ComponentPlan:
     sidecars: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     scheme: ActivationScheme | None = None
+    is_mixed: bool = False
 
     @property
     def quantize_steps(self) -> list[QuantizeStep]:
@@ -123,6 +125,16 @@ class ComponentPlan:
     @property
     def bytes_after(self) -> int:
         return sum(spec.nbytes for specs in self.shards.files.values() for spec in specs)
+
+    @property
+    def labels(self) -> dict[str, str]:
+        """The label of the format of each layer that is quantized here."""
+        return {stem: step.format.label for step in self.quantize_steps for stem in step.group.members}
+
+    @property
+    def file_bytes(self) -> int:
+        """Size of the files of weights, headers included."""
+        return sum(self.shards.container.size(specs) for specs in self.shards.files.values())
 
 
 def _coverage_notes(steps: Sequence[QuantizeStep]) -> list[str]:

@@ -10,6 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from omni_convert.convert.budget import KEPT
 from omni_convert.convert.plan.file_names import FileNames, gguf_names
 from omni_convert.convert.plan.steps import QuantizeStep, Step, outputs
 from omni_convert.convert.plan.target import Scope, Target, linears_in_blocks
@@ -82,12 +83,17 @@ class GgufTarget(Target):
     def _types(self) -> dict[str, str]:
         """Each weight of the file that may be quantized, and its type."""
         weights = [f"{group.runtime_name}{WEIGHT}" for group in self.scope().groups if group.keep_reason is None]
-        return types_of(self._kind, weights)
+        chosen = {f"{name}{WEIGHT}": kind for name, kind in self.chosen.items()}
+        return {name: chosen.get(name, kind) for name, kind in types_of(self._kind, weights).items()}
+
+    def method_of(self, group: LayerGroup) -> str:
+        return self.method  # the choice is one of types
 
     @property
     def _kind(self) -> str:
-        """The type or mixture asked for."""
-        return self.recipe.gguf_type or DEFAULT_TYPE
+        """The type or mixture asked for; the most frequent type of one that a budget chose."""
+        kinds = sorted(kind for kind in self.chosen.values() if kind != KEPT)
+        return max(kinds, key=kinds.count) if kinds else self.recipe.gguf_type or DEFAULT_TYPE
 
     @cached_property
     def _importance(self) -> dict[str, Tensor]:
@@ -133,7 +139,8 @@ class GgufTarget(Target):
         }
         architecture = self.component.family.gguf.architecture_of(self.component.weights)
         content = GgufFile(architecture, self._kind, quantized, self._key_values)
-        return Shards({f"{self.component.source.short_name}-{self._kind}.gguf": outputs(steps)}, None, "", content)
+        name = "mixed" if self.chosen else self._kind
+        return Shards({f"{self.component.source.short_name}-{name}.gguf": outputs(steps)}, None, "", content)
 
     @property
     def _key_values(self) -> dict[str, str | int]:

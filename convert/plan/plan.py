@@ -76,6 +76,11 @@ class Plan:
         return sum(component.bytes_before for component in self.components)
 
     @property
+    def file_bytes(self) -> int:
+        """Size of the files of weights of all components, headers included."""
+        return sum(component.file_bytes for component in self.components)
+
+    @property
     def bytes_to_do(self) -> int:
         return sum(component.bytes_to_do for component in self.components)
 
@@ -96,12 +101,13 @@ class Plan:
         return replace(self, components=components, notes=tuple(notes), statistics=statistics.fingerprint())
 
 
-def plan_conversion(source: Source, recipe: Recipe) -> Plan:
+def plan_conversion(source: Source, recipe: Recipe, chosen: Mapping[str, Mapping[str, str]] | None = None) -> Plan:
     """Decides what every tensor of the model becomes; the recipe's statistics are attached by `with_statistics`.
 
     Args:
         source: the model
         recipe: the user's request
+        chosen: component to what a budget chose for its groups, see `Target.chosen`
 
     Raises:
         CheckpointError: the model is damaged, incomplete, or quantized in a way that nobody here reads.
@@ -123,7 +129,9 @@ def plan_conversion(source: Source, recipe: Recipe) -> Plan:
     if moments is not None:
         moments.identity.check_model(weights)
     plans = (
-        _transcoded(components, recipe) if recipe.is_transcoding else _quantized(components, methods, recipe, moments)
+        _transcoded(components, recipe)
+        if recipe.is_transcoding
+        else _quantized(components, methods, recipe, moments, chosen or {})
     )
     notes += moments_notes
     notes += [note for plan in plans.values() for note in plan.notes]
@@ -141,9 +149,16 @@ def plan_conversion(source: Source, recipe: Recipe) -> Plan:
 
 
 def _quantized(
-    components: Mapping[str, SourceComponent], methods: Mapping[str, str], recipe: Recipe, moments: Moments | None
+    components: Mapping[str, SourceComponent],
+    methods: Mapping[str, str],
+    recipe: Recipe,
+    moments: Moments | None,
+    chosen: Mapping[str, Mapping[str, str]],
 ) -> dict[str, ComponentPlan]:
-    targets = {name: target_of(component, methods[name], recipe) for name, component in components.items()}
+    targets = {
+        name: replace(target_of(component, methods[name], recipe), chosen=chosen.get(name, {}))
+        for name, component in components.items()
+    }
     selections = {name: choose_layers(target) for name, target in targets.items()}
     check_patterns(recipe, selections.values())
     plans: dict[str, ComponentPlan] = {}

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
+from omni_convert.convert.calibration.activation_scheme import merged_scheme
 from omni_convert.convert.calibration.moments import Moments
 from omni_convert.convert.calibration.rounding import compensated
 from omni_convert.convert.plan.component_plan import ComponentPlan, replace_config
@@ -13,6 +16,7 @@ from omni_convert.convert.plan.steps import KeptLayer, QuantizeStep, matrix_shap
 from omni_convert.convert.plan.target import RuntimeTarget, StorageTarget, Target
 from omni_convert.convert.recipe import Recipe
 from omni_convert.convert.source.component import SourceComponent
+from omni_convert.formats.config import MIXED
 from omni_convert.formats.containers.names import WEIGHT
 from omni_convert.formats.containers.tensor_spec import TensorSpec
 from omni_convert.formats.dialects.base import WrittenSpelling
@@ -44,8 +48,11 @@ def plan_quantized(
         RecipeError: the recipe cannot be carried out on this model.
         CalibrationError: static activations without statistics, or GPTQ without the moments of a layer.
     """
-    component, method = target.component, target.method
+    component = target.component
     formats = {group: target.format_of(group) for group in selection.chosen}
+    methods = sorted({fmt.method for fmt in formats.values()})
+    method = methods[0] if len(methods) == 1 else MIXED
+    scheme = merged_scheme([replace(target, method=each).scheme for each in methods])
     widths = {component.weights[f"{group.members[0]}{WEIGHT}"].shape[1] for group in formats}
     steps = [_quantize_step(target, group, fmt, moments) for group, fmt in formats.items()]
     format_of = {stem: fmt for group, fmt in formats.items() for stem in target.written_group(group).members}
@@ -69,12 +76,13 @@ def plan_quantized(
         sidecars=target.sidecars(block, format_of, [spec.name for spec in outputs(ordered)]),
         notes=(
             *_requantizing_notes(component, method),
-            *filter(None, [target.scheme.note]),
+            *filter(None, [scheme.note]),
             *selection.scope.notes,
-            *FORMATS[method].notes(widths),
+            *(note for each in methods for note in FORMATS[each].notes(widths)),
             *target.notes,
         ),
-        scheme=target.scheme,
+        scheme=scheme,
+        is_mixed=bool(target.chosen),
     )
 
 

@@ -45,7 +45,10 @@ def choose_layers(target: Target) -> Selection:
     chosen: list[LayerGroup] = []
     kept: list[tuple[LayerGroup, str]] = []
     for group in scope.groups:
-        reason = group.keep_reason or _ignored(_names(target, group), patterns) or _unsupported(group, target)
+        reason = group.keep_reason or _ignored(_names(target, group), patterns)
+        if reason is None and target.is_kept_by_choice(group):
+            reason = f"BF16 by {target.recipe.budget}"
+        reason = reason or _unsupported(group, target)
         if reason is None:
             chosen.append(group)
         else:

@@ -6,12 +6,13 @@ import math
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
 
+from omni_convert.convert.budget import KEPT
 from omni_convert.convert.calibration.activation_scheme import ActivationScheme, choose_activation_scheme
 from omni_convert.convert.plan.component_plan import plan_files
 from omni_convert.convert.plan.file_names import FileNames, comfyui_names
@@ -73,6 +74,8 @@ class Target(ABC):
     component: SourceComponent
     method: str
     recipe: Recipe
+    #: The runtime's name of a group → what was chosen for it under a budget: a method, a type of GGUF, or `bf16`.
+    chosen: Mapping[str, str] = field(default_factory=dict)
 
     #: Whether second moments of the inputs, where there are some, decide how weights are rounded.
     uses_moments: ClassVar[bool] = True
@@ -106,8 +109,19 @@ class Target(ABC):
         """The user's choices about a group's format."""
         return self.recipe.format_choices
 
+    def method_of(self, group: LayerGroup) -> str:
+        """The method of a group: the one that was chosen for it, or that of the component."""
+        return self.chosen.get(group.runtime_name, self.method)
+
+    def is_kept_by_choice(self, group: LayerGroup) -> bool:
+        """Whether a budget is best spent on leaving a group as it is."""
+        return self.chosen.get(group.runtime_name) == KEPT
+
     def format_of(self, group: LayerGroup) -> QuantizingFormat:
         """The format of the weights of a group."""
+        method = self.method_of(group)
+        if method != self.method:
+            return replace(self, method=method, chosen={}).format_of(group)
         recipe, is_calibrated = self.recipe, self.scheme.is_calibrated
         fmt = build_format(
             self.method,
@@ -303,7 +317,14 @@ class RuntimeTarget(Target):
         if component.is_encoder and self.dialect.looks_up_model_names:
             ignored |= {*stems_in_model(component.weights, component.config, ignored)}
         block = self.dialect.encoder_block if component.is_encoder else self.dialect.block
-        return block(formats, ignored)
+        return block({**formats, **self._merged_names(formats)}, ignored)
+
+    def _merged_names(self, formats: Mapping[str, Format]) -> dict[str, Format]:
+        """Format of each merged layer of a mixture, by every name that a runtime has for it, if the block has them."""
+        if not self.chosen or not self.dialect.lists_runtime_names:
+            return {}
+        quantized = [group for group in self.scope().groups if formats.keys() >= {*group.members}]
+        return {name: formats[group.members[0]] for group in quantized for name in group.names}
 
     def _stage_block(
         self, stage: Stage, formats: Mapping[str, Format], kept: Sequence[LayerGroup]

@@ -79,6 +79,9 @@ class GgufFile(Container):
     ) -> GgufWriter:
         return GgufWriter(path, specs, self, resume=resume, join=join)
 
+    def size(self, specs: Iterable[TensorSpec]) -> int:
+        return _build_header(list(specs), self)[0].file_size
+
     def check(self, path: Path, specs: Iterable[TensorSpec]) -> None:
         """Reads the header back with the `gguf` package's reader.
 

@@ -31,6 +31,9 @@ class Safetensors(Container):
     ) -> SafetensorsWriter:
         return SafetensorsWriter(path, specs, self.metadata, resume=resume, join=join)
 
+    def size(self, specs: Iterable[TensorSpec]) -> int:
+        return build_header(specs, self.metadata)[0].file_size
+
     def check(self, path: Path, specs: Iterable[TensorSpec]) -> None:
         with SafetensorsFile(path) as file:
             found, planned = file.specs, {spec.name: spec for spec in specs}

@@ -349,6 +349,10 @@ class Container(ABC):
         """
 
     @abstractmethod
+    def size(self, specs: Iterable[TensorSpec]) -> int:
+        """The bytes of a whole file with these tensors."""
+
+    @abstractmethod
     def check(self, path: Path, specs: Iterable[TensorSpec]) -> None:
         """Reads the header of a finished file back.
 

@@ -223,6 +223,8 @@ class Dialect(ABC):
     low_precision_parts: tuple[str, ...] = ()
     #: Whether its block names the blocks that are quantized, so that stages with others leave it aside.
     names_quantized_blocks: bool = False
+    #: Methods whose layers may stand beside each other in a component, from few bits to many.
+    mixed_methods: tuple[str, ...] = ()
     #: Whether FP8 with dynamic activations has a scale for each row.
     is_dynamic_fp8_per_row: bool = False
 

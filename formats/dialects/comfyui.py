@@ -123,6 +123,7 @@ class ComfyUi(Dialect):
     """See the module."""
 
     name = "comfyui"
+    mixed_methods = ("nvfp4", "fp8")
     consumers = "ComfyUI"
     runtimes = ("comfyui", *Dialect.runtimes)
     usual_verdicts = (

@@ -76,6 +76,7 @@ class CompressedTensors(Dialect):
     consumers = "vLLM, transformers"
     has_low_precision_scales = True
     looks_up_model_names = True
+    mixed_methods = ("nvfp4", "fp8")
     usual_verdicts = (
         Verdict(VLLM_OMNI, "refuses", "the name of the method is not in its registry; -m keep --dialect vllm-omni"),
         UNKNOWN_METHOD,

@@ -68,6 +68,7 @@ class ModelOpt(Dialect):
     ignores_merged_layers_by_name = True
     lists_runtime_names = True
     is_dynamic_fp8_per_row = True
+    mixed_methods = ("nvfp4", "fp8")
 
     def recognises(self, found: Found) -> bool:
         producer = found.block.get("producer")

@@ -300,6 +300,7 @@ class VllmOmni(Dialect):
     lists_built_layers = True
     has_storage = True
     has_exact_shapes = True
+    mixed_methods = ("nvfp4", "fp8")  # as ModelOpt spells them
 
     def recognises(self, found: Found) -> bool:
         method = found.quant_method

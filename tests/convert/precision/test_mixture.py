@@ -1,0 +1,184 @@
+"""Budgets on a real (tiny) pipeline: they are met, what is written is what was chosen, and misuse is named."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from omni_convert.convert.calibration.recording import record_source
+from omni_convert.convert.conversion import Conversion, convert_checkpoint
+from omni_convert.convert.inspection.verification import verify_source
+from omni_convert.convert.inspection.verification_report import count_of
+from omni_convert.convert.precision.analysis import Analysis, analyse
+from omni_convert.convert.precision.mixture import mixture_of
+from omni_convert.convert.recipe import Recipe
+from omni_convert.convert.source.location import resolve_source
+from omni_convert.formats.errors import CalibrationError, OmniConvertError, RecipeError
+from omni_convert.formats.statistics.statistics import Statistics
+
+
+@pytest.fixture(scope="module")
+def calibration(tiny_pipeline_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Statistics of the tiny pipeline, with sensitivity."""
+    folder = tmp_path_factory.mktemp("statistics")
+    (folder / "prompts.txt").write_text("a red circle\na star")
+    recipe = Recipe(calib=folder / "prompts.txt")
+    recording = record_source(resolve_source(tiny_pipeline_folder), recipe, with_sensitivity=True, progress=False)
+    recording.statistics.save(folder / "stats.safetensors")
+    return folder / "stats.safetensors"
+
+
+def convert(source: Path, output: Path, calibration: Path, **options: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The config block of the transformer and its part of the manifest."""
+    convert_checkpoint(source, output, Recipe(calibration=(calibration,), **options))
+    block = json.loads((output / "transformer" / "config.json").read_text()).get("quantization_config", {})
+    manifest = json.loads((output / "omni_convert.json").read_text())["components"]["transformer"]
+    assert count_of(verify_source(resolve_source(output), None, lambda _: None), "error") == 0
+    return block, manifest
+
+
+def weight_bytes(output: Path) -> int:
+    return sum(file.stat().st_size for file in (output / "transformer").iterdir() if file.suffix != ".json")
+
+
+def test_a_mixture_of_modelopt(tiny_pipeline_folder: Path, calibration: Path, tmp_path: Path) -> None:
+    limit = 3_000_000
+    block, manifest = convert(tiny_pipeline_folder, tmp_path / "out", calibration, target_size=f"{limit}B")
+    assert limit * 0.97 < weight_bytes(tmp_path / "out") <= limit
+    assert block["quant_algo"] == "MIXED_PRECISION"
+    labels = {layer["format"] for layer in manifest["layers"].values()}
+    assert labels == {"nvfp4", "fp8 static"}
+    algorithms = {name: entry["quant_algo"] for name, entry in block["quantized_layers"].items()}
+    for name, layer in manifest["layers"].items():
+        assert algorithms[name] == ("NVFP4" if layer["format"] == "nvfp4" else "FP8")
+    # Readers look merged layers up by the runtime's names, and all of their parts have one format.
+    assert algorithms["layers.0.attention.to_qkv"] == algorithms["layers.0.attention.to_v"]
+    assert algorithms["layers.0.feed_forward.w13"] == algorithms["layers.0.feed_forward.w3"]
+
+
+@pytest.mark.parametrize(
+    ("options", "labels"),
+    [
+        ({"method": "mxfp4", "target_bits": 10.0}, {"mxfp4"}),
+        ({"method": "gguf", "target_bits": 5.0}, {"gguf Q4_K", "gguf Q5_0"}),
+        ({"dialect": "comfyui", "target_bits": 7.0}, {"nvfp4", "fp8 static"}),
+        ({"dialect": "compressed-tensors", "target_speed": 0.4}, {"nvfp4", "fp8 static"}),
+        ({"formats": ("int8", "bf16"), "target_bits": 10.0}, {"int8"}),
+    ],
+    ids=str,
+)
+def test_every_dialect_mixes_what_its_readers_take(
+    options: dict[str, Any], labels: set[str], tiny_pipeline_folder: Path, calibration: Path, tmp_path: Path
+) -> None:
+    _, manifest = convert(tiny_pipeline_folder, tmp_path / "out", calibration, **options)
+    found = {layer["format"] for layer in manifest["layers"].values()}
+    assert found == labels or (found > labels and options.get("method") == "gguf")
+    if len(labels) == 1:
+        assert any("BF16 by --target-bits" in reason for reason in manifest["kept"].values())
+
+
+def test_the_same_job_gives_the_same_bytes(tiny_pipeline_folder: Path, calibration: Path, tmp_path: Path) -> None:
+    manifests = []
+    for name in ("first", "second"):
+        convert(tiny_pipeline_folder, tmp_path / name, calibration, target_noise=30.0)
+        manifests.append((tmp_path / name / "omni_convert.json").read_bytes())
+    assert manifests[0] == manifests[1]
+
+
+@pytest.fixture(scope="module")
+def analysis(tiny_pipeline_folder: Path, calibration: Path) -> Analysis:
+    recipe = Recipe(calibration=(calibration,))
+    return analyse(resolve_source(tiny_pipeline_folder), recipe, Statistics.load(calibration))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"target_size": "1kB"}, r"--target-size 1kB: found no choice below \S+MB, which is the nearest"),
+        ({"target_noise": 0.5}, "--target-noise 0.5: found no choice below 1, which is the nearest"),
+        ({"target_bits": 2.0}, "--target-bits 2.0: found no choice below 4.5, which is the nearest"),
+        ({"target_speed": 0.1}, "--target-speed 0.1: found no choice below 0.25, which is the nearest"),
+        ({"target_bits": 16.0}, "every layer has to stay"),
+    ],
+    ids=str,
+)
+def test_a_budget_that_cannot_be_met_names_the_nearest(
+    options: dict[str, Any], message: str, analysis: Analysis, tiny_pipeline_folder: Path, calibration: Path
+) -> None:
+    recipe = Recipe(calibration=(calibration,), **options)
+    with pytest.raises(RecipeError, match=message):
+        mixture_of(resolve_source(tiny_pipeline_folder), recipe, analysis)
+
+
+def test_the_nearest_size_can_be_had(analysis: Analysis, tiny_pipeline_folder: Path, calibration: Path) -> None:
+    source, recipe = resolve_source(tiny_pipeline_folder), Recipe(calibration=(calibration,), target_size="1kB")
+    with pytest.raises(RecipeError) as error:
+        mixture_of(source, recipe, analysis)
+    nearest = str(error.value).partition("below ")[2].partition(",")[0]
+    point = mixture_of(source, replace(recipe, target_size=nearest), analysis).point
+    assert {option.name for option in point.chosen} == {"nvfp4"}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"target_bits": 5.0}, "--target-bits 5.0: found no statistics"),
+        ({"formats": ("nvfp4", "bf16")}, "--formats: found without a budget"),
+        ({"analysis": Path("table.json")}, "--analysis: found without a budget"),
+        ({"method": "keep", "target_bits": 5.0}, "found with -m keep"),
+    ],
+    ids=str,
+)
+def test_what_a_budget_needs(options: dict[str, Any], message: str, tiny_pipeline_folder: Path) -> None:
+    with pytest.raises(RecipeError, match=message):
+        Conversion.prepare(tiny_pipeline_folder, None, Recipe(**options))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"target_bits": 5.0, "target_noise": 2.0}, "--target-bits: found with --target-noise"),
+        ({"target_size": "12 apples"}, "--target-size: found '12 apples'"),
+        ({"target_noise": -1.0}, "--target-noise: found -1.0"),
+        ({"target_bits": 5.0, "formats": ("nvfp5",)}, "--formats: found 'nvfp5'.*did you mean 'nvfp4'"),
+        ({"target_bits": 5.0, "formats": ("bf16",)}, "--formats: found bf16 alone"),
+        ({"target_bits": 5.0, "formats": ("mxfp4", "int8")}, "--formats: found mxfp4 beside others"),
+        ({"target_bits": 5.0, "method": "int8", "formats": ("fp8",)}, "--formats: found fp8 with method 'int8'"),
+        ({"target_bits": 5.0, "method": "gguf", "formats": ("Q9_K",)}, "--formats: found 'Q9_K'"),
+    ],
+    ids=str,
+)
+def test_a_budget_that_is_none(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        Recipe(**options)
+
+
+def test_statistics_without_sensitivity_are_not_enough(
+    tiny_pipeline_folder: Path, calibration: Path, tmp_path: Path
+) -> None:
+    statistics = replace(Statistics.load(calibration), sensitivity=None)
+    statistics.save(tmp_path / "plain.safetensors")
+    recipe = Recipe(calibration=(tmp_path / "plain.safetensors",), target_bits=5.0)
+    with pytest.raises(CalibrationError, match=r"found no sensitivity of layers.*calibrate --sensitivity"):
+        convert_checkpoint(tiny_pipeline_folder, tmp_path / "out", recipe)
+
+
+def test_an_analysis_is_stored_and_reused(
+    analysis: Analysis, tiny_pipeline_folder: Path, calibration: Path, tmp_path: Path
+) -> None:
+    stored = tmp_path / "analysis.json"
+    stored.write_text(json.dumps(analysis.to_json()))
+    assert Analysis.load(stored) == analysis
+    with_table, _ = convert(tiny_pipeline_folder, tmp_path / "a", calibration, target_bits=6.0, analysis=stored)
+    without, _ = convert(tiny_pipeline_folder, tmp_path / "b", calibration, target_bits=6.0)
+    assert with_table == without
+    other = Recipe(calibration=(calibration,), target_bits=6.0, analysis=stored, formats=("nvfp4", "bf16"))
+    with pytest.raises(RecipeError, match="other options"):
+        convert_checkpoint(tiny_pipeline_folder, tmp_path / "c", other)
+    stored.write_text("{}")
+    with pytest.raises(OmniConvertError, match="damaged analysis"):
+        Analysis.load(stored)
