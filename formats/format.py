@@ -97,6 +97,10 @@ class Format(ABC):
         """This format with a `mul_scale` for its inputs, or None if it has no place for one."""
         return None
 
+    def with_block_size(self, sizes: tuple[int, int]) -> Format:
+        """This format with blocks of so many rows and columns; the same if it has no blocks of rows and columns."""
+        return self
+
     @property
     def largest_error(self) -> float:
         """Relative error ||W - W'|| / ||W|| of a weight that no sound quantization to this format reaches."""

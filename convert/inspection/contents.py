@@ -83,6 +83,7 @@ class InspectedComponent:
         kept: number and bytes of its other tensors, by dtype
         runtimes: the verdict of each runtime; none for a component that is not quantized
         doubt: why its meaning is not certain; None if it is
+        is_unreadable: it is known what the component is, and nothing of it is read here
     """
 
     name: str
@@ -92,6 +93,7 @@ class InspectedComponent:
     kept: dict[str, tuple[int, int]]
     runtimes: tuple[Verdict, ...]
     doubt: str | None = None
+    is_unreadable: bool = False
 
 
 def inspect_source(source: Source) -> list[InspectedComponent]:
@@ -113,14 +115,18 @@ def _inspect(component: ComponentFolder) -> InspectedComponent:
             spec = opened.checkpoint[stored]
             count, nbytes = kept.get(DTYPE_NAMES[spec.dtype], (0, 0))
             kept[DTYPE_NAMES[spec.dtype]] = (count + 1, nbytes + spec.nbytes)
+        unread = reading.dialect if reading.is_unreadable else None
         return InspectedComponent(
             component.name,
-            lost or opened.shown_dialect,
+            unread.shown_name(reading.found) if unread is not None else lost or opened.shown_dialect,
             sum(spec.nbytes for spec in opened.checkpoint.values()),
             tuple(_inspect_layer(layer) for layer in opened.layers.values()),
             kept,
-            tuple(lost_block_verdicts() if lost else _runtimes(component, opened, doubt)),
+            unread.usual_verdicts
+            if unread is not None
+            else tuple(lost_block_verdicts() if lost else _runtimes(component, opened, doubt)),
             doubt,
+            unread is not None,
         )
 
 
@@ -187,6 +193,7 @@ def inspection_report(source: Source, components: list[InspectedComponent], *, a
 
 def _component_lines(component: InspectedComponent, path: Path) -> Iterator[str]:
     spelled = f"spelled as {component.dialect} does" if component.dialect else PLAIN
+    spelled = f"{component.dialect}, which is not read here" if component.is_unreadable else spelled
     yield f"{component.name or path.name}: {size_text(component.nbytes)}, {spelled}"
     yield from _table(component.layers)
     kept = ", ".join(f"{count} {dtype} ({size_text(nbytes)})" for dtype, (count, nbytes) in component.kept.items())

@@ -137,12 +137,17 @@ def _verify(component: ComponentFolder, reference: Source | None, progress: Call
         return VerifiedComponent(
             component.name,
             dialect_of_lost_block(component, quantized)
-            or (quantized.dialect if is_damaged else quantized.shown_dialect),
+            or (_shown_dialect(reading) if is_damaged else quantized.shown_dialect),
             len(quantized.layers),
             tuple(dict.fromkeys([*findings, *values])),
             errors,
             () if reference is not None else tuple(_unchecked(reading, untraced)),
         )
+
+
+def _shown_dialect(reading: TolerantReading) -> str | None:
+    dialect = reading.quantized.dialect
+    return None if dialect is None else DIALECTS[dialect].shown_name(reading.found)
 
 
 def _unchecked(reading: TolerantReading, untraced: int) -> Iterator[str]:

@@ -62,7 +62,7 @@ def check_scope(
     damaged = {finding.layer for finding in reading.findings}
     for group in groups:
         if not any(name == stem or name.startswith(f"{stem}.") for name in damaged for stem in group.members):
-            yield from _group(reading, group, ignored, dialect)
+            yield from _group(reading, group, ignored, dialect, is_stage=family.stage is not None)
     yield from _stacks(reading, groups)
     yield from _names(reading, groups, ignored, dialect, family, encoder_layers)
     wrong = [name for name in stored_encoder_layers if dialect.is_ignored(name, ignored)]
@@ -134,14 +134,17 @@ def _stacks(reading: TolerantReading, groups: Sequence[LayerGroup]) -> Iterator[
 
 
 def _group(
-    reading: TolerantReading, group: LayerGroup, ignored: Collection[str], dialect: Dialect
+    reading: TolerantReading, group: LayerGroup, ignored: Collection[str], dialect: Dialect, *, is_stage: bool
 ) -> Iterator[Finding]:
     layers = reading.quantized.layers
     stored = [stem for stem in group.members if stem in layers]
     names = group.names if group.stack is not None else (group.runtime_name, *group.members)
     listed = [name for name in names if dialect.is_ignored(name, ignored)]
     if not stored:
-        yield from _unquantized(group, listed, dialect)
+        # Only the stages have vLLM's own layers, of which some are never built quantized.
+        is_left = is_stage and all(dialect.leaves_unlisted(reading.found.block, stem) for stem in group.members)
+        if listed or not is_left:
+            yield from _unquantized(group, listed, dialect)
     elif listed and len(stored) == len(group.members):
         yield Finding(
             "error", "ignored-but-quantized", stored[0], f"found it quantized, but '{listed[0]}' listed as ignored",

@@ -178,9 +178,20 @@ class AutoRound(Dialect):
         return [released, candidate, *self.usual_verdicts, CONVERT_FIRST]
 
     def ignored_entries(self, block: Mapping[str, Any]) -> tuple[str, ...]:
-        exceptions = block.get("extra_config")
-        entries = exceptions.items() if isinstance(exceptions, Mapping) else ()
-        return tuple(str(name) for name, exception in entries if _is_unquantized(exception))
+        return tuple(name for name, exception in _exceptions(block) if _is_unquantized(exception))
+
+    def declares_quantized(self, block: Mapping[str, Any], stem: str) -> bool:
+        own = next((entry for name, entry in _exceptions(block) if _is_named(stem, name)), None)
+        if own is not None:
+            return not _is_unquantized(own)
+        is_named = block.get("quant_method") in AUTO_ROUND_METHODS  # GPTQ's readers know the blocks of each model
+        return is_named and not self.leaves_unlisted(block, stem)
+
+    def leaves_unlisted(self, block: Mapping[str, Any], stem: str) -> bool:
+        named = block.get("block_name_to_quantize")
+        stacks = named.split(",") if isinstance(named, str) else named if isinstance(named, list) else []
+        is_outside = bool(stacks) and not any(stem.startswith(f"{str(stack).strip()}.") for stack in stacks)
+        return is_outside or super().leaves_unlisted(block, stem)
 
     def check(self, found: Found, layers: Mapping[str, StoredLayer], config: Mapping[str, Any]) -> Iterator[Finding]:
         yield from _check_exceptions(found.block.get("extra_config"), layers)
@@ -336,6 +347,12 @@ def _check_exceptions(exceptions: Any, layers: Collection[str]) -> Iterator[Find
             )  # fmt: skip
 
 
+def _exceptions(block: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """What `extra_config` says of layers: their names, ends of names or patterns, and entries."""
+    exceptions = block.get("extra_config")
+    return [(str(name), entry) for name, entry in exceptions.items()] if isinstance(exceptions, Mapping) else []
+
+
 def _is_unquantized(exception: Any) -> bool:
     bits = exception.get("bits") if isinstance(exception, Mapping) else None
     return isinstance(bits, int) and bits >= UNQUANTIZED_BITS
@@ -399,13 +416,11 @@ def _scheme_of(block: Mapping[str, Any], stem: str) -> tuple[Any, bool]:
 
     An entry that declares the layer unquantized contradicts its tensors, which `check` reports; it is passed over here.
     """
-    layers = block.get("extra_config")
-    entries = layers.items() if isinstance(layers, Mapping) else ()
     own: Mapping[str, Any] = next(
         (
             entry
-            for name, entry in entries
-            if isinstance(entry, Mapping) and not _is_unquantized(entry) and _is_named(stem, str(name))
+            for name, entry in _exceptions(block)
+            if isinstance(entry, Mapping) and not _is_unquantized(entry) and _is_named(stem, name)
         ),
         {},
     )

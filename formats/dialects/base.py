@@ -24,9 +24,21 @@ from omni_convert.formats.finding import Finding
 from omni_convert.formats.format import Format
 from omni_convert.formats.rows import TensorLayout
 
-__all__ = ["Dialect", "Found", "JudgedComponent", "LayerError", "Spelling", "StoredLayer", "WrittenSpelling", "attempt"]
+__all__ = [
+    "Dialect",
+    "Found",
+    "JudgedComponent",
+    "LayerError",
+    "Spelling",
+    "StoredLayer",
+    "WrittenSpelling",
+    "attempt",
+    "two_sizes",
+]
 
 P = ParamSpec("P")
+# The leaf of a language model's head, which is no linear in vLLM.
+HEAD = "lm_head"
 
 
 @dataclass(frozen=True)
@@ -167,6 +179,12 @@ class LayerError(CheckpointError):
         self.what = message.removeprefix(f"layer '{layer}': ")
 
 
+def two_sizes(value: Any) -> tuple[int, int] | None:
+    """A list of two positive integers as a tuple; None for anything else."""
+    is_pair = isinstance(value, list) and len(value) == 2 and all(type(size) is int and size > 0 for size in value)
+    return (value[0], value[1]) if is_pair else None
+
+
 def attempt(read: Callable[P, StoredLayer], *arguments: P.args, **options: P.kwargs) -> StoredLayer | LayerError:
     """Returns the result of `read`, or the error that it raises about its layer."""
     try:
@@ -227,6 +245,10 @@ class Dialect(ABC):
     mixed_methods: tuple[str, ...] = ()
     #: Whether FP8 with dynamic activations has a scale for each row.
     is_dynamic_fp8_per_row: bool = False
+
+    def shown_name(self, found: Found) -> str:
+        """What `inspect` and `verify` call it."""
+        return self.name
 
     @abstractmethod
     def recognises(self, found: Found) -> bool:
@@ -307,6 +329,10 @@ class Dialect(ABC):
         """Why its readers do not know the names of a model's tensors; None if they do."""
         return None
 
+    def declared_blocks(self, block: Mapping[str, Any]) -> tuple[int, int] | None:
+        """Rows and columns that share a scale, as the block declares them; None if it does not."""
+        return two_sizes(block.get("weight_block_size"))
+
     def ignored_entries(self, block: Mapping[str, Any]) -> tuple[str, ...]:
         """The block's list of ignored layers, as it is written; () where there is none."""
         return ()
@@ -322,6 +348,10 @@ class Dialect(ABC):
     def declares_quantized(self, block: Mapping[str, Any], stem: str) -> bool:
         """Whether readers take a linear for quantized by the block alone; False where they look at its tensors."""
         return False
+
+    def leaves_unlisted(self, block: Mapping[str, Any], stem: str) -> bool:
+        """Whether vLLM leaves a linear of an autoregressive stage as it is although the block does not list it."""
+        return stem.rpartition(".")[2] == HEAD
 
     def is_dequantized_by_vllm_omni(self, methods: Collection[str]) -> bool:
         """Whether vLLM-Omni dequantizes such layers where it builds them unquantized."""

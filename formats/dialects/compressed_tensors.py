@@ -24,7 +24,15 @@ import torch
 
 from omni_convert.formats.arithmetic.mx import MX_BLOCK
 from omni_convert.formats.arithmetic.nvfp4_scale import NVFP4_BLOCK
-from omni_convert.formats.dialects.base import Dialect, Found, LayerError, StoredLayer, WrittenSpelling, attempt
+from omni_convert.formats.dialects.base import (
+    Dialect,
+    Found,
+    LayerError,
+    StoredLayer,
+    WrittenSpelling,
+    attempt,
+    two_sizes,
+)
 from omni_convert.formats.dialects.block_findings import block_mismatch, unknown_keys
 from omni_convert.formats.dialects.codec import PackedValues, Plain, Reciprocal
 from omni_convert.formats.dialects.detection import Signature, parts_of, signed_layers, stored_layer
@@ -133,6 +141,13 @@ class CompressedTensors(Dialect):
             "config_groups": groups,
             "ignore": sorted(ignored),
         }
+
+    def declared_blocks(self, block: Mapping[str, Any]) -> tuple[int, int] | None:
+        groups = block.get("config_groups")
+        groups = groups.values() if isinstance(groups, Mapping) else ()
+        weights = [group.get("weights") for group in groups if isinstance(group, Mapping)]
+        sizes = {two_sizes(each.get("block_structure")) for each in weights if isinstance(each, Mapping)}
+        return sizes.pop() if len(sizes) == 1 else None
 
     def ignored_entries(self, block: Mapping[str, Any]) -> tuple[str, ...]:
         return _listed(block.get("ignore"))

@@ -145,6 +145,9 @@ class ModelOpt(Dialect):
         is_listed = _flat(block).get("quant_algo") == MIXED_PRECISION
         return not is_listed and not self.is_ignored(stem, self.ignored_entries(block))
 
+    def leaves_unlisted(self, block: Mapping[str, Any], stem: str) -> bool:
+        return False
+
     def is_dequantized_by_vllm_omni(self, methods: Collection[str]) -> bool:
         return set(methods) == {"fp8"}
 

@@ -40,13 +40,16 @@ class Unread(Dialect):
     """See the module."""
 
     name = "unread"
-    consumers = "the tool that wrote it"
+    consumers = "every runtime but that of the tool that wrote it"
     usual_verdicts = (
         Verdict(VLLM_OMNI, "refuses", "has no loader for such files"),
         Verdict(DIFFUSERS, "refuses", "unless it has a quantizer for them and the tool is installed"),
         Verdict(OURS, "refuses", "does not read it; take the original model"),
         UNMARKED,
     )
+
+    def shown_name(self, found: Found) -> str:
+        return _kind(found) or self.name
 
     def recognises(self, found: Found) -> bool:
         return _kind(found) is not None

@@ -142,6 +142,11 @@ class Spread(Format):
     def weight_shape(self, out_features: int, in_features: int) -> tuple[int, ...]:
         return out_features, *self.dimensions
 
+    def with_block_size(self, sizes: tuple[int, int]) -> Format:
+        last = zip(self.block[-2:], self.dimensions[-2:], sizes, strict=True)
+        blocks = (size if block in (1, size) else declared for block, size, declared in last)
+        return replace(self, block=(*self.block[:-2], *blocks))
+
     def dequantize(self, tensors: Mapping[str, Tensor]) -> Tensor:
         scales = tensors["weight_scale"].float()
         for dimension, (size, block) in enumerate(zip(self.dimensions, self.block, strict=True), start=1):

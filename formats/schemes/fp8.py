@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -276,6 +276,9 @@ class Fp8Block(CodedFormat):
     block_size: tuple[int, int] = (128, 128)
 
     method = "fp8"
+
+    def with_block_size(self, sizes: tuple[int, int]) -> Format:
+        return replace(self, block_size=sizes)
 
     @property
     def row_multiple(self) -> int:  # type: ignore[override]  # a class attribute elsewhere, here it follows the block

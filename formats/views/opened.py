@@ -203,13 +203,30 @@ def _stored_layers(found: Found, dialect: Dialect) -> Iterator[StoredLayer | Lay
     for stored in dialect.stored_layers(found):
         if isinstance(stored, StoredLayer):
             used |= {stored.name_of(suffix) for suffix in stored.format.layout(*stored.shape)}
+            stored = _in_declared_blocks(found, stored, dialect)
         yield stored
     for stored in layers_named_otherwise(found, used):
         if isinstance(stored, StoredLayer):
             (name,) = dialect.kept_names(found, [stored.name_of("weight").removesuffix(PACKED)])
             is_usual = name.endswith(WEIGHT)
             stored = replace(stored, stem=name.removesuffix(WEIGHT), weight=None if is_usual else name)
+            stored = _in_declared_blocks(found, stored, dialect)
         yield stored
+
+
+def _in_declared_blocks(found: Found, stored: StoredLayer, dialect: Dialect) -> StoredLayer | LayerError:
+    """A layer whose blocks have the declared size; numbers of scales alone leave several sizes possible."""
+    sizes = dialect.declared_blocks(found.block)
+    fmt = stored.format if sizes is None else stored.format.with_block_size(sizes)
+    if fmt == stored.format:
+        return stored
+    declared, stated = (
+        {suffix: layout.shape for suffix, layout in each.layout(*stored.shape).items()} for each in (fmt, stored.format)
+    )
+    if declared == stated:
+        return replace(stored, format=fmt)
+    what = f"found scales of {stored.format.label}, but the config says blocks of {list(sizes or ())}"
+    return LayerError(found, stored.stem, f"layer '{stored.stem}': {what}", "block-mismatch")
 
 
 def _undeclared(found: Found, stray: StoredLayer | LayerError) -> LayerError:

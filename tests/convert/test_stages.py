@@ -181,6 +181,11 @@ def test_w4a16_has_its_block_at_the_top_level_and_names_its_blocks(
     assert block_at(tmp_path / "out", IN_THINKER) == {}
     assert findings(tmp_path / "out") == set()
     assert outcome(tmp_path / "out") == "loads"
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    del config["quantization_config"]["extra_config"]["thinker.lm_head"]  # outside of the blocks, as AutoRound has it
+    (tmp_path / "out" / "config.json").write_text(json.dumps(config))
+    (tmp_path / "out" / "omni_convert.json").unlink()
+    assert findings(tmp_path / "out") == set()
 
 
 @pytest.mark.parametrize("method", ["int8", "mxfp8", "mxfp4", "mxfp4_dualscale"])

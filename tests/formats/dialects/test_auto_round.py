@@ -131,3 +131,26 @@ def test_verdicts_name_the_versions_of_vllm_omni() -> None:
         assert outcomes(fmt)["vLLM-Omni 0.32.0rc1"] == "loads"
     assert outcomes(Mxfp8())["vLLM-Omni 0.30"] == "loads"
     assert outcomes(Nvfp4())["vLLM-Omni 0.32.0rc1"] == "wrong"
+
+
+STACK, LINEAR, TOWER = "thinker.model.layers", "thinker.model.layers.0.mlp.up_proj", "thinker.visual.blocks.0.attn.qkv"
+UNQUANTIZED = {"bits": 16, "data_type": "float"}
+
+
+@pytest.mark.parametrize(
+    ("block", "declared"),
+    [
+        ({}, (LINEAR, TOWER)),
+        ({"block_name_to_quantize": STACK}, (LINEAR,)),
+        ({"block_name_to_quantize": [STACK, "thinker.visual.blocks"]}, (LINEAR, TOWER)),
+        ({"extra_config": {".*visual.*": UNQUANTIZED}}, (LINEAR,)),
+        ({"extra_config": {LINEAR: UNQUANTIZED}}, (TOWER,)),
+        ({"block_name_to_quantize": STACK, "extra_config": {"lm_head": {"bits": 4}}}, (LINEAR, "thinker.lm_head")),
+        ({"quant_method": "gptq"}, ()),
+    ],
+    ids=["all", "a stack", "two stacks", "a pattern", "a name", "the head", "GPTQ"],
+)
+def test_the_block_says_which_layers_are_quantized(block: dict[str, object], declared: tuple[str, ...]) -> None:
+    block = {"quant_method": "auto-round", **block}
+    layers = (LINEAR, TOWER, "thinker.lm_head")
+    assert tuple(stem for stem in layers if AUTO_ROUND.declares_quantized(block, stem)) == declared

@@ -321,3 +321,30 @@ def test_msmodelslims_static_w8a8(tmp_path: Path, product: str) -> None:
         torch.testing.assert_close(found.layers[STEM].dequantize(0, 192), codes * scale, rtol=1e-6, atol=0)
         torch.testing.assert_close(found.layers[STEM].dequantize(7, 131), (codes * scale)[7:131], rtol=1e-6, atol=0)
         assert found.kept.keys() == {f"{STEM}.bias"}
+
+
+def test_the_declared_size_of_blocks_counts_where_scales_leave_several(tmp_path: Path) -> None:
+    """Two scales along 192 rows: blocks of 128 with the last one cut short, or of 96."""
+    codes = (torch.randn(192, 192, generator=torch.Generator().manual_seed(0)) * 50).to(torch.float8_e4m3fn)
+    scale = torch.rand(2, 2, generator=torch.Generator().manual_seed(1)) * 1e-2
+    stored = layer_tensors({"weight": codes, "weight_scale_inv": scale})
+    for block in (96, 128):
+        config = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [block, block]}
+        spread = scale.repeat_interleave(block, 0).repeat_interleave(block, 1)[:192, :192]
+        with opened(tmp_path, stored, config) as found:
+            assert found.layers[STEM].dequantize(0, 192).equal(codes.float() * spread)
+    with pytest.raises(CheckpointError, match=r"says blocks of \[64, 64\]"):
+        opened(tmp_path, stored, {**config, "weight_block_size": [64, 64]})
+
+
+@pytest.mark.parametrize(("rows", "block"), [(192, 96), (192, 128), (64, 64)])
+def test_experts_have_the_declared_size_of_blocks(tmp_path: Path, rows: int, block: int) -> None:
+    count = -(-rows // block)
+    codes = (torch.randn(3, rows, rows, generator=torch.Generator().manual_seed(0)) * 50).to(torch.float8_e4m3fn)
+    scale = torch.rand(3, count, count, generator=torch.Generator().manual_seed(1)) * 1e-2
+    config = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [block, block]}
+    tensors = {"experts.gate_up_proj": codes, "experts.gate_up_proj_scale_inv": scale}
+    spread = scale.repeat_interleave(block, 1).repeat_interleave(block, 2)[:, :rows, :rows]
+    with opened(tmp_path, tensors, config) as found:
+        (layer,) = found.layers.values()
+        assert layer.dequantize(0, 3).view(codes.shape).equal(codes.float() * spread)

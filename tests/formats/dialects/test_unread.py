@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from omni_convert.convert import Recipe, convert_checkpoint
+from omni_convert.convert.inspection.contents import inspect_source, inspection_report
 from omni_convert.convert.inspection.verification import verify_source
 from omni_convert.convert.source.location import resolve_source
 from omni_convert.formats.errors import CheckpointError
@@ -44,6 +45,10 @@ def test_every_command_names_the_tool(
             convert_checkpoint(model, tmp_path / method, Recipe(method=method))
     (verified,) = verify_source(resolve_source(model))
     assert any(name in finding.what for finding in verified.findings if finding.severity == "error")
+    (inspected,) = inspect_source(resolve_source(model))
+    assert name in inspected.dialect
+    assert {verdict.outcome for verdict in inspected.runtimes} <= {"refuses", "wrong"}
+    assert name in next(inspection_report(resolve_source(model), [inspected], as_json=False))
 
 
 PICKLES = {

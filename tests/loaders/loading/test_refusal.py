@@ -144,3 +144,36 @@ def test_another_spelling_is_named_with_the_command_that_changes_it(
         load_pipeline(tmp_path / "out")
     convert_checkpoint(tmp_path / "out", tmp_path / "again", Recipe("keep", dialect="vllm-omni", device="cpu"))
     assert kernel_report(load_pipeline(tmp_path / "again")).layers
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "remedy"),
+    [
+        ("fp8", {"dialect": "compressed-tensors"}, "-m keep --dialect modelopt"),
+        ("int8", {"dialect": "comfyui", "rotate": True}, "-m METHOD"),
+    ],
+    ids=["a scale for each row", "rotated"],
+)
+def test_the_command_that_is_named_keeps_every_value(
+    tiny_pipeline_folder: Path, tmp_path: Path, method: str, options: dict, remedy: str
+) -> None:
+    if options["dialect"] == "compressed-tensors":
+        convert_checkpoint(tiny_pipeline_folder, tmp_path / "rows", Recipe(method, dialect="modelopt", device="cpu"))
+        convert_checkpoint(tmp_path / "rows", tmp_path / "out", Recipe("keep", **options, device="cpu"))
+    else:
+        wide = Recipe(method, **options, runtime="diffusers", device="cpu")
+        convert_checkpoint(tiny_pipeline_folder, tmp_path / "out", wide)
+    with pytest.raises(CheckpointError, match=remedy):
+        load_pipeline(tmp_path / "out")
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2], ids=["e4m3", "e5m2"])
+def test_codes_that_lost_their_scale_are_no_cast_weights(folder: Path, dtype: torch.dtype) -> None:
+    file = folder / "transformer" / WEIGHTS
+    tensors = load_file(file)
+    weight = tensors[NAME].float()
+    save(tensors | {NAME: weight.to(dtype)}, file)
+    assert load_pipeline(folder).transformer.get_parameter(NAME).float().equal(weight.to(dtype).float())
+    save(tensors | {NAME: (weight * 440 / weight.abs().max()).to(dtype)}, file)
+    with pytest.raises(CheckpointError, match=r"to_q.*RMS.*no scale"):
+        load_pipeline(folder)
