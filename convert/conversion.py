@@ -68,12 +68,14 @@ class Conversion:
         target: where the output goes
         repository: the repository on the Hub to upload to, already checked and open; None if there is none
         calibration_seconds: time that recording statistics took; None if none were recorded
+        growth: lines that say how much the layers' largest inputs still grew over the last prompts
     """
 
     plan: Plan
     target: Destination
     repository: Repository | None = None
     calibration_seconds: float | None = None
+    growth: tuple[str, ...] = ()
 
     @classmethod
     def prepare(
@@ -117,13 +119,18 @@ class Conversion:
         """
         if self.plan.recipe.calib is None:
             return
+        from omni_convert.convert.calibration.growth import growth_report
         from omni_convert.convert.calibration.recording import record_source  # runs a pipeline: seconds of imports
 
         started = time.monotonic()
         source, recipe = self.plan.source, self.plan.recipe
-        is_mixed = recipe.budget is not None
-        statistics = record_source(source, recipe, self.plan.weights, with_sensitivity=is_mixed).statistics
+        is_mixed, keep = recipe.budget is not None, self._finished_prompts
+        keep.parent.mkdir(parents=True, exist_ok=True)
+        recording = record_source(source, recipe, self.plan.weights, with_sensitivity=is_mixed, keep=keep)
+        statistics = recording.statistics
+        statistics.save(keep)
         self.plan = _planned(source, recipe, statistics) if is_mixed else self.plan.with_statistics(statistics)
+        self.growth = tuple(growth_report(recording.growth))
         self.calibration_seconds = time.monotonic() - started
 
     def execute(self, progress: Progress) -> ConversionReport:
@@ -142,6 +149,7 @@ class Conversion:
             _streaming(plan.source, folder),  # ends first: workers must not wait for a download any more
         ):
             results, peak = _fill(folder, plan, engine_on(workers, journal), self.target, progress)
+        self._finished_prompts.unlink(missing_ok=True)
         return self._report(results, time.monotonic() - started, peak)
 
     def push(self) -> str | None:
@@ -152,6 +160,11 @@ class Conversion:
         """
         return None if self.repository is None else self.target.push(self.repository)
 
+    @property
+    def _finished_prompts(self) -> Path:
+        """The file of statistics that an interrupted run leaves beside its work."""
+        return self.target.work.with_name(f"{self.target.work.name}.statistics")
+
     def _report(
         self, results: dict[str, list[LayerResult]], seconds: float, peak_memory: int | None
     ) -> ConversionReport:
@@ -160,12 +173,13 @@ class Conversion:
             self.target.place,
             tuple(_prefixed(name, layer) for name, layers in results.items() for layer in layers),
             tuple(layer for component in plan.components for layer in component.kept),
-            plan.notes,
+            (*plan.notes, *self.growth),
             plan.bytes_before,
             plan.bytes_after,
             seconds,
             self.calibration_seconds,
             peak_memory,
+            has_lora=bool(plan.loras),
         )
 
 

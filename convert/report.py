@@ -38,6 +38,7 @@ class ConversionReport:
         seconds: time of the conversion without calibration
         calibration_seconds: time of the calibration; None if no prompts were run
         peak_memory: largest `RssAnon` in bytes; None if an earlier run had finished the output
+        has_lora: a LoRA was baked in
     """
 
     output: Path | RemoteFolder
@@ -49,6 +50,7 @@ class ConversionReport:
     seconds: float
     calibration_seconds: float | None
     peak_memory: int | None
+    has_lora: bool = False
 
     @property
     def median_error(self) -> float:
@@ -65,11 +67,12 @@ class ConversionReport:
         if not lost:
             return ()
         worst = self.worst
+        scale = " (is the LoRA's SCALE too large?)" if self.has_lora else ""
         others = f", and {len(lost) - 1} more above {LARGEST_ERROR}" if len(lost) > 1 else ""
         return (
             f"{worst.name}: found a relative error of {worst.relative_error:.3g}{others}, far more than {worst.method} "
-            "causes: the weights lie outside its range, or far from others that share their scale (is a LoRA's "
-            "SCALE too large?); --ignored-layers leaves layers as they are",
+            f"causes: the weights lie outside its range, or far from others that share their scale{scale}; "
+            "--ignored-layers leaves layers as they are",
         )
 
     def to_dict(self) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from typing import Any, TypeGuard, TypeVar
 import torch
 from torch import Tensor, nn
 
+from omni_convert.convert.calibration.growth import growth_of
 from omni_convert.convert.calibration.moments import InputMoments, MomentsRecorder
 from omni_convert.convert.calibration.prompts import Prompt
 from omni_convert.formats.containers.tensor_spec import TensorSpec
@@ -68,6 +69,8 @@ class _Place(threading.local):
     """Where a prompt is in its run; prompts that run side by side have a thread each.
 
     Attributes:
+        prompt: its text
+        number: its place among the prompts, from 0
         step: the denoising step, from 0
         timestep: that of the model's last call
         mask: of the tokens of the module that runs; None if no token is padding
@@ -77,6 +80,7 @@ class _Place(threading.local):
 
     def __init__(self) -> None:
         self.prompt = ""
+        self.number = 0
         self.step = 0
         self.timestep: float | None = None
         self.mask: Tensor | None = None
@@ -108,6 +112,8 @@ class InputObserver:
             CalibrationError: a model has no linears that can be quantized.
         """
         self._place = _Place()
+        self._started = 0
+        self._maxima: dict[str, dict[int, float]] = {}
         self._counts_timesteps = counts_timesteps
         self._models = dict(models)
         self._recorder_type = MomentsRecorder if with_moments else InputRecorder
@@ -125,6 +131,8 @@ class InputObserver:
         self.step = 0
         self._place.timestep = None
         self._place.prompt = prompt.text
+        self._place.number = self._started
+        self._started += 1
 
     @property
     def step(self) -> int:
@@ -144,7 +152,8 @@ class InputObserver:
                     self._watch_mask(module, hooks)
                 for stem, first in self._candidates[component].items():
                     recorder = self._recorders.setdefault(f"{component}.{first}", self._recorder_type())
-                    self._watch_input(model.get_submodule(stem), f"{component}.{stem}", recorder, hooks)
+                    maxima = self._maxima.setdefault(f"{component}.{first}", {})
+                    self._watch_input(model.get_submodule(stem), f"{component}.{stem}", recorder, maxima, hooks)
             self._hooks = hooks.pop_all()
         return self
 
@@ -154,9 +163,22 @@ class InputObserver:
         self._hooks.close()
         self._place = _Place()
 
+    @property
+    def started(self) -> int:
+        """The number of prompts that have begun."""
+        return self._started
+
+    def growth(self) -> dict[str, float]:
+        """How much the largest input of each layer grew over the last quarter of the prompts; see `growth_of`."""
+        return self._by_layer({name: growth_of(maxima, self._started) for name, maxima in self._maxima.items()})
+
+    def so_far(self) -> dict[str, LayerStatistics]:
+        """Statistics by `component.stem`; layers that have not run are left out."""
+        return self._by_layer({name: recorder.statistics() for name, recorder in self._recorders.items()})
+
     def statistics(self) -> dict[str, LayerStatistics]:
-        """Statistics by `component.stem`; layers that never ran are left out."""
-        found = self._by_layer({name: recorder.statistics() for name, recorder in self._recorders.items()})
+        """The final statistics by `component.stem`; warns of layers that never ran, which are left out."""
+        found = self.so_far()
         names = [f"{component}.{stem}" for component, layers in self._candidates.items() for stem in layers]
         idle = [name for name in self._candidates if not any(layer.startswith(f"{name}.") for layer in found)]
         for component in idle if len(idle) < len(self._candidates) else ():
@@ -184,7 +206,9 @@ class InputObserver:
         }
         return {name: layer for name, layer in sorted(by_stem.items()) if layer is not None}
 
-    def _watch_input(self, layer: nn.Module, name: str, recorder: InputRecorder, hooks: ExitStack) -> None:
+    def _watch_input(
+        self, layer: nn.Module, name: str, recorder: InputRecorder, maxima: dict[int, float], hooks: ExitStack
+    ) -> None:
         @torch.no_grad()
         def record(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             values: Tensor = args[0] if args else kwargs["input"]
@@ -200,6 +224,8 @@ class InputObserver:
                     f"'{self._place.prompt:.40}', expected finite values; check the weights, or run in another dtype"
                 )
             recorder.record(observation, self.step)
+            number = self._place.number
+            maxima[number] = max(maxima.get(number, 0.0), observation.amax)
 
         hooks.callback(layer.register_forward_pre_hook(record, with_kwargs=True).remove)
 

@@ -154,10 +154,14 @@ class Lockstep(Generic[Result]):
         if part.repeats and not runner.is_admitted:
             runner.is_held = True
         if part.repeats and part.block and len(self._group) == 1 and self._capacity == 1:
-            self._capacity = max(1, (self._streamer.room() - RUNNING * size) // max(1, WAITING * size))
+            self._capacity = self._room_for(size)
             self._admit(self._capacity - 1)
         self._pass_on()
         self._await_turn(runner)
+
+    def _room_for(self, size: int) -> int:
+        """The number of prompts of which each puts tensors of so many bytes into a block."""
+        return max(1, (self._streamer.room() - RUNNING * size) // max(1, WAITING * size))
 
     def _await_turn(self, runner: _Runner[Result]) -> None:
         runner.turn.wait()

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import nn
 
+from omni_convert.convert.calibration.finished_prompts import FinishedPrompts
 from omni_convert.convert.calibration.generation import GenerationSettings, has_step_callback, run_prompts
 from omni_convert.convert.calibration.input_observer import InputObserver
 from omni_convert.convert.calibration.moments import Moments
@@ -35,6 +38,8 @@ if TYPE_CHECKING:
 __all__ = ["PipelineRecorder", "Recording", "calibrate", "recording_identity"]
 
 Layer = TypeVar("Layer")
+#: Gives the identity of a run over some prompts.
+IdentityOf = Callable[[Sequence[Prompt]], Identity]
 
 VERSIONED_PACKAGES = ("omni-convert", "torch", "diffusers", "transformers")
 #: Settings that an identity names only where they are not these, since earlier statistics do not know them.
@@ -43,10 +48,15 @@ UNRECORDED = {"guidance_scale_2": None, "images_per_prompt": 1}
 
 @dataclass(frozen=True)
 class Recording:
-    """The result of running over prompts: statistics, and second moments if they were asked for."""
+    """The result of running over prompts: statistics, and second moments if they were asked for.
+
+    Attributes:
+        growth: layer → how much its largest input grew over the last quarter of the prompts; empty if that is unknown
+    """
 
     statistics: Statistics
     moments: Moments | None
+    growth: Mapping[str, float] = field(default_factory=dict)
 
     def merge(self, other: Recording) -> Recording:
         """The recording of the prompts of both; its moments are in memory.
@@ -146,46 +156,87 @@ class PipelineRecorder:
         return recorder
 
     def record(
-        self, prompts: Sequence[Prompt], differentiated: Sequence[Prompt] = (), *, progress: bool = False
+        self,
+        prompts: Sequence[Prompt],
+        differentiated: Sequence[Prompt] = (),
+        *,
+        progress: bool = False,
+        keep: Path | None = None,
     ) -> Recording:
         """Runs the pipeline over prompts.
 
         Args:
             differentiated: prompts over which the sensitivity of the denoisers' layers is recorded, too
             progress: show a bar, if standard error is a terminal
+            keep: a file for the statistics of prompts that have finished; if it exists, these are not run again. It is
+                the caller's to remove. Second moments are not kept.
 
         Raises:
-            CalibrationError: there are no prompts, or no linears to record; or an input is NaN or infinite.
-            CalibrationError: the pipeline cannot be differentiated, though that is asked for.
+            CalibrationError: there are no prompts, or no linears to record; an input is NaN or infinite; the kept
+                statistics come from another calibration; or the pipeline cannot be differentiated, though that is asked
+                for.
             RecipeError: the pipeline does not take a setting or an image.
         """
         if not prompts:
             raise CalibrationError("calibration: found no prompts, expected at least one")
         settings = self._settings.completed(self._pipe)
-        observer = self._observe(prompts, settings, progress=progress)
-        identity = recording_identity(prompts, {**asdict(settings), "seed": self._seed}, self._fingerprints)
-        sensitivity = self._differentiate(differentiated, settings, progress=progress) if differentiated else None
-        statistics = Statistics(identity, _as_stored(observer.statistics(), self._checkpoints), sensitivity)
-        if not self._with_moments:
-            return Recording(statistics, None)
-        moments = Moments.recorded(identity, observer.moments())
-        return Recording(statistics, replace(moments, owners=_as_stored(moments.owners, self._checkpoints)))
-
-    def _observe(self, prompts: Sequence[Prompt], settings: GenerationSettings, *, progress: bool) -> InputObserver:
-        """The observer that has seen the pipeline run over the prompts."""
-        tells_steps = has_step_callback(self._pipe)
-        observer = InputObserver(
-            _modules(self._pipe, self._components), counts_timesteps=not tells_steps, with_moments=self._with_moments
+        identity_of = partial(
+            recording_identity, settings={**asdict(settings), "seed": self._seed}, fingerprints=self._fingerprints
         )
-        total = len(prompts) * settings.steps if settings.steps and tells_steps else None
+        finished = FinishedPrompts(None if self._with_moments else keep, prompts, identity_of)
+        recording = self._run(finished, settings, identity_of, progress=progress)
+        sensitivity = recording.statistics.sensitivity if differentiated else None
+        if differentiated and sensitivity is None:
+            sensitivity = self._differentiate(differentiated, settings, progress=progress)
+        return replace(recording, statistics=replace(recording.statistics, sensitivity=sensitivity))
+
+    def _run(
+        self, finished: FinishedPrompts, settings: GenerationSettings, identity_of: IdentityOf, *, progress: bool
+    ) -> Recording:
+        """The recording of all prompts, those of an earlier run included."""
+        if finished.earlier is not None and not finished.remaining:
+            return Recording(finished.earlier, None)
+        observer = self._observe(finished, settings, identity_of, progress=progress)
+        identity = identity_of(finished.remaining)
+        statistics = finished.merged(Statistics(identity, self._as_stored(observer.statistics())))
+        growth = self._as_stored(observer.growth()) if finished.earlier is None else {}
+        if not self._with_moments:
+            return Recording(statistics, None, growth)
+        moments = Moments.recorded(identity, observer.moments())
+        return Recording(statistics, replace(moments, owners=self._as_stored(moments.owners)), growth)
+
+    def _observe(
+        self, finished: FinishedPrompts, settings: GenerationSettings, identity_of: IdentityOf, *, progress: bool
+    ) -> InputObserver:
+        """The observer that has seen the pipeline run over the remaining prompts."""
+        tells_steps = has_step_callback(self._pipe)
+        models = _modules(self._pipe, self._components)
+        observer = InputObserver(models, counts_timesteps=not tells_steps, with_moments=self._with_moments)
+        runs = [(prompt, _noise_seed(self._seed, prompt)) for prompt in finished.remaining]
+        total = len(runs) * settings.steps if settings.steps and tells_steps else None
         with observer, progress_bar("calibrating", total, "step", hidden=not progress, stays=False) as advance:
 
             def after_step(step: int) -> None:
                 observer.step = step + 1
                 advance(1)
 
-            runs = [(prompt, _noise_seed(self._seed, prompt)) for prompt in prompts]
-            run_prompts(self._pipe, runs, settings, on_start=observer.start, on_step=after_step, decode=False)
+            def after_group(positions: Sequence[int]) -> None:
+                # A text encoder has run for prompts that still wait: what was recorded of it is not theirs alone.
+                if models.keys() <= {*DENOISERS} or observer.started == len(finished.done) + len(positions):
+                    finished.add(positions, so_far)
+
+            def so_far() -> Statistics:
+                return Statistics(identity_of(finished.done), self._as_stored(observer.so_far()))
+
+            run_prompts(
+                self._pipe,
+                runs,
+                settings,
+                on_start=observer.start,
+                on_step=after_step,
+                after_group=after_group,
+                decode=False,
+            )
         return observer
 
     def _differentiate(
@@ -207,7 +258,10 @@ class PipelineRecorder:
                 observer.record(prompt, settings, _noise_seed(self._seed, prompt), _noise_seed(self._seed + 1, prompt))
                 advance(1)
         found = observer.sensitivity()
-        return replace(found, layers=_as_stored(found.layers, self._checkpoints))
+        return replace(found, layers=self._as_stored(found.layers))
+
+    def _as_stored(self, layers: Mapping[str, Layer]) -> dict[str, Layer]:
+        return _as_stored(layers, self._checkpoints)
 
 
 def _modules(pipe: DiffusionPipeline, components: Sequence[str] | None) -> dict[str, nn.Module]:

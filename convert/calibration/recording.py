@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 
 from omni_convert.convert.calibration.cluster_recorder import record_on_cluster
 from omni_convert.convert.calibration.pipeline_recorder import PipelineRecorder, Recording
@@ -28,12 +29,15 @@ def record_source(
     with_moments: bool = False,
     with_sensitivity: bool = False,
     progress: bool = True,
+    keep: Path | None = None,
 ) -> Recording:
     """Loads a pipeline and runs it over the recipe's prompts.
 
     Args:
         weights: component to its weights, if they are open already; machines of a cluster open them themselves
         with_sensitivity: record how errors of layers change the images, over the first of the prompts
+        keep: a file for the statistics of finished prompts, see `PipelineRecorder.record`; one that exists is removed
+            unless the recipe says to resume. A cluster and a language model by itself keep none.
 
     Raises:
         CalibrationError: the source is no pipeline; there are no prompts; the pipeline computes NaN.
@@ -61,5 +65,7 @@ def record_source(
     differentiated = DIFFERENTIATED_PROMPTS if with_sensitivity else 0
     if recipe.is_distributed:
         return record_on_cluster(source, recipe, prompts, differentiated, with_moments=with_moments, progress=progress)
+    if keep is not None and not recipe.resume:
+        keep.unlink(missing_ok=True)
     recorder = PipelineRecorder.load(source, recipe, weights, with_moments=with_moments)
-    return recorder.record(prompts, prompts[:differentiated], progress=progress)
+    return recorder.record(prompts, prompts[:differentiated], progress=progress, keep=keep)

@@ -117,7 +117,8 @@ class StageRecorder:
             run_jobs(self.streamer, [partial(run, prompt) for prompt in prompts])
         identity = recording_identity(prompts, {}, {"": self.fingerprint})
         statistics = Statistics(identity, observer.statistics())
-        return Recording(statistics, Moments.recorded(identity, observer.moments()) if self.with_moments else None)
+        moments = Moments.recorded(identity, observer.moments()) if self.with_moments else None
+        return Recording(statistics, moments, observer.growth())
 
     @torch.no_grad()
     def _run(self, prompt: Prompt) -> None:

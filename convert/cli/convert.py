@@ -194,7 +194,7 @@ def _convert(
     if recipe.calib is not None:
         silence_libraries()
     conversion.calibrate()
-    for note in () if quiet or as_json else conversion.plan.notes:
+    for note in () if quiet or as_json else (*conversion.plan.notes, *conversion.growth):
         click.echo(f"Note: {note}", err=True)
     with (
         _told_how_to_resume(conversion.target),

@@ -24,6 +24,7 @@ from omni_convert.formats.errors import CalibrationError, OutputError, RecipeErr
 
 if TYPE_CHECKING:
     from omni_convert.convert.comparison.comparison import Offload, Variant
+    from omni_convert.convert.recipe import Recipe
 
 __all__ = ["calibrate_command", "compare_command", "generate_command"]
 
@@ -55,6 +56,7 @@ DEFAULT_PROMPT = "a cup of coffee on the table"
 @memory_option
 @engine_option
 @click.option("--revision", help="Branch, tag or commit on the Hub.")
+@click.option("--resume", is_flag=True, help="Continue an interrupted run after the prompts that it has finished.")
 @click.option("--overwrite", is_flag=True, help="Replace an earlier file.")
 def calibrate_command(
     model: str | None,
@@ -69,11 +71,14 @@ def calibrate_command(
     The pipeline runs over the prompts. Any later conversion can use the statistics.
     """
     recipe = recipe_of(model, {"ignored_layers": (), **options})
+    from omni_convert.convert.calibration.growth import growth_report
     from omni_convert.convert.calibration.recording import record_source
     from omni_convert.convert.plan.gguf_importance import GgufComponent
     from omni_convert.convert.source.location import DEMO_PROMPTS, resolve_source
     from omni_convert.formats.containers.imatrix import write_imatrix
 
+    unfinished = output.with_name(f"{output.name}.unfinished")
+    _check_unfinished(unfinished, recipe, moments)
     for option, path in (("output", output), ("moments", moments), ("imatrix-output", imatrix_output)):
         if path is not None and path.exists() and not recipe.overwrite:
             raise OutputError(f"{path}: file exists; use --overwrite, or name another --{option}")
@@ -84,9 +89,12 @@ def calibrate_command(
     silence_libraries()
     source = resolve_source(model, recipe.revision)
     weights = GgufComponent.of(source, recipe) if imatrix_output is not None else None
-    recording = record_source(source, recipe, with_moments=moments is not None, with_sensitivity=sensitivity)
+    recording = record_source(
+        source, recipe, with_moments=moments is not None, with_sensitivity=sensitivity, keep=unfinished
+    )
     statistics = recording.statistics
     statistics.save(output)
+    unfinished.unlink(missing_ok=True)
     if imatrix_output is not None and weights is not None:
         entries = weights.importance(statistics)
         prompts = sum(len(run.prompts) for run in statistics.identity.runs)
@@ -100,7 +108,20 @@ def calibrate_command(
         click.echo(f"Note: {layer}", err=True)
     if len(risky) > RISKY_LAYERS_SHOWN:
         click.echo(f"Note: ... and {len(risky) - RISKY_LAYERS_SHOWN} more layers", err=True)
+    for line in growth_report(recording.growth):
+        click.echo(f"Note: {line}", err=True)
     click.echo(f"{output}: {len(statistics.layers)} layers, {output.stat().st_size / 1e6:.1f} MB")
+
+
+def _check_unfinished(unfinished: Path, recipe: Recipe, moments: Path | None) -> None:
+    """Refuses to lose what an interrupted run has finished, and to resume what cannot be."""
+    if recipe.resume and moments is not None:
+        raise RecipeError("--resume: found with --moments, which are not kept while prompts run; leave one of them out")
+    if unfinished.exists() and not recipe.resume and not recipe.overwrite:
+        raise OutputError(
+            f"{unfinished}: an interrupted run left its finished prompts; use --resume to go on, or --overwrite to "
+            "start afresh"
+        )
 
 
 @click.command("generate")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,9 @@ from safetensors.torch import load_file, save_file
 
 from omni_convert.convert import Recipe, convert_checkpoint
 from omni_convert.convert.conversion import Conversion
+from omni_convert.convert.execution.component_result import LayerResult
 from omni_convert.convert.plan.plan import plan_conversion
-from omni_convert.convert.report import conversion_report
+from omni_convert.convert.report import ConversionReport, conversion_report
 from omni_convert.convert.source.location import resolve_source
 from omni_convert.formats.containers.checkpoint import Checkpoint
 from omni_convert.formats.errors import CalibrationError, CheckpointError, OmniConvertError, OutputError, RecipeError
@@ -67,6 +69,14 @@ def test_fp8_block_and_tensors(tiny_pipeline_folder: Path, tmp_path: Path) -> No
     assert tensors["layers.0.attention.to_q.weight"].dtype == torch.float8_e4m3fn
     assert tensors["layers.0.attention.to_q.weight_scale"].dtype == torch.float32
     assert tensors["layers.0.attention.to_q.weight_scale"].shape == ()
+
+
+def test_weights_out_of_range_are_not_blamed_on_a_lora_that_is_not_there() -> None:
+    layer = LayerResult("transformer.layers.0", "fp8", 2, 1, 1.0)
+    report = ConversionReport(Path("out"), (layer,), (), (), 2, 1, 1.0, None, None)
+    (warning,) = report.warnings
+    assert "far from others that share their scale; --ignored-layers" in warning
+    assert "is the LoRA's SCALE too large?" in replace(report, has_lora=True).warnings[0]
 
 
 def test_fused_members_share_one_scale(tiny_pipeline_folder: Path, tmp_path: Path) -> None:

@@ -166,6 +166,25 @@ def test_calibrate_then_convert_static(tiny_pipeline_folder: Path, tmp_path: Pat
     assert config["quantization_config"]["activation_scheme"] == "static"
 
 
+def test_calibrate_goes_on_after_an_interruption(tiny_pipeline_folder: Path, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red circle\na star\na ring\na blue square\n")
+    options = ["--calib", prompts, "--calib-steps", "2", "--calib-size", "32x32"]
+    paths = [tmp_path / f"{name}.safetensors" for name in ("whole", "resumed", "first")]
+    whole = run("calibrate", tiny_pipeline_folder, "-o", paths[0], *options)
+    assert "over the last quarter of the prompts, the largest input of " in whole.stderr
+    assert run("calibrate", tiny_pipeline_folder, "-o", paths[2], "--calib-prompts", 2, *options).exit_code == 0
+    unfinished = tmp_path / "resumed.safetensors.unfinished"
+    paths[2].rename(unfinished)  # what an interruption after two prompts leaves
+    again = run("calibrate", tiny_pipeline_folder, "-o", paths[1], *options)
+    assert "use --resume to go on, or --overwrite to start afresh" in error_line(again)
+    with_moments = run("calibrate", "--resume", "--moments", tmp_path / "moments", "-o", paths[1], *options)
+    assert "--resume: found with --moments" in error_line(with_moments)
+    assert run("calibrate", tiny_pipeline_folder, "-o", paths[1], "--resume", *options).exit_code == 0
+    assert paths[1].read_bytes() == paths[0].read_bytes()
+    assert not unfinished.exists()
+
+
 @pytest.mark.parametrize(
     ("output", "message"),
     [

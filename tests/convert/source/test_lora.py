@@ -360,6 +360,7 @@ def test_a_layer_that_a_lora_drowns_is_a_warning_in_one_line(
     (line,) = [line for line in result.stderr.splitlines() if line.startswith("Warning: ")]
     assert line.startswith("Warning: transformer.layers.0.attention.to_")  # k and v share the scale of q
     assert "found a relative error of 1, and 1 more above 0.5" in line
+    assert "share their scale (is the LoRA's SCALE too large?); --ignored-layers" in line
     assert json.loads(result.stdout)["warnings"] == [line.removeprefix("Warning: ")]
 
 
