@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from omni_convert.convert import Recipe, convert_checkpoint
+from omni_convert.convert.calibration.pipeline_recorder import recording_identity
 from omni_convert.convert.inspection.contents import inspect_source
 from omni_convert.convert.inspection.verification import verify_source
 from omni_convert.convert.source.hub_selection import needed_files
@@ -22,6 +23,9 @@ from omni_convert.convert.source.location import resolve_source
 from omni_convert.formats.checks.meaning import open_quantized
 from omni_convert.formats.errors import CalibrationError, RecipeError
 from omni_convert.formats.families.table import find_family
+from omni_convert.formats.statistics.layer_statistics import InputRecorder, observe
+from omni_convert.formats.statistics.statistics import Statistics
+from omni_convert.formats.views.base import dequantized_view
 
 HUNYUAN_DENSE = {
     "model.layers.N.self_attn.qkv_proj",
@@ -195,6 +199,61 @@ def test_what_the_runtime_does_not_load_is_refused(
 ) -> None:
     with pytest.raises(RecipeError, match=message):
         convert_checkpoint(repository(name), tmp_path / "out", Recipe(**options))
+
+
+@pytest.fixture(scope="module")
+def statistics_file(
+    repository: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Path]:
+    """A function of a family: statistics of random inputs of every matrix."""
+
+    def saved(name: str) -> Path:
+        torch.manual_seed(0)
+        layers = {}
+        with open_quantized(repository(name)) as quantized:
+            for tensor, spec in quantized.checkpoint.items():
+                if len(spec.shape) == 2:
+                    recorder = InputRecorder()
+                    recorder.record(observe(torch.randn(8, spec.shape[1])), step=0)
+                    layers[f".{tensor.removesuffix('.weight')}"] = recorder.statistics()
+            identity = recording_identity([], {}, {"": quantized.checkpoint.fingerprint()})
+        path = tmp_path_factory.mktemp(name) / "statistics.safetensors"
+        Statistics(identity, {key: found for key, found in layers.items() if found is not None}).save(path)
+        return path
+
+    return saved
+
+
+@pytest.mark.parametrize(
+    ("options", "algorithm"),
+    [({}, None), ({"dialect": "modelopt"}, "FP8"), ({"method": "nvfp4"}, "NVFP4")],
+)
+@pytest.mark.parametrize("name", NAMES)
+def test_static_activations_have_one_scale_for_each_layer_of_the_runtime(
+    name: str,
+    options: dict[str, Any],
+    algorithm: str | None,
+    repository: Callable[[str], Path],
+    statistics_file: Callable[[str], Path],
+    tmp_path: Path,
+) -> None:
+    convert_checkpoint(repository(name), tmp_path / "out", Recipe(calibration=(statistics_file(name),), **options))
+    block, tensors = block_of(tmp_path / "out"), tensors_of(tmp_path / "out")
+    assert block.get("quant_algo") == algorithm
+    assert block.get("activation_scheme", "static") == "static"
+    with open_quantized(tmp_path / "out") as quantized:
+        family = find_family(json.loads((tmp_path / "out" / "config.json").read_text())["architectures"][0])
+        groups = family.layer_groups(dequantized_view(quantized), "vllm-omni", {"fp8"})
+        layers = {*quantized.layers}
+    overall = "weight_scale" if options.get("method") is None else "weight_scale_2"
+    for group in groups:
+        stored = [stem for stem in group.members if stem in layers]
+        for suffix in (overall, "input_scale") if stored else ():
+            scales = [tensors[f"{stem}.{suffix}"] for stem in stored]
+            assert all(scale.numel() == 1 and scale > 0 for scale in scales)
+            assert len({float(scale) for scale in scales}) == 1, group.runtime_name
+    assert findings(tmp_path / "out") == set()
+    assert outcome(tmp_path / "out") == "loads"
 
 
 @pytest.mark.parametrize("name", NAMES)
