@@ -93,6 +93,12 @@ class Format(ABC):
         """The format below smoothing and rotation."""
         return self
 
+    @property
+    def operand_bits(self) -> int | None:
+        """Bits of both operands of the runtime's matrix product; None if it multiplies in BF16."""
+        encoding = self.innermost.encoding
+        return None if encoding is None or self.activation_scheme == "none" else encoding.element.bits
+
     def with_mul_scale(self) -> Format | None:
         """This format with a `mul_scale` for its inputs, or None if it has no place for one."""
         return None

@@ -71,6 +71,10 @@ class W4a8(RotatedFormat):
     neighbours: ClassVar[tuple[tuple[int, ...], tuple[int, ...]]] = ((0, -1, 1), (0,))
     grid_factors: ClassVar[tuple[float, ...]] = GRID_FACTORS
 
+    @property
+    def operand_bits(self) -> int:
+        return 8  # levels lie on an INT8 grid
+
     def layout(self, out_features: int, in_features: int) -> dict[str, TensorLayout]:
         return {
             "weight": TensorLayout(torch.uint8, (out_features, self.packed_columns(in_features))),
