@@ -93,7 +93,7 @@ class Statistics:
     """Statistics of the linear inputs of a pipeline, by `component.stem`.
 
     Attributes:
-        sensitivity: how errors of the layers change the final latents; None if that was not recorded
+        sensitivity: how errors of the layers change the images; None if that was not recorded
     """
 
     identity: Identity
