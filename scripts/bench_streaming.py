@@ -49,6 +49,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=64, help="width and height in pixels")
     parser.add_argument("--scratch", type=Path, help="folder for the pipeline; default: the system's")
     parser.add_argument("--moments", action="store_true", help="record second moments, too")
+    parser.add_argument("--memories", nargs="+", default=["full", "stream"], help="the runs; `stream` is one of them")
     parser.add_argument("--run", nargs=2, metavar=("FOLDER", "MEMORY"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.run is not None:
@@ -65,20 +66,21 @@ def measure(scratch: Path, options: argparse.Namespace) -> None:
     write_transformer(folder / "transformer", options.gigabytes, 1, **SIZES)
     size = sum(file.stat().st_size for file in (folder / "transformer").glob("*.safetensors"))
     reading = sum(read_once(folder / "transformer") for _ in range(options.steps))
-    runs = {memory: run(folder, memory, options) for memory in ("full", "stream")}
-    streamed, full = runs["stream"], runs["full"]
-    floor = max(reading, full["wall"])
-    groups = streamed["groups"]
-    print(f"transformer {size / GIGABYTE:.2f} GB, {options.prompts} prompts, {options.steps} steps, groups {groups}")
-    print(f"reading {reading:.1f} s, full {full['wall']:.1f} s, stream {streamed['wall']:.1f} s")
-    print(f"wall / floor {streamed['wall'] / floor:.3f}")
-    for memory, result in runs.items():
+    print(f"transformer {size / GIGABYTE:.2f} GB, {options.prompts} prompts, {options.steps} steps")
+    print(f"reading {reading:.1f} s", flush=True)
+    runs: dict[str, dict[str, Any]] = {}
+    for memory in options.memories:
+        result = runs[memory] = run(folder, memory, options)
         print(
-            f"{memory}: RssAnon {result['anonymous'] / GIGABYTE:.2f} GB, both {result['both'] / GIGABYTE:.2f} GB, "
-            f"disk {result['disk'] / GIGABYTE:.2f} GB"
+            f"{memory}: wall {result['wall']:.1f} s, RssAnon {result['anonymous'] / GIGABYTE:.2f} GB, both "
+            f"{result['both'] / GIGABYTE:.2f} GB, disk {result['disk'] / GIGABYTE:.2f} GB",
+            flush=True,
         )
-    print(f"read {streamed['read'] / (len(groups) * options.steps * size):.4f}")
-    print(f"same {streamed['statistics'] == full['statistics']}")
+    groups = runs["stream"]["groups"]
+    print(f"groups {groups}, read {runs['stream']['read'] / (len(groups) * options.steps * size):.4f}")
+    floor = max(reading, *(result["wall"] for memory, result in runs.items() if memory == "full"), 0.0)
+    print(f"wall / floor {runs['stream']['wall'] / floor:.3f}")
+    print(f"same {len({result['statistics'] for result in runs.values()}) == 1}")
 
 
 def read_once(folder: Path) -> float:

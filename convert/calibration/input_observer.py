@@ -13,6 +13,8 @@ import threading
 import weakref
 from collections.abc import Mapping
 from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeGuard, TypeVar
 
@@ -98,6 +100,7 @@ class InputObserver:
         family: Family | None = None,
         counts_timesteps: bool = False,
         with_moments: bool = False,
+        scratch: Path | None = None,
     ) -> None:
         """Prepares to watch some models.
 
@@ -107,6 +110,7 @@ class InputObserver:
             counts_timesteps: a step ends when a model is called with another `timestep`; for pipelines without a
                 callback at the end of a step
             with_moments: also record second moments
+            scratch: folder for files with these, see `MomentsRecorder`
 
         Raises:
             CalibrationError: a model has no linears that can be quantized.
@@ -116,7 +120,8 @@ class InputObserver:
         self._maxima: dict[str, dict[int, float]] = {}
         self._counts_timesteps = counts_timesteps
         self._models = dict(models)
-        self._recorder_type = MomentsRecorder if with_moments else InputRecorder
+        self._new_recorder = partial(MomentsRecorder, scratch) if with_moments else InputRecorder
+        self._recorder_of: dict[nn.Module, InputRecorder] = {}
         self._recorders: dict[str, InputRecorder] = {}
         self._hooks = ExitStack()
         self._candidates = {component: candidate_layers(model, family) for component, model in self._models.items()}
@@ -151,7 +156,8 @@ class InputObserver:
                 for module in model.modules():
                     self._watch_mask(module, hooks)
                 for stem, first in self._candidates[component].items():
-                    recorder = self._recorders.setdefault(f"{component}.{first}", self._recorder_type())
+                    recorder = self._recorders.setdefault(f"{component}.{first}", self._new_recorder())
+                    self._recorder_of[model.get_submodule(stem)] = recorder
                     maxima = self._maxima.setdefault(f"{component}.{first}", {})
                     self._watch_input(model.get_submodule(stem), f"{component}.{stem}", recorder, maxima, hooks)
             self._hooks = hooks.pop_all()
@@ -197,6 +203,13 @@ class InputObserver:
         return self._by_layer(
             {name: recorder.moments() for name, recorder in recorders if isinstance(recorder, MomentsRecorder)}
         )
+
+    def rest(self, module: nn.Module) -> None:
+        """Leaves the second moments of a module's layers in their files until these run again."""
+        for layer in module.modules():
+            recorder = self._recorder_of.get(layer)
+            if isinstance(recorder, MomentsRecorder):
+                recorder.rest()
 
     def _by_layer(self, recorded: Mapping[str, Recorded | None]) -> dict[str, Recorded]:
         by_stem = {

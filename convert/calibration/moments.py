@@ -28,6 +28,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from omni_convert.formats.containers.mapped_pages import give_up, scratch_zeros
 from omni_convert.formats.containers.safetensors_file import SafetensorsFile
 from omni_convert.formats.containers.safetensors_writer import SafetensorsWriter
 from omni_convert.formats.containers.tensor_spec import TensorSpec
@@ -110,26 +111,53 @@ def _shape(width: int) -> tuple[int, int, int]:
 class MomentsRecorder(InputRecorder):
     """Accumulates second moments as well as statistics."""
 
-    def __init__(self) -> None:
+    def __init__(self, scratch: Path | None = None) -> None:
+        """Begins without inputs.
+
+        Args:
+            scratch: folder for a file that holds the moments, so that they take memory only until `rest` is called
+        """
         super().__init__()
+        self._scratch = scratch
         self._products: Tensor | None = None
+        self._at_rest: Tensor | None = None
         self._count = 0
 
     def record(self, observation: Observation, step: int) -> None:
         super().record(observation, step)
         rows = observation.rows
         if self._products is None:
-            self._products = torch.zeros(_shape(rows.shape[1]), device=rows.device)
+            self._products = self._begun(rows)
         for tile in torch.split(rows, max(1, TILE_ELEMENTS // rows.shape[1])):
             _add_products(self._products, tile)
         self._count += len(rows)
 
+    def _begun(self, rows: Tensor) -> Tensor:
+        """The moments so far, on the device of the rows."""
+        shape = _shape(rows.shape[1])
+        if self._scratch is None:
+            return torch.zeros(shape, device=rows.device)
+        if self._at_rest is None:
+            self._at_rest = scratch_zeros(shape, self._scratch)
+        return self._at_rest.to(rows.device)
+
+    def rest(self) -> None:
+        """Leaves the moments in their file, if they have one, until the next input comes."""
+        if self._at_rest is None or self._products is None:
+            return
+        if self._products is not self._at_rest:
+            self._at_rest.copy_(self._products)
+        give_up(self._at_rest)
+        self._products = None
+
     def moments(self) -> InputMoments | None:
         """The moments so far, on the CPU; None if nothing was recorded."""
+        self.rest()
         statistics = self.statistics()
-        if statistics is None or self._products is None:
+        products = self._products if self._at_rest is None else self._at_rest
+        if statistics is None or products is None:
             return None
-        return InputMoments(self._products.cpu(), self._count, statistics.rows())
+        return InputMoments(products.cpu(), self._count, statistics.rows())
 
 
 #: Reads the moments of a layer: from memory, from a file, or by merging some.
@@ -210,18 +238,18 @@ class Moments:
         path = Path(path)
         partial_path = path.with_name(f"{path.name}.partial")
         metadata = {METADATA_KEY: RecordingHeader(self.identity, self.owners).to_text(KIND)}
-        layers = {owner: self.readers[owner]().tensors() for owner in sorted(self.readers)}
         specs = [
             TensorSpec(f"{owner}.{suffix}", tensor.dtype, tuple(tensor.shape))
-            for owner, tensors in layers.items()
-            for suffix, tensor in tensors.items()
+            for owner in sorted(self.readers)
+            for suffix, tensor in self.readers[owner]().tensors().items()
         ]
         try:
             partial_path.unlink(missing_ok=True)
             with SafetensorsWriter(partial_path, specs, metadata) as writer:
-                for owner, tensors in layers.items():
-                    for suffix, tensor in tensors.items():
+                for owner in sorted(self.readers):
+                    for suffix, tensor in self.readers[owner]().tensors().items():
                         writer.write(f"{owner}.{suffix}", tensor.contiguous())
+                        give_up(tensor)
             partial_path.replace(path)
         except OSError as error:
             raise OutputError(f"{path}: moments cannot be written ({error.strerror})") from None

@@ -101,6 +101,7 @@ class PipelineRecorder:
         seed: int = 0,
         fingerprints: Mapping[str, str] | None = None,
         with_moments: bool = False,
+        scratch: Path | None = None,
     ) -> None:
         """Prepares to run a pipeline.
 
@@ -109,6 +110,7 @@ class PipelineRecorder:
             components: `transformer`, `text_encoder`, ...; all denoising models if None
             fingerprints: component to `Checkpoint.fingerprint()`; without one, a component's statistics fit any model
             with_moments: record second moments, too
+            scratch: folder for these if the pipeline is streamed, so that memory holds those of one block at a time
         """
         self._pipe = pipe
         self._settings = settings or GenerationSettings()
@@ -116,6 +118,7 @@ class PipelineRecorder:
         self._seed = seed
         self._fingerprints = fingerprints or {}
         self._with_moments = with_moments
+        self._scratch = scratch
         self._checkpoints: Mapping[str, Checkpoint] = {}
 
     @classmethod
@@ -126,11 +129,13 @@ class PipelineRecorder:
         weights: Mapping[str, Checkpoint] | None = None,
         *,
         with_moments: bool = False,
+        scratch: Path | None = None,
     ) -> PipelineRecorder:
         """Loads the pipeline of a source, to be run as a recipe says.
 
         Args:
             weights: component to its weights, of every component that is recorded; None to open them
+            scratch: see the constructor
 
         Raises:
             RecipeError: the pipeline does not take a setting.
@@ -151,6 +156,7 @@ class PipelineRecorder:
             seed=recipe.seed,
             fingerprints={name: checkpoint.fingerprint() for name, checkpoint in checkpoints.items()},
             with_moments=with_moments,
+            scratch=scratch,
         )
         recorder._checkpoints = checkpoints
         return recorder
@@ -209,9 +215,19 @@ class PipelineRecorder:
         self, finished: FinishedPrompts, settings: GenerationSettings, identity_of: IdentityOf, *, progress: bool
     ) -> InputObserver:
         """The observer that has seen the pipeline run over the remaining prompts."""
+        from omni_convert.loaders.loading.streamed import streamer_of  # seconds of imports
+
         tells_steps = has_step_callback(self._pipe)
         models = _modules(self._pipe, self._components)
-        observer = InputObserver(models, counts_timesteps=not tells_steps, with_moments=self._with_moments)
+        streamer = streamer_of(self._pipe)
+        observer = InputObserver(
+            models,
+            counts_timesteps=not tells_steps,
+            with_moments=self._with_moments,
+            scratch=None if streamer is None else self._scratch,
+        )
+        if streamer is not None:
+            streamer.at_give_up = lambda part: observer.rest(part.module)
         runs = [(prompt, _noise_seed(self._seed, prompt)) for prompt in finished.remaining]
         total = len(runs) * settings.steps if settings.steps and tells_steps else None
         with observer, progress_bar("calibrating", total, "step", hidden=not progress, stays=False) as advance:

@@ -30,6 +30,7 @@ def record_source(
     with_sensitivity: bool = False,
     progress: bool = True,
     keep: Path | None = None,
+    scratch: Path | None = None,
 ) -> Recording:
     """Loads a pipeline and runs it over the recipe's prompts.
 
@@ -38,6 +39,7 @@ def record_source(
         with_sensitivity: record how errors of layers change the images, over the first of the prompts
         keep: a file for the statistics of finished prompts, see `PipelineRecorder.record`; one that exists is removed
             unless the recipe says to resume. A cluster and a language model by itself keep none.
+        scratch: folder for the second moments of a model that is streamed; None keeps them in memory
 
     Raises:
         CalibrationError: the source is no pipeline; there are no prompts; the pipeline computes NaN.
@@ -56,7 +58,8 @@ def record_source(
             raise CalibrationError(
                 f"{source.path}: found a language model, expected a pipeline that makes images for --sensitivity"
             )
-        return StageRecorder.load(source, recipe, weights, with_moments=with_moments).record(prompts, progress=progress)
+        stage = StageRecorder.load(source, recipe, weights, with_moments=with_moments, scratch=scratch)
+        return stage.record(prompts, progress=progress)
     if not source.is_pipeline:
         raise CalibrationError(
             f"{source.path}: found no pipeline (model_index.json), which calibrating has to run; give the whole "
@@ -67,5 +70,5 @@ def record_source(
         return record_on_cluster(source, recipe, prompts, differentiated, with_moments=with_moments, progress=progress)
     if keep is not None and not recipe.resume:
         keep.unlink(missing_ok=True)
-    recorder = PipelineRecorder.load(source, recipe, weights, with_moments=with_moments)
+    recorder = PipelineRecorder.load(source, recipe, weights, with_moments=with_moments, scratch=scratch)
     return recorder.record(prompts, prompts[:differentiated], progress=progress, keep=keep)

@@ -10,6 +10,7 @@ import importlib.metadata
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -48,6 +49,7 @@ class StageRecorder:
         model: the language model
         fingerprint: `Checkpoint.fingerprint()` of the repository
         streamer: what brings the model's blocks when they run; None if it is loaded whole
+        scratch: folder for second moments if the model is streamed
     """
 
     family: Family
@@ -57,6 +59,7 @@ class StageRecorder:
     fingerprint: str
     with_moments: bool = False
     streamer: Streamer | None = None
+    scratch: Path | None = None
 
     @classmethod
     def load(
@@ -66,11 +69,13 @@ class StageRecorder:
         weights: Mapping[str, Checkpoint] | None = None,
         *,
         with_moments: bool = False,
+        scratch: Path | None = None,
     ) -> StageRecorder:
         """Loads the stage of a repository.
 
         Args:
             weights: {"": weights of the repository}; None to open them
+            scratch: see the class
 
         Raises:
             CalibrationError: no class of transformers runs the stage, or the repository has no tokenizer.
@@ -90,7 +95,7 @@ class StageRecorder:
         root, stage = nn.Module(), nn.Module()
         root.add_module(folder.stage.prefix.rstrip("."), stage)
         stage.add_module("model", model)
-        return cls(folder.family, root, model, _loaded_tokenizer(source), fingerprint, with_moments, streamer)
+        return cls(folder.family, root, model, _loaded_tokenizer(source), fingerprint, with_moments, streamer, scratch)
 
     def record(self, prompts: Sequence[Prompt], *, progress: bool = False) -> Recording:
         """Runs the language model over prompts.
@@ -106,7 +111,14 @@ class StageRecorder:
         for prompt in prompts:
             if prompt.image is not None:
                 raise CalibrationError(f"calibration: found an image with '{prompt.text:.40}', expected text alone")
-        observer = InputObserver({"": self.root}, family=self.family, with_moments=self.with_moments)
+        observer = InputObserver(
+            {"": self.root},
+            family=self.family,
+            with_moments=self.with_moments,
+            scratch=None if self.streamer is None else self.scratch,
+        )
+        if self.streamer is not None:
+            self.streamer.at_give_up = lambda part: observer.rest(part.module)
         with observer, progress_bar("calibrating", len(prompts), "prompt", hidden=not progress, stays=False) as advance:
 
             def run(prompt: Prompt) -> None:

@@ -90,7 +90,12 @@ def calibrate_command(
     source = resolve_source(model, recipe.revision)
     weights = GgufComponent.of(source, recipe) if imatrix_output is not None else None
     recording = record_source(
-        source, recipe, with_moments=moments is not None, with_sensitivity=sensitivity, keep=unfinished
+        source,
+        recipe,
+        with_moments=moments is not None,
+        with_sensitivity=sensitivity,
+        keep=unfinished,
+        scratch=None if moments is None else moments.absolute().parent,
     )
     statistics = recording.statistics
     statistics.save(output)

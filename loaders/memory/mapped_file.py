@@ -6,27 +6,22 @@ of it is as good as before, and the next use reads the page again.
 
 from __future__ import annotations
 
-import ctypes
 import mmap
 import os
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from omni_convert.formats.containers.mapped_pages import give_up_pages, read_pages
 from omni_convert.formats.containers.safetensors_file import SafetensorsFile
 from omni_convert.formats.errors import CheckpointError
 
 __all__ = ["MappedFile"]
 
-# Linux's numbers; Python's own `madvise` would hold the interpreter's lock while the disk reads.
-MADV_DONTNEED, MADV_POPULATE_READ = 4, 22
 # The system accepts only a few MiB per call of `posix_fadvise`.
 AHEAD = 8 << 20
-
-_madvise: Callable[..., int] | None = getattr(ctypes.CDLL(None), "madvise", None)
 
 
 class MappedFile:
@@ -65,11 +60,11 @@ class MappedFile:
 
     def read(self, name: str) -> None:
         """Brings a tensor's pages into memory now; without this, each would come at its first use."""
-        self._advise(name, MADV_POPULATE_READ)
+        read_pages(self._address + self._offsets[name], self.specs[name].nbytes)
 
     def give_up(self, name: str) -> None:
         """Takes a tensor's pages out of the process; the system may keep them in its page cache."""
-        self._advise(name, MADV_DONTNEED)
+        give_up_pages(self._address + self._offsets[name], self.specs[name].nbytes)
 
     def read_ahead(self, name: str) -> None:
         """Has the system read a tensor into its page cache."""
@@ -80,10 +75,3 @@ class MappedFile:
         with suppress(OSError), self.path.open("rb") as file:
             for start in range(begin, end, AHEAD):
                 os.posix_fadvise(file.fileno(), start, min(AHEAD, end - start), os.POSIX_FADV_WILLNEED)
-
-    def _advise(self, name: str, advice: int) -> None:
-        """A hint that may come to nothing: older systems read page by page, and keep what they have."""
-        begin = self._offsets[name] // mmap.PAGESIZE * mmap.PAGESIZE
-        end = self._offsets[name] + self.specs[name].nbytes
-        if _madvise is not None and end > begin:
-            _madvise(ctypes.c_void_p(self._address + begin), ctypes.c_size_t(end - begin), advice)

@@ -14,7 +14,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -86,14 +86,15 @@ class Part:
     Attributes:
         component: the name of the model in its pipeline
         block: name of the block's module; empty for the rest
+        module: the block; the whole model for the rest
         repeats: the component runs once for each denoising step
     """
 
     component: str
     block: str
+    module: nn.Module
     repeats: bool
     tensors: tuple[StoredTensor, ...]
-    present: list[StoredTensor] = field(default_factory=list)
 
     @property
     def nbytes(self) -> int:
@@ -121,7 +122,7 @@ class Streamer:
 
     Attributes:
         gate: waits until this thread may run a part; None where there is one thread
-        at_give_up: called with a component and the name of its block when that is given up
+        at_give_up: called with each part that is given up
         read_bytes: component → bytes of parts that were brought
         groups: sizes of the groups of prompts that have shared its blocks
     """
@@ -136,7 +137,7 @@ class Streamer:
         self.device = device
         self._limit = limit
         self.gate: Gate | None = None
-        self.at_give_up: Callable[[str, str], None] | None = None
+        self.at_give_up: Callable[[Part], None] | None = None
         self.read_bytes: dict[str, int] = {}
         self.groups: list[int] = []
         self._parts: dict[str, list[Part]] = {}
@@ -163,7 +164,8 @@ class Streamer:
             tensor.settle(self.device)
             names = {owners.get(module, "") for module, _ in tensor.places}
             of_part[names.pop() if len(names) == 1 else ""].append(tensor)
-        rest, *others = (Part(component, name, repeats, tuple(found)) for name, found in of_part.items())
+        modules = {"": model, **blocks}
+        rest, *others = (Part(component, name, modules[name], repeats, tuple(found)) for name, found in of_part.items())
         self._parts[component] = [rest, *others]
         self._next |= dict(zip(others, [*others[1:], *others[:1]] if repeats else others[1:], strict=False))
         self.read_bytes[component] = 0
@@ -175,7 +177,7 @@ class Streamer:
 
     def watch(self, component: str, model: nn.Module) -> None:
         """Has everything given up when a model runs that is present for good."""
-        rest = Part(component, "", repeats=False, tensors=())
+        rest = Part(component, "", model, repeats=False, tensors=())
         self._parts[component] = [rest]
         self.read_bytes[component] = 0
         for module in model.modules():
@@ -276,7 +278,7 @@ class Streamer:
             else:
                 tensor.settle(self.device)
         if self.at_give_up is not None:
-            self.at_give_up(part.component, part.block)
+            self.at_give_up(part)
 
 
 def _read_ahead(part: Part) -> None:

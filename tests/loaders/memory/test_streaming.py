@@ -93,7 +93,7 @@ def test_copies_of_one_block_and_the_rest_are_in_memory(stored: tuple[Chain, Map
 def test_another_model_is_given_up_before_one_runs(stored: tuple[Chain, MappedFile]) -> None:
     model, streamer = streamed(stored[1], torch.float64)
     given_up: list[tuple[str, str]] = []
-    streamer.at_give_up = lambda component, block: given_up.append((component, block))
+    streamer.at_give_up = lambda part: given_up.append((part.component, part.block))
     vae = nn.Linear(2, 2)
     streamer.watch("vae", vae)
     model(torch.randn(3, WIDTH).double())
