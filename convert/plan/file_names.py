@@ -7,6 +7,7 @@ since some conversions work for one width only.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -54,20 +55,21 @@ class FileNames:
         return replace(group, members=stems, is_fused=group.is_fused and len(stems) == len(group.members))
 
     def joined(self, groups: Sequence[LayerGroup]) -> list[LayerGroup]:
-        """The groups, where all that have parts of one layer of the file are one group.
+        """The groups; where the file joins parts of some, one for each of its layers in place of these.
 
         Parts that are in no group cannot be quantized, nor can the layer that holds them.
         """
         group_of = {member: group for group in groups for member in group.members}
         result: dict[str, LayerGroup] = {}
         for group in groups:
-            for stem in dict.fromkeys(self._layer_of[member] for member in group.members):
-                parts = self.layers[stem]
-                if len(parts) == 1:
-                    result.setdefault(group.runtime_name, group)
-                elif group_of.keys() >= {*parts}:
-                    reasons = (group_of[part].keep_reason for part in parts)
-                    result[stem] = LayerGroup(stem, parts, False, next(filter(None, reasons), None), group.stack)
+            layers = {stem: self.layers[stem] for stem in map(self._layer_of.__getitem__, group.members)}
+            if all(len(parts) == 1 for parts in layers.values()):
+                result[group.runtime_name] = group
+                continue
+            for stem, parts in layers.items():
+                if group_of.keys() >= {*parts}:
+                    reasons = filter(None, (group_of[part].keep_reason for part in parts))
+                    result[stem] = LayerGroup(stem, parts, False, next(reasons, None), group.stack)
         return list(result.values())
 
     @cached_property
@@ -106,14 +108,15 @@ def gguf_names(checkpoint: Checkpoint, config: Mapping[str, Any], recipe: Recipe
         if wanted == ORIGINAL:
             raise RecipeError(f"--gguf-names original: found that {reason}, expected --gguf-names diffusers")
         return _of_diffusers(checkpoint, f"diffusers' names, since {reason}")
+    prefixed = {f"{family.gguf.prefix}{name}": tensor for name, tensor in tensors.items()}
     if not loads_single_files(kind):
-        return _original(checkpoint, tensors, f"its original names, for {FOR_OTHERS} alone", False)
-    trouble = _trouble(checkpoint, tensors, config)
+        return _original(checkpoint, prefixed, f"its original names, for {FOR_OTHERS} alone", False)
+    trouble = _trouble(checkpoint, prefixed, config)
     if trouble is None:
-        return _original(checkpoint, tensors, "its original names, which diffusers converts when it loads the file")
+        return _original(checkpoint, prefixed, "its original names, which diffusers converts when it loads the file")
     reason = f"diffusers would not load this model under its original ones: {trouble}"
     if wanted == ORIGINAL and recipe.force:
-        return _original(checkpoint, tensors, f"its original names, for {FOR_OTHERS} alone: {reason}", False)
+        return _original(checkpoint, prefixed, f"its original names, for {FOR_OTHERS} alone: {reason}", False)
     remedy = f"--gguf-names original --force writes them for {FOR_OTHERS} alone"
     if wanted == ORIGINAL:
         raise RecipeError(f"--gguf-names original: found that {reason}; {remedy}")
@@ -140,8 +143,8 @@ def comfyui_names(checkpoint: Checkpoint, config: Mapping[str, Any], recipe: Rec
     if recipe.force:
         return _of_diffusers(checkpoint, f"diffusers' names: ComfyUI's names of {kind} are not all known here")
     raise RecipeError(
-        f"--dialect comfyui: found {kind}, whose tensors' names in ComfyUI are not all known here, expected a model "
-        "of formats/README.md's table; --force writes diffusers' names, of which ComfyUI cannot split quantized layers"
+        f"--dialect comfyui: found {kind}, whose tensors' names in ComfyUI are not all known here, expected a model of "
+        "which they are; --force writes diffusers' names, of which ComfyUI cannot split quantized layers"
     )
 
 
@@ -162,7 +165,7 @@ def _trouble(checkpoint: Checkpoint, tensors: Mapping[str, OriginalTensor], conf
     """Why diffusers' conversion does not restore the tensors, or None."""
 
     def joined(numbers: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {name: _joined(numbers, tensor.runs) for name, tensor in tensors.items()}
+        return {name: _joined(numbers, tensor) for name, tensor in tensors.items()}
 
     try:
         back = trace_conversion(checkpoint, config, joined)
@@ -175,11 +178,12 @@ def _trouble(checkpoint: Checkpoint, tensors: Mapping[str, OriginalTensor], conf
     return f"it makes something else of '{differing[0]}'" if differing else None
 
 
-def _joined(numbers: Mapping[str, Tensor], runs: list[Run]) -> Tensor:
-    rows = [numbers[run.source] for run in runs]
+def _joined(numbers: Mapping[str, Tensor], tensor: OriginalTensor) -> Tensor:
+    rows = [numbers[run.source] for run in tensor.runs]
     if not rows[0].dim():
         return rows[0]
-    return torch.cat([part[run.start : run.start + run.count] for part, run in zip(rows, runs, strict=True)])
+    joined = torch.cat([part[run.start : run.start + run.count] for part, run in zip(rows, tensor.runs, strict=True)])
+    return joined.reshape(tensor.shape) if joined.numel() == math.prod(tensor.shape) else joined
 
 
 def _is_whole(back: Mapping[str, list[Run]], checkpoint: Checkpoint, name: str) -> bool:

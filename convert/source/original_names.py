@@ -289,7 +289,8 @@ def refuse_other_model(
                 f"{checkpoint.path}: tensor '{name}': found {list(checkpoint[name].shape)}, expected {list(shape)} as "
                 f"{where} describes {kind}; use the pipeline to which the file belongs"
             )
-    strange = next((name for name in checkpoint if name not in shapes and name not in markers), None)
+    family, known_names = find_family(kind), {*shapes, *markers}
+    strange = next((name for name in checkpoint if name not in known_names and not family.is_spare(name)), None)
     if strange is not None:
         raise CheckpointError(
             f"{checkpoint.path}: found '{strange}', which {kind} as {where} describes it does not have; use the "

@@ -192,6 +192,7 @@ class GgufFacts:
     Attributes:
         architecture: `general.architecture`, as ComfyUI-GGUF calls it; `diffusion` where nobody has named one
         other_architectures: tensor of diffusers → the name for models of the family that lack it
+        prefix: what stands before original names, where readers expect something
         kept_layers: layers in blocks, as patterns, that ComfyUI-GGUF's quantizer keeps in full precision
         has_vllm_adapter: vLLM's GGUF plugin has an adapter for the family
         has_converter: ComfyUI-GGUF's converter takes the family, and so says which types its mixtures consist of
@@ -199,6 +200,7 @@ class GgufFacts:
 
     architecture: str = "diffusion"
     other_architectures: tuple[tuple[str, str], ...] = ()
+    prefix: str = ""
     kept_layers: tuple[str, ...] = ()
     has_vllm_adapter: bool = False
     has_converter: bool = False

@@ -11,7 +11,7 @@ from omni_convert.formats.families.family import NOT_IN_DIFFUSERS, Family, GgufF
 from omni_convert.formats.families.flux_1 import FLUX_1, ORIGINAL_MODULATION, single_and_double
 from omni_convert.formats.families.layers import ADDED_QKV, QKV, VLLM_OMNI
 from omni_convert.formats.families.original_names import OriginalName, joined, renamed, same
-from omni_convert.formats.families.wan import WAN
+from omni_convert.formats.families.wan import PUBLISHED, WAN, wan_settings
 
 __all__ = [
     "CHROMA",
@@ -164,13 +164,33 @@ WAN_S2V = Family(
 )
 WAN_ANIMATE_2 = Family("Wan-Animate 2", ("WanAnimate2Transformer3DModel",), refusals=_WITHOUT_CLASS)
 HUNYUAN_IMAGE_21 = Family("HunyuanImage-2.1", ("HunyuanImageTransformer2DModel",), refusals=_WITHOUT_CLASS)
+
+
+def _original_motion_encoder() -> tuple[OriginalName, ...]:
+    """Names in the motion encoder, whose biases of activations have the shape of their inputs."""
+    ours, theirs = "motion_encoder.", "motion_encoder.enc.net_app.convs."
+    modules = {"0.0": "conv_in", "8": "conv_out"}
+    biases = {"0.1.bias": "conv_in.act_fn.bias"}
+    for block in range(7):
+        name, number = f"res_blocks.{block}", block + 1
+        modules |= {f"{number}.conv1.0": f"{name}.conv1", f"{number}.conv2.1": f"{name}.conv2"}
+        modules |= {f"{number}.skip.1": f"{name}.conv_skip"}
+        biases |= {f"{number}.conv1.1.bias": f"{name}.conv1.act_fn.bias"}
+        biases |= {f"{number}.conv2.2.bias": f"{name}.conv2.act_fn.bias"}
+    return (
+        *(OriginalName(theirs + key, (ours + name,), shape=(1, -1, 1, 1)) for key, name in biases.items()),
+        *renamed(modules, theirs, ours),
+        *renamed({"enc.fc": "motion_network", "dec.direction.weight": "motion_synthesis_weight"}, ours, ours),
+    )
+
+
 WAN_ANIMATE = Family(
     "Wan-Animate",
     ("WanAnimateTransformer3DModel",),
     refusals=_WITHOUT_CLASS,
-    # Without the motion encoder, whose biases have another shape there.
     original_names=(
         *WAN.original_names,
+        *_original_motion_encoder(),
         *same("pose_patch_embedding", "face_encoder.out_proj", "face_encoder.padding_tokens"),
         *renamed(
             {f"{part}.conv": part for part in ("conv1_local", "conv2", "conv3")}, "face_encoder.", "face_encoder."
@@ -183,6 +203,15 @@ WAN_ANIMATE = Family(
         ),
     ),
     gguf=GgufFacts("wan", kept_layers=("condition_embedder",)),
+    # All published models have the same encoders of motion and face.
+    config=(
+        ConfigRule(
+            "WanAnimateTransformer3DModel",
+            ("condition_embedder.time_proj.weight", "face_encoder.out_proj.weight", "motion_encoder.conv_in.weight"),
+            wan_settings,
+            {"num_attention_heads": PUBLISHED},
+        ),
+    ),
 )
 
 

@@ -105,7 +105,7 @@ KREA_2 = Family(
             }
         ),
         *_original_block("blocks", "transformer_blocks"),
-        OriginalName("blocks.{}.mod.lin", ("transformer_blocks.{}.scale_shift_table",), is_flat=True),
+        OriginalName("blocks.{}.mod.lin", ("transformer_blocks.{}.scale_shift_table",), shape=(-1,)),
         *_original_block("txtfusion.layerwise_blocks", "text_fusion.layerwise_blocks"),
         *_original_block("txtfusion.refiner_blocks", "text_fusion.refiner_blocks"),
     ),

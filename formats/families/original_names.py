@@ -44,14 +44,14 @@ class OriginalName:
         original: its name
         parts: the diffusers module or tensor that it is, or those that it joins, in order
         turned: its second half is the first in diffusers (scale and shift of a modulation); None if it never is
-        is_flat: it has a single dimension there
+        shape: its shape there, where that is another; -1 stands for all of its elements
         beside: a tensor of diffusers without which it has another name
     """
 
     original: str
     parts: tuple[str, ...]
     turned: Turned | None = None
-    is_flat: bool = False
+    shape: tuple[int, ...] | None = None
     beside: str | None = None
 
 
@@ -206,8 +206,8 @@ def _known_tensors(table: Sequence[OriginalName], specs: Mapping[str, TensorSpec
 def _tensor(row: OriginalName, parts: Sequence[str], specs: Mapping[str, TensorSpec]) -> OriginalTensor:
     runs = [run for part in parts for run in _runs(row, specs[part], specs)]
     first = specs[parts[0]]
-    if row.is_flat:
-        return OriginalTensor(runs, (first.elements,))
+    if row.shape is not None:
+        return OriginalTensor(runs, tuple(first.elements if size == -1 else size for size in row.shape))
     return OriginalTensor(runs, (sum(run.count for run in runs), *first.shape[1:]) if first.shape else ())
 
 

@@ -117,7 +117,12 @@ SDXL = Family(
         *_resnet("middle_block.2", "mid_block.resnets.1"),
         *(row for level in range(_LEVELS) for row in (*_way_down(level), *_way_up(level))),
     ),
-    gguf=GgufFacts("sdxl", other_architectures=(("add_embedding.linear_1.weight", "sd1"),), has_converter=True),
+    gguf=GgufFacts(
+        "sdxl",
+        other_architectures=(("add_embedding.linear_1.weight", "sd1"),),
+        prefix="model.diffusion_model.",  # without which diffusers finds nothing
+        has_converter=True,
+    ),
     config=(
         ConfigRule(
             "UNet2DConditionModel",

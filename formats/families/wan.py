@@ -12,7 +12,7 @@ from omni_convert.formats.families.layers import QKV, VLLM_OMNI, LayerPattern, l
 from omni_convert.formats.families.layers import renamed as renamed_layer
 from omni_convert.formats.families.original_names import OriginalName, diffusers_name, renamed, same
 
-__all__ = ["WAN", "has_original_wan_names", "wan_diffusers_name"]
+__all__ = ["PUBLISHED", "WAN", "has_original_wan_names", "wan_diffusers_name", "wan_settings"]
 
 
 def _block(block: str) -> tuple[LayerPattern, ...]:
@@ -81,7 +81,8 @@ _ORIGINAL_NAMES = (
 _ALSO_READ = renamed({"img_emb.emb_pos": "condition_embedder.image_embedder.pos_embed"})
 
 
-def _settings(shapes: Shapes) -> dict[str, Any]:
+def wan_settings(shapes: Shapes) -> dict[str, Any]:
+    """Settings that all models of Wan have."""
     inner, channels, *patch = shapes.find("patch_embedding.weight") or (0, 0, 1, 1, 1)
     embedder = "condition_embedder.image_embedder"
     positions = shapes.find(f"{embedder}.pos_embed")
@@ -103,14 +104,14 @@ def _settings(shapes: Shapes) -> dict[str, Any]:
 
 
 def _vace_settings(shapes: Shapes) -> dict[str, Any]:
-    settings, copies = _settings(shapes), shapes.count("vace_blocks.{}.attn1.norm_q.weight")
+    settings, copies = wan_settings(shapes), shapes.count("vace_blocks.{}.attn1.norm_q.weight")
     step = max(settings["num_layers"] // copies, 1) if copies else 1
     layers = list(range(0, settings["num_layers"], step))[:copies]
     return {**settings, "vace_layers": layers, "vace_in_channels": shapes.columns("vace_patch_embedding.weight")}
 
 
 # The sizes 1.3B, 5B and 14B, whose heads have 128 channels.
-_PUBLISHED = {"num_attention_heads": (12, 24, 40), "ffn_dim": (8960, 14336, 13824)}
+PUBLISHED = {"num_attention_heads": (12, 24, 40), "ffn_dim": (8960, 14336, 13824)}
 
 WAN = Family(
     name="Wan",
@@ -152,13 +153,13 @@ WAN = Family(
             "WanVACETransformer3DModel",
             ("condition_embedder.time_proj.weight", "vace_patch_embedding.weight"),
             _vace_settings,
-            {"num_attention_heads": _PUBLISHED, "vace_layers": _PUBLISHED},
+            {"num_attention_heads": PUBLISHED, "vace_layers": PUBLISHED},
         ),
         ConfigRule(
             "WanTransformer3DModel",
             ("condition_embedder.time_proj.weight", "blocks.0.attn2.norm_q.weight"),
-            _settings,
-            {"num_attention_heads": _PUBLISHED},
+            wan_settings,
+            {"num_attention_heads": PUBLISHED},
         ),
     ),
 )

@@ -69,6 +69,11 @@ EXPECTED = {
         "vace_blocks.0.self_attn.o",
         ["vace_blocks.0.attn1.to_out.0"],
     ),
+    "wan_animate": (
+        ("head.modulation", "motion_encoder.enc.net_app.convs.1.conv2.2.bias"),
+        "face_adapter.fuser_blocks.0.linear1_kv",
+        ["face_adapter.0.to_k", "face_adapter.0.to_v"],
+    ),
     "ltx_video": (
         ("adaln_single.emb.timestep_embedder.linear_1.bias", "patchify_proj.weight"),
         "transformer_blocks.0.attn2.to_v",

@@ -46,6 +46,13 @@ DETECTED_BY = {
         "transformer_blocks.27.scale_shift_table",
         "caption_projection.linear_2.weight",
     ),
+    "hyvid": (
+        "double_blocks.0.img_attn_proj.weight",
+        "txt_in.individual_token_refiner.blocks.1.self_attn_qkv.weight",
+    ),
+    "sd3": ("joint_blocks.0.x_block.attn.qkv.weight",),
+    "sdxl": ("model.diffusion_model.label_emb.0.0.weight", "model.diffusion_model.output_blocks.5.2.conv.weight"),
+    "krea2": ("txtfusion.projector.weight",),
 }
 BANNED = ("transformer_blocks.0.attn.norm_added_k.weight", "transformer_blocks.0.attn.add_q_proj.weight")
 # Models as they are published.
@@ -56,7 +63,49 @@ PUBLISHED = {
     "Z-Image": (ZImageTransformer2DModel, {}, "layers.29.attention.qkv.weight", (11520, 3840)),
     "LTX-Video": (LTXVideoTransformer3DModel, {}, "adaln_single.emb.timestep_embedder.linear_2.weight", (2048, 2048)),
     "Wan2.1-14B": (WanTransformer3DModel, {}, "blocks.39.cross_attn.k.weight", (5120, 5120)),
-}
+    "Chroma": (diffusers.ChromaTransformer2DModel, {}, "single_blocks.37.linear1.weight", (21504, 3072)),
+    "Lumina 2": (
+        diffusers.Lumina2Transformer2DModel, {"cap_feat_dim": 2304}, "layers.25.attention.qkv.weight", (3840, 2304),
+    ),
+    "LTX-2": (
+        diffusers.LTX2VideoTransformer3DModel,
+        {},
+        "av_ca_a2v_gate_adaln_single.linear.weight",
+        (4096, 4096),
+    ),
+    "HunyuanVideo": (
+        diffusers.HunyuanVideoTransformer3DModel, {}, "double_blocks.19.txt_attn_qkv.weight", (9216, 3072),
+    ),
+    "SD3.5-large": (
+        diffusers.SD3Transformer2DModel,
+        {
+            "num_layers": 38, "num_attention_heads": 38, "caption_projection_dim": 2432, "pos_embed_max_size": 192,
+            "qk_norm": "rms_norm",
+        },
+        "joint_blocks.37.context_block.adaLN_modulation.1.weight",
+        (4864, 2432),
+    ),
+    "Krea 2": (diffusers.Krea2Transformer2DModel, {}, "blocks.27.mod.lin", (36864,)),
+    "SDXL": (
+        diffusers.UNet2DConditionModel,
+        {
+            "block_out_channels": [320, 640, 1280],
+            "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+            "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+            "attention_head_dim": [5, 10, 20],
+            "transformer_layers_per_block": [1, 2, 10],
+            "cross_attention_dim": 2048,
+            "use_linear_projection": True,
+            "layers_per_block": 2,
+            "class_embed_type": None,
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": 256,
+            "projection_class_embeddings_input_dim": 2816,
+        },
+        "model.diffusion_model.middle_block.1.transformer_blocks.9.attn2.to_k.weight",
+        (1280, 2048),
+    ),
+}  # fmt: skip
 
 
 @pytest.fixture(scope="session")

@@ -49,6 +49,11 @@ PUBLISHED: dict[str, tuple[str, dict[str, Any], set[str]]] = {
         {"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 4, "vace_layers": [0, 2]},
         set(),
     ),
+    "Wan-Animate": (
+        "WanAnimateTransformer3DModel",
+        {"num_layers": 5, "in_channels": 36, "image_dim": 1280, "added_kv_proj_dim": 5120},
+        set(),
+    ),
     "LTX-Video": ("LTXVideoTransformer3DModel", {}, set()),
     "LTX-2": ("LTX2VideoTransformer3DModel", {"num_layers": 1}, {"rope_type"}),
     "HunyuanVideo": (

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,73 +14,86 @@ from torch import Tensor
 
 from omni_convert.convert.source.original_names import shapes_of, trace_conversion
 from omni_convert.formats.containers.tensor_spec import Run, TensorSpec
-from omni_convert.formats.families.original_names import known_runs
+from omni_convert.formats.families.family import Family
+from omni_convert.formats.families.original_names import OriginalTensor, known_runs
 from omni_convert.formats.families.table import find_family
 
-#: Models of the widths that diffusers' conversions expect, and of few blocks; and a part of the names of tensors that
-#: the tables leave out.
-MODELS: dict[str, tuple[dict[str, Any], str]] = {
-    "FluxTransformer2DModel": ({"num_layers": 1, "num_single_layers": 1, "guidance_embeds": True}, ""),
-    "Flux2Transformer2DModel": ({"num_layers": 1, "num_single_layers": 1}, ""),
-    "ZImageTransformer2DModel": ({"n_layers": 1, "n_refiner_layers": 1}, ""),
-    "LTXVideoTransformer3DModel": ({"num_layers": 1}, ""),
-    "LTX2VideoTransformer3DModel": ({"num_layers": 1}, ""),
-    "ChromaTransformer2DModel": ({"num_layers": 1, "num_single_layers": 1}, ""),
-    "HunyuanVideoTransformer3DModel": ({"num_layers": 1, "num_single_layers": 1, "num_refiner_layers": 1}, ""),
-    "WanTransformer3DModel": ({"num_layers": 1, "image_dim": 32, "added_kv_proj_dim": 5120}, ""),
-    "WanVACETransformer3DModel": ({"num_layers": 2, "vace_layers": [0, 1]}, ""),
-    "WanAnimateTransformer3DModel": ({"num_layers": 5}, "motion_encoder."),
-    "SD3Transformer2DModel": (
-        {"num_layers": 2, "dual_attention_layers": [0], "qk_norm": "rms_norm", "caption_projection_dim": 1152},
-        "context.linear",
-    ),
-    "Krea2Transformer2DModel": ({"num_layers": 1}, "_blocks.0.scale_shift_table"),
-    "Lumina2Transformer2DModel": ({"num_layers": 1}, ""),
-    "UNet2DConditionModel": (
-        {
-            "addition_embed_type": "text_time",
-            "addition_time_embed_dim": 256,
-            "attention_head_dim": [5, 10, 20],
-            "block_out_channels": [320, 640, 1280],
-            "cross_attention_dim": 2048,
-            "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
-            "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
-            "class_embed_type": None,
-            "layers_per_block": 2,
-            "projection_class_embeddings_input_dim": 2816,
-            "transformer_layers_per_block": [1, 2, 3],
-            "use_linear_projection": True,
-        },
-        "",
-    ),
+#: Models of the widths that diffusers' conversions expect, and of few blocks.
+MODELS: dict[str, dict[str, Any]] = {
+    "FluxTransformer2DModel": {"num_layers": 1, "num_single_layers": 1, "guidance_embeds": True},
+    "Flux2Transformer2DModel": {"num_layers": 1, "num_single_layers": 1},
+    "ZImageTransformer2DModel": {"n_layers": 1, "n_refiner_layers": 1},
+    "LTXVideoTransformer3DModel": {"num_layers": 1},
+    "LTX2VideoTransformer3DModel": {"num_layers": 1},
+    "ChromaTransformer2DModel": {"num_layers": 1, "num_single_layers": 1},
+    "HunyuanVideoTransformer3DModel": {"num_layers": 1, "num_single_layers": 1, "num_refiner_layers": 1},
+    "WanTransformer3DModel": {"num_layers": 1, "image_dim": 32, "added_kv_proj_dim": 5120},
+    "WanVACETransformer3DModel": {"num_layers": 2, "vace_layers": [0, 1]},
+    "WanAnimateTransformer3DModel": {"num_layers": 5},
+    "SD3Transformer2DModel": {
+        "num_layers": 2,
+        "dual_attention_layers": [0],
+        "qk_norm": "rms_norm",
+        "caption_projection_dim": 1152,
+    },
+    "Krea2Transformer2DModel": {"num_layers": 1},
+    "Lumina2Transformer2DModel": {"num_layers": 1},
+    "UNet2DConditionModel": {
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 256,
+        "attention_head_dim": [5, 10, 20],
+        "block_out_channels": [320, 640, 1280],
+        "cross_attention_dim": 2048,
+        "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+        "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+        "class_embed_type": None,
+        "layers_per_block": 2,
+        "projection_class_embeddings_input_dim": 2816,
+        "transformer_layers_per_block": [1, 2, 3],
+        "use_linear_projection": True,
+    },
 }
 
 
 @pytest.mark.parametrize("kind", MODELS)
-def test_diffusers_reads_back_every_original_name(kind: str) -> None:
-    config, left_out = MODELS[kind]
+def test_diffusers_reads_back_every_original_name_and_so_do_we(kind: str) -> None:
+    config, family = MODELS[kind], find_family(kind)
     shapes = shapes_of(getattr(diffusers, kind), config)
     specs = {name: TensorSpec(name, torch.bfloat16, shape) for name, shape in shapes.items()}
-    known = [name for name in specs if not left_out or left_out not in name]
-    runs = known_runs(find_family(kind).original_names, specs)
-    # ComfyUI's prefix, without which diffusers does not find the parts of a UNet.
-    prefix = "model.diffusion_model." if kind == "UNet2DConditionModel" else ""
+    tensors = family.original_tensors(specs)
+    assert tensors is not None
 
     def original(numbers: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        named = {prefix + name: torch.cat([rows(numbers, run) for run in found]) for name, found in runs.items()}
-        if kind == "SD3Transformer2DModel":  # whose conversion insists on what the table leaves out
-            for name in specs.keys() - set(known):
-                block = name.replace("transformer_blocks", "joint_blocks")
-                named[block.replace("norm1_context.linear", "context_block.adaLN_modulation.1")] = numbers[name]
-        return named
+        return {family.gguf.prefix + name: joined(numbers, tensor) for name, tensor in tensors.items()}
 
     back = trace_conversion(specs, {"_class_name": kind, **config}, original)
-    assert back is not None
-    assert {name: back.get(name) for name in known} == {name: [Run(name, 0, shapes[name][0])] for name in known}
+    assert back == {name: [Run(name, 0, shape[0] if shape else 1)] for name, shape in shapes.items()}
+    check_own_reading(family, specs, tensors)
 
 
-def rows(numbers: Mapping[str, Tensor], run: Run) -> Tensor:
-    return numbers[run.source][run.start : run.start + run.count]
+def joined(numbers: Mapping[str, Tensor], tensor: OriginalTensor) -> Tensor:
+    """The row numbers of an original tensor; where it is a vector, or was one, those of its elements."""
+    rows = torch.cat([numbers[run.source][run.start : run.start + run.count] for run in tensor.runs])
+    return rows.reshape(tensor.shape) if rows.numel() == math.prod(tensor.shape) else rows
+
+
+def check_own_reading(family: Family, specs: Mapping[str, TensorSpec], tensors: Mapping[str, OriginalTensor]) -> None:
+    """Checks that the table leads back to every row of diffusers' tensors."""
+    stored = {name: TensorSpec(name, torch.bfloat16, tensor.shape) for name, tensor in tensors.items()}
+    runs = family.diffusers_runs(specs, stored)
+    assert runs is not None
+    counter = itertools.count()
+    numbers = {name: torch.tensor([next(counter) for _ in range(spec.shape[0])]) for name, spec in specs.items()}
+    rows = {
+        name: torch.cat([numbers[run.source][run.start : run.start + run.count] for run in tensor.runs])
+        for name, tensor in tensors.items()
+    }
+    for name, found in runs.items():
+        if len(rows[found[0].source]) == tensors[found[0].source].shape[0]:
+            back = [rows[run.source][run.start : run.start + run.count] for run in found]
+            assert torch.cat(back).equal(numbers[name]), name
+        else:  # it has another shape there
+            assert found == [Run(found[0].source, 0, tensors[found[0].source].shape[0])]
 
 
 def test_hunyuan_video_15_has_the_names_of_its_conversion_script() -> None:

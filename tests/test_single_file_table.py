@@ -1,0 +1,47 @@
+"""The table of single files in the page of its room holds what the script prints."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "convert" / "source" / "README.md"
+
+
+def _script() -> ModuleType:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ROOT / "scripts"))  # it imports the tiny models that lie beside it
+        spec = importlib.util.spec_from_file_location("single_file_table", ROOT / "scripts" / "single_file_table.py")
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    return module
+
+
+SCRIPT = _script()
+
+
+def _page() -> tuple[dict[str, str], list[str]]:
+    """Model → its line, and the reasons, in their order."""
+    text = PAGE.read_text().partition("## Single files")[2].partition("\n## ")[0].splitlines()
+    lines = {line.split("|")[1].strip(): line for line in text if line.startswith("| ")}
+    reasons = [line.partition(". ")[2] for line in text if line[:1].isdigit()]
+    return lines, reasons
+
+
+def test_every_model_has_a_line() -> None:
+    lines, reasons = _page()
+    assert lines.keys() == {"model", *SCRIPT.MODELS}
+    numbers = {cell.strip(" ()") for line in lines.values() for cell in line.split("|") if "(" in cell}
+    assert numbers == {str(number + 1) for number in range(len(reasons))}
+
+
+@pytest.mark.parametrize("name", ["wan", "glm_image"])
+def test_a_line_is_what_becomes_of_the_file(name: str, tmp_path: Path) -> None:
+    lines, reasons = _page()
+    assert SCRIPT.line_of(name, list(SCRIPT.cells_of(name, tmp_path)), list(reasons)) == lines[name]
