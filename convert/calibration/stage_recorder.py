@@ -161,7 +161,7 @@ def _class_of(source: Source, family: Family) -> Any:
 
 
 def _streamer(source: Source, recipe: Recipe, device: torch.device) -> Streamer | None:
-    """What streams the model; None if it is loaded whole."""
+    """The streamer of the model; None if it is loaded whole."""
     choice = MemoryChoice.parse(recipe.memory)
     weights = sum(file.stat().st_size for file in loaded_files(source.path, "transformers"))
     return Streamer(device, choice.limit) if choice.streams(weights, device) else None

@@ -108,7 +108,8 @@ def memory_option(command: Command) -> Command:
         show_default=True,
         callback=_check_memory,
         metavar="auto|full|stream[:GB]",
-        help="stream: read each block of the models when it runs, in about GB; auto: if they do not fit.",
+        help="stream: keep weights in their files and read each block when it runs, in about so many GB; "
+        "auto: stream if they do not fit.",
     )(command)
 
 
@@ -131,10 +132,26 @@ def budget_options(command: Command) -> Command:
     """Adds the options of `BudgetOptions`."""
     for option in reversed(
         [
-            click.option("--target-size", metavar="SIZE", help="Mix formats so that the weights take at most 12GB."),
-            click.option("--target-noise", type=float, metavar="RATIO", help="... so that images have this noise."),
-            click.option("--target-bits", type=float, metavar="N", help="... to this mean of bits per weight."),
-            click.option("--target-speed", type=float, metavar="X", help="... to this time of linears over BF16's."),
+            click.option(
+                "--target-size",
+                metavar="SIZE",
+                help="Mix formats: files of weights have at most this size, as in 12GB.",
+            ),
+            click.option(
+                "--target-noise", type=float, metavar="RATIO", help="Mix formats: images have at most this noise ratio."
+            ),
+            click.option(
+                "--target-bits",
+                type=float,
+                metavar="N",
+                help="Mix formats: weights have at most so many bits on average.",
+            ),
+            click.option(
+                "--target-speed",
+                type=float,
+                metavar="X",
+                help="Mix formats: linears take at most this part of BF16's time.",
+            ),
             formats_option,
             click.option("--analysis", type=click.Path(path_type=Path), help="Table that analyze stored."),
         ]

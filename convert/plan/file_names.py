@@ -31,6 +31,7 @@ __all__ = ["FileNames", "comfyui_names", "gguf_names"]
 
 ORIGINAL, DIFFUSERS = "original", "diffusers"
 FOR_OTHERS = "ComfyUI-GGUF and stable-diffusion.cpp"
+OWN_NAMES = "the names of the model's own code"
 
 
 @dataclass(frozen=True)
@@ -104,19 +105,19 @@ def gguf_names(checkpoint: Checkpoint, config: Mapping[str, Any], recipe: Recipe
         return _of_diffusers(checkpoint, f"diffusers' names{same}")
     tensors = family.original_tensors(checkpoint)
     if tensors is None:
-        reason = f"the original ones of {kind} are not all known here"
+        reason = f"the original names of {kind} are not all known here"
         if wanted == ORIGINAL:
             raise RecipeError(f"--gguf-names original: found that {reason}, expected --gguf-names diffusers")
         return _of_diffusers(checkpoint, f"diffusers' names, since {reason}")
     prefixed = {f"{family.gguf.prefix}{name}": tensor for name, tensor in tensors.items()}
     if not loads_single_files(kind):
-        return _original(checkpoint, prefixed, f"its original names, for {FOR_OTHERS} alone", False)
+        return _original(checkpoint, prefixed, f"{OWN_NAMES}, for {FOR_OTHERS} alone", False)
     trouble = _trouble(checkpoint, prefixed, config)
     if trouble is None:
-        return _original(checkpoint, prefixed, "its original names, which diffusers converts when it loads the file")
+        return _original(checkpoint, prefixed, f"{OWN_NAMES}, which diffusers converts when it loads the file")
     reason = f"diffusers would not load this model under its original ones: {trouble}"
     if wanted == ORIGINAL and recipe.force:
-        return _original(checkpoint, prefixed, f"its original names, for {FOR_OTHERS} alone: {reason}", False)
+        return _original(checkpoint, prefixed, f"{OWN_NAMES}, for {FOR_OTHERS} alone: {reason}", False)
     remedy = f"--gguf-names original --force writes them for {FOR_OTHERS} alone"
     if wanted == ORIGINAL:
         raise RecipeError(f"--gguf-names original: found that {reason}; {remedy}")
@@ -139,7 +140,7 @@ def comfyui_names(checkpoint: Checkpoint, config: Mapping[str, Any], recipe: Rec
         return _of_diffusers(checkpoint, "diffusers' names, which are its original ones")
     tensors = family.original_tensors(checkpoint)
     if tensors is not None:
-        return _original(checkpoint, tensors, "its original names", False)
+        return _original(checkpoint, tensors, OWN_NAMES, False)
     if recipe.force:
         return _of_diffusers(checkpoint, f"diffusers' names: ComfyUI's names of {kind} are not all known here")
     raise RecipeError(

@@ -57,7 +57,7 @@ class Unit:
 
     @property
     def key(self) -> tuple[str, str]:
-        """By which ties are decided."""
+        """Decides ties: the unit with the smaller key comes first."""
         return self.component, self.names[0]
 
     @property

@@ -42,12 +42,12 @@ class Mixture:
 
     @property
     def noise_ratio(self) -> float:
-        """As it is predicted."""
+        """The predicted noise ratio of the images."""
         return self.analysis.noise_ratio(self.point.error)
 
     @property
     def note(self) -> str:
-        """What was chosen, for the user."""
+        """One line for the user about what was chosen."""
         layers: dict[str, int] = {}
         for unit, option in zip(self.analysis.units, self.point.chosen, strict=True):
             layers[option.name] = layers.get(option.name, 0) + len(unit.layers)

@@ -60,7 +60,7 @@ def may_have_original_names(checkpoint: Checkpoint, dialect: str | None = None) 
 
 
 def prefixes_of(checkpoint: Checkpoint) -> list[str]:
-    """What may stand before the names of the denoising model's tensors."""
+    """The prefixes that names of a file have, below any of which the denoising model may be."""
     return [prefix for prefix in PREFIXES if any(name.startswith(prefix) for name in checkpoint)]
 
 

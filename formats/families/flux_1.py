@@ -120,7 +120,7 @@ FLUX_1 = Family(
     method_notes=(
         MethodNote(
             ("fp8", "int8", "mxfp8", "mxfp4", "mxfp4_dualscale", "nvfp4", "gguf"),
-            "vLLM-Omni runs only the single blocks of FLUX.1 quantized, but for AutoRound's; --runtime diffusers "
+            "vLLM-Omni runs only the single blocks of FLUX.1 quantized, except with w4a16; --runtime diffusers "
             "quantizes the double blocks as well, for omni_convert.loaders alone",
             runtimes=(VLLM_OMNI, DIFFUSERS),
         ),

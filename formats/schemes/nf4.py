@@ -301,7 +301,7 @@ def _search(blocks: Tensor, amax: Tensor, grid: _Grid) -> Tensor:
 
 
 def _better(blocks: Tensor, tried: Tensor, scale: Tensor, best: Tensor, grid: _Grid) -> tuple[Tensor, Tensor]:
-    """Of two scales of each block the one with the smaller squared error, and that error."""
+    """The better of two scales of each block, by squared error, and its error."""
     elements = grid.nearest(blocks / tried[:, None])
     error = elements.mul_(tried[:, None]).sub_(blocks).square_().sum(dim=1)
     return torch.where(error < best, tried, scale), torch.minimum(best, error)

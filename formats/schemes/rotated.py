@@ -1,4 +1,4 @@
-"""What formats of rotated weights (ConvRot) share: groups of columns are rotated before the weight is quantized."""
+"""The base of formats of rotated weights (ConvRot): groups of columns are rotated before the weight is quantized."""
 
 from __future__ import annotations
 

@@ -62,7 +62,7 @@ class PipelineStream:
         }
 
     def open(self, memory: str, refusal: str | None) -> tuple[Streamer | None, dict[str, nn.Module]]:
-        """What streams the models, and these by component; None and nothing if the pipeline is loaded whole.
+        """The streamer and its models by component; None and no models if the pipeline is loaded whole.
 
         Args:
             memory: as in `MemoryChoice`
@@ -123,7 +123,7 @@ def attach(pipeline: DiffusionPipeline, streamer: Streamer) -> None:
 
 
 def streamer_of(pipeline: DiffusionPipeline) -> Streamer | None:
-    """What streams a pipeline; None if it is loaded whole."""
+    """The streamer of a pipeline; None if it is loaded whole."""
     found: Streamer | None = getattr(pipeline, "streamer", None)
     return found
 

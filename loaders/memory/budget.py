@@ -28,7 +28,7 @@ UNKNOWN = 1 << 62
 
 @dataclass(frozen=True)
 class MemoryChoice:
-    """What `memory` asks for: `auto`, `full` or `stream[:GB]`.
+    """A choice of how a pipeline is held in memory, as users write it: `auto`, `full` or `stream[:GB]`.
 
     Attributes:
         kind: `auto`, `full` or `stream`

@@ -220,7 +220,7 @@ def test_published_models_have_original_names_that_diffusers_reads_back(name: st
     model_class, config, joined, shape = PUBLISHED[name]
     with Checkpoint.open(hollow_checkpoint(model_class, config, tmp_path)) as checkpoint:
         names = gguf_names(checkpoint, {"_class_name": model_class.__name__, **config}, Recipe("gguf"))
-        assert names.note.startswith("its original names")
+        assert names.note.startswith("the names of the model's own code")
         assert names.checkpoint[joined].shape == shape
         assert names.checkpoint.keys() >= {*DETECTED_BY[find_family(model_class.__name__).gguf.architecture]}
         assert names.checkpoint.keys().isdisjoint(BANNED)
