@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import statistics
 from collections.abc import Iterator, Mapping
 
 __all__ = ["growth_of", "growth_report"]
+
+logger = logging.getLogger(__name__)
 
 #: The last prompts are one in so many of all.
 PART = 4
@@ -30,9 +33,11 @@ def growth_of(maxima: Mapping[int, float], prompts: int) -> float | None:
 
 
 def growth_report(growth: Mapping[str, float]) -> Iterator[str]:
-    """Lines that sum up the growth of all layers, and name those that grow most."""
+    """Lines that sum up the growth of all layers, and name those that grow most; the log has every layer."""
     if not growth:
         return
+    for name, ratio in growth.items():
+        logger.info("%s: over the last quarter of the prompts, the largest input grew by %.2f %%", name, 100 * ratio)
     ordered = sorted(growth.items(), key=lambda entry: (-entry[1], entry[0]))
     growing = [entry for entry in ordered if entry[1] >= LEAST]
     yield (

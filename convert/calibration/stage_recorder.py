@@ -164,7 +164,7 @@ def _streamer(source: Source, recipe: Recipe, device: torch.device) -> Streamer 
     """The streamer of the model; None if it is loaded whole."""
     choice = MemoryChoice.parse(recipe.memory)
     weights = sum(file.stat().st_size for file in loaded_files(source.path, "transformers"))
-    return Streamer(device, choice.limit) if choice.streams(weights, device) else None
+    return Streamer(device, choice.limit) if choice.streams({"the language model": weights}, device) else None
 
 
 def _streamed_stage(source: Source, model_class: Any, streamer: Streamer) -> PreTrainedModel:

@@ -34,7 +34,7 @@ from omni_convert.loaders.memory.streaming import StoredTensor, Streamer
 __all__ = ["PipelineStream", "attach", "bind", "empty_model_of_transformers", "memory_bytes", "streamer_of"]
 
 CONFIG = "config.json"
-FULL = "use memory='full' (--memory full)"
+FULL = "use memory='full' or 'auto' (--memory)"
 
 
 @dataclass(frozen=True)
@@ -84,8 +84,9 @@ class PipelineStream:
             if choice.kind == "stream":
                 raise RecipeError(f"memory: found 'stream' for {self.folder}, which {refusal}; {FULL}")
             return False
-        weights = sum(memory_bytes(self._files(name), self.dtype) for name in self._components)
-        return choice.streams(weights, self.device)
+        return choice.streams(
+            {name: memory_bytes(self._files(name), self.dtype) for name in self._components}, self.device
+        )
 
     def _refusal(self, name: str) -> str | None:
         config = self.folder / name / CONFIG

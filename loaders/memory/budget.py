@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -49,19 +50,20 @@ class MemoryChoice:
         kind, _, limit = text.partition(":")
         return cls(kind, int(float(limit) * 1e9) if limit else None)
 
-    def streams(self, weights: int, device: torch.device) -> bool:
-        """Whether to stream weights of so many bytes; tells the user if `auto` decides so.
+    def streams(self, weights: Mapping[str, int], device: torch.device) -> bool:
+        """Whether to stream some models; tells the user if `auto` decides so.
 
         Args:
-            weights: bytes that they would take on the device
+            weights: name of each model → bytes that its weights would take on the device
         """
-        free = available_memory(device)
-        if self.kind != "auto" or weights + max(LEAST_ROOM, int(ROOM * weights)) <= free:
+        total, free = sum(weights.values()), available_memory(device)
+        if self.kind != "auto" or total + max(LEAST_ROOM, int(ROOM * total)) <= free:
             return self.kind == "stream"
         logger.warning(
-            "%s of weights do not fit in the %s that are free: they stay in their files, and each pass through a model "
-            "reads its weights once, for all prompts that run together",
-            gigabytes(weights),
+            "%s of weights (%s) do not fit in the %s that are free: they stay in their files; each pass through a "
+            "model reads its weights once, for all prompts that run together",
+            gigabytes(total),
+            ", ".join(f"{name} {gigabytes(size)}" for name, size in weights.items()),
             gigabytes(free),
         )
         return True

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import sys
 from contextlib import suppress
 from pathlib import Path
 
@@ -22,6 +23,12 @@ __all__ = ["MappedFile"]
 
 # The system accepts only a few MiB per call of `posix_fadvise`.
 AHEAD = 8 << 20
+MAP_NORESERVE = 0x4000  # Python has no name for it before 3.13
+
+
+# Private, so that what is written stays out of the file; and without a reserve, which Linux refuses to files that are
+# larger than memory.
+MAPPING = mmap.MAP_PRIVATE | (MAP_NORESERVE if sys.platform == "linux" else 0)
 
 
 class MappedFile:
@@ -44,8 +51,7 @@ class MappedFile:
             self._offsets = {name: file.offset(name) for name in file.specs}
         try:
             with path.open("rb") as opened:
-                # Private and writable: torch warns of tensors that it must not write.
-                self._map = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_COPY)
+                self._map = mmap.mmap(opened.fileno(), 0, MAPPING, mmap.PROT_READ | mmap.PROT_WRITE)
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{path}: cannot be mapped into memory ({error})") from None
         self._address = torch.frombuffer(self._map, dtype=torch.uint8).data_ptr()

@@ -16,6 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from omni_convert.convert import Recipe, convert_checkpoint
+from omni_convert.convert.calibration import pipeline_recorder
 from omni_convert.convert.conversion import Conversion
 from omni_convert.convert.execution.component_result import LayerResult
 from omni_convert.convert.plan.plan import plan_conversion
@@ -77,6 +78,20 @@ def test_weights_out_of_range_are_not_blamed_on_a_lora_that_is_not_there() -> No
     (warning,) = report.warnings
     assert "far from others that share their scale; --ignored-layers" in warning
     assert "is the LoRA's SCALE too large?" in replace(report, has_lora=True).warnings[0]
+
+
+def test_a_conversion_that_is_resumed_runs_no_prompt_again(
+    tiny_pipeline_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "prompts.txt").write_text("a red circle\na blue square\n")
+    recipe = Recipe(calib=tmp_path / "prompts.txt", calib_steps=2, calib_size=(32, 32))
+    convert_checkpoint(tiny_pipeline_folder, tmp_path / "whole", recipe)
+    Conversion.prepare(tiny_pipeline_folder, tmp_path / "out", recipe).calibrate()  # and then it is interrupted
+    assert (tmp_path / "out.partial.statistics").is_file()
+    monkeypatch.setattr(pipeline_recorder, "run_prompts", None)
+    convert_checkpoint(tiny_pipeline_folder, tmp_path / "out", replace(recipe, resume=True))
+    assert digests(tmp_path / "out") == digests(tmp_path / "whole")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "prompts.txt", "whole"]
 
 
 def test_fused_members_share_one_scale(tiny_pipeline_folder: Path, tmp_path: Path) -> None:

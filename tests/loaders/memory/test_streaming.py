@@ -143,10 +143,10 @@ def test_auto_streams_what_leaves_no_room(monkeypatch: pytest.MonkeyPatch, tmp_p
     monkeypatch.setattr(budget, "MEMINFO", meminfo)
     monkeypatch.setattr(budget, "CGROUPS", ())
     assert available_memory(CPU) == 10 << 30
-    assert not MemoryChoice("auto").streams(8 << 30, CPU)
-    assert MemoryChoice("auto").streams(9 << 30, CPU)
-    assert not MemoryChoice("full").streams(90 << 30, CPU)
-    assert MemoryChoice("stream").streams(1, CPU)
+    assert not MemoryChoice("auto").streams({"transformer": 8 << 30}, CPU)
+    assert MemoryChoice("auto").streams({"transformer": 9 << 30}, CPU)
+    assert not MemoryChoice("full").streams({"transformer": 90 << 30}, CPU)
+    assert MemoryChoice("stream").streams({"transformer": 1}, CPU)
 
 
 def test_a_container_limits_the_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
