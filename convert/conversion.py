@@ -30,6 +30,7 @@ from omni_convert.convert.workers import Workers, available_cores
 from omni_convert.formats.errors import RecipeError
 
 if TYPE_CHECKING:
+    from omni_convert.convert.precision.mixture import Mixture
     from omni_convert.formats.statistics.statistics import Statistics
 
 __all__ = ["Conversion", "convert_checkpoint"]
@@ -69,6 +70,7 @@ class Conversion:
         repository: the repository on the Hub to upload to, already checked and open; None if there is none
         calibration_seconds: time that recording statistics took; None if none were recorded
         growth: lines that say how much the layers' largest inputs still grew over the last prompts
+        mixture: the choice that the recipe's budget led to; None without a budget, or before calibration
     """
 
     plan: Plan
@@ -76,6 +78,7 @@ class Conversion:
     repository: Repository | None = None
     calibration_seconds: float | None = None
     growth: tuple[str, ...] = ()
+    mixture: Mixture | None = None
 
     @classmethod
     def prepare(
@@ -102,14 +105,14 @@ class Conversion:
         if recipe.calibration:
             from omni_convert.formats.statistics.statistics import Statistics
 
-            plan = _planned(source, recipe, Statistics.load_all(recipe.calibration))
+            plan, mixture = _planned(source, recipe, Statistics.load_all(recipe.calibration))
         else:
-            plan = plan_conversion(source, recipe)
+            plan, mixture = plan_conversion(source, recipe), None
         if dry_run and recipe.calib is not None:
             plan = replace(plan, notes=(*plan.notes, "a real run first records statistics over the prompts"))
         if dry_run or recipe.push_to_hub is None:
-            return cls(plan, target)
-        return cls(plan, target, open_repository(recipe.push_to_hub, private=recipe.private))
+            return cls(plan, target, mixture=mixture)
+        return cls(plan, target, open_repository(recipe.push_to_hub, private=recipe.private), mixture=mixture)
 
     def calibrate(self) -> None:
         """Records statistics if the recipe names prompts, and attaches them to the plan.
@@ -129,7 +132,10 @@ class Conversion:
         recording = record_source(source, recipe, self.plan.weights, with_sensitivity=is_mixed, keep=keep)
         statistics = recording.statistics
         statistics.save(keep)
-        self.plan = _planned(source, recipe, statistics) if is_mixed else self.plan.with_statistics(statistics)
+        if is_mixed:
+            self.plan, self.mixture = _planned(source, recipe, statistics)
+        else:
+            self.plan = self.plan.with_statistics(statistics)
         self.growth = tuple(growth_report(recording.growth))
         self.calibration_seconds = time.monotonic() - started
 
@@ -200,15 +206,15 @@ def _check_budget(recipe: Recipe) -> None:
         )
 
 
-def _planned(source: Source, recipe: Recipe, statistics: Statistics) -> Plan:
+def _planned(source: Source, recipe: Recipe, statistics: Statistics) -> tuple[Plan, Mixture | None]:
     """The plan with statistics, and with the formats that a budget chooses, if the recipe has one."""
     if recipe.budget is None:
-        return plan_conversion(source, recipe).with_statistics(statistics)
+        return plan_conversion(source, recipe).with_statistics(statistics), None
     from omni_convert.convert.precision.mixture import choose_mixture
 
     mixture = choose_mixture(source, recipe, statistics)
     plan = plan_conversion(source, recipe, mixture.chosen).with_statistics(statistics)
-    return replace(plan, notes=(*plan.notes, mixture.note))
+    return replace(plan, notes=(*plan.notes, mixture.note)), mixture
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from omni_convert.convert.plan.steps import KeptLayer, QuantizeStep
 from omni_convert.formats.containers.names import WEIGHT
 from omni_convert.formats.containers.tensor_spec import DTYPE_NAMES
 
-__all__ = ["ConversionReport", "conversion_report", "plan_report", "size_text"]
+__all__ = ["ConversionReport", "conversion_report", "conversion_rows", "plan_report", "size_text"]
 
 #: Above this relative error, almost nothing of a weight is left. Every format here stays far below it with weights in
 #: its range: four bits lose about 12 %.
@@ -85,6 +85,12 @@ def conversion_report(report: ConversionReport, *, as_json: bool) -> Iterator[st
     if as_json:
         yield json.dumps(report.to_dict(), indent=2)
         return
+    for name, value in conversion_rows(report):
+        yield f"{name:<17} {value}"
+
+
+def conversion_rows(report: ConversionReport) -> Iterator[tuple[str, str]]:
+    """Names and values of the closing table."""
     kept = "; ".join(f"{count} {reason}" for reason, count in Counter(layer.reason for layer in report.kept).items())
     rows = {
         "layers quantized": f"{len(report.layers)}",
@@ -99,7 +105,7 @@ def conversion_report(report: ConversionReport, *, as_json: bool) -> Iterator[st
     }
     for name, value in rows.items():
         if value and (report.layers or not name.startswith("layer")):
-            yield f"{name:<17} {value}"
+            yield name, value
 
 
 def _time(report: ConversionReport) -> str:

@@ -54,6 +54,7 @@ ROOMS = (
     "convert.report",
     "convert.inspection",
     "convert.comparison",
+    "convert.page",
     "convert",
     "convert.cli",
 )

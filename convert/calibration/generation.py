@@ -144,6 +144,7 @@ def run_prompts(
     *,
     on_start: Callable[[Prompt], None] = lambda _: None,
     on_step: Callable[[int], None] | None = None,
+    on_latents: Callable[[int, Tensor], None] | None = None,
     after_group: Callable[[Sequence[int]], None] = lambda _: None,
     decode: bool = True,
 ) -> list[list[Image]]:
@@ -155,6 +156,7 @@ def run_prompts(
         runs: each prompt and the seed of its noise
         on_start: called before each prompt
         on_step, decode: see `run_pipeline`
+        on_latents: called with a prompt's seed and its latents after each denoising step (see `has_step_callback`)
         after_group: called with the positions of prompts that have finished
 
     Returns:
@@ -164,7 +166,8 @@ def run_prompts(
 
     def run(own: DiffusionPipeline, prompt: Prompt, seed: int) -> list[Image]:
         on_start(prompt)
-        return _run(own, prompt, settings, seed, on_step, decode)
+        latents = None if on_latents is None else partial(on_latents, seed)
+        return _run(own, prompt, settings, seed, on_step, latents, decode)
 
     streamer = streamer_of(pipe)
     with _without_bars(pipe):
@@ -217,11 +220,12 @@ def _run(
     settings: GenerationSettings,
     seed: int,
     on_step: Callable[[int], None] | None,
+    on_latents: Callable[[Tensor], None] | None,
     decode: bool,
 ) -> list[Image]:
     arguments = _arguments(pipe, prompt, settings, seed, "pil" if decode else "latent")
-    if on_step is not None and has_step_callback(pipe):
-        arguments["callback_on_step_end"] = _step_callback(on_step)
+    if (on_step is not None or on_latents is not None) and has_step_callback(pipe):
+        arguments["callback_on_step_end"] = _step_callback(on_step, on_latents)
     output = _called(pipe, type(pipe).__call__, arguments)
     return list(_frames(output)) if decode else []
 
@@ -267,9 +271,14 @@ def _called(pipe: DiffusionPipeline, call: Callable[..., Any], arguments: Mappin
         raise missing_package(type(pipe).__name__, error) from error
 
 
-def _step_callback(on_step: Callable[[int], None]) -> Callable[..., dict[str, Any]]:
+def _step_callback(
+    on_step: Callable[[int], None] | None, on_latents: Callable[[Tensor], None] | None
+) -> Callable[..., dict[str, Any]]:
     def callback(_pipe: object, step: int, _timestep: object, tensors: dict[str, Any]) -> dict[str, Any]:
-        on_step(step)
+        if on_step is not None:
+            on_step(step)
+        if on_latents is not None and "latents" in tensors:
+            on_latents(tensors["latents"])
         return tensors
 
     return callback

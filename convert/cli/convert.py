@@ -16,8 +16,9 @@ from omni_convert.convert.cli.options import (
     format_options,
     memory_option,
     recipe_of,
+    report_option,
 )
-from omni_convert.convert.cli.output import announce_demo, print_lines, quieten_hub, silence_libraries
+from omni_convert.convert.cli.output import announce_demo, command_line, print_lines, quieten_hub, silence_libraries
 from omni_convert.convert.progress_bar import progress_bar
 from omni_convert.convert.recipe import (
     ACTIVATION_SCHEMES,
@@ -108,17 +109,24 @@ __all__ = ["convert_command", "dequantize_command", "push_command"]
 @click.option("--push-to-hub", metavar="REPO_ID", help="Upload the result to the Hub.")
 @click.option("--private", is_flag=True, help="With --push-to-hub: make the repository private.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and write nothing.")
+@report_option
 @click.option("--quiet", is_flag=True, help="No progress, no table.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 def convert_command(
-    model: str | None, output: str | None, dry_run: bool, quiet: bool, as_json: bool, **options: Any
+    model: str | None,
+    output: str | None,
+    dry_run: bool,
+    report_file: Path | None,
+    quiet: bool,
+    as_json: bool,
+    **options: Any,
 ) -> None:
     """Quantize MODEL and write the result.
 
     MODEL is a diffusers folder, a Hub repo id, a component folder, or a .safetensors or .gguf file. Without MODEL, the
     bundled demo pipeline is converted.
     """
-    _convert(model, output, options, dry_run=dry_run, quiet=quiet, as_json=as_json)
+    _convert(model, output, options, dry_run=dry_run, report_file=report_file, quiet=quiet, as_json=as_json)
 
 
 @click.command("dequantize")
@@ -177,7 +185,14 @@ def push_command(path: Path, repo_id: str, private: bool, revision: str | None, 
 
 
 def _convert(
-    model: str | None, output: str | None, options: dict[str, Any], *, dry_run: bool, quiet: bool, as_json: bool
+    model: str | None,
+    output: str | None,
+    options: dict[str, Any],
+    *,
+    dry_run: bool,
+    report_file: Path | None = None,
+    quiet: bool,
+    as_json: bool,
 ) -> None:
     if model is not None and not dry_run:
         start_reading(Path(model))  # first of all: the checks of a recipe import torch
@@ -203,6 +218,11 @@ def _convert(
         report = conversion.execute(advance)
     for warning in report.warnings:
         click.echo(f"Warning: {warning}", err=True)
+    if report_file is not None:
+        from omni_convert.convert.page.document import write_page
+        from omni_convert.convert.page.pages import conversion_page
+
+        write_page(report_file, conversion_page(conversion.plan, report, conversion.mixture, command_line()))
     if as_json or not quiet:
         print_lines(conversion_report(report, as_json=as_json))
     address = conversion.push()

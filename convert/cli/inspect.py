@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import click
 
-from omni_convert.convert.cli.output import print_lines, quieten_hub
+from omni_convert.convert.cli.options import report_option
+from omni_convert.convert.cli.output import command_line, print_lines, quieten_hub
 from omni_convert.convert.progress_bar import progress_bar
 
 __all__ = ["inspect_command", "verify_command"]
@@ -31,9 +34,12 @@ def inspect_command(model: str, revision: str | None, as_json: bool) -> None:
 @click.argument("model", metavar="PATH")
 @click.option("--reference", metavar="MODEL", help="The original model; every layer is compared with it.")
 @click.option("--revision", help="Branch, tag or commit of PATH on the Hub.")
+@report_option
 @click.option("--quiet", is_flag=True, help="Only the exit status.")
 @click.option("--json", "as_json", is_flag=True, help="Print everything as JSON.")
-def verify_command(model: str, reference: str | None, revision: str | None, quiet: bool, as_json: bool) -> None:
+def verify_command(
+    model: str, reference: str | None, revision: str | None, report_file: Path | None, quiet: bool, as_json: bool
+) -> None:
     """Check every value and name of the model at PATH.
 
     The model may come from any tool. The exit status is 1 if a runtime would fail or compute wrong results with it,
@@ -50,5 +56,10 @@ def verify_command(model: str, reference: str | None, revision: str | None, quie
         components = verify_source(source, original, advance)
     if as_json or not quiet:
         print_lines(verification_report(source.path, components, as_json=as_json))
+    if report_file is not None:
+        from omni_convert.convert.page.document import write_page
+        from omni_convert.convert.page.pages import verification_page
+
+        write_page(report_file, verification_page(source.short_name, components, command_line()))
     if count_of(components, "error"):
         click.get_current_context().exit(1)

@@ -9,6 +9,7 @@ from typing import Any
 import click
 from click_default_group import DefaultGroup
 
+from omni_convert.convert.cli.analyze import analyze_command
 from omni_convert.convert.cli.convert import convert_command, dequantize_command, push_command
 from omni_convert.convert.cli.inspect import inspect_command, verify_command
 from omni_convert.convert.cli.run import calibrate_command, compare_command, generate_command
@@ -67,6 +68,7 @@ for command in (
     verify_command,
     push_command,
     calibrate_command,
+    analyze_command,
     generate_command,
     compare_command,
 ):

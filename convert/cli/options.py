@@ -26,6 +26,7 @@ __all__ = [
     "json_option",
     "memory_option",
     "recipe_of",
+    "report_option",
     "serving_options",
 ]
 
@@ -158,6 +159,17 @@ def budget_options(command: Command) -> Command:
     ):
         command = option(command)
     return command
+
+
+def report_option(command: Command) -> Command:
+    """Adds `--report`."""
+    return click.option(
+        "--report",
+        "report_file",
+        type=click.Path(path_type=Path, dir_okay=False),
+        metavar="FILE.html",
+        help="Also write a report for a browser: one file that needs no network.",
+    )(command)
 
 
 def engine_option(command: Command) -> Command:

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import logging
+import shlex
 import sys
 from collections.abc import Iterable
 
 import click
 
-__all__ = ["announce_demo", "print_lines", "quieten_hub", "silence_libraries"]
+__all__ = ["announce_demo", "command_line", "print_lines", "quieten_hub", "silence_libraries"]
 
 
 def announce_demo(model: str | None, what: str, *, quiet: bool) -> None:
     if model is None and not quiet:
         click.echo(f"No model named: {what} the bundled demo pipeline", err=True)
+
+
+def command_line() -> str:
+    """The command that runs, for a shell."""
+    return shlex.join(["omni-convert", *sys.argv[1:]])
 
 
 def print_lines(lines: Iterable[str]) -> None:

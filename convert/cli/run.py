@@ -17,9 +17,10 @@ from omni_convert.convert.cli.options import (
     json_option,
     memory_option,
     recipe_of,
+    report_option,
     serving_options,
 )
-from omni_convert.convert.cli.output import announce_demo, silence_libraries
+from omni_convert.convert.cli.output import announce_demo, command_line, silence_libraries
 from omni_convert.formats.errors import CalibrationError, OutputError, RecipeError
 
 if TYPE_CHECKING:
@@ -221,6 +222,7 @@ def generate_command(
 @click.option("--vae-use-tiling", is_flag=True, help="Decode images in tiles.")
 @click.option("--enable-cpu-offload", is_flag=True, help="Keep models on the CPU until they run.")
 @click.option("--enable-layerwise-offload", is_flag=True, help="Keep the blocks of models on the CPU until they run.")
+@report_option
 @click.option("--quiet", is_flag=True, help="Print only errors.")
 @generation_options
 def compare_command(
@@ -236,6 +238,7 @@ def compare_command(
     vae_use_tiling: bool,
     enable_cpu_offload: bool,
     enable_layerwise_offload: bool,
+    report_file: Path | None,
     quiet: bool,
     seed: int,
     device: str,
@@ -283,6 +286,11 @@ def compare_command(
     )
     report = comparison.report
     write_json(output_json, report)
+    if report_file is not None:
+        from omni_convert.convert.page.document import write_page
+        from omni_convert.convert.page.pages import comparison_page
+
+        write_page(report_file, comparison_page(report, comparison.pairs(), command_line()))
     summary = {
         "output_json": str(output_json),
         "reference_avg_generation_time_s": report["reference_generation"]["avg_generation_time_s"],

@@ -14,12 +14,19 @@ from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from omni_convert.convert.calibration.frames import VIDEO_SUFFIX, check_frames_path, write_frames
-from omni_convert.convert.calibration.generation import GenerationSettings, run_pipeline, set_flow_shift
+from omni_convert.convert.calibration.generation import GenerationSettings, run_prompts, set_flow_shift
 from omni_convert.convert.calibration.prompts import Prompt
 from omni_convert.convert.comparison.grid import comparison_image
-from omni_convert.convert.comparison.metrics import METRIC_GUIDANCE, Image, sequence_metrics
+from omni_convert.convert.comparison.metrics import (
+    METRIC_GUIDANCE,
+    Image,
+    Latents,
+    sequence_metrics,
+    trajectory_metrics,
+)
 from omni_convert.convert.execution.memory import PeakMemory, resident_memory
 from omni_convert.convert.source.location import Source, resolve_source
 from omni_convert.formats.errors import RecipeError
@@ -91,6 +98,7 @@ class Run:
         seconds: time of each measured run over all prompts
         peak_memory_mb: MiB, in each measured run: CUDA's, or the resident memory of this process on a CPU
         kernels: kernel name → number of quantized layers that run it; empty with offloading, when layers rest elsewhere
+        latents: for each prompt its latents after each denoising step; without any if the pipeline does not tell them
     """
 
     outputs: list[list[Image]]
@@ -98,6 +106,7 @@ class Run:
     seconds: list[float]
     peak_memory_mb: list[float | None]
     kernels: dict[str, int] = field(default_factory=dict)
+    latents: list[list[Latents]] = field(default_factory=list)
 
     @property
     def images(self) -> list[Image]:
@@ -125,6 +134,12 @@ class Comparison:
     reference: Run
     candidate: Run
     report: dict[str, Any]
+
+    def pairs(self) -> list[tuple[Image, Image, str]]:
+        """Each image or frame of the reference, that of the candidate, and its prompt."""
+        texts = self.report["prompt"] if isinstance(self.report["prompt"], list) else [self.report["prompt"]]
+        labels = [text for text, output in zip(texts, self.reference.outputs, strict=True) for _ in output]
+        return list(zip(self.reference.images, self.candidate.images, labels, strict=True))
 
 
 def run_variant(
@@ -162,15 +177,23 @@ def _run_loaded(
     seconds: list[float] = []
     memory: list[float | None] = []
     outputs: list[list[Image]] = []
+    latents: dict[int, list[Latents]] = {}
+    runs = [(prompt, seed + offset) for offset, prompt in enumerate(prompts)]
+
+    def keep(own_seed: int, step: Tensor) -> None:
+        latents.setdefault(own_seed, []).append(step.detach().float().cpu().numpy())
+
     for run in range(warmup_runs + measure_runs):
         started = time.perf_counter()
-        frames, peak = _run_once(lambda: run_pipeline(pipe, prompts, used, seed), options.device)
+        latents.clear()
+        frames, peak = _run_once(lambda: run_prompts(pipe, runs, used, on_latents=keep), options.device)
         if run >= warmup_runs:
             seconds.append(time.perf_counter() - started)
             memory.append(peak)
             outputs = [[np.asarray(frame.convert("RGB")) for frame in output] for output in frames]
     layers = kernel_report(pipe).layers if options.offload is None else ()
-    return Run(outputs, used, seconds, memory, dict(Counter(layer.kernel for layer in layers)))
+    kernels = dict(Counter(layer.kernel for layer in layers))
+    return Run(outputs, used, seconds, memory, kernels, [latents.get(own_seed, []) for _, own_seed in runs])
 
 
 def _load(variant: Variant, options: RunOptions) -> Any:
@@ -252,6 +275,7 @@ def compare(
         "sampling_kwargs": _sampling(task, runs[0], options),
         "metric_guidance": METRIC_GUIDANCE,
         "output_metrics": sequence_metrics(runs[0].images, runs[1].images),
+        "trajectory_metrics": trajectory_metrics(runs[0].latents, runs[1].latents),
     }
     for variant, run in zip((reference, candidate), runs, strict=True):
         report[f"{variant.label}_generation"] = run.generation()

@@ -15,10 +15,21 @@ from numpy.typing import NDArray
 
 from omni_convert.formats.errors import RecipeError
 
-__all__ = ["METRIC_GUIDANCE", "Image", "image_metrics", "rmse", "sequence_metrics", "summary_of"]
+__all__ = [
+    "METRIC_GUIDANCE",
+    "Image",
+    "Latents",
+    "image_metrics",
+    "rmse",
+    "sequence_metrics",
+    "summary_of",
+    "trajectory_metrics",
+]
 
 #: uint8 [height, width, 3]
 Image = NDArray[np.uint8]
+#: float32, in the shape that the pipeline has
+Latents = NDArray[np.float32]
 
 PEAK = 255.0
 #: Metrics that the terminal shows.
@@ -118,6 +129,43 @@ def sequence_metrics(reference: Sequence[Image], candidate: Sequence[Image]) -> 
             ("all_", noun + "s", "_metrics", everything),
         )
     }
+
+
+def trajectory_metrics(
+    reference: Sequence[Sequence[Latents]], candidate: Sequence[Sequence[Latents]]
+) -> dict[str, Any]:
+    """The distance of latents after each denoising step, relative to the reference's; empty lists if none are known.
+
+    None stands for a distance that is no number, which JSON does not have.
+
+    Args:
+        reference, candidate: for each prompt the latents after each step
+
+    Raises:
+        RecipeError: shapes differ.
+    """
+    each = [
+        [_relative_distance(*pair) for pair in zip(first, second, strict=False)]
+        for first, second in zip(reference, candidate, strict=True)
+    ]
+    steps = min((len(distances) for distances in each), default=0)
+    means = [_mean([distances[step] for distances in each]) for step in range(steps)]
+    return {"per_prompt_relative_l2_per_step": each, "mean_relative_l2_per_step": means}
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return float(np.mean(known)) if len(known) == len(values) else None
+
+
+def _relative_distance(reference: Latents, candidate: Latents) -> float | None:
+    if reference.shape != candidate.shape:
+        raise RecipeError(f"compare: found latents of {candidate.shape} for {reference.shape} of the reference")
+    norm = float(np.linalg.norm(reference.astype(np.float64)))
+    distance = float(np.linalg.norm(candidate.astype(np.float64) - reference))
+    if not math.isfinite(distance) or not math.isfinite(norm):
+        return None
+    return distance / norm if norm else 0.0
 
 
 def _pixels(images: Sequence[Image]) -> Image:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from omni_convert.convert.budget import KEPT, format_size, parse_size
 from omni_convert.convert.plan.plan import plan_conversion
@@ -14,7 +14,7 @@ from omni_convert.convert.source.location import Source
 from omni_convert.formats.errors import RecipeError
 from omni_convert.formats.statistics.statistics import Statistics
 
-__all__ = ["Mixture", "choose_mixture", "mixture_of"]
+__all__ = ["Mixture", "bytes_beside", "choose_mixture", "mixture_of"]
 
 # Header sizes depend a little on the choice, which depends on them.
 MOST_ROUNDS = 8
@@ -89,6 +89,13 @@ def mixture_of(source: Source, recipe: Recipe, analysis: Analysis) -> Mixture:
     return Mixture(analysis, point)
 
 
+def bytes_beside(source: Source, recipe: Recipe, analysis: Analysis) -> int:
+    """Bytes of the files of weights beside those that a choice counts: headers, and tensors that always stay."""
+    cheapest = next(frontier(analysis.units, _size))
+    settled = replace(recipe, formats=recipe.mixed_formats)
+    return plan_conversion(source, settled, analysis.methods_of(cheapest)).file_bytes - cheapest.size
+
+
 def _below_noise(analysis: Analysis, noise_ratio: float) -> Point:
     point = cheapest_below(analysis.units, _size, analysis.error_of(noise_ratio))
     if point is None:
@@ -119,7 +126,7 @@ def _within_size(source: Source, recipe: Recipe, analysis: Analysis) -> Point:
     def others(point: Point) -> int:
         return plan_conversion(source, recipe, analysis.methods_of(point)).file_bytes - point.size
 
-    limit = asked - others(next(frontier(analysis.units, _size)))
+    limit = asked - bytes_beside(source, recipe, analysis)
     for _ in range(MOST_ROUNDS):
         point = least_error(analysis.units, _size, limit)
         if point is None:
@@ -128,8 +135,7 @@ def _within_size(source: Source, recipe: Recipe, analysis: Analysis) -> Point:
         if excess <= 0:
             return point
         limit -= excess
-    cheapest = next(frontier(analysis.units, _size))
-    nearest = cheapest.size + others(cheapest)
+    nearest = next(frontier(analysis.units, _size)).size + bytes_beside(source, recipe, analysis)
     raise RecipeError(
         f"{recipe.budget}: found no choice below {format_size(nearest)}, which is the nearest; add a smaller format to "
         "--formats"
