@@ -1,11 +1,13 @@
-"""Steps that searches share: the nearest of a few levels, and the better of two attempts."""
+"""Steps that searches share: the nearest of a few levels, and the best of some attempts."""
 
 from __future__ import annotations
+
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
-__all__ = ["better_attempt", "nearest_level"]
+__all__ = ["best_attempt", "nearest_level"]
 
 
 def nearest_level(values: Tensor, levels: Tensor) -> Tensor:
@@ -24,21 +26,21 @@ def nearest_level(values: Tensor, levels: Tensor) -> Tensor:
     return torch.where(is_above, high, low)
 
 
-def better_attempt(best: tuple[Tensor, ...] | None, tried: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Takes the tensors of the attempt with the smaller error, for each entry of the error; a tie keeps the first.
+def best_attempt(attempts: Iterable[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    """The tensors of the attempt with the smallest error, for each entry of the error; the first of equal ones.
 
     Args:
-        best: the best attempt so far, None before the first
-        tried: the error, then tensors whose leading dimensions are those of the error
+        attempts: at least one; of each the error, then tensors whose leading dimensions are those of the error
     """
-    if best is None:
-        return tried
-    error, *_ = tried
-    is_better = error < best[0]
-    return tuple(
-        torch.where(is_better.view(*error.shape, *[1] * (new.dim() - error.dim())), new, old)
-        for new, old in zip(tried, best, strict=True)
-    )
+    remaining = iter(attempts)
+    best = next(remaining)
+    for tried in remaining:  # one at a time: each is as large as a tile
+        is_better = tried[0] < best[0]
+        best = tuple(
+            torch.where(is_better.view(*is_better.shape, *[1] * (new.dim() - is_better.dim())), new, old)
+            for new, old in zip(tried, best, strict=True)
+        )
+    return best
 
 
 def _at(levels: Tensor, indices: Tensor) -> Tensor:

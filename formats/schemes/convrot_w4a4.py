@@ -21,7 +21,7 @@ from omni_convert.formats.arithmetic.e2m1 import pack_nibbles, unpack_nibbles
 from omni_convert.formats.arithmetic.element import IntegerType
 from omni_convert.formats.arithmetic.encoding import PER_ROW, Encoding
 from omni_convert.formats.arithmetic.rotation import rotate, rotate_inputs
-from omni_convert.formats.arithmetic.search import better_attempt
+from omni_convert.formats.arithmetic.search import best_attempt
 from omni_convert.formats.arithmetic.tiling import quantize_in_tiles
 from omni_convert.formats.rows import TensorLayout
 from omni_convert.formats.schemes.rotated import RotatedFormat
@@ -78,13 +78,12 @@ class ConvrotW4A4(RotatedFormat):
 def _searched_scale(values: Tensor) -> Tensor:
     """The scale of each row with the smallest error, float32 [rows, 1]."""
     plain = _plain_scale(values)
-    best: tuple[Tensor, ...] | None = None
-    for factor in FACTORS:
-        tried = plain * factor
-        error = _round(values, tried).mul_(tried).sub_(values).square_().sum(dim=1, keepdim=True)
-        best = better_attempt(best, (error, tried))
-    assert best is not None
-    return best[1]
+    return best_attempt(_attempt(values, plain * factor) for factor in FACTORS)[1]
+
+
+def _attempt(values: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """The squared error of each row with a scale, and the scale; both float32 [rows, 1]."""
+    return _round(values, scale).mul_(scale).sub_(values).square_().sum(dim=1, keepdim=True), scale
 
 
 def _plain_scale(values: Tensor) -> Tensor:

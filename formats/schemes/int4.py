@@ -20,7 +20,7 @@ from torch import Tensor
 
 from omni_convert.formats.arithmetic.element import IntegerType
 from omni_convert.formats.arithmetic.encoding import Encoding
-from omni_convert.formats.arithmetic.search import better_attempt
+from omni_convert.formats.arithmetic.search import best_attempt
 from omni_convert.formats.arithmetic.tiling import quantize_in_tiles
 from omni_convert.formats.format import CodedFormat
 from omni_convert.formats.options import FormatOptions
@@ -107,13 +107,13 @@ class Int4(CodedFormat):
     def _quantize_tile(self, tile: Tensor) -> dict[str, Tensor]:
         values = tile.float().reshape(len(tile), -1, self.group)  # [rows, groups, group]
         amax = values.abs().amax(dim=2, keepdim=True)
-        best: tuple[Tensor, ...] | None = None
-        for divisor in DIVISORS if self.search else (PLAIN_DIVISOR,):
-            tried = (amax / divisor).half().float().clamp_(min=SMALLEST_SCALE)
-            error = (self.round_elements(values / tried) * tried - values).square().sum(dim=2, keepdim=True)
-            best = better_attempt(best, (error, tried))
-        assert best is not None
-        scale = best[1]
+        divisors = DIVISORS if self.search else (PLAIN_DIVISOR,)
+        _, scale = best_attempt(self._attempt(values, amax / divisor) for divisor in divisors)
         codes = self.encode_elements(self.round_elements(values / scale)).flatten(1)
         scale = scale.squeeze(2)
         return {"weight": codes, "weight_scale": scale, "weight_zero_point": torch.full_like(scale, ZERO_POINT)}
+
+    def _attempt(self, values: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+        """The squared error of each group with a scale that float16 holds, and that scale; both [rows, groups, 1]."""
+        scale = scale.half().float().clamp_(min=SMALLEST_SCALE)
+        return (self.round_elements(values / scale) * scale - values).square().sum(dim=2, keepdim=True), scale

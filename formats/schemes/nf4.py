@@ -26,6 +26,7 @@ from torch import Tensor
 
 from omni_convert.formats.arithmetic.element import IntegerType
 from omni_convert.formats.arithmetic.encoding import Encoding
+from omni_convert.formats.arithmetic.search import best_attempt
 from omni_convert.formats.containers.tensor_spec import TensorSpec
 from omni_convert.formats.format import ElementFormat, Format
 from omni_convert.formats.options import FormatOptions
@@ -292,16 +293,14 @@ class _Grid:
 
 def _search(blocks: Tensor, amax: Tensor, grid: _Grid) -> Tensor:
     """The scale of each block with the smallest squared error found, float32 [blocks]."""
-    best, scale = torch.full_like(amax, torch.inf), amax
-    for factor in FACTORS:
-        scale, best = _better(blocks, amax * factor, scale, best, grid)
+    best = best_attempt(_attempt(blocks, amax * factor, grid) for factor in FACTORS)
+    scale = best[1]
     elements = grid.nearest(blocks / scale[:, None])
     refitted = (blocks * elements).sum(dim=1) / elements.square().sum(dim=1)
-    return _better(blocks, torch.where(refitted > 0, refitted, scale), scale, best, grid)[0]
+    return best_attempt([best, _attempt(blocks, torch.where(refitted > 0, refitted, scale), grid)])[1]
 
 
-def _better(blocks: Tensor, tried: Tensor, scale: Tensor, best: Tensor, grid: _Grid) -> tuple[Tensor, Tensor]:
-    """The better of two scales of each block, by squared error, and its error."""
-    elements = grid.nearest(blocks / tried[:, None])
-    error = elements.mul_(tried[:, None]).sub_(blocks).square_().sum(dim=1)
-    return torch.where(error < best, tried, scale), torch.minimum(best, error)
+def _attempt(blocks: Tensor, scale: Tensor, grid: _Grid) -> tuple[Tensor, Tensor]:
+    """The squared error of each block with a scale, and the scale; both float32 [blocks]."""
+    elements = grid.nearest(blocks / scale[:, None])
+    return elements.mul_(scale[:, None]).sub_(blocks).square_().sum(dim=1), scale

@@ -28,7 +28,7 @@ from omni_convert.formats.arithmetic.e2m1 import pack_nibbles, unpack_nibbles
 from omni_convert.formats.arithmetic.element import IntegerType
 from omni_convert.formats.arithmetic.encoding import PER_ROW, Encoding
 from omni_convert.formats.arithmetic.rotation import rotate
-from omni_convert.formats.arithmetic.search import better_attempt, nearest_level
+from omni_convert.formats.arithmetic.search import best_attempt, nearest_level
 from omni_convert.formats.arithmetic.tiling import quantize_in_tiles
 from omni_convert.formats.rows import TensorLayout
 from omni_convert.formats.schemes.int8 import RotatedInt8
@@ -127,14 +127,9 @@ class W4a8(RotatedFormat):
         values = rotate(tile, self.group).view(len(tile), -1, SCALE_GROUP)  # [rows, groups, 16]
         step, levels = self._fit(values, table)
         row_step = ((levels * step).abs().amax(dim=(1, 2)) / GRID_MAX).clamp_(min=SMALLEST_SCALE)[:, None, None]
-        best: tuple[Tensor, ...] | None = None
-        for factor in self.grid_factors if self.search else (1.0,):
-            tried = row_step * factor
-            errors, *rest = self._on_row_grid(values / tried, step / tried, table)
-            error = (errors * tried.square().squeeze(-1)).sum(dim=1)
-            best = better_attempt(best, (error, tried.flatten(), *rest))
-        assert best is not None
-        _, row_step, bits, indices = best
+        factors = self.grid_factors if self.search else (1.0,)
+        attempts = (self._on_row_grid(values, step, row_step * factor, table) for factor in factors)
+        _, row_step, bits, indices = best_attempt(attempts)
         return {
             "weight": self._pack(indices.flatten(1)),
             "weight_scale": bits.view(torch.float8_e4m3fn),
@@ -151,24 +146,33 @@ class W4a8(RotatedFormat):
             levels = table[nearest_level(values / step, table)]
         return step, levels
 
-    def _on_row_grid(self, target: Tensor, step: Tensor, table: Tensor) -> tuple[Tensor, ...]:
+    def _on_row_grid(self, values: Tensor, step: Tensor, row_step: Tensor, table: Tensor) -> tuple[Tensor, ...]:
+        """The error of each row, its step, the E4M3 bits of its groups' steps, and the index of each element's level.
+
+        Args:
+            values: the rotated weight [rows, groups, 16]
+            step: of each group [rows, groups, 1]
+            row_step: of the grid of each row [rows, 1, 1]
+        """
+        target = values / row_step
+        start = (step / row_step).squeeze(-1).to(torch.float8_e4m3fn).view(torch.uint8).to(torch.int16)
+        neighbours = self.neighbours[0 if self.search else 1]
+        errors, bits, indices = best_attempt(self._attempt(target, start, offset, table) for offset in neighbours)
+        return (errors * row_step.square().squeeze(-1)).sum(dim=1), row_step.flatten(), bits, indices
+
+    def _attempt(self, target: Tensor, start: Tensor, offset: int, table: Tensor) -> tuple[Tensor, ...]:
         """The error of each group, the E4M3 bits of its step, and the index of each element's level.
 
         Args:
             target: the weight in steps of the row's grid [rows, groups, 16]
-            step: of each group, likewise [rows, groups, 1]
+            start: E4M3 bits of a step for each group, int16 [rows, groups]
+            offset: E4M3 steps from there
         """
-        start = step.squeeze(-1).to(torch.float8_e4m3fn).view(torch.uint8).to(torch.int16)
-        best: tuple[Tensor, ...] | None = None
-        for offset in self.neighbours[0 if self.search else 1]:
-            bits = start if not offset else (start + offset).clamp_(SMALLEST_BITS, LARGEST_BITS)
-            bits = bits.to(torch.uint8)
-            grid = _on_grid(table * bits.view(torch.float8_e4m3fn).float()[..., None])  # [rows, groups, levels]
-            indices = nearest_level(target, grid)
-            error = grid.gather(2, indices).sub_(target).square_().sum(-1)
-            best = better_attempt(best, (error, bits, indices.to(torch.uint8)))
-        assert best is not None
-        return best
+        bits = start if not offset else (start + offset).clamp_(SMALLEST_BITS, LARGEST_BITS)
+        bits = bits.to(torch.uint8)
+        grid = _on_grid(table * bits.view(torch.float8_e4m3fn).float()[..., None])  # [rows, groups, levels]
+        indices = nearest_level(target, grid)
+        return grid.gather(2, indices).sub_(target).square_().sum(-1), bits, indices.to(torch.uint8)
 
 
 @dataclass(frozen=True)

@@ -68,7 +68,10 @@ def _install_empty(
     linear = _find_module(model, stem)
     if not isinstance(linear, STORED_LAYERS if fmt.is_storage else nn.Linear):
         found = "nothing" if linear is None else type(linear).__name__
-        raise CheckpointError(f"{where}: {stem} is quantized, found {found} of that name in {type(model).__name__}")
+        raise CheckpointError(
+            f"{where}: {stem} is quantized, found {found} of that name in {type(model).__name__}, expected a layer "
+            "with a weight; download it or convert it again"
+        )
     tensors: dict[str, Tensor] = {}
     assert isinstance(linear, STORED_LAYERS)
     fmt = fmt.for_weight(tuple(linear.weight.shape))

@@ -91,8 +91,8 @@ def _linear(model: nn.Module, stem: str, layer: QuantizedLayer) -> nn.Linear:
         found = "nothing" if linear is None else repr(linear)
         rows, columns = layer.shape
         raise CheckpointError(
-            f"{layer.checkpoint.path}: {stem} is quantized, {rows} x {columns}; found {found} of that name in "
-            f"{type(model).__name__}"
+            f"{layer.checkpoint.path}: {stem}: found {found} in {type(model).__name__}, expected a linear of "
+            f"{rows} x {columns}, which the file holds quantized; download it or convert it again"
         )
     return linear
 

@@ -1,10 +1,10 @@
-"""The nearest of a few levels, and the better of two attempts."""
+"""The nearest of a few levels, and the best of some attempts."""
 
 from __future__ import annotations
 
 import torch
 
-from omni_convert.formats.arithmetic.search import better_attempt, nearest_level
+from omni_convert.formats.arithmetic.search import best_attempt, nearest_level
 
 LEVELS = torch.tensor([-2.0, 0.0, 1.0])
 VALUES = torch.tensor([[-9.0, -1.0, -0.9, 0.5, 0.6, 9.0]])
@@ -19,9 +19,9 @@ def test_each_group_may_have_levels_of_its_own() -> None:
     assert nearest_level(VALUES.expand(2, -1), levels).tolist() == [[0, 0, 1, 1, 2, 2], [0, 0, 0, 0, 0, 2]]
 
 
-def test_better_attempt_is_chosen_per_entry_of_the_error() -> None:
+def test_the_best_attempt_is_chosen_per_entry_of_the_error() -> None:
     first = torch.tensor([1.0, 1.0, 1.0]), torch.tensor([[1.0], [2.0], [3.0]])
     second = torch.tensor([0.5, 1.0, 2.0]), torch.tensor([[-1.0], [-2.0], [-3.0]])
-    error, values = better_attempt(better_attempt(None, first), second)
+    error, values = best_attempt(iter([first, second]))
     assert error.tolist() == [0.5, 1.0, 1.0]
     assert values.flatten().tolist() == [-1.0, 2.0, 3.0]
