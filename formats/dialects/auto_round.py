@@ -365,7 +365,7 @@ def _check_stacks(listed: Any, layers: Collection[str], family: Family) -> Itera
     stacks = tuple(each.strip() for each in listed.split(",")) if isinstance(listed, str) else tuple(listed or ())
     if not stacks or family.stage is not None:
         return
-    patterns = [pattern for pattern in family.layers if VLLM_OMNI_SCOPE in pattern.runtimes]
+    patterns = [each for each in family.layers if each.is_built_quantized(VLLM_OMNI_SCOPE, (), AUTO_ROUND.name)]
     with suppress(CheckpointError):  # an incomplete group is reported elsewhere
         for group in matching_groups(patterns, dict.fromkeys(layers, 0)):
             if not group.runtime_name.startswith(stacks):
