@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -28,6 +29,10 @@ from omni_convert.formats.schemes.gguf import DEFAULT_TYPE, Gguf
 
 __all__ = ["GgufTarget"]
 
+# Names of layers in T5, CLIP and language models.
+OF_TEXT_MODEL = re.compile(
+    r"encoder\.block\.\d+\.layer\.0\.SelfAttention\.|(text_model\.encoder|model|language_model\.model)\.layers\.\d+\.self_attn\."
+)
 HOW_TO_LOAD = (
     "load it with from_single_file(FILE, config=FOLDER OF ITS config.json, "
     "quantization_config=GGUFQuantizationConfig(...))"
@@ -50,11 +55,12 @@ class GgufTarget(Target):
     def scope(self) -> Scope:
         """Layers of the file; one that joins several of diffusers' layers is a group of these."""
         component = self.component
-        if component.is_transformers:
-            raise RecipeError(
-                f"--component {component.name}={self.method}: found a model of transformers, expected one of diffusers"
-            )
         weights = component.weights
+        if component.is_transformers or (not component.has_config and any(map(OF_TEXT_MODEL.match, weights))):
+            raise RecipeError(
+                f"{component.path}: found a text model for -m gguf, expected a denoising model; every reader of GGUF "
+                "takes text models from llama.cpp's convert_hf_to_gguf.py, under its names"
+            )
         linears = linears_in_blocks(weights)
         layers = self.names.layers
         groups = [

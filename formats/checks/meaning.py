@@ -9,6 +9,7 @@ reach the top of the element's range, which weights do not.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 
@@ -33,9 +34,18 @@ __all__ = ["doubts", "lost_scale", "open_quantized", "refuse_doubts", "strays"]
 
 # Companions that scale inputs or only mark the layer: without them, the weight is the same.
 HARMLESS = ("input_scale", "input_global_scale", "activation_scale", "scale_input", "comfy_quant", "weight_shape")
+# The same for tensors that no format has and some tools store: scales of the cache and of outputs, and LLM.int8's mark.
+UNRELATED = (
+    "bias", "k_scale", "v_scale", "q_scale", "prob_scale", "output_scale", "kv_cache_scale", "kv_cache_offset",
+    "weight_format",
+)  # fmt: skip
 AGAIN = "convert the model again"
-# Layers and tensors whose values are looked at: what is wrong in them is wrong everywhere.
+# The dialect whose marks may stand in a file of another.
+MARKS = "comfyui"
+# Layers of which the order of scales is looked at: what is wrong in them is wrong everywhere.
 SAMPLED = 8
+# Rows of a cast weight that are looked at.
+FEW_ROWS = 64
 # RMS of matrices: that of trained weights is below 1, that of codes of any scale above 50.
 LARGEST_CAST_RMS = 16.0
 
@@ -76,6 +86,7 @@ def doubts(reading: Reading, *, values: bool = False) -> Iterator[Finding]:
     """
     consumer = reading.dialect.consumers if reading.dialect is not None else "every runtime"
     yield from (_as_finding(reading.found, error, consumer) for error in reading.errors)
+    yield from _other_marks(reading)
     yield from (finding for finding, is_doubt in _strays(reading) if is_doubt)
     if values:
         yield from _doubtful_values(reading.quantized)
@@ -91,9 +102,9 @@ def lost_scale(checkpoint: Checkpoint, name: str) -> Finding | None:
     spec = checkpoint[name]
     if spec.dtype not in FLOAT8 or len(spec.shape) < 2 or not spec.elements:
         return None
-    start, stop = next(iter(tile_ranges(spec.shape)))
-    rms = float(checkpoint.read_rows(name, start, stop).float().square_().mean().sqrt())
-    if not rms > LARGEST_CAST_RMS:  # NaN is found by whoever reads all of it
+    _, stop = next(iter(tile_ranges(spec.shape)))
+    rms = float(checkpoint.read_rows(name, 0, min(stop, FEW_ROWS)).float().square_().mean().sqrt())
+    if not LARGEST_CAST_RMS < rms < math.inf:  # NaN and Inf are found by whoever reads all of it
         return None
     return Finding(
         "error", "missing-companion", name.removesuffix(WEIGHT),
@@ -108,11 +119,33 @@ def _doubtful_values(quantized: QuantizedCheckpoint) -> Iterator[Finding]:
         layers = [layer for layer in quantized.layers.values() if has_ordered_scales(layer)]
         for layer in layers[:: max(1, len(layers) // SAMPLED)]:
             yield from order_findings(layer, quantized.dialect)
-    casts = [name for name in quantized.kept.values() if quantized.checkpoint[name].dtype in FLOAT8]
-    for name in casts[:: max(1, len(casts) // SAMPLED)]:
+    for name in quantized.kept.values():  # one layer may have lost its scale, and no other
         found = lost_scale(quantized.checkpoint, name)
         if found is not None:
             yield found
+
+
+def _other_marks(reading: Reading) -> Iterator[Finding]:
+    """ComfyUI's marks in a file that another dialect describes, where they say something else."""
+    marks = DIALECTS[MARKS]
+    is_described = reading.dialect is not None and reading.dialect.declared_by == "block"
+    if not is_described or reading.is_unreadable or not marks.recognises(reading.found):
+        return
+    try:
+        marked = list(marks.stored_layers(reading.found))
+    except CheckpointError as error:
+        yield _as_finding(reading.found, error, marks.consumers)
+        return
+    for stored in marked:
+        name = stored.layer if isinstance(stored, LayerError) else stored.stem
+        layer = reading.layers.get(name)
+        if isinstance(stored, LayerError) or (layer is not None and layer.format.encoding != stored.format.encoding):
+            what = stored.what if isinstance(stored, LayerError) else stored.format.label
+            read = "another" if layer is None else layer.format.label
+            yield Finding(
+                "error", "bad-mark", name, f"found marks of ComfyUI for {what}, but the config block says {read}",
+                "whoever heeds the other of the two", "remove the one that is wrong",
+            )  # fmt: skip
 
 
 def _as_finding(found: Found, error: CheckpointError, consumers: str) -> Finding:
@@ -133,6 +166,9 @@ def _strays(reading: Reading) -> Iterator[tuple[Finding, bool]]:
     used = {name for name in checkpoint if _parents(name) & unread}
     used |= {name for layer in (*reading.layers.values(), *reading.damaged) for name in layer.sources}
     layers = {name.rpartition(".")[0] for name in used}
+    is_container = reading.dialect is not None and reading.dialect.declared_by == "container"
+    weights = (layer.stored.name_of("weight").rpartition(".") for layer in reading.layers.values() if not is_container)
+    own = {stem for stem, _, leaf in weights if leaf in CODES}
     codes = {each.name: each for each in undeclared_codes(checkpoint)}
     bare: dict[str, str | None] = {}
     for name in checkpoint:
@@ -142,6 +178,8 @@ def _strays(reading: Reading) -> Iterator[tuple[Finding, bool]]:
         if name in codes:
             if not _is_cast(reading, codes[name]):
                 yield _without_scale(found, codes[name], consumer), True
+        elif stem in own and leaf not in (*COMPANIONS, *UNRELATED):
+            yield _unknown_part(name, consumer), True
         elif leaf in COMPANIONS and not _has_codes(found, stem, layers):
             bare[stem] = None if stem in layers else without_weight(checkpoint, stem)
             if (what := bare[stem]) is not None:
@@ -199,6 +237,15 @@ def _extra(found: Found, name: str, stem: str, *, is_quantized: bool, consumer: 
     return Finding(
         "error", "extra-companion", name, f"{what}, expected none", _hurt_by_extra(consumer),
         "remove the tensor, or convert the model again",
+    )  # fmt: skip
+
+
+def _unknown_part(name: str, consumer: str) -> Finding:
+    what = "found a tensor beside codes that may be part of the weight, as smoothing or a low-rank branch"
+    return Finding(
+        "error", "extra-companion", name, f"{what}, expected none that the layer's format does not have",
+        f"{consumer or 'every runtime'}: leaves it out of the weight, or refuses the model",
+        "take the original model; if the tensor has no part in the weight, remove it",
     )  # fmt: skip
 
 

@@ -45,7 +45,7 @@ from omni_convert.formats.dialects.base import (
 from omni_convert.formats.dialects.block_findings import block_mismatch
 from omni_convert.formats.dialects.codec import PackedValues, Reciprocal, Transposed
 from omni_convert.formats.dialects.detection import signed_layers
-from omni_convert.formats.dialects.packed_words import PackedColumns
+from omni_convert.formats.dialects.packed_words import PackedColumns, check_order
 from omni_convert.formats.dialects.verdict import (
     CONVERT_FIRST,
     DIFFUSERS,
@@ -421,7 +421,7 @@ def _integers(found: Found, stem: str) -> StoredLayer:
     group = None if scales.shape[0] == 1 else -(-columns // scales.shape[0])
     order = found.get(stem, "g_idx")
     if order is not None:
-        _check_order(found, stem, columns, group)
+        check_order(found, stem, "g_idx", columns, group)
     is_gptq = "gptq" in packing or found.quant_method == "gptq"
     offset = 1 if is_gptq and found.block.get("checkpoint_format") != GPTQ_V2 else 0
     codecs = {
@@ -458,14 +458,6 @@ def _is_named(stem: str, name: str) -> bool:
         return any(sign in name for sign in PATTERN_SIGNS) and re.search(name, stem) is not None
     except re.error:
         return False
-
-
-def _check_order(found: Found, stem: str, columns: int, group: int | None) -> None:
-    """Refuses columns that are not in the order of their groups, as GPTQ leaves them with `desc_act`."""
-    numbers = found.checkpoint.read(f"{stem}.g_idx")
-    if not numbers.equal(torch.arange(columns, dtype=numbers.dtype) // (group or columns)):
-        what = "found reordered columns (g_idx), expected groups of neighbours; export with desc_act false"
-        raise LayerError(found, stem, f"layer '{stem}': {what}")
 
 
 AUTO_ROUND = AutoRound()

@@ -36,7 +36,7 @@ from omni_convert.formats.dialects.base import (
 from omni_convert.formats.dialects.block_findings import block_mismatch, unknown_keys
 from omni_convert.formats.dialects.codec import PackedValues, Plain, Reciprocal
 from omni_convert.formats.dialects.detection import Signature, parts_of, signed_layers, stored_layer
-from omni_convert.formats.dialects.packed_words import PackedRows
+from omni_convert.formats.dialects.packed_words import PackedRows, check_order
 from omni_convert.formats.dialects.verdict import (
     CONVERT_FIRST,
     UNKNOWN_METHOD,
@@ -44,6 +44,7 @@ from omni_convert.formats.dialects.verdict import (
     VLLM_OMNI,
     Verdict,
 )
+from omni_convert.formats.errors import CheckpointError
 from omni_convert.formats.finding import Finding
 from omni_convert.formats.format import Format
 from omni_convert.formats.schemes.foreign import Scaled
@@ -59,6 +60,8 @@ QUANT_METHOD = "compressed-tensors"
 # The class of all layers in question, and what a pattern begins with, in lists of names.
 LINEAR, PATTERN = "Linear", "re:"
 PACKED = "weight_packed"
+# The group of each column, where they were reordered.
+ORDER = "weight_g_idx"
 PACKED_NAMES = {"weight": PACKED, "weight_scale_2": "weight_global_scale", "input_scale": "input_global_scale"}
 RECIPROCALS = {"weight_scale_2": Reciprocal(), "input_scale": Reciprocal()}
 READABLE_BITS = (4, 8)
@@ -97,6 +100,11 @@ class CompressedTensors(Dialect):
         return found.quant_method.replace("_", "-") == QUANT_METHOD
 
     def stored_layers(self, found: Found) -> Iterator[StoredLayer | LayerError]:
+        if found.block.get("transform_config"):
+            raise CheckpointError(
+                f"{found.checkpoint.path}: found transform_config in the config block, expected weights that are not "
+                "rotated; export without a transform"
+            )
         integers = {stem for stem in found.stems(PACKED) if found.checkpoint[f"{stem}.{PACKED}"].dtype is torch.int32}
         floats = signed_layers(found, PACKED_NAMES, RECIPROCALS)
         yield from (each for each in floats if isinstance(each, LayerError) or each.stem not in integers)
@@ -239,9 +247,13 @@ def _packed_integers(found: Found, stem: str) -> StoredLayer:
         raise LayerError(found, stem, f"layer '{stem}': {what}")
     groups = parts["weight_scale"].elements // rows if rows > 0 else 0
     group = None if groups == 1 else -(-columns // groups) if groups else None
+    order = found.get(stem, ORDER)
+    if order is not None:
+        check_order(found, stem, ORDER, columns, group)
     fmt = Scaled(f"int{bits}", torch.int8, group)
     signature = Signature(fmt, (rows, columns), {"weight": PackedRows(bits)})
-    return replace(stored_layer(stem, signature, parts), unused=(shape_name,))
+    unused = (shape_name, *([order.name] if order is not None else []))
+    return replace(stored_layer(stem, signature, parts), unused=unused)
 
 
 COMPRESSED_TENSORS = CompressedTensors()

@@ -10,11 +10,12 @@ from torch import Tensor
 from omni_convert.formats.arithmetic.e2m1 import unpack_nibbles
 from omni_convert.formats.containers.checkpoint import Checkpoint
 from omni_convert.formats.containers.tensor_spec import TensorSpec
+from omni_convert.formats.dialects.base import Found, LayerError
 from omni_convert.formats.dialects.codec import Codec, WritableCodec
 from omni_convert.formats.errors import CheckpointError
 from omni_convert.formats.rows import TensorLayout
 
-__all__ = ["WORD_BITS", "InterleavedRows", "PackedColumns", "PackedRows", "SignedNibbles"]
+__all__ = ["WORD_BITS", "InterleavedRows", "PackedColumns", "PackedRows", "SignedNibbles", "check_order"]
 
 WORD_BITS = 32
 
@@ -139,3 +140,16 @@ class SignedNibbles(Codec):
     def decode(self, stored: Tensor, layout: TensorLayout) -> Tensor:
         codes = unpack_nibbles(stored.view(torch.uint8)).to(torch.int8)[:, : layout.shape[1]]
         return ((codes ^ 8) - 8).to(layout.dtype)
+
+
+def check_order(found: Found, stem: str, leaf: str, columns: int, group: int | None) -> None:
+    """Refuses columns that are not in the order of their groups, as GPTQ leaves them with `desc_act`.
+
+    Args:
+        leaf: that of the tensor with each column's group
+        group: columns of a group; None for all
+    """
+    numbers = found.checkpoint.read(f"{stem}.{leaf}")
+    if not numbers.equal(torch.arange(columns, dtype=numbers.dtype) // (group or columns)):
+        what = f"found reordered columns ({leaf}), expected groups of neighbours; export without reordering (desc_act)"
+        raise LayerError(found, stem, f"layer '{stem}': {what}")

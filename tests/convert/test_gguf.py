@@ -11,7 +11,7 @@ import torch
 from click.testing import CliRunner
 from diffusers import FluxTransformer2DModel, GGUFQuantizationConfig, WanTransformer3DModel
 from diffusers.quantizers.gguf.utils import GGUFParameter, dequantize_gguf_tensor
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from omni_convert.convert.cli.main import main
@@ -509,3 +509,23 @@ def test_a_text_encoder_is_refused(tiny_pipeline_folder: Path, tmp_path: Path) -
     recipe = Recipe(method="gguf", component={"text_encoder": "gguf"}, runtime="diffusers", device="cpu")
     with pytest.raises(RecipeError, match="text_encoder=gguf"):
         convert_checkpoint(str(tiny_pipeline_folder), tmp_path / "out", recipe)
+
+
+@pytest.mark.parametrize("has_config", [True, False], ids=["folder", "single file"])
+@pytest.mark.parametrize(
+    "layer",
+    [
+        "encoder.block.{}.layer.0.SelfAttention.q",
+        "text_model.encoder.layers.{}.self_attn.q_proj",
+        "model.layers.{}.self_attn.q_proj",
+    ],
+    ids=["T5", "CLIP", "a language model"],
+)
+def test_text_models_are_left_to_llama_cpp(layer: str, has_config: bool, tmp_path: Path) -> None:
+    names = [layer.format(number).replace(".q", part) for number in range(2) for part in (".q", ".k")]
+    file = tmp_path / "text.safetensors"
+    save_file({f"{name}.weight": torch.randn(64, 64).bfloat16() for name in names}, file)
+    if has_config:
+        (tmp_path / "config.json").write_text(json.dumps({"architectures": ["T5EncoderModel"], "model_type": "t5"}))
+    with pytest.raises(RecipeError, match=r"a text model.*llama\.cpp"):
+        convert_checkpoint(file, tmp_path / "out", Recipe("gguf"))

@@ -149,15 +149,16 @@ LYCORIS: dict[str, tuple[str, dict[str, Any], bool]] = {
 
 
 @pytest.mark.parametrize("kind", LYCORIS)
-def test_a_layer_that_lycoris_trains_computes_the_same(kind: str, tmp_path: Path) -> None:
+def test_a_layer_that_lycoris_trains_computes_the_same(
+    import_peer: Callable[[str], ModuleType], kind: str, tmp_path: Path
+) -> None:
     """Its merging applies alpha / rank twice to LoHa and LoKr; what it trains is the judge."""
-    pytest.importorskip("lycoris.modules.lokr", reason="lycoris-lora and einops are not installed")
     path, options, is_convolution = LYCORIS[kind]
     module, _, name = path.partition(".")
     torch.manual_seed(0)
     layer = nn.Conv2d(64, 96, 3) if is_convolution else nn.Linear(64, 96)
     save_file({f"to_q.{leaf}": tensor.detach() for leaf, tensor in layer.state_dict().items()}, tmp_path / WEIGHTS)
-    adapter = getattr(importlib.import_module(f"lycoris.modules.{module}"), name)("x", layer, 1.0, 4, 2.0, **options)
+    adapter = getattr(import_peer(f"lycoris.modules.{module}"), name)("x", layer, 1.0, 4, 2.0, **options)
     with torch.no_grad():
         for parameter in adapter.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.05)
