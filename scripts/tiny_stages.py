@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import transformers
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 __all__ = ["REPOSITORIES", "save_repository"]
 
@@ -257,6 +257,35 @@ def _save_named(
     (folder / "config.json").write_text(json.dumps(config))
 
 
+def _save_hidream_o1(folder: Path) -> None:
+    """Qwen3-VL of transformers, and what HiDream-O1 has beside it."""
+    text = {**LANGUAGE_MODEL, "rope_parameters": {**ROPE, "mrope_section": [4, 2, 2]}}
+    vision = {**VISION, "deepstack_visual_indexes": [0], "num_position_embeddings": 16}
+    model = _built(
+        transformers.Qwen3VLForConditionalGeneration,
+        transformers.Qwen3VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=False),
+    )
+    model.save_pretrained(folder)
+    shapes: dict[str, tuple[int, ...]] = {
+        "model.t_embedder1.mlp.0": (64, 256),
+        "model.t_embedder1.mlp.2": (64, 64),
+        "model.x_embedder.proj1": (16, 3072),
+        "model.x_embedder.proj2": (64, 16),
+        "model.final_layer2.linear": (3072, 64),
+    }
+    biased = {stem: shape[:1] for stem, shape in shapes.items() if stem != "model.x_embedder.proj1"}
+    file = folder / "model.safetensors"
+    shards = {
+        "model-00001-of-00002.safetensors": load_file(file),
+        "model-00002-of-00002.safetensors": _random_weights(shapes) | _random_weights(biased, "bias"),
+    }
+    file.unlink()
+    for name, tensors in shards.items():
+        save_file(tensors, folder / name, metadata={"format": "pt"})
+    weight_map = {tensor: name for name, tensors in shards.items() for tensor in tensors}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+
+
 def _save_of_transformers(build: Callable[[], transformers.PreTrainedModel], folder: Path) -> None:
     build().save_pretrained(folder, max_shard_size="300KB")
 
@@ -278,6 +307,7 @@ REPOSITORIES: dict[str, Callable[[Path], None]] = {
     "qwen_3_tts": _save_qwen_3_tts,
     "hunyuan_image_3": _save_hunyuan_image_3,
     "bagel": _save_bagel,
+    "hidream_o1": _save_hidream_o1,
 }
 
 

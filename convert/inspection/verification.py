@@ -121,7 +121,8 @@ def _verify(component: ComponentFolder, reference: Source | None, progress: Call
             return _unopened(component, error)
         quantized = reading.quantized
         names = names_in_model(checkpoint, config) if quantized.layers else {}
-        findings = [*reading.findings, *check_block(reading, config, names), *_scope(component, reading)]
+        about_block = check_block(reading, config, names, has_stage=component.stage is not None)
+        findings = [*reading.findings, *about_block, *_scope(component, reading)]
         findings += _names(component, reading, config)
         compared = reference if quantized.shown_dialect is not None else None
         with nullcontext() if compared is None else _open_reference(compared, component.name, config) as original:
@@ -193,6 +194,8 @@ def _scope(component: ComponentFolder, reading: TolerantReading) -> list[Finding
 
 def _names(component: ComponentFolder, reading: TolerantReading, config: dict[str, Any]) -> Iterator[Finding]:
     """Whether names and shapes are those of the model; a SHA-256 in the manifest says more than names do."""
+    if component.stage is not None and component.stage.signature is not None:
+        return  # the class in the config is not the model's
     if has_converted_names(reading, config):
         yield from check_converted_names(reading, config)
     elif not _is_in_manifest(component, reading.found.checkpoint):

@@ -159,10 +159,15 @@ def plan_files(
     dialect, is_written = DIALECTS[recipe.dialect], recipe.method != "dequantize"
     is_single = dialect.is_single_file and is_written
     has_others = component.stage is not None and bool(component.stage.other_weights)
-    limit = sum(spec.nbytes for spec in specs) + 1 if is_single or has_others else recipe.max_shard_size
+    nbytes = sum(spec.nbytes for spec in specs)
+    limit = nbytes + 1 if is_single or has_others else recipe.max_shard_size
     weights_name = "model.safetensors" if component.is_transformers else "diffusion_pytorch_model.safetensors"
     unit_of = layer_of if dialect.keeps_layers_whole and is_written else str
-    return replace(plan_shards(specs, limit, weights_name, unit_of), container=Safetensors({**FORMAT_PT, **metadata}))
+    shards = plan_shards(specs, limit, weights_name, unit_of)
+    needs_index = component.stage is not None and component.stage.signature is not None
+    if needs_index and shards.index is None:
+        shards = plan_shards(specs, nbytes // 2, weights_name, unit_of)
+    return replace(shards, container=Safetensors({**FORMAT_PT, **metadata}))
 
 
 def replace_config(

@@ -17,7 +17,7 @@ from omni_convert.formats.containers.reader import TensorFile
 from omni_convert.formats.errors import CheckpointError
 from omni_convert.formats.families.family import Family
 from omni_convert.formats.families.stage import Stage, without_block
-from omni_convert.formats.families.table import find_family, model_class
+from omni_convert.formats.families.table import find_family, model_class, repository_class
 from omni_convert.formats.views.opened import QuantizedCheckpoint
 
 __all__ = ["MANIFEST", "ComponentFolder", "folders_with_weights"]
@@ -89,10 +89,17 @@ class ComponentFolder:
         """Its config.json, or {} if there is none; raises CheckpointError if it is damaged."""
         return self.config if self.has_config else {}
 
-    @property
+    @cached_property
     def model_class(self) -> str:
-        """The class that its config names, or "unknown"."""
-        return model_class(self.config_if_any)
+        """The class that its config names, or "unknown"; the model's own where a repository has another's config."""
+        named = model_class(self.config_if_any)
+        return named if self.name else repository_class(named, self._has_tensor)
+
+    def _has_tensor(self, name: str) -> bool:
+        if not self.has_weights:
+            return False
+        with self.checkpoint() as checkpoint:
+            return name in checkpoint
 
     @cached_property
     def family(self) -> Family:
@@ -107,7 +114,7 @@ class ComponentFolder:
                 f"{self.config_path}: found {name}, the class of {OWN_CLASSES[name]} own code, expected a model of "
                 "diffusers; use the repository whose name ends in -Diffusers"
             )
-        return find_family(name)
+        return find_family(self.model_class)
 
     @property
     def served_family(self) -> Family | None:

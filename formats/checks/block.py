@@ -11,20 +11,24 @@ from omni_convert.formats.checks.unlisted import check_unlisted
 from omni_convert.formats.dialects.block_findings import FIX_BLOCK
 from omni_convert.formats.dialects.table import DIALECTS
 from omni_convert.formats.dialects.vllm_omni import missing_flag, serialized_flag
-from omni_convert.formats.families.table import find_family, model_class
 from omni_convert.formats.finding import Finding
 
 __all__ = ["check_block"]
 
 
 def check_block(
-    reading: TolerantReading, config: Mapping[str, Any], names: Mapping[str, str] = MappingProxyType({})
+    reading: TolerantReading,
+    config: Mapping[str, Any],
+    names: Mapping[str, str] = MappingProxyType({}),
+    *,
+    has_stage: bool = False,
 ) -> Iterator[Finding]:
     """Everything that is wrong with what is declared about a component.
 
     Args:
         config: its config.json; {} if there is none
         names: see `unlisted_linears`
+        has_stage: it is a repository of which vLLM-Omni builds one stage quantized
     """
     dialect = None if reading.quantized.dialect is None else DIALECTS[reading.quantized.dialect]
     if dialect is None or dialect.declared_by != "block":
@@ -33,8 +37,7 @@ def check_block(
         stored = {stem: layer.stored for stem, layer in reading.quantized.layers.items()}
         yield from dialect.check(reading.found, stored, config)
         is_of_diffusers = dialect.fills_vllm_omni_parameters and "_class_name" in config
-        has_stages = find_family(model_class(config)).stage is not None
-        if not is_of_diffusers and not has_stages:  # of these, `check_scope` knows what vLLM-Omni builds
+        if not is_of_diffusers and not has_stage:  # of these, `check_scope` knows what vLLM-Omni builds
             yield from check_unlisted(reading.quantized, names)
 
 

@@ -1,4 +1,4 @@
-"""LTX-Video and LTX-2."""
+"""LTX-Video, and LTX-2, whose file vLLM-Omni 0.32.0rc1 also reads into a transformer without all that is for video."""
 
 from __future__ import annotations
 

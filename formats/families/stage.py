@@ -40,6 +40,8 @@ class Stage:
         other_stages: patterns of the layers of stages that get the block of `hf_quant_config.json` as well
         fp8_refusals: kinds of FP8 that it does not load
         transformers_class: transformers' class of the stage, which calibrating runs; "" if there is none
+        signature: the class that config.json names although other models have it, too, and a tensor that this one alone
+            has, which vLLM-Omni looks for in the index; None if the class tells
         other_weights: files of weights beside those of the model, which are copied; vLLM-Omni would leave them out if
             an index listed the model's alone, so that these are one file
     """
@@ -51,6 +53,7 @@ class Stage:
     other_stages: tuple[str, ...] = ()
     fp8_refusals: tuple[Fp8Refusal, ...] = ()
     transformers_class: str = ""
+    signature: tuple[str, str] | None = None
     other_weights: tuple[str, ...] = ()
 
     def block_of(self, config: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from omni_convert.formats.errors import quoted
@@ -29,6 +29,7 @@ from omni_convert.formats.families.full_precision import (
     WAN_S2V,
 )
 from omni_convert.formats.families.glm_image import GLM_IMAGE
+from omni_convert.formats.families.hidream_o1 import HIDREAM_O1
 from omni_convert.formats.families.hunyuan_image_3 import HUNYUAN_IMAGE_3
 from omni_convert.formats.families.hunyuan_video import HUNYUAN_VIDEO_15
 from omni_convert.formats.families.krea_2 import KREA_2
@@ -50,7 +51,7 @@ from omni_convert.formats.families.sdxl import SDXL
 from omni_convert.formats.families.wan import WAN
 from omni_convert.formats.families.z_image import MING_IMAGE, Z_IMAGE
 
-__all__ = ["FAMILIES", "find_family", "model_class"]
+__all__ = ["FAMILIES", "find_family", "model_class", "repository_class"]
 
 FAMILIES = (
     Z_IMAGE,
@@ -93,6 +94,7 @@ FAMILIES = (
     QWEN_3_TTS,
     HUNYUAN_IMAGE_3,
     BAGEL,
+    HIDREAM_O1,
     OMNIGEN_2,
     MING_IMAGE,
 )
@@ -106,6 +108,15 @@ def find_family(model_class: str) -> Family:
     return Family(
         "generic", (model_class,), refusals=unknown_scope(quoted(model_class) if model_class else "this model")
     )
+
+
+def repository_class(named: str, has_tensor: Callable[[str], bool]) -> str:
+    """The class of a repository whose config names this one, which is another if a tensor says so."""
+    for family in FAMILIES:
+        signature = family.stage.signature if family.stage is not None else None
+        if signature is not None and signature[0] == named and has_tensor(signature[1]):
+            return family.model_classes[0]
+    return named
 
 
 def model_class(config: Mapping[str, Any]) -> str:

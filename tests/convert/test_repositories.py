@@ -1,4 +1,4 @@
-"""Diffusion models that diffusers has no class for: HunyuanImage-3.0, BAGEL, OmniGen2 and Ming-Image."""
+"""Diffusion models that diffusers has no class for: repositories of transformers, OmniGen2 and Ming-Image."""
 
 from __future__ import annotations
 
@@ -18,11 +18,12 @@ from omni_convert.convert import Recipe, convert_checkpoint
 from omni_convert.convert.calibration.pipeline_recorder import recording_identity
 from omni_convert.convert.inspection.contents import inspect_source
 from omni_convert.convert.inspection.verification import verify_source
+from omni_convert.convert.source.component_folder import ComponentFolder
 from omni_convert.convert.source.hub_selection import needed_files
 from omni_convert.convert.source.location import resolve_source
 from omni_convert.formats.checks.meaning import open_quantized
 from omni_convert.formats.errors import CalibrationError, RecipeError
-from omni_convert.formats.families.table import find_family
+from omni_convert.formats.families.family import Family
 from omni_convert.formats.statistics.layer_statistics import InputRecorder, observe
 from omni_convert.formats.statistics.statistics import Statistics
 from omni_convert.formats.views.base import dequantized_view
@@ -42,15 +43,27 @@ BAGEL = {
         for end in ("", "_moe_gen")
     ),
 }
+HIDREAM_O1 = {
+    *(f"model.language_model.layers.N.self_attn.{leaf}_proj" for leaf in "qkvo"),
+    *(f"model.language_model.layers.N.mlp.{leaf}_proj" for leaf in ("gate", "up", "down")),
+}
 #: Family and method → the names of the layers that are quantized.
 LAYERS = {
     **{("hunyuan_image_3", method): HUNYUAN_DENSE | HUNYUAN_EXPERTS for method in ("fp8", "nvfp4")},
     **{("hunyuan_image_3", method): HUNYUAN_DENSE for method in ("int8", "mxfp8", "mxfp4")},
     **{("bagel", method): BAGEL for method in ("fp8", "nvfp4", "mxfp8", "mxfp4")},
+    **{("hidream_o1", method): HIDREAM_O1 for method in ("fp8", "nvfp4", "int8")},
 }
 IGNORED = {
     "hunyuan_image_3": {f"layers.{number}.mlp.gate" for number in range(2)},
     "bagel": {"bagel.connector.fc1", "bagel.connector.fc2"},
+    "hidream_o1": {
+        "model.t_embedder1.mlp.0",
+        "model.t_embedder1.mlp.2",
+        "model.x_embedder.proj1",
+        "model.x_embedder.proj2",
+        "model.final_layer2.linear",
+    },
 }
 NAMES = [*IGNORED]
 
@@ -78,6 +91,10 @@ def findings(folder: Path) -> set[tuple[str, str]]:
     """Check and layer of every error."""
     (component,) = verify_source(resolve_source(folder))
     return {(finding.check, finding.layer) for finding in component.findings if finding.severity == "error"}
+
+
+def family_of(folder: Path) -> Family:
+    return ComponentFolder(resolve_source(folder), "").family
 
 
 def outcome(folder: Path) -> str:
@@ -242,7 +259,7 @@ def test_static_activations_have_one_scale_for_each_layer_of_the_runtime(
     assert block.get("quant_algo") == algorithm
     assert block.get("activation_scheme", "static") == "static"
     with open_quantized(tmp_path / "out") as quantized:
-        family = find_family(json.loads((tmp_path / "out" / "config.json").read_text())["architectures"][0])
+        family = family_of(tmp_path / "out")
         groups = family.layer_groups(dequantized_view(quantized), "vllm-omni", {"fp8"})
         layers = {*quantized.layers}
     overall = "weight_scale" if options.get("method") is None else "weight_scale_2"
@@ -265,7 +282,7 @@ def test_calibrating_needs_a_class_of_transformers(
         convert_checkpoint(repository(name), tmp_path / "out", Recipe(calib=tmp_path / "prompts.txt"))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ["hunyuan_image_3", "bagel"])
 def test_the_user_learns_with_which_deployment_the_result_runs(
     name: str, repository: Callable[[str], Path], tmp_path: Path
 ) -> None:
@@ -301,6 +318,9 @@ def test_a_repository_is_dequantized_to_one_without_a_block(
         ("bagel", "connector.fc1"),
         ("bagel", "vae2llm"),
         ("bagel", "language_model.lm_head"),
+        ("hidream_o1", "model.visual.blocks.0.mlp.linear_fc1"),
+        ("hidream_o1", "model.t_embedder1.mlp.2"),
+        ("hidream_o1", "lm_head"),
     ],
 )
 def test_verify_finds_a_layer_that_the_runtime_does_not_load_quantized(
@@ -357,7 +377,7 @@ def test_verify_finds_a_scale_for_each_row_of_merged_heads(converted: Callable[.
     with open_quantized(converted("hunyuan_image_3")) as quantized:
         shapes = {stem: layer.shape for stem, layer in quantized.layers.items()}
     for stem, (rows, _) in shapes.items():
-        replace_tensors(folder, stem, {"weight_scale": torch.ones(rows)}, keeps_weight=True)
+        replace_tensors(folder, stem, {"weight_scale": torch.ones(rows)})
     assert ("unsupported-family", "") in findings(folder)
     assert outcome(folder) == "wrong"
 
@@ -376,16 +396,14 @@ def store_as_fp8(folder: Path, stem: str) -> None:
     replace_tensors(folder, stem, {"weight": (weight / scale).to(torch.float8_e4m3fn), "weight_scale": scale})
 
 
-def replace_tensors(folder: Path, stem: str, tensors: dict[str, torch.Tensor], *, keeps_weight: bool = False) -> None:
+def replace_tensors(folder: Path, stem: str, tensors: dict[str, torch.Tensor]) -> None:
     """Puts tensors of a layer into the file that holds its weight, and into the index if there is one."""
+    added = {f"{stem}.{suffix}": tensor.contiguous() for suffix, tensor in tensors.items()}
     for path in folder.glob("model*.safetensors"):
         stored = load_file(path)
         if f"{stem}.weight" not in stored:
             continue
-        weight = {"weight": stored[f"{stem}.weight"]} if keeps_weight else {}
-        rest = {key: tensor for key, tensor in stored.items() if not key.startswith(f"{stem}.")}
-        added = {f"{stem}.{suffix}": tensor.contiguous() for suffix, tensor in {**weight, **tensors}.items()}
-        save_file(rest | added, path, metadata={"format": "pt"})
+        save_file(stored | added, path, metadata={"format": "pt"})
         index = folder / "model.safetensors.index.json"
         if index.exists():
             content = json.loads(index.read_text())
@@ -393,15 +411,31 @@ def replace_tensors(folder: Path, stem: str, tensors: dict[str, torch.Tensor], *
             index.write_text(json.dumps(content))
 
 
-@pytest.mark.parametrize(("name", "method"), [("hunyuan_image_3", "fp8"), ("bagel", "fp8")])
+@pytest.mark.parametrize(("name", "method"), [(name, "fp8") for name in NAMES])
 def test_every_layer_of_the_table_is_in_a_model(name: str, method: str, repository: Callable[[str], Path]) -> None:
-    config = json.loads((repository(name) / "config.json").read_text())
-    family = find_family(config["architectures"][0])
+    family = family_of(repository(name))
     with open_quantized(repository(name)) as quantized:
         groups = family.layer_groups(quantized.checkpoint, "vllm-omni", {method})
-    assert {re.sub(r"(?<=\.)\d+", "{}", group.runtime_name) for group in groups} == {
-        pattern.runtime_name for pattern in family.layers
+    numbers = re.compile(r"(?<=\.)(\d+|{})(?=\.|$)")
+    assert {numbers.sub("N", group.runtime_name) for group in groups} == {
+        numbers.sub("N", pattern.runtime_name) for pattern in family.layers
     }
+
+
+def test_hidream_o1_is_told_from_qwen3_vl_by_a_tensor_of_the_index(
+    repository: Callable[[str], Path], tmp_path: Path
+) -> None:
+    convert_checkpoint(repository("hidream_o1"), tmp_path / "out", Recipe())  # all would fit into one file
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    assert "model.final_layer2.linear.weight" in index["weight_map"]
+    plain = tmp_path / "qwen"
+    shutil.copytree(repository("hidream_o1"), plain)
+    (plain / "model.safetensors.index.json").unlink()
+    (plain / "model-00002-of-00002.safetensors").unlink()
+    (plain / "model-00001-of-00002.safetensors").rename(plain / "model.safetensors")
+    assert ComponentFolder(resolve_source(plain), "").stage is None
+    with pytest.raises(RecipeError, match="'Qwen3VLForConditionalGeneration' is not known here"):
+        convert_checkpoint(plain, tmp_path / "no", Recipe())
 
 
 def test_the_files_of_bagel_on_the_hub_are_needed() -> None:

@@ -114,10 +114,10 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 class Pipeline(nn.Module):
     """The part of a pipeline class of theirs that concerns the model."""
 
-    def __init__(self, config: Any, name: str, model: nn.Module, folder: str | None = None) -> None:
+    def __init__(self, config: Any, name: str, model: nn.Module, folder: str | None = None, prefix: str = "") -> None:
         super().__init__()
         source = importlib.import_module("vllm_omni.diffusion.model_loader.diffusers_loader").DiffusersPipelineLoader
-        prefix = f"{folder}." if folder is not None else ""
+        prefix = f"{folder}." if folder is not None else prefix
         self.weights_sources = [source.ComponentSource(config.model, folder, None, prefix, True)]
         self.add_module(name, model)
 
@@ -153,6 +153,14 @@ def bagel(config: Any) -> Pipeline:
     return Pipeline(config, "language_model", model)
 
 
+def hidream_o1(config: Any) -> Pipeline:
+    module = importlib.import_module("vllm_omni.diffusion.models.hidream_o1_image.hidream_o1_image_transformer")
+    settings = module.Qwen3VLConfig.from_pretrained(config.model)
+    assert config.model_class_name == "HiDreamO1ImagePipeline"
+    model = module.HiDreamO1ImageTransformer(settings, quant_config=config.quantization_config)
+    return Pipeline(config, "model", model, prefix="model.")
+
+
 def of_diffusers(module: str, name: str) -> Callable[[Any], Pipeline]:
     """A function of their config: the transformer of a pipeline in diffusers' layout."""
 
@@ -183,6 +191,7 @@ def ltx_2_audio(config: Any) -> Pipeline:
 
 
 MODELS: dict[str, Callable[[Any], Pipeline]] = {
+    "hidream_o1": hidream_o1,
     "ltx_2": ltx_2_audio,
     "hunyuan_image_3": hunyuan_image_3,
     "bagel": bagel,
@@ -251,6 +260,12 @@ LAYERS: dict[str, dict[str, tuple[tuple[str, ...], Callable[[Tensor], Tensor]]]]
         },
         **{f"audio_ff.net.{leaf}": ((f"audio_ff.net.{leaf}",), as_stored) for leaf in ("0.proj", "2")},
     },
+    "hidream_o1": {
+        "self_attn.qkv_proj": (tuple(f"self_attn.{leaf}_proj" for leaf in "qkv"), as_stored),
+        "self_attn.o_proj": (("self_attn.o_proj",), as_stored),
+        "mlp.gate_up_proj": (("mlp.gate_proj", "mlp.up_proj"), as_stored),
+        "mlp.down_proj": (("mlp.down_proj",), as_stored),
+    },
     "omnigen_2": {
         "attn.to_qkv": (tuple(f"attn.to_{leaf}" for leaf in "qkv"), as_stored),
         "attn.to_out.0": (("attn.to_out.0",), as_stored),
@@ -276,6 +291,7 @@ LAYERS: dict[str, dict[str, tuple[tuple[str, ...], Callable[[Tensor], Tensor]]]]
     },
 }
 BLOCKS = {
+    "hidream_o1": "model.language_model.layers.{}",
     "hunyuan_image_3": "model.layers.{}",
     "bagel": "language_model.model.layers.{}",
     "omnigen_2": "layers.{}",
@@ -284,6 +300,8 @@ BLOCKS = {
 }
 REFUSED = (("bagel", "int8"), ("omnigen_2", "nvfp4"), ("omnigen_2", "static fp8"))
 CASES = [(name, method) for name in BLOCKS for method in METHODS if (name, method) not in REFUSED]
+#: What stands before the names of the file in their pipelines.
+PLACES = {**dict.fromkeys(("omnigen_2", "ming_image", "ltx_2"), "transformer."), "hidream_o1": "model."}
 #: `_class_name` of the pipelines of those that are models in diffusers' layout.
 PIPELINES = {
     "omnigen_2": "OmniGen2Pipeline",
@@ -351,7 +369,7 @@ def test_every_linear_holds_what_we_wrote(
     for number in range(1 if name == "ltx_2" else 2):
         block = BLOCKS[name].format(number)
         for theirs, (leaves, in_order) in LAYERS[name].items():
-            module = modules[f"transformer.{block}.{theirs}" if name in PIPELINES else f"{block}.{theirs}"]
+            module = modules[f"{PLACES.get(name, '')}{block}.{theirs}"]
             assert type(module.quant_method).__name__ not in PLAIN, theirs
             for suffix, parameter in module.named_parameters(recurse=False):
                 if f"{block}.{leaves[0]}.{suffix}" not in stored:
