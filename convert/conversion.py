@@ -94,14 +94,14 @@ class Conversion:
         Raises:
             OmniConvertError: the recipe cannot be carried out, or the output is in the way.
         """
+        _check_budget(recipe)  # this and the next before anything is downloaded
         if output is not None and not dry_run:
-            destination_of(output).check(recipe)  # before anything is downloaded
+            destination_of(output).check(recipe)
         source = resolve_source(model, recipe.revision, stream=recipe.streams_source)
         source = replace(source, files=recipe.component_files)
         target = destination_of(output or f"{source.short_name}-{recipe.outcome}")
         if not dry_run:
             target.check(recipe, source)
-        _check_budget(recipe)
         if recipe.calibration:
             from omni_convert.formats.statistics.statistics import Statistics
 

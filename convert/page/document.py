@@ -154,9 +154,9 @@ def sortable_table(heads: Sequence[str], rows: Sequence[Sequence[Content | tuple
 
 
 def _cell(cell: Content | tuple[float, str]) -> Markup:
+    if isinstance(cell, float | int):
+        cell = cell, f"{cell:g}"
     if isinstance(cell, tuple):
         value, text = cell
-        return element("td", text, class_="number", data_value=repr(value))
-    if isinstance(cell, float | int):
-        return element("td", f"{cell:g}", class_="number", data_value=repr(cell))
+        return element("td", text, class_="number", data_value=repr(value).replace("inf", "Infinity"))  # as in scripts
     return element("td", cell)

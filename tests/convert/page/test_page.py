@@ -71,6 +71,12 @@ def test_elements_escape_what_is_not_markup() -> None:
     assert element("input", checked=True, hidden=False, data_x=1) == '<input checked data-x="1">'
 
 
+def test_cells_have_numbers_as_the_script_of_the_page_reads_them(read: Read) -> None:
+    rows = [[(float("inf"), "equal")], [(48.25, "48.2")], [3]]
+    cells = [attributes for tag, attributes in read(sortable_table(["PSNR dB"], rows)).tags if tag == "td"]
+    assert [attributes["data-value"] for attributes in cells] == ["Infinity", "48.25", "3"]
+
+
 def test_a_heat_map_has_a_row_for_each_block(read: Read) -> None:
     values = {f"layers.{block}.{role}": float(block) for block in range(3) for role in ("q", "k")}
     cells = read(heat_map([Measure("error", values), Measure("bits", values)])).tags

@@ -136,6 +136,8 @@ def test_the_nearest_size_can_be_had(analysis: Analysis, tiny_pipeline_folder: P
 def test_what_a_budget_needs(options: dict[str, Any], message: str, tiny_pipeline_folder: Path) -> None:
     with pytest.raises(RecipeError, match=message):
         Conversion.prepare(tiny_pipeline_folder, None, Recipe(**options))
+    with pytest.raises(RecipeError, match=message):  # before anything is downloaded
+        Conversion.prepare("nobody/nothing", None, Recipe(**options))
 
 
 @pytest.mark.parametrize(
