@@ -77,7 +77,7 @@ def load_pipeline(
         cache_backend, cache_config: a step cache and its settings, as `enable_step_cache` takes them
         memory: `full` loads all weights, `stream` leaves those of denoising models and text encoders in their files and
             brings each block when it runs, `auto` streams what does not fit. `stream:12` takes at most about 12 GB,
-            where several prompts share the blocks. Quantized models are loaded whole.
+            where several prompts share the blocks. GGUF, FP8 storage and quantized text encoders are not streamed.
         kwargs: passed to `DiffusionPipeline.from_pretrained`
 
     Raises:

@@ -116,8 +116,9 @@ class QuantizedLinear(nn.Module):
 
     @property
     def selection(self) -> Selection:
-        """The kernel that runs where the tensors are, and why. Assumes that the tensors are there."""
-        return self._selection_on(self.device)
+        """The kernel that runs where the tensors are, or ran last if they come only to run, and why."""
+        ran = [device for device in self._selections if device.type != "meta"]
+        return self._selection_on(ran[-1] if ran and self.device.type == "meta" else self.device)
 
     def select_kernel(self) -> None:
         """Chooses the kernel again, for the device where the tensors are.

@@ -24,7 +24,10 @@ from transformers.core_model_loading import build_glob_alternation
 
 from omni_convert.formats.containers.component import DENOISERS
 from omni_convert.formats.containers.json_file import read_json
+from omni_convert.formats.dialects.config_block import read_block
 from omni_convert.formats.errors import CheckpointError, RecipeError
+from omni_convert.formats.schemes.fp8_storage import Fp8Storage
+from omni_convert.loaders.loading.diffusers_quantizer import DiffusersConfig, DiffusersOmniQuantizer
 from omni_convert.loaders.loading.pipeline_files import INDEX, loaded_files, open_weights
 from omni_convert.loaders.loading.transformers_quantizer import names_in_model
 from omni_convert.loaders.memory.budget import MemoryChoice
@@ -89,10 +92,15 @@ class PipelineStream:
         )
 
     def _refusal(self, name: str) -> str | None:
-        config = self.folder / name / CONFIG
-        if config.is_file() and read_json(config).get("quantization_config"):
-            return f"holds '{name}' quantized"
+        block = self._block(name)
+        if block and (self._components[name][0] != "diffusers" or not _is_read(block)):
+            return f"holds '{name}' quantized in a form that is not streamed"
         return None if self._files(name) else f"holds '{name}' in other files than safetensors"
+
+    def _block(self, name: str) -> dict[str, Any]:
+        """The config block of a component; empty if it is not quantized."""
+        config = self.folder / name / CONFIG
+        return dict(read_json(config).get("quantization_config") or {}) if config.is_file() else {}
 
     def _files(self, name: str) -> list[Path]:
         return loaded_files(self.folder / name, self._components[name][0], self.arguments.get("variant"))
@@ -102,7 +110,17 @@ class PipelineStream:
         empty_model = _empty_model_of_diffusers if library == "diffusers" else empty_model_of_transformers
         model_class = getattr(importlib.import_module(library), class_name)
         model, dtypes = empty_model(model_class, self.folder / name, self.dtype)
-        streamer.add(name, model, bind(model, dtypes, self._files(name)), repeats=name in DENOISERS)
+        files, block = self._files(name), self._block(name)
+        if not block:
+            streamer.add(name, model, bind(model, dtypes, files), repeats=name in DENOISERS)
+            return model
+        quantizer = DiffusersOmniQuantizer(DiffusersConfig(block))
+        quantizer.maybe_update_loaded_keys([], [str(file) for file in files])
+        quantizer.preprocess_model(model)
+        plain = {name: dtype for name, dtype in dtypes.items() if name not in quantizer.loaded}
+        streamer.add(name, model, bind(model, plain, files), repeats=name in DENOISERS)
+        quantizer.postprocess_model(model)
+        model.hf_quantizer = quantizer
         return model
 
 
@@ -110,9 +128,22 @@ def memory_bytes(files: Sequence[Path], dtype: torch.dtype) -> int:
     """Bytes that the weights in some files take in memory, if floats become this dtype."""
     with open_weights(files) as checkpoint:
         return sum(
-            spec.nbytes // spec.dtype.itemsize * (dtype if spec.dtype.is_floating_point else spec.dtype).itemsize
+            spec.nbytes // spec.dtype.itemsize * (dtype if _is_plain(spec.dtype) else spec.dtype).itemsize
             for spec in checkpoint.values()
         )
+
+
+def _is_plain(dtype: torch.dtype) -> bool:
+    """Whether it is cast on loading; codes are not."""
+    return dtype.is_floating_point and dtype.itemsize > 1
+
+
+def _is_read(block: Mapping[str, Any]) -> bool:
+    """Whether our layers hold the tensors of a quantized model, and hold them as they are in the file or repacked."""
+    try:
+        return read_block(block).method != Fp8Storage.method
+    except CheckpointError:
+        return False
 
 
 def attach(pipeline: DiffusionPipeline, streamer: Streamer) -> None:

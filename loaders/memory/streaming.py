@@ -56,10 +56,21 @@ class StoredTensor:
         return self.nbytes // spec.dtype.itemsize * self.dtype.itemsize
 
     def settle(self, device: torch.device) -> None:
-        """Gives the modules a view of the file if that is what they compute with, or else a tensor without values."""
+        """Gives the modules a view of the file if that is what they compute with, or else a tensor without values.
+
+        A module that repacks what it gets keeps no view.
+        """
         stored = self.file.tensor(self.name)
-        self.is_ready = device.type == "cpu" and stored.dtype == self.dtype
-        self.put(stored if self.is_ready else torch.empty(stored.shape, dtype=self.dtype, device="meta"))
+        if device.type == "cpu" and stored.dtype == self.dtype:
+            self.put(stored)
+            module, name = self.places[0]
+            self.is_ready = getattr(module, name).data_ptr() == stored.data_ptr()
+        if not self.is_ready:
+            self.clear()
+
+    def clear(self) -> None:
+        """Gives the modules a tensor without values."""
+        self.put(torch.empty(self.file.specs[self.name].shape, dtype=self.dtype, device="meta"))
 
     def copy(self, device: torch.device) -> Tensor:
         """The values on a device, in the dtype in which they are computed with."""
@@ -276,7 +287,7 @@ class Streamer:
             if tensor.is_ready:
                 tensor.file.give_up(tensor.name)
             else:
-                tensor.settle(self.device)
+                tensor.clear()
         if self.at_give_up is not None:
             self.at_give_up(part)
 

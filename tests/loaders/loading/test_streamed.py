@@ -13,8 +13,9 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+from omni_convert.convert import Recipe, convert_checkpoint
 from omni_convert.formats.errors import CheckpointError, RecipeError
-from omni_convert.loaders import load_pipeline
+from omni_convert.loaders import kernel_report, load_pipeline
 from omni_convert.loaders.loading.streamed import PipelineStream, streamer_of
 from omni_convert.loaders.memory import budget
 from omni_convert.loaders.memory.streaming import Streamer
@@ -144,6 +145,35 @@ def test_a_streamed_pipeline_makes_the_same_image(tiny_pipeline_folder: Path, dt
         images.append(np.asarray(pipe("a", width=32, height=32, num_inference_steps=2, generator=noise).images[0]))
     assert np.array_equal(*images)
     assert streamer_of(pipe) is not None
+
+
+@pytest.mark.parametrize("method", ["fp8", "int8", "nvfp4", "mxfp4", "w4a16"])
+def test_a_quantized_denoiser_makes_the_same_image(method: str, tiny_pipeline_folder: Path, tmp_path: Path) -> None:
+    """The E2M1 codes of MXFP4 are packed when they come; the others stay as they are in the file."""
+    convert_checkpoint(tiny_pipeline_folder, tmp_path / "out", Recipe(method=method))
+    images, reports = [], []
+    for memory in ("full", "stream"):
+        pipe = load_pipeline(tmp_path / "out", memory=memory)
+        pipe.set_progress_bar_config(disable=True)
+        noise = torch.Generator().manual_seed(0)
+        images.append(np.asarray(pipe("a", width=32, height=32, num_inference_steps=2, generator=noise).images[0]))
+        reports.append([(layer.name, layer.format, layer.kernel) for layer in kernel_report(pipe)])
+    assert np.array_equal(*images)
+    assert reports[0] == reports[1]
+
+
+@pytest.mark.parametrize("component", [{"text_encoder": "fp8"}, {"transformer": "fp8_storage"}], ids=str)
+def test_other_quantized_models_are_loaded_whole(
+    component: dict[str, str], tiny_pipeline_folder: Path, tmp_path: Path
+) -> None:
+    recipe = Recipe(method="fp8", runtime="diffusers", component=component)
+    convert_checkpoint(tiny_pipeline_folder, tmp_path / "out", recipe)
+    (name,) = component
+    with pytest.raises(
+        RecipeError, match=f"holds '{name}' quantized in a form that is not streamed; use memory='full'"
+    ):
+        load_pipeline(tmp_path / "out", memory="stream")
+    assert streamer_of(load_pipeline(tmp_path / "out", memory="auto")) is None
 
 
 def test_a_component_of_the_caller_is_not_streamed(tiny_pipeline_folder: Path) -> None:
