@@ -63,9 +63,7 @@ def plan_quantized(
         return target.dtype_of_copy(spec, is_layer=spec.name in kept_weights)
 
     ordered = tuple(ordered_steps(target.weights, steps, dtype_of_copy))
-    listed = {name: fmt for group, fmt in formats.items() for name in target.written_group(group).names}
-    named = format_of | (listed if target.dialect.lists_runtime_names else {})
-    block = target.block(named, [group for group, _ in kept], encoder.quantized_stems if encoder else ())
+    block = target.block(format_of, [group for group, _ in kept], encoder.quantized_stems if encoder else ())
     return ComponentPlan(
         component.name,
         method,

@@ -77,17 +77,6 @@ def test_a_video_from_an_image(video_pipeline: Any, tmp_path: Path) -> None:
     assert not np.array_equal(*(np.asarray(frames[0]) for frames in videos))
 
 
-def test_the_frame_rate_reaches_the_pipeline(video_pipeline: Any, tmp_path: Path) -> None:
-    Image.new("RGB", (32, 32), "red").save(tmp_path / "image.png")
-    prompt = Prompt("a circle", tmp_path / "image.png")
-    slow, usual, default = (
-        pixels(run_pipeline(video_pipeline, [prompt], GenerationSettings(2, 32, 32, 9, frame_rate=rate), 0))
-        for rate in (2.0, 25.0, None)
-    )
-    assert np.array_equal(usual, default)  # the pipeline's own is 25
-    assert not np.array_equal(slow, usual)
-
-
 def test_images_where_none_are_taken_and_none_where_one_is_needed(
     pipe: Any, video_pipeline: Any, tmp_path: Path
 ) -> None:
@@ -143,7 +132,9 @@ def test_settings_of_a_pipeline_folder_and_what_overrides_them(tiny_pipeline_fol
 
 
 def test_the_signature_completes_the_settings(pipe: Any) -> None:
-    assert GenerationSettings(width=64).completed(pipe) == GenerationSettings(steps=50, width=64, guidance_scale=5.0)
+    assert GenerationSettings(width=64).completed(pipe) == GenerationSettings(
+        steps=50, width=64, guidance_scale=5.0, max_sequence_length=512
+    )
 
 
 @pytest.mark.parametrize(
@@ -160,7 +151,17 @@ def test_unknown_defaults_are_for_others(tmp_path: Path) -> None:
     assert GenerationSettings.for_pipeline(tmp_path) == GenerationSettings(height=64)
 
 
-@pytest.mark.parametrize("name", ["steps", "width", "height", "frames"])
+def test_prompts_are_cut_to_the_declared_length(pipe: Any, tmp_path: Path) -> None:
+    (tmp_path / DEFAULTS_FILE).write_text(json.dumps({"max_sequence_length": 4}))
+    settings = GenerationSettings.for_pipeline(tmp_path, {"steps": 1, "width": 32, "height": 32})
+    beginnings = [Prompt("a red circle at the top"), Prompt("a red circle on the left")]
+    cut, other = (pixels(run_pipeline(pipe, [prompt], settings, 0))[0] for prompt in beginnings)
+    assert np.array_equal(cut, other)
+    whole = pixels(run_pipeline(pipe, beginnings[:1], GenerationSettings(steps=1, width=32, height=32), 0))[0]
+    assert not np.array_equal(cut, whole)
+
+
+@pytest.mark.parametrize("name", ["steps", "width", "height", "frames", "max_sequence_length"])
 def test_numbers_are_positive(name: str) -> None:
     with pytest.raises(RecipeError, match=f"{name}: found 0"):
         GenerationSettings(**{name: 0})
