@@ -15,6 +15,7 @@ import logging
 import math
 import random
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +28,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 logger = logging.getLogger("train_demo_pipeline")
+
+#: Draws captions, and images in [-1, 1] as float32 [count, 3, height, width].
+Drawing = Callable[[random.Random, int], tuple[list[str], torch.Tensor]]
 
 IMAGE_SIZE = 64
 SUPERSAMPLING = 4
@@ -234,12 +238,12 @@ def build_transformer() -> ZImageTransformer2DModel:
     return model
 
 
-def train_vae(vae: AutoencoderKL, rng: random.Random, steps: int, batch: int) -> None:
+def train_vae(vae: AutoencoderKL, draw_images: Drawing, rng: random.Random, steps: int, batch: int) -> None:
     """Absolute and squared error, with a slight pull of the latents towards a normal distribution."""
     optimizer = torch.optim.AdamW(vae.parameters(), lr=2e-3, weight_decay=0.0, betas=(0.9, 0.99))
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps, pct_start=0.05)
     for step in range(steps):
-        _, images = draw_batch(rng, batch)
+        _, images = draw_images(rng, batch)
         with torch.autocast("cpu", torch.bfloat16):
             posterior = vae.encode(images).latent_dist
             decoded = vae.decode(posterior.sample()).sample
@@ -255,12 +259,14 @@ def train_vae(vae: AutoencoderKL, rng: random.Random, steps: int, batch: int) ->
 
 
 @torch.no_grad()
-def encode_data_set(vae: AutoencoderKL, rng: random.Random, count: int) -> tuple[list[str], torch.Tensor]:
+def encode_data_set(
+    vae: AutoencoderKL, draw_images: Drawing, rng: random.Random, count: int
+) -> tuple[list[str], torch.Tensor]:
     """Captions and latents [count, 8, 16, 16] of unit variance, by the shift and scale that this sets in the VAE."""
     captions: list[str] = []
     latents = []
     while len(captions) < count:
-        batch_captions, images = draw_batch(rng, min(128, count - len(captions)))
+        batch_captions, images = draw_images(rng, min(128, count - len(captions)))
         captions += batch_captions
         with torch.autocast("cpu", torch.bfloat16):
             latents.append(vae.encode(images).latent_dist.mean.float())
@@ -365,8 +371,8 @@ def main() -> None:
     torch.manual_seed(arguments.seed)
     tokenizer = build_tokenizer([random_scene(rng).describe() for _ in range(5000)])
     vae = build_vae()
-    train_vae(vae, rng, arguments.vae_steps, batch=8)
-    captions, latents = encode_data_set(vae, rng, arguments.images)
+    train_vae(vae, draw_batch, rng, arguments.vae_steps, batch=8)
+    captions, latents = encode_data_set(vae, draw_batch, rng, arguments.images)
     text_encoder = build_text_encoder(len(tokenizer), tokenizer.pad_token_id, tokenizer.eos_token_id)
     transformer = build_transformer()
     train_denoiser(
