@@ -70,7 +70,7 @@ def cells_of(name: str, folder: Path) -> Iterator[str]:
             continue
         cell = _judged(column, folder, tensors, limit)
         names = next((note for note in report.notes if "has diffusers' names, since" in note), None)
-        yield cell if names is None or cell == "right" else _shortened(names, kind)
+        yield cell if names is None else _shortened(names, kind)
 
 
 def _is_told(name: str) -> bool:

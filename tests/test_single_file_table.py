@@ -8,6 +8,8 @@ from types import ModuleType
 
 import pytest
 
+from omni_convert.formats.families.table import find_family
+
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "convert" / "source" / "README.md"
 
@@ -41,7 +43,15 @@ def test_every_model_has_a_line() -> None:
     assert numbers == {str(number + 1) for number in range(len(reasons))}
 
 
-@pytest.mark.parametrize("name", ["wan", "glm_image"])
+@pytest.mark.parametrize("name", ["wan", "cosmos_3"])
 def test_a_line_is_what_becomes_of_the_file(name: str, tmp_path: Path) -> None:
     lines, reasons = _page()
     assert SCRIPT.line_of(name, list(SCRIPT.cells_of(name, tmp_path)), list(reasons)) == lines[name]
+
+
+def test_the_refusals_of_vllm_omni_are_those_of_the_families() -> None:
+    lines, reasons = _page()
+    for name, (kind, _) in SCRIPT.MODELS.items():
+        refusal = find_family(kind).refusal("vllm-omni", "fp8", "vllm-omni")
+        cell = lines[name].split("|")[2].strip()
+        assert cell == "right" if refusal is None else reasons[int(cell.strip("()")) - 1] == refusal.reason, name

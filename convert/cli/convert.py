@@ -132,6 +132,7 @@ def convert_command(
 @click.command("dequantize")
 @click.argument("model", metavar="PATH")
 @click.option("-o", "--output", help="Folder, or a URL for fsspec. Default: ./<model name>-dequantized.")
+@click.option("--config", metavar="FILE|REPO_ID", help="Config of a single file that has none beside it.")
 @click.option(
     "--component",
     multiple=True,

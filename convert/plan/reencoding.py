@@ -78,6 +78,8 @@ def reencode(
     if dialect.lists_built_layers and not is_for_us:
         ignored = _ignored_by_vllm_omni(quantized, family, recipe)
         notes = [DIFFERING_SCALES] if _has_differing_scales(quantized, family, recipe) else []
+    elif dialect.has_original_names:  # and no block that lists any
+        ignored = []
     else:
         kept = {name: quantized.checkpoint[stored] for name, stored in quantized.kept.items()}
         ignored = [*other_linears(kept), *_runtime_names(quantized, family, recipe)]

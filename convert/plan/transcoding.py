@@ -66,7 +66,7 @@ def plan_transcoded(component: SourceComponent, recipe: Recipe, encoder: Compone
         view,
         steps,
         (),
-        replace_config(component.config_if_any, block, component.stage),
+        replace_config(component.written_config, block, component.stage),
         plan_files(steps, recipe, metadata, component),
         {stem: layer.format.label for stem, layer in quantized.items()},
         sidecars,

@@ -59,7 +59,7 @@ class SourceComponent(ComponentFolder):
     @property
     def written_config(self) -> dict[str, Any]:
         """The config for the result; {} if there is none that is certain."""
-        return self.config if self.is_config_certain else {}
+        return self.config_if_any if self.is_config_certain else {}
 
     @property
     def is_changed(self) -> bool:
@@ -145,10 +145,13 @@ def _with_config(component: SourceComponent, recipe: Recipe) -> SourceComponent:
         if component.name:
             raise RecipeError(f"--config: found with {component.source.name}, whose components have their own configs")
         return replace(component, given_config=read_given_config(recipe.config))
-    if component.has_config or component.path.is_dir() or recipe.is_transcoding:
+    is_kept = recipe.method == "keep" and bool(component.opened.layers)
+    if component.has_config or component.path.is_dir() or (recipe.is_transcoding and not is_kept):
         return component
     derived = derive_config(component.weights)
     needs_none = recipe.method == "gguf" or DIALECTS[recipe.dialect].has_original_names
+    if is_kept and (derived is None or (derived.undecided and not needs_none)):
+        return component
     if derived is None and not needs_none:
         raise missing_config(component.weights, component.config_path)
     if derived is None:
@@ -194,7 +197,7 @@ def _renamed(component: SourceComponent, recipe: Recipe) -> SourceComponent:
         if component.served_family is None or component.stage is not None:
             return component
         opened, notes = layers_under_original_names(component.opened, component.config)
-        return replace(component, opened=opened, weights=plain_weights(opened), notes=tuple(notes))
+        return replace(component, opened=opened, weights=plain_weights(opened), notes=(*component.notes, *notes))
     dialect = component.opened.dialect
     has_other_names = dialect is not None and (
         DIALECTS[dialect].has_converted_names or DIALECTS[dialect].has_original_names
@@ -208,7 +211,7 @@ def _renamed(component: SourceComponent, recipe: Recipe) -> SourceComponent:
         if not is_for_diffusers:
             return component
         opened, notes = layers_under_diffusers_names(component.opened, component.config)
-        return replace(component, opened=opened, weights=plain_weights(opened), notes=tuple(notes))
+        return replace(component, opened=opened, weights=plain_weights(opened), notes=(*component.notes, *notes))
     keeps_spare = recipe.method == "gguf" or DIALECTS[recipe.dialect].has_original_names
     weights, notes = under_diffusers_names(component.weights, component.config, dialect, keeps_spare=keeps_spare)
     return replace(component, weights=weights, notes=(*component.notes, *notes))

@@ -61,6 +61,7 @@ from omni_convert.formats.dialects.detection import (
 from omni_convert.formats.dialects.verdict import COMFYUI as RUNTIME
 from omni_convert.formats.dialects.verdict import CONVERT_FIRST, DIFFUSERS, NO_BLOCK, Verdict
 from omni_convert.formats.families.family import Family
+from omni_convert.formats.families.table import family_of_tensors
 from omni_convert.formats.finding import Finding
 from omni_convert.formats.format import Format, QuantizingFormat
 from omni_convert.formats.schemes.convrot_w4a4 import CONVROT_W4A4, ConvrotW4A4
@@ -190,7 +191,8 @@ class ComfyUi(Dialect):
         }
 
     def verdicts(self, component: JudgedComponent) -> list[Verdict]:
-        methods, family, checkpoint = component.methods, component.family, component.checkpoint
+        methods, checkpoint = component.methods, component.checkpoint
+        family = component.family or (None if checkpoint is None else family_of_tensors(checkpoint))
         needs = ", ".join(f"{method} on {HARDWARE[method]}" for method in sorted(methods & HARDWARE.keys()))
         found = [Verdict(RUNTIME, "loads", f"as it is marked; runs {needs}, else dequantizes"), *self.usual_verdicts]
         flaw = self.names_flaw(family, checkpoint) if family is not None and checkpoint is not None else None

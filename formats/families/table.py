@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from omni_convert.formats.containers.tensor_spec import TensorSpec
 from omni_convert.formats.errors import quoted
 from omni_convert.formats.families.bagel import BAGEL
 from omni_convert.formats.families.cosmos_3 import COSMOS_3
+from omni_convert.formats.families.derived_config import Shapes
 from omni_convert.formats.families.family import Family, unknown_scope
 from omni_convert.formats.families.flux_1 import FLUX_1
 from omni_convert.formats.families.flux_2 import FLUX_2
@@ -51,7 +53,7 @@ from omni_convert.formats.families.sdxl import SDXL
 from omni_convert.formats.families.wan import WAN
 from omni_convert.formats.families.z_image import MING_IMAGE, Z_IMAGE
 
-__all__ = ["FAMILIES", "find_family", "model_class", "repository_class"]
+__all__ = ["FAMILIES", "family_of_tensors", "find_family", "model_class", "repository_class"]
 
 FAMILIES = (
     Z_IMAGE,
@@ -117,6 +119,15 @@ def repository_class(named: str, has_tensor: Callable[[str], bool]) -> str:
         if signature is not None and signature[0] == named and has_tensor(signature[1]):
             return family.model_classes[0]
     return named
+
+
+def family_of_tensors(stored: Mapping[str, TensorSpec]) -> Family | None:
+    """The family whose tensors these are, under diffusers' names or original ones; None if they tell none."""
+    for family in FAMILIES:
+        shapes = Shapes(stored, family.known_names)
+        if any(all(sign in shapes for sign in rule.signs) for rule in family.config):
+            return family
+    return None
 
 
 def model_class(config: Mapping[str, Any]) -> str:

@@ -170,3 +170,21 @@ def test_a_file_has_comfyuis_names_and_stands_for_the_model(model: tuple[str, Pa
     for tensor, values in plain.items():
         error = relative_error(back[tensor], values)
         assert error < 0.03 if tensor in quantized else back[tensor].equal(values), tensor
+
+
+@pytest.mark.slow
+def test_a_quantized_model_is_kept_under_comfyuis_names_without_a_change(
+    model: tuple[str, Path], tmp_path: Path
+) -> None:
+    name, source = model
+    detected_by, layer, _ = EXPECTED[name]
+    convert_checkpoint(source, tmp_path / "int8", Recipe("int8", runtime="diffusers", device="cpu"))
+    convert_checkpoint(tmp_path / "int8", tmp_path / "kept", Recipe("keep", dialect="comfyui"))
+    tensors = load_file(tmp_path / "kept" / WEIGHTS)
+    assert tensors.keys() >= {*detected_by}
+    assert json.loads(bytes(tensors[f"{layer}.comfy_quant"].tolist())) == {"format": "int8_tensorwise"}
+    for folder in ("int8", "kept"):
+        run("dequantize", tmp_path / folder, "-o", tmp_path / f"{folder} back", "--quiet")
+    found, wanted = (load_file(tmp_path / f"{folder} back" / WEIGHTS) for folder in ("kept", "int8"))
+    assert found.keys() == wanted.keys()
+    assert all(tensor.equal(wanted[key]) for key, tensor in found.items())

@@ -24,6 +24,7 @@ from omni_convert.formats.containers.tensor_spec import TensorSpec
 from omni_convert.formats.containers.writer import bytes_of
 from omni_convert.formats.errors import CheckpointError, RecipeError
 from omni_convert.formats.families.table import find_family
+from omni_convert.formats.schemes.fp8 import Fp8
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 COMFYUI_PREFIX = "model.diffusion_model."
@@ -256,3 +257,32 @@ def test_a_model_that_nobody_knows_keeps_its_names_for_comfyui_and_is_refused_el
     report = convert_checkpoint(file, tmp_path / "out", Recipe(dialect="comfyui", device="cpu"))
     assert {name.removesuffix(".comfy_quant") for name in layers_of(tmp_path / "out") if "comfy" in name} == {*layers}
     assert any("its tensors do not tell the model: their names stay" in note for note in report.notes)
+
+
+def test_a_quantized_file_without_a_config_is_kept_under_the_names_of_its_reader(tmp_path: Path) -> None:
+    kind = "FluxTransformer2DModel"
+    saved(kind, FLUX, tmp_path / "model")
+    convert_checkpoint(tmp_path / "model", tmp_path / "ours", Recipe("int8", runtime="diffusers", device="cpu"))
+    convert_checkpoint(tmp_path / "ours", tmp_path / "comfyui", Recipe("keep", dialect="comfyui"))
+    file = tmp_path / "flux.safetensors"
+    (tmp_path / "comfyui" / WEIGHTS).rename(file)  # INT8: rows have scales of their own, so that layers can be joined
+    convert_checkpoint(file, tmp_path / "back", Recipe("keep", runtime="diffusers"))
+    found, wanted = layers_of(tmp_path / "back"), layers_of(tmp_path / "ours")
+    assert found.keys() == wanted.keys()
+    assert all(bytes_of(tensor) == bytes_of(wanted[name]) for name, tensor in found.items())
+    arguments = ["dequantize", str(file), "-o", str(tmp_path / "plain"), "--config", str(tmp_path / "model"), "--quiet"]
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 0, result.output
+    assert layers_of(tmp_path / "plain").keys() == layers_of(tmp_path / "model").keys()
+
+
+def test_the_verdict_of_comfyui_looks_at_names_without_a_config_too(tmp_path: Path) -> None:
+    kind = "WanTransformer3DModel"
+    tensors = saved(kind, WAN, tmp_path / "model")
+    for name, file in (("refuses", tensors), ("loads", original(tensors, kind))):
+        stem = "blocks.0.attn1.to_q" if name == "refuses" else "blocks.0.self_attn.q"
+        layer = {f"{stem}.{suffix}": each for suffix, each in Fp8().quantize(file[f"{stem}.weight"].float()).items()}
+        mark = torch.tensor(list(b'{"format": "float8_e4m3fn"}'), dtype=torch.uint8)
+        save_file({**file, **layer, f"{stem}.comfy_quant": mark}, tmp_path / "wan.safetensors")
+        shown = CliRunner().invoke(main, ["inspect", str(tmp_path / "wan.safetensors")]).output
+        assert f"ComfyUI: {name}" in shown
