@@ -1,4 +1,4 @@
-"""What a table says: which layers dominate the error, and which budgets are worth their bytes."""
+"""Sums up a table: which layers dominate the error, and which budgets are worth their bytes."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def _point_size(budget: Budget) -> int:
 
 
 def analysis_lines(analysis: Analysis, *, others: int) -> Iterator[str]:
-    """What `omni-convert analyze` prints.
+    """The lines that `omni-convert analyze` prints.
 
     Args:
         others: bytes of the files of weights beside those of the units

@@ -144,7 +144,7 @@ def _other_marks(reading: Reading) -> Iterator[Finding]:
             read = "another" if layer is None else layer.format.label
             yield Finding(
                 "error", "bad-mark", name, f"found marks of ComfyUI for {what}, but the config block says {read}",
-                "whoever heeds the other of the two", "remove the one that is wrong",
+                "readers that obey the other one", "remove the one that is wrong",
             )  # fmt: skip
 
 
