@@ -136,9 +136,14 @@ class Comparison:
     report: dict[str, Any]
 
     def pairs(self) -> list[tuple[Image, Image, str]]:
-        """Each image or frame of the reference, that of the candidate, and its prompt."""
+        """Each image or frame of the reference, that of the candidate, and its prompt, with the number of several."""
         texts = self.report["prompt"] if isinstance(self.report["prompt"], list) else [self.report["prompt"]]
-        labels = [text for text, output in zip(texts, self.reference.outputs, strict=True) for _ in output]
+        outputs = self.reference.outputs
+        labels = [
+            text if len(output) == 1 else f"{text} ({number + 1} of {len(output)})"
+            for text, output in zip(texts, outputs, strict=True)
+            for number in range(len(output))
+        ]
         return list(zip(self.reference.images, self.candidate.images, labels, strict=True))
 
 

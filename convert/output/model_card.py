@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 
 from omni_convert.convert.execution.component_result import LayerResult
+from omni_convert.convert.plan.component_plan import ComponentPlan
 from omni_convert.convert.plan.plan import Plan
 
 __all__ = ["model_card"]
@@ -108,12 +110,15 @@ def _tags(plan: Plan) -> set[str]:
         return set()
     if plan.recipe.method == "keep":
         return {"quantized", plan.recipe.dialect} if any(each.transcoded for each in plan.components) else set()
-    return {"quantized", *(component.method for component in plan.components)}
+    return {"quantized", *(method for component in plan.components for method in component.methods)}
 
 
 def _what(plan: Plan) -> str:
     """A phrase for what was done to the source."""
     recipe = plan.recipe
+    if recipe.budget is not None:
+        formats = " and ".join(_formats(component) for component in plan.components if component.is_mixed)
+        return f"quantized to **{formats}**, mixed for `{recipe.budget}`"
     if not recipe.is_transcoding:
         return f"quantized to **{recipe.method}**"
     labels = sorted({label for component in plan.components for label in component.transcoded.values()})
@@ -124,6 +129,14 @@ def _what(plan: Plan) -> str:
     return f"which is quantized ({', '.join(labels)}), written for **{recipe.dialect}** without changing a value,"
 
 
+def _formats(component: ComponentPlan) -> str:
+    """The formats of a component's layers; of a mixture with the number of layers of each."""
+    if not component.is_mixed:
+        return component.method
+    counts = Counter(component.labels.values())
+    return ", ".join(f"{count} {label}" for label, count in sorted(counts.items()))
+
+
 def _run(plan: Plan, title: str) -> str:
     """Instructions for running the result."""
     if not any(component.quantized_stems or component.transcoded for component in plan.components):
@@ -132,7 +145,8 @@ def _run(plan: Plan, title: str) -> str:
         return "Run it like the model before it was quantized."
     usual = plan.recipe.dialect
     component = next((each for each in plan.components if each.dialect != usual), plan.components[0])
-    return RUN.get(component.dialect, RUN_OTHER).format(
+    is_ours = component.is_mixed and component.dialect == "modelopt"  # in which vLLM-Omni reads mixtures
+    return RUN.get("vllm-omni" if is_ours else component.dialect, RUN_OTHER).format(
         title=title,
         dialect=component.dialect,
         model_class=component.config.get("_class_name", "ModelMixin"),
@@ -165,7 +179,7 @@ def _rows(plan: Plan, results: dict[str, Sequence[LayerResult]]) -> list[str]:
             f"{statistics.median(errors):.4f} | {worst.relative_error:.4f} ({worst.name})" if worst else "kept | kept"
         )
         rows.append(
-            f"| {component.name or 'model'} | {component.method} | {scheme} "
+            f"| {component.name or 'model'} | {_formats(component)} | {scheme} "
             f"| {len(layers) or len(component.transcoded)} | {len(component.kept)} "
             f"| {component.bytes_before / 1e6:.1f} MB | {component.bytes_after / 1e6:.1f} MB "
             f"| {shown} |"

@@ -21,7 +21,7 @@ from omni_convert.formats.statistics.statistics import Statistics
 __all__ = ["analysis_page", "comparison_page", "conversion_page", "verification_page"]
 
 MEGA = 1e6
-#: Prompts whose pictures are shown; the metrics of all are.
+#: Images or frames that are shown, evenly spread; the metrics are those of all.
 PICTURES_SHOWN = 8
 
 
@@ -145,7 +145,8 @@ def comparison_page(report: Mapping[str, Any], images: Sequence[tuple[Any, Any, 
         [index, prompt, *(_metric(each[name]) for name in ("psnr_db", "mae", "cosine_similarity", "relative_l2"))]
         for index, (each, (_, _, prompt)) in enumerate(zip(metrics["per_image_metrics"], images, strict=True))
     ]
-    pairs = [picture_pair(reference, candidate, prompt) for reference, candidate, prompt in images[:PICTURES_SHOWN]]
+    shown = images[:: -(-len(images) // PICTURES_SHOWN)]
+    pairs = [picture_pair(reference, candidate, prompt) for reference, candidate, prompt in shown]
     sections = [
         Section("Pictures", joined(pairs)),
         Section("Metrics", sortable_table(["image", "prompt", "PSNR dB", "MAE", "cosine", "relative L2"], rows)),

@@ -127,6 +127,11 @@ class ComponentPlan:
         return sum(spec.nbytes for specs in self.shards.files.values() for spec in specs)
 
     @property
+    def methods(self) -> set[str]:
+        """The methods of its layers, or what is done to the component where it is not quantized here."""
+        return {step.format.method for step in self.quantize_steps} or {self.method}
+
+    @property
     def labels(self) -> dict[str, str]:
         """The label of the format of each layer that is quantized here."""
         return {stem: step.format.label for step in self.quantize_steps for stem in step.group.members}

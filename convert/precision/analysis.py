@@ -191,9 +191,11 @@ class _Table:
         """
         targets = {name: self._target(name) for name in self.recipe.mixed_formats if name != KEPT}
         options: dict[LayerGroup, list[Option]] = {}
+        known = {*target_of(self.component, self.recipe.method, self.recipe).scope().groups}
         for name, target in targets.items():
             for group in choose_layers(target).chosen:
-                options.setdefault(group, []).append(self._option(name, target, group))
+                if group in known:
+                    options.setdefault(group, []).append(self._option(name, target, group))
         some_target = next(iter(targets.values()))
         return _by_stack([(group, self._unit(some_target, group, found)) for group, found in options.items()])
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,10 @@ def test_a_mixture_of_modelopt(tiny_pipeline_folder: Path, calibration: Path, tm
     # Readers look merged layers up by the runtime's names, and all of their parts have one format.
     assert algorithms["layers.0.attention.to_qkv"] == algorithms["layers.0.attention.to_v"]
     assert algorithms["layers.0.feed_forward.w13"] == algorithms["layers.0.feed_forward.w3"]
+    card = (tmp_path / "out" / "README.md").read_text()
+    counts = Counter(layer["format"] for layer in manifest["layers"].values())
+    assert f"**{counts['fp8 static']} fp8 static, {counts['nvfp4']} nvfp4**, mixed for `--target-size" in card
+    assert "vllm serve" in card
 
 
 @pytest.mark.parametrize(
