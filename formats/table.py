@@ -22,7 +22,7 @@ from omni_convert.formats.schemes.nf4 import Nf4
 from omni_convert.formats.schemes.nvfp4 import Nvfp4
 from omni_convert.formats.schemes.rotated_grid import W4a8, W6a8
 
-__all__ = ["FORMATS", "LOADABLE", "RUNNABLE", "build_format", "layer_formats"]
+__all__ = ["FORMATS", "LOADABLE", "RUNNABLE", "build_format", "is_named_by_dialect", "layer_formats"]
 
 #: Method to the class that holds its facts and builds its format.
 FORMATS: dict[str, type[QuantizingFormat]] = {
@@ -39,6 +39,11 @@ RUNNABLE = tuple(name for name in FORMATS if name != Gguf.method)
 LOADABLE = tuple(
     name for name in RUNNABLE if DIALECT_OF_METHOD.get(name) != "comfyui" and not FORMATS[name].is_named_by_dialect
 )
+
+
+def is_named_by_dialect(method: str) -> bool:
+    """Whether the tensors of a method have the names of its dialect; those of a mixture have canonical ones."""
+    return method in FORMATS and FORMATS[method].is_named_by_dialect
 
 
 def build_format(method: str, **options: Any) -> QuantizingFormat:

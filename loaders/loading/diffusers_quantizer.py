@@ -25,7 +25,7 @@ from omni_convert.formats.dialects import omni_convert, vllm_omni
 from omni_convert.formats.dialects.config_block import read_claimed_block
 from omni_convert.formats.errors import CheckpointError, RecipeError, counted
 from omni_convert.formats.format import Format
-from omni_convert.formats.table import FORMATS, LOADABLE
+from omni_convert.formats.table import LOADABLE, is_named_by_dialect
 from omni_convert.loaders.loading.install import install_quantized, quantized_layers, restore_linears, to_disk_state
 from omni_convert.loaders.loading.opened import OpenedLayers, spelled_state
 from omni_convert.loaders.loading.quantizer import ConfigBlock, LayerQuantizer
@@ -66,7 +66,7 @@ class DiffusersOmniQuantizer(LayerQuantizer, DiffusersQuantizer):  # type: ignor
         Layers that are read through their dialect count as loaded under their names in the model.
         """
         self._files = checkpoint_files
-        if not self.pre_quantized or not FORMATS[self.meaning.method].is_named_by_dialect:
+        if not self.pre_quantized or not is_named_by_dialect(self.meaning.method):
             return loaded_keys
         in_files, self.loaded = OpenedLayers(checkpoint_files, self.quantization_config.block).names()
         return [*({*loaded_keys} - in_files), *self.loaded]

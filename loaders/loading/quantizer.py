@@ -20,7 +20,7 @@ from omni_convert.formats.dialects.base import Dialect
 from omni_convert.formats.dialects.config_block import read_block
 from omni_convert.formats.schemes.int4 import DEFAULT_GROUP, Int4
 from omni_convert.formats.statistics.statistics import Statistics
-from omni_convert.formats.table import FORMATS
+from omni_convert.formats.table import is_named_by_dialect
 from omni_convert.loaders.layers.quantized_linear import QuantizedLinear
 from omni_convert.loaders.loading.group_fit import GroupFits
 from omni_convert.loaders.loading.install import install_empty_layers, refuse_unexpected, settle_compute_dtypes
@@ -139,7 +139,7 @@ class LayerQuantizer:
         if not self.pre_quantized:
             self._plan(model, files)
             return
-        if FORMATS[self.meaning.method].is_named_by_dialect:
+        if is_named_by_dialect(self.meaning.method):
             self.dialect = OpenedLayers(files, self.quantization_config.block).install(model, device_map)
             return
         with open_weights(files) as checkpoint:

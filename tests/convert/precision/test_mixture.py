@@ -20,6 +20,7 @@ from omni_convert.convert.recipe import Recipe
 from omni_convert.convert.source.location import resolve_source
 from omni_convert.formats.errors import CalibrationError, OmniConvertError, RecipeError
 from omni_convert.formats.statistics.statistics import Statistics
+from omni_convert.loaders import kernel_report, load_pipeline
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +64,9 @@ def test_a_mixture_of_modelopt(tiny_pipeline_folder: Path, calibration: Path, tm
     counts = Counter(layer["format"] for layer in manifest["layers"].values())
     assert f"**{counts['fp8 static']} fp8 static, {counts['nvfp4']} nvfp4**, mixed for `--target-size" in card
     assert "vllm serve" in card
+    pipe = load_pipeline(tmp_path / "out", "cpu")
+    loaded = {layer.name: layer.format for layer in kernel_report(pipe).layers}
+    assert loaded == {f"transformer.{name}": layer["format"] for name, layer in manifest["layers"].items()}
 
 
 @pytest.mark.parametrize(
