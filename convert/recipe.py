@@ -41,6 +41,8 @@ METHODS = (
     "w4a8",
     "w6a8",
     "nf4",
+    "svdquant_int4",
+    "svdquant_nvfp4",
     "gguf",
 )
 # Methods for components beside the transformers, which are stored quantized but run in BF16.

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from omni_convert.formats.arithmetic.encoding import Encoding
+from omni_convert.formats.arithmetic.smoothing import smoothed_input
 from omni_convert.formats.containers.tensor_spec import TensorSpec
 from omni_convert.formats.options import FormatOptions
 from omni_convert.formats.rows import InputStatistics, TensorLayout, TensorRows, WeightRows, iterate_rows
@@ -130,11 +131,33 @@ class Format(ABC):
     def dequantize(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """The weight that the tensors stand for, float32 [out, in]."""
 
+    def multiplied(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """The weight that scaled inputs are multiplied by, float32 [rows, in]: without the `mul_scale` in them."""
+        ones = {name: torch.ones_like(tensor) for name, tensor in tensors.items() if name == "mul_scale"}
+        return self.dequantize({**tensors, **ones})
+
+    def scale_inputs(self, inputs: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
+        """Inputs [rows, in] before they are rounded: times `mul_scale`, in their own dtype, as the runtime does."""
+        return smoothed_input(inputs, tensors)
+
+    def input_factors(self, constants: Mapping[str, Tensor]) -> Tensor | None:
+        """What `scale_inputs` multiplies each channel by, float32 [in]; None for ones."""
+        return constants.get("mul_scale")
+
+    def side_product(self, inputs: Tensor, tensors: Mapping[str, Tensor]) -> Tensor | None:
+        """What a branch of the layer adds to the product, in the dtype of the inputs [rows, out]; None without one.
+
+        Args:
+            inputs: as the layer gets them, [rows, in]
+            tensors: of the layer, or of some of its rows
+        """
+        return None
+
     def round_inputs(self, inputs: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
         """Inputs as the runtime's GEMM receives them: quantized and restored, or unchanged by default.
 
         Args:
-            inputs: any float dtype [rows, in], already multiplied by `mul_scale` if there is one
+            inputs: any float dtype [rows, in], scaled by `scale_inputs`
             tensors: of the layer
 
         Returns:
@@ -161,6 +184,7 @@ class Calibration(Enum):
     UNUSED = "activations are quantized at run time, statistics are not needed"
     INPUT_SCALE = "static activation scales"
     MUL_SCALE = "smoothing of activations into weights"
+    SMOOTHING = "smoothing of activations beside a branch of low rank"
     IMPORTANCE = "weights of the squared errors of columns"
 
 
@@ -264,6 +288,17 @@ class ElementFormat(QuantizingFormat):
     @abstractmethod
     def element_scale(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """The scale of each element in `weight`, without mul_scale: float32, broadcasts to [rows, in]."""
+
+    def element_values(self, rows: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
+        """What elements times their scales stand for, float32 [rows, in], a new tensor.
+
+        Args:
+            rows: of the weight, any float dtype [rows, in]
+            tensors: of these rows, and the constants
+        """
+        values = rows.float() / tensors.get("mul_scale", torch.ones(1, device=rows.device)).float()
+        minimum = self.element_minimum(tensors)
+        return values if minimum is None else values + minimum
 
     def element_minimum(self, tensors: Mapping[str, Tensor]) -> Tensor | None:
         """What is subtracted from each element times its scale, float32 [rows, in]; None if nothing is."""

@@ -30,6 +30,8 @@ DIALECT_OF_METHOD = {
     "w4a8": "comfyui",
     "w6a8": "comfyui",
     "nf4": "bitsandbytes",
+    "svdquant_nvfp4": "vllm-omni-svdquant",
+    "svdquant_int4": "nunchaku-lite",
 }
 #: Columns that share a scale of w4a16, as a user may choose: those of Marlin's kernels. Others' files may have any.
 GROUP_SIZES = (32, 64, 128)
@@ -92,6 +94,7 @@ class FormatChoices:
         "Rotate weights (ConvRot) with int8, for --dialect comfyui alone.",
         dialects={True: ("comfyui",)},
     )
+    rank: int | None = _choice(None, "Rank of the branch beside SVDQuant's weights. Default: 32.", metavar="N")
     double_quant: bool = _choice(False, "Quantize the scales of nf4 too: 0.516 bytes a weight instead of 0.5625.")
     search: bool = _choice(True, "Compute scales by rule instead of searching for the best.")
 

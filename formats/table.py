@@ -21,6 +21,7 @@ from omni_convert.formats.schemes.mxfp8 import Mxfp8
 from omni_convert.formats.schemes.nf4 import Nf4
 from omni_convert.formats.schemes.nvfp4 import Nvfp4
 from omni_convert.formats.schemes.rotated_grid import W4a8, W6a8
+from omni_convert.formats.schemes.svdquant import SvdQuantInt4, SvdQuantNvfp4
 
 __all__ = ["FORMATS", "LOADABLE", "RUNNABLE", "build_format", "is_named_by_dialect", "layer_formats"]
 
@@ -29,7 +30,7 @@ FORMATS: dict[str, type[QuantizingFormat]] = {
     kind.method: kind
     for kind in (
         *(Fp8, Int8, Mxfp8, Mxfp4, Mxfp4DualScale, Nvfp4, Fp8Storage, Int4),
-        *(ConvrotW4A4, W4a8, W6a8, Nf4, Gguf),
+        *(ConvrotW4A4, W4a8, W6a8, Nf4, SvdQuantInt4, SvdQuantNvfp4, Gguf),
     )
 }
 

@@ -31,6 +31,7 @@ from omni_convert.formats.schemes.mxfp4_dualscale import Mxfp4DualScale
 from omni_convert.formats.schemes.mxfp8 import Mxfp8
 from omni_convert.formats.schemes.nf4 import Nf4
 from omni_convert.formats.schemes.nvfp4 import Nvfp4
+from omni_convert.formats.schemes.svdquant import SvdQuantInt4, SvdQuantNvfp4
 
 Quantize = Callable[[Tensor], object]
 
@@ -48,6 +49,8 @@ FORMATS: dict[str, QuantizingFormat] = {
     "nvfp4": Nvfp4(),
     "nf4, nearest": Nf4(search=False),
     "nf4": Nf4(),
+    "svdquant_int4": SvdQuantInt4(),
+    "svdquant_nvfp4": SvdQuantNvfp4(),
 }
 
 

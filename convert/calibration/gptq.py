@@ -112,13 +112,10 @@ def quantize_compensated(
         constants: result of `fmt.constants(fitted)`
     """
     constants = {suffix: tensor.to(rows.device) for suffix, tensor in constants.items()}
-    mul_scale = constants.get("mul_scale", torch.ones(1, device=rows.device)).float()
-    values = rows.float() / mul_scale
     tensors = fmt.quantize_rows(rows, fitted)
     everything = {**tensors, **constants}
-    scale, minimum = fmt.element_scale(everything).expand(values.shape), fmt.element_minimum(everything)
-    if minimum is not None:
-        values += minimum
+    values = fmt.element_values(rows, everything)
+    scale = fmt.element_scale(everything).expand(values.shape)
     elements = torch.empty_like(values)
     for run in compensations:
         columns = slice(run.start, run.stop)

@@ -23,7 +23,7 @@ from omni_convert.convert.calibration.moments import InputMoments, Moments
 from omni_convert.convert.recipe import Recipe
 from omni_convert.convert.workers import one_thread
 from omni_convert.formats.arithmetic.encoding import Encoding
-from omni_convert.formats.arithmetic.smoothing import smoothed_input, split_input_rows
+from omni_convert.formats.arithmetic.smoothing import split_input_rows
 from omni_convert.formats.errors import CalibrationError
 from omni_convert.formats.families.layers import LayerGroup
 from omni_convert.formats.format import ElementFormat, QuantizingFormat
@@ -136,7 +136,7 @@ class CompensatedFormat(QuantizingFormat):
         moments = self.moments()
         _, held_out = split_input_rows(moments.sample)
         blocks = [block.to(device) for block in moments.without(held_out).blocks()]
-        fitted = _Fitted(base, constants, plan_compensation(_smoothed(blocks, constants)))
+        fitted = _Fitted(base, constants, plan_compensation(_scaled(blocks, self.base.input_factors(constants))))
         nearest = _Fitted(base, constants, ())
         if self.rounding == "auto" and not self._is_better(fitted, nearest, weights, held_out.to(device)):
             return nearest
@@ -159,7 +159,7 @@ class CompensatedFormat(QuantizingFormat):
     def _seen(self, inputs: Tensor, constants: Mapping[str, Tensor]) -> Tensor:
         """Inputs [samples, in] as the runtime's GEMM gets them: smoothed and rounded, float32."""
         on_device = {suffix: tensor.to(inputs.device) for suffix, tensor in constants.items()}
-        return self.base.round_inputs(smoothed_input(inputs, on_device), on_device) if len(inputs) else inputs.float()
+        return self.base.round_inputs(self.base.scale_inputs(inputs, on_device), on_device)
 
     def _is_better(self, fitted: _Fitted, other: _Fitted, weights: Sequence[WeightRows], held_out: Tensor) -> bool:
         """Whether `fitted` brings the group's outputs closer to those of the original weights than `other` does."""
@@ -171,27 +171,24 @@ class CompensatedFormat(QuantizingFormat):
             _, rows = next(iterate_rows(weight, self.row_multiple))
             wanted = plain @ rows.float().T
             for index, candidate in enumerate((fitted, other)):
-                stored = self._multiplied(self.quantize_rows(rows, candidate), candidate.constants)
-                difference = (seen @ stored.T).sub_(wanted)
+                difference = self._product(seen, plain, self.quantize_rows(rows, candidate), candidate).sub_(wanted)
                 errors[index] += float(difference.square_().sum(dtype=torch.float64))
         logger.info("gptq leaves %.4g of the squared output error of nearest rounding", errors[0] / (errors[1] or 1.0))
         return errors[0] < errors[1]
 
-    def _multiplied(self, tensors: Mapping[str, Tensor], constants: Mapping[str, Tensor]) -> Tensor:
-        """The weight that smoothed inputs are multiplied by, float32 [rows, in]; mul_scale is in the inputs already."""
-        everything = {
-            **tensors,
-            **{suffix: tensor.to(tensors["weight"].device) for suffix, tensor in constants.items()},
-        }
-        if "mul_scale" in everything:
-            everything["mul_scale"] = torch.ones_like(everything["mul_scale"])
-        return self.base.dequantize(everything)
+    def _product(self, seen: Tensor, plain: Tensor, tensors: Mapping[str, Tensor], fitted: _Fitted) -> Tensor:
+        """Outputs [samples, rows] of some rows of the weight, for inputs as the GEMM gets them and as they are."""
+        device = tensors["weight"].device
+        everything = {**tensors, **{suffix: tensor.to(device) for suffix, tensor in fitted.constants.items()}}
+        product = seen @ self.base.multiplied(everything).T
+        side = self.base.side_product(plain, everything)
+        return product if side is None else product + side
 
 
-def _smoothed(blocks: Sequence[Tensor], constants: Mapping[str, Tensor]) -> Sequence[Tensor]:
-    """Moments of the inputs multiplied by mul_scale, if there is one, each [columns, columns]."""
-    if "mul_scale" not in constants:
+def _scaled(blocks: Sequence[Tensor], factors: Tensor | None) -> Sequence[Tensor]:
+    """Moments of the inputs multiplied by a factor for each channel, if there are such, each [columns, columns]."""
+    if factors is None:
         return blocks
-    mul_scale = constants["mul_scale"].to(blocks[0].device).float()
-    pieces = torch.split(mul_scale, [len(block) for block in blocks])
+    factors = factors.to(blocks[0].device).float()
+    pieces = torch.split(factors, [len(block) for block in blocks])
     return [block * piece[:, None] * piece for block, piece in zip(blocks, pieces, strict=True)]

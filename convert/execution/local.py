@@ -12,7 +12,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -27,7 +27,7 @@ from omni_convert.convert.execution.memory import anonymous_memory
 from omni_convert.convert.execution.tile import Tile, sampled_rows, tiles_of
 from omni_convert.convert.plan.component_plan import ComponentPlan
 from omni_convert.convert.plan.steps import CopyStep, QuantizeStep, Step, matrix_shape
-from omni_convert.convert.workers import Workers
+from omni_convert.convert.workers import Workers, one_thread
 from omni_convert.formats.containers.shards import open_shard
 from omni_convert.formats.containers.writer import TensorWriter, bytes_of
 from omni_convert.formats.errors import CheckpointError, OutputError
@@ -229,7 +229,10 @@ def _record_of_earlier_run(work: Work, tile: Tile) -> Record | None:
 def _fit(work: Work, step: QuantizeStep) -> _Fit:
     for weight in step.weights:
         work.plan.checkpoint.prefetch(weight.name, PREFETCH_BYTES)
-    fitted = step.format.fit([CheckedRows(work, weight.name) for weight in step.weights], step.inputs)
+    rows = [CheckedRows(work, weight.name) for weight in step.weights]
+    # Sums over a whole weight end in other bits with other numbers of threads.
+    with one_thread() if step.format.fits_alone else nullcontext():
+        fitted = step.format.fit(rows, step.inputs)
     constants = {suffix: tensor.to(work.engine.device) for suffix, tensor in step.format.constants(fitted).items()}
     checksum = 0
     for suffix in sorted(constants):

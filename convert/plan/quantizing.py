@@ -23,6 +23,7 @@ from omni_convert.formats.dialects.base import WrittenSpelling
 from omni_convert.formats.families.layers import LayerGroup
 from omni_convert.formats.format import QuantizingFormat
 from omni_convert.formats.table import FORMATS
+from omni_convert.formats.views.base import with_biases
 
 __all__ = ["plan_quantized", "target_of"]
 
@@ -62,13 +63,14 @@ def plan_quantized(
     def dtype_of_copy(spec: TensorSpec) -> torch.dtype:
         return target.dtype_of_copy(spec, is_layer=spec.name in kept_weights)
 
-    ordered = tuple(ordered_steps(target.weights, steps, dtype_of_copy))
+    weights = with_biases(target.weights, format_of, target.dialect.bias_codec)
+    ordered = tuple(ordered_steps(weights, steps, dtype_of_copy))
     block = target.block(format_of, [group for group, _ in kept], encoder.quantized_stems if encoder else ())
     return ComponentPlan(
         component.name,
         method,
         target.dialect.name,
-        target.weights,
+        weights,
         ordered,
         KeptLayer.of(kept),
         replace_config(component.written_config, block, target.stage),

@@ -70,9 +70,11 @@ def reencode(
         RecipeError: the runtime cannot run the model.
     """
     dialect = DIALECTS[recipe.dialect]
+    if dialect.unproven is not None and not recipe.force:
+        raise RecipeError(f"--dialect {dialect.name}: {dialect.unproven}; --force writes it all the same")
     spellings = {stem: _spelling(layer, dialect, recipe) for stem, layer in quantized.layers.items()}
     formats = {stem: layer.format for stem, layer in quantized.layers.items()}
-    view = respelled_view(quantized, spellings)
+    view = respelled_view(quantized, spellings, dialect.bias_codec)
     notes: list[str] = []
     is_for_us = is_transformers or any(fmt.is_storage for fmt in formats.values())
     if dialect.lists_built_layers and not is_for_us:

@@ -39,6 +39,7 @@ from omni_convert.formats.families.stage import Stage
 from omni_convert.formats.format import Format, QuantizingFormat
 from omni_convert.formats.options import DIALECT_OF_METHOD
 from omni_convert.formats.schemes.int8 import Int8
+from omni_convert.formats.schemes.svdquant import SvdQuantNvfp4
 from omni_convert.formats.table import build_format
 
 __all__ = ["RuntimeTarget", "Scope", "StorageTarget", "Target", "linears_in_blocks", "other_linears"]
@@ -281,6 +282,9 @@ class RuntimeTarget(Target):
     def _refuse(self) -> None:
         """Raises RecipeError if the runtime cannot run the result, or if it would be too bad."""
         component, family = self.component, self.component.family
+        if self.dialect.unproven is not None and not self.recipe.force:
+            name, why = self.dialect.name, self.dialect.unproven
+            raise RecipeError(f"--dialect {name}: {why}; --force writes it all the same")
         refusal = family.refusal(self.recipe.runtime, self.method, self.dialect.name)
         is_forced = self.recipe.force and not (refusal is not None and refusal.is_final)
         is_encoder = bool(component.name) and component.is_transformers
@@ -348,8 +352,8 @@ class RuntimeTarget(Target):
 
     @property
     def notes(self) -> tuple[str, ...]:
-        notes = []
-        if DIALECT_OF_METHOD.get(self.method) == self.dialect.name:
+        notes = [] if self.dialect.unproven is None else [f"{self.dialect.name}: {self.dialect.unproven}"]
+        if DIALECT_OF_METHOD.get(self.method) == self.dialect.name and self.method != SvdQuantNvfp4.method:
             notes.append(f"{self.method} is written in the dialect {self.dialect.name}, the only one that holds it")
         if self.names is not None:
             notes.append(f"{self.component.label}: the file has {self.names.note}")

@@ -243,6 +243,10 @@ class Dialect(ABC):
     names_quantized_blocks: bool = False
     #: Methods whose layers may stand beside each other in a component, from few bits to many.
     mixed_methods: tuple[str, ...] = ()
+    #: How the biases of quantized layers are laid out; None for their natural order.
+    bias_codec: WritableCodec | None = None
+    #: Why files are only written with --force; None if their readers have run such files.
+    unproven: str | None = None
     #: Whether FP8 with dynamic activations has a scale for each row.
     is_dynamic_fp8_per_row: bool = False
 

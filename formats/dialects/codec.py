@@ -354,4 +354,6 @@ class Transposed(WritableCodec):
         return stored.T.to(layout.dtype).contiguous()
 
     def read(self, checkpoint: Checkpoint, name: str, layout: TensorLayout, start: int, stop: int) -> Tensor:
+        if not layout.rows_per_entry:
+            return self.decode(checkpoint.read(name), layout)
         return self.decode(checkpoint.read_columns(name, start, stop), layout)

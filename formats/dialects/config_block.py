@@ -6,7 +6,15 @@ from collections.abc import Mapping
 from typing import Any
 
 from omni_convert.formats.config import QuantizationConfig
-from omni_convert.formats.dialects import auto_round, bitsandbytes, modelopt_config, omni_convert, vllm_omni
+from omni_convert.formats.dialects import (
+    auto_round,
+    bitsandbytes,
+    modelopt_config,
+    nunchaku_lite,
+    omni_convert,
+    svdquant,
+    vllm_omni,
+)
 
 __all__ = ["read_block", "read_claimed_block"]
 
@@ -26,7 +34,8 @@ def read_claimed_block(block: Any, where: str = WHERE) -> QuantizationConfig | N
     """
     if isinstance(block, Mapping) and block.get("quant_method") == modelopt_config.MODELOPT:
         return modelopt_config.from_export(block, where) if modelopt_config.algorithm_of(block) else None
-    return auto_round.from_block(block) or bitsandbytes.from_block(block)
+    readers = (auto_round.from_block, bitsandbytes.from_block, svdquant.from_block, nunchaku_lite.from_block)
+    return next(filter(None, (read(block) for read in readers)), None)
 
 
 def read_block(block: Any, where: str = WHERE) -> QuantizationConfig:

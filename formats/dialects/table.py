@@ -27,6 +27,8 @@ PLACES = {
     "awq": "awq.AWQ",
     "bitsandbytes": "bitsandbytes.BITSANDBYTES",
     "vllm-omni": "vllm_omni.VLLM_OMNI",
+    "nunchaku-lite": "nunchaku_lite.NUNCHAKU_LITE",
+    "vllm-omni-svdquant": "svdquant.SVDQUANT",
     "transformers": "transformers.TRANSFORMERS",
     "unread": "unread.UNREAD",
     "comfyui": "comfyui.COMFYUI",

@@ -1,6 +1,6 @@
 """Quantized checkpoints of other tools that are named for what they are, and refused by every command.
 
-Nunchaku   NAME.qweight and NAME.wscales in the order of its kernels; header or block: svdquant, nunchaku_lite
+Nunchaku   NAME.qweight and NAME.wscales in the order of its kernels; header: svdquant
 quanto     NAME.weight._data and NAME.weight._scale
 others     by `quant_method` alone
 """
@@ -20,7 +20,6 @@ NUNCHAKU, QUANTO = "Nunchaku's SVDQuant", "optimum-quanto's layers"
 METHODS = {
     "svdquant": NUNCHAKU,
     "nunchaku": NUNCHAKU,
-    "nunchaku_lite": NUNCHAKU,
     "quanto": QUANTO,
     "sdnq": "SDNQ's layers",
     "hqq": "HQQ's layers",

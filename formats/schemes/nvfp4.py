@@ -31,7 +31,7 @@ from omni_convert.formats.format import Calibration, CodedFormat
 from omni_convert.formats.options import FormatOptions
 from omni_convert.formats.rows import InputStatistics, TensorLayout, WeightRows, sample_rows, weight_amax
 
-__all__ = ["NVFP4", "Nvfp4"]
+__all__ = ["NVFP4", "Nvfp4", "nvfp4_scales"]
 
 NVFP4 = Encoding(E2M1, torch.float8_e4m3fn, (1, NVFP4_BLOCK), outer_block=PER_TENSOR)
 # Below, the product of both scales would leave the normal float32 numbers.
@@ -139,12 +139,22 @@ class Nvfp4(CodedFormat):
 
     def _quantize_tile(self, tile: Tensor, global_scale: Tensor) -> dict[str, Tensor]:
         blocks = split_blocks(tile, NVFP4_BLOCK)
-        scale = nvfp4_block_scale(block_amax(blocks), global_scale)
-        if self.search:
-            scale, _ = _search_block_scale(blocks, scale, global_scale)
+        scale = nvfp4_scales(blocks, global_scale, search=self.search)
         elements = round_to_e2m1(blocks.div_((scale * global_scale)[..., None]))
         codes = encode_e2m1(join_blocks(elements, tile.shape[1]))
         return {"weight": pack_nibbles(codes), "weight_scale": scale.to(torch.float8_e4m3fn)}
+
+
+def nvfp4_scales(blocks: Tensor, global_scale: Tensor, *, search: bool) -> Tensor:
+    """The scale of each block: E4M3 values as float32 [rows, blocks].
+
+    Args:
+        blocks: float32 [rows, blocks, 16]
+        global_scale: float32 []
+        search: choose scales by error
+    """
+    scale = nvfp4_block_scale(block_amax(blocks), global_scale)
+    return _search_block_scale(blocks, scale, global_scale)[0] if search else scale
 
 
 def _search_block_scale(blocks: Tensor, scale: Tensor, global_scale: Tensor) -> tuple[Tensor, Tensor]:

@@ -21,6 +21,7 @@ from omni_convert.formats.containers.reader import TensorFile
 from omni_convert.formats.containers.tensor_spec import TensorSpec
 from omni_convert.formats.dialects.base import WrittenSpelling
 from omni_convert.formats.dialects.codec import WritableCodec
+from omni_convert.formats.dialects.table import DIALECTS
 from omni_convert.formats.errors import CheckpointError
 from omni_convert.formats.rows import TensorLayout, WeightRows
 from omni_convert.formats.views.opened import QuantizedCheckpoint, QuantizedLayer
@@ -34,6 +35,7 @@ __all__ = [
     "finite_part",
     "marked_view",
     "respelled_view",
+    "with_biases",
 ]
 
 
@@ -78,6 +80,50 @@ class KeptTensor(ViewedTensor):
 
     def whole(self) -> Tensor:
         return self.checkpoint.read(self.stored)
+
+
+@dataclass(frozen=True)
+class _Bias(ViewedTensor):
+    """A bias of a quantized layer in another order.
+
+    Attributes:
+        kept: the bias as it is stored
+        read_as, written_as: how it is laid out there, and here; None for its natural order
+    """
+
+    spec: TensorSpec
+    kept: ViewedTensor
+    read_as: WritableCodec | None
+    written_as: WritableCodec | None
+
+    @property
+    def sources(self) -> tuple[str, ...]:  # type: ignore[override]  # follows from the tensor
+        return self.kept.sources
+
+    def read(self, start: int, stop: int) -> Tensor:
+        bias = self.kept.read(0, self.spec.shape[0])
+        if self.read_as is not None:
+            bias = self.read_as.decode(bias, TensorLayout(bias.dtype, self.spec.shape, 0))
+        return (bias if self.written_as is None else self.written_as.encode(bias))[start:stop]
+
+
+def with_biases(checkpoint: Checkpoint, stems: Collection[str], codec: WritableCodec | None) -> Checkpoint:
+    """A checkpoint whose layers with these stems have biases in the order of a codec; None changes nothing."""
+    if codec is None:
+        return checkpoint
+    names = {f"{stem}.bias" for stem in stems}
+    kept = [KeptTensor(spec, checkpoint, name) for name, spec in checkpoint.items()]
+    tensors = [_spelled_bias(each, None, codec) if each.spec.name in names else each for each in kept]
+    return CheckpointView(checkpoint, tensors, checkpoint.storage if isinstance(checkpoint, CheckpointView) else None)
+
+
+def _spelled_bias(kept: KeptTensor, read_as: WritableCodec | None, written_as: WritableCodec | None) -> ViewedTensor:
+    """A bias in another order, in the dtype that the codec stores."""
+    if read_as == written_as:
+        return kept
+    stored = TensorLayout(kept.spec.dtype, kept.spec.shape)
+    dtype = stored.dtype if written_as is None else written_as.stored(stored).dtype
+    return _Bias(replace(kept.spec, dtype=dtype), kept, read_as, written_as)
 
 
 @dataclass(frozen=True)
@@ -298,14 +344,17 @@ def dequantized_view(quantized: QuantizedCheckpoint) -> CheckpointView:
     return _view(quantized, layers, storage, widens=True)
 
 
-def respelled_view(quantized: QuantizedCheckpoint, spellings: Mapping[str, WrittenSpelling]) -> CheckpointView:
+def respelled_view(
+    quantized: QuantizedCheckpoint, spellings: Mapping[str, WrittenSpelling], bias_codec: WritableCodec | None = None
+) -> CheckpointView:
     """Every layer in the tensors of another spelling, everything else as it is.
 
     Args:
         spellings: stem to spelling, of every layer
+        bias_codec: how the spelling lays out biases of these layers; None for their natural order
     """
     layers = {stem: _respelled(layer, spellings[stem]) for stem, layer in quantized.layers.items()}
-    return _view(quantized, layers)
+    return _view(quantized, layers, bias_codec=bias_codec)
 
 
 def _respelled(layer: QuantizedLayer, spelling: WrittenSpelling) -> list[ViewedTensor]:
@@ -342,13 +391,17 @@ def _view(
     storage: Mapping[str, torch.dtype] | None = None,
     *,
     widens: bool = False,
+    bias_codec: WritableCodec | None = None,
 ) -> CheckpointView:
     """The view with these tensors for the layers, in the order in which the source holds them.
 
     Args:
         widens: whether numbers that were cast to FP8 are shown in BF16
+        bias_codec: how biases of layers are laid out in the view
     """
     checkpoint = quantized.checkpoint
+    read_as = None if quantized.dialect is None else DIALECTS[quantized.dialect].bias_codec
+    biases = {f"{stem}.bias" for stem in quantized.layers}
     stem_of = {name: stem for stem, layer in quantized.layers.items() for name in layer.sources}
     new_names = {stored: name for name, stored in quantized.kept.items()}
     tensors: dict[str, ViewedTensor] = {}
@@ -358,6 +411,10 @@ def _view(
         elif stored in new_names:
             name = new_names[stored]
             kept = KeptTensor(replace(spec, name=name), checkpoint, stored)
-            is_widened = widens and spec.dtype in FLOAT8
-            tensors[name] = _Widened(replace(kept.spec, dtype=torch.bfloat16), kept) if is_widened else kept
+            if name in biases:
+                tensors[name] = _spelled_bias(kept, read_as, bias_codec)
+            elif widens and spec.dtype in FLOAT8:
+                tensors[name] = _Widened(replace(kept.spec, dtype=torch.bfloat16), kept)
+            else:
+                tensors[name] = kept
     return CheckpointView(checkpoint, list(tensors.values()), storage)

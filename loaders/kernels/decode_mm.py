@@ -16,7 +16,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from omni_convert.formats.arithmetic.scratch import Scratch
-from omni_convert.formats.arithmetic.smoothing import smoothed_input
 from omni_convert.formats.format import Format
 from omni_convert.formats.schemes.int8 import Int8
 from omni_convert.loaders.kernels.decoding import DECODERS, decode_rows, padded_columns, weight_unit
@@ -35,7 +34,15 @@ _WEIGHT = Scratch()
 
 
 def _decode_mm(x: Tensor, tensors: Mapping[str, Tensor], fmt: Format, bias: Tensor | None, is_rounded: bool) -> Tensor:
-    """`RunLinear`, with the input rounded as the runtime does, or only smoothed."""
+    """`RunLinear`, with the input rounded as the runtime does, or only scaled."""
+    out = _decoded_product(x, tensors, fmt, bias, is_rounded)
+    side = fmt.side_product(x, tensors)
+    return out if side is None else out.add_(side)
+
+
+def _decoded_product(
+    x: Tensor, tensors: Mapping[str, Tensor], fmt: Format, bias: Tensor | None, is_rounded: bool
+) -> Tensor:
     columns = x.shape[1]
     inputs = _prepare_input(x, tensors, fmt, is_rounded)
     bias = None if bias is None else bias.bfloat16()
@@ -64,7 +71,7 @@ def _prepare_input(x: Tensor, tensors: Mapping[str, Tensor], fmt: Format, is_rou
     step = max(1, CPU_TILE // columns) if x.device.type == "cpu" else max(1, rows)
     for start in range(0, rows, step):
         tile = x[start : start + step]
-        values = rounded_input(tile, tensors, fmt) if is_rounded else smoothed_input(tile, tensors).float()
+        values = rounded_input(tile, tensors, fmt) if is_rounded else fmt.scale_inputs(tile, tensors).float()
         inputs[start : start + step, :columns] = values * unit
     return inputs
 

@@ -62,7 +62,7 @@ def weight_unit(fmt: Format, tensors: Mapping[str, Tensor]) -> Tensor | float:
 
 
 def decode_rows(fmt: Format, tensors: Mapping[str, Tensor], start: int, columns: int, out: Tensor) -> None:
-    """Rows of the weight over `weight_unit`, without mul_scale.
+    """Rows of the weight that scaled inputs are multiplied by (`Format.multiplied`), over `weight_unit`.
 
     Args:
         fmt: any format
@@ -84,10 +84,8 @@ def _dequantize_rows(fmt: Format, tensors: Mapping[str, Tensor], rows: slice, co
     for suffix, layout in fmt.layout(len(tensors["weight"]), columns).items():
         is_of_rows = layout.rows_per_entry > 0
         tile[suffix] = tensors[suffix][layout.entries_of(first, last)] if is_of_rows else tensors[suffix]
-    if "mul_scale" in tile:
-        tile["mul_scale"] = torch.ones_like(tile["mul_scale"])
     out[:, columns:] = 0
-    out[:, :columns] = fmt.dequantize(disk_tensors(fmt, tile, columns))[rows.start - first : rows.stop - first]
+    out[:, :columns] = fmt.multiplied(disk_tensors(fmt, tile, columns))[rows.start - first : rows.stop - first]
 
 
 def _decode_fp8(_fmt: Fp8, tensors: Mapping[str, Tensor], rows: slice, _columns: int, out: Tensor) -> None:

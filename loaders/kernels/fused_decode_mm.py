@@ -13,7 +13,6 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from omni_convert.formats.arithmetic.smoothing import smoothed_input
 from omni_convert.formats.format import Format
 from omni_convert.loaders.kernels.decoding import DECODERS, Operands
 from omni_convert.loaders.kernels.fused_activation import on_device_of
@@ -61,7 +60,7 @@ def _(
 
 def run_fused(x: Tensor, tensors: Mapping[str, Tensor], fmt: Format, bias: Tensor | None, is_rounded: bool) -> Tensor:
     """`RunLinear`, with the input rounded as the runtime does, or only smoothed."""
-    inputs = rounded_input(x, tensors, fmt) if is_rounded else smoothed_input(x, tensors)
+    inputs = rounded_input(x, tensors, fmt) if is_rounded else fmt.scale_inputs(x, tensors)
     operands = DECODERS[type(fmt)].operands
     assert operands is not None, "the kernel declines such formats"
     out: Tensor = _triton_decode_mm(

@@ -10,7 +10,6 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from omni_convert.formats.arithmetic.smoothing import smoothed_input
 from omni_convert.formats.format import Format
 
 __all__ = ["Activations", "Kernel", "LayerTraits", "Requirements", "RunLinear", "rounded_input"]
@@ -126,4 +125,4 @@ class Kernel:
 
 def rounded_input(x: Tensor, tensors: Mapping[str, Tensor], fmt: Format) -> Tensor:
     """The input [M, in] as the runtime's GEMM sees it: smoothed, quantized and restored, float32."""
-    return fmt.round_inputs(smoothed_input(x.detach(), tensors), tensors)  # rounding has no derivative
+    return fmt.round_inputs(fmt.scale_inputs(x.detach(), tensors), tensors)  # rounding has no derivative

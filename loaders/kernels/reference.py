@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -21,16 +20,15 @@ __all__ = ["REFERENCE", "WEIGHT_ONLY"]
 
 
 def _stored_weight(x: Tensor, tensors: Mapping[str, Tensor], fmt: Format) -> Tensor:
-    """The weight that the runtime's GEMM sees, float32 [out, in]: without mul_scale, which is in the input."""
-    tensors = disk_tensors(fmt, tensors, x.shape[1])
-    if "mul_scale" in tensors:
-        tensors["mul_scale"] = torch.ones_like(tensors["mul_scale"])
-    return fmt.dequantize(tensors)
+    """The weight that the runtime's GEMM sees, float32 [out, in]."""
+    return fmt.multiplied(disk_tensors(fmt, tensors, x.shape[1]))
 
 
 def _run_reference(x: Tensor, tensors: Mapping[str, Tensor], fmt: Format, bias: Tensor | None) -> Tensor:
     bias = None if bias is None else bias.float()
-    return F.linear(rounded_input(x, tensors, fmt), _stored_weight(x, tensors, fmt), bias).to(x.dtype)
+    out = F.linear(rounded_input(x, tensors, fmt), _stored_weight(x, tensors, fmt), bias)
+    side = fmt.side_product(x.float(), tensors)
+    return (out if side is None else out + side).to(x.dtype)
 
 
 def _run_weight_only(x: Tensor, tensors: Mapping[str, Tensor], fmt: Format, bias: Tensor | None) -> Tensor:

@@ -18,6 +18,7 @@ from omni_convert.formats.dialects.base import Dialect, WrittenSpelling
 from omni_convert.formats.dialects.found import Found
 from omni_convert.formats.errors import CheckpointError
 from omni_convert.formats.format import Format
+from omni_convert.formats.rows import TensorLayout
 from omni_convert.formats.views.opened import QuantizedLayer, read_layers
 from omni_convert.loaders.layers.quantized_linear import QuantizedLinear
 from omni_convert.loaders.loading.pipeline_files import open_weights
@@ -44,9 +45,11 @@ class OpenedLayers:
             CheckpointError: a layer is damaged, or its meaning is not certain.
         """
         with open_weights(self.files) as checkpoint:
-            _, layers = self._read(checkpoint)
+            dialect, layers = self._read(checkpoint)
             in_files = {name for layer in layers.values() for name in layer.sources}
-            return in_files, {f"{stem}.{suffix}" for stem, layer in layers.items() for suffix in layer.tensors}
+            in_model = {f"{stem}.{suffix}" for stem, layer in layers.items() for suffix in layer.tensors}
+            biases = {f"{stem}.bias" for stem in layers if f"{stem}.bias" in checkpoint}
+            return in_files, in_model | (biases if dialect.bias_codec is not None else set())
 
     def install(self, model: nn.Module, device_map: Any) -> Dialect:
         """Replaces linears of a model by the layers of the files.
@@ -71,7 +74,12 @@ class OpenedLayers:
                     raise CheckpointError(f"{checkpoint.path}: {stem}.{flaw}; download it or convert it again")
                 device = _device_of(stem, device_map)
                 tensors = {suffix: tensor.to(device) for suffix, tensor in tensors.items()}
-                installed = QuantizedLinear(layer.format, tensors, linear.bias, in_features=layer.shape[1])
+                bias = linear.bias
+                if dialect.bias_codec is not None and bias is not None:
+                    stored = checkpoint.read(f"{stem}.bias")
+                    layout = TensorLayout(stored.dtype, layer.shape[:1], 0)
+                    bias = nn.Parameter(dialect.bias_codec.decode(stored, layout).to(device), requires_grad=False)
+                installed = QuantizedLinear(layer.format, tensors, bias, in_features=layer.shape[1])
                 model.set_submodule(stem, installed)
         return dialect
 
@@ -121,4 +129,6 @@ def spelled_state(
         assert isinstance(spelling, WrittenSpelling), "it was read in this dialect"
         tensors = {suffix: state.pop(f"{stem}.{suffix}") for suffix in fmt.layout(rows, in_features)}
         state |= {f"{stem}.{name}": tensor for name, tensor in spelling.encode(tensors).items()}
+        if dialect.bias_codec is not None and f"{stem}.bias" in state:
+            state[f"{stem}.bias"] = dialect.bias_codec.encode(state[f"{stem}.bias"])
     return state
