@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Callable, Collection, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib import import_module
@@ -55,8 +55,11 @@ def may_have_original_names(checkpoint: Checkpoint, dialect: str | None = None) 
     Args:
         dialect: of its quantized layers; None if there are none
     """
-    is_for_diffusers = all(name.startswith(DIFFUSERS_FILES) for name in checkpoint.files)
-    return not is_for_diffusers or (dialect is not None and DIALECTS[dialect].has_original_names)
+    return not _are_of_diffusers(checkpoint.files) or (dialect is not None and DIALECTS[dialect].has_original_names)
+
+
+def _are_of_diffusers(files: Iterable[str]) -> bool:
+    return all(name.startswith(DIFFUSERS_FILES) for name in files)
 
 
 def prefixes_of(checkpoint: Checkpoint) -> list[str]:
@@ -221,6 +224,8 @@ def _trace(checkpoint: Checkpoint, config: Mapping[str, Any], *, keeps_spare: bo
     shapes = shapes_of(getattr(diffusers, kind), config)
     if shapes.keys() <= checkpoint.keys():
         return None
+    if _are_of_diffusers(checkpoint.files) and checkpoint.keys() <= shapes.keys():
+        return None  # a part of the model, under diffusers' names
     specs = {name: TensorSpec(name, torch.float32, shape) for name, shape in shapes.items()}
     for prefix in ("", *prefixes):
         stored = without_prefix(checkpoint, prefix)
@@ -299,10 +304,18 @@ def refuse_other_model(
 
 
 def shapes_of(model: Any, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Name → shape of every tensor of the model that a config describes."""
+    """Name → shape of every tensor of the model that a config describes.
+
+    Raises:
+        CheckpointError: the class refuses the config.
+    """
     plain = {key: value for key, value in config.items() if key != "quantization_config"}
-    with torch.device("meta"), quiet("diffusers"):
-        built = model.from_config(plain)
+    try:
+        with torch.device("meta"), quiet("diffusers"):
+            built = model.from_config(plain)
+    except Exception as error:  # noqa: BLE001  # constructors fail in any way with configs that nobody has tried
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise CheckpointError(f"found a config that {model.__name__} refuses ({reason}), expected its own") from None
     return {name: tuple(tensor.shape) for name, tensor in built.state_dict().items()}
 
 

@@ -89,7 +89,7 @@ def test_inf_in_a_cast_is_refused(method: str, tiny_pipeline_folder: Path, tmp_p
         convert_checkpoint(tmp_path / "model", tmp_path / "out", Recipe(method))
 
 
-@pytest.mark.parametrize("stem", ["layers.0.attention.to_q", "layers.1.feed_forward.w2"])
+@pytest.mark.parametrize("stem", ["layers.0.attention.qkv", "layers.1.feed_forward.w2"])
 @pytest.mark.parametrize("method", ["dequantize", "fp8", "keep"])
 def test_a_layer_without_a_mark_beside_marked_ones_is_refused(
     method: str, stem: str, tiny_pipeline_folder: Path, tmp_path: Path
