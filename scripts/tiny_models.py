@@ -41,6 +41,16 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "qwen_image": ("QwenImageTransformer2DModel", {**JOINT, "num_layers": 2, "axes_dims_rope": ROPE}),
+    "qwen_image_21": (
+        "QwenImage21Transformer2DModel",
+        {
+            "num_layers": 2,
+            "attention_head_dim": 64,
+            "num_attention_heads": 2,
+            "context_in_dim": 128,
+            "axes_dims_rope": ROPE,
+        },
+    ),
     "flux_1": (
         "FluxTransformer2DModel",
         {**DUAL, "pooled_projection_dim": 64, "axes_dims_rope": ROPE, "guidance_embeds": True},
@@ -251,6 +261,18 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
             "num_layerwise_text_blocks": 1,
             "num_refiner_text_blocks": 1,
             "axes_dims_rope": ROPE,
+        },
+    ),
+    "cosmos_3": (
+        "Cosmos3OmniTransformer",
+        {
+            "head_dim": 64,
+            "hidden_size": 128,
+            "intermediate_size": 256,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 2,
+            "num_hidden_layers": 1,
+            "vocab_size": 128,
         },
     ),
     "minimax_h3": (

@@ -47,6 +47,8 @@ DEFAULTS_KEYS = {
     "negative_prompt": "negative_prompt",
     "num_images_per_prompt": "images_per_prompt",
     "max_sequence_length": "max_sequence_length",
+    "frame_rate": "frame_rate",
+    "system_prompt": "system_prompt",
 }
 #: Names of the scale of classifier-free guidance. Some pipelines also have `guidance_scale` as an input of distilled
 #: models, which is None by default.
@@ -65,6 +67,8 @@ class GenerationSettings:
         guidance_scale: scale of classifier-free guidance, by whatever name the pipeline has for it
         guidance_scale_2: that of the second expert (Wan2.2); None uses the first one's
         max_sequence_length: number of tokens to which a prompt is padded or cut
+        frame_rate: frames per second that the model makes a video for (LTX)
+        system_prompt: instruction to the text encoder (Lumina 2, LTX-2)
 
     Raises:
         RecipeError: a number is not positive.
@@ -79,11 +83,13 @@ class GenerationSettings:
     guidance_scale_2: float | None = None
     images_per_prompt: int = 1
     max_sequence_length: int | None = None
+    frame_rate: float | None = None
+    system_prompt: str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("steps", "width", "height", "frames", "images_per_prompt", "max_sequence_length"):
+        for name in ("steps", "width", "height", "frames", "images_per_prompt", "max_sequence_length", "frame_rate"):
             value = getattr(self, name)
-            if value is not None and value < 1:
+            if value is not None and (value < 1 if name != "frame_rate" else not value > 0):
                 raise RecipeError(f"{name}: found {value}, expected a positive number")
 
     @classmethod
@@ -359,8 +365,10 @@ def _declared(path: Path) -> dict[str, Any]:
 
 
 def _is_sound(name: str, value: object) -> bool:
-    if name == "negative_prompt":
+    if name in ("negative_prompt", "system_prompt"):
         return isinstance(value, str)
     if isinstance(value, bool) or not isinstance(value, int | float) or value < 0:
         return False
+    if name == "frame_rate":
+        return value > 0
     return name.startswith("guidance_scale") or (isinstance(value, int) and value > 0)

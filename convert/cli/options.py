@@ -41,7 +41,14 @@ PARALLEL_OPTIONS = (
 )
 SETTINGS = (
     *("steps", "width", "height", "frames", "guidance_scale", "guidance_scale_2"),
-    *("negative_prompt", "images_per_prompt"),
+    *("negative_prompt", "images_per_prompt", "frame_rate", "system_prompt"),
+)
+#: Options of vLLM-Omni's comparison tool that no pipeline of diffusers has a parameter for: type, and the value that
+#: changes nothing.
+WITHOUT_PARAMETER: tuple[tuple[str, Any, Any], ...] = (
+    ("--timesteps-shift", float, 1.0),
+    ("--cfg-schedule", click.Choice(("constant", "linear")), "constant"),
+    ("--use-system-prompt", str, "None"),
 )
 
 
@@ -194,6 +201,8 @@ def generation_options(command: Command) -> Command:
             click.option("--guidance-scale-2", type=float, help="Of the second expert (Wan2.2)."),
             click.option("--flow-shift", type=float, help="Shift of the scheduler's noise levels."),
             click.option("--negative-prompt"),
+            click.option("--system-prompt", help="Instruction to the text encoder, of pipelines that take one."),
+            click.option("--frame-rate", type=float, help="Frames per second that the model makes a video for."),
             click.option("--num-images-per-prompt", "images_per_prompt", type=click.IntRange(1)),
             click.option(
                 "--fps",
@@ -217,6 +226,18 @@ def serving_options(command: Command) -> Command:
         command = click.option(
             name, type=int, default=1, expose_value=False, callback=_require_one, help="1: one device runs each model."
         )(command)
+    for name, kind, neutral in WITHOUT_PARAMETER:
+        command = click.option(
+            name, type=kind, default=neutral, expose_value=False, callback=_require_default, help=f"{neutral} alone."
+        )(command)
+    for name, help_text in (
+        ("--use-norm", "Refused: no pipeline of diffusers has it."),
+        ("--step-execution/--no-step-execution", "Accepted: how a server schedules steps, which changes no image."),
+    ):
+        callback = _require_default if name == "--use-norm" else None
+        command = click.option(
+            name, is_flag=True, default=False, expose_value=False, callback=callback, help=help_text
+        )(command)
     for side in ("reference", "candidate"):
         command = click.option(
             f"--{side}-load-format", type=click.Choice(("default",)), default="default", expose_value=False
@@ -228,6 +249,12 @@ def serving_options(command: Command) -> Command:
 def _require_one(_context: click.Context, option: click.Parameter, value: int) -> None:
     if value != 1:
         raise RecipeError(f"{option.opts[0]}: found {value}, but one device runs each model, expected 1")
+
+
+def _require_default(_context: click.Context, option: click.Parameter, value: Any) -> None:
+    if value != option.default:
+        hint = "; --flow-shift shifts the scheduler's noise levels" if option.opts[0] == "--timesteps-shift" else ""
+        raise RecipeError(f"{option.opts[0]}: found {value}, but no pipeline of diffusers has such a parameter{hint}")
 
 
 def given(options: dict[str, Any]) -> dict[str, Any]:

@@ -223,6 +223,7 @@ def generate_command(
 @click.option("--enable-cpu-offload", is_flag=True, help="Keep models on the CPU until they run.")
 @click.option("--enable-layerwise-offload", is_flag=True, help="Keep the blocks of models on the CPU until they run.")
 @report_option
+@click.option("--model-class-name", help="Class that the pipelines of both models must have.")
 @click.option("--quiet", is_flag=True, help="Print only errors.")
 @generation_options
 def compare_command(
@@ -239,6 +240,7 @@ def compare_command(
     enable_cpu_offload: bool,
     enable_layerwise_offload: bool,
     report_file: Path | None,
+    model_class_name: str | None,
     quiet: bool,
     seed: int,
     device: str,
@@ -270,6 +272,7 @@ def compare_command(
         vae_use_slicing,
         vae_use_tiling,
         memory,
+        model_class_name,
     )
     comparison = compare(
         reference,

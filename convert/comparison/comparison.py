@@ -78,6 +78,7 @@ class RunOptions:
         flow_shift: shift of the scheduler's noise levels; None keeps the scheduler's own
         vae_slicing, vae_tiling: decode images one by one, or in tiles
         memory: as `load_pipeline` takes it; with offloading, models are loaded whole
+        pipeline_class: name of the class that the pipelines must have; None for any
     """
 
     device: str | torch.device = "cpu"
@@ -86,6 +87,7 @@ class RunOptions:
     vae_slicing: bool = False
     vae_tiling: bool = False
     memory: str = "full"
+    pipeline_class: str | None = None
 
 
 @dataclass(frozen=True)
@@ -210,6 +212,11 @@ def _load(variant: Variant, options: RunOptions) -> Any:
         quantization=variant.quantization,
         memory=options.memory if options.offload is None else "full",
     )
+    if options.pipeline_class not in (None, type(pipe).__name__):
+        raise RecipeError(
+            f"{variant.source.path}: found the pipeline {type(pipe).__name__}, expected {options.pipeline_class} by "
+            "--model-class-name; leave it out, since diffusers reads the class from the model"
+        )
     if options.flow_shift is not None:
         set_flow_shift(pipe, options.flow_shift)
     if options.vae_slicing:

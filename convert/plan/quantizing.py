@@ -65,7 +65,9 @@ def plan_quantized(
 
     weights = with_biases(target.weights, format_of, target.dialect.bias_codec)
     ordered = tuple(ordered_steps(weights, steps, dtype_of_copy))
-    block = target.block(format_of, [group for group, _ in kept], encoder.quantized_stems if encoder else ())
+    listed = {name: fmt for group, fmt in formats.items() for name in target.written_group(group).names}
+    named = format_of | (listed if target.dialect.lists_runtime_names else {})
+    block = target.block(named, [group for group, _ in kept], encoder.quantized_stems if encoder else ())
     return ComponentPlan(
         component.name,
         method,

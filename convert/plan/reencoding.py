@@ -140,9 +140,10 @@ def _spelling(layer: QuantizedLayer, dialect: Dialect, recipe: Recipe) -> Writte
 
 def vllm_omni_refusal(quantized: QuantizedCheckpoint, family: Family | None, recipe: Recipe) -> str | None:
     """Why vLLM-Omni refuses or misreads a component in a dialect that it reads, or None."""
+    flaw = DIALECTS[quantized.dialect].block_flaw(quantized.block) if quantized.dialect is not None else None
+    if flaw is not None:
+        return flaw
     try:
-        if quantized.dialect == vllm_omni.VLLM_OMNI.name:
-            vllm_omni.from_block(quantized.block, "config.json")
         _ignored_by_vllm_omni(quantized, family, recipe)
     except OmniConvertError as error:
         return str(error).removeprefix(f"{quantized.checkpoint.path}: ")

@@ -180,7 +180,7 @@ class Target(ABC):
         """The `quantization_config` of the component; None if the reader needs none.
 
         Args:
-            formats: stem of each quantized layer to its format
+            formats: stem of each quantized layer to its format; also the runtime's names, where the dialect lists them
             kept: groups of the scope that stay
             encoder: stems of the quantized layers of the text encoder
         """

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -55,6 +56,10 @@ from omni_convert.formats.dialects.verdict import (
     Verdict,
 )
 from omni_convert.formats.errors import CheckpointError, RecipeError
+from omni_convert.formats.families.family import Family
+from omni_convert.formats.families.layers import VLLM_OMNI as VLLM_OMNI_SCOPE
+from omni_convert.formats.families.layers import matching_groups
+from omni_convert.formats.families.table import find_family, model_class
 from omni_convert.formats.finding import Finding
 from omni_convert.formats.format import Format
 from omni_convert.formats.schemes.foreign import Scaled
@@ -111,6 +116,7 @@ class AutoRound(Dialect):
     name = "auto-round"
     consumers = "vLLM, diffusers"
     names_quantized_blocks = True
+    lists_runtime_names = True
     usual_verdicts = (
         Verdict(DIFFUSERS, "loads", "integers, with auto-round installed; MX as dequantized BF16"),
         UNMARKED,
@@ -195,6 +201,7 @@ class AutoRound(Dialect):
 
     def check(self, found: Found, layers: Mapping[str, StoredLayer], config: Mapping[str, Any]) -> Iterator[Finding]:
         yield from _check_exceptions(found.block.get("extra_config"), layers)
+        yield from _check_stacks(found.block.get("block_name_to_quantize"), layers, find_family(model_class(config)))
         yield from _check_floats(found.block, layers)
         declared = found.block.get("group_size")
         for stem, layer in layers.items():
@@ -351,6 +358,22 @@ def _exceptions(block: Mapping[str, Any]) -> list[tuple[str, Any]]:
     """What `extra_config` says of layers: their names, ends of names or patterns, and entries."""
     exceptions = block.get("extra_config")
     return [(str(name), entry) for name, entry in exceptions.items()] if isinstance(exceptions, Mapping) else []
+
+
+def _check_stacks(listed: Any, layers: Collection[str], family: Family) -> Iterator[Finding]:
+    """Layers of a model of diffusers that, under their names in vLLM-Omni, are in none of the listed stacks."""
+    stacks = tuple(each.strip() for each in listed.split(",")) if isinstance(listed, str) else tuple(listed or ())
+    if not stacks or family.stage is not None:
+        return
+    patterns = [each for each in family.layers if each.is_built_quantized(VLLM_OMNI_SCOPE, (), AUTO_ROUND.name)]
+    with suppress(CheckpointError):  # an incomplete group is reported elsewhere
+        for group in matching_groups(patterns, dict.fromkeys(layers, 0)):
+            if not group.runtime_name.startswith(stacks):
+                yield Finding(
+                    "error", "ignored-but-quantized", group.members[0],
+                    f"found it quantized, but no block_name_to_quantize that '{group.runtime_name}' begins with",
+                    "vLLM-Omni: looks for this name, and finds no weight of this layer", "-m keep --dialect auto-round",
+                )  # fmt: skip
 
 
 def _is_unquantized(exception: Any) -> bool:

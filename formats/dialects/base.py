@@ -231,7 +231,7 @@ class Dialect(ABC):
     has_converted_names: bool = False
     #: Whether its writers recast and reshape the tensors that they do not quantize.
     recasts_kept_tensors: bool = False
-    #: Whether its block lists the format of each layer, which readers look up by the runtime's names of merged layers.
+    #: Whether its block names layers that are quantized, or their blocks, which readers look up by the runtime's names.
     lists_runtime_names: bool = False
     #: Whether scales in BF16 are those with which its writers made the codes, so that nothing is lost.
     has_low_precision_scales: bool = False
@@ -284,6 +284,10 @@ class Dialect(ABC):
             layers: stem to format, and `LayerGroup.names` of what runtimes merge where the dialect lists them
             ignored: names of linears that are not quantized
         """
+        return None
+
+    def block_flaw(self, block: Mapping[str, Any]) -> str | None:
+        """Why vLLM-Omni refuses the block of a dialect that it reads, or None."""
         return None
 
     def encoder_block(self, layers: Mapping[str, Format], ignored: Collection[str]) -> dict[str, Any] | None:

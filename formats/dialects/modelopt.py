@@ -10,7 +10,8 @@ Tensors:  NAME.weight, NAME.weight_scale, NAME.weight_scale_2, NAME.input_scale,
 Block:    {"quant_method": "modelopt", "quant_algo": ..., "config_groups": ..., "ignore": [...], "producer": ...} in
           config.json; in the older shape {"quantization": {"quant_algo": ..., "exclude_modules": [...]}} of a sidecar.
           MIXED_PRECISION has `quantized_layers`: {NAME: {"quant_algo": ...}}. Readers leave unquantized what is not
-          listed; vLLM-Omni (0.30.0) looks merged layers up by its own names, `to_qkv`.
+          listed; vLLM-Omni (0.30.0) looks merged layers up by its own names, `to_qkv`. It reads MXFP8 in this block
+          alone, which is therefore the one that is written.
 """
 
 from __future__ import annotations
@@ -34,8 +35,7 @@ from omni_convert.formats.dialects.verdict import (
     VLLM_OMNI,
     Verdict,
 )
-from omni_convert.formats.dialects.vllm_omni import from_block, vllm_omni_verdict
-from omni_convert.formats.errors import OmniConvertError
+from omni_convert.formats.dialects.vllm_omni import flaw_of_block, vllm_omni_verdict
 from omni_convert.formats.finding import Finding
 from omni_convert.formats.format import Format
 from omni_convert.formats.schemes.foreign import LowRank, Smoothed
@@ -46,6 +46,8 @@ from omni_convert.formats.schemes.nvfp4 import NVFP4
 __all__ = ["MODELOPT_DIALECT"]
 
 NAMES = {"mul_scale": "pre_quant_scale"}
+#: The algorithm that vLLM-Omni refuses for a whole model, and reads in a mixture.
+MXFP8_ALONE = "MXFP8"
 BRANCH = {"lora_a": "svdquant_lora_a", "lora_b": "svdquant_lora_b"}
 REFUSES_SMOOTHED = "its adapter raises for pre_quant_scale; -m METHOD quantizes again"
 # Labels of the formats that our loader reads alone, and beside others.
@@ -96,7 +98,14 @@ class ModelOpt(Dialect):
 
     def block(self, layers: Mapping[str, Format], ignored: Collection[str]) -> dict[str, Any]:
         algorithms = {stem: _algorithm(fmt) for stem, fmt in layers.items()}
-        return spell_algorithms(algorithms, ignored, is_mixed=len(set(algorithms.values())) > 1)
+        kinds = set(algorithms.values())
+        return spell_algorithms(algorithms, ignored, is_mixed=len(kinds) > 1 or kinds == {MXFP8_ALONE})
+
+    def block_flaw(self, block: Mapping[str, Any]) -> str | None:
+        algorithm = _flat(block).get("quant_algo")
+        is_described = block.get("quant_method") == MODELOPT and "config_groups" in block
+        is_for_vllm_omni = algorithm == MXFP8_ALONE or (algorithm in ("FP8", "NVFP4") and is_described)
+        return flaw_of_block(block) if is_for_vllm_omni else None
 
     def verdicts(self, component: JudgedComponent) -> list[Verdict]:
         formats = component.layers.values()
@@ -104,14 +113,19 @@ class ModelOpt(Dialect):
             refused = Verdict(VLLM_OMNI, "refuses", REFUSES_SMOOTHED)
             return [refused, *(each for each in self.usual_verdicts if each.outcome != "loads"), REQUANTIZE]
         labels = {fmt.label for fmt in formats}
-        is_loaded = labels <= LOADED_ALONE or (len(labels) > 1 and labels <= LOADED_IN_MIXTURES)
+        is_mixture = component.refusal is None or len(labels) > 1
+        is_loaded = labels <= LOADED_ALONE or (is_mixture and labels <= LOADED_IN_MIXTURES)
         return [
-            Verdict(VLLM_OMNI, "loads", "on CUDA; it dequantizes layers that it builds unquantized; not Wan")
-            if self.is_dequantized_by_vllm_omni(component.methods)
-            else vllm_omni_verdict(component.methods, component.refusal),
+            self._vllm_omni_verdict(component.methods, component.refusal),
             *self.usual_verdicts,
             Verdict(OURS, "loads", "FP8, NVFP4 and mixtures") if is_loaded else CONVERT_FIRST,
         ]
+
+    def _vllm_omni_verdict(self, methods: Collection[str], refusal: str | None) -> Verdict:
+        if self.is_dequantized_by_vllm_omni(methods):
+            return Verdict(VLLM_OMNI, "loads", "on CUDA; it dequantizes layers that it builds unquantized; not Wan")
+        # In its own spelling, MXFP8 is for Ascend.
+        return vllm_omni_verdict({*methods} - {"mxfp8"}, refusal)
 
     def check(self, found: Found, layers: Mapping[str, StoredLayer], config: Mapping[str, Any]) -> Iterator[Finding]:
         block = found.block
@@ -121,9 +135,10 @@ class ModelOpt(Dialect):
                 "found the block in a file beside config.json, expected it in quantization_config",
                 "vLLM-Omni: reads config.json only, and takes codes for weights", "-m keep --dialect modelopt",
             )  # fmt: skip
-        if (what := _flaw_of(block)) is not None:
+        if (what := self.block_flaw(block)) is not None:
             yield Finding("error", "bad-block", "", what, "vLLM-Omni", FIX_BLOCK)
-            return
+            if _flat(block).get("quant_algo") != MXFP8_ALONE:
+                return
         smoothed = next((stem for stem, layer in layers.items() if _is_smoothed_nvfp4(layer.format)), None)
         if smoothed is not None:
             yield Finding(
@@ -174,18 +189,6 @@ def _flat(block: Mapping[str, Any]) -> Mapping[str, Any]:
     return nested if isinstance(nested, Mapping) else block
 
 
-def _flaw_of(block: Mapping[str, Any]) -> str | None:
-    """Why vLLM-Omni refuses a block in the newer shape, or None."""
-    is_described = block.get("quant_method") == MODELOPT and "config_groups" in block
-    if _flat(block).get("quant_algo") not in ("FP8", "NVFP4") or not is_described:
-        return None
-    try:
-        from_block(block, "config.json")
-    except OmniConvertError as error:
-        return str(error).removeprefix("config.json: ")
-    return None
-
-
 def _declared_algorithm(block: Mapping[str, Any], stem: str) -> str | None:
     """The algorithm that a block names for a layer; None if it names none."""
     algorithm = _flat(block).get("quant_algo")
@@ -220,7 +223,7 @@ def _algorithm(fmt: Format) -> str:
     if fmt.encoding == NVFP4:
         return "NVFP4" if fmt.is_static else "W4A16_NVFP4"
     if fmt.encoding == MXFP8:
-        return "MXFP8"
+        return MXFP8_ALONE
     return "FP8" if fmt.is_static else "FP8_PER_CHANNEL_PER_TOKEN"
 
 

@@ -47,6 +47,7 @@ __all__ = [
     "VLLM_OMNI",
     "WRAPPED",
     "config_of",
+    "flaw_of_block",
     "from_block",
     "ignored_names",
     "meant_options",
@@ -220,6 +221,15 @@ def from_block(block: Mapping[str, Any], where: str) -> QuantizationConfig:
         raise CheckpointError(f"{where}: {error}") from None
 
 
+def flaw_of_block(block: Mapping[str, Any]) -> str | None:
+    """Why the runtime refuses a block, or does not read stored weights by it; None if it reads them."""
+    try:
+        from_block(block, "config.json")
+    except OmniConvertError as error:
+        return str(error).removeprefix("config.json: ")
+    return None
+
+
 def _method_of(block: Mapping[str, Any], where: str) -> str:
     named = [block[key] for key in ("quant_method", "method") if key in block]
     if len(named) != 1:
@@ -333,6 +343,9 @@ class VllmOmni(Dialect):
             RecipeError: the layers have several formats, which one block cannot express.
         """
         return to_block(config_of(layers, ignored))
+
+    def block_flaw(self, block: Mapping[str, Any]) -> str | None:
+        return flaw_of_block(block)
 
     def encoder_block(self, layers: Mapping[str, Format], ignored: Collection[str]) -> dict[str, Any]:
         return wrapped(self.block(layers, ignored))

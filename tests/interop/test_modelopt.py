@@ -187,14 +187,15 @@ def without_nothing(value: Any) -> Any:
 @pytest.mark.parametrize("algorithm", [*FORMATS, "MIXED_PRECISION"])
 def test_our_block_is_that_of_their_exporter(import_peer, algorithm: str) -> None:  # type: ignore[no-untyped-def]
     convert = import_peer("modelopt.torch.export.convert_hf_config").convert_hf_quant_config_format
-    is_mixed = algorithm == "MIXED_PRECISION"
-    layers = {f"blocks.{name}": name for name in FORMATS} if is_mixed else {"blocks.0": algorithm}
+    is_mixed = algorithm in ("MIXED_PRECISION", "MXFP8")  # vLLM-Omni reads MXFP8 in a mixture alone
+    layers = {f"blocks.{name}": name for name in FORMATS} if algorithm not in FORMATS else {"blocks.0": algorithm}
     described = {
         stem: {"quant_algo": name, **({"group_size": GROUP_SIZES[name]} if name in GROUP_SIZES else {})}
         for stem, name in layers.items()
     }
     quantization = {"quantized_layers": described} if is_mixed else {"group_size": GROUP_SIZES.get(algorithm, 0)}
-    theirs = convert({"quantization": {"quant_algo": algorithm, "exclude_modules": [], **quantization}})
+    name = "MIXED_PRECISION" if is_mixed else algorithm
+    theirs = convert({"quantization": {"quant_algo": name, "exclude_modules": [], **quantization}})
     ours = DIALECTS["modelopt"].block({stem: FORMATS[name] for stem, name in layers.items()}, [])
     assert ours is not None
     assert ours.pop("producer") == {"name": "omni-convert"}

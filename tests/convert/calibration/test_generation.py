@@ -77,6 +77,17 @@ def test_a_video_from_an_image(video_pipeline: Any, tmp_path: Path) -> None:
     assert not np.array_equal(*(np.asarray(frames[0]) for frames in videos))
 
 
+def test_the_frame_rate_reaches_the_pipeline(video_pipeline: Any, tmp_path: Path) -> None:
+    Image.new("RGB", (32, 32), "red").save(tmp_path / "image.png")
+    prompt = Prompt("a circle", tmp_path / "image.png")
+    slow, usual, default = (
+        pixels(run_pipeline(video_pipeline, [prompt], GenerationSettings(2, 32, 32, 9, frame_rate=rate), 0))
+        for rate in (2.0, 25.0, None)
+    )
+    assert np.array_equal(usual, default)  # the pipeline's own is 25
+    assert not np.array_equal(slow, usual)
+
+
 def test_images_where_none_are_taken_and_none_where_one_is_needed(
     pipe: Any, video_pipeline: Any, tmp_path: Path
 ) -> None:

@@ -272,6 +272,8 @@ def test_compare_videos_with_the_settings_of_serving_engines(wan: Path, tmp_path
     import_peer("imageio_ffmpeg")
     options = ("--task", "t2v", "--prompt", "a star", *VIDEO, "--fps", "5", "--enforce-eager")
     options += ("--tensor-parallel-size", "1", "--candidate-load-format", "default", "--vae-use-tiling")
+    options += ("--no-step-execution", "--timesteps-shift", "1.0", "--cfg-schedule", "constant")
+    options += ("--use-system-prompt", "None", "--model-class-name", "WanPipeline")
     options += ("--guidance-scale", "3", "--guidance-scale-2", "2", "--flow-shift", "5", "--enable-cpu-offload")
     saved = tmp_path / "saved"
     result, report = compare(wan, tmp_path / "a.json", *options, "--device", "cpu", "--save-output-dir", saved)
@@ -328,6 +330,13 @@ def test_compare_edited_images(klein: Path, tmp_path: Path, picture: Path) -> No
         (("--task", "i2i"), "found none for 'a', but the task i2i starts from an image"),
         (("--task", "t2i", "--image", "PICTURE"), "the task t2i starts from text; use --task i2i"),
         (("--image", "absent.png"), "absent.png missing"),
+        (("--timesteps-shift", "3"), "--timesteps-shift: found 3.0, but no pipeline of diffusers has such a parameter"),
+        (("--cfg-schedule", "linear"), "--cfg-schedule: found linear, but no pipeline of diffusers has such"),
+        (("--use-norm",), "--use-norm: found True, but no pipeline of diffusers has such a parameter"),
+        (("--use-system-prompt", "dynamic"), "--use-system-prompt: found dynamic, but no pipeline of diffusers has"),
+        (("--frame-rate", "25"), "frame_rate: found 25.0, but Flux2KleinPipeline has no such setting"),
+        (("--system-prompt", "Draw."), "system_prompt: found 'Draw.', but Flux2KleinPipeline has no such setting"),
+        (("--model-class-name", "FluxPipeline"), "found the pipeline Flux2KleinPipeline, expected FluxPipeline"),
         (
             ("--tensor-parallel-size", "2"),
             "--tensor-parallel-size: found 2, but one device runs each model, expected 1",

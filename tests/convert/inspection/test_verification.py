@@ -527,6 +527,11 @@ BROKEN: dict[str, Case] = {
     "a block that the model has no loader for": (
         on("modelopt", "fp8"), of_class("WanTransformer3DModel"), "unsupported-family", "",
     ),
+    "a block of ModelOpt's that the runtime reads in a mixture alone": (
+        on("modelopt", "mxfp8"),
+        lambda model: model.config.update(quantization_config={"quant_method": "modelopt", "quant_algo": "MXFP8"}),
+        "bad-block", "",
+    ),
     "an exception that ends as a quantized layer does": (
         on("auto-round", "w4a16"),
         lambda model: model.config["quantization_config"].update(extra_config={"to_q": {"bits": 16}}),

@@ -13,6 +13,8 @@ import torch
 from safetensors.torch import load_file
 
 from omni_convert.convert import Recipe, convert_checkpoint
+from omni_convert.convert.inspection.verification import verify_source
+from omni_convert.convert.source.location import resolve_source
 from omni_convert.formats.checks.meaning import open_quantized
 from omni_convert.formats.errors import RecipeError
 
@@ -165,6 +167,49 @@ def test_a_file_for_comfyui_obeys_the_scope_of_comfyui(tmp_path: Path) -> None:
     assert not any("vLLM-Omni" in note for note in report.notes)
     convert_checkpoint(source, tmp_path / "vllm", Recipe(dialect="comfyui", runtime="vllm-omni"))
     assert {name.partition(".")[0] for name in quantized_layers(tmp_path / "vllm")} == {"single_blocks"}
+
+
+@pytest.mark.parametrize(
+    ("model", "stack"),
+    [
+        (
+            diffusers.QwenImage21Transformer2DModel(
+                num_layers=1,
+                attention_head_dim=32,
+                num_attention_heads=2,
+                context_in_dim=32,
+                axes_dims_rope=(8, 12, 12),
+            ),
+            "transformer.transformer_blocks",
+        ),
+        (
+            diffusers.Cosmos3OmniTransformer(
+                head_dim=32,
+                hidden_size=64,
+                intermediate_size=64,
+                num_attention_heads=2,
+                num_key_value_heads=2,
+                num_hidden_layers=1,
+                vocab_size=32,
+            ),
+            "gen_layers",
+        ),
+    ],
+    ids=["Qwen-Image-2.1", "Cosmos 3"],
+)
+def test_auto_round_quantizes_blocks_by_the_names_that_the_runtime_gives_them(
+    tmp_path: Path, model: torch.nn.Module, stack: str
+) -> None:
+    convert_checkpoint(saved(model, tmp_path / "m"), tmp_path / "out", Recipe(method="w4a16", group_size=32))
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    block = config["quantization_config"]
+    assert stack in block["block_name_to_quantize"].split(",")
+    (good,) = verify_source(resolve_source(tmp_path / "out"))
+    assert not good.findings
+    block["block_name_to_quantize"] = "transformer_blocks,layers"  # the names in the checkpoint alone
+    (tmp_path / "out" / "config.json").write_text(json.dumps(config))
+    (bad,) = verify_source(resolve_source(tmp_path / "out"))
+    assert "ignored-but-quantized" in {finding.check for finding in bad.findings if finding.severity == "error"}
 
 
 def test_wan_in_nvfp4_is_refused_by_the_runtime_that_cannot_load_it_alone(tmp_path: Path) -> None:

@@ -9,10 +9,12 @@ from safetensors.torch import load_file, save_file
 from transformers import Qwen3ForCausalLM
 
 from omni_convert.convert import Recipe, convert_checkpoint
+from omni_convert.convert.inspection.contents import inspect_source
 from omni_convert.convert.inspection.verification import verify_source
 from omni_convert.convert.source.location import Source
 from omni_convert.formats.checks.meaning import open_quantized
 from omni_convert.formats.config import QuantizationConfig
+from omni_convert.formats.dialects.verdict import OURS, VLLM_OMNI
 from omni_convert.formats.errors import CheckpointError, RecipeError
 from omni_convert.formats.schemes.fp8 import Fp8, Fp8Channel
 from omni_convert.formats.schemes.mxfp8 import Mxfp8
@@ -145,6 +147,24 @@ def test_an_encoder_is_quantized_saved_loaded_and_found_sound(tiny_pipeline_fold
             assert torch.equal(layer.dequantize(0, layer.shape[0]), again.get_submodule(stem).dequantize())
     (component,) = verify_source(Source(tmp_path, "encoder"))
     assert not [finding for finding in component.findings if finding.severity == "error"]
+
+
+def test_mxfp8_in_modelopts_spelling_lists_the_layers_that_the_runtime_merges(tiny_pipeline_folder, tmp_path):
+    for dialect in ("modelopt", "vllm-omni"):
+        convert_checkpoint(tiny_pipeline_folder, tmp_path / dialect, Recipe(method="mxfp8", dialect=dialect))
+    block = json.loads((tmp_path / "modelopt" / "transformer" / "config.json").read_text())["quantization_config"]
+    assert block["quant_algo"] == "MIXED_PRECISION"
+    listed = block["quantized_layers"]
+    parts = {f"layers.0.attention.{leaf}" for leaf in ("to_q", "to_k", "to_v", "to_qkv")}
+    assert {listed[name]["quant_algo"] for name in parts | {"layers.0.feed_forward.w13"}} == {"MXFP8"}
+    theirs, ours = (load_pipeline(tmp_path / dialect).transformer for dialect in ("modelopt", "vllm-omni"))
+    assert formats_of(theirs) == formats_of(ours)
+    for name in formats_of(ours):
+        assert theirs.get_submodule(name).dequantize().equal(ours.get_submodule(name).dequantize())
+    inspected = next(each for each in inspect_source(Source(tmp_path / "modelopt", "model")) if each.layers)
+    verdicts = {verdict.runtime: verdict for verdict in inspected.runtimes}
+    assert verdicts[OURS].outcome == "loads"
+    assert (verdicts[VLLM_OMNI].outcome, verdicts[VLLM_OMNI].why) == ("loads", "on CUDA")
 
 
 def test_what_a_conversion_writes_in_modelopts_spelling_is_loaded(tiny_pipeline_folder, tmp_path):
