@@ -4,7 +4,7 @@ Writes a pipeline around a synthetic Z-Image transformer (the real class's names
 other components are the demo's) and records statistics over prompts, each time in a process of its own, with the files
 evicted from the page cache first
 
-    wall        seconds to load, run and record; imports are not counted
+    wall, cpu   seconds to load, run and record, and of them on a core; imports are not counted
     floor       the larger of the seconds to read the transformer once for each step, evicted each time, and those of
                 the same run with `--memory full`; at most 1.3 times of it are wanted
     RssAnon, both
@@ -71,13 +71,12 @@ def measure(scratch: Path, options: argparse.Namespace) -> None:
     runs: dict[str, dict[str, Any]] = {}
     for memory in options.memories:
         result = runs[memory] = run(folder, memory, options)
-        print(
-            f"{memory}: wall {result['wall']:.1f} s, RssAnon {result['anonymous'] / GIGABYTE:.2f} GB, both "
-            f"{result['both'] / GIGABYTE:.2f} GB, disk {result['disk'] / GIGABYTE:.2f} GB",
-            flush=True,
-        )
-    groups = runs["stream"]["groups"]
-    print(f"groups {groups}, read {runs['stream']['read'] / (len(groups) * options.steps * size):.4f}")
+        memories = f"RssAnon {result['anonymous'] / GIGABYTE:.2f} GB, both {result['both'] / GIGABYTE:.2f} GB"
+        times = f"wall {result['wall']:.1f} s, cpu {result['cpu']:.1f} s"
+        print(f"{memory}: {times}, {memories}, disk {result['disk'] / GIGABYTE:.2f} GB", flush=True)
+        if groups := result["groups"]:
+            passes = len(groups) * options.steps
+            print(f"{memory}: groups {groups}, read {result['read'] / (passes * size):.4f}", flush=True)
     floor = max(reading, *(result["wall"] for memory, result in runs.items() if memory == "full"), 0.0)
     print(f"wall / floor {runs['stream']['wall'] / floor:.3f}")
     print(f"same {len({result['statistics'] for result in runs.values()}) == 1}")
@@ -135,16 +134,17 @@ def record(folder: Path, memory: str, options: argparse.Namespace) -> dict[str, 
 
     prompts = read_prompts(DEMO_PROMPTS)[: options.prompts]
     settings = GenerationSettings(steps=options.steps, width=options.size, height=options.size, guidance_scale=0.0)
-    started = time.perf_counter()
+    started, began = time.perf_counter(), time.process_time()
     pipe = load_pipeline(folder, "cpu", memory=memory)
     recorder = PipelineRecorder(pipe, settings, with_moments=options.moments)
     statistics = recorder.record(prompts).statistics
     path = folder.parent / f"{memory}.safetensors"
     statistics.save(path)
-    wall = time.perf_counter() - started
+    wall, cpu = time.perf_counter() - started, time.process_time() - began
     streamer = streamer_of(pipe)
     return {
         "wall": wall,
+        "cpu": cpu,
         "read": 0 if streamer is None else streamer.read_bytes["transformer"],
         "groups": [] if streamer is None else streamer.groups,
         "disk": bytes_from_disk(),

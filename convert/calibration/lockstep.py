@@ -68,7 +68,9 @@ class _Runner(Generic[Result]):
         part: where it waits; None before its start
         arrivals: the number of times that it has waited
         is_held: it waits for its group to begin
-        error: why it ended, unless it has a result
+        is_admitted: its group has begun
+        is_done: it has a result
+        error: why it ended without one
     """
 
     def __init__(self, job: Callable[[], Result]) -> None:
@@ -170,7 +172,7 @@ class Lockstep(Generic[Result]):
             raise _AbandonedError
 
     def _pass_on(self) -> None:
-        """Gives the turn to the next thread: to one that waits where the last one ran, or else to the rearmost."""
+        """Gives the turn to a thread that waits where the last one ran, or else to the one that has come least far."""
         if all(self._runners[index].is_done for index in self._group):
             self._end_group()
         ready = [runner for runner in self._runners if not runner.is_done and not runner.is_held]

@@ -118,6 +118,27 @@ def test_pages_that_are_given_up_come_back(stored: tuple[Chain, MappedFile]) -> 
         assert torch.equal(view, model.first.weight)
 
 
+def resident_kilobytes(path: Path) -> int:
+    """What this process holds of a mapped file."""
+    lines = Path("/proc/self/smaps").read_text().splitlines()
+    begins = [place for place, line in enumerate(lines) if line.endswith(str(path))]
+    sizes = (next(line for line in lines[begin:] if line.startswith("Rss:")) for begin in begins)
+    return sum(int(size.split()[1]) for size in sizes)
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="this system does not say what is mapped")
+def test_a_part_that_is_given_up_leaves_the_memory_of_the_process(tmp_path: Path) -> None:
+    path = tmp_path / "large.safetensors"
+    save_file({"weight": torch.ones(1 << 20)}, path)
+    file = MappedFile(path)
+    file.read("weight")
+    assert resident_kilobytes(path) >= 4096
+    file.give_up("weight")
+    assert resident_kilobytes(path) <= 64
+    assert file.tensor("weight").sum() == 1 << 20
+    assert resident_kilobytes(path) >= 4096
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
