@@ -18,7 +18,7 @@ from omni_convert.formats.errors import CalibrationError
 __all__ = ["record_source"]
 
 #: Prompts over which sensitivity is recorded, which takes several times as long as running them.
-DIFFERENTIATED_PROMPTS = 8
+DIFFERENTIATED_PROMPTS = 16
 
 
 def record_source(
