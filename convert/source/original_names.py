@@ -49,13 +49,20 @@ DIFFUSERS_FILES = "diffusion_pytorch_model"
 PREFIXES = ("model.diffusion_model.", "diffusion_model.", "net.", "model.", "transformer.")
 
 
-def may_have_original_names(checkpoint: Checkpoint, dialect: str | None = None) -> bool:
+def may_have_original_names(
+    checkpoint: Checkpoint, dialect: str | None = None, config: Mapping[str, Any] | None = None
+) -> bool:
     """Whether it makes sense to look for names that are not diffusers'.
 
     Args:
         dialect: of its quantized layers; None if there are none
+        config: the model's config in diffusers, where it is known
     """
-    return not _are_of_diffusers(checkpoint.files) or (dialect is not None and DIALECTS[dialect].has_original_names)
+    if not _are_of_diffusers(checkpoint.files):
+        return True
+    if dialect is None or not DIALECTS[dialect].has_original_names:
+        return False
+    return not find_family(model_class(config or {})).has_names_of_diffusers(checkpoint)
 
 
 def _are_of_diffusers(files: Iterable[str]) -> bool:
@@ -85,7 +92,7 @@ def under_diffusers_names(
     Raises:
         CheckpointError: the conversion fails, or its result is not the model of the config.
     """
-    if not may_have_original_names(checkpoint, dialect):
+    if not may_have_original_names(checkpoint, dialect, config):
         return checkpoint, []
     renamed = convert_names(checkpoint, config, keeps_spare=keeps_spare)
     return (checkpoint, []) if renamed is None else (renamed[0], [_note(checkpoint, config, renamed[1])])
@@ -100,7 +107,7 @@ def layers_under_diffusers_names(
         CheckpointError: as there; or a layer cannot be split or joined without changing values.
     """
     checkpoint = quantized.checkpoint
-    is_original = may_have_original_names(checkpoint, quantized.dialect)
+    is_original = may_have_original_names(checkpoint, quantized.dialect, config)
     traced = _trace(dequantized_view(quantized), config) if is_original else None
     if traced is None:
         return quantized, []

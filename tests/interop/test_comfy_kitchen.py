@@ -16,14 +16,28 @@ from omni_convert.convert.source.location import Source
 from omni_convert.formats.checks.meaning import open_quantized
 from omni_convert.formats.schemes.convrot_w4a4 import ConvrotW4A4
 from omni_convert.formats.schemes.int8 import RotatedInt8
+from omni_convert.formats.views.opened import QuantizedCheckpoint
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
+# Layers that ComfyUI has in one have a scale for each row, where vLLM-Omni's parts would share them.
+FUSED = {"int8": "per-row"}
 SHAPES = [(64, 96), (128, 64), (320, 576)]
 
 
 @pytest.fixture
 def kitchen(import_peer):  # type: ignore[no-untyped-def]  # their module
     return import_peer("comfy_kitchen")
+
+
+def parts_of(stem: str) -> list[str]:
+    """The layers of diffusers that are one of ComfyUI's in Z-Image."""
+    if stem.endswith(".attention.qkv"):
+        return [stem.replace("qkv", f"to_{part}") for part in "qkv"]
+    return [stem.replace(".attention.out", ".attention.to_out.0")]
+
+
+def source_weight(source: QuantizedCheckpoint, stem: str) -> Tensor:
+    return torch.cat([source.checkpoint.read(f"{part}.weight") for part in parts_of(stem)]).float()
 
 
 def random_weight(shape: tuple[int, int]) -> Tensor:
@@ -95,8 +109,10 @@ def test_their_int8_is_read(kitchen, import_peer, tmp_path: Path, convrot: bool)
 def test_our_files_are_unpacked_by_their_kernels(  # type: ignore[no-untyped-def]
     kitchen, tiny_pipeline_folder: Path, tmp_path: Path, method: str
 ) -> None:
-    convert_checkpoint(tiny_pipeline_folder, tmp_path / "plain", Recipe(method=method))
-    convert_checkpoint(tiny_pipeline_folder, tmp_path / "comfy", Recipe(method=method, dialect="comfyui"))
+    fused = FUSED.get(method, "shared")
+    for name, dialect in (("plain", "vllm-omni"), ("comfy", "comfyui")):
+        recipe = Recipe(method=method, dialect=dialect, int8_fused_scales=fused)
+        convert_checkpoint(tiny_pipeline_folder, tmp_path / name, recipe)
     tensors = load_file(tmp_path / "comfy" / "transformer" / WEIGHTS)
     unpack = {
         "fp8": lambda weight, scale, _: kitchen.dequantize_per_tensor_fp8(weight, scale, torch.float32),
@@ -107,11 +123,14 @@ def test_our_files_are_unpacked_by_their_kernels(  # type: ignore[no-untyped-def
         "nvfp4": lambda weight, scale, scale_2: kitchen.dequantize_nvfp4(weight, scale_2, scale, torch.float32),
     }[method]
     with open_quantized(tmp_path / "plain" / "transformer") as plain:
-        assert plain.layers
-        for stem, layer in plain.layers.items():
+        stems = [name.removesuffix(".comfy_quant") for name in tensors if name.endswith(".comfy_quant")]
+        assert {part for stem in stems for part in parts_of(stem)} == plain.layers.keys()
+        for stem in stems:
             parts = (tensors.get(f"{stem}.{suffix}") for suffix in ("weight", "weight_scale", "weight_scale_2"))
             theirs = unpack(*parts).to(torch.bfloat16)
-            assert theirs.equal(layer.dequantize(0, layer.shape[0]).to(torch.bfloat16)), stem
+            layers = [plain.layers[part] for part in parts_of(stem)]
+            ours = torch.cat([layer.dequantize(0, layer.shape[0]) for layer in layers])
+            assert theirs.equal(ours.to(torch.bfloat16)), stem
 
 
 @pytest.mark.parametrize("group", [16, 64, 256])
@@ -137,7 +156,7 @@ def test_our_rotated_file_is_unpacked_by_their_kernels_and_found_sound(  # type:
     with open_quantized(tiny_pipeline_folder / "transformer") as source, open_quantized(folder) as ours:
         assert ours.layers
         for stem, layer in ours.layers.items():
-            original = source.checkpoint.read(f"{stem}.weight").float()
+            original = source_weight(source, stem)
             assert layer.format.encoding is not None
             group = layer.format.encoding.rotation
             _, params = layout.quantize(original, per_channel=True, convrot=True, convrot_groupsize=group)
@@ -195,7 +214,7 @@ def test_our_levels_on_a_grid_are_their_bytes_and_are_read_back(  # type: ignore
         for stem, layer in ours.layers.items():
             assert layer.format.encoding is not None
             group, bits = layer.format.encoding.rotation, int(method[1])
-            original = source.checkpoint.read(f"{stem}.weight").float()
+            original = source_weight(source, stem)
             book = tensors.get(f"{stem}.weight_codebook")
             packed, steps, rows, *_ = theirs.quantize_w4a8_int8_weight(
                 original, 16, group, bits=bits, codebook_tensor=book
@@ -225,7 +244,7 @@ def test_our_e5m2_file_is_unpacked_by_their_kernels_and_found_sound(  # type: ig
             assert json.loads(bytes(tensors[f"{stem}.comfy_quant"].tolist())) == {"format": "float8_e5m2"}
             theirs = kitchen.dequantize_per_tensor_fp8(codes, scale, torch.float32)
             assert theirs.equal(layer.dequantize(0, layer.shape[0]))
-            original = source.checkpoint.read(f"{stem}.weight").float()
+            original = source_weight(source, stem)
             assert (theirs - original).norm() < 0.06 * original.norm()
     verified = verify_source(Source(tmp_path / "out", "out"), Source(tiny_pipeline_folder, "source"))
     assert any(component.layers for component in verified)
