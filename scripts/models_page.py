@@ -56,7 +56,8 @@ on a CPU. A number is the worst relative error of a weight in vLLM-Omni's memory
 there what was written; nothing was left unloaded, and nothing left over. Kernels were not run. The weights have heavy
 tails on purpose. AutoRound's MXFP4 is loaded by 0.30.0 too, but has no kernel there for the inputs of these models.
 
-Qwen3-Omni, Qwen2.5-Omni, HunyuanImage-3.0 and BAGEL are held to their classes by tests, which `scripts/nightly` runs.
+Qwen3-Omni, HunyuanImage-3.0, BAGEL, HiDream-O1 and LTX-2 without video are held to their classes by tests, which
+`scripts/nightly` runs. Qwen2.5-Omni and Qwen3-TTS are tabulated by reading theirs.
 """
 
 
@@ -159,16 +160,25 @@ def _layer_facts(family: Family) -> Iterator[str]:
         return
     in_runtime = [each for each in family.layers if VLLM_OMNI in each.runtimes]
     kept = [each for each in in_runtime if each.keep_reason is not None]
-    yield f"**Quantized:** {_layers([each for each in in_runtime if each.keep_reason is None])}"
+    quantized = [each for each in in_runtime if each.keep_reason is None]
+    for scope, built in groupby(quantized, key=_scope):
+        yield f"**Quantized{scope}:** {_layers(list(built))}"
     others = [each for each in family.layers if VLLM_OMNI not in each.runtimes]
     if others:
-        yield f"**Not built quantized by vLLM-Omni, so only for {_others(others)}:** {_layers(others)}"
+        otherwise = "Otherwise not" if any(map(_scope, quantized)) else "Not"
+        yield f"**{otherwise} built quantized by vLLM-Omni, so only for {_others(others)}:** {_layers(others)}"
     for reason, patterns in groupby(kept, key=lambda each: each.keep_reason):
         yield f"**Kept:** {_layers(list(patterns))}: {reason}"
     if family.stage is not None:
         ignored = f", which ignores {_codes(family.stage.ignored)}" if family.stage.ignored else ""
         place = ".".join((*family.stage.config_path, "quantization_config"))
         yield f"**Other stages stay.** The block stands in `{place}`{ignored}"
+
+
+def _scope(pattern: LayerPattern) -> str:
+    """The methods or dialects with which alone the runtime builds a layer quantized, for a heading."""
+    only = f" with {_codes(pattern.methods)} alone" if pattern.methods else ""
+    return f"{only} in {_codes(pattern.dialects)} alone" if pattern.dialects else only
 
 
 def _others(patterns: Sequence[LayerPattern]) -> str:

@@ -10,6 +10,7 @@ from omni_convert.formats.families.family import NOT_IN_DIFFUSERS, EncoderLayers
 from omni_convert.formats.families.layers import (
     EVERY_RUNTIME,
     QKV,
+    VLLM_OMNI,
     WHOLE_BLOCK_RUNTIMES,
     LayerPattern,
     linears,
@@ -116,6 +117,7 @@ MING_IMAGE = replace(
     Z_IMAGE,
     name="Ming-Image",
     model_classes=("DiffusionTransformer",),
+    layers=tuple(layer for layer in Z_IMAGE.layers if VLLM_OMNI in layer.runtimes),
     method_notes=(),
     shared_encoder=None,
     refusals=(NOT_IN_DIFFUSERS,),
