@@ -244,7 +244,7 @@ class Recipe(BudgetOptions, FormatChoices):
     def _check_component_files(self) -> None:
         for name, path in self.component_files.items():
             option = f"--component {name}={path}"
-            if not path.is_file():
+            if not path.exists():
                 raise RecipeError(f"{option}: found no such file, expected weights for the component")
             if self.calib is not None:
                 raise RecipeError(
@@ -325,8 +325,12 @@ class Recipe(BudgetOptions, FormatChoices):
 
     @property
     def component_files(self) -> dict[str, Path]:
-        """Component to the file with the weights that it gets in place of its own."""
-        return {name: Path(value) for name, value in self.component.items() if value.endswith(WEIGHTS_FILES)}
+        """Component to the file, or the folder, with the weights that it gets in place of its own."""
+        methods = ("none", *METHODS, *STORAGE_METHODS)
+        others = {name: value for name, value in self.component.items() if value not in methods}
+        return {
+            name: Path(value) for name, value in others.items() if value.endswith(WEIGHTS_FILES) or Path(value).is_dir()
+        }
 
     @property
     def format_choices(self) -> dict[str, Any]:

@@ -112,7 +112,8 @@ class ComponentFolder:
         if name in OWN_CLASSES:
             raise CheckpointError(
                 f"{self.config_path}: found {name}, the class of {OWN_CLASSES[name]} own code, expected a model of "
-                "diffusers; use the repository whose name ends in -Diffusers"
+                "diffusers; use the repository whose name ends in -Diffusers, with --component transformer="
+                f"{self.folder} if these are its weights"
             )
         return find_family(self.model_class)
 

@@ -31,6 +31,8 @@ DEMO_PIPELINE = Path(__file__).parents[1] / "demo" / "pipeline"
 DEMO_PROMPTS = Path(__file__).parents[1] / "demo" / "prompts.txt"
 DEMO_EVALUATION_PROMPTS = Path(__file__).parents[1] / "demo" / "evaluation_prompts.txt"
 
+# Folders of Wan2.2's experts in the layout of its own code, and what the pipeline calls them.
+WAN_EXPERTS = {"high_noise_model": "transformer", "low_noise_model": "transformer_2"}
 # Limit of a file's name on common file systems, in bytes.
 LONGEST_NAME = 255
 
@@ -117,6 +119,7 @@ def resolve_source(model: str | Path | None, revision: str | None = None, *, str
             f"{path}: found a pickle checkpoint, expected safetensors; it can run code, so it is not read"
         )
     if path.is_dir():
+        _refuse_experts(path)
         return Source(path, path.resolve().name)
     if path.is_file():
         return Source(path, path.stem)
@@ -129,6 +132,16 @@ def resolve_source(model: str | Path | None, revision: str | None = None, *, str
         f"{model}: nothing is there; expected a folder, a .safetensors or .gguf file, or a repo id like Qwen/Qwen-Image"
         " (with a file's name behind it, if one file is meant)"
     )
+
+
+def _refuse_experts(path: Path) -> None:
+    """Raises CheckpointError for a folder with Wan2.2's two experts and no pipeline, as msModelSlim leaves one."""
+    if all((path / folder).is_dir() for folder in WAN_EXPERTS) and not (path / "model_index.json").exists():
+        components = " ".join(f"--component {name}={path / folder}" for folder, name in WAN_EXPERTS.items())
+        raise CheckpointError(
+            f"{path}: found {' and '.join(WAN_EXPERTS)} without a pipeline, expected model_index.json; use "
+            f"`omni-convert PIPELINE -m keep {components}` with the model that they were made from"
+        )
 
 
 def _stream(repo_id: str, revision: str | None) -> Source:

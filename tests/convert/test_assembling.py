@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -10,15 +11,19 @@ import pytest
 import torch
 from click.testing import CliRunner
 from diffusers import WanTransformer3DModel
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from omni_convert.convert import Recipe, convert_checkpoint
 from omni_convert.convert.cli.main import main
+from omni_convert.convert.inspection.verification import verify_source
+from omni_convert.convert.source.location import resolve_source
 from omni_convert.formats.checks.meaning import open_quantized
 from omni_convert.formats.containers.checkpoint import Checkpoint
 from omni_convert.formats.errors import CheckpointError, OmniConvertError
+from omni_convert.formats.families.original_names import names_of
 from omni_convert.formats.families.table import find_family
+from omni_convert.formats.families.wan import WAN
 from omni_convert.formats.views.base import dequantized_view
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -121,6 +126,51 @@ def test_each_expert_gets_the_weights_of_its_file(
     assert json.loads(manifest)["recipe"]["component"] == {name: Path(file).name for name, file in files.items()}
     assert str(tmp_path) not in manifest
     assert (tmp_path / "int8" / "scheduler" / "scheduler_config.json").read_text() == "{}"
+
+
+def as_msmodelslim_leaves_it(folder: Path, out: Path) -> Path:
+    """A folder of an expert's shards and labels under original names, and the config of Wan's own code."""
+
+    def original(name: str) -> str:
+        stem, _, leaf = name.rpartition(".")  # of a scale, too
+        weight = next(names_of(WAN.original_names, f"{stem}.weight"), None)
+        companion = name if weight is None else f"{weight.removesuffix('weight')}{leaf}"
+        return next(names_of(WAN.original_names, name), companion)
+
+    written = out.with_name(f"{out.name}-diffusers")
+    convert_checkpoint(folder, written, Recipe("mxfp8", dialect="msmodelslim", max_shard_size="200KB"))
+    out.mkdir(parents=True)
+    for file in written.glob("*.safetensors"):
+        save_file({original(name): tensor for name, tensor in load_file(file).items()}, out / file.name)
+    (index,), (labels,) = written.glob("*.index.json"), written.glob("quant_model_description*.json")
+    for path, key in ((index, "weight_map"), (labels, None)):
+        content = json.loads(path.read_text())
+        named = content[key] if key else content
+        named = {original(name): value for name, value in named.items()}
+        (out / path.name).write_text(json.dumps({key: named} if key else named))
+    (out / "config.json").write_text('{"_class_name": "WanModel"}')
+    return out
+
+
+def test_both_experts_of_msmodelslim_beside_a_pipeline(experts: tuple[Path, Path], base: Path, tmp_path: Path) -> None:
+    subfolders = ("high_noise_model", "low_noise_model")
+    made = [
+        as_msmodelslim_leaves_it(folder, tmp_path / "made" / name)
+        for folder, name in zip(experts, subfolders, strict=True)
+    ]
+    with pytest.raises(CheckpointError, match=f"-m keep --component transformer={re.escape(str(made[0]))} --comp"):
+        resolve_source(tmp_path / "made")
+    with pytest.raises(CheckpointError, match=f"WanModel.*--component transformer={re.escape(str(made[0]))} if"):
+        convert_checkpoint(made[0], tmp_path / "alone", Recipe("keep"))
+    component = {name: str(folder) for name, folder in zip(EXPERTS, made, strict=True)}
+    convert_checkpoint(base, tmp_path / "out", Recipe("keep", component=component))
+    for name, folder in zip(EXPERTS, experts, strict=True):
+        config = json.loads((tmp_path / "out" / name / "config.json").read_text())
+        assert config["_class_name"] == "WanTransformer3DModel"
+        assert config["quantization_config"]["quant_method"] == "mxfp8"
+        convert_checkpoint(folder, tmp_path / name, Recipe("mxfp8"))
+        assert error(values(tmp_path / "out" / name), values(tmp_path / name)) == 0
+    assert not [finding for each in verify_source(resolve_source(tmp_path / "out")) for finding in each.findings]
 
 
 def test_one_expert_from_a_file_and_one_from_the_pipeline(
