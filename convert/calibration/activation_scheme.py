@@ -48,7 +48,7 @@ def choose_activation_scheme(method: str, recipe: Recipe) -> ActivationScheme:
     is_unused = recipe.is_calibrated and calibration is Calibration.UNUSED
     note = f"{method} {how}: the statistics were not used" if is_unused else ""
     if calibration is Calibration.SMOOTHING and not recipe.is_calibrated:
-        note = f"{method} without --calib smooths no inputs, which costs more than half of what it gains"
+        note = f"{method} without --calib smooths no inputs, whose outliers then cost more"
     is_importance = calibration is Calibration.IMPORTANCE
     return ActivationScheme(name, recipe.is_calibrated and not is_unused, note, is_importance)
 

@@ -183,7 +183,7 @@ def _shared(group: LayerGroup, layers: Sequence[QuantizedLayer]) -> Iterator[Fin
         what = f"found {' and '.join(described)} in what the runtime merges as '{group.runtime_name}'"
         yield Finding("error", "half-quantized-group", layers[0].stem, what, VLLM_OMNI, ANEW)
         return
-    for suffix in ("weight_scale_2", "mul_scale", "input_scale"):
+    for suffix in ("weight_scale_2", "mul_scale", "smooth_factor", "lora_a", "input_scale"):
         if suffix in layers[0].tensors:
             first = layers[0].read_tensor(suffix, 0, 0)
             for layer in layers[1:]:

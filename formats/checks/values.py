@@ -41,6 +41,8 @@ LARGEST_INPUT, SMALLEST_INPUT = 1e5, 1e-4
 # Blocks whose largest element is below a quarter of the grid: a scale chosen for them would be smaller.
 UNUSED_SHARE = 0.05
 AGAIN = "convert the model again"
+# Numbers beside codes that are no scales: of branches, of smoothing, of tables.
+LINEAR = ("smooth_factor", "lora_a", "lora_b", "table", "absmax_table", "absmax_offset")
 
 
 def check_values(
@@ -82,7 +84,7 @@ def _bad_numbers(tile: Tensor) -> int:
 
 def elements_of(fmt: Format, tensors: Mapping[str, Tensor]) -> Tensor:
     """Decodes the codes without any scale; float32 [rows, in]."""
-    return fmt.innermost.dequantize({suffix: _as_one(suffix, tensor) for suffix, tensor in tensors.items()})
+    return fmt.innermost.multiplied({suffix: _as_one(suffix, tensor) for suffix, tensor in tensors.items()})
 
 
 def _as_one(suffix: str, tensor: Tensor) -> Tensor:
@@ -117,6 +119,10 @@ def _bad_values(layer: QuantizedLayer, tensors: Mapping[str, Tensor]) -> Iterato
             values = codes.float()
             yield "weight", "off-grid", int((values != E2M1.round(values).copysign(values)).sum())
     for suffix, scale in tensors.items():
+        if suffix in LINEAR and (bad := _bad_numbers(scale)):
+            yield suffix, "non-finite", bad
+        elif suffix == "smooth_factor" and (bad := int((scale <= 0).sum())):
+            yield suffix, "non-positive-scale", bad
         if "scale" in suffix and scale.numel():
             yield from ((suffix, check, count) for check, count in _bad_scales(fmt, suffix, scale, tensors))
 
@@ -144,7 +150,7 @@ def _lost(fmt: Format, suffix: str, tensors: Mapping[str, Tensor]) -> int:
     if suffix in ("mul_scale", "input_scale"):
         return int((tensors[suffix] == 0).sum())
     ones = {name: tensor if name == suffix else _as_one(name, tensor) for name, tensor in tensors.items()}
-    return int(((elements_of(fmt, tensors) != 0) & (fmt.dequantize(ones) == 0)).sum())
+    return int(((elements_of(fmt, tensors) != 0) & (fmt.multiplied(ones) == 0)).sum())
 
 
 WORDS = {

@@ -183,6 +183,15 @@ class SvdQuant(ElementFormat):
     def multiplied(self, tensors: Mapping[str, Tensor]) -> Tensor:
         return self._elements(tensors).mul_(self.element_scale(tensors))
 
+    def flaw(self, tensors: Mapping[str, Tensor]) -> str | None:
+        for suffix in ("smooth_factor", "lora_a", "lora_b"):
+            numbers = tensors.get(suffix)
+            if numbers is not None and not bool(numbers.isfinite().all()):
+                return f"{suffix}: found NaN or Inf, expected finite numbers"
+        if "smooth_factor" in tensors and not bool((tensors["smooth_factor"] > 0).all()):
+            return "smooth_factor: found numbers that are zero or negative, expected positive ones"
+        return super().flaw(tensors)
+
     def scale_inputs(self, inputs: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
         return inputs / tensors["smooth_factor"].to(inputs.dtype)
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from omni_convert.convert import Recipe, convert_checkpoint
@@ -20,7 +21,7 @@ from omni_convert.formats.containers.checkpoint import Checkpoint
 from omni_convert.formats.dialects.nunchaku_lite import NUNCHAKU_LITE, VECTOR
 from omni_convert.formats.dialects.svdquant import SVDQUANT
 from omni_convert.formats.dialects.table import DIALECTS, WRITTEN
-from omni_convert.formats.errors import RecipeError
+from omni_convert.formats.errors import CheckpointError, RecipeError
 from omni_convert.formats.format import Format
 from omni_convert.formats.rows import TensorLayout, TensorRows
 from omni_convert.formats.schemes.int4 import Int4
@@ -251,6 +252,52 @@ def test_a_file_is_sound_kept_and_restored(flux_folder: Path, tmp_path: Path, me
                 assert restored[name].equal(original), name
             error = float((restored[name].float() - original.float()).norm() / original.float().norm())
             assert error < 0.13, name
+
+
+def _set(suffix: str, number: float) -> Any:
+    def change(tensors: dict[str, Tensor], stem: str) -> None:
+        tensors[f"{stem}.{suffix}"].view(-1)[0] = number
+
+    return change
+
+
+DAMAGE: dict[str, Any] = {
+    "smoothing by zero": _set("smooth_factor", 0.0),
+    "a branch that is NaN": _set("proj_up", float("nan")),
+    "an infinite branch": _set("proj_down", float("inf")),
+    "a scale that is zero": lambda tensors, stem: tensors[f"{stem}.wscales"].zero_(),
+    "no branch": lambda tensors, stem: tensors.pop(f"{stem}.proj_down"),
+    "no scales": lambda tensors, stem: tensors.pop(f"{stem}.wscales"),
+    "no smoothing": lambda tensors, stem: tensors.pop(f"{stem}.smooth_factor"),
+    "another rank": lambda tensors, stem: tensors.update({f"{stem}.proj_up": torch.ones(128, 32).bfloat16()}),
+    "codes of another shape": lambda tensors, stem: tensors.update({f"{stem}.qweight": torch.ones(64, 64).char()}),
+}
+
+
+@pytest.mark.parametrize("change", DAMAGE.values(), ids=DAMAGE.keys())
+def test_damage_is_found_and_not_loaded(damaged_source: Path, tmp_path: Path, change: Any) -> None:
+    import diffusers
+
+    import omni_convert.loaders  # noqa: F401  # registers the quantizers
+
+    folder, stem = tmp_path / "damaged", "transformer_blocks.0.attn.to_q"
+    shutil.copytree(damaged_source, folder)
+    tensors = load_file(folder / WEIGHTS)
+    change(tensors, stem)
+    save_file(tensors, folder / WEIGHTS, {"format": "pt"})
+    (verified,) = verify_source(resolve_source(folder))
+    assert any(stem in finding.layer for finding in verified.findings if finding.severity == "error")
+    with pytest.raises(CheckpointError, match=r"transformer_blocks\.0\.attn\.to_q"):
+        diffusers.FluxTransformer2DModel.from_pretrained(folder, torch_dtype=torch.bfloat16)
+
+
+@pytest.fixture(scope="module")
+def damaged_source(flux_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A sound file without a manifest."""
+    folder = tmp_path_factory.mktemp("svdquant") / "out"
+    convert_checkpoint(flux_folder, folder, Recipe(method="svdquant_int4", rank=16, force=True))
+    (folder / "omni_convert.json").unlink()
+    return folder
 
 
 @pytest.mark.parametrize("method", ["svdquant_int4", "svdquant_nvfp4"])
