@@ -110,11 +110,7 @@ def load_pipeline(
     modules = {name: module for name, module in pipeline.components.items() if isinstance(module, nn.Module)}
     _refuse_other_method(requested, modules)
     _place(pipeline, streamer, device)
-    for layer in _quantized_layers(modules.values()):
-        if activations != "quantized":
-            layer.activations = activations
-        if strict:
-            layer.prefers_scaled_gemm = True
+    _choose_kernels(_quantized_layers(modules.values()), activations, strict=strict)
     if strict:
         require_scaled_gemm(kernel_report(pipeline))
     if cache_backend is not None:
@@ -267,3 +263,11 @@ def _refuse_other_method(requested: Mapping[str, Any], modules: Mapping[str, nn.
 def _quantized_layers(modules: Iterable[nn.Module]) -> Iterator[QuantizedLinear]:
     for module in modules:
         yield from (layer for layer in module.modules() if isinstance(layer, QuantizedLinear))
+
+
+def _choose_kernels(layers: Iterable[QuantizedLinear], activations: Activations, *, strict: bool) -> None:
+    for layer in layers:
+        if activations != "quantized":
+            layer.activations = activations
+        if strict:
+            layer.prefers_scaled_gemm = True

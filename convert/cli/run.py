@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -256,7 +257,6 @@ def compare_command(
     """
     from omni_convert.convert.calibration.prompts import Prompt, check_image, read_prompts
     from omni_convert.convert.comparison.comparison import RunOptions, compare, settings_of
-    from omni_convert.convert.comparison.metrics import summary_of
     from omni_convert.convert.device import resolve_device
     from omni_convert.convert.output.manifest import write_json
 
@@ -294,14 +294,20 @@ def compare_command(
         from omni_convert.convert.page.pages import comparison_page
 
         write_page(report_file, comparison_page(report, comparison.pairs(), command_line()))
+    if not quiet:
+        _print_summary(report, output_json)
+
+
+def _print_summary(report: Mapping[str, Any], output_json: Path) -> None:
+    from omni_convert.convert.comparison.metrics import summary_of
+
     summary = {
         "output_json": str(output_json),
         "reference_avg_generation_time_s": report["reference_generation"]["avg_generation_time_s"],
         "candidate_avg_generation_time_s": report["candidate_generation"]["avg_generation_time_s"],
         **summary_of(report["output_metrics"]),
     }
-    if not quiet:
-        click.echo(json.dumps(summary, indent=2, sort_keys=True, allow_nan=False))
+    click.echo(json.dumps(summary, indent=2, sort_keys=True, allow_nan=False))
 
 
 def _offload(device: str, cpu: bool, layerwise: bool, *, quiet: bool) -> Offload | None:
