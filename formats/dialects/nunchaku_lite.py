@@ -262,7 +262,7 @@ def _layer(found: Found, stem: str) -> StoredLayer:
     weight, down = found.checkpoint[f"{stem}.qweight"], found.get(stem, "proj_down")
     precision = str(_section(found.block).get("precision"))
     if precision not in FORMATS or weight.dtype is not torch.int8:
-        what = f"found precision {precision[:20]!r} and {weight.dtype}, expected SVDQuant in int4 or nvfp4"
+        what = f"found precision {precision[:20]!r} and {weight.dtype}, expected Nunchaku's SVDQuant in int4 or nvfp4"
         raise LayerError(found, stem, f"layer '{stem}': {what}")
     if down is None or len(down.shape) != 2 or len(weight.shape) != 2:
         what = f"tensor '{stem}.proj_down' is missing or no matrix, expected the branch beside qweight"
