@@ -15,6 +15,7 @@ Order:    That of Nunchaku's own files. Diffusers' kernels have the same signatu
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -111,21 +112,14 @@ class _Tiles(WritableCodec):
         return super().read(checkpoint, name, layout, start, stop)
 
     def _axes(self, words: Tensor) -> list[int]:
-        return [-1, *self.rows, words.shape[1] // _product(self.columns), *self.columns]
+        return [-1, *self.rows, words.shape[1] // math.prod(self.columns), *self.columns]
 
 
 def _matrix(shape: tuple[int, ...]) -> tuple[int, int]:
     return (shape[0], 1) if len(shape) == 1 else (shape[0], shape[1])
 
 
-def _product(sizes: tuple[int, ...]) -> int:
-    product = 1
-    for size in sizes:
-        product *= size
-    return product
-
-
-# Of a tile's 128 rows, eight warps take 16 each; a thread takes pairs of neighbours and those eight rows on.
+# Eight warps take 16 of a tile's 128 rows each; a thread takes pairs of neighbours, and the pairs eight rows further.
 WARP_ROWS = (8, 2, 4, 2)
 VECTOR = _Tiles(WARP_ROWS, (), (0, 5, 1, 3, 2, 4), torch.bfloat16)
 
@@ -189,7 +183,7 @@ class NunchakuLite(Dialect):
     )
 
     def recognises(self, found: Found) -> bool:
-        return found.quant_method == METHOD
+        return from_block(found.block) is not None
 
     def stored_layers(self, found: Found) -> Iterator[StoredLayer | LayerError]:
         return (attempt(_layer, found, stem) for stem in found.stems("qweight"))
@@ -260,10 +254,9 @@ def from_block(block: Any) -> QuantizationConfig | None:
 
 def _layer(found: Found, stem: str) -> StoredLayer:
     weight, down = found.checkpoint[f"{stem}.qweight"], found.get(stem, "proj_down")
-    precision = str(_section(found.block).get("precision"))
-    if precision not in FORMATS or weight.dtype is not torch.int8:
-        what = f"found precision {precision[:20]!r} and {weight.dtype}, expected Nunchaku's SVDQuant in int4 or nvfp4"
-        raise LayerError(found, stem, f"layer '{stem}': {what}")
+    precision = str(_section(found.block)["precision"])
+    if weight.dtype is not torch.int8:
+        raise LayerError(found, stem, f"layer '{stem}': found qweight in {weight.dtype}, expected int8")
     if down is None or len(down.shape) != 2 or len(weight.shape) != 2:
         what = f"tensor '{stem}.proj_down' is missing or no matrix, expected the branch beside qweight"
         raise LayerError(found, stem, what, "missing-companion")
