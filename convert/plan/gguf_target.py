@@ -56,9 +56,11 @@ class GgufTarget(Target):
         """Layers of the file; one that joins several of diffusers' layers is a group of these."""
         component = self.component
         weights = component.weights
-        if component.is_transformers or (not component.has_config and any(map(OF_TEXT_MODEL.match, weights))):
+        is_unnamed = "_class_name" not in component.config_if_any
+        if component.is_transformers or (is_unnamed and any(map(OF_TEXT_MODEL.match, weights))):
+            option = f"--component {component.name}=gguf" if component.name in self.recipe.component else "-m gguf"
             raise RecipeError(
-                f"{component.path}: found a text model for -m gguf, expected a denoising model; every reader of GGUF "
+                f"{component.path}: found a text model for {option}, expected a denoising model; every reader of GGUF "
                 "takes text models from llama.cpp's convert_hf_to_gguf.py, under its names"
             )
         linears = linears_in_blocks(weights)

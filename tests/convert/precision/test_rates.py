@@ -12,6 +12,7 @@ from omni_convert.formats.table import FORMATS
 TIMES = {
     **dict.fromkeys(("fp8", "int8", "mxfp8", "w4a8", "w6a8"), 0.5),  # w4a8 and w6a8: their levels are INT8
     **dict.fromkeys(("nvfp4", "mxfp4", "mxfp4_dualscale", "convrot_w4a4"), 0.25),
+    **dict.fromkeys(("svdquant_int4", "svdquant_nvfp4"), 0.25),
     **dict.fromkeys(("w4a16", "nf4", "gguf", "fp8_storage"), 1.0),  # inputs stay BF16
 }
 
