@@ -80,7 +80,7 @@ def reencode(
     if dialect.lists_built_layers and not is_for_us:
         ignored = _ignored_by_vllm_omni(quantized, family, recipe)
         notes = [DIFFERING_SCALES] if _has_differing_scales(quantized, family, recipe) else []
-    elif dialect.has_original_names:  # and no block that lists any
+    elif dialect.names_expected == "original":  # and no block that lists any
         ignored = []
     else:
         kept = {name: quantized.checkpoint[stored] for name, stored in quantized.kept.items()}

@@ -237,7 +237,7 @@ class RuntimeTarget(Target):
             RecipeError: they are not known.
         """
         component = self.component
-        if not self.dialect.has_original_names or component.served_family is None or component.stage is not None:
+        if self.dialect.names_expected != "original" or component.served_family is None or component.stage is not None:
             return None
         return comfyui_names(component.weights, component.config, self.recipe)
 

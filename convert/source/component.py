@@ -86,7 +86,7 @@ class SourceComponent(ComponentFolder):
         if family is None or recipe.method == "dequantize":
             return weights
         wanted, present = family.markers_of(self.config), family.every_marker & weights.keys()
-        if recipe.method == "gguf" or DIALECTS[recipe.dialect].has_original_names:
+        if _may_have_other_names(recipe):
             return marked_view(weights, (), wanted - present) if wanted - present else weights
         for key, marker in family.markers:
             if marker in present - wanted:
@@ -105,6 +105,11 @@ class SourceComponent(ComponentFolder):
                 f"{self.config_path}: found a model quantized already ({quoted(str(kind))}) and no layer that can be "
                 "read here, expected the original weights"
             )
+
+
+def _may_have_other_names(recipe: Recipe) -> bool:
+    """Whether readers of what is written know models by other names than diffusers', and need no config."""
+    return recipe.method == "gguf" or DIALECTS[recipe.dialect].names_expected == "original"
 
 
 def plain_weights(opened: QuantizedCheckpoint) -> Checkpoint:
@@ -149,7 +154,7 @@ def _with_config(component: SourceComponent, recipe: Recipe) -> SourceComponent:
     if component.has_config or component.path.is_dir() or (recipe.is_transcoding and not is_kept):
         return component
     derived = derive_config(component.weights)
-    needs_none = recipe.method == "gguf" or DIALECTS[recipe.dialect].has_original_names
+    needs_none = _may_have_other_names(recipe)
     if is_kept and (derived is None or (derived.undecided and not needs_none)):
         return component
     if derived is None and not needs_none:
@@ -184,7 +189,7 @@ def _named_for_recipe(component: SourceComponent, recipe: Recipe) -> SourceCompo
     if not component.is_assembled:
         return renamed
     markers = component.family.every_marker
-    if not (recipe.method == "keep" and DIALECTS[recipe.dialect].has_original_names):
+    if not (recipe.method == "keep" and DIALECTS[recipe.dialect].names_expected == "original"):
         refuse_other_model(renamed.weights, component.config, component.config_path, markers)
     note = f"{component.label}: the weights of {component.path.name} instead of those in {component.source.name}"
     return replace(renamed, notes=(note, *renamed.notes))
@@ -193,18 +198,16 @@ def _named_for_recipe(component: SourceComponent, recipe: Recipe) -> SourceCompo
 def _renamed(component: SourceComponent, recipe: Recipe) -> SourceComponent:
     """Gives tensors diffusers' names, from which every method starts, or those of the dialect in which they stay."""
     is_kept = recipe.method == "keep" and bool(component.opened.layers)
-    if is_kept and DIALECTS[recipe.dialect].has_original_names:
+    if is_kept and DIALECTS[recipe.dialect].names_expected == "original":
         if component.served_family is None or component.stage is not None:
             return component
         opened, notes = layers_under_original_names(component.opened, component.config)
         return replace(component, opened=opened, weights=plain_weights(opened), notes=(*component.notes, *notes))
     dialect = component.opened.dialect
-    has_other_names = dialect is not None and (
-        DIALECTS[dialect].has_converted_names or DIALECTS[dialect].has_original_names
-    )
+    has_other_names = dialect is not None and DIALECTS[dialect].names_expected in ("original", "both")
     if component.name and not component.is_assembled and not has_other_names:
         return component
-    is_for_diffusers = is_kept and DIALECTS[recipe.dialect].has_diffusers_names
+    is_for_diffusers = is_kept and DIALECTS[recipe.dialect].names_expected == "diffusers"
     if not component.has_config:
         return replace(component, notes=_unknown_names(component)) if is_for_diffusers else component
     if is_kept:
@@ -212,7 +215,7 @@ def _renamed(component: SourceComponent, recipe: Recipe) -> SourceComponent:
             return component
         opened, notes = layers_under_diffusers_names(component.opened, component.config)
         return replace(component, opened=opened, weights=plain_weights(opened), notes=(*component.notes, *notes))
-    keeps_spare = recipe.method == "gguf" or DIALECTS[recipe.dialect].has_original_names
+    keeps_spare = _may_have_other_names(recipe)
     weights, notes = under_diffusers_names(component.weights, component.config, dialect, keeps_spare=keeps_spare)
     return replace(component, weights=weights, notes=(*component.notes, *notes))
 

@@ -60,7 +60,7 @@ def may_have_original_names(
     """
     if not _are_of_diffusers(checkpoint.files):
         return True
-    if dialect is None or not DIALECTS[dialect].has_original_names:
+    if dialect is None or DIALECTS[dialect].names_expected != "original":
         return False
     return not find_family(model_class(config or {})).has_names_of_diffusers(checkpoint)
 

@@ -223,12 +223,9 @@ class Dialect(ABC):
     is_single_file: bool = False
     #: Whether readers look for all tensors of a layer in the file of its weight, so that no shard ends within a layer.
     keeps_layers_whole: bool = False
-    #: Whether its readers expect diffusers' names, not those of the model's own code.
-    has_diffusers_names: bool = True
-    #: Whether its readers know a model by the names of its own code, so that files are written with them.
-    has_original_names: bool = False
-    #: Whether its readers, diffusers among them, convert the names of the model's own code.
-    has_converted_names: bool = False
+    #: Names of tensors that its readers expect: those of diffusers; the original ones of the model's own code; both,
+    #: since diffusers reads the files and converts the original ones; or those of the model that was quantized.
+    names_expected: Literal["diffusers", "original", "both", "source"] = "diffusers"
     #: Whether its writers recast and reshape the tensors that they do not quantize.
     recasts_kept_tensors: bool = False
     #: Whether its block names layers that are quantized, or their blocks, which readers look up by the runtime's names.

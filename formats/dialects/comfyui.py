@@ -134,8 +134,7 @@ class ComfyUi(Dialect):
     )
     declared_by = "marks"
     is_single_file = True
-    has_diffusers_names = False
-    has_original_names = True
+    names_expected = "original"
 
     def recognises(self, found: Found) -> bool:
         return has_marks(found)

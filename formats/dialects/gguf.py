@@ -50,7 +50,7 @@ class Gguf(Dialect):
     consumers = "diffusers, ComfyUI-GGUF, stable-diffusion.cpp"
     declared_by = "container"
     is_single_file = True
-    has_converted_names = True
+    names_expected = "both"
     recasts_kept_tensors = True
 
     def recognises(self, found: Found) -> bool:

@@ -84,7 +84,7 @@ class MsModelSlim(Dialect):
         UNMARKED,
     )
     declared_by = "marks"
-    has_diffusers_names = False
+    names_expected = "source"
 
     def recognises(self, found: Found) -> bool:
         return any(name in found.checkpoint and LABEL.fullmatch(label) for name, label in found.labels.items())
