@@ -119,7 +119,7 @@ def _judged(column: str, folder: Path, tensors: dict[str, Tensor], limit: float)
         return f"wrong by {max(verified.errors.values()):.1%}"
     verdict = next(each for each in inspected.runtimes if each.runtime.startswith(READERS[column]))
     if verdict.outcome != "loads":
-        return f"sound, but {verdict.runtime} {verdict.outcome}: {verdict.why}"
+        return f"sound, but {verdict.runtime} {verdict.outcome}: {verdict}"
     convert_checkpoint(source.path, folder / f"{column} back", Recipe("dequantize", device="cpu"))
     back = load_file(folder / f"{column} back" / WEIGHTS)
     lacking = tensors.keys() ^ back.keys()

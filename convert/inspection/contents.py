@@ -207,7 +207,7 @@ def _component_lines(component: InspectedComponent, path: Path) -> Iterator[str]
         yield from _indented(f"its meaning is NOT CERTAIN: {component.doubt}")
     for verdict in component.runtimes:
         word = {"loads": "loads", "wrong": "LOADS WRONG", "refuses": "refuses"}[verdict.outcome]
-        yield from _indented(f"{verdict.runtime}: {word}: {verdict.why}")
+        yield from _indented(f"{verdict.runtime}: {word}: {verdict}")
 
 
 def _table(layers: Sequence[InspectedLayer]) -> list[str]:

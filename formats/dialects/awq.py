@@ -34,7 +34,7 @@ class Awq(Dialect):
     name = "awq"
     consumers = "vLLM, transformers"
     usual_verdicts = (
-        Verdict(VLLM_OMNI, "refuses", "cannot build AWQ from a block of a diffusion model; omni-convert -m METHOD"),
+        Verdict(VLLM_OMNI, "refuses", "cannot build AWQ from a block of a diffusion model", "omni-convert -m METHOD"),
         UNKNOWN_METHOD,
         Verdict("vLLM, transformers", "loads", "language models, on a GPU"),
         REQUANTIZE,

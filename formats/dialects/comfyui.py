@@ -129,7 +129,7 @@ class ComfyUi(Dialect):
     runtimes = ("comfyui", *Dialect.runtimes)
     usual_verdicts = (
         NO_BLOCK,
-        Verdict(DIFFUSERS, "wrong", "no reader of ComfyUI's scales; omni-convert dequantize gives BF16"),
+        Verdict(DIFFUSERS, "wrong", "no reader of ComfyUI's scales", "omni-convert dequantize gives BF16"),
         CONVERT_FIRST,
     )
     declared_by = "marks"

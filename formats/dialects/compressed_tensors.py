@@ -39,6 +39,7 @@ from omni_convert.formats.dialects.detection import Signature, parts_of, signed_
 from omni_convert.formats.dialects.packed_words import PackedRows, check_order
 from omni_convert.formats.dialects.verdict import (
     CONVERT_FIRST,
+    KEEP,
     UNKNOWN_METHOD,
     UNMARKED,
     VLLM_OMNI,
@@ -89,7 +90,7 @@ class CompressedTensors(Dialect):
     looks_up_model_names = True
     mixed_methods = ("nvfp4", "fp8")
     usual_verdicts = (
-        Verdict(VLLM_OMNI, "refuses", "the name of the method is not in its registry; -m keep --dialect vllm-omni"),
+        Verdict(VLLM_OMNI, "refuses", "the name of the method is not in its registry", KEEP),
         UNKNOWN_METHOD,
         Verdict("vLLM, transformers", "loads", "for language models; with compressed-tensors installed"),
         CONVERT_FIRST,

@@ -38,7 +38,7 @@ from omni_convert.formats.dialects.base import (
 from omni_convert.formats.dialects.block_findings import block_mismatch
 from omni_convert.formats.dialects.codec import Codec, PackedValues
 from omni_convert.formats.dialects.detection import parts_of, read_signature, stored_layer, unknown_format
-from omni_convert.formats.dialects.verdict import CONVERT_FIRST, DIFFUSERS, UNMARKED, VLLM_OMNI, Verdict
+from omni_convert.formats.dialects.verdict import CONVERT_FIRST, DIFFUSERS, KEEP, UNMARKED, VLLM_OMNI, Verdict
 from omni_convert.formats.families.wan import has_original_wan_names, wan_diffusers_name
 from omni_convert.formats.finding import Finding
 from omni_convert.formats.format import Format
@@ -78,7 +78,7 @@ class MsModelSlim(Dialect):
     name = "msmodelslim"
     consumers = "vLLM-Ascend, MindIE"
     usual_verdicts = (
-        Verdict(VLLM_OMNI, "refuses", "reads the description for HunyuanImage-3.0 only; -m keep --dialect vllm-omni"),
+        Verdict(VLLM_OMNI, "refuses", "reads the description for HunyuanImage-3.0 only", KEEP),
         Verdict(DIFFUSERS, "refuses", "neither the names of the files nor the scales are known to it"),
         CONVERT_FIRST,
         UNMARKED,

@@ -27,6 +27,7 @@ from omni_convert.formats.dialects.codec import Plain
 from omni_convert.formats.dialects.detection import signed_layers
 from omni_convert.formats.dialects.verdict import (
     CONVERT_FIRST,
+    KEEP,
     UNKNOWN_METHOD,
     UNMARKED,
     VLLM_OMNI,
@@ -74,9 +75,7 @@ class Transformers(Dialect):
     has_low_precision_scales = True
     looks_up_model_names = True
     usual_verdicts = (
-        Verdict(
-            VLLM_OMNI, "refuses", "unknown keys, or without its flag quantized online; -m keep --dialect vllm-omni"
-        ),
+        Verdict(VLLM_OMNI, "refuses", "unknown keys, or without its flag quantized online", KEEP),
         UNKNOWN_METHOD,
         Verdict("transformers", "loads", "on a GPU with FP8; elsewhere as dequantized BF16"),
         CONVERT_FIRST,

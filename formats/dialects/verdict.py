@@ -13,6 +13,7 @@ __all__ = [
     "COMFYUI",
     "CONVERT_FIRST",
     "DIFFUSERS",
+    "KEEP",
     "NOT_OF_DIFFUSERS",
     "NO_BLOCK",
     "OURS",
@@ -42,37 +43,36 @@ COMFYUI = "ComfyUI"
 
 @dataclass(frozen=True)
 class Verdict:
-    """The behaviour of a runtime on a component, and the reason."""
+    """The behaviour of a runtime on a component, the reason, and the options of omni-convert that help."""
 
     runtime: str
     outcome: Outcome
     why: str
+    remedy: str = ""
+
+    def __str__(self) -> str:
+        return "; ".join(filter(None, (self.why, self.remedy)))
 
 
 #: Verdicts that several dialects share.
 UNMARKED = Verdict(
     COMFYUI,
     "wrong",
-    "no comfy_quant marks: it takes the codes for weights and drops the scales; --dialect comfyui adds them",
+    "no comfy_quant marks: it takes the codes for weights and drops the scales",
+    "--dialect comfyui adds them",
 )
 NO_BLOCK = Verdict(
-    VLLM_OMNI,
-    "wrong",
-    "no block in config.json that it knows: the codes are taken for weights; -m keep --dialect vllm-omni",
+    VLLM_OMNI, "wrong", "no block in config.json that it knows: the codes are taken for weights", KEEP
 )
 UNKNOWN_METHOD = Verdict(DIFFUSERS, "refuses", "its quantizers do not know this quant_method")
-CONVERT_FIRST = Verdict(
-    OURS, "refuses", "reads vLLM-Omni's spelling, and ModelOpt's FP8 and NVFP4: -m keep --dialect vllm-omni"
-)
+CONVERT_FIRST = Verdict(OURS, "refuses", "reads vLLM-Omni's spelling, and ModelOpt's FP8 and NVFP4", KEEP)
 NOT_OF_DIFFUSERS = Verdict(OURS, "refuses", "runs models of diffusers, and this is a repository of transformers")
-REQUANTIZE = Verdict(OURS, "refuses", "does not read it; -m METHOD quantizes again, omni-convert dequantize gives BF16")
+REQUANTIZE = Verdict(OURS, "refuses", "does not read it", f"{REQUANTIZED}, omni-convert dequantize gives BF16")
 
 
 def without_class(found: Iterable[Verdict], reason: str) -> list[Verdict]:
     """The verdicts on a component whose model diffusers has no class for."""
-    return [
-        replace(each, outcome="refuses", why=reason) if each.runtime in (DIFFUSERS, OURS) else each for each in found
-    ]
+    return [Verdict(each.runtime, "refuses", reason) if each.runtime in (DIFFUSERS, OURS) else each for each in found]
 
 
 def with_remedy(found: Iterable[Verdict], keep: Callable[[str], str | None]) -> list[Verdict]:
@@ -82,8 +82,7 @@ def with_remedy(found: Iterable[Verdict], keep: Callable[[str], str | None]) -> 
         keep: runtime to these options; None if there are none
     """
     return [
-        replace(each, why=each.why.replace(KEEP, keep(each.runtime) or REQUANTIZED)) if KEEP in each.why else each
-        for each in found
+        replace(each, remedy=keep(each.runtime) or REQUANTIZED) if each.remedy == KEEP else each for each in found
     ]
 
 
