@@ -13,6 +13,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from omni_convert.convert.execution.component_result import LayerResult
 from omni_convert.convert.plan.component_plan import ComponentPlan
 from omni_convert.convert.plan.plan import Plan
+from omni_convert.formats.dialects.table import DIALECTS
 
 __all__ = ["model_card"]
 
@@ -33,38 +34,6 @@ SHA-256 of each file.
 
 {run}
 """
-
-# Dialect → how to run a result that is spelled so.
-RUN = {
-    "vllm-omni": """With vLLM-Omni:
-
-```bash
-vllm serve {title} --omni
-```
-
-With diffusers:
-
-```python
-from omni_convert.loaders import load_pipeline
-
-pipe = load_pipeline("{title}", device="cuda")
-image = pipe("a prompt").images[0]
-```""",
-    "gguf": """A `.gguf` file holds a model of diffusers, and is read beside its `config.json`:
-
-```python
-import torch
-from diffusers import GGUFQuantizationConfig, {model_class}
-
-model = {model_class}.from_single_file(
-    "{folder}/{file}",
-    config="{folder}",
-    quantization_config=GGUFQuantizationConfig(compute_dtype=torch.bfloat16),
-    torch_dtype=torch.bfloat16,
-)
-```""",
-}
-RUN_OTHER = "The files are spelled for {dialect}; `omni-convert inspect` tells which runtimes load them."
 
 
 def model_card(plan: Plan, results: dict[str, Sequence[LayerResult]]) -> str:
@@ -146,7 +115,7 @@ def _run(plan: Plan, title: str) -> str:
     usual = plan.recipe.dialect
     component = next((each for each in plan.components if each.dialect != usual), plan.components[0])
     is_ours = component.is_mixed and component.dialect == "modelopt"  # in which vLLM-Omni reads mixtures
-    return RUN.get("vllm-omni" if is_ours else component.dialect, RUN_OTHER).format(
+    return DIALECTS["vllm-omni" if is_ours else component.dialect].instructions.format(
         title=title,
         dialect=component.dialect,
         model_class=component.config.get("_class_name", "ModelMixin"),

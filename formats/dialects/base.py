@@ -244,6 +244,9 @@ class Dialect(ABC):
     bias_codec: WritableCodec | None = None
     #: Why files are only written with --force; None if their readers have run such files.
     unproven: str | None = None
+    #: How to run a conversion, for its model card. `{title}` and `{dialect}` are those of the result; `{model_class}`,
+    #: `{folder}` and `{file}` those of a component.
+    instructions: str = "The files are spelled for {dialect}; `omni-convert inspect` tells which runtimes load them."
     #: Whether FP8 with dynamic activations has a scale for each row.
     is_dynamic_fp8_per_row: bool = False
 

@@ -42,6 +42,20 @@ __all__ = ["GGUF", "SMALL_ELEMENTS", "gguf_file_of"]
 SMALL_ELEMENTS = 1024
 HALVES = (torch.bfloat16, torch.float16)
 
+INSTRUCTIONS = """A `.gguf` file holds a model of diffusers, and is read beside its `config.json`:
+
+```python
+import torch
+from diffusers import GGUFQuantizationConfig, {model_class}
+
+model = {model_class}.from_single_file(
+    "{folder}/{file}",
+    config="{folder}",
+    quantization_config=GGUFQuantizationConfig(compute_dtype=torch.bfloat16),
+    torch_dtype=torch.bfloat16,
+)
+```"""
+
 
 class Gguf(Dialect):
     """Recognised by its container."""
@@ -52,6 +66,7 @@ class Gguf(Dialect):
     is_single_file = True
     names_expected = "both"
     recasts_kept_tensors = True
+    instructions = INSTRUCTIONS
 
     def recognises(self, found: Found) -> bool:
         return gguf_file_of(found.checkpoint) is not None

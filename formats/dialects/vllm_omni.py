@@ -295,6 +295,22 @@ def _block_size(value: Any, where: str) -> tuple[int, int] | None:
     raise CheckpointError(f"{where}: found weight_block_size {shown(value)}, expected two sizes as [128, 128]")
 
 
+INSTRUCTIONS = """With vLLM-Omni:
+
+```bash
+vllm serve {title} --omni
+```
+
+With diffusers:
+
+```python
+from omni_convert.loaders import load_pipeline
+
+pipe = load_pipeline("{title}", device="cuda")
+image = pipe("a prompt").images[0]
+```"""
+
+
 class VllmOmni(Dialect):
     """The dialect whose names and layouts are those of the formats themselves."""
 
@@ -311,6 +327,7 @@ class VllmOmni(Dialect):
     has_storage = True
     has_exact_shapes = True
     mixed_methods = ("nvfp4", "fp8")  # as ModelOpt spells them
+    instructions = INSTRUCTIONS
 
     def recognises(self, found: Found) -> bool:
         method = found.quant_method
