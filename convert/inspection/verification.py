@@ -66,6 +66,13 @@ class VerifiedComponent:
     unchecked: tuple[str, ...] = ()
     is_unreadable: bool = False
 
+    @property
+    def contents(self) -> str:
+        """Its quantized layers, in a few words."""
+        if self.dialect is not None:
+            return f"{self.layers} layers spelled as {self.dialect} does"
+        return "cannot be read" if self.is_unreadable else "not quantized"
+
 
 def weight_bytes(source: Source) -> int:
     """Number of bytes that `verify_source` reads, for a progress bar."""

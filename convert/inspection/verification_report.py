@@ -54,10 +54,8 @@ def _number(error: float) -> float | None:
 
 
 def _component_lines(component: VerifiedComponent, path: Path) -> Iterator[str]:
-    plain = "cannot be read" if component.is_unreadable else "not quantized"
-    what = f"{component.layers} layers spelled as {component.dialect} does" if component.dialect else plain
     sound = "" if component.findings else ", nothing wrong"
-    yield f"{component.name or path.name}: {what}{sound}"
+    yield f"{component.name or path.name}: {component.contents}{sound}"
     if component.errors:
         worst = max(component.errors, key=lambda stem: component.errors[stem])
         median = statistics.median(component.errors.values())

@@ -185,8 +185,8 @@ def verification_page(name: str, components: Sequence[VerifiedComponent], comman
 
 
 def _verified(component: VerifiedComponent) -> Iterator[Markup]:
-    spelled = f"{component.layers} layers spelled as {component.dialect} does. " if component.dialect else ""
-    yield element("p", spelled, "Nothing wrong." if not component.findings else None)
+    contents = f"{component.contents}. " if component.dialect else ""
+    yield element("p", contents, "Nothing wrong." if not component.findings else None)
     if component.findings:
         rows = [
             [each.severity, each.check, each.layer, each.what, each.hurts, each.remedy] for each in component.findings
