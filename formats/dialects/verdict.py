@@ -61,9 +61,7 @@ UNMARKED = Verdict(
     "no comfy_quant marks: it takes the codes for weights and drops the scales",
     "--dialect comfyui adds them",
 )
-NO_BLOCK = Verdict(
-    VLLM_OMNI, "wrong", "no block in config.json that it knows: the codes are taken for weights", KEEP
-)
+NO_BLOCK = Verdict(VLLM_OMNI, "wrong", "no block in config.json that it knows: the codes are taken for weights", KEEP)
 UNKNOWN_METHOD = Verdict(DIFFUSERS, "refuses", "its quantizers do not know this quant_method")
 CONVERT_FIRST = Verdict(OURS, "refuses", "reads vLLM-Omni's spelling, and ModelOpt's FP8 and NVFP4", KEEP)
 NOT_OF_DIFFUSERS = Verdict(OURS, "refuses", "runs models of diffusers, and this is a repository of transformers")
@@ -81,9 +79,7 @@ def with_remedy(found: Iterable[Verdict], keep: Callable[[str], str | None]) -> 
     Args:
         keep: runtime to these options; None if there are none
     """
-    return [
-        replace(each, remedy=keep(each.runtime) or REQUANTIZED) if each.remedy == KEEP else each for each in found
-    ]
+    return [replace(each, remedy=keep(each.runtime) or REQUANTIZED) if each.remedy == KEEP else each for each in found]
 
 
 def lost_block_verdicts() -> list[Verdict]:

@@ -8,7 +8,7 @@ The vision tower, the VAE, the head and the embedders are plain modules.
 
 from __future__ import annotations
 
-from omni_convert.formats.families.family import Family, MethodNote, RuntimeRefusal, repository_refusals
+from omni_convert.formats.families.family import Family, MethodNote, repository_refusal, repository_refusals
 from omni_convert.formats.families.layers import VLLM_OMNI, LayerPattern, kept
 from omni_convert.formats.families.stage import Fp8Refusal, Stage
 
@@ -53,28 +53,12 @@ BAGEL = Family(
         ),
     ),
     refusals=(
-        RuntimeRefusal(
-            VLLM_OMNI,
-            "vLLM-Omni 0.30.0 and 0.32.0rc1 transpose INT8 weights of BAGEL twice on CUDA",
-            methods=("int8",),
-            is_final=True,
-            is_loaded_here=False,
-        ),
-        *repository_refusals(
-            ("gguf",),
-            "vLLM-Omni has no adapter of GGUF for BAGEL",
-            "auto-round",
-            "compressed-tensors",
-            "msmodelslim",
-            "transformers",
-        ),
-        RuntimeRefusal(
-            VLLM_OMNI,
+        repository_refusal("vLLM-Omni 0.30.0 and 0.32.0rc1 transpose INT8 weights of BAGEL twice on CUDA", ("int8",)),
+        *repository_refusals(("gguf",), "vLLM-Omni has no adapter of GGUF for BAGEL"),
+        repository_refusal(
             "vLLM-Omni's kernel for both experts of BAGEL takes ModelOpt's MXFP8 for FP8 with one scale",
-            methods=("mxfp8",),
-            dialects=("modelopt",),
-            is_final=True,
-            is_loaded_here=False,
+            ("mxfp8",),
+            ("modelopt",),
         ),
     ),
     stage=Stage(

@@ -42,6 +42,7 @@ __all__ = [
     "Recommendation",
     "RuntimeRefusal",
     "VariantRefusal",
+    "repository_refusal",
     "repository_refusals",
     "unknown_scope",
 ]
@@ -119,7 +120,18 @@ NOT_IN_DIFFUSERS = RuntimeRefusal(
 )
 
 
-def repository_refusals(methods: tuple[str, ...], reason: str, *dialects: str) -> tuple[RuntimeRefusal, ...]:
+#: Dialects in which vLLM-Omni was not tried with its diffusion models that are repositories of transformers.
+UNTRIED = ("auto-round", "compressed-tensors", "msmodelslim", "transformers")
+
+
+def repository_refusal(reason: str, methods: tuple[str, ...] = (), dialects: tuple[str, ...] = ()) -> RuntimeRefusal:
+    """A refusal of vLLM-Omni, which alone runs repositories of transformers quantized."""
+    return RuntimeRefusal(VLLM_OMNI, reason, methods, dialects, is_final=True, is_loaded_here=False)
+
+
+def repository_refusals(
+    methods: tuple[str, ...], reason: str, dialects: tuple[str, ...] = UNTRIED
+) -> tuple[RuntimeRefusal, ...]:
     """The refusals of a repository of transformers, which vLLM-Omni alone runs quantized.
 
     Args:
@@ -131,8 +143,8 @@ def repository_refusals(methods: tuple[str, ...], reason: str, *dialects: str) -
     untried = f"vLLM-Omni was not tried with this model in this dialect; expected {tried}"
     elsewhere = "this is a repository of transformers, which vLLM-Omni alone runs quantized"
     return (
-        RuntimeRefusal(VLLM_OMNI, reason, methods, is_final=True, is_loaded_here=False),
-        RuntimeRefusal(VLLM_OMNI, untried, dialects=dialects, is_final=True, is_loaded_here=False),
+        repository_refusal(reason, methods),
+        repository_refusal(untried, dialects=dialects),
         *(RuntimeRefusal(runtime, elsewhere, is_final=True, is_loaded_here=False) for runtime in (DIFFUSERS, COMFYUI)),
     )
 

@@ -36,13 +36,6 @@ HIDREAM_O1 = Family(
             )
         ),
     ),
-    refusals=repository_refusals(
-        ("gguf",),
-        "vLLM-Omni has no adapter of GGUF for HiDream-O1",
-        "auto-round",
-        "compressed-tensors",
-        "msmodelslim",
-        "transformers",
-    ),
+    refusals=repository_refusals(("gguf",), "vLLM-Omni has no adapter of GGUF for HiDream-O1"),
     stage=Stage(is_diffusion=True, signature=("Qwen3VLForConditionalGeneration", f"{_FINAL_LAYER}.weight")),
 )

@@ -8,7 +8,7 @@ each head of k and v, and `gate_and_up_proj` has up before gate. The loader sort
 
 from __future__ import annotations
 
-from omni_convert.formats.families.family import Family, MethodNote, RuntimeRefusal, repository_refusals
+from omni_convert.formats.families.family import Family, MethodNote, repository_refusal, repository_refusals
 from omni_convert.formats.families.layers import VLLM_OMNI, LayerPattern, kept
 from omni_convert.formats.families.stage import Fp8Refusal, Stage
 
@@ -70,18 +70,11 @@ HUNYUAN_IMAGE_3 = Family(
             ("mxfp4_dualscale", "gguf"),
             "vLLM-Omni does not load this method for HunyuanImage-3.0: its loader does not sort the rows of qkv_proj's "
             "second scales, and it has no adapter of GGUF",
-            "auto-round",
-            "compressed-tensors",
-            "msmodelslim",
-            "transformers",
         ),
-        RuntimeRefusal(
-            VLLM_OMNI,
+        repository_refusal(
             "vLLM-Omni was not tried with ModelOpt's MXFP8 of this model; expected --dialect vllm-omni",
-            methods=("mxfp8",),
-            dialects=("modelopt",),
-            is_final=True,
-            is_loaded_here=False,
+            ("mxfp8",),
+            ("modelopt",),
         ),
     ),
     stage=Stage(

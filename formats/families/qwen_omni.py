@@ -5,8 +5,8 @@ Their stages are vLLM's own autoregressive models. These have vLLM's methods, no
 
 from __future__ import annotations
 
-from omni_convert.formats.families.family import Family, RuntimeRefusal, repository_refusals
-from omni_convert.formats.families.layers import VLLM_OMNI, LayerPattern, experts, kept, linears, merged
+from omni_convert.formats.families.family import Family, repository_refusal, repository_refusals
+from omni_convert.formats.families.layers import LayerPattern, experts, kept, linears, merged
 from omni_convert.formats.families.stage import Fp8Refusal, Stage
 
 __all__ = ["QWEN_2_5_OMNI", "QWEN_3_OMNI", "QWEN_3_TTS"]
@@ -16,8 +16,7 @@ _ROUTER = "router: its choice of experts decides what is computed"
 _REFUSALS = repository_refusals(
     ("int8", "mxfp8", "mxfp4", "mxfp4_dualscale", "gguf"),
     "vLLM-Omni's autoregressive stages have no method that loads this one; fp8, nvfp4 and w4a16 are there",
-    "compressed-tensors",
-    "msmodelslim",
+    ("compressed-tensors", "msmodelslim"),
 )
 
 
@@ -84,12 +83,9 @@ QWEN_3_TTS = Family(
     layers=(*_attention(_TALKER), *_dense(_TALKER), kept("talker.codec_head", _HEAD, runtime_name="lm_head")),
     refusals=(
         *_REFUSALS,
-        RuntimeRefusal(
-            VLLM_OMNI,
+        repository_refusal(
             "vLLM-Omni does not map `block_name_to_quantize` to the names of this model's layers",
             dialects=("auto-round",),
-            is_final=True,
-            is_loaded_here=False,
         ),
     ),
     stage=Stage(prefix="talker.", ignored=("lm_head",)),
