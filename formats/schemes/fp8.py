@@ -91,12 +91,6 @@ def fp8_block_size(fmt: Format) -> tuple[int, int] | None:
 
 
 @dataclass(frozen=True)
-class _Fitted:
-    weight_scale: float
-    input_scale: float | None
-
-
-@dataclass(frozen=True)
 class _PerTensor(CodedFormat):
     """8-bit floats with one scale per weight (shared by a fused group).
 
@@ -121,15 +115,15 @@ class _PerTensor(CodedFormat):
         layout = {"weight": TensorLayout(self.dtype, (out_features, in_features)), "weight_scale": SCALAR}
         return layout | ({"input_scale": SCALAR} if self.static else {})
 
-    def fit(self, weights: Sequence[WeightRows], inputs: InputStatistics | None) -> _Fitted:
+    def fit(self, weights: Sequence[WeightRows], inputs: InputStatistics | None) -> dict[str, float | None]:
         input_scale = static_scale(inputs, self.input_scale_rule, E4M3_MAX) if self.static else None
-        return _Fitted(weight_amax(weights) / self.largest or 1.0, input_scale)
+        return {"weight_scale": weight_amax(weights) / self.largest or 1.0, "input_scale": input_scale}
 
-    def constants(self, fitted: _Fitted) -> dict[str, Tensor]:
-        return scalars(weight_scale=fitted.weight_scale, input_scale=fitted.input_scale)
+    def constants(self, fitted: dict[str, float | None]) -> dict[str, Tensor]:
+        return scalars(**fitted)
 
-    def quantize_rows(self, rows: Tensor, fitted: _Fitted) -> dict[str, Tensor]:
-        scale = torch.tensor(fitted.weight_scale, dtype=torch.float32, device=rows.device)
+    def quantize_rows(self, rows: Tensor, fitted: dict[str, float | None]) -> dict[str, Tensor]:
+        scale = torch.tensor(fitted["weight_scale"], dtype=torch.float32, device=rows.device)
         return quantize_in_tiles(rows, lambda tile: {"weight": self._round(tile.float() / scale)})
 
     def dequantize(self, tensors: Mapping[str, Tensor]) -> Tensor:

@@ -46,12 +46,6 @@ SEARCH_ROWS = 64
 
 
 @dataclass(frozen=True)
-class _Fitted:
-    weight_scale_2: float
-    input_scale: float | None
-
-
-@dataclass(frozen=True)
 class Nvfp4(CodedFormat):
     """NVFP4 in ModelOpt's layout.
 
@@ -103,19 +97,19 @@ class Nvfp4(CodedFormat):
         }
         return layout | ({"input_scale": SCALAR} if self.static else {})
 
-    def fit(self, weights: Sequence[WeightRows], inputs: InputStatistics | None) -> _Fitted:
+    def fit(self, weights: Sequence[WeightRows], inputs: InputStatistics | None) -> dict[str, float | None]:
         input_scale = static_scale(inputs, self.input_scale_rule, NVFP4_LARGEST) if self.static else None
         amax = weight_amax(weights)
         global_scale = max(amax / NVFP4_LARGEST, SMALLEST_GLOBAL_SCALE) if amax else 1.0
         if self.search:
             global_scale *= _search_global_factor(sample_rows(weights, SEARCH_ROWS), global_scale)
-        return _Fitted(global_scale, input_scale)
+        return {"weight_scale_2": global_scale, "input_scale": input_scale}
 
-    def constants(self, fitted: _Fitted) -> dict[str, Tensor]:
-        return scalars(weight_scale_2=fitted.weight_scale_2, input_scale=fitted.input_scale)
+    def constants(self, fitted: dict[str, float | None]) -> dict[str, Tensor]:
+        return scalars(**fitted)
 
-    def quantize_rows(self, rows: Tensor, fitted: _Fitted) -> dict[str, Tensor]:
-        global_scale = torch.tensor(fitted.weight_scale_2, dtype=torch.float32, device=rows.device)
+    def quantize_rows(self, rows: Tensor, fitted: dict[str, float | None]) -> dict[str, Tensor]:
+        global_scale = torch.tensor(fitted["weight_scale_2"], dtype=torch.float32, device=rows.device)
         return quantize_in_tiles(rows, lambda tile: self._quantize_tile(tile, global_scale))
 
     def dequantize(self, tensors: Mapping[str, Tensor]) -> Tensor:
