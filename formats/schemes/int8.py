@@ -45,11 +45,6 @@ SMALLEST_ROTATED_SCALE = 1e-30
 
 
 @dataclass(frozen=True)
-class _Fitted:
-    group_amax: float | None
-
-
-@dataclass(frozen=True)
 class Int8(CodedFormat):
     """INT8 per output row, or with one scale for a whole fused group, stored as a constant column."""
 
@@ -77,10 +72,11 @@ class Int8(CodedFormat):
             "weight_scale": TensorLayout(torch.float32, (out_features, 1)),
         }
 
-    def fit(self, weights: Sequence[WeightRows], inputs: InputStatistics | None) -> _Fitted:
-        return _Fitted(weight_amax(weights) if self.shared_in_group else None)
+    def fit(self, weights: Sequence[WeightRows], inputs: InputStatistics | None) -> float | None:
+        """The largest magnitude of the group, if it shares one scale."""
+        return weight_amax(weights) if self.shared_in_group else None
 
-    def quantize_rows(self, rows: Tensor, fitted: _Fitted) -> dict[str, Tensor]:
+    def quantize_rows(self, rows: Tensor, fitted: float | None) -> dict[str, Tensor]:
         return quantize_in_tiles(rows, lambda tile: self._quantize_tile(tile, fitted))
 
     def dequantize(self, tensors: Mapping[str, Tensor]) -> Tensor:
@@ -99,12 +95,12 @@ class Int8(CodedFormat):
     def encode_elements(self, elements: Tensor) -> Tensor:
         return elements.to(torch.int8)
 
-    def _quantize_tile(self, tile: Tensor, fitted: _Fitted) -> dict[str, Tensor]:
+    def _quantize_tile(self, tile: Tensor, group_amax: float | None) -> dict[str, Tensor]:
         values = tile.to(torch.float32, copy=True)
-        if fitted.group_amax is None:
+        if group_amax is None:
             amax = values.abs().amax(dim=1, keepdim=True)
         else:
-            amax = torch.full((len(values), 1), fitted.group_amax, device=values.device)
+            amax = torch.full((len(values), 1), group_amax, device=values.device)
         amax = torch.where(amax == 0, INT8_MAX, amax.clamp_(min=SMALLEST_AMAX))
         codes = values.mul_(INT8_MAX / amax).round_().clamp_(-INT8_MAX, INT8_MAX).to(torch.int8)
         scale = amax / INT8_MAX
