@@ -13,6 +13,7 @@ from click.testing import CliRunner
 
 from omni_convert.convert.cli.main import main
 from omni_convert.convert.recipe import METHODS
+from omni_convert.convert.source.location import DEMO_PROMPTS
 from omni_convert.formats.dialects.table import WRITTEN
 from omni_convert.formats.families.table import FAMILIES
 
@@ -25,6 +26,8 @@ PAGES = [*(ROOT / name for name in (*FIRST, "CONTRIBUTING.md")), *ROOMS]
 FOREIGN = ("pip ", "git ", "vllm ", "ray ", "./scripts/", "cd ")
 # Models on the Hub, and places that only a cluster has.
 ELSEWHERE = re.compile(r"\b(Tongyi-MAI|Qwen|black-forest-labs|Wan-AI)/|/shared/")
+#: What the other pages calibrate on; README.md, on all prompts of the demo.
+FEW_PROMPTS = "\n".join(DEMO_PROMPTS.read_text().splitlines()[:4])
 LINK = re.compile(r"\]\(([^)#]*)(?:#([^)]*))?\)")
 FENCED = re.compile(r"^```(bash|console|python)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 
@@ -132,6 +135,8 @@ def test_everything_runs_on_the_demo(tmp_path: Path, monkeypatch: pytest.MonkeyP
     namespace: dict[str, object] = {}
     ran = 0
     for page, language, text in BLOCKS:
+        if page != FIRST[0]:
+            (tmp_path / "prompts.txt").write_text(FEW_PROMPTS)
         if ELSEWHERE.search(text):
             continue
         if language == "python":
