@@ -50,7 +50,7 @@ class BudgetOptions:
         return [name for name in BUDGETS if getattr(self, name) is not None]
 
     def check_budget(self) -> None:
-        """Raises RecipeError if the budget is none: several, or not a positive number."""
+        """Raises RecipeError if there are several budgets, or if one is not a positive number."""
         names = [f"--{name.replace('_', '-')}" for name in self._budgets]
         if len(names) > 1:
             raise RecipeError(f"{names[1]}: found with {names[0]}, expected one budget")

@@ -190,7 +190,7 @@ class Conversion:
 
 
 def _check_budget(recipe: Recipe) -> None:
-    """Raises RecipeError if a budget lacks what it needs, or options that refine one have none."""
+    """Raises RecipeError if a budget lacks what it needs, or an option that refines a budget stands alone."""
     if recipe.budget is None:
         for name in ("formats", "analysis"):
             if getattr(recipe, name):

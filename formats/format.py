@@ -141,11 +141,11 @@ class Format(ABC):
         return smoothed_input(inputs, tensors)
 
     def input_factors(self, constants: Mapping[str, Tensor]) -> Tensor | None:
-        """What `scale_inputs` multiplies each channel by, float32 [in]; None for ones."""
+        """The factors by which `scale_inputs` multiplies channels, float32 [in]; None for ones."""
         return constants.get("mul_scale")
 
     def side_product(self, inputs: Tensor, tensors: Mapping[str, Tensor]) -> Tensor | None:
-        """What a branch of the layer adds to the product, in the dtype of the inputs [rows, out]; None without one.
+        """The product of a branch beside the weight, in the dtype of the inputs [rows, out]; None without a branch.
 
         Args:
             inputs: as the layer gets them, [rows, in]
@@ -290,7 +290,7 @@ class ElementFormat(QuantizingFormat):
         """The scale of each element in `weight`, without mul_scale: float32, broadcasts to [rows, in]."""
 
     def element_values(self, rows: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
-        """What elements times their scales stand for, float32 [rows, in], a new tensor.
+        """The numbers that elements times their scales have to approximate, float32 [rows, in], a new tensor.
 
         Args:
             rows: of the weight, any float dtype [rows, in]
@@ -301,7 +301,7 @@ class ElementFormat(QuantizingFormat):
         return values if minimum is None else values + minimum
 
     def element_minimum(self, tensors: Mapping[str, Tensor]) -> Tensor | None:
-        """What is subtracted from each element times its scale, float32 [rows, in]; None if nothing is."""
+        """The numbers subtracted from elements times their scales, float32 [rows, in]; None if there are none."""
         return None
 
     @abstractmethod

@@ -56,7 +56,7 @@ class FileNames:
         return replace(group, members=stems, is_fused=group.is_fused and len(stems) == len(group.members))
 
     def joined(self, groups: Sequence[LayerGroup]) -> list[LayerGroup]:
-        """The groups; where the file joins parts of some, one for each of its layers in place of these.
+        """The groups; those whose layers the file joins are replaced by one for each joined layer.
 
         Parts that are in no group cannot be quantized, nor can the layer that holds them.
         """

@@ -173,7 +173,7 @@ def _with_config(component: SourceComponent, recipe: Recipe) -> SourceComponent:
 
 
 def _of_unknown_model(component: SourceComponent) -> SourceComponent:
-    """A file whose names stay, but for a prefix, below which the denoising model of several is."""
+    """A file whose names stay; of several models in it, the denoising one is taken, without its prefix."""
     weights = component.weights
     prefix = next((prefix for prefix in prefixes_of(weights) if prefix.endswith("diffusion_model.")), "")
     own = without_prefix(weights, prefix)

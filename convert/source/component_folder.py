@@ -50,7 +50,7 @@ class ComponentFolder:
 
     @property
     def path(self) -> Path:
-        """Its folder; or its file of weights, if it is assembled or all of the model."""
+        """Its folder, or its file of weights if it is assembled or is the whole model."""
         if self.is_assembled:
             return self.source.files[self.name]
         return self.source.path / self.name if self.name else self.source.path

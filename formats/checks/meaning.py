@@ -157,7 +157,7 @@ def _as_finding(found: Found, error: CheckpointError, consumers: str) -> Finding
 
 
 def _strays(reading: Reading) -> Iterator[tuple[Finding, bool]]:
-    """Tensors that look like parts of quantized layers and are none; and whether values depend on them."""
+    """Tensors that only look like parts of quantized layers, and whether values depend on them."""
     if not all(isinstance(error, LayerError) for error in reading.errors):
         return  # the component as a whole cannot be read
     found, checkpoint = reading.found, reading.found.checkpoint
@@ -196,7 +196,7 @@ def _parents(name: str) -> set[str]:
 
 
 def _is_cast(reading: Reading, codes: UndeclaredCodes) -> bool:
-    """Whether FP8 numbers are what they are: no scale beside them, and nothing that declares the layer quantized."""
+    """Whether FP8 numbers are the weights themselves: they have no scale, and nothing declares the layer quantized."""
     if codes.companions or codes.spec.dtype not in FLOAT8:
         return False
     dialect = reading.dialect

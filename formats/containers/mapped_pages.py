@@ -40,7 +40,7 @@ def _advise(address: int, size: int, advice: int) -> None:
 
 
 def scratch_zeros(shape: tuple[int, ...], folder: Path) -> Tensor:
-    """Zeros in a file of a folder, float32, which vanishes with the tensor; what is written comes to the disk.
+    """Float32 zeros in a temporary file of a folder; changes go to the disk, and the file is deleted with the tensor.
 
     Raises:
         OutputError: the folder cannot be written to.

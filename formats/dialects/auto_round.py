@@ -355,7 +355,7 @@ def _check_exceptions(exceptions: Any, layers: Collection[str]) -> Iterator[Find
 
 
 def _exceptions(block: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    """What `extra_config` says of layers: their names, ends of names or patterns, and entries."""
+    """The items of `extra_config`: names, ends of names or patterns, each with its entry."""
     exceptions = block.get("extra_config")
     return [(str(name), entry) for name, entry in exceptions.items()] if isinstance(exceptions, Mapping) else []
 

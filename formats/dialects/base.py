@@ -251,7 +251,7 @@ class Dialect(ABC):
     is_dynamic_fp8_per_row: bool = False
 
     def shown_name(self, found: Found) -> str:
-        """What `inspect` and `verify` call it."""
+        """The name that `inspect` and `verify` show."""
         return self.name
 
     @abstractmethod
@@ -317,7 +317,7 @@ class Dialect(ABC):
         return {}
 
     def kept_metadata(self, metadata: Mapping[str, str]) -> dict[str, str]:
-        """What its readers obey in the free text of a source's header, quantization apart."""
+        """The entries of a source's header that its readers obey, apart from those about quantization."""
         return {}
 
     def verdicts(self, component: JudgedComponent) -> list[Verdict]:

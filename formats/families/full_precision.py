@@ -216,7 +216,7 @@ WAN_ANIMATE = Family(
 
 
 def _joint_block(stream: str, attention: str, projections: tuple[str, ...], norms: str) -> tuple[OriginalName, ...]:
-    """Names in a block of Stable Diffusion 3, of the image's or the text's half."""
+    """Names in the image's or the text's half of a block of Stable Diffusion 3."""
     ours, theirs = "transformer_blocks.{}.attn", f"joint_blocks.{{}}.{stream}.attn"
     return (
         joined(f"{theirs}.qkv", ours, *projections),

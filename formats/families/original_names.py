@@ -161,7 +161,7 @@ def is_of_diffusers_alone(table: Sequence[OriginalName], name: str) -> bool:
 
 
 def diffusers_name(table: Sequence[OriginalName], name: str) -> str:
-    """What diffusers calls a tensor of the model's own code, in a table that joins nothing; other names stay."""
+    """The name in diffusers of a tensor of the model's own code, by a table that joins nothing; other names stay."""
     for row in table:
         found = _pattern(row.original).fullmatch(name)
         if found is not None:

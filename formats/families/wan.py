@@ -171,5 +171,5 @@ def has_original_wan_names(names: Container[str]) -> bool:
 
 
 def wan_diffusers_name(name: str) -> str:
-    """What diffusers calls a tensor of Wan's own code; other names stay."""
+    """The name in diffusers of a tensor of Wan's own code; other names stay."""
     return diffusers_name((*_ORIGINAL_NAMES, *_ALSO_READ), name)

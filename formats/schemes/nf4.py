@@ -151,7 +151,7 @@ class Nf4(Codebook, ElementFormat):
 
     @classmethod
     def stored_in(cls, tensors: Mapping[str, TensorSpec]) -> None:
-        """Never: bitsandbytes' names tell it, and its JSON."""
+        """Returns None: the dialect bitsandbytes knows the format by names and JSON."""
 
     def for_weight(self, shape: tuple[int, ...]) -> Nf4:
         fmt = self.for_columns(math.prod(shape[1:]))
@@ -233,7 +233,7 @@ def _amax(blocks: Tensor) -> Tensor:
 
 
 def _divisor(scale: Tensor) -> Tensor:
-    """Scales without zeros, which nesting may leave."""
+    """The scales, with a small number in place of zeros that nesting has left."""
     return torch.where(scale == 0, SMALLEST_SCALE, scale)
 
 
@@ -249,7 +249,7 @@ def _packed(codes: Tensor) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class _Grid:
-    """NF4's table, and what is nearest in cells that are finer than its steps.
+    """NF4's table, and the nearest entry to each cell of a finer grid.
 
     Searching the table for each number would take ten times as long. A cell and its neighbours hold at most one middle
     of two entries, so that one comparison makes the code exact.

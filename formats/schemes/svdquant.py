@@ -71,7 +71,7 @@ SMALLEST_PART = 1e-3
 
 @dataclass(frozen=True)
 class _Fitted:
-    """What a group shares.
+    """The values that a fused group shares.
 
     Attributes:
         smooth: float32 [in]
@@ -126,7 +126,7 @@ class SvdQuant(ElementFormat):
 
     @classmethod
     def stored_in(cls, tensors: Mapping[str, TensorSpec]) -> None:
-        """Never: only the names of dialects tell it."""
+        """Returns None: dialects know the format by the names of its tensors."""
 
     @property
     def label(self) -> str:
@@ -273,7 +273,7 @@ class SvdQuant(ElementFormat):
         return min(candidates, key=error)
 
     def _outputs(self, smoothed_inputs: Tensor, parts: _Parts, down: Tensor) -> Tensor:
-        """What a layer with these rows gives for smoothed inputs [samples, in], float32 [samples, rows]."""
+        """The outputs of a layer with these rows for smoothed inputs [samples, in], float32 [samples, rows]."""
         product = self.round_inputs(smoothed_inputs, {}) @ parts.rounded.T
         return product.addmm_(smoothed_inputs @ down.T, parts.up.T)
 
@@ -333,7 +333,7 @@ def _settle(weights: Sequence[WeightRows], smooth: Tensor, basis: Tensor) -> Sub
 
 
 def _positive(amax: Tensor) -> Tensor:
-    """Magnitudes without zeros, float32 [in]."""
+    """The magnitudes, float32 [in]; zeros and very small ones become a small part of the median."""
     positive = amax[amax > 0]
     smallest = float(positive.median()) * SMALLEST_PART if len(positive) else 1.0
     return amax.float().clamp(min=smallest)

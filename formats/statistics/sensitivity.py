@@ -42,7 +42,7 @@ SUMS = ("output_sums", "column_sums", "input_sums")
 
 @dataclass(frozen=True, eq=False)
 class LayerSensitivity:
-    """What errors of one layer do to the images; sums over prompts, see `exact_sums`.
+    """The effect of errors of one layer on the images, as sums over prompts; see `exact_sums`.
 
     Attributes:
         output_sums: of E[G^2] by row of the weight, int64 [2, out]
@@ -189,7 +189,7 @@ class SensitivityRecorder:
         return has_gradients
 
     def sensitivity(self) -> LayerSensitivity | None:
-        """What was recorded; None if no result depends on the layer."""
+        """The sensitivity of the layer so far; None if no result depends on the layer."""
         return self._prompts[0] if self._prompts else None
 
 
