@@ -127,6 +127,16 @@ def _built(model_class: Any, config: transformers.PretrainedConfig) -> transform
     return model.to(torch.bfloat16)
 
 
+def _attention(block: str, end: str = "") -> dict[str, tuple[int, ...]]:
+    """Shapes of the linears of an attention of four heads, two of them for keys."""
+    return {f"{block}.self_attn.{leaf}_proj{end}": (32 if leaf in "kv" else 64, 64) for leaf in "qkvo"}
+
+
+def _mlp(block: str, end: str = "") -> dict[str, tuple[int, ...]]:
+    shapes = {"gate": (96, 64), "up": (96, 64), "down": (64, 96)}
+    return {f"{block}.mlp{end}.{leaf}_proj": shape for leaf, shape in shapes.items()}
+
+
 def _save_qwen_3_tts(folder: Path) -> None:
     """A talker, a code predictor, and the modules beside them, under the names that vLLM-Omni's loader reads."""
     shapes: dict[str, tuple[int, ...]] = {
@@ -139,9 +149,7 @@ def _save_qwen_3_tts(folder: Path) -> None:
         "speaker_encoder.fc": (64, 48),
     }
     for block in ("talker.model.layers.0", "talker.model.layers.1", "talker.code_predictor.model.layers.0"):
-        shapes |= {f"{block}.self_attn.{leaf}_proj": (32 if leaf in "kv" else 64, 64) for leaf in "qkvo"}
-        shapes |= {f"{block}.mlp.{leaf}_proj": (96, 64) for leaf in ("gate", "up")}
-        shapes |= {f"{block}.mlp.down_proj": (64, 96)}
+        shapes |= _attention(block) | _mlp(block)
     config = {"architectures": ["Qwen3TTSForConditionalGeneration"], "model_type": "qwen3_tts", "talker_config": {}}
     _save_named(folder, _random_weights(shapes), config)
 
@@ -222,11 +230,9 @@ def _save_bagel(folder: Path) -> None:
         for block in ("language_model.model.layers.0", "language_model.model.layers.1"):
             shapes |= {f"{block}.{norm}_layernorm{expert}": (64,) for norm in ("input", "post_attention")}
             shapes |= {f"{block}.self_attn.{leaf}_norm{expert}": (16,) for leaf in "qk"}
-            rows = {f"{block}.self_attn.{leaf}_proj{expert}": 32 if leaf in "kv" else 64 for leaf in "qkvo"}
-            shapes |= {stem: (count, 64) for stem, count in rows.items()}
-            biases |= {stem: (count,) for stem, count in rows.items() if "o_proj" not in stem}
-            shapes |= {f"{block}.mlp{expert}.{leaf}_proj": (96, 64) for leaf in ("gate", "up")}
-            shapes[f"{block}.mlp{expert}.down_proj"] = (64, 96)
+            attention = _attention(block, expert)
+            biases |= {stem: shape[:1] for stem, shape in attention.items() if "o_proj" not in stem}
+            shapes |= attention | _mlp(block, expert)
     weights = _random_weights(shapes) | _random_weights(biases, "bias")
     config = {
         "architectures": ["BagelForConditionalGeneration"],
