@@ -1,31 +1,19 @@
 """scripts/bench_cuda.py builds its layers and blocks, prints a line for each, and says so where there is no GPU."""
 
-import importlib.util
-from pathlib import Path
-
+import bench_cuda
 import pytest
 import torch
 
-SCRIPT = Path(__file__).parents[1] / "scripts" / "bench_cuda.py"
-
-
-@pytest.fixture(scope="module")
-def script():
-    spec = importlib.util.spec_from_file_location("bench_cuda", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_without_a_gpu_it_says_so_in_one_line_and_fails(script, capsys):
-    assert script.main([]) == 1
+def test_without_a_gpu_it_says_so_in_one_line_and_fails(capsys):
+    assert bench_cuda.main([]) == 1
     assert capsys.readouterr().out.count("\n") == 1
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning:diffusers|transformers")
-def test_every_part_runs_and_shows_errors_beside_speeds(script, capsys):
-    assert script.main(["--device", "cpu", "--tiny", "--runs", "1", "--no-compile"]) == 0
+def test_every_part_runs_and_shows_errors_beside_speeds(capsys):
+    assert bench_cuda.main(["--device", "cpu", "--tiny", "--runs", "1", "--no-compile"]) == 0
     lines = capsys.readouterr().out.splitlines()
     for start in (
         "copy",
@@ -42,10 +30,10 @@ def test_every_part_runs_and_shows_errors_beside_speeds(script, capsys):
 
 
 @pytest.mark.parametrize(("found", "shown"), [(1.49, "<1.50"), (1.5, "1.50")])
-def test_a_figure_below_what_is_asked_is_marked(script, found, shown):
-    assert script.verdict(found, 1.5, "{:.2f}") == shown
+def test_a_figure_below_what_is_asked_is_marked(found, shown):
+    assert bench_cuda.verdict(found, 1.5, "{:.2f}") == shown
 
 
-def test_unknown_parts_are_refused(script):
+def test_unknown_parts_are_refused():
     with pytest.raises(SystemExit):
-        script.main(["--parts", "lunch"])
+        bench_cuda.main(["--parts", "lunch"])

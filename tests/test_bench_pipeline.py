@@ -1,39 +1,29 @@
 """scripts/bench_pipeline.py prints speed and error of every candidate."""
 
 import argparse
-import importlib.util
 import re
 import sys
-from pathlib import Path
 
+import bench_pipeline
 import pytest
 import torch
 from diffusers import FluxTransformer2DModel
 
-SCRIPT = Path(__file__).parents[1] / "scripts" / "bench_pipeline.py"
 LINE = re.compile(r"^(\w+) +(\S.*?) +([\d.]+) +([\d.]+) +([\d.]+)$", re.MULTILINE)
 
 
-@pytest.fixture(scope="module")
-def script():
-    spec = importlib.util.spec_from_file_location("bench_pipeline", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.mark.filterwarnings("ignore::FutureWarning:diffusers|transformers")
-def test_the_demo_is_measured_beside_bf16(script, monkeypatch, capsys):
+def test_the_demo_is_measured_beside_bf16(monkeypatch, capsys):
     arguments = ["--models", "demo", "--methods", "int8", "--steps", "2", "--runs", "1"]
     monkeypatch.setattr(sys, "argv", ["bench_pipeline.py", *arguments])
-    script.main()
+    bench_pipeline.main()
     lines = {name: figures for model, name, *figures in LINE.findall(capsys.readouterr().out) if model == "demo"}
     assert lines["bf16"][1] == "1.00"
     errors = {name.split()[0]: float(error) for name, (*_, error) in lines.items()}
     assert 0 < errors["bf16"] < errors["int8"] < 5
 
 
-def test_errors_of_a_block_are_those_of_its_formats(script, capsys):
+def test_errors_of_a_block_are_those_of_its_formats(capsys):
     torch.manual_seed(0)
     model = FluxTransformer2DModel(
         in_channels=16,
@@ -55,6 +45,6 @@ def test_errors_of_a_block_are_those_of_its_formats(script, capsys):
     }
     options = argparse.Namespace(methods="int8,mxfp4", device="cpu", compile=False, runs=1)
     with torch.inference_mode():
-        script.compare("tiny", *script.block(model, inputs, options), options)
+        bench_pipeline.compare("tiny", *bench_pipeline.block(model, inputs, options), options)
     errors = {name.split()[0]: float(error) for _, name, *_, error in LINE.findall(capsys.readouterr().out)}
     assert 0 < errors["bf16"] < errors["int8"] < errors["mxfp4"]

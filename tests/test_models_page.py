@@ -2,36 +2,23 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-from pathlib import Path
-from types import ModuleType
 
+import models_page
 import pytest
 
 from omni_convert.formats.families.table import FAMILIES
 
-SCRIPT = Path(__file__).parents[1] / "scripts" / "models_page.py"
 VERSIONS = ["0.30.0", "0.32.0rc1"]
 
 
 @pytest.fixture(scope="module")
-def models_page() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("models_page", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(scope="module")
-def record(models_page: ModuleType) -> dict[str, dict[str, dict[str, dict[str, object]]]]:
+def record() -> dict[str, dict[str, dict[str, dict[str, object]]]]:
     content: dict[str, dict[str, dict[str, dict[str, object]]]] = json.loads(models_page.RECORD.read_text())
     return content
 
 
-def test_the_page_is_what_the_tables_say(models_page: ModuleType, record: object) -> None:
+def test_the_page_is_what_the_tables_say(record: object) -> None:
     page = models_page.PAGE.read_text()
     assert page == models_page.page(record), f"run `{models_page.COMMAND}`, and commit {models_page.PAGE.name}"
     assert all(f"\n## {family.name}\n" in page for family in FAMILIES)

@@ -1,49 +1,35 @@
 """scripts/same_bytes.py finds every byte that differs, and lets wordings differ."""
 
 import argparse
-import importlib.util
 import json
 import shutil
-import sys
-from pathlib import Path
 
 import pytest
+import same_bytes
 import torch
 from safetensors.torch import load_file, save_file
 
-SCRIPTS = Path(__file__).parents[1] / "scripts"
 CASE = "glm_image/fp8.vllm-omni"
 
 
 @pytest.fixture(scope="module")
-def script():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(SCRIPTS))  # it imports the tiny models that lie beside it
-        spec = importlib.util.spec_from_file_location("same_bytes", SCRIPTS / "same_bytes.py")
-        module = importlib.util.module_from_spec(spec)
-        patch.setitem(sys.modules, "same_bytes", module)
-        spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(scope="module")
-def made(script, tmp_path_factory):
+def made(tmp_path_factory):
     """A folder with one case."""
     folder = tmp_path_factory.mktemp("same") / "before"
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path_factory.mktemp("elsewhere"))
-        script.make(argparse.Namespace(folder=folder, only=[CASE], fresh=False))
+        same_bytes.make(argparse.Namespace(folder=folder, only=[CASE], fresh=False))
     return folder
 
 
 @pytest.fixture
-def compare(script, made, tmp_path):
+def compare(made, tmp_path):
     """Applies a change to a copy of the case; returns the exit status of comparing."""
 
     def call(change):
         after = shutil.copytree(made, tmp_path / "after")
         change(after / CASE)
-        return script.compare(argparse.Namespace(before=made, after=after, only=[], texts=False))
+        return same_bytes.compare(argparse.Namespace(before=made, after=after, only=[], texts=False))
 
     return call
 

@@ -2,30 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
-from types import ModuleType
 
 import pytest
+import single_file_table
 
 from omni_convert.formats.families.table import find_family
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "convert" / "source" / "README.md"
-
-
-def _script() -> ModuleType:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(ROOT / "scripts"))  # it imports the tiny models that lie beside it
-        spec = importlib.util.spec_from_file_location("single_file_table", ROOT / "scripts" / "single_file_table.py")
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-    return module
-
-
-SCRIPT = _script()
 
 
 def _page() -> tuple[dict[str, str], list[str]]:
@@ -38,7 +23,7 @@ def _page() -> tuple[dict[str, str], list[str]]:
 
 def test_every_model_has_a_line() -> None:
     lines, reasons = _page()
-    assert lines.keys() == {"model", *SCRIPT.MODELS}
+    assert lines.keys() == {"model", *single_file_table.MODELS}
     numbers = {cell.strip(" ()") for line in lines.values() for cell in line.split("|") if "(" in cell}
     assert numbers == {str(number + 1) for number in range(len(reasons))}
 
@@ -46,12 +31,14 @@ def test_every_model_has_a_line() -> None:
 @pytest.mark.parametrize("name", ["wan", "cosmos_3"])
 def test_a_line_is_what_becomes_of_the_file(name: str, tmp_path: Path) -> None:
     lines, reasons = _page()
-    assert SCRIPT.line_of(name, list(SCRIPT.cells_of(name, tmp_path)), list(reasons)) == lines[name]
+    assert (
+        single_file_table.line_of(name, list(single_file_table.cells_of(name, tmp_path)), list(reasons)) == lines[name]
+    )
 
 
 def test_the_refusals_of_vllm_omni_are_those_of_the_families() -> None:
     lines, reasons = _page()
-    for name, (kind, _) in SCRIPT.MODELS.items():
+    for name, (kind, _) in single_file_table.MODELS.items():
         refusal = find_family(kind).refusal("vllm-omni", "fp8", "vllm-omni")
         cell = lines[name].split("|")[2].strip()
         assert cell == "right" if refusal is None else reasons[int(cell.strip("()")) - 1] == refusal.reason, name

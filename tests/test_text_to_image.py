@@ -1,30 +1,20 @@
 """scripts/text_to_image.py takes the options of serving engines, and says what ran."""
 
-import importlib.util
 import re
-from pathlib import Path
 
 import numpy as np
 import pytest
+import text_to_image
 from PIL import Image
 
-SCRIPT = Path(__file__).parents[1] / "scripts" / "text_to_image.py"
 PROMPT = "a large red circle in the center on a blue background"
 
 
-@pytest.fixture(scope="module")
-def script():
-    spec = importlib.util.spec_from_file_location("text_to_image", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture
-def run(script, tmp_path):
+def run(tmp_path):
     def call(*options):
         output = tmp_path / "picture.png"
-        status = script.main(["--prompt", PROMPT, "--device", "cpu", "--output", str(output), *options])
+        status = text_to_image.main(["--prompt", PROMPT, "--device", "cpu", "--output", str(output), *options])
         return status, output
 
     return call
@@ -87,8 +77,8 @@ def test_tea_cache_skips_steps_and_draws_the_same_shape(run, capsys, setting):
     assert picture[28:36, 28:36, 0].mean() > picture[28:36, 28:36, 2].mean() + 80
 
 
-def test_the_prompt_of_serving_engines_is_the_default(script):
-    assert script.build_parser().parse_args([]).prompt == "a cup of coffee on the table"
+def test_the_prompt_of_serving_engines_is_the_default():
+    assert text_to_image.build_parser().parse_args([]).prompt == "a cup of coffee on the table"
 
 
 @pytest.mark.slow

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -50,29 +48,11 @@ def flux_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def script(name: str) -> ModuleType:
-    path = Path(__file__).parents[2] / "scripts" / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture(scope="session")
-def tiny_stages() -> ModuleType:
-    return script("tiny_stages")
-
-
-@pytest.fixture(scope="session")
-def tiny_models() -> ModuleType:
-    return script("tiny_models")
-
-
-@pytest.fixture(scope="session")
-def repository(tiny_stages: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+def repository(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """A function of a family: its tiny repository, read-only."""
+    import tiny_stages
+
     folder = tmp_path_factory.mktemp("repositories")
 
     def saved(name: str) -> Path:

@@ -7,10 +7,11 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
+import tiny_models
+import tiny_stages
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -131,7 +132,7 @@ def test_the_block_at_the_top_level_ignores_layers_in_the_spelling_of_the_runtim
 
 @pytest.mark.parametrize(("name", "method"), LAYERS)
 def test_all_other_tensors_and_files_keep_their_bytes(
-    name: str, method: str, repository: Callable[[str], Path], converted: Callable[..., Path], tiny_stages: ModuleType
+    name: str, method: str, repository: Callable[[str], Path], converted: Callable[..., Path]
 ) -> None:
     source, result = repository(name), converted(name, method)
     before, after = tensors_of(source), tensors_of(result)
@@ -445,7 +446,7 @@ def test_the_files_of_bagel_on_the_hub_are_needed() -> None:
 
 @pytest.mark.parametrize(("name", "count"), [("omnigen_2", 35), ("ming_image", 28)])
 def test_a_pipeline_that_diffusers_has_no_class_for_is_for_vllm_omni_alone(
-    name: str, count: int, tiny_models: ModuleType, tmp_path: Path
+    name: str, count: int, tmp_path: Path
 ) -> None:
     tiny_models.save_model(name, tmp_path / "source")
     convert_checkpoint(tmp_path / "source", tmp_path / "out", Recipe())

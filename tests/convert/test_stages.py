@@ -7,10 +7,10 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
+import tiny_stages
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -95,7 +95,7 @@ def test_only_the_language_model_of_one_stage_is_quantized(name: str, converted:
 
 @pytest.mark.parametrize("name", LAYERS)
 def test_all_other_tensors_and_files_keep_their_bytes(
-    name: str, repository: Callable[[str], Path], converted: Callable[[str], Path], tiny_stages: ModuleType
+    name: str, repository: Callable[[str], Path], converted: Callable[[str], Path]
 ) -> None:
     source, result = repository(name), converted(name)
     before = {key: value for file in source.glob("*.safetensors") for key, value in load_file(file).items()}

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
-import sys
-from pathlib import Path
-from types import ModuleType
 
+import bench_k_quants
 import numpy as np
 import pytest
 import torch
 
 from omni_convert.formats.arithmetic.ggml.k_quants import K_QUANTS
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "bench_k_quants.py"
 SIMPLE = ("Q5_1", "Q5_0", "Q4_1", "Q4_0")
 # The start of the SHA-256 of what ggml 0.13.1 makes of 512 numbers: it shows that the judge is called as it should be.
 JUDGE = {
@@ -26,24 +22,14 @@ JUDGE = {
 
 
 @pytest.fixture(scope="module")
-def bench() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("bench_k_quants", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(scope="module")
-def weights(bench):  # type: ignore[no-untyped-def]  # the script's
-    return bench.Weights.draw(rows=256)
+def weights():  # type: ignore[no-untyped-def]  # the script's
+    return bench_k_quants.Weights.draw(rows=256)
 
 
 @pytest.fixture
-def libggml(bench, import_peer):  # type: ignore[no-untyped-def]  # the script's
+def libggml(import_peer):  # type: ignore[no-untyped-def]  # the script's
     import_peer("pywhispercpp")
-    return bench.libggml()
+    return bench_k_quants.libggml()
 
 
 @pytest.mark.parametrize("kind", JUDGE)
@@ -54,13 +40,13 @@ def test_the_judge_gives_the_golden_bytes(kind, libggml) -> None:  # type: ignor
 
 
 @pytest.mark.parametrize("kind", [*K_QUANTS, *SIMPLE])
-def test_our_errors_are_below_those_of_libggml(kind, bench, libggml, weights) -> None:  # type: ignore[no-untyped-def]
-    theirs = bench.errors(kind, libggml(kind), weights)
+def test_our_errors_are_below_those_of_libggml(kind, libggml, weights) -> None:  # type: ignore[no-untyped-def]
+    theirs = bench_k_quants.errors(kind, libggml(kind), weights)
     ones = torch.ones_like(weights.importance)
-    with_ones = bench.relative_error(kind, weights.normal, libggml(kind)(weights.normal, ones), None)
-    searched = bench.errors(kind, bench.ours(kind, search=True), weights)
+    with_ones = bench_k_quants.relative_error(kind, weights.normal, libggml(kind)(weights.normal, ones), None)
+    searched = bench_k_quants.errors(kind, bench_k_quants.ours(kind, search=True), weights)
     assert all(own < other for own, other in zip(searched, theirs, strict=True))
     assert searched[0] < with_ones
-    nearest = bench.errors(kind, bench.ours(kind, search=False), weights)
+    nearest = bench_k_quants.errors(kind, bench_k_quants.ours(kind, search=False), weights)
     assert nearest[0] <= theirs[0] * 1.0001
     assert nearest[1] <= theirs[1] * 1.0001

@@ -10,9 +10,9 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 
 import pytest
+import tiny_models
 from safetensors.torch import save_file
 
 from omni_convert.convert import Recipe, convert_checkpoint
@@ -114,9 +114,7 @@ def test_what_is_a_plain_linear_there_is_an_error(
     assert any(each.startswith(layer) for each in errors["not-built-quantized"])
 
 
-def test_an_encoder_that_is_quantized_and_listed_as_ignored_is_an_error(
-    tiny_models: ModuleType, tmp_path: Path
-) -> None:
+def test_an_encoder_that_is_quantized_and_listed_as_ignored_is_an_error(tmp_path: Path) -> None:
     tiny_models.save_pipeline("flux_2_pipeline", tmp_path / "source")
     convert_checkpoint(tmp_path / "source", tmp_path / "out", Recipe(component={"text_encoder": "fp8"}))
     assert not errors_of(tmp_path / "out")
@@ -137,9 +135,7 @@ def test_an_exception_whose_name_is_the_end_of_a_layers_name_is_an_error(flux_fo
 
 
 @pytest.mark.parametrize("method", ["fp8", "mxfp8", "nvfp4"])
-def test_a_block_of_modelopt_for_wan_is_an_error_in_both_experts(
-    tiny_models: ModuleType, tmp_path: Path, method: str
-) -> None:
+def test_a_block_of_modelopt_for_wan_is_an_error_in_both_experts(tmp_path: Path, method: str) -> None:
     tiny_models.save_pipeline("wan_pipeline", tmp_path / "source")
     recipe = Recipe(method=method, dialect="modelopt", force=True)
     convert_checkpoint(tmp_path / "source", tmp_path / "out", recipe)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
-from types import ModuleType
 
 import pytest
+import tiny_models
 import torch
 from click.testing import CliRunner, Result
 from safetensors.torch import load_file
@@ -20,7 +19,6 @@ from omni_convert.convert.recipe import Recipe
 from omni_convert.convert.source.location import resolve_source
 from omni_convert.formats.checks.meaning import open_quantized
 
-SCRIPTS = Path(__file__).parents[3] / "scripts"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 #: Model → tensors by which ComfyUI tells it, and a merged or renamed layer with the parts that it has in diffusers.
 EXPECTED = {
@@ -117,23 +115,11 @@ EXPECTED = {
 }
 
 
-def _load_script(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-TINY = _load_script("tiny_models")
-
-
 @pytest.fixture(scope="module", params=EXPECTED)
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
     """A family, and a folder with a tiny model of it."""
     folder = tmp_path_factory.mktemp("models") / str(request.param)
-    TINY.save_model(request.param, folder)
+    tiny_models.save_model(request.param, folder)
     return request.param, folder
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping
@@ -10,6 +9,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import lora_table
 import pytest
 import torch
 from click.testing import CliRunner
@@ -22,31 +22,15 @@ from omni_convert.convert.source.lora import bake
 from omni_convert.formats.containers.checkpoint import Checkpoint
 from omni_convert.formats.errors import CheckpointError
 
-SCRIPTS = Path(__file__).parents[3] / "scripts"
+PAGE = Path(__file__).parents[3] / "convert" / "source" / "README.md"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
-
-def _load_script() -> ModuleType:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(SCRIPTS))  # it imports the tiny models that lie beside it
-        spec = importlib.util.spec_from_file_location("lora_table", SCRIPTS / "lora_table.py")
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        patch.setitem(__import__("sys").modules, "lora_table", module)
-        spec.loader.exec_module(module)
-    return module
-
-
-CASES = _load_script()
-
-
-AXES = (CASES.FAMILIES, CASES.ALGORITHMS, CASES.NAMINGS)
+AXES = (lora_table.FAMILIES, lora_table.ALGORITHMS, lora_table.NAMINGS)
 
 
 def is_quick(family: int, algorithm: int, naming: int) -> bool:
     """Whether a combination, by the positions of its parts, is in the quick suite."""
-    return naming == (family + algorithm) % len(CASES.NAMINGS)
+    return naming == (family + algorithm) % len(lora_table.NAMINGS)
 
 
 def combinations() -> Iterator[Any]:
@@ -65,8 +49,8 @@ def test_the_quick_suite_has_every_pair() -> None:
 @pytest.fixture(scope="module")
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path, Any]:
     """A family, a folder with its model, and the weights."""
-    family, folder = CASES.FAMILIES[request.param], tmp_path_factory.mktemp("model")
-    return family, folder, CASES.save_family(family, folder)
+    family, folder = lora_table.FAMILIES[request.param], tmp_path_factory.mktemp("model")
+    return family, folder, lora_table.save_family(family, folder)
 
 
 @pytest.mark.parametrize(("model", "algorithm", "naming"), list(combinations()), indirect=["model"])
@@ -74,8 +58,8 @@ def test_every_algorithm_and_naming_gives_the_dense_weights(
     model: tuple[Any, Path, Any], algorithm: str, naming: str
 ) -> None:
     family, folder, weights = model
-    tensors, changed = CASES.file_of(family, weights, naming, algorithm)
-    assert CASES.error_of(family, folder, weights, tensors, changed) < 1e-5
+    tensors, changed = lora_table.file_of(family, weights, naming, algorithm)
+    assert lora_table.error_of(family, folder, weights, tensors, changed) < 1e-5
 
 
 def baked(
@@ -94,11 +78,11 @@ def baked(
             yield name, whole
 
 
-@pytest.mark.parametrize("algorithm", CASES.ALGORITHMS)
+@pytest.mark.parametrize("algorithm", lora_table.ALGORITHMS)
 def test_the_strength_scales_the_difference(algorithm: str, tmp_path: Path) -> None:
-    family = CASES.FAMILIES["Z-Image"]
-    weights = CASES.save_family(family, tmp_path)
-    tensors, changed = CASES.file_of(family, weights, "ai-toolkit", algorithm)
+    family = lora_table.FAMILIES["Z-Image"]
+    weights = lora_table.save_family(family, tmp_path)
+    tensors, changed = lora_table.file_of(family, weights, "ai-toolkit", algorithm)
     for name, found in baked(tmp_path, tensors, family.model_class, -0.5):
         before = weights[name].double()
         wanted = before - 0.5 * (changed.get(name, before) - before)
@@ -174,9 +158,9 @@ def test_a_layer_that_lycoris_trains_computes_the_same(
 
 def test_norms_of_columns_are_refused_where_a_file_joins_layers(tmp_path: Path) -> None:
     """They are norms of all rows of the joined weight, which nobody has once it is cut."""
-    family = CASES.FAMILIES["Z-Image"]
-    weights = CASES.save_family(family, tmp_path)
-    tensors, _ = CASES.file_of(family, weights, "ai-toolkit", "LoRA")
+    family = lora_table.FAMILIES["Z-Image"]
+    weights = lora_table.save_family(family, tmp_path)
+    tensors, _ = lora_table.file_of(family, weights, "ai-toolkit", "LoRA")
     stem = "diffusion_model.layers.0.attention.qkv"
     tensors[f"{stem}.dora_scale"] = torch.ones(1, 192)
     with pytest.raises(CheckpointError, match=f"found '{stem}.alpha', '{stem}.dora_scale'"):
@@ -188,9 +172,9 @@ def test_norms_of_columns_are_refused_where_a_file_joins_layers(tmp_path: Path) 
     [("a1.weight", (4, 4)), ("on_input", ()), ("oft_blocks", (2, 4, 16, 16)), ("set_weight", (192, 192)), ("x", (4,))],
 )
 def test_other_algorithms_are_named_and_refused(leaf: str, shape: tuple[int, ...], tmp_path: Path) -> None:
-    family = CASES.FAMILIES["Z-Image"]
-    weights = CASES.save_family(family, tmp_path)
-    tensors, _ = CASES.file_of(family, weights, "diffusers", "LoRA")
+    family = lora_table.FAMILIES["Z-Image"]
+    weights = lora_table.save_family(family, tmp_path)
+    tensors, _ = lora_table.file_of(family, weights, "diffusers", "LoRA")
     name = f"transformer.noise_refiner.0.attention.to_q.{leaf}"
     with pytest.raises(CheckpointError, match=f"found '{name}', which matches no weight"):
         list(baked(tmp_path, {**tensors, name: torch.ones(shape)}, family.model_class))
@@ -198,8 +182,8 @@ def test_other_algorithms_are_named_and_refused(leaf: str, shape: tuple[int, ...
 
 def test_differences_of_wan_go_to_norms_modulation_and_head(tmp_path: Path) -> None:
     """Wan's own code numbers norms by order, diffusers by kind; `diff_m` is of the modulation."""
-    family = CASES.FAMILIES["Wan"]
-    weights = CASES.save_family(family, tmp_path)
+    family = lora_table.FAMILIES["Wan"]
+    weights = lora_table.save_family(family, tmp_path)
     targets = {
         "blocks.0.self_attn.q.diff_b": "blocks.0.attn1.to_q.bias",
         "blocks.0.norm3.diff": "blocks.0.norm2.weight",
@@ -258,8 +242,8 @@ OTHER_NAMES: dict[str, tuple[str, str, str, tuple[str, ...]]] = {
 @pytest.mark.parametrize("case", OTHER_NAMES)
 def test_other_names_of_layers(case: str, tmp_path: Path) -> None:
     kind, stem, end, parts = OTHER_NAMES[case]
-    family = CASES.FAMILIES[kind]
-    weights = CASES.save_family(family, tmp_path)
+    family = lora_table.FAMILIES[kind]
+    weights = lora_table.save_family(family, tmp_path)
     sizes = [len(weights[f"{part}.weight"]) for part in parts]
     down, up = torch.randn(4, weights[f"{parts[0]}.weight"].shape[1]), torch.randn(sum(sizes), 4)
     delta = up.double() @ down.double()
@@ -326,7 +310,7 @@ def test_tensors_for_a_text_encoder_that_is_not_converted_are_named(tiny_pipelin
 
 
 def test_the_page_has_a_cell_for_every_family_algorithm_and_naming() -> None:
-    page = (SCRIPTS.parent / "convert" / "source" / "README.md").read_text()
-    for columns in (CASES.ALGORITHMS, CASES.NAMINGS):
+    page = PAGE.read_text()
+    for columns in (lora_table.ALGORITHMS, lora_table.NAMINGS):
         assert f"| family | {' | '.join(columns)} |" in page
-    assert all(page.count(f"\n| {family} | applied |") == 2 for family in CASES.FAMILIES)
+    assert all(page.count(f"\n| {family} | applied |") == 2 for family in lora_table.FAMILIES)
