@@ -147,6 +147,8 @@ def _facts(family: Family) -> Iterator[str]:
     for variant in family.refused_variants:
         where = f"`{variant.config_key}` {variant.config_value}"
         yield f"**Refused** where {where}, with {_codes(variant.methods)}: {variant.reason}"
+    for pattern, reason in family.refused_layers:
+        yield f"**Refused** with a layer `{pattern.replace('{}', 'N')}`: {reason}"
     for note in family.method_notes:
         methods = f" for {_codes(note.methods)}" if note.methods else ""
         yield f"**Note{methods}:** {note.text}"

@@ -39,6 +39,38 @@ AUDIO = {
 }
 VISION = {"depth": 1, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": 64}
 DECODER = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 4}
+CHARACTERS = [chr(code) for code in range(32, 127)]
+#: Name of a special token in the processors of transformers → its text; they follow the characters in the vocabulary.
+SPECIAL_TOKENS = {
+    f"{name}_token": f"<|{name}|>"
+    for name in ("image", "video", "audio", "vision_bos", "vision_eos", "audio_bos", "audio_eos")
+}
+#: The same, as the configs of the thinkers number them.
+_NUMBERS = {name.removesuffix("_token"): number for number, name in enumerate(SPECIAL_TOKENS, len(CHARACTERS) + 1)}
+THINKER_TOKENS = {
+    "vision_start_token_id": _NUMBERS["vision_bos"],
+    "vision_end_token_id": _NUMBERS["vision_eos"],
+    "audio_start_token_id": _NUMBERS["audio_bos"],
+    "audio_end_token_id": _NUMBERS["audio_eos"],
+    **{f"{name}_token_{end}": _NUMBERS[name] for name in ("image", "video", "audio") for end in ("id", "index")},
+}
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{% for part in message.content %}"
+    "{% if part.type == 'image' %}<|vision_bos|><|image|><|vision_eos|>"
+    "{% elif part.type == 'audio' %}<|audio_bos|><|audio|><|audio_eos|>"
+    "{% else %}{{ part.text }}{% endif %}{% endfor %}{% endfor %}"
+)
+#: Settings of the processors of images and sounds.
+PREPROCESSOR: dict[str, Any] = {
+    "image_processor_type": "Qwen2VLImageProcessor",
+    "video_processor_type": "Qwen2VLVideoProcessor",
+    "feature_extractor_type": "WhisperFeatureExtractor",
+    "temporal_patch_size": 2,
+    "merge_size": 2,
+    "min_pixels": 32 * 32,
+    "max_pixels": 64 * 64,
+    "feature_size": AUDIO["num_mel_bins"],
+}
 #: Files of such repositories that a conversion takes over as they are.
 OTHER_FILES = {
     "generation_config.json": b'{"do_sample": true}',
@@ -50,6 +82,17 @@ OTHER_FILES = {
     "speech_tokenizer/config.json": b'{"model_type": "codec"}',
     "speech_tokenizer/model.safetensors": b"\x02\0\0\0\0\0\0\0{}",
 }
+#: Name of the family → files of its processor, which take the place of those.
+PROCESSOR_FILES = {
+    name: {
+        "preprocessor_config.json": json.dumps({**PREPROCESSOR, "processor_class": kind, "patch_size": patch}).encode(),
+        "chat_template.json": json.dumps({"chat_template": CHAT_TEMPLATE}).encode(),
+    }
+    for name, kind, patch in (
+        ("qwen_3_omni", "Qwen3OmniMoeProcessor", 16),
+        ("qwen_2_5_omni", "Qwen2_5OmniProcessor", 14),
+    )
+}
 
 
 def qwen_3_omni() -> transformers.PreTrainedModel:
@@ -58,8 +101,9 @@ def qwen_3_omni() -> transformers.PreTrainedModel:
         transformers.Qwen3OmniMoeForConditionalGeneration,
         transformers.Qwen3OmniMoeConfig(
             thinker_config={
+                **THINKER_TOKENS,
                 "text_config": {**LANGUAGE_MODEL, **EXPERTS},
-                "audio_config": {**AUDIO, "downsample_hidden_size": 16, "n_window_infer": 20},
+                "audio_config": {**AUDIO, "downsample_hidden_size": 16, "n_window": 50, "n_window_infer": 100},
                 "vision_config": {**VISION, "deepstack_visual_indexes": [0], "num_position_embeddings": 16},
             },
             talker_config={
@@ -87,7 +131,12 @@ def qwen_2_5_omni() -> transformers.PreTrainedModel:
     return _built(
         transformers.Qwen2_5OmniForConditionalGeneration,
         transformers.Qwen2_5OmniConfig(
-            thinker_config={"text_config": LANGUAGE_MODEL, "audio_config": AUDIO, "vision_config": vision},
+            thinker_config={
+                **THINKER_TOKENS,
+                "text_config": LANGUAGE_MODEL,
+                "audio_config": AUDIO,
+                "vision_config": vision,
+            },
             talker_config={**LANGUAGE_MODEL, "num_hidden_layers": 1, "embedding_size": 64},
             token2wav_config={
                 "dit_config": {
@@ -148,9 +197,19 @@ def _save_qwen_3_tts(folder: Path) -> None:
         "talker.code_predictor.lm_head.0": (64, 64),
         "speaker_encoder.fc": (64, 48),
     }
+    shapes["talker.model.norm"] = (64,)
     for block in ("talker.model.layers.0", "talker.model.layers.1", "talker.code_predictor.model.layers.0"):
         shapes |= _attention(block) | _mlp(block)
-    config = {"architectures": ["Qwen3TTSForConditionalGeneration"], "model_type": "qwen3_tts", "talker_config": {}}
+        shapes |= {f"{block}.{norm}_layernorm": (64,) for norm in ("input", "post_attention")}
+        shapes |= {f"{block}.self_attn.{leaf}_norm": (16,) for leaf in "qk"}
+    predictor = {**DECODER, "vocab_size": 64, "num_key_value_heads": 2, "head_dim": 16, "num_code_groups": 4}
+    talker = {key: value for key, value in LANGUAGE_MODEL.items() if key != "rope_parameters"}
+    talker |= {"vocab_size": 96, "text_vocab_size": 160, "text_hidden_size": 64, "code_predictor_config": predictor}
+    config = {
+        "architectures": ["Qwen3TTSForConditionalGeneration"],
+        "model_type": "qwen3_tts",
+        "talker_config": talker,
+    }
     _save_named(folder, _random_weights(shapes), config)
 
 
@@ -297,13 +356,15 @@ def _save_of_transformers(build: Callable[[], transformers.PreTrainedModel], fol
 
 
 def _tokenizer() -> transformers.PreTrainedTokenizerFast:
-    """A token for each printable character of ASCII."""
+    """A token for each printable character of ASCII, and the special ones."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
-    characters = [chr(code) for code in range(32, 127)]
-    tokenizer = Tokenizer(models.WordLevel({"?": 0} | {each: n for n, each in enumerate(characters, 1)}, unk_token="?"))
+    numbers = {"\0": 0} | {each: n for n, each in enumerate(CHARACTERS, 1)}
+    tokenizer = Tokenizer(models.WordLevel(numbers, unk_token="?"))
     tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="?", pad_token="?")
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="?", pad_token="?", extra_special_tokens=SPECIAL_TOKENS
+    )
 
 
 #: Name of the family → a function that saves a tiny model of it into a folder.
@@ -321,7 +382,7 @@ def save_repository(name: str, folder: Path) -> None:
     """Saves a tiny repository with all files that real ones have."""
     REPOSITORIES[name](folder)
     _tokenizer().save_pretrained(folder)
-    for file, content in OTHER_FILES.items():
+    for file, content in (OTHER_FILES | PROCESSOR_FILES.get(name, {})).items():
         path = folder / file
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(content)

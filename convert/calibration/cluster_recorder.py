@@ -69,9 +69,7 @@ def record_on_cluster(
         differentiated: number of prompts, from the first, over which sensitivity is recorded, too
     """
     source = replace(source, path=source.path.absolute())
-    prompts = [
-        replace(prompt, image=prompt.image.absolute()) if prompt.image is not None else prompt for prompt in prompts
-    ]
+    prompts = [prompt.absolute() for prompt in prompts]
     size = sum(file.stat().st_size for file in source.path.rglob("*.safetensors"))
     bar = progress_bar("calibrating", len(prompts), "prompt", hidden=not progress, stays=False)
     with connect(recipe.engine) as cluster, bar as advance:

@@ -327,6 +327,8 @@ def _image_argument(
     pipe: DiffusionPipeline, parameters: Mapping[str, inspect.Parameter], prompt: Prompt
 ) -> dict[str, Any]:
     name, parameter = type(pipe).__name__, parameters.get("image")
+    if prompt.audio is not None:
+        raise RecipeError(f"{prompt.audio}: found a sound, but {name} takes none; leave it out")
     if prompt.image is None:
         is_needed = parameter is not None and (
             parameter.default is inspect.Parameter.empty or any(part in name for part in IMAGE_CLASSES)

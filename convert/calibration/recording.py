@@ -58,7 +58,8 @@ def record_source(
             raise CalibrationError(
                 f"{source.path}: found a language model, expected a pipeline that makes images for --sensitivity"
             )
-        stage = StageRecorder.load(source, recipe, weights, with_moments=with_moments, scratch=scratch)
+        is_text = all(prompt.is_text for prompt in prompts)
+        stage = StageRecorder.load(source, recipe, weights, is_text=is_text, with_moments=with_moments, scratch=scratch)
         return stage.record(prompts, progress=progress)
     if not source.is_pipeline:
         raise CalibrationError(

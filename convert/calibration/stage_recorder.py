@@ -1,7 +1,9 @@
 """Records what goes into the linears of a stage's language model, in a repository of transformers.
 
-Prompts are run as text, once each: the inputs of all layers are there after one pass. Transformers keeps the experts of
-a block in two stacked tensors; while recording, each expert is linears again, which share the memory of the stacks.
+Prompts are run once each: the inputs of all layers are there after one pass. Those with images or sounds go through the
+repository's processor and the towers of the stage, whose outputs the language model reads beside the text. Transformers
+keeps the experts of a block in two stacked tensors; while recording, each expert is linears again, which share the
+memory of the stacks.
 """
 
 from __future__ import annotations
@@ -30,12 +32,14 @@ from omni_convert.formats.containers.checkpoint import Checkpoint
 from omni_convert.formats.errors import CalibrationError, CheckpointError
 from omni_convert.formats.families.family import Family
 from omni_convert.formats.statistics.statistics import Statistics
+from omni_convert.loaders.loading.packages import missing_package
 from omni_convert.loaders.loading.pipeline_files import loaded_files, open_weights
 from omni_convert.loaders.memory.budget import MemoryChoice
 from omni_convert.loaders.memory.streaming import Streamer
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
+    from transformers.feature_extraction_utils import BatchFeature
 
 __all__ = ["StageRecorder", "split_experts"]
 
@@ -46,7 +50,8 @@ class StageRecorder:
 
     Attributes:
         root: holds the language model so that its modules are called as in the checkpoint
-        model: the language model
+        whole: the stage with its towers
+        processor: makes inputs of images and sounds; None if the prompts have none
         fingerprint: `Checkpoint.fingerprint()` of the repository
         streamer: what brings the model's blocks when they run; None if it is loaded whole
         scratch: folder for second moments if the model is streamed
@@ -54,8 +59,9 @@ class StageRecorder:
 
     family: Family
     root: nn.Module
-    model: nn.Module
+    whole: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
+    processor: ProcessorMixin | None
     fingerprint: str
     with_moments: bool = False
     streamer: Streamer | None = None
@@ -68,6 +74,7 @@ class StageRecorder:
         recipe: Recipe,
         weights: Mapping[str, Checkpoint] | None = None,
         *,
+        is_text: bool = True,
         with_moments: bool = False,
         scratch: Path | None = None,
     ) -> StageRecorder:
@@ -75,27 +82,31 @@ class StageRecorder:
 
         Args:
             weights: {"": weights of the repository}; None to open them
+            is_text: no prompt has an image or a sound
             scratch: see the class
 
         Raises:
-            CalibrationError: no class of transformers runs the stage, or the repository has no tokenizer.
+            CalibrationError: no class of transformers runs the stage, or the repository has no tokenizer, or no
+                processor of images and sounds.
             CheckpointError: tensors of the stage are missing, or transformers cannot load it.
+            RecipeError: a package that the processor needs is not installed.
         """
         folder = ComponentFolder(source, "")
         assert folder.stage is not None, "the caller knows that there is one"
         fingerprint = (weights[""] if weights else folder.checkpoint()).fingerprint()
         device, model_class = resolve_device(recipe.device), _class_of(source, folder.family)
+        tokenizer, processor = _loaded_tokenizer(source), None if is_text else _loaded_processor(source.path)
         streamer = _streamer(source, recipe, device)
         whole = (
             _loaded_stage(source, model_class) if streamer is None else _streamed_stage(source, model_class, streamer)
         )
         model = whole.get_decoder()
         if streamer is None:
-            split_experts(model.to(device))
+            split_experts((model if is_text else whole).to(device))
         root, stage = nn.Module(), nn.Module()
         root.add_module(folder.stage.prefix.rstrip("."), stage)
         stage.add_module("model", model)
-        return cls(folder.family, root, model, _loaded_tokenizer(source), fingerprint, with_moments, streamer, scratch)
+        return cls(folder.family, root, whole, tokenizer, processor, fingerprint, with_moments, streamer, scratch)
 
     def record(self, prompts: Sequence[Prompt], *, progress: bool = False) -> Recording:
         """Runs the language model over prompts.
@@ -104,13 +115,12 @@ class StageRecorder:
             progress: show a bar, if standard error is a terminal
 
         Raises:
-            CalibrationError: there are no prompts, one has an image, or an input is NaN or infinite.
+            CalibrationError: there are no prompts; the processor cannot read an image or a sound; or an input is NaN or
+                infinite.
+            RecipeError: a package that reads sounds is not installed.
         """
         if not prompts:
             raise CalibrationError("calibration: found no prompts, expected at least one")
-        for prompt in prompts:
-            if prompt.image is not None:
-                raise CalibrationError(f"calibration: found an image with '{prompt.text:.40}', expected text alone")
         observer = InputObserver(
             {"": self.root},
             family=self.family,
@@ -132,16 +142,26 @@ class StageRecorder:
         moments = Moments.recorded(identity, observer.moments()) if self.with_moments else None
         return Recording(statistics, moments, observer.growth())
 
+    @property
+    def _device(self) -> torch.device:
+        return self.streamer.device if self.streamer is not None else self.whole.get_decoder().device
+
     @torch.no_grad()
     def _run(self, prompt: Prompt) -> None:
-        if self.tokenizer.chat_template is not None:
-            messages = [{"role": "user", "content": prompt.text}]
-            text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        if prompt.is_text:
+            self.whole.get_decoder()(input_ids=self._tokens(prompt.text).to(self._device), use_cache=False)
         else:
-            text = prompt.text
-        tokens = self.tokenizer(text, return_tensors="pt")["input_ids"]
-        device = self.streamer.device if self.streamer is not None else next(self.model.parameters()).device
-        self.model(input_ids=tokens.to(device), use_cache=False)
+            assert self.processor is not None, "the stage was loaded for such prompts"
+            inputs = _processed(prompt, self.processor).to(self._device, self.whole.dtype)
+            self.whole(**inputs, use_cache=False)
+
+    def _tokens(self, text: str) -> Tensor:
+        """Numbers of the tokens of a text, [1, tokens]."""
+        if self.tokenizer.chat_template is not None:
+            messages = [{"role": "user", "content": text}]
+            text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        tokens: Tensor = self.tokenizer(text, return_tensors="pt")["input_ids"]
+        return tokens
 
 
 def _class_of(source: Source, family: Family) -> Any:
@@ -154,8 +174,9 @@ def _class_of(source: Source, family: Family) -> Any:
     if model_class is None:
         version = importlib.metadata.version("transformers")
         raise CalibrationError(
-            f"{source.path}: found {family.name}, which transformers {version} has no class for, expected a model that "
-            "calibrating can run; leave --calib out"
+            f"{source.path}: found {family.name}, for which neither diffusers nor transformers {version} has a class, "
+            "so that no prompt can be run; convert it without --calib: activations are then scaled at run time, or "
+            "stay in BF16"
         )
     return model_class
 
@@ -209,6 +230,52 @@ def _loaded_tokenizer(source: Source) -> PreTrainedTokenizerBase:
             f"{source.path}: found no tokenizer that transformers loads ({reason}), expected one beside the weights"
         ) from None
     return tokenizer
+
+
+def _loaded_processor(folder: Path) -> ProcessorMixin:
+    """What makes inputs of images and sounds; see `StageRecorder.load` for the errors."""
+    from transformers import AutoProcessor, ProcessorMixin
+
+    try:
+        processor = AutoProcessor.from_pretrained(folder, local_files_only=True)
+    except ImportError as error:
+        raise missing_package(str(folder), error) from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise _no_processor(folder, " ".join(str(error).split())[:200]) from None
+    if not isinstance(processor, ProcessorMixin):  # a tokenizer where there is no more
+        raise _no_processor(folder, type(processor).__name__)
+    return processor
+
+
+def _no_processor(folder: Path, reason: str) -> CalibrationError:
+    return CalibrationError(
+        f"{folder}: found no processor of images and sounds that transformers loads ({reason}), expected one beside "
+        "the weights; leave them out of the prompts"
+    )
+
+
+def _processed(prompt: Prompt, processor: ProcessorMixin) -> BatchFeature:
+    """The inputs of the stage for a prompt with an image or a sound; see `StageRecorder.record` for the errors."""
+    from diffusers.utils import load_image
+
+    content: list[dict[str, Any]] = [{"type": "text", "text": prompt.text}]
+    if prompt.audio is not None:
+        content.insert(0, {"type": "audio", "audio": str(prompt.audio)})
+    if prompt.image is not None:
+        content.insert(0, {"type": "image", "image": load_image(str(prompt.image))})
+    messages = [{"role": "user", "content": content}]
+    try:
+        inputs: BatchFeature = processor.apply_chat_template(
+            messages, tokenize=True, add_generation_prompt=True, return_dict=True, return_tensors="pt"
+        )
+    except ImportError as error:
+        raise missing_package(type(processor).__name__, error) from None
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise CalibrationError(
+            f"'{prompt.text:.40}': {type(processor).__name__} cannot read its image or sound ({reason})"
+        ) from None
+    return inputs
 
 
 class _Expert(nn.Module):

@@ -50,6 +50,13 @@ WITHOUT_PARAMETER: tuple[tuple[str, Any, Any], ...] = (
     ("--cfg-schedule", click.Choice(("constant", "linear")), "constant"),
     ("--use-system-prompt", str, "None"),
 )
+#: Reasons for those that need more words.
+WITHOUT_PARAMETER_REASONS = {
+    "--timesteps-shift": "no pipeline of diffusers has such a parameter; --flow-shift shifts the scheduler's noise "
+    "levels",
+    "--use-system-prompt": "it names a system prompt of HunyuanImage-3.0, for which diffusers has no pipeline; Cosmos "
+    "3's uses its own system prompt unless its model_index.json says otherwise",
+}
 
 
 class Pair(click.ParamType):  # type: ignore[type-arg]  # generic only since click 8.5
@@ -253,8 +260,9 @@ def _require_one(_context: click.Context, option: click.Parameter, value: int) -
 
 def _require_default(_context: click.Context, option: click.Parameter, value: Any) -> None:
     if value != option.default:
-        hint = "; --flow-shift shifts the scheduler's noise levels" if option.opts[0] == "--timesteps-shift" else ""
-        raise RecipeError(f"{option.opts[0]}: found {value}, but no pipeline of diffusers has such a parameter{hint}")
+        name = option.opts[0]
+        reason = WITHOUT_PARAMETER_REASONS.get(name, "no pipeline of diffusers has such a parameter")
+        raise RecipeError(f"{name}: found {value}, but {reason}")
 
 
 def given(options: dict[str, Any]) -> dict[str, Any]:

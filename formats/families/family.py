@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import product
 
 from omni_convert.formats.containers.tensor_spec import Run, TensorSpec
 from omni_convert.formats.errors import CheckpointError
@@ -237,6 +238,7 @@ class Family:
         layers: the linears that each runtime builds quantized; without any, the generic rule chooses
         refusals: why runtimes cannot run the family quantized
         refused_variants: models of the family that a method harms too much
+        refused_layers: layers of models that vLLM-Omni misreads as soon as any layer is quantized: pattern and reason
         leading_blocks: method to the number of leading blocks that the runtime's own quantizing leaves in BF16
         original_names: what the model's own code calls its tensors; empty where that is not known
         comfyui_names: tensors that ComfyUI calls otherwise than the model's own code
@@ -255,6 +257,7 @@ class Family:
     shared_encoder: EncoderLayers | None = None
     refusals: tuple[RuntimeRefusal, ...] = ()
     refused_variants: tuple[VariantRefusal, ...] = ()
+    refused_layers: tuple[tuple[str, str], ...] = ()
     leading_blocks: tuple[tuple[str, int], ...] = ()
     original_names: tuple[OriginalName, ...] = ()
     comfyui_names: tuple[OriginalName, ...] = ()
@@ -323,8 +326,8 @@ class Family:
             dialect: in which they are stored; None for the default one
 
         Raises:
-            CheckpointError: a member of a fused group is missing or has another input width; or the checkpoint holds
-                none of the family's layers.
+            CheckpointError: a member of a fused group is missing or has another input width; the checkpoint holds none
+                of the family's layers, or one for which the runtime misreads it.
         """
         refusal = self.refusal(runtime)
         if refusal is not None and refusal.is_final:
@@ -332,6 +335,8 @@ class Family:
         widths = linear_widths(specs)
         if not self.layers:
             return generic_groups(widths)
+        if runtime == VLLM_OMNI:
+            self._check_layers(widths)
         patterns = [each for each in self.layers if each.is_built_quantized(runtime, methods, dialect)]
         groups = matching_groups(patterns, widths)
         if not groups:
@@ -340,6 +345,11 @@ class Family:
                 f"'{patterns[0].members[0].replace('{}', '0')}.weight', as diffusers spells them"
             )
         return groups
+
+    def _check_layers(self, stems: Iterable[str]) -> None:
+        for stem, (pattern, reason) in product(stems, self.refused_layers):
+            if block_numbers(pattern, stem) is not None:
+                raise CheckpointError(f"{stem}.weight: {reason}")
 
     def recommended_ignored(self, method: str) -> tuple[Recommendation, ...]:
         """Layers that are better left alone with this method; the user decides."""

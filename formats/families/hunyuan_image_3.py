@@ -51,6 +51,13 @@ HUNYUAN_IMAGE_3 = Family(
             runtime_name=f"{_RUNTIME}.mlp.gate",
         ),
     ),
+    refused_layers=(
+        (
+            f"{_DISK}.mlp.gate_and_up_proj",
+            "found a block without experts (moe_layer_num_skipped), whose layers vLLM-Omni builds quantized without "
+            "names, so that none could be left alone; expected experts in every block",
+        ),
+    ),
     method_notes=(
         MethodNote(
             (),

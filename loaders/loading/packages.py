@@ -10,7 +10,7 @@ from omni_convert.formats.errors import RecipeError
 __all__ = ["missing_package"]
 
 #: What the extra `pipelines` installs, by the name in messages.
-PIPELINE_PACKAGES = ("ftfy", "sentencepiece", "torchvision")
+PIPELINE_PACKAGES = ("ftfy", "sentencepiece", "soundfile", "soxr", "torchvision")
 
 
 def missing_package(where: str, error: ImportError | NameError) -> RecipeError:

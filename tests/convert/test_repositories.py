@@ -17,13 +17,14 @@ from safetensors.torch import load_file, save_file
 
 from omni_convert.convert import Recipe, convert_checkpoint
 from omni_convert.convert.calibration.pipeline_recorder import recording_identity
+from omni_convert.convert.calibration.recording import record_source
 from omni_convert.convert.inspection.contents import inspect_source
 from omni_convert.convert.inspection.verification import verify_source
 from omni_convert.convert.source.component_folder import ComponentFolder
 from omni_convert.convert.source.hub_selection import needed_files
 from omni_convert.convert.source.location import resolve_source
 from omni_convert.formats.checks.meaning import open_quantized
-from omni_convert.formats.errors import CalibrationError, RecipeError
+from omni_convert.formats.errors import CalibrationError, CheckpointError, RecipeError
 from omni_convert.formats.families.family import Family
 from omni_convert.formats.statistics.layer_statistics import InputRecorder, observe
 from omni_convert.formats.statistics.statistics import Statistics
@@ -67,6 +68,10 @@ IGNORED = {
     },
 }
 NAMES = [*IGNORED]
+NO_CLASS = (
+    r"for which neither diffusers nor transformers [\d.]+ has a class, so that no prompt can be run; convert it "
+    r"without --calib: activations are then scaled at run time, or stay in BF16$"
+)
 
 
 @pytest.fixture(scope="module")
@@ -143,6 +148,32 @@ def test_all_other_tensors_and_files_keep_their_bytes(
         assert torch.equal(before[key].view(torch.uint8), after[key].view(torch.uint8)), key
     for file in (*tiny_stages.OTHER_FILES, *(file.name for file in source.glob("*_config.json"))):
         assert (result / file).read_bytes() == (source / file).read_bytes()
+
+
+def test_hunyuan_image_3_with_a_block_without_experts_is_refused(
+    repository: Callable[[str], Path], converted: Callable[..., Path], tmp_path: Path
+) -> None:
+    expected = r"model\.layers\.0\.mlp\.gate_and_up_proj\.weight: found a block without experts"
+    for made in (repository("hunyuan_image_3"), converted("hunyuan_image_3")):
+        folder = tmp_path / made.name
+        shutil.copytree(made, folder)
+        index = folder / "model.safetensors.index.json"
+        (file,) = (
+            path for path in folder.glob("model*.safetensors") if "model.layers.0.mlp.gate.wg.weight" in load_file(path)
+        )
+        added = {
+            f"model.layers.0.mlp.{leaf}_proj.weight": torch.ones(shape, dtype=torch.bfloat16)
+            for leaf, shape in {"gate_and_up": (64, 64), "down": (64, 32)}.items()
+        }
+        save_file(load_file(file) | added, file, metadata={"format": "pt"})
+        if index.exists():
+            content = json.loads(index.read_text())
+            content["weight_map"] |= dict.fromkeys(added, file.name)
+            index.write_text(json.dumps(content))
+    with pytest.raises(CheckpointError, match=expected):
+        convert_checkpoint(tmp_path / repository("hunyuan_image_3").name, tmp_path / "out", Recipe())
+    (component,) = verify_source(resolve_source(tmp_path / converted("hunyuan_image_3").name))
+    assert any(finding.severity == "error" and re.search(expected, finding.what) for finding in component.findings)
 
 
 def test_the_vae_of_bagel_is_copied_and_its_model_is_one_file_without_an_index(
@@ -279,7 +310,9 @@ def test_calibrating_needs_a_class_of_transformers(
     name: str, repository: Callable[[str], Path], tmp_path: Path
 ) -> None:
     (tmp_path / "prompts.txt").write_text("a red circle\n")
-    with pytest.raises(CalibrationError, match=r"transformers [\d.]+ has no class for, .*; leave --calib out$"):
+    with pytest.raises(CalibrationError, match=NO_CLASS):
+        record_source(resolve_source(repository(name)), Recipe(calib=tmp_path / "prompts.txt"))
+    with pytest.raises(CalibrationError, match=NO_CLASS):
         convert_checkpoint(repository(name), tmp_path / "out", Recipe(calib=tmp_path / "prompts.txt"))
 
 

@@ -94,6 +94,8 @@ def test_images_where_none_are_taken_and_none_where_one_is_needed(
     Image.new("RGB", (8, 8)).save(tmp_path / "black.png")
     with pytest.raises(RecipeError, match=r"black\.png: found an image, but ZImagePipeline takes none"):
         run_pipeline(pipe, [Prompt("a", tmp_path / "black.png")], SMALL, 0)
+    with pytest.raises(RecipeError, match=r"tone\.wav: found a sound, but ZImagePipeline takes none"):
+        run_pipeline(pipe, [Prompt("a", audio=tmp_path / "tone.wav")], SMALL, 0)
     with pytest.raises(RecipeError, match="LTXImageToVideoPipeline needs one; use JSON Lines"):
         run_pipeline(video_pipeline, [Prompt("a")], SMALL, 0)
 

@@ -54,8 +54,10 @@ def test_json_lines_with_images_beside_the_file(tmp_path: Path, picture: Path) -
         ('{"prompt": 3}', r":1: found no text under 'prompt'"),
         ('{"prompt": "a\\u0000b"}', r":1: found a NUL character under 'prompt'"),
         ("a red circle\na\0b", r"found a NUL character in line 2"),
-        ('{"prompt": "a", "img": "red.png"}', r":1: found key 'img', expected prompt and image"),
+        ('{"prompt": "a", "img": "red.png"}', r":1: found key 'img', expected prompt, image and audio"),
         ('{"prompt": "a", "image": 7}', r":1: found a JSON int under 'image'"),
+        ('{"prompt": "a", "audio": 7}', r":1: found a JSON int under 'audio'"),
+        ('{"prompt": "a", "audio": "absent.wav"}', r":1: audio .*absent\.wav missing"),
         ('{"prompt": "a", "image": "absent.png"}', r":1: image .*absent\.png missing"),
         ('{"prompt": "a", "image": "prompts.txt"}', r":1: image .*prompts\.txt cannot be read"),
     ],
@@ -83,13 +85,19 @@ def test_files_that_are_none(tmp_path: Path) -> None:
         read_prompts(tmp_path / "binary")
 
 
+def test_json_lines_with_sounds_beside_the_file(tmp_path: Path) -> None:
+    (tmp_path / "tone.wav").write_bytes(b"a tone")
+    text = '{"prompt": "what is this?", "audio": "tone.wav"}\n'
+    assert read_prompts(write(tmp_path, text)) == [Prompt("what is this?", None, tmp_path / "tone.wav")]
+
+
 def test_a_fingerprint_is_of_the_content(tmp_path: Path, picture: Path) -> None:
     copy = tmp_path / "copy.png"
     copy.write_bytes(picture.read_bytes())
     assert Prompt("a", picture).fingerprint() == Prompt("a", copy).fingerprint()
     Image.new("RGB", (8, 8), "blue").save(copy)
-    different = {Prompt("a"), Prompt("b"), Prompt("a", picture), Prompt("a", copy)}
-    assert len({prompt.fingerprint() for prompt in different}) == 4
+    different = {Prompt("a"), Prompt("b"), Prompt("a", picture), Prompt("a", copy), Prompt("a", audio=picture)}
+    assert len({prompt.fingerprint() for prompt in different}) == 5
 
 
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-32"])

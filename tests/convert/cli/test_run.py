@@ -333,7 +333,10 @@ def test_compare_edited_images(klein: Path, tmp_path: Path, picture: Path) -> No
         (("--timesteps-shift", "3"), "--timesteps-shift: found 3.0, but no pipeline of diffusers has such a parameter"),
         (("--cfg-schedule", "linear"), "--cfg-schedule: found linear, but no pipeline of diffusers has such"),
         (("--use-norm",), "--use-norm: found True, but no pipeline of diffusers has such a parameter"),
-        (("--use-system-prompt", "dynamic"), "--use-system-prompt: found dynamic, but no pipeline of diffusers has"),
+        (
+            ("--use-system-prompt", "dynamic"),
+            "found dynamic, but it names a system prompt of HunyuanImage-3.0",
+        ),
         (("--frame-rate", "25"), "frame_rate: found 25.0, but Flux2KleinPipeline has no such setting"),
         (("--system-prompt", "Draw."), "system_prompt: found 'Draw.', but Flux2KleinPipeline has no such setting"),
         (("--model-class-name", "FluxPipeline"), "found the pipeline Flux2KleinPipeline, expected FluxPipeline"),
