@@ -23,6 +23,7 @@ from omni_convert.loaders.layers.quantized_linear import QuantizedLinear
 from omni_convert.loaders.loading.diffusers_quantizer import DiffusersConfig
 from omni_convert.loaders.loading.gguf import load_gguf
 from omni_convert.loaders.loading.hub import fetch_gguf_file
+from omni_convert.loaders.loading.opened_model import load_opened_models
 from omni_convert.loaders.loading.packages import missing_package
 from omni_convert.loaders.loading.pipeline_files import find_gguf_components, require_pipeline, shared_readers
 from omni_convert.loaders.loading.refusal import refuse_undeclared
@@ -77,7 +78,8 @@ def load_pipeline(
         cache_backend, cache_config: a step cache and its settings, as `enable_step_cache` takes them
         memory: `full` loads all weights, `stream` leaves those of denoising models and text encoders in their files and
             brings each block when it runs, `auto` streams what does not fit. `stream:12` takes at most about 12 GB,
-            where several prompts share the blocks. GGUF, FP8 storage and quantized text encoders are not streamed.
+            where several prompts share the blocks. GGUF, FP8 storage, ComfyUI's files, AutoRound's MX and NVFP4, and
+            quantized text encoders are not streamed.
         kwargs: passed to `DiffusionPipeline.from_pretrained`
 
     Raises:
@@ -93,7 +95,10 @@ def load_pipeline(
         requested, in_gguf = _requested_configs(str(model), quantization, hub_options)
         kwargs = _load_gguf_components(model, torch_dtype, requested, in_gguf, hub_options) | kwargs
         with shared_readers():
-            folder = _check_files(model, kwargs)
+            folder = _local_folder(model, kwargs)
+            if kwargs.get("use_safetensors") is not False:
+                kwargs |= load_opened_models(folder, torch_dtype, kwargs, requested, kwargs.get("variant"))
+                refuse_undeclared(folder, kwargs.keys(), kwargs.get("variant"))
             streamer: Streamer | None = None
             models: dict[str, nn.Module] = {}
             if memory != "full":
@@ -157,18 +162,12 @@ def _load_gguf_components(
     return loaded
 
 
-def _check_files(model: str | Path, kwargs: dict[str, Any]) -> Path:
-    """Looks at the headers of the files before they are loaded; diffusers downloads a repository for that.
-
-    Returns:
-        the pipeline's folder
-    """
+def _local_folder(model: str | Path, kwargs: dict[str, Any]) -> Path:
+    """The pipeline's folder; diffusers downloads a repository, so that its files can be looked at before they load."""
     folder = Path(model)
     if not folder.is_dir():
         folder = Path(DiffusionPipeline.download(str(model), **kwargs))
         kwargs.pop("force_download", None)  # once is enough
-    if kwargs.get("use_safetensors") is not False:
-        refuse_undeclared(folder, kwargs.keys(), kwargs.get("variant"))
     return folder
 
 

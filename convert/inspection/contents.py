@@ -19,7 +19,6 @@ from omni_convert.convert.report import size_text
 from omni_convert.convert.source.built_model import names_in_model
 from omni_convert.convert.source.component_folder import ComponentFolder, folders_with_weights
 from omni_convert.convert.source.location import Source
-from omni_convert.convert.source.original_names import layers_under_diffusers_names
 from omni_convert.convert.terminal import MAX_WIDTH, terminal_width, wrapped
 from omni_convert.formats.checks.completeness import incomplete
 from omni_convert.formats.checks.meaning import doubts
@@ -43,6 +42,7 @@ from omni_convert.formats.errors import CheckpointError
 from omni_convert.formats.families.stage import Stage
 from omni_convert.formats.views.base import FLOAT8
 from omni_convert.formats.views.opened import QuantizedCheckpoint, QuantizedLayer, read_layers
+from omni_convert.formats.views.original_names import layers_under_diffusers_names
 
 __all__ = [
     "InspectedComponent",

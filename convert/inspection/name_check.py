@@ -15,11 +15,6 @@ from typing import Any
 import torch
 
 from omni_convert.convert.source.built_model import built_model
-from omni_convert.convert.source.original_names import (
-    convert_names,
-    may_have_original_names,
-    shapes_of,
-)
 from omni_convert.formats.checks.reading import TolerantReading
 from omni_convert.formats.containers.names import COMPANIONS
 from omni_convert.formats.dialects.table import DIALECTS
@@ -27,6 +22,11 @@ from omni_convert.formats.errors import CheckpointError
 from omni_convert.formats.families.table import find_family, model_class
 from omni_convert.formats.finding import Finding
 from omni_convert.formats.views.base import dequantized_view
+from omni_convert.formats.views.original_names import (
+    convert_names,
+    may_have_original_names,
+    shapes_of,
+)
 
 __all__ = ["check_converted_names", "check_names", "has_converted_names"]
 

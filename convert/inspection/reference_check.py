@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from omni_convert.convert.source.component import plain_weights
-from omni_convert.convert.source.original_names import under_diffusers_names
 from omni_convert.formats.checks.scale_order import other_order
 from omni_convert.formats.checks.values import SAMPLE_MULTIPLE, other_scale
 from omni_convert.formats.containers.checkpoint import Checkpoint
@@ -21,6 +20,7 @@ from omni_convert.formats.format import Format
 from omni_convert.formats.rows import tile_ranges
 from omni_convert.formats.views.base import CheckpointView
 from omni_convert.formats.views.opened import QuantizedCheckpoint, QuantizedLayer
+from omni_convert.formats.views.original_names import under_diffusers_names
 
 __all__ = ["Comparison", "bits_of"]
 

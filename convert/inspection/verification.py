@@ -26,7 +26,6 @@ from omni_convert.convert.source.component import plain_weights
 from omni_convert.convert.source.component_folder import ComponentFolder, folders_with_weights
 from omni_convert.convert.source.file_check import check_files
 from omni_convert.convert.source.location import Source
-from omni_convert.convert.source.original_names import under_diffusers_names
 from omni_convert.formats.checks.block import check_block
 from omni_convert.formats.checks.meaning import lost_scale
 from omni_convert.formats.checks.reading import TolerantReading, read_tolerantly
@@ -42,6 +41,7 @@ from omni_convert.formats.errors import CheckpointError
 from omni_convert.formats.families.family import Family
 from omni_convert.formats.finding import Finding
 from omni_convert.formats.rows import tile_ranges
+from omni_convert.formats.views.original_names import under_diffusers_names
 
 __all__ = ["VerifiedComponent", "verify_source", "weight_bytes"]
 

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from omni_convert.convert.recipe import Recipe
-from omni_convert.convert.source.original_names import loads_single_files, trace_conversion
 from omni_convert.formats.containers.checkpoint import Checkpoint
 from omni_convert.formats.containers.names import WEIGHT
 from omni_convert.formats.containers.tensor_spec import Run
@@ -25,6 +24,7 @@ from omni_convert.formats.errors import CheckpointError, RecipeError
 from omni_convert.formats.families.layers import LayerGroup
 from omni_convert.formats.families.original_names import OriginalTensor
 from omni_convert.formats.families.table import find_family, model_class
+from omni_convert.formats.views.original_names import loads_single_files, trace_conversion
 from omni_convert.formats.views.renamed import renamed_view
 
 __all__ = ["FileNames", "comfyui_names", "gguf_names"]

@@ -21,7 +21,6 @@ from omni_convert.convert.plan.steps import Step, dtype_of_copy
 from omni_convert.convert.recipe import Recipe
 from omni_convert.convert.source.built_model import stems_in_model
 from omni_convert.convert.source.component import SourceComponent
-from omni_convert.convert.source.original_names import quiet
 from omni_convert.formats.checks.stage import fp8_refusal
 from omni_convert.formats.containers.checkpoint import Checkpoint
 from omni_convert.formats.containers.names import WEIGHT
@@ -41,6 +40,7 @@ from omni_convert.formats.options import DIALECT_OF_METHOD
 from omni_convert.formats.schemes.int8 import Int8
 from omni_convert.formats.schemes.svdquant import SvdQuantNvfp4
 from omni_convert.formats.table import build_format
+from omni_convert.formats.views.original_names import quiet
 
 __all__ = ["RuntimeTarget", "Scope", "StorageTarget", "Target", "linears_in_blocks", "other_linears"]
 

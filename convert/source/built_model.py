@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch.nn.modules.module import register_module_module_registration_hook
 
-from omni_convert.convert.source.original_names import quiet
 from omni_convert.formats.containers.checkpoint import Checkpoint
 from omni_convert.formats.containers.names import WEIGHT
 from omni_convert.formats.families.stage import without_block
 from omni_convert.formats.families.table import model_class
+from omni_convert.formats.views.original_names import quiet
 
 __all__ = ["built_model", "names_in_model", "stems_in_model"]
 

@@ -11,15 +11,6 @@ from omni_convert.convert.recipe import LoraRequest, Recipe
 from omni_convert.convert.source.component_folder import ComponentFolder
 from omni_convert.convert.source.location import Source
 from omni_convert.convert.source.lora import Lora, bake, check_requests
-from omni_convert.convert.source.original_names import (
-    layers_under_diffusers_names,
-    layers_under_original_names,
-    may_have_original_names,
-    prefixes_of,
-    refuse_other_model,
-    under_diffusers_names,
-    without_prefix,
-)
 from omni_convert.convert.source.single_file import (
     derive_config,
     missing_config,
@@ -33,6 +24,15 @@ from omni_convert.formats.errors import CheckpointError, RecipeError, counted, q
 from omni_convert.formats.families.table import model_class
 from omni_convert.formats.views.base import FLOAT8, dequantized_view, marked_view
 from omni_convert.formats.views.opened import QuantizedCheckpoint
+from omni_convert.formats.views.original_names import (
+    layers_under_diffusers_names,
+    layers_under_original_names,
+    may_have_original_names,
+    prefixes_of,
+    refuse_other_model,
+    under_diffusers_names,
+    without_prefix,
+)
 from omni_convert.formats.views.renamed import renamed_view
 
 __all__ = ["SourceComponent", "cast_tensors", "open_components", "plain_weights"]

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 
 from omni_convert.convert.source.location import fetch_config
-from omni_convert.convert.source.original_names import prefixes_of, shapes_of, without_prefix
 from omni_convert.formats.containers.checkpoint import Checkpoint
 from omni_convert.formats.containers.json_file import read_json
 from omni_convert.formats.containers.tensor_spec import TensorSpec
@@ -17,6 +16,7 @@ from omni_convert.formats.errors import CheckpointError, RecipeError, listed
 from omni_convert.formats.families.derived_config import DerivedConfig, Shapes
 from omni_convert.formats.families.family import Family
 from omni_convert.formats.families.table import FAMILIES, find_family, model_class
+from omni_convert.formats.views.original_names import prefixes_of, shapes_of, without_prefix
 
 __all__ = ["derive_config", "missing_config", "read_given_config", "undecided_config"]
 

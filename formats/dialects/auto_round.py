@@ -47,8 +47,8 @@ from omni_convert.formats.dialects.codec import PackedValues, Reciprocal, Transp
 from omni_convert.formats.dialects.detection import signed_layers
 from omni_convert.formats.dialects.packed_words import PackedColumns, check_order
 from omni_convert.formats.dialects.verdict import (
-    CONVERT_FIRST,
     DIFFUSERS,
+    OPENED,
     OURS,
     UNMARKED,
     VLLM_OMNI,
@@ -181,7 +181,10 @@ class AutoRound(Dialect):
         if NVFP4 in encodings and not all(fmt.is_static for fmt in layers.values()):
             candidate = Verdict(VLLM_OMNI_CANDIDATE, "wrong", f"leaves input_global_scale unset; {CALIBRATE}")
         released = _released_verdict(encodings, layers, component.checkpoint)
-        return [released, candidate, *self.usual_verdicts, CONVERT_FIRST]
+        return [released, candidate, *self.usual_verdicts, OPENED]
+
+    def is_run_opened(self, formats: Collection[Format]) -> bool:
+        return bool(formats) and all(fmt.encoding in FLOATS for fmt in formats)
 
     def ignored_entries(self, block: Mapping[str, Any]) -> tuple[str, ...]:
         return tuple(name for name, exception in _exceptions(block) if _is_unquantized(exception))

@@ -333,6 +333,10 @@ class Dialect(ABC):
         """
         yield from ()
 
+    def is_run_opened(self, formats: Collection[Format]) -> bool:
+        """Whether our loader runs layers of these formats although no library loads them: it reads each by itself."""
+        return False
+
     def names_flaw(self, family: Family, names: Iterable[str]) -> str | None:
         """Why its readers do not know the names of a model's tensors; None if they do."""
         return None

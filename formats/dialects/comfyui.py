@@ -59,7 +59,7 @@ from omni_convert.formats.dialects.detection import (
     unknown_format,
 )
 from omni_convert.formats.dialects.verdict import COMFYUI as RUNTIME
-from omni_convert.formats.dialects.verdict import CONVERT_FIRST, DIFFUSERS, NO_BLOCK, Verdict
+from omni_convert.formats.dialects.verdict import DIFFUSERS, NO_BLOCK, OPENED, Verdict
 from omni_convert.formats.families.family import Family
 from omni_convert.formats.families.table import family_of_tensors
 from omni_convert.formats.finding import Finding
@@ -130,7 +130,7 @@ class ComfyUi(Dialect):
     usual_verdicts = (
         NO_BLOCK,
         Verdict(DIFFUSERS, "wrong", "no reader of ComfyUI's scales", "omni-convert dequantize gives BF16"),
-        CONVERT_FIRST,
+        OPENED,
     )
     declared_by = "marks"
     is_single_file = True
@@ -201,6 +201,9 @@ class ComfyUi(Dialect):
             why = "in versions that do not drop the scales of scaled FP8 (white images)"
             found.append(Verdict("stable-diffusion.cpp", "loads", why))
         return found
+
+    def is_run_opened(self, formats: Collection[Format]) -> bool:
+        return True
 
     def names_flaw(self, family: Family, names: Iterable[str]) -> str | None:
         if not family.has_names_of_diffusers(names):

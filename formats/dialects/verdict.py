@@ -16,6 +16,7 @@ __all__ = [
     "KEEP",
     "NOT_OF_DIFFUSERS",
     "NO_BLOCK",
+    "OPENED",
     "OURS",
     "REQUANTIZE",
     "UNKNOWN_METHOD",
@@ -64,6 +65,7 @@ UNMARKED = Verdict(
 NO_BLOCK = Verdict(VLLM_OMNI, "wrong", "no block in config.json that it knows: the codes are taken for weights", KEEP)
 UNKNOWN_METHOD = Verdict(DIFFUSERS, "refuses", "its quantizers do not know this quant_method")
 CONVERT_FIRST = Verdict(OURS, "refuses", "reads vLLM-Omni's spelling, and ModelOpt's FP8 and NVFP4", KEEP)
+OPENED = Verdict(OURS, "loads", "load_pipeline alone, as the denoising model of a pipeline of diffusers")
 NOT_OF_DIFFUSERS = Verdict(OURS, "refuses", "runs models of diffusers, and this is a repository of transformers")
 REQUANTIZE = Verdict(OURS, "refuses", "does not read it", f"{REQUANTIZED}, omni-convert dequantize gives BF16")
 

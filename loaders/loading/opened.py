@@ -20,10 +20,11 @@ from omni_convert.formats.errors import CheckpointError
 from omni_convert.formats.format import Format
 from omni_convert.formats.rows import TensorLayout
 from omni_convert.formats.views.opened import QuantizedLayer, read_layers
+from omni_convert.loaders.kernels.kernel import Activations
 from omni_convert.loaders.layers.quantized_linear import QuantizedLinear
 from omni_convert.loaders.loading.pipeline_files import open_weights
 
-__all__ = ["OpenedLayers", "spelled_state"]
+__all__ = ["OpenedLayers", "install_opened", "spelled_state"]
 
 
 @dataclass(frozen=True)
@@ -67,20 +68,13 @@ class OpenedLayers:
         with open_weights(self.files) as checkpoint:
             dialect, layers = self._read(checkpoint)
             for stem, layer in layers.items():
-                linear = _linear(model, stem, layer)
-                tensors = layer.read(0, layer.shape[0])
-                flaw = layer.format.flaw(tensors)
-                if flaw is not None:
-                    raise CheckpointError(f"{checkpoint.path}: {stem}.{flaw}; download it or convert it again")
                 device = _device_of(stem, device_map)
-                tensors = {suffix: tensor.to(device) for suffix, tensor in tensors.items()}
-                bias = linear.bias
-                if dialect.bias_codec is not None and bias is not None:
+                installed = install_opened(model, layer, device)
+                if dialect.bias_codec is not None and installed.bias is not None:
                     stored = checkpoint.read(f"{stem}.bias")
                     layout = TensorLayout(stored.dtype, layer.shape[:1], 0)
-                    bias = nn.Parameter(dialect.bias_codec.decode(stored, layout).to(device), requires_grad=False)
-                installed = QuantizedLinear(layer.format, tensors, bias, in_features=layer.shape[1])
-                model.set_submodule(stem, installed)
+                    bias = dialect.bias_codec.decode(stored, layout).to(device)
+                    installed.bias = nn.Parameter(bias, requires_grad=False)
         return dialect
 
     def _read(self, checkpoint: Any) -> tuple[Dialect, dict[str, QuantizedLayer]]:
@@ -88,6 +82,29 @@ class OpenedLayers:
         refuse_doubts(reading)
         assert reading.dialect is not None, "the block names one"
         return reading.dialect, reading.layers
+
+
+def install_opened(model: nn.Module, layer: QuantizedLayer, device: torch.device | None = None) -> QuantizedLinear:
+    """Replaces a linear of a model by a layer of a file; its bias stays.
+
+    Args:
+        model: on the meta device
+        device: where to put the layer's tensors; None for the CPU
+
+    Raises:
+        CheckpointError: the model has no such layer, or values are impossible.
+    """
+    stem, path = layer.stem, layer.checkpoint.path
+    linear = _linear(model, stem, layer)
+    tensors = layer.read(0, layer.shape[0])
+    flaw = layer.format.flaw(tensors)
+    if flaw is not None:
+        raise CheckpointError(f"{path}: {stem}.{flaw}; download it or convert it again")
+    tensors = {suffix: tensor.to(device or "cpu") for suffix, tensor in tensors.items()}
+    activations: Activations = "bf16" if layer.stored.is_full_precision else "quantized"
+    installed = QuantizedLinear(layer.format, tensors, linear.bias, activations, layer.shape[1])
+    model.set_submodule(stem, installed)
+    return installed
 
 
 def _linear(model: nn.Module, stem: str, layer: QuantizedLayer) -> nn.Linear:

@@ -69,7 +69,7 @@ def _refuse_dialect(reading: Reading, folder: Path, is_declared: bool) -> None:
     if dialect is None or not (is_declared or dialect.declared_by == "marks"):
         return
     readers = [each for each in dialect.verdicts(JudgedComponent({})) if each.runtime in (OURS, DIFFUSERS)]
-    if all(each.outcome != "loads" for each in readers):
+    if not is_declared or all(each.outcome != "loads" for each in readers):  # only marked, it is no denoising model
         raise CheckpointError(
             f"{folder}: found the spelling of {dialect.shown_name(reading.found)}, which this loader does not read; "
             f"{_remedy(reading, folder)}"

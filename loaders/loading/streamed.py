@@ -34,7 +34,15 @@ from omni_convert.loaders.memory.budget import MemoryChoice
 from omni_convert.loaders.memory.mapped_file import MappedFile
 from omni_convert.loaders.memory.streaming import StoredTensor, Streamer
 
-__all__ = ["PipelineStream", "attach", "bind", "empty_model_of_transformers", "memory_bytes", "streamer_of"]
+__all__ = [
+    "PipelineStream",
+    "attach",
+    "bind",
+    "empty_model_of_diffusers",
+    "empty_model_of_transformers",
+    "memory_bytes",
+    "streamer_of",
+]
 
 CONFIG = "config.json"
 FULL = "use memory='full' or 'auto' (--memory)"
@@ -107,7 +115,7 @@ class PipelineStream:
 
     def _stream(self, name: str, streamer: Streamer) -> nn.Module:
         library, class_name = self._components[name]
-        empty_model = _empty_model_of_diffusers if library == "diffusers" else empty_model_of_transformers
+        empty_model = empty_model_of_diffusers if library == "diffusers" else empty_model_of_transformers
         model_class = getattr(importlib.import_module(library), class_name)
         model, dtypes = empty_model(model_class, self.folder / name, self.dtype)
         files, block = self._files(name), self._block(name)
@@ -167,7 +175,7 @@ def _is_streamable(name: str, library: str | None, class_name: str | None) -> bo
     return isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)
 
 
-def _empty_model_of_diffusers(
+def empty_model_of_diffusers(
     model_class: Any, folder: Path, dtype: torch.dtype
 ) -> tuple[nn.Module, dict[str, torch.dtype]]:
     """A model with parameters on the meta device, and the dtype of each tensor; built as `from_pretrained` does."""

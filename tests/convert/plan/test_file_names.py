@@ -28,12 +28,12 @@ from omni_convert.convert.cli.main import main
 from omni_convert.convert.conversion import convert_checkpoint
 from omni_convert.convert.plan.file_names import gguf_names
 from omni_convert.convert.recipe import Recipe
-from omni_convert.convert.source.original_names import shapes_of
 from omni_convert.formats.containers.checkpoint import Checkpoint
 from omni_convert.formats.containers.tensor_spec import TensorSpec
 from omni_convert.formats.containers.writer import bytes_of
 from omni_convert.formats.errors import RecipeError
 from omni_convert.formats.families.table import find_family
+from omni_convert.formats.views.original_names import shapes_of
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 # By these ComfyUI-GGUF tells models apart; the others it refuses as those of diffusers.

@@ -12,11 +12,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from omni_convert.convert.source.original_names import shapes_of, trace_conversion
 from omni_convert.formats.containers.tensor_spec import Run, TensorSpec
 from omni_convert.formats.families.family import Family
 from omni_convert.formats.families.original_names import OriginalTensor, known_runs
 from omni_convert.formats.families.table import find_family
+from omni_convert.formats.views.original_names import shapes_of, trace_conversion
 
 #: Models of the widths that diffusers' conversions expect, and of few blocks.
 MODELS: dict[str, dict[str, Any]] = {
