@@ -52,6 +52,8 @@ LEVELS = (
 SMALLEST_BITS, LARGEST_BITS = 1, 0x7E
 # Steps of the row's grid to try, in units of the one that just holds its largest level.
 GRID_FACTORS = (1.0, 0.9, 0.95, 1.05, 1.12)
+# Cells in an interval of length 1, of which a search knows the nearest level.
+CELLS = 512
 
 
 @dataclass(frozen=True)
@@ -67,9 +69,9 @@ class W4a8(RotatedFormat):
     method = "w4a8"
     elements_per_entry = 2
     encoding_inside = W4A8
-    # Steps of E4M3 from the fitted one, and factors of the row's grid, that are tried with and without a search.
-    neighbours: ClassVar[tuple[tuple[int, ...], tuple[int, ...]]] = ((0, -1, 1), (0,))
-    grid_factors: ClassVar[tuple[float, ...]] = GRID_FACTORS
+    # Steps of E4M3 from the fitted one that are tried without a search, too.
+    neighbours: ClassVar[tuple[int, ...]] = (0,)
+    is_searched: ClassVar[bool] = True
 
     @property
     def operand_bits(self) -> int:
@@ -127,13 +129,15 @@ class W4a8(RotatedFormat):
         values = rotate(tile, self.group).view(len(tile), -1, SCALE_GROUP)  # [rows, groups, 16]
         step, levels = self._fit(values, table)
         row_step = ((levels * step).abs().amax(dim=(1, 2)) / GRID_MAX).clamp_(min=SMALLEST_SCALE)[:, None, None]
-        factors = self.grid_factors if self.search else (1.0,)
-        attempts = (self._on_row_grid(values, step, row_step * factor, table) for factor in factors)
-        _, row_step, bits, indices = best_attempt(attempts)
+        bits = _e4m3_bits(step / row_step)
+        if self.search and self.is_searched:
+            row_step, bits = _search(values, step, row_step, table)
+        target = values / row_step
+        _, bits, indices = best_attempt(_attempt(target, bits, offset, table) for offset in self.neighbours)
         return {
             "weight": self._pack(indices.flatten(1)),
             "weight_scale": bits.view(torch.float8_e4m3fn),
-            "weight_scale_2": row_step[:, None],
+            "weight_scale_2": row_step.view(-1, 1),
         }
 
     def _fit(self, values: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
@@ -146,34 +150,6 @@ class W4a8(RotatedFormat):
             levels = table[nearest_level(values / step, table)]
         return step, levels
 
-    def _on_row_grid(self, values: Tensor, step: Tensor, row_step: Tensor, table: Tensor) -> tuple[Tensor, ...]:
-        """The error of each row, its step, the E4M3 bits of its groups' steps, and the index of each element's level.
-
-        Args:
-            values: the rotated weight [rows, groups, 16]
-            step: of each group [rows, groups, 1]
-            row_step: of the grid of each row [rows, 1, 1]
-        """
-        target = values / row_step
-        start = (step / row_step).squeeze(-1).to(torch.float8_e4m3fn).view(torch.uint8).to(torch.int16)
-        neighbours = self.neighbours[0 if self.search else 1]
-        errors, bits, indices = best_attempt(self._attempt(target, start, offset, table) for offset in neighbours)
-        return (errors * row_step.square().squeeze(-1)).sum(dim=1), row_step.flatten(), bits, indices
-
-    def _attempt(self, target: Tensor, start: Tensor, offset: int, table: Tensor) -> tuple[Tensor, ...]:
-        """The error of each group, the E4M3 bits of its step, and the index of each element's level.
-
-        Args:
-            target: the weight in steps of the row's grid [rows, groups, 16]
-            start: E4M3 bits of a step for each group, int16 [rows, groups]
-            offset: E4M3 steps from there
-        """
-        bits = start if not offset else (start + offset).clamp_(SMALLEST_BITS, LARGEST_BITS)
-        bits = bits.to(torch.uint8)
-        grid = _on_grid(table * bits.view(torch.float8_e4m3fn).float()[..., None])  # [rows, groups, levels]
-        indices = nearest_level(target, grid)
-        return grid.gather(2, indices).sub_(target).square_().sum(-1), bits, indices.to(torch.uint8)
-
 
 @dataclass(frozen=True)
 class W6a8(W4a8):
@@ -183,8 +159,8 @@ class W6a8(W4a8):
     elements_per_entry = 1
     column_multiple = 32
     encoding_inside = W6A8
-    neighbours = ((0, -1, 1), (0, -1, 1))  # comfy-kitchen's own encoder tries them
-    grid_factors = (1.0,)
+    neighbours = (0, -1, 1)  # comfy-kitchen's own encoder tries them
+    is_searched = False
 
     def constants(self, fitted: Any) -> dict[str, Tensor]:
         return {}
@@ -218,3 +194,60 @@ class W6a8(W4a8):
 
 def _on_grid(values: Tensor) -> Tensor:
     return values.round_().clamp_(-GRID_MAX, GRID_MAX)
+
+
+def _e4m3_bits(steps: Tensor) -> Tensor:
+    """The bits of the E4M3 numbers nearest to steps [rows, groups, 1], int16 [rows, groups]."""
+    return steps.squeeze(-1).to(torch.float8_e4m3fn).view(torch.uint8).to(torch.int16)
+
+
+def _e4m3_steps(bits: Tensor) -> Tensor:
+    """The inverse of `_e4m3_bits`."""
+    return bits.to(torch.uint8).view(torch.float8_e4m3fn).float()[..., None]
+
+
+def _neighbour(bits: Tensor, offset: int) -> Tensor:
+    return (bits + offset).clamp_(SMALLEST_BITS, LARGEST_BITS) if offset else bits
+
+
+def _attempt(target: Tensor, start: Tensor, offset: int, table: Tensor) -> tuple[Tensor, ...]:
+    """The error of each group, the E4M3 bits of its step, and the index of each element's level.
+
+    Args:
+        target: the weight in steps of the row's grid [rows, groups, 16]
+        start: E4M3 bits of a step for each group, int16 [rows, groups]
+        offset: E4M3 steps from there
+    """
+    bits = _neighbour(start, offset)
+    grid = _on_grid(table * _e4m3_steps(bits))  # [rows, groups, levels]
+    indices = nearest_level(target, grid)
+    return grid.gather(2, indices).sub_(target).square_().sum(-1), bits.to(torch.uint8), indices.to(torch.uint8)
+
+
+def _search(values: Tensor, step: Tensor, row_step: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
+    """The step of each row's grid [rows, 1, 1], and the bits of each group's step, with the least error found.
+
+    Args:
+        values: the rotated weight [rows, groups, 16]
+        step: of each group, by least squares [rows, groups, 1]
+        row_step: the one that just holds the row's largest level
+    """
+    centres = (torch.arange(2 * CELLS, device=values.device) + 0.5) / CELLS - 1
+    cells = table[nearest_level(centres, table)]
+
+    def error(row_step: Tensor, bits: Tensor) -> Tensor:
+        """Of each group [rows, groups], with levels that are nearest before they are rounded to the grid."""
+        target, steps = values / row_step, _e4m3_steps(bits)
+        numbers = (target * (CELLS / steps)).add_(CELLS).clamp_(0, 2 * CELLS - 1).to(torch.int32)
+        grid = _on_grid(cells.index_select(0, numbers.flatten()).view(target.shape).mul_(steps))
+        return grid.sub_(target).square_().sum(-1)
+
+    def with_factor(factor: float) -> tuple[Tensor, ...]:
+        tried = row_step * factor
+        bits = _e4m3_bits(step / tried)
+        return (error(tried, bits) * tried.square().squeeze(-1)).sum(dim=1), tried, bits
+
+    _, row_step, start = best_attempt(map(with_factor, GRID_FACTORS))
+    around = (_neighbour(start, offset) for offset in (0, -1, 1))
+    _, bits = best_attempt((error(row_step, bits), bits) for bits in around)
+    return row_step, bits
