@@ -10,6 +10,7 @@ from omni_convert.convert.plan.target import Scope, Target
 from omni_convert.convert.recipe import Recipe
 from omni_convert.formats.containers.names import WEIGHT
 from omni_convert.formats.containers.tensor_spec import DTYPE_NAMES
+from omni_convert.formats.dialects.table import DIALECTS, WRITTEN
 from omni_convert.formats.errors import RecipeError
 from omni_convert.formats.families.layers import LayerGroup
 from omni_convert.formats.families.patterns import matches, suggestion_for
@@ -57,7 +58,7 @@ def choose_layers(target: Target) -> Selection:
     if not chosen:
         raise RecipeError(
             f"{target.component.config_path}: every layer is ignored or unsupported; nothing is left to quantize with "
-            f"{target.method} (the first: {kept[0][1]})"
+            f"{target.method} (the first: {kept[0][1]}){_other_dialects(target, kept)}"
         )
     names = {*scope.others, *(name for group in scope.groups for name in _names(target, group))}
     return Selection(scope, frozenset(names), tuple(chosen), tuple(kept))
@@ -92,6 +93,19 @@ def _names(target: Target, group: LayerGroup) -> tuple[str, ...]:
 def _ignored(names: Sequence[str], patterns: Sequence[str]) -> str | None:
     pattern = next((each for each in patterns if any(matches(each, name) for name in names)), None)
     return f"ignored by '{pattern}'" if pattern is not None else None
+
+
+def _other_dialects(target: Target, kept: Sequence[tuple[LayerGroup, str]]) -> str:
+    """The remedy for layers that other dialects could hold; empty if it would be none."""
+    unsupported = next((group for group, reason in kept if _unsupported(group, target) == reason), None)
+    if unsupported is None or target.dialect.name not in WRITTEN:
+        return ""
+    shape = matrix_shape(target.weights[f"{target.written_group(unsupported).members[0]}{WEIGHT}"])
+    fmt = target.format_of(unsupported)
+    holding = [name for name in WRITTEN if not isinstance(DIALECTS[name].spelling(fmt, shape), str)]
+    if not holding or fmt.unsupported(*shape) or target.dialect.name in holding:
+        return ""
+    return f"; --dialect {' or '.join(holding)} can hold it"
 
 
 def _unsupported(group: LayerGroup, target: Target) -> str | None:

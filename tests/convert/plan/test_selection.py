@@ -14,8 +14,11 @@ from safetensors.torch import load_file
 
 from omni_convert.convert import Recipe, convert_checkpoint
 from omni_convert.convert.inspection.verification import verify_source
+from omni_convert.convert.plan.plan import plan_conversion
+from omni_convert.convert.recipe import METHODS
 from omni_convert.convert.source.location import resolve_source
 from omni_convert.formats.checks.meaning import open_quantized
+from omni_convert.formats.dialects.table import WRITTEN
 from omni_convert.formats.errors import RecipeError
 
 WAN = {"num_attention_heads": 2, "attention_head_dim": 32, "text_dim": 32, "freq_dim": 16, "ffn_dim": 128}
@@ -271,3 +274,58 @@ def test_a_short_last_group_is_said_to_be_unrun(tmp_path: Path, width: int, is_s
     recipe = Recipe(method="mxfp4_dualscale", search=False, bf16_blocks=0)
     notes = convert_checkpoint(model, tmp_path / "out", recipe).notes
     assert any("not run on hardware yet" in note for note in notes) == is_short
+
+
+#: Dialect to the methods that it can hold of the tiny pipeline, without statistics.
+HELD = {
+    "vllm-omni": ("fp8", "int8", "mxfp8", "mxfp4", "mxfp4_dualscale", "nvfp4"),
+    "modelopt": ("fp8", "mxfp8", "nvfp4"),
+    "comfyui": ("fp8", "int8", "mxfp8", "nvfp4", "convrot_w4a4", "w4a8", "w6a8"),
+    "compressed-tensors": ("fp8", "int8", "mxfp8", "mxfp4", "nvfp4"),
+    "transformers": ("mxfp8",),
+    "auto-round": ("w4a16", "mxfp8", "mxfp4"),
+    "msmodelslim": ("int8", "mxfp8", "mxfp4"),
+    "bitsandbytes": ("nf4",),
+    "vllm-omni-svdquant": (),
+    "nunchaku-lite": (),
+}
+# Methods of which the tiny pipeline has too few rows, and the one that is a kind of file by itself.
+OTHERS = ("svdquant_int4", "svdquant_nvfp4", "gguf")
+ALONE = {method: next(name for name in HELD if method in HELD[name]) for method in METHODS if method not in OTHERS}
+ALONE = {method: name for method, name in ALONE.items() if name != "vllm-omni"}
+
+
+@pytest.mark.parametrize("dialect", WRITTEN)
+@pytest.mark.parametrize("method", [method for method in METHODS if method not in OTHERS])
+def test_a_method_goes_where_it_is_held_or_names_the_dialects_that_hold_it(
+    tiny_pipeline_folder: Path, method: str, dialect: str
+) -> None:
+    recipe = Recipe(method, dialect=dialect, search=False, force=dialect == "nunchaku-lite")
+    if method in HELD[dialect] or (dialect == "vllm-omni" and method in ALONE):
+        (component,) = plan_conversion(resolve_source(tiny_pipeline_folder), recipe).components
+        said = [note for note in component.notes if "the only one that holds it" in note]
+        assert bool(said) == (method in ALONE)
+        assert all(f"in the dialect {ALONE[method]}," in note for note in said)
+        return
+    with pytest.raises(RecipeError) as refused:
+        plan_conversion(resolve_source(tiny_pipeline_folder), recipe)
+    message = str(refused.value)
+    if (method, dialect) == ("nvfp4", "auto-round"):
+        assert "calibrate, with --calib" in message
+    elif method == "fp8" and dialect == "transformers":
+        assert "128" in message or "block" in message
+    else:
+        holding = [name for name in HELD if method in HELD[name]]
+        assert f"--dialect {' or '.join(sorted(holding, key=WRITTEN.index))} can hold it" in message
+
+
+@pytest.mark.parametrize("dialect", [name for name in WRITTEN if name != "comfyui"])
+def test_a_rotation_is_refused_where_the_reader_would_ignore_it(dialect: str) -> None:
+    with pytest.raises(RecipeError, match=f"--rotate: found with --dialect {dialect}, expected --dialect comfyui"):
+        Recipe("int8", dialect=dialect, rotate=True)
+
+
+def test_vllm_omni_reads_no_svdquant_of_integers(tmp_path: Path) -> None:
+    folder = flux(tmp_path / "model")
+    with pytest.raises(RecipeError, match="svdquant_int4"):
+        plan_conversion(resolve_source(folder), Recipe("svdquant_int4", dialect="vllm-omni-svdquant"))
