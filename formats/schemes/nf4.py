@@ -287,8 +287,8 @@ class _Grid:
         return self.elements.index_select(0, self._cells(values)).view(values.shape)
 
     def _cells(self, values: Tensor) -> Tensor:
-        """Numbers of cells, int32 [values]."""
-        return (values * CELLS).add_(CELLS).clamp_(0, 2 * CELLS).to(torch.int32).flatten()
+        """Numbers of cells, int32 [values]; NaN becomes 0."""
+        return (values * CELLS).add_(CELLS).clamp_(0, 2 * CELLS).to(torch.int32).clamp_(min=0).flatten()
 
 
 def _search(blocks: Tensor, amax: Tensor, grid: _Grid) -> Tensor:

@@ -52,10 +52,10 @@ def error(kind: str, stored: Tensor, weight: Tensor, importance: Tensor | None =
 
 
 @cache
-def weights() -> tuple[Tensor, Tensor, Tensor]:
+def weights(rows: int = 128) -> tuple[Tensor, Tensor, Tensor]:
     """Normal and Student-t(4) numbers, and an importance for each column: the first rows of those of the bars."""
     draw = np.random.default_rng(0)
-    normal, student = draw.standard_normal((1024, 3072))[:128], draw.standard_t(4, (1024, 3072))[:128]
+    normal, student = draw.standard_normal((1024, 3072))[:rows], draw.standard_t(4, (1024, 3072))[:rows]
     importance = draw.lognormal(0, 1, 3072)
     return tuple(torch.from_numpy(numbers).float() for numbers in (normal * 0.02, student * 0.02, importance))  # type: ignore[return-value]
 
@@ -102,9 +102,10 @@ def test_what_is_written_is_read_as_the_gguf_package_reads_it(kind: str, search:
 
 
 @KINDS
-def test_errors_of_the_search_are_below_the_bars(kind: str) -> None:
-    normal, student, importance = weights()
-    bars = [bar * SAMPLED for bar in BARS[kind]]
+@pytest.mark.parametrize(("rows", "sampled"), [(128, SAMPLED), pytest.param(1024, 1.0, marks=pytest.mark.slow)])
+def test_errors_of_the_search_are_below_the_bars(kind: str, rows: int, sampled: float) -> None:
+    normal, student, importance = weights(rows)
+    bars = [bar * sampled for bar in BARS[kind]]
     assert error(kind, quantize(kind, normal), normal) < bars[0]
     assert error(kind, quantize(kind, student), student) < bars[1]
     assert error(kind, quantize(kind, normal, importance), normal, importance) < bars[2]
