@@ -295,12 +295,22 @@ ALONE = {method: next(name for name in HELD if method in HELD[name]) for method 
 ALONE = {method: name for method, name in ALONE.items() if name != "vllm-omni"}
 
 
-@pytest.mark.parametrize("dialect", WRITTEN)
-@pytest.mark.parametrize("method", [method for method in METHODS if method not in OTHERS])
+# The dialects that every method is quickly tried with.
+QUICK = ("vllm-omni", "modelopt")
+PAIRS = [
+    pytest.param(method, dialect, marks=() if method in ALONE and dialect in QUICK else pytest.mark.slow)
+    for method in METHODS
+    for dialect in WRITTEN
+    if method not in OTHERS
+]
+
+
+@pytest.mark.parametrize(("method", "dialect"), PAIRS)
 def test_a_method_goes_where_it_is_held_or_names_the_dialects_that_hold_it(
     tiny_pipeline_folder: Path, method: str, dialect: str
 ) -> None:
-    recipe = Recipe(method, dialect=dialect, search=False, force=dialect == "nunchaku-lite")
+    group = 32 if method == "w4a16" else None
+    recipe = Recipe(method, dialect=dialect, search=False, group_size=group, force=dialect == "nunchaku-lite")
     if method in HELD[dialect] or (dialect == "vllm-omni" and method in ALONE):
         (component,) = plan_conversion(resolve_source(tiny_pipeline_folder), recipe).components
         said = [note for note in component.notes if "the only one that holds it" in note]
