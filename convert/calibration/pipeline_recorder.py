@@ -190,10 +190,11 @@ class PipelineRecorder:
             recording_identity, settings={**asdict(settings), "seed": self._seed}, fingerprints=self._fingerprints
         )
         finished = FinishedPrompts(None if self._with_moments else keep, prompts, identity_of)
+        observer = self._sensitivity_observer() if differentiated else None
         recording = self._run(finished, settings, identity_of, progress=progress)
         sensitivity = recording.statistics.sensitivity if differentiated else None
-        if differentiated and sensitivity is None:
-            sensitivity = self._differentiate(differentiated, settings, progress=progress)
+        if observer is not None and sensitivity is None:
+            sensitivity = self._differentiate(observer, differentiated, settings, progress=progress)
         return replace(recording, statistics=replace(recording.statistics, sensitivity=sensitivity))
 
     def _run(
@@ -255,19 +256,22 @@ class PipelineRecorder:
             )
         return observer
 
-    def _differentiate(
-        self, prompts: Sequence[Prompt], settings: GenerationSettings, *, progress: bool
-    ) -> PipelineSensitivity:
-        """The sensitivity of the layers of the denoisers that are recorded."""
+    def _sensitivity_observer(self) -> SensitivityObserver:
         from omni_convert.loaders.loading.streamed import streamer_of  # seconds of imports
 
-        if streamer_of(self._pipe) is not None:
-            raise CalibrationError(
-                "--memory: found a pipeline that is read block by block, expected --memory full for the sensitivity of "
-                "layers: gradients need the whole model"
-            )
         models = _modules(self._pipe, self._components)
-        observer = SensitivityObserver(self._pipe, {name: model for name, model in models.items() if name in DENOISERS})
+        denoisers = {name: model for name, model in models.items() if name in DENOISERS}
+        return SensitivityObserver(self._pipe, denoisers, streamer_of(self._pipe))
+
+    def _differentiate(
+        self,
+        observer: SensitivityObserver,
+        prompts: Sequence[Prompt],
+        settings: GenerationSettings,
+        *,
+        progress: bool,
+    ) -> PipelineSensitivity:
+        """The sensitivity of the layers of the denoisers that are recorded."""
         bar = progress_bar("differentiating", len(prompts), "prompt", hidden=not progress, stays=False)
         with observer, bar as advance:
             for prompt in prompts:

@@ -2,13 +2,14 @@
 
 The whole run of a pipeline is differentiated, so that guidance, scheduler, later steps and the decoder weigh an error
 as they do in use. Memory holds the inputs of each call of a denoiser, and of one call those of each block: the rest is
-computed again in the backward pass. Parameters get no gradients.
+computed again in the backward pass, for which a streamed block is brought again. Parameters get no gradients.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,6 +25,8 @@ from omni_convert.formats.statistics.sensitivity import LayerSensitivity, Pipeli
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
+
+    from omni_convert.loaders.memory.streaming import Streamer
 
 __all__ = ["SensitivityObserver"]
 
@@ -52,12 +55,26 @@ class _Tap(torch.autograd.Function):
 class SensitivityObserver:
     """Watches the candidate linears of a pipeline's denoisers while it is entered."""
 
-    def __init__(self, pipe: DiffusionPipeline, models: Mapping[str, nn.Module]) -> None:
+    def __init__(
+        self, pipe: DiffusionPipeline, models: Mapping[str, nn.Module], streamer: Streamer | None = None
+    ) -> None:
         """Prepares to watch.
 
         Args:
             models: component name → denoiser
+            streamer: what brings the pipeline's models part by part; None if it is loaded whole
+
+        Raises:
+            CalibrationError: a streamed model cannot compute single blocks again.
         """
+        for model in models.values() if streamer is not None else ():
+            if not _can_checkpoint(model):
+                raise CalibrationError(
+                    f"{type(model).__name__}: found that it cannot compute single blocks again, which gradients of a "
+                    "streamed model need, expected --memory full"
+                )
+        self._streamer = streamer
+        self._rests = {} if streamer is None else {part.component: part for part in streamer.parts if not part.block}
         self._pipe = pipe
         self._models = dict(models)
         self._anchor = torch.zeros((), requires_grad=True)
@@ -74,7 +91,7 @@ class SensitivityObserver:
                 for module in _rounding_modules(model):
                     hooks.callback(module.register_forward_hook(self._round).remove)
             for component, model in self._models.items():
-                hooks.enter_context(_checkpointed(model))
+                hooks.enter_context(_checkpointed(model, self._bringing(component)))
                 for stem in candidate_layers(model):
                     self._watch_layer(f"{component}.{stem}", model.get_submodule(stem), hooks)
             self._hooks = hooks.pop_all()
@@ -89,7 +106,8 @@ class SensitivityObserver:
         Raises:
             CalibrationError: the pipeline cannot be differentiated, or gradients are NaN or infinite.
         """
-        images = differentiable_images(self._pipe, prompt, settings, seed)
+        with nullcontext() if self._streamer is None else self._streamer.sparing_gradients():
+            images = differentiable_images(self._pipe, prompt, settings, seed)
         generator = torch.Generator("cpu").manual_seed(direction_seed)
         direction = torch.randn(images.shape, generator=generator)
         if images.requires_grad:
@@ -111,9 +129,16 @@ class SensitivityObserver:
         layers: dict[str, LayerSensitivity] = {name: layer for name, layer in found.items() if layer is not None}
         return PipelineSensitivity(layers, add_sums(self._roundings), len(self._roundings))
 
+    def _bringing(self, component: str) -> Callable[[], None]:
+        """What has to happen before a model computes something again."""
+        if self._streamer is None or component not in self._rests:
+            return _nothing
+        return partial(self._streamer.enter, self._rests[component])
+
     def _watch_layer(self, name: str, layer: nn.Module, hooks: ExitStack) -> None:
         assert isinstance(layer, nn.Linear), "candidate layers are linears"
-        recorder = SensitivityRecorder(name, layer.out_features, layer.in_features, layer.weight.device)
+        device = layer.weight.device if self._streamer is None else self._streamer.device
+        recorder = SensitivityRecorder(name, layer.out_features, layer.in_features, device)
         self._recorders[name] = recorder
 
         def before(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
@@ -144,6 +169,10 @@ class SensitivityObserver:
     def _tapped(self, value: Tensor, record: Record, beside: Tensor) -> Tensor:
         tapped: Tensor = _Tap.apply(value, self._anchor, record, beside)  # type: ignore[no-untyped-call]  # torch's
         return tapped
+
+
+def _nothing() -> None:
+    return None
 
 
 def _by_rows(record: Callable[[Tensor, Tensor], None]) -> Record:
@@ -177,11 +206,15 @@ def _without_gradients(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
+def _can_checkpoint(model: nn.Module) -> bool:
+    """Whether it is a model of diffusers that keeps only the inputs of blocks if it is told to."""
+    return bool(getattr(model, "_supports_gradient_checkpointing", False)) and hasattr(model, "config_name")
+
+
 @contextmanager
 def _checkpointed_blocks(model: nn.Module) -> Iterator[None]:
     """Keeps only the inputs of each block of a model of diffusers, if it supports that."""
-    is_able = bool(getattr(model, "_supports_gradient_checkpointing", False)) and hasattr(model, "config_name")
-    if not is_able or model.is_gradient_checkpointing:
+    if not _can_checkpoint(model) or model.is_gradient_checkpointing:
         yield
         return
     model.enable_gradient_checkpointing()  # type: ignore[operator]  # of diffusers
@@ -192,14 +225,18 @@ def _checkpointed_blocks(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _checkpointed(model: nn.Module) -> Iterator[None]:
-    """Keeps only the inputs of each call of a model."""
+def _checkpointed(model: nn.Module, before: Callable[[], None]) -> Iterator[None]:
+    """Keeps only the inputs of each call of a model; `before` is called before it computes."""
     forward, is_patched = model.forward, "forward" in vars(model)
+
+    def computed(*args: Any, **kwargs: Any) -> Any:
+        before()
+        return forward(*args, **kwargs)
 
     def checkpointed(*args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return forward(*args, **kwargs)
-        return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+        return checkpoint(computed, *args, use_reentrant=False, **kwargs)
 
     model.forward = checkpointed  # hooks of the module still run around it
     try:

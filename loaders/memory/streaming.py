@@ -13,7 +13,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -156,6 +156,7 @@ class Streamer:
         self._block: Part | None = None
         self._next: dict[Part, Part] = {}
         self._ahead: tuple[Part, Future[list[Tensor]]] | None = None
+        self._copied: dict[int, StoredTensor] = {}
         self._reader = ThreadPoolExecutor(1, "read-ahead")
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
         self._place = _Place()
@@ -224,6 +225,10 @@ class Streamer:
         self._bring(part)
         self._read_ahead(self._next.get(part))
 
+    def sparing_gradients(self) -> AbstractContextManager[None]:
+        """While entered, what is kept for gradients holds no weight of a part; it is read again for them."""
+        return torch.autograd.graph.saved_tensors_hooks(self._without_copy, _with_copy)
+
     def release(self) -> None:
         """Gives up everything."""
         for part in filter(None, (self._block, self._rest)):
@@ -264,6 +269,7 @@ class Streamer:
                 values = next(copied)
                 if self._stream is not None:
                     values.record_stream(torch.cuda.current_stream(self.device))
+                self._copied[values.untyped_storage().data_ptr()] = tensor
                 tensor.put(values)
             elif part.block:  # of the rest, most may never be touched, as embeddings of other tokens
                 tensor.file.read(tensor.name)
@@ -282,7 +288,16 @@ class Streamer:
         else:
             self._ahead = part, self._reader.submit(self._copies, part)
 
+    def _without_copy(self, saved: Tensor) -> Tensor | Callable[[], Tensor]:
+        """A tensor that autograd keeps; for a part of a copied weight, a function that reads it again."""
+        stored = self._copied.get(saved.untyped_storage().data_ptr())
+        if stored is None:
+            return saved
+        place = saved.size(), saved.stride(), saved.storage_offset()
+        return lambda: stored.copy(self.device).as_strided(*place)
+
     def _give_up(self, part: Part) -> None:
+        self._copied = {address: tensor for address, tensor in self._copied.items() if tensor not in part.tensors}
         for tensor in part.tensors:
             if tensor.is_ready:
                 tensor.file.give_up(tensor.name)
@@ -290,6 +305,10 @@ class Streamer:
                 tensor.clear()
         if self.at_give_up is not None:
             self.at_give_up(part)
+
+
+def _with_copy(saved: Tensor | Callable[[], Tensor]) -> Tensor:
+    return saved if isinstance(saved, Tensor) else saved()
 
 
 def _read_ahead(part: Part) -> None:

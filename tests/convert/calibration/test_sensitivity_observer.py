@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import ZImagePipeline
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from omni_convert.convert.calibration.generation import GenerationSettings, differentiable_images
 from omni_convert.convert.calibration.pipeline_recorder import PipelineRecorder
@@ -15,6 +16,8 @@ from omni_convert.convert.calibration.prompts import Prompt
 from omni_convert.convert.calibration.sensitivity_observer import SensitivityObserver
 from omni_convert.formats.errors import CalibrationError
 from omni_convert.formats.statistics.sensitivity import PipelineSensitivity
+from omni_convert.loaders import load_pipeline
+from omni_convert.loaders.memory.streaming import StoredTensor
 
 SETTINGS = GenerationSettings(steps=2, width=32, height=32, guidance_scale=2.0)
 PROMPT = Prompt("a red circle")
@@ -87,3 +90,39 @@ def test_a_pipeline_that_cannot_be_differentiated_says_so(pipe: Any, monkeypatch
     observer = SensitivityObserver(pipe, {"transformer": pipe.transformer})
     with observer, pytest.raises(CalibrationError, match="without gradients"):
         observer.record(PROMPT, SETTINGS, 0, 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_a_streamed_pipeline_gives_the_same_sensitivity(
+    tiny_pipeline_folder: Path, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In float32, what a block computes with is a copy of its weights in the file, of which gradients keep none."""
+    copies, present = [], [0]
+
+    def counted(stored: StoredTensor, device: torch.device) -> torch.Tensor:
+        copy = copied(stored, device)
+        copies.append((StorageWeakRef(copy.untyped_storage()), copy.nbytes))
+        present.append(sum(size for storage, size in copies if not storage.expired()))
+        return copy
+
+    copied = StoredTensor.copy
+    monkeypatch.setattr(StoredTensor, "copy", counted)
+    found = []
+    for memory in ("full", "stream"):
+        pipe = load_pipeline(tiny_pipeline_folder, torch_dtype=dtype, memory=memory)
+        found.append(PipelineRecorder(pipe, SETTINGS).record([PROMPT], [PROMPT]).statistics)
+    assert found[0].fingerprint() == found[1].fingerprint()
+    streamer = pipe.streamer
+    parts = [part for part in streamer.parts if part.component == "transformer"]
+    assert len(parts) == 1 + 4
+    largest = parts[0].memory_bytes + 2 * max(part.memory_bytes for part in parts[1:])
+    assert max(present) <= (largest if dtype == torch.float32 else 0)
+
+
+def test_a_streamed_model_that_computes_no_block_again_is_refused(
+    tiny_pipeline_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipe = load_pipeline(tiny_pipeline_folder, memory="stream")
+    monkeypatch.setattr(type(pipe.transformer), "_supports_gradient_checkpointing", False, raising=False)
+    with pytest.raises(CalibrationError, match=r"cannot compute single blocks again.*expected --memory full"):
+        PipelineRecorder(pipe, SETTINGS).record([PROMPT], [PROMPT])
