@@ -49,7 +49,7 @@ def analyze_command(model: str | None, output: Path, report_file: Path | None, q
     from omni_convert.convert.calibration.recording import record_source
     from omni_convert.convert.output.manifest import write_json
     from omni_convert.convert.precision.advice import analysis_lines
-    from omni_convert.convert.precision.analysis import analyse
+    from omni_convert.convert.precision.analysis import analyze
     from omni_convert.convert.precision.mixture import bytes_beside
     from omni_convert.convert.progress_bar import progress_bar
     from omni_convert.convert.source.location import DEMO_PROMPTS, resolve_source
@@ -75,7 +75,7 @@ def analyze_command(model: str | None, output: Path, report_file: Path | None, q
         statistics = record_source(source, recipe, with_sensitivity=True).statistics
         statistics.save(recorded)
     with progress_bar("analyzing", None, hidden=quiet) as advance:
-        analysis = analyse(source, recipe, statistics, advance)
+        analysis = analyze(source, recipe, statistics, advance)
     write_json(output, analysis.to_json())
     others = bytes_beside(source, recipe, analysis)
     if report_file is not None:

@@ -38,7 +38,7 @@ from omni_convert.formats.rows import InputStatistics
 from omni_convert.formats.statistics.sensitivity import PipelineSensitivity
 from omni_convert.formats.statistics.statistics import Statistics
 
-__all__ = ["Analysis", "analyse"]
+__all__ = ["Analysis", "analyze"]
 
 VERSION = 1
 #: What rounding both images to whole grey levels adds to the mean square of their difference, in units of 1.
@@ -125,11 +125,11 @@ class Analysis:
         """Raises RecipeError if the table was computed from other statistics or with other options."""
         if self.statistics != statistics.fingerprint():
             raise RecipeError(f"--analysis {path}: found the analysis of other statistics; run analyze again")
-        if dict(self.recipe) != analysed_options(recipe):
+        if dict(self.recipe) != analyzed_options(recipe):
             raise RecipeError(f"--analysis {path}: found an analysis with other options; run analyze again with these")
 
 
-def analysed_options(recipe: Recipe) -> dict[str, Any]:
+def analyzed_options(recipe: Recipe) -> dict[str, Any]:
     """The options of a recipe on which the table depends, as JSON has them."""
     settled = replace(recipe, formats=recipe.mixed_formats)
     options = {name: value for name, value in settled.of_the_bytes().items() if name not in BUDGETS}
@@ -137,7 +137,7 @@ def analysed_options(recipe: Recipe) -> dict[str, Any]:
     return parsed
 
 
-def analyse(
+def analyze(
     source: Source, recipe: Recipe, statistics: Statistics, advance: Callable[[int], None] = lambda _: None
 ) -> Analysis:
     """Computes the table of a model.
@@ -169,7 +169,7 @@ def analyse(
     ]
     if not units:
         raise CalibrationError(f"{source.name}: found no layers with a recorded sensitivity; calibrate its denoisers")
-    return Analysis(tuple(units), sensitivity.rounding_error, analysed_options(recipe), statistics.fingerprint())
+    return Analysis(tuple(units), sensitivity.rounding_error, analyzed_options(recipe), statistics.fingerprint())
 
 
 @dataclass(frozen=True)

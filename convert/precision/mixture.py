@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from omni_convert.convert.budget import KEPT, format_size, parse_size
 from omni_convert.convert.plan.plan import plan_conversion
-from omni_convert.convert.precision.analysis import Analysis, analyse
+from omni_convert.convert.precision.analysis import Analysis, analyze
 from omni_convert.convert.precision.choice import Option, Point, cheapest_below, frontier, least_error, total
 from omni_convert.convert.recipe import Recipe
 from omni_convert.convert.source.location import Source
@@ -67,7 +67,7 @@ def choose_mixture(
         CheckpointError: the stored analysis is damaged.
     """
     if recipe.analysis is None:
-        analysis = analyse(source, recipe, statistics, advance)
+        analysis = analyze(source, recipe, statistics, advance)
     else:
         analysis = Analysis.load(recipe.analysis)
         analysis.check(recipe.analysis, statistics, recipe)

@@ -40,9 +40,9 @@ def parts_of(read: Read, path: Path) -> Any:
 
 
 @pytest.fixture(scope="module")
-def analysed(tiny_pipeline_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def analyzed(tiny_pipeline_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder in which `analyze` left its files."""
-    folder = tmp_path_factory.mktemp("analysed")
+    folder = tmp_path_factory.mktemp("analyzed")
     (folder / "prompts.txt").write_text(PROMPT)
     output = run(
         "analyze", tiny_pipeline_folder, "--calib", folder / "prompts.txt", "-o", folder / "table.json",
@@ -54,21 +54,21 @@ def analysed(tiny_pipeline_folder: Path, tmp_path_factory: pytest.TempPathFactor
     return folder
 
 
-def test_an_analysis(analysed: Path, opened: Callable[[Path], Any]) -> None:
-    reader = opened(analysed / "analysis.html")
-    table = json.loads((analysed / "table.json").read_text())
+def test_an_analysis(analyzed: Path, opened: Callable[[Path], Any]) -> None:
+    reader = opened(analyzed / "analysis.html")
+    table = json.loads((analyzed / "table.json").read_text())
     rows = sum(len(unit["options"]) for unit in table["units"])
     assert sum(tag == "td" and "data-value" in a for tag, a in reader.tags) == 2 * rows + 2 * 3
     assert "transformer.layers.1.attention.to_qkv" in reader.text
-    assert (analysed / "table.safetensors").exists()
+    assert (analyzed / "table.safetensors").exists()
 
 
 def test_a_conversion_to_a_budget_and_its_verification(
-    analysed: Path, tiny_pipeline_folder: Path, tmp_path: Path, opened: Callable[[Path], Any]
+    analyzed: Path, tiny_pipeline_folder: Path, tmp_path: Path, opened: Callable[[Path], Any]
 ) -> None:
     run(
-        "convert", tiny_pipeline_folder, "--calibration", analysed / "table.safetensors", "--analysis",
-        analysed / "table.json", "--target-bits", "6", "-o", tmp_path / "out", "--report", tmp_path / "out.html",
+        "convert", tiny_pipeline_folder, "--calibration", analyzed / "table.safetensors", "--analysis",
+        analyzed / "table.json", "--target-bits", "6", "-o", tmp_path / "out", "--report", tmp_path / "out.html",
     )  # fmt: skip
     reader = opened(tmp_path / "out.html")
     assert "Size and noise" in reader.text
