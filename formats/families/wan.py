@@ -127,7 +127,8 @@ WAN = Family(
         ),
         RuntimeRefusal(
             VLLM_OMNI,
-            "vLLM-Omni 0.30.0 cannot load ModelOpt blocks for Wan; --dialect vllm-omni writes one that it reads",
+            "vLLM-Omni 0.30.0 cannot load ModelOpt blocks for Wan; with --dialect vllm-omni it reads one format, alone "
+            "or beside bf16 (--formats fp8,bf16)",
             methods=("fp8", "mxfp8"),
             dialects=("modelopt",),
         ),
