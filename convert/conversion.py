@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -154,7 +154,7 @@ class Conversion:
             Workers(_threads(recipe)) as workers,
             _streaming(plan.source, folder),  # ends first: workers must not wait for a download any more
         ):
-            results, peak = _fill(folder, plan, engine_on(workers, journal), self.target, progress)
+            results, peak = _fill(folder, plan, engine_on(workers, journal), self.target, progress, self._pictures())
         self._finished_prompts.unlink(missing_ok=True)
         return self._report(results, time.monotonic() - started, peak)
 
@@ -165,6 +165,14 @@ class Conversion:
             HubError: the Hub refuses the upload, or cannot be reached.
         """
         return None if self.repository is None else self.target.push(self.repository)
+
+    def _pictures(self) -> dict[str, str]:
+        """The pictures of the model card, by the names of their files."""
+        if self.mixture is None:
+            return {}
+        from omni_convert.convert.page.choice_pictures import card_pictures
+
+        return card_pictures(self.mixture)
 
     @property
     def _finished_prompts(self) -> Path:
@@ -244,9 +252,13 @@ def _threads(recipe: Recipe) -> int:
 
 
 def _fill(
-    folder: Path, plan: Plan, engine: Engine, target: Destination, progress: Progress
+    folder: Path, plan: Plan, engine: Engine, target: Destination, progress: Progress, pictures: Mapping[str, str]
 ) -> tuple[dict[str, list[LayerResult]], int]:
-    """Writes every file of the output; returns the layers of each component, and the peak memory in bytes."""
+    """Writes every file of the output; returns the layers of each component, and the peak memory in bytes.
+
+    Args:
+        pictures: name of the file → SVG, beside the model card
+    """
     hub_files = plan.source.hub_files
     on_hub = [name for name in plan.copies if hub_files is not None and name in hub_files.streamed]
     copies = {
@@ -277,7 +289,9 @@ def _fill(
         hub_files.clear()
     for check in checks:
         check.result()
-    write_text(folder / "README.md", model_card(plan, dict(results)))
+    for name, picture in pictures.items():
+        write_text(folder / name, picture)
+    write_text(folder / "README.md", model_card(plan, dict(results), tuple(pictures)))
     write_manifest(folder, plan, results, known, sources)
     return results, peak
 

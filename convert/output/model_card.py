@@ -29,19 +29,30 @@ BODY = """
 A layer's error is the Frobenius norm of the difference between the quantized and the original weight over that of the
 original. Every other tensor and file is the original, byte for byte; `omni_convert.json` lists each layer, and the
 SHA-256 of each file.
-
+{pictures}
 ## Run it
 
 {run}
 """
 
+PICTURES = """
+## How the formats were chosen
 
-def model_card(plan: Plan, results: dict[str, Sequence[LayerResult]]) -> str:
+The first picture shows the size of the layers and the noise ratio that was predicted for it, with this model marked.
+The second one shows the layers by block and role: a stronger colour is a larger share of the error with all layers in
+their smallest formats, and the text is the format that the layer got.
+
+{pictures}
+"""
+
+
+def model_card(plan: Plan, results: dict[str, Sequence[LayerResult]], pictures: Sequence[str] = ()) -> str:
     """The text of README.md.
 
     Args:
         plan: the plan that was carried out
         results: component name → its quantized layers
+        pictures: files beside the card that show how the formats were chosen
     """
     declared = _inherited(plan.source.path)
     data = ModelCardData(
@@ -62,8 +73,19 @@ def model_card(plan: Plan, results: dict[str, Sequence[LayerResult]]) -> str:
     )
     run = _run(plan, title)
     source += "".join(f", with the LoRA **{lora['name']}** ({lora['scale']:g})" for lora in _loras(plan))
-    body = BODY.format(title=title, source=source, what=_what(plan), rows="\n".join(_rows(plan, results)), run=run)
+    body = BODY.format(
+        title=title,
+        source=source,
+        what=_what(plan),
+        rows="\n".join(_rows(plan, results)),
+        pictures=PICTURES.format(pictures="\n\n".join(_shown(name) for name in pictures)) if pictures else "",
+        run=run,
+    )
     return f"---\n{data.to_yaml()}\n---\n{body}"
+
+
+def _shown(picture: str) -> str:
+    return f"![{Path(picture).stem.replace('_', ' ')}]({picture})"
 
 
 def _is_of_transformers(plan: Plan) -> bool:

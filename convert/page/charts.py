@@ -1,17 +1,29 @@
-"""Charts without a library: heat maps by block and role, and curves."""
+"""Charts without a library: heat maps by block and role, and curves.
+
+Each curve and each map of tiles is an SVG: part of a page, or a file of its own, as model cards need it.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from omni_convert.convert.page.html import Markup, element, joined
+from omni_convert.convert.page.html import Markup, element
 
-__all__ = ["Measure", "heat_map", "line_chart"]
+__all__ = ["Measure", "heat_map", "line_chart", "tile_chart"]
 
 BLOCK = re.compile(r"(?P<block>.*?\.\d+)\.(?P<role>.+)")
 WIDTH, HEIGHT, MARGIN = 640, 300, 55
+#: Sizes of the map of tiles: a tile, the names of blocks beside it, and a letter.
+TILE_WIDTH, TILE_HEIGHT, BLOCK_WIDTH, LETTER = 96, 24, 190, 6.2
+#: A file is shown on a ground that it does not know: it brings its own.
+FILE_STYLE = """
+svg { font: 12px sans-serif; } text { fill: #1c2430; } .paper { fill: #fff; } .axis { stroke: #cfd6df; }
+.curve { fill: none; stroke: #1c2430; stroke-width: 2; } .dot { fill: #1c2430; } .mark, .tile { fill: #c2410c; }
+"""
+#: What XML cannot hold, not even escaped.
+NOT_IN_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 
 @dataclass(frozen=True)
@@ -30,23 +42,17 @@ class Measure:
 def heat_map(measures: Sequence[Measure]) -> Markup:
     """Layers by block and role, coloured by one of several measures, which buttons choose."""
     tables = [
-        element("div", _table(measure), id=f"heat-{number}", class_="scroll", hidden=number > 0)
-        for number, measure in enumerate(measures)
+        element("div", _table(measure), class_="scroll", hidden=number > 0) for number, measure in enumerate(measures)
     ]
     buttons = [
-        element(
-            "button", measure.name, type="button", data_shows=f"heat-{number}", aria_pressed=str(not number).lower()
-        )
+        element("button", measure.name, type="button", aria_pressed=str(not number).lower())
         for number, measure in enumerate(measures)
     ]
-    return joined((element("p", *buttons, class_="choices"), *tables))
+    return element("div", element("p", *buttons, class_="choices"), *tables, class_="heats")
 
 
 def _table(measure: Measure) -> Markup:
-    places = {layer: _place(layer) for layer in measure.values}
-    blocks = sorted({block for block, _ in places.values()}, key=_natural)
-    roles = sorted({role for _, role in places.values()}, key=_natural)
-    by_place = {place: layer for layer, place in places.items()}
+    blocks, roles, by_place = _grid(measure.values)
     low, high = min(measure.values.values(), default=0.0), max(measure.values.values(), default=0.0)
 
     def cell(block: str, role: str) -> Markup:
@@ -60,6 +66,13 @@ def _table(measure: Measure) -> Markup:
     head = element("tr", element("th", ""), *(element("th", role) for role in roles))
     rows = [element("tr", element("th", block), *(cell(block, role) for role in roles)) for block in blocks]
     return element("table", element("thead", head), element("tbody", *rows), class_="heat")
+
+
+def _grid(layers: Iterable[str]) -> tuple[list[str], list[str], dict[tuple[str, str], str]]:
+    """The blocks and the roles of layers in their order, and the layer of each block and role."""
+    by_place = {_place(layer): layer for layer in layers}
+    blocks, roles = (sorted({place[part] for place in by_place}, key=_natural) for part in (0, 1))
+    return blocks, roles, by_place
 
 
 def _place(layer: str) -> tuple[str, str]:
@@ -77,11 +90,14 @@ def line_chart(
     points: Sequence[tuple[float, float, str]],
     names: tuple[str, str],
     marked: Sequence[tuple[float, float, str]] = (),
+    *,
+    is_file: bool = False,
 ) -> Markup:
     """A curve through points, each with a text that appears over it; some more points are marked.
 
     Args:
         names: what the axes show, across and up
+        is_file: it stands in a file of its own
     """
     everything = [*points, *marked]
     xs, ys = [x for x, _, _ in everything], [y for _, y, _ in everything]
@@ -108,10 +124,66 @@ def line_chart(
         element("line", x1=MARGIN, y1=MARGIN, x2=MARGIN, y2=HEIGHT - MARGIN, class_="axis"),
     ]
     curve = element("polyline", points=path, class_="curve")
-    title = element("title", f"{names[1]} over {names[0]}")
-    return element(
-        "svg", title, *axes, *labels, curve, *dots, *marks, viewBox=f"0 0 {WIDTH} {HEIGHT}", width=WIDTH, role="img"
+    title = f"{names[1]} over {names[0]}"
+    return _svg((WIDTH, HEIGHT), title, [*axes, *labels, curve, *dots, *marks], is_file=is_file)
+
+
+def tile_chart(title: str, tiles: Mapping[str, tuple[float, str]]) -> Markup:
+    """A file with a tile for each layer, by block and role.
+
+    Args:
+        tiles: layer → how strong its colour is, from 0 to 1, and the text on it
+    """
+    blocks, roles, by_place = _grid(tiles)
+    heads = [
+        _text(_middle(column), TILE_HEIGHT - 8, _cut(role, TILE_WIDTH), "middle") for column, role in enumerate(roles)
+    ]
+    rows = [
+        _text(BLOCK_WIDTH - 8, row * TILE_HEIGHT - 8, _cut(block, BLOCK_WIDTH), "end")
+        for row, block in enumerate(blocks, start=2)
+    ]
+    shown = [
+        _tile(row, column, layer, *tiles[layer])
+        for row, block in enumerate(blocks, start=1)
+        for column, role in enumerate(roles)
+        if (layer := by_place.get((block, role))) is not None
+    ]
+    size = BLOCK_WIDTH + TILE_WIDTH * len(roles), TILE_HEIGHT * (len(blocks) + 1)
+    return _svg(size, title, [*heads, *rows, *shown], is_file=True)
+
+
+def _tile(row: int, column: int, layer: str, strength: float, text: str) -> Markup:
+    place = {"x": BLOCK_WIDTH + column * TILE_WIDTH + 1, "y": row * TILE_HEIGHT + 1}
+    box = element(
+        "rect", **place, width=TILE_WIDTH - 2, height=TILE_HEIGHT - 2, class_="tile", fill_opacity=f"{strength:.3f}"
     )
+    label = _text(_middle(column), (row + 1) * TILE_HEIGHT - 8, _cut(text, TILE_WIDTH), "middle")
+    return element("g", element("title", layer), box, label)
+
+
+def _middle(column: int) -> int:
+    return BLOCK_WIDTH + column * TILE_WIDTH + TILE_WIDTH // 2
+
+
+def _cut(text: str, width: int) -> str:
+    """As much of the end of a text as fits into a width."""
+    fitting = int(width / LETTER) - 1
+    return text if len(text) <= fitting else f"…{text[1 - fitting :]}"
+
+
+def _svg(size: tuple[int, int], title: str, content: Sequence[Markup], *, is_file: bool) -> Markup:
+    ground = (element("style", Markup(FILE_STYLE)), element("rect", width="100%", height="100%", class_="paper"))
+    whole = element(
+        "svg",
+        element("title", title),
+        *(ground if is_file else ()),
+        *content,
+        xmlns="http://www.w3.org/2000/svg",
+        viewBox=f"0 0 {size[0]} {size[1]}",
+        width=size[0],
+        role="img",
+    )
+    return Markup(NOT_IN_XML.sub("\ufffd", whole)) if is_file else whole
 
 
 def _dot(x: str, y: str, text: str, kind: str, radius: float) -> Markup:

@@ -76,14 +76,14 @@ for (const table of document.querySelectorAll("table.sortable")) {
     head.setAttribute("aria-sort", descending ? "descending" : "ascending");
   }));
 }
-for (const choices of document.querySelectorAll(".choices")) {
-  const buttons = [...choices.querySelectorAll("button")];
-  const show = chosen => buttons.forEach(button => {
-    button.setAttribute("aria-pressed", button === chosen);
-    document.getElementById(button.dataset.shows).hidden = button !== chosen;
+for (const heats of document.querySelectorAll(".heats")) {
+  const buttons = [...heats.querySelectorAll(".choices button")], tables = [...heats.querySelectorAll(".scroll")];
+  const show = chosen => buttons.forEach((button, number) => {
+    button.setAttribute("aria-pressed", number === chosen);
+    tables[number].hidden = number !== chosen;
   });
-  buttons.forEach(button => button.addEventListener("click", () => show(button)));
-  show(buttons[0]);
+  buttons.forEach((button, number) => button.addEventListener("click", () => show(number)));
+  show(0);
 }
 for (const pair of document.querySelectorAll(".pair")) {
   pair.querySelector("input[type=range]").addEventListener("input", event =>

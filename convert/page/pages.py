@@ -8,11 +8,12 @@ from typing import Any
 
 from omni_convert.convert.inspection.verification import VerifiedComponent
 from omni_convert.convert.page.charts import Measure, heat_map, line_chart
+from omni_convert.convert.page.choice_pictures import MEGA, chosen_point, noise_curve
 from omni_convert.convert.page.document import Section, facts, page, sortable_table
 from omni_convert.convert.page.html import Content, Markup, element, joined
 from omni_convert.convert.page.pictures import picture_pair
 from omni_convert.convert.plan.plan import Plan
-from omni_convert.convert.precision.advice import budgets, curve, shares
+from omni_convert.convert.precision.advice import budgets, shares
 from omni_convert.convert.precision.analysis import Analysis
 from omni_convert.convert.precision.mixture import Mixture
 from omni_convert.convert.report import ConversionReport, conversion_rows
@@ -20,9 +21,15 @@ from omni_convert.formats.statistics.statistics import Statistics
 
 __all__ = ["analysis_page", "comparison_page", "conversion_page", "verification_page"]
 
-MEGA = 1e6
 #: Images or frames that are shown, evenly spread; the metrics are those of all.
 PICTURES_SHOWN = 8
+#: Metrics in the report of `compare`: key → head of the column, and decimals.
+METRICS = {
+    "psnr_db": ("PSNR dB", 2),
+    "mae": ("MAE", 3),
+    "cosine_similarity": ("cosine", 6),
+    "relative_l2": ("relative L2", 4),
+}
 
 
 def conversion_page(plan: Plan, report: ConversionReport, mixture: Mixture | None, command: str) -> str:
@@ -36,7 +43,7 @@ def conversion_page(plan: Plan, report: ConversionReport, mixture: Mixture | Non
         Section("Layers", _converted_layers(plan, report)),
     ]
     if mixture is not None:
-        sections.append(Section("Size and noise", _curve(mixture.analysis, mixture)))
+        sections.append(Section("Size and noise", noise_curve(mixture.analysis, [chosen_point(mixture)])))
     if report.kept:
         rows = [[layer.name, layer.reason] for layer in report.kept]
         sections.append(Section("Layers that stay", sortable_table(["layer", "why"], rows)))
@@ -101,27 +108,16 @@ def analysis_page(analysis: Analysis, statistics: Statistics, others: int, comma
         for option in row.unit.options
     ]
     table = sortable_table(["layers", "format", "predicted error", "MB"], rows)
+    marked = [(each.size / MEGA, each.noise, each.name) for each in budgets(analysis)]
     return page(
         "Analysis of formats",
         [
-            Section("Size and noise", joined((_curve(analysis, None), _budget_table(analysis, others)))),
+            Section("Size and noise", joined((noise_curve(analysis, marked), _budget_table(analysis, others)))),
             Section("Share of the error in the smallest format", heat_map(measures)),
             Section("Every format in every layer", table),
             _recipe(command, dict(analysis.recipe)),
         ],
     )
-
-
-def _curve(analysis: Analysis, mixture: Mixture | None) -> Markup:
-    points = [
-        (each.size / MEGA, each.noise, f"{each.size / MEGA:.2f} MB, {each.noise:.2f}") for each in curve(analysis)
-    ]
-    if mixture is None:
-        marked = [(each.size / MEGA, each.noise, each.name) for each in budgets(analysis)]
-    else:
-        size = mixture.point.size / MEGA
-        marked = [(size, mixture.noise_ratio, f"chosen: {size:.2f} MB, {mixture.noise_ratio:.2f}")]
-    return line_chart(points, ("MB of the layers", "predicted noise ratio"), marked)
 
 
 def _budget_table(analysis: Analysis, others: int) -> Markup:
@@ -142,14 +138,14 @@ def comparison_page(report: Mapping[str, Any], images: Sequence[tuple[Any, Any, 
     """
     metrics = report["output_metrics"]
     rows: list[list[Content | tuple[float, str]]] = [
-        [index, prompt, *(_metric(each[name]) for name in ("psnr_db", "mae", "cosine_similarity", "relative_l2"))]
+        [index, prompt, *(_metric(each[name], decimals) for name, (_, decimals) in METRICS.items())]
         for index, (each, (_, _, prompt)) in enumerate(zip(metrics["per_image_metrics"], images, strict=True))
     ]
     shown = images[:: -(-len(images) // PICTURES_SHOWN)]
     pairs = [picture_pair(reference, candidate, prompt) for reference, candidate, prompt in shown]
     sections = [
         Section("Pictures", joined(pairs)),
-        Section("Metrics", sortable_table(["image", "prompt", "PSNR dB", "MAE", "cosine", "relative L2"], rows)),
+        Section("Metrics", sortable_table(["image", "prompt", *(head for head, _ in METRICS.values())], rows)),
     ]
     steps = report.get("trajectory_metrics", {}).get("mean_relative_l2_per_step") or []
     if any(value is not None for value in steps):
@@ -164,9 +160,9 @@ def comparison_page(report: Mapping[str, Any], images: Sequence[tuple[Any, Any, 
     return page(f"Comparison with {report['model']}", sections)
 
 
-def _metric(value: float | None) -> tuple[float, str]:
-    """None stands for the infinite PSNR of equal images."""
-    return (float("inf"), "equal") if value is None else (value, f"{value:.4g}")
+def _metric(value: float | None, decimals: int) -> tuple[float, str]:
+    """None stands for infinity: the PSNR of equal images, or the relative distance from a black one."""
+    return (float("inf"), "infinite") if value is None else (value, f"{value:.{decimals}f}")
 
 
 def _run_table(report: Mapping[str, Any]) -> Markup:

@@ -69,6 +69,7 @@ def whole_page() -> str:
         HOSTILE,
         [
             Section("Layers", joined((heat_map(measures), sortable_table(["layer", "error", "note"], rows)))),
+            Section("More layers", heat_map(measures)),
             Section("Curve", line_chart(curve, ("MB", "noise"), [(3, 2.0, HOSTILE)])),
             Section("Pictures", picture_pair(pixels, np.roll(pixels, 3, 1), HOSTILE)),
         ],
@@ -106,11 +107,15 @@ def test_tables_are_sorted_by_their_columns(opened: Any) -> None:
 
 
 def test_buttons_choose_the_measure(opened: Any) -> None:
-    assert opened.locator("#heat-0").is_visible()
-    assert not opened.locator("#heat-1").is_visible()
-    opened.get_by_role("button", name="bits").click()
-    assert opened.locator("#heat-1").is_visible()
-    assert not opened.locator("#heat-0").is_visible()
+    first, second = opened.locator(".heats").all()
+    assert visible_tables(first) == visible_tables(second) == [True, False]
+    first.get_by_role("button", name="bits").click()
+    assert visible_tables(first) == [False, True]
+    assert visible_tables(second) == [True, False], "each map has buttons of its own"
+
+
+def visible_tables(heats: Any) -> list[bool]:
+    return [table.is_visible() for table in heats.locator(".scroll").all()]
 
 
 def test_the_slider_uncovers_the_reference(opened: Any) -> None:

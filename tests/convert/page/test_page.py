@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from typing import Any
+from xml.etree import ElementTree as ET
 
 import numpy as np
 import pytest
 
-from omni_convert.convert.page.charts import Measure, heat_map, line_chart
+from omni_convert.convert.page.charts import Measure, heat_map, line_chart, tile_chart
 from omni_convert.convert.page.document import Section, facts, page, sortable_table
 from omni_convert.convert.page.html import Markup, element, joined
 from omni_convert.convert.page.pictures import picture_pair
@@ -87,3 +88,14 @@ def test_a_heat_map_has_a_row_for_each_block(read: Read) -> None:
 def test_pictures_are_small() -> None:
     noise = np.random.default_rng(0).integers(0, 255, (1024, 1024, 3), np.uint8)
     assert len(picture_pair(noise, noise[::-1], "large")) < 600_000
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_a_picture_of_a_card_is_sound_xml(text: str) -> None:
+    curve = line_chart([(0, 1, text), (1, 2, text)], (text, text), [(1, 1, text)], is_file=True)
+    for picture in (curve, tile_chart(text, {f"{text}.3.{text}": (0.5, text), text: (1.0, "nvfp4")})):
+        root = ET.fromstring(picture)
+        kinds = {element.tag.removeprefix("{http://www.w3.org/2000/svg}") for element in root.iter()}
+        assert kinds <= {"svg", "style", "title", "rect", "line", "text", "polyline", "circle", "g"}
+        names = {name for element in root.iter() for name in element.attrib}
+        assert not any(name.startswith("on") or name.endswith("href") for name in names)

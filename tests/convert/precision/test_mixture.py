@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree as ET
 
 import pytest
 
@@ -14,7 +16,7 @@ from omni_convert.convert.calibration.recording import record_source
 from omni_convert.convert.conversion import Conversion, convert_checkpoint
 from omni_convert.convert.inspection.verification import verify_source
 from omni_convert.convert.inspection.verification_report import count_of
-from omni_convert.convert.precision.analysis import Analysis, analyse
+from omni_convert.convert.precision.analysis import Analysis, analyze
 from omni_convert.convert.precision.mixture import mixture_of
 from omni_convert.convert.recipe import Recipe
 from omni_convert.convert.source.location import resolve_source
@@ -64,6 +66,10 @@ def test_a_mixture_of_modelopt(tiny_pipeline_folder: Path, calibration: Path, tm
     counts = Counter(layer["format"] for layer in manifest["layers"].values())
     assert f"**{counts['fp8 static']} fp8 static, {counts['nvfp4']} nvfp4**, mixed for `--target-size" in card
     assert "vllm serve" in card
+    for name in re.findall(r"!\[[^]]*\]\(([^)]+)\)", card):
+        assert ET.parse(tmp_path / "out" / name).getroot().tag.endswith("svg")
+        assert name in json.loads((tmp_path / "out" / "omni_convert.json").read_text())["files"]
+    assert card.count("![") == 2
     pipe = load_pipeline(tmp_path / "out", "cpu")
     loaded = {layer.name: layer.format for layer in kernel_report(pipe).layers}
     assert loaded == {f"transformer.{name}": layer["format"] for name, layer in manifest["layers"].items()}
@@ -101,7 +107,7 @@ def test_the_same_job_gives_the_same_bytes(tiny_pipeline_folder: Path, calibrati
 @pytest.fixture(scope="module")
 def analysis(tiny_pipeline_folder: Path, calibration: Path) -> Analysis:
     recipe = Recipe(calibration=(calibration,))
-    return analyse(resolve_source(tiny_pipeline_folder), recipe, Statistics.load(calibration))
+    return analyze(resolve_source(tiny_pipeline_folder), recipe, Statistics.load(calibration))
 
 
 @pytest.mark.parametrize(
