@@ -26,7 +26,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -390,7 +390,7 @@ def predict(subject: Subject, options: argparse.Namespace) -> None:
     pairs = []
     for name, method in chance.sample(sorted(table), min(options.single, len(table))):
         unit, error = table[name, method]
-        measured = ledger.get(f"{name} {method}", lambda unit=unit, method=method: precise.error({unit: method}))
+        measured = ledger.get(f"{name} {method}", partial(precise.error, {unit: method}))
         pairs.append((255 * math.sqrt(error), measured))
         print(f"{name + ' ' + method:<48}{pairs[-1][0]:>10.3f}{measured:>10.3f}", flush=True)
     if len(pairs) > 1:
@@ -401,7 +401,7 @@ def predict(subject: Subject, options: argparse.Namespace) -> None:
     for label, choice in whole_choices(names, chance, options.whole):
         units = {table[name, method][0]: method for name, method in choice.items()}
         predicted = analysis.noise_ratio(math.fsum(table[name, method][1] for name, method in choice.items()))
-        measured = ledger.get(label, lambda units=units: usual.rounded_error(units)) / noise
+        measured = ledger.get(label, partial(usual.rounded_error, units)) / noise
         factors.append(max(predicted / measured, measured / predicted))
         print(f"{label:<48}{predicted:>10.2f}{measured:>10.2f}", flush=True)
     if factors:
