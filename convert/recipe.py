@@ -15,6 +15,7 @@ from omni_convert.formats.dialects.table import DIALECTS, WRITTEN
 from omni_convert.formats.errors import RecipeError, did_you_mean
 from omni_convert.formats.options import (
     DIALECT_OF_METHOD,
+    DIALECTS_OF_METHOD,
     GGUF_TYPES,
     FormatChoices,
     check_group_size,
@@ -157,7 +158,7 @@ class Recipe(BudgetOptions, FormatChoices):
         if self.formats:
             self._settle_formats()
         if self.dialect == "vllm-omni":
-            object.__setattr__(self, "dialect", DIALECT_OF_METHOD.get(self.method, self.dialect))
+            self._settle_dialect()
         _check_choice("activation-scheme", self.activation_scheme, ACTIVATION_SCHEMES)
         _check_choice("runtime", self.runtime or None, RUNTIMES)
         _check_choice("rounding", self.rounding, ROUNDINGS)
@@ -183,6 +184,15 @@ class Recipe(BudgetOptions, FormatChoices):
             self._check_mixture()
         self._settle_runtime()  # which imports torch, so that other mistakes are told at once
         self._check_formats()
+
+    def _settle_dialect(self) -> None:
+        """Takes the one dialect that holds the method, where the default does not; refuses to guess among several."""
+        if self.method in DIALECTS_OF_METHOD:
+            raise RecipeError(
+                f"--method {self.method}: found with --dialect vllm-omni, whose reader does not take it, expected "
+                f"--dialect {' or '.join(DIALECTS_OF_METHOD[self.method])}"
+            )
+        object.__setattr__(self, "dialect", DIALECT_OF_METHOD.get(self.method, self.dialect))
 
     def _settle_formats(self) -> None:
         """Checks the formats to choose from; the method becomes one of them."""

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = [
+    "DIALECTS_OF_METHOD",
     "DIALECT_OF_METHOD",
     "GGUF_TYPES",
     "GROUP_SIZES",
@@ -31,8 +32,9 @@ DIALECT_OF_METHOD = {
     "w6a8": "comfyui",
     "nf4": "bitsandbytes",
     "svdquant_nvfp4": "vllm-omni-svdquant",
-    "svdquant_int4": "nunchaku-lite",
 }
+#: Method that the default dialect does not hold to those that do, where there are several.
+DIALECTS_OF_METHOD = {"svdquant_int4": ("nunchaku", "nunchaku-lite")}
 #: Columns that share a scale of w4a16, as a user may choose: those of Marlin's kernels. Others' files may have any.
 GROUP_SIZES = (32, 64, 128)
 MEMORY = re.compile(r"auto|full|stream(:\d+(\.\d+)?)?")

@@ -20,7 +20,7 @@ from omni_convert.formats.dialects.table import DIALECTS
 from omni_convert.formats.families.family import Family
 from omni_convert.formats.families.layers import COMFYUI, DIFFUSERS, VLLM_OMNI, LayerPattern
 from omni_convert.formats.families.table import FAMILIES
-from omni_convert.formats.options import DIALECT_OF_METHOD
+from omni_convert.formats.options import DIALECT_OF_METHOD, DIALECTS_OF_METHOD
 from omni_convert.formats.table import FORMATS, build_format
 
 __all__ = ["COMMAND", "PAGE", "RECORD", "page", "result_lines"]
@@ -241,7 +241,7 @@ def _is_run(family: Family, runtime: str, method: str) -> bool:
 
 def _holds(dialect: str, method: str) -> bool:
     """Whether the dialect spells the method, and is not one that hands it to another."""
-    if dialect == "vllm-omni" and method in DIALECT_OF_METHOD:
+    if dialect == "vllm-omni" and method in (*DIALECT_OF_METHOD, *DIALECTS_OF_METHOD):
         return False
     formats = (build_format(method), build_format(method, static=True))
     return any(not isinstance(DIALECTS[dialect].spelling(each, LAYER), str) for each in formats)

@@ -108,7 +108,7 @@ def _may_be_for_comfyui(reading: TolerantReading) -> bool:
     dialect = reading.quantized.dialect
     if dialect is None:
         return may_have_original_names(reading.found.checkpoint)
-    return DIALECTS[dialect].names_expected != "diffusers"
+    return DIALECTS[dialect].names_expected not in ("diffusers", "others")
 
 
 def has_converted_names(reading: TolerantReading, config: Mapping[str, Any]) -> bool:
@@ -117,8 +117,7 @@ def has_converted_names(reading: TolerantReading, config: Mapping[str, Any]) -> 
         return False
     dialect, family = DIALECTS[reading.quantized.dialect], find_family(model_class(config))
     names = (*reading.quantized.kept, *(f"{stem}.weight" for stem in reading.quantized.layers))
-    has_own_names = bool(family.original_names) and not family.has_names_of_diffusers(names)
-    return dialect.names_expected == "both" or (dialect.names_expected == "original" and has_own_names)
+    return dialect.names_expected == "both" or (dialect.renames_tensors and dialect.are_names_of_readers(family, names))
 
 
 def check_converted_names(reading: TolerantReading, config: Mapping[str, Any]) -> Iterator[Finding]:

@@ -20,6 +20,7 @@ from omni_convert.convert.recipe import Recipe
 from omni_convert.formats.containers.checkpoint import Checkpoint
 from omni_convert.formats.containers.names import WEIGHT
 from omni_convert.formats.containers.tensor_spec import Run
+from omni_convert.formats.dialects.table import DIALECTS
 from omni_convert.formats.errors import CheckpointError, RecipeError
 from omni_convert.formats.families.layers import LayerGroup
 from omni_convert.formats.families.original_names import OriginalTensor
@@ -27,7 +28,7 @@ from omni_convert.formats.families.table import find_family, model_class
 from omni_convert.formats.views.original_names import loads_single_files, trace_conversion
 from omni_convert.formats.views.renamed import renamed_view
 
-__all__ = ["FileNames", "comfyui_names", "gguf_names"]
+__all__ = ["FileNames", "gguf_names", "names_of_readers"]
 
 ORIGINAL, DIFFUSERS = "original", "diffusers"
 FOR_OTHERS = "ComfyUI-GGUF and stable-diffusion.cpp"
@@ -124,8 +125,8 @@ def gguf_names(checkpoint: Checkpoint, config: Mapping[str, Any], recipe: Recipe
     return _of_diffusers(checkpoint, f"diffusers' names, since {reason}; {remedy}")
 
 
-def comfyui_names(checkpoint: Checkpoint, config: Mapping[str, Any], recipe: Recipe) -> FileNames:
-    """The model under the names that ComfyUI knows.
+def names_of_readers(checkpoint: Checkpoint, config: Mapping[str, Any], recipe: Recipe) -> FileNames:
+    """The model under the names that the readers of the recipe's dialect know.
 
     Args:
         checkpoint: the model under diffusers' names
@@ -134,13 +135,14 @@ def comfyui_names(checkpoint: Checkpoint, config: Mapping[str, Any], recipe: Rec
     Raises:
         RecipeError: nobody here knows them.
     """
-    kind = model_class(config)
+    kind, dialect = model_class(config), DIALECTS[recipe.dialect]
     family = find_family(kind)
-    if family.has_original_names:
+    if dialect.names_expected == "original" and family.has_original_names:
         return _of_diffusers(checkpoint, "diffusers' names, which are its original ones")
-    tensors = family.original_tensors(checkpoint)
+    tensors = dialect.tensors_of(family, checkpoint)
     if tensors is not None:
-        return _original(checkpoint, tensors, OWN_NAMES, False)
+        note = OWN_NAMES if dialect.names_expected == "original" else f"the names of {dialect.consumers}"
+        return _original(checkpoint, tensors, note, False)
     if recipe.force:
         return _of_diffusers(checkpoint, f"diffusers' names: ComfyUI's names of {kind} are not all known here")
     raise RecipeError(

@@ -51,7 +51,7 @@ def plan_quantized(
     """
     component = target.component
     formats = {group: target.format_of(group) for group in selection.chosen}
-    methods = sorted({fmt.method for fmt in formats.values()})
+    methods = sorted({fmt.method for fmt in formats.values()} & FORMATS.keys())
     method = methods[0] if len(methods) == 1 else MIXED
     scheme = merged_scheme([replace(target, method=each).scheme for each in methods])
     widths = {component.weights[f"{group.members[0]}{WEIGHT}"].shape[1] for group in formats}
@@ -63,7 +63,9 @@ def plan_quantized(
     def dtype_of_copy(spec: TensorSpec) -> torch.dtype:
         return target.dtype_of_copy(spec, is_layer=spec.name in kept_weights)
 
-    weights = with_biases(target.weights, format_of, target.dialect.bias_codec)
+    shapes = {stem: matrix_shape(target.weights[f"{stem}{WEIGHT}"]) for stem in format_of}
+    codecs = {stem: target.dialect.bias_codec(fmt, shapes[stem]) for stem, fmt in format_of.items()}
+    weights = with_biases(target.weights, codecs)
     ordered = tuple(ordered_steps(weights, steps, dtype_of_copy))
     listed = {name: fmt for group, fmt in formats.items() for name in target.written_group(group).names}
     named = format_of | (listed if target.dialect.lists_runtime_names else {})

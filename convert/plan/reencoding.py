@@ -70,18 +70,21 @@ def reencode(
         RecipeError: the runtime cannot run the model.
     """
     dialect = DIALECTS[recipe.dialect]
+    flaw = dialect.model_flaw(family, {layer.format.method for layer in quantized.layers.values()})
+    if flaw is not None:
+        raise RecipeError(f"--dialect {dialect.name}: {flaw}")
     if dialect.unproven is not None and not recipe.force:
         raise RecipeError(f"--dialect {dialect.name}: {dialect.unproven}; --force writes it all the same")
     spellings = {stem: _spelling(layer, dialect, recipe) for stem, layer in quantized.layers.items()}
     formats = {stem: layer.format for stem, layer in quantized.layers.items()}
-    view = respelled_view(quantized, spellings, dialect.bias_codec)
+    view = respelled_view(quantized, spellings, dialect)
     notes: list[str] = []
     is_for_us = is_transformers or any(fmt.is_storage for fmt in formats.values())
-    if dialect.lists_built_layers and not is_for_us:
+    if dialect.renames_tensors:  # and has no block that lists any
+        ignored = []
+    elif dialect.lists_built_layers and not is_for_us:
         ignored = _ignored_by_vllm_omni(quantized, family, recipe)
         notes = [DIFFERING_SCALES] if _has_differing_scales(quantized, family, recipe) else []
-    elif dialect.names_expected == "original":  # and no block that lists any
-        ignored = []
     else:
         kept = {name: quantized.checkpoint[stored] for name, stored in quantized.kept.items()}
         ignored = [*other_linears(kept), *_runtime_names(quantized, family, recipe)]

@@ -15,7 +15,7 @@ import torch
 from omni_convert.convert.budget import KEPT
 from omni_convert.convert.calibration.activation_scheme import ActivationScheme, choose_activation_scheme
 from omni_convert.convert.plan.component_plan import plan_files
-from omni_convert.convert.plan.file_names import FileNames, comfyui_names
+from omni_convert.convert.plan.file_names import FileNames, names_of_readers
 from omni_convert.convert.plan.shared_encoder import unquantized_encoder_layers
 from omni_convert.convert.plan.steps import Step, dtype_of_copy
 from omni_convert.convert.recipe import Recipe
@@ -231,15 +231,15 @@ class RuntimeTarget(Target):
 
     @cached_property
     def names(self) -> FileNames | None:
-        """The names of the model's own code, for a dialect whose readers know no others.
+        """The names that the dialect's readers know, where these are not diffusers'.
 
         Raises:
             RecipeError: they are not known.
         """
         component = self.component
-        if self.dialect.names_expected != "original" or component.served_family is None or component.stage is not None:
+        if not self.dialect.renames_tensors or component.served_family is None or component.stage is not None:
             return None
-        return comfyui_names(component.weights, component.config, self.recipe)
+        return names_of_readers(component.weights, component.config, self.recipe)
 
     @property
     def stage(self) -> Stage | None:
@@ -259,7 +259,7 @@ class RuntimeTarget(Target):
             refused = fp8_refusal(component.stage, map(self.format_of, groups))
             if refused is not None:
                 raise RecipeError(f"{component.config_path}: {refused.reason}; {refused.remedy}")
-        groups = [*groups, *self._covering(groups)]
+        groups = [*groups, *self._covering(groups), *self._of_own_format(groups)]
         members = {stem for group in groups for stem in group.members}
         recommended = family.recommended_ignored(self.method)
         if component.is_transformers:
@@ -279,9 +279,22 @@ class RuntimeTarget(Target):
             if any(self.dialect.is_covered(stem, name) for stem in stems):
                 yield LayerGroup(name, (name,), is_fused=False)
 
+    def _of_own_format(self, groups: Sequence[LayerGroup]) -> Iterator[LayerGroup]:
+        """Layers that the dialect's readers expect in one format, whatever the method."""
+        for name in other_linears(self.component.weights, {stem for group in groups for stem in group.members}):
+            if self.dialect.own_format(self.component.family, name) is not None:
+                yield LayerGroup(name, (name,), is_fused=False)
+
+    def format_of(self, group: LayerGroup) -> QuantizingFormat:
+        own = self.dialect.own_format(self.component.family, group.members[0])
+        return super().format_of(group) if own is None else own
+
     def _refuse(self) -> None:
         """Raises RecipeError if the runtime cannot run the result, or if it would be too bad."""
         component, family = self.component, self.component.family
+        flaw = self.dialect.model_flaw(family, {self.method})
+        if flaw is not None:
+            raise RecipeError(f"--dialect {self.dialect.name}: {flaw}")
         if self.dialect.unproven is not None and not self.recipe.force:
             name, why = self.dialect.name, self.dialect.unproven
             raise RecipeError(f"--dialect {name}: {why}; --force writes it all the same")
@@ -361,7 +374,8 @@ class RuntimeTarget(Target):
 
     def files(self, steps: Sequence[Step], formats: Mapping[str, Format]) -> Shards:
         kept = self.dialect.kept_metadata(self.component.opened.checkpoint.metadata)
-        metadata = {**kept, **self.dialect.metadata(formats)}
+        model = self.dialect.model_metadata(self.component.config_if_any, self.component.family)
+        metadata = {**kept, **self.dialect.metadata(formats), **model}
         return plan_files(steps, self.recipe, metadata, self.component)
 
 

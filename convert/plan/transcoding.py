@@ -52,6 +52,7 @@ def plan_transcoded(component: SourceComponent, recipe: Recipe, encoder: Compone
     if is_reencoded:
         reencoding = _reencoding(component, recipe, encoder)
         view, block, metadata = component.marked(reencoding.view, recipe), reencoding.block, reencoding.metadata
+        metadata = metadata | DIALECTS[recipe.dialect].model_metadata(component.config_if_any, component.family)
         notes += reencoding.notes
     elif quantized:
         notes.append(f"{component.label}: {component.counted_layers} dequantized")

@@ -26,7 +26,7 @@ from omni_convert.formats.views.base import FLOAT8, dequantized_view, marked_vie
 from omni_convert.formats.views.opened import QuantizedCheckpoint
 from omni_convert.formats.views.original_names import (
     layers_under_diffusers_names,
-    layers_under_original_names,
+    layers_under_names_of_readers,
     may_have_original_names,
     prefixes_of,
     refuse_other_model,
@@ -189,7 +189,7 @@ def _named_for_recipe(component: SourceComponent, recipe: Recipe) -> SourceCompo
     if not component.is_assembled:
         return renamed
     markers = component.family.every_marker
-    if not (recipe.method == "keep" and DIALECTS[recipe.dialect].names_expected == "original"):
+    if not (recipe.method == "keep" and DIALECTS[recipe.dialect].renames_tensors):
         refuse_other_model(renamed.weights, component.config, component.config_path, markers)
     note = f"{component.label}: the weights of {component.path.name} instead of those in {component.source.name}"
     return replace(renamed, notes=(note, *renamed.notes))
@@ -198,13 +198,15 @@ def _named_for_recipe(component: SourceComponent, recipe: Recipe) -> SourceCompo
 def _renamed(component: SourceComponent, recipe: Recipe) -> SourceComponent:
     """Gives tensors diffusers' names, from which every method starts, or those of the dialect in which they stay."""
     is_kept = recipe.method == "keep" and bool(component.opened.layers)
-    if is_kept and DIALECTS[recipe.dialect].names_expected == "original":
+    if is_kept and DIALECTS[recipe.dialect].renames_tensors:
         if component.served_family is None or component.stage is not None:
             return component
-        opened, notes = layers_under_original_names(component.opened, component.config)
+        opened, notes = layers_under_names_of_readers(component.opened, component.config, DIALECTS[recipe.dialect])
         return replace(component, opened=opened, weights=plain_weights(opened), notes=(*component.notes, *notes))
     dialect = component.opened.dialect
-    has_other_names = dialect is not None and DIALECTS[dialect].names_expected in ("original", "both")
+    has_other_names = dialect is not None and (
+        DIALECTS[dialect].renames_tensors or DIALECTS[dialect].names_expected == "both"
+    )
     if component.name and not component.is_assembled and not has_other_names:
         return component
     is_for_diffusers = is_kept and DIALECTS[recipe.dialect].names_expected == "diffusers"

@@ -66,7 +66,7 @@ def trace_of(layer: QuantizedLayer) -> ScaleTrace | None:
     if stop * per_row < MIN_BLOCKS:
         return None
     tensors = layer.read(0, stop)
-    elements, weight = (_magnitudes(each, width) for each in (elements_of(fmt, tensors), fmt.dequantize(tensors)))
+    elements, weight = (_magnitudes(each, width) for each in (elements_of(fmt, tensors), fmt.multiplied(tensors)))
     known = (elements > -torch.inf) & (weight > -torch.inf)
     scales = weight - elements
     if float((~known).float().mean()) > MAX_ZEROS or float(scales[known].std()) < LEAST_SPREAD:

@@ -15,13 +15,15 @@ import torch
 from torch import Tensor
 
 from omni_convert.formats.containers.checkpoint import Checkpoint
+from omni_convert.formats.containers.tensor_spec import TensorSpec
 from omni_convert.formats.dialects.codec import PLAIN, Codec, WritableCodec
 from omni_convert.formats.dialects.found import Found
 from omni_convert.formats.dialects.verdict import OURS, VLLM_OMNI, Verdict
 from omni_convert.formats.errors import CheckpointError
 from omni_convert.formats.families.family import Family
+from omni_convert.formats.families.original_names import OriginalTensor
 from omni_convert.formats.finding import Finding
-from omni_convert.formats.format import Format
+from omni_convert.formats.format import Format, QuantizingFormat
 from omni_convert.formats.rows import TensorLayout
 
 __all__ = [
@@ -74,11 +76,13 @@ class WrittenSpelling(Spelling):
         extras: suffix on disk to the bytes of a tensor that only marks the layer
         zeros: suffix on disk of a tensor of zeros (no offset) to the canonical suffix of the tensor whose shape and
             dtype it has
+        copies: suffix on disk to the canonical suffix of a tensor that is stored under both names
     """
 
     codecs: Mapping[str, WritableCodec] = field(default_factory=dict)
     extras: Mapping[str, bytes] = field(default_factory=dict)
     zeros: Mapping[str, str] = field(default_factory=dict)
+    copies: Mapping[str, str] = field(default_factory=dict)
 
     def codec(self, suffix: str) -> WritableCodec:
         return self.codecs.get(suffix, PLAIN)
@@ -88,13 +92,15 @@ class WrittenSpelling(Spelling):
         stored = {self.name(suffix): self.codec(suffix).stored(layout) for suffix, layout in layouts.items()}
         marks = {name: TensorLayout(torch.uint8, (len(text),), 0) for name, text in self.extras.items()}
         zeros = {name: layouts[like] for name, like in self.zeros.items() if like in layouts}
-        return stored | zeros | marks
+        copies = {name: stored[self.name(like)] for name, like in self.copies.items() if like in layouts}
+        return stored | copies | zeros | marks
 
     def encode(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Canonical tensors of some rows to stored ones, and the marks."""
         stored = {self.name(suffix): self.codec(suffix).encode(tensor) for suffix, tensor in tensors.items()}
         zeros = {name: torch.zeros_like(tensors[like]) for name, like in self.zeros.items() if like in tensors}
-        return stored | zeros | self.marks()
+        copies = {name: stored[self.name(like)] for name, like in self.copies.items() if like in tensors}
+        return stored | copies | zeros | self.marks()
 
     def marks(self) -> dict[str, Tensor]:
         return {name: torch.tensor(list(text), dtype=torch.uint8) for name, text in self.extras.items()}
@@ -224,8 +230,9 @@ class Dialect(ABC):
     #: Whether readers look for all tensors of a layer in the file of its weight, so that no shard ends within a layer.
     keeps_layers_whole: bool = False
     #: Names of tensors that its readers expect: those of diffusers; the original ones of the model's own code; both,
-    #: since diffusers reads the files and converts the original ones; or those of the model that was quantized.
-    names_expected: Literal["diffusers", "original", "both", "source"] = "diffusers"
+    #: since diffusers reads the files and converts the original ones; others, which `tensors_of` gives; or those of
+    #: the model that was quantized.
+    names_expected: Literal["diffusers", "original", "both", "others", "source"] = "diffusers"
     #: Whether its writers recast and reshape the tensors that they do not quantize.
     recasts_kept_tensors: bool = False
     #: Whether its block names layers that are quantized, or their blocks, which readers look up by the runtime's names.
@@ -240,8 +247,6 @@ class Dialect(ABC):
     names_quantized_blocks: bool = False
     #: Methods whose layers may stand beside each other in a component, from few bits to many.
     mixed_methods: tuple[str, ...] = ()
-    #: How the biases of quantized layers are laid out; None for their natural order.
-    bias_codec: WritableCodec | None = None
     #: Why files are only written with --force; None if their readers have run such files.
     unproven: str | None = None
     #: How to run a conversion, for its model card. `{title}` and `{dialect}` are those of the result; `{model_class}`,
@@ -303,6 +308,14 @@ class Dialect(ABC):
         """
         return {}
 
+    def bias_codec(self, fmt: Format, shape: tuple[int, int]) -> WritableCodec | None:
+        """How the bias of a quantized layer is laid out; None for its natural order."""
+        return None
+
+    def own_format(self, family: Family, stem: str) -> QuantizingFormat | None:
+        """The one format that readers expect of a layer, whatever the method; None for most layers."""
+        return None
+
     def in_full_precision(self, spelling: WrittenSpelling) -> WrittenSpelling | None:
         """The spelling of a layer that is multiplied in the model's dtype; None if the dialect cannot say so."""
         return None
@@ -313,6 +326,14 @@ class Dialect(ABC):
         Args:
             layers: stem to format
             full_precision: stems of the layers that are multiplied in the model's dtype
+        """
+        return {}
+
+    def model_metadata(self, config: Mapping[str, Any], family: Family) -> dict[str, str]:
+        """Free text about the model for the file's header.
+
+        Args:
+            config: the component's config.json
         """
         return {}
 
@@ -336,6 +357,35 @@ class Dialect(ABC):
     def is_run_opened(self, formats: Collection[Format]) -> bool:
         """Whether our loader runs layers of these formats although no library loads them: it reads each by itself."""
         return False
+
+    @property
+    def renames_tensors(self) -> bool:
+        """Whether files are written with other names than diffusers', since its readers know no others."""
+        return self.names_expected in ("original", "others")
+
+    def model_flaw(self, family: Family | None, methods: Collection[str]) -> str | None:
+        """Why its readers cannot take a model in these methods at all; None if they can.
+
+        Args:
+            family: the model's family; None if no config names it
+        """
+        return None
+
+    def tensors_of(self, family: Family, specs: Mapping[str, TensorSpec]) -> dict[str, OriginalTensor] | None:
+        """Name → tensor of a model, as its readers know it, if `renames_tensors`; None if the names are not known.
+
+        Args:
+            specs: the tensors of the model in diffusers
+        """
+        return family.original_tensors(specs)
+
+    def are_names_of_readers(self, family: Family, names: Collection[str]) -> bool:
+        """Whether names of tensors may be those of its readers where these differ from diffusers'."""
+        return bool(family.original_names) and not family.has_names_of_diffusers(names)
+
+    def model_stems(self, stem: str) -> tuple[str, ...]:
+        """The layers of the model in diffusers of which a stored layer consists, in the order of their rows."""
+        return (stem,)
 
     def names_flaw(self, family: Family, names: Iterable[str]) -> str | None:
         """Why its readers do not know the names of a model's tensors; None if they do."""

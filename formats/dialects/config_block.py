@@ -10,6 +10,7 @@ from omni_convert.formats.dialects import (
     auto_round,
     bitsandbytes,
     modelopt_config,
+    nunchaku,
     nunchaku_lite,
     omni_convert,
     svdquant,
@@ -34,8 +35,8 @@ def read_claimed_block(block: Any, where: str = WHERE) -> QuantizationConfig | N
     """
     if isinstance(block, Mapping) and block.get("quant_method") == modelopt_config.MODELOPT:
         return modelopt_config.from_export(block, where) if modelopt_config.algorithm_of(block) else None
-    readers = (auto_round.from_block, bitsandbytes.from_block, svdquant.from_block, nunchaku_lite.from_block)
-    return next(filter(None, (read(block) for read in readers)), None)
+    readers = (auto_round, bitsandbytes, svdquant, nunchaku, nunchaku_lite)
+    return next(filter(None, (reader.from_block(block) for reader in readers)), None)
 
 
 def read_block(block: Any, where: str = WHERE) -> QuantizationConfig:

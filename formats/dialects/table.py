@@ -27,6 +27,7 @@ PLACES = {
     "awq": "awq.AWQ",
     "bitsandbytes": "bitsandbytes.BITSANDBYTES",
     "vllm-omni": "vllm_omni.VLLM_OMNI",
+    "nunchaku": "nunchaku.NUNCHAKU",
     "nunchaku-lite": "nunchaku_lite.NUNCHAKU_LITE",
     "vllm-omni-svdquant": "svdquant.SVDQUANT",
     "transformers": "transformers.TRANSFORMERS",

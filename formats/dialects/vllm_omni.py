@@ -38,7 +38,7 @@ from omni_convert.formats.errors import CheckpointError, OmniConvertError, Recip
 from omni_convert.formats.families.layers import LayerGroup
 from omni_convert.formats.finding import Finding
 from omni_convert.formats.format import Format, QuantizingFormat
-from omni_convert.formats.options import DIALECT_OF_METHOD
+from omni_convert.formats.options import DIALECT_OF_METHOD, DIALECTS_OF_METHOD
 from omni_convert.formats.schemes.fp8 import FP8_PER_ROW, Fp8, fp8_block_size
 from omni_convert.formats.table import layer_formats
 
@@ -113,7 +113,7 @@ _SPELLINGS = {
     ),
     "fp8_storage": _Spelling("is_checkpoint_fp8_storage_serialized"),
 }
-assert {*_SPELLINGS, "nvfp4", "gguf", *DIALECT_OF_METHOD} == {*ACTIVATION_SCHEMES}
+assert {*_SPELLINGS, "nvfp4", "gguf", *DIALECT_OF_METHOD, *DIALECTS_OF_METHOD} == {*ACTIVATION_SCHEMES}
 
 
 def serialized_flag(method: str) -> str | None:

@@ -31,6 +31,7 @@ from omni_convert.formats.families.original_names import (
     diffusers_runs,
     is_of_diffusers_alone,
     original_tensors,
+    same,
 )
 from omni_convert.formats.families.stage import Stage
 
@@ -40,6 +41,7 @@ __all__ = [
     "Family",
     "GgufFacts",
     "MethodNote",
+    "NunchakuFacts",
     "Recommendation",
     "RuntimeRefusal",
     "VariantRefusal",
@@ -230,6 +232,23 @@ class GgufFacts:
 
 
 @dataclass(frozen=True)
+class NunchakuFacts:
+    """The expectations of Nunchaku's readers about a family; `{}` stands for a block's number.
+
+    Attributes:
+        model_class: their class of the model
+        names: modules that they merge, or call otherwise than diffusers
+        modulations: layers that they read as AWQ W4A16
+        unsigned: layers whose inputs they shift and round without a sign in int4
+    """
+
+    model_class: str
+    names: tuple[OriginalName, ...]
+    modulations: tuple[str, ...] = ()
+    unsigned: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
 class Family:
     """Everything known about one model family. Facts about vLLM-Omni are those of version 0.30.0's model classes.
 
@@ -245,6 +264,7 @@ class Family:
         has_original_names: diffusers' names are those of the model's own code
         markers: key of the config → the tensor by which ComfyUI tells that it is true, whatever the tensor holds
         trainer_names: other names that trainers of LoRA give to modules
+        nunchaku: what Nunchaku's readers expect; None if they do not know the family, or it is not known here
         config: how the config follows from shapes; one rule for each class
         stage: the stage that is quantized, in a repository of transformers; None for a model of diffusers
     """
@@ -265,6 +285,7 @@ class Family:
     markers: tuple[tuple[str, str], ...] = ()
     trainer_names: tuple[OriginalName, ...] = ()
     gguf: GgufFacts = GgufFacts()
+    nunchaku: NunchakuFacts | None = None
     config: tuple[ConfigRule, ...] = ()
     stage: Stage | None = None
 
@@ -408,6 +429,20 @@ class Family:
         """
         return original_tensors((*self.comfyui_names, *self.original_names), specs) if self.original_names else None
 
+    def nunchaku_tensors(self, specs: Mapping[str, TensorSpec]) -> dict[str, OriginalTensor] | None:
+        """Name → tensor, as Nunchaku's readers expect them; None if they do not know the family.
+
+        Args:
+            specs: the tensors of the model in diffusers
+        """
+        table = self._nunchaku_names(specs)
+        return original_tensors(table, specs) if table else None
+
+    def _nunchaku_names(self, specs: Iterable[str]) -> tuple[OriginalName, ...]:
+        """The names of Nunchaku's readers, and diffusers' for all other tensors; () if they do not know the family."""
+        others = same(*dict.fromkeys(name.partition(".")[0] for name in specs))
+        return (*self.nunchaku.names, *others) if self.nunchaku is not None else ()
+
     def has_names_of_diffusers(self, names: Iterable[str]) -> bool:
         """Whether some of these names of tensors are diffusers', where the model's own code has others."""
         return any(is_of_diffusers_alone(self.original_names, name) for name in names)
@@ -426,7 +461,8 @@ class Family:
         """
         if all(name in stored and stored[name].elements == spec.elements for name, spec in specs.items()):
             return {name: [Run(name, 0, spec.shape[0] if spec.shape else 1)] for name, spec in specs.items()}
-        return diffusers_runs(self.known_names, specs, stored)
+        tables = filter(None, (self.known_names, self._nunchaku_names(specs)))
+        return next(filter(None, (diffusers_runs(table, specs, stored) for table in tables)), None)
 
 
 def _layer_count(config: Mapping[str, object], part: str, key: str) -> int:

@@ -28,6 +28,7 @@ __all__ = [
     "known_runs",
     "names_of",
     "original_tensors",
+    "parts_of",
     "renamed",
     "same",
 ]
@@ -152,6 +153,16 @@ def diffusers_runs(
 def names_of(table: Sequence[OriginalName], name: str) -> Iterator[str]:
     """Every original tensor that holds a tensor of diffusers, or a part of it."""
     return (original for row in table for original, _ in _matches(name, row))
+
+
+def parts_of(table: Sequence[OriginalName], name: str) -> tuple[str, ...]:
+    """The tensors or modules of diffusers that one of the model's own code joins; () if no row gives its name."""
+    for row in table:
+        found = _pattern(row.original).fullmatch(name)
+        if found is not None:
+            *block, rest = found.groups()
+            return tuple(part.format(*block) + rest for part in row.parts)
+    return ()
 
 
 def is_of_diffusers_alone(table: Sequence[OriginalName], name: str) -> bool:

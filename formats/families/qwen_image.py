@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from omni_convert.formats.families.derived_config import ConfigRule, Shapes, rotary_axes
-from omni_convert.formats.families.family import Family, GgufFacts, Recommendation
-from omni_convert.formats.families.layers import DOUBLE_STREAM_ATTENTION, linears
+from omni_convert.formats.families.family import Family, GgufFacts, NunchakuFacts, Recommendation
+from omni_convert.formats.families.layers import ADDED_QKV, DOUBLE_STREAM_ATTENTION, QKV, linears
+from omni_convert.formats.families.original_names import joined
 
 __all__ = ["QWEN_IMAGE"]
 
@@ -50,6 +51,15 @@ QWEN_IMAGE = Family(
     has_original_names=True,
     markers=(("zero_cond_t", _INDEX_TIMESTEP_ZERO),),
     gguf=GgufFacts("qwen_image", has_vllm_adapter=True),
+    nunchaku=NunchakuFacts(
+        "NunchakuQwenImageTransformer2DModel",
+        (
+            joined("transformer_blocks.{}.attn.to_qkv", "transformer_blocks.{}.attn", *QKV),
+            joined("transformer_blocks.{}.attn.add_qkv_proj", "transformer_blocks.{}.attn", *ADDED_QKV),
+        ),
+        modulations=("transformer_blocks.{}.img_mod.1", "transformer_blocks.{}.txt_mod.1"),
+        unsigned=("transformer_blocks.{}.img_mlp.net.2", "transformer_blocks.{}.txt_mlp.net.2"),
+    ),
     config=(
         # Files from elsewhere than ComfyUI have no marker, whatever `zero_cond_t` is.
         ConfigRule(

@@ -6,7 +6,14 @@ from dataclasses import replace
 from typing import Any
 
 from omni_convert.formats.families.derived_config import ConfigRule, Shapes
-from omni_convert.formats.families.family import NOT_IN_DIFFUSERS, EncoderLayers, Family, GgufFacts, MethodNote
+from omni_convert.formats.families.family import (
+    NOT_IN_DIFFUSERS,
+    EncoderLayers,
+    Family,
+    GgufFacts,
+    MethodNote,
+    NunchakuFacts,
+)
 from omni_convert.formats.families.layers import (
     EVERY_RUNTIME,
     QKV,
@@ -38,6 +45,15 @@ def _original_block(block: str) -> tuple[OriginalName, ...]:
         joined(f"{attention}.qkv", attention, *QKV),
         *renamed(names, f"{attention}.", f"{attention}."),
         *same(*(f"{block}.{{}}.{part}" for part in rest)),
+    )
+
+
+def _nunchaku_block(block: str) -> tuple[OriginalName, ...]:
+    attention, mlp = f"{block}.{{}}.attention", f"{block}.{{}}.feed_forward"
+    return (
+        joined(f"{attention}.to_qkv", attention, *QKV),
+        joined(f"{mlp}.net.0.proj", mlp, "w3", "w1"),  # as diffusers' SwiGLU, whose second half is the gate
+        *renamed({"net.2": "w2"}, f"{mlp}.", f"{mlp}."),
     )
 
 
@@ -100,6 +116,10 @@ Z_IMAGE = Family(
         has_vllm_adapter=True,
         has_converter=True,
     ),
+    nunchaku=NunchakuFacts(
+        "NunchakuZImageTransformer2DModel",
+        tuple(name for block in ("layers", "noise_refiner", "context_refiner") for name in _nunchaku_block(block)),
+    ),
     config=(
         ConfigRule(
             "ZImageTransformer2DModel",
@@ -123,5 +143,6 @@ MING_IMAGE = replace(
     refusals=(NOT_IN_DIFFUSERS,),
     original_names=(),
     gguf=GgufFacts(),
+    nunchaku=None,
     config=(),
 )

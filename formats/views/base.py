@@ -19,7 +19,7 @@ from omni_convert.formats.arithmetic.e8m0 import E8M0_NAN
 from omni_convert.formats.containers.checkpoint import Checkpoint
 from omni_convert.formats.containers.reader import TensorFile
 from omni_convert.formats.containers.tensor_spec import TensorSpec
-from omni_convert.formats.dialects.base import WrittenSpelling
+from omni_convert.formats.dialects.base import Dialect, WrittenSpelling
 from omni_convert.formats.dialects.codec import WritableCodec
 from omni_convert.formats.dialects.table import DIALECTS
 from omni_convert.formats.errors import CheckpointError
@@ -107,13 +107,17 @@ class _Bias(ViewedTensor):
         return (bias if self.written_as is None else self.written_as.encode(bias))[start:stop]
 
 
-def with_biases(checkpoint: Checkpoint, stems: Collection[str], codec: WritableCodec | None) -> Checkpoint:
-    """A checkpoint whose layers with these stems have biases in the order of a codec; None changes nothing."""
-    if codec is None:
+def with_biases(checkpoint: Checkpoint, codecs: Mapping[str, WritableCodec | None]) -> Checkpoint:
+    """A checkpoint with the biases of layers in another order.
+
+    Args:
+        codecs: stem of each layer to the codec of its bias; None leaves the natural order
+    """
+    if not any(codecs.values()):
         return checkpoint
-    names = {f"{stem}.bias" for stem in stems}
+    names = {f"{stem}.bias": codec for stem, codec in codecs.items()}
     kept = [KeptTensor(spec, checkpoint, name) for name, spec in checkpoint.items()]
-    tensors = [_spelled_bias(each, None, codec) if each.spec.name in names else each for each in kept]
+    tensors = [_spelled_bias(each, None, names.get(each.spec.name)) for each in kept]
     return CheckpointView(checkpoint, tensors, checkpoint.storage if isinstance(checkpoint, CheckpointView) else None)
 
 
@@ -345,16 +349,16 @@ def dequantized_view(quantized: QuantizedCheckpoint) -> CheckpointView:
 
 
 def respelled_view(
-    quantized: QuantizedCheckpoint, spellings: Mapping[str, WrittenSpelling], bias_codec: WritableCodec | None = None
+    quantized: QuantizedCheckpoint, spellings: Mapping[str, WrittenSpelling], dialect: Dialect
 ) -> CheckpointView:
     """Every layer in the tensors of another spelling, everything else as it is.
 
     Args:
         spellings: stem to spelling, of every layer
-        bias_codec: how the spelling lays out biases of these layers; None for their natural order
+        dialect: that of the spellings, which lays out biases
     """
     layers = {stem: _respelled(layer, spellings[stem]) for stem, layer in quantized.layers.items()}
-    return _view(quantized, layers, bias_codec=bias_codec)
+    return _view(quantized, layers, written=dialect)
 
 
 def _respelled(layer: QuantizedLayer, spelling: WrittenSpelling) -> list[ViewedTensor]:
@@ -369,6 +373,12 @@ def _respelled(layer: QuantizedLayer, spelling: WrittenSpelling) -> list[ViewedT
         return _Respelled(new, sources, layer, suffix, spelling)
 
     tensors = [tensor(suffix, layout) for suffix, layout in layer.tensors.items()]
+    copied = {tensor.spec.name: tensor for tensor in tensors}
+    tensors += [
+        replace(copy, spec=replace(copy.spec, name=f"{layer.stem}.{name}"))  # type: ignore[type-var]  # dataclasses all
+        for name, like in spelling.copies.items()
+        for copy in (copied[f"{layer.stem}.{spelling.name(like)}"],)
+    ]
     tensors += [_Zeros(spec(name, layer.tensors[like])) for name, like in spelling.zeros.items()]
     marks = spelling.layout({})
     return tensors + [_Mark(spec(name, marks[name]), text) for name, text in spelling.extras.items()]
@@ -391,17 +401,18 @@ def _view(
     storage: Mapping[str, torch.dtype] | None = None,
     *,
     widens: bool = False,
-    bias_codec: WritableCodec | None = None,
+    written: Dialect | None = None,
 ) -> CheckpointView:
     """The view with these tensors for the layers, in the order in which the source holds them.
 
     Args:
         widens: whether numbers that were cast to FP8 are shown in BF16
-        bias_codec: how biases of layers are laid out in the view
+        written: the dialect that lays out biases of layers in the view; None for their natural order
     """
     checkpoint = quantized.checkpoint
-    read_as = None if quantized.dialect is None else DIALECTS[quantized.dialect].bias_codec
-    biases = {f"{stem}.bias" for stem in quantized.layers}
+    is_plain = quantized.dialect is None or quantized.has_plain_biases
+    stored_as = None if is_plain else DIALECTS[str(quantized.dialect)]
+    biases = {f"{stem}.bias": layer for stem, layer in quantized.layers.items()}
     stem_of = {name: stem for stem, layer in quantized.layers.items() for name in layer.sources}
     new_names = {stored: name for name, stored in quantized.kept.items()}
     tensors: dict[str, ViewedTensor] = {}
@@ -412,9 +423,14 @@ def _view(
             name = new_names[stored]
             kept = KeptTensor(replace(spec, name=name), checkpoint, stored)
             if name in biases:
-                tensors[name] = _spelled_bias(kept, read_as, bias_codec)
+                codecs = (_bias_codec(dialect, biases[name]) for dialect in (stored_as, written))
+                tensors[name] = _spelled_bias(kept, *codecs)
             elif widens and spec.dtype in FLOAT8:
                 tensors[name] = _Widened(replace(kept.spec, dtype=torch.bfloat16), kept)
             else:
                 tensors[name] = kept
     return CheckpointView(checkpoint, list(tensors.values()), storage)
+
+
+def _bias_codec(dialect: Dialect | None, layer: QuantizedLayer) -> WritableCodec | None:
+    return None if dialect is None else dialect.bias_codec(layer.format, layer.shape)

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from omni_convert.formats.containers.checkpoint import Checkpoint
 from omni_convert.formats.containers.tensor_spec import Run, TensorSpec
+from omni_convert.formats.dialects.base import Dialect
 from omni_convert.formats.dialects.table import DIALECTS
 from omni_convert.formats.errors import CheckpointError, counted
 from omni_convert.formats.families.table import find_family, model_class
@@ -31,7 +32,7 @@ from omni_convert.formats.views.renamed_layers import renamed_layers
 __all__ = [
     "convert_names",
     "layers_under_diffusers_names",
-    "layers_under_original_names",
+    "layers_under_names_of_readers",
     "loads_single_files",
     "may_have_original_names",
     "prefixes_of",
@@ -60,9 +61,10 @@ def may_have_original_names(
     """
     if not _are_of_diffusers(checkpoint.files):
         return True
-    if dialect is None or DIALECTS[dialect].names_expected != "original":
+    if dialect is None or not DIALECTS[dialect].renames_tensors:
         return False
-    return not find_family(model_class(config or {})).has_names_of_diffusers(checkpoint)
+    family = find_family(model_class(config or {}))
+    return not family.original_names or DIALECTS[dialect].are_names_of_readers(family, checkpoint.keys())
 
 
 def _are_of_diffusers(files: Iterable[str]) -> bool:
@@ -115,21 +117,24 @@ def layers_under_diffusers_names(
     return renamed, [_note(checkpoint, config, traced.unused)]
 
 
-def layers_under_original_names(
-    quantized: QuantizedCheckpoint, config: Mapping[str, Any]
+def layers_under_names_of_readers(
+    quantized: QuantizedCheckpoint, config: Mapping[str, Any], dialect: Dialect
 ) -> tuple[QuantizedCheckpoint, list[str]]:
-    """The checkpoint under the names of the model's own code, with layers kept quantized; the same if it has them.
+    """The checkpoint under the names of a dialect's readers, with layers kept quantized; the same if it has them.
 
     Raises:
         CheckpointError: a layer cannot be joined without changing values.
     """
     family, view = find_family(model_class(config)), dequantized_view(quantized)
-    tensors = None if family.has_original_names else family.original_tensors(view)
+    has_same = dialect.names_expected == "original" and family.has_original_names
+    tensors = None if has_same else dialect.tensors_of(family, view)
     if tensors is None or tensors.keys() <= view.keys():
         return quantized, []
     runs = {name: tensor.runs for name, tensor in tensors.items()}
     renamed = renamed_layers(quantized, runs, {name: tensor.shape for name, tensor in tensors.items()})
-    return renamed, [f"{quantized.checkpoint.path.name}: renamed as {family.name}'s own code names its tensors"]
+    own, others = f"{family.name}'s own code names its", f"{dialect.consumers} name its"
+    readers = own if dialect.names_expected == "original" else others
+    return renamed, [f"{quantized.checkpoint.path.name}: renamed as {readers} tensors"]
 
 
 def convert_names(
@@ -225,7 +230,7 @@ def _trace(checkpoint: Checkpoint, config: Mapping[str, Any], *, keeps_spare: bo
     kind = model_class(config)
     family = find_family(kind)
     prefixes = prefixes_of(checkpoint)
-    is_known = family.original_names or prefixes or loads_single_files(kind)
+    is_known = family.original_names or family.nunchaku is not None or prefixes or loads_single_files(kind)
     if not is_known or not hasattr(diffusers, kind):
         return None
     shapes = shapes_of(getattr(diffusers, kind), config)

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from omni_convert.formats.checks.meaning import refuse_doubts
+from omni_convert.formats.containers.checkpoint import Checkpoint
 from omni_convert.formats.dialects.base import Dialect, WrittenSpelling
 from omni_convert.formats.dialects.found import Found
-from omni_convert.formats.errors import CheckpointError
+from omni_convert.formats.errors import CheckpointError, RecipeError
 from omni_convert.formats.format import Format
 from omni_convert.formats.rows import TensorLayout
 from omni_convert.formats.views.opened import QuantizedLayer, read_layers
@@ -48,9 +49,13 @@ class OpenedLayers:
         with open_weights(self.files) as checkpoint:
             dialect, layers = self._read(checkpoint)
             in_files = {name for layer in layers.values() for name in layer.sources}
-            in_model = {f"{stem}.{suffix}" for stem, layer in layers.items() for suffix in layer.tensors}
-            biases = {f"{stem}.bias" for stem in layers if f"{stem}.bias" in checkpoint}
-            return in_files, in_model | (biases if dialect.bias_codec is not None else set())
+            in_model: set[str] = set()
+            for stem, layer in layers.items():
+                has_bias = f"{stem}.bias" in checkpoint and _holds_bias(dialect, stem, layer)
+                suffixes = [*layer.tensors, *(["bias"] if has_bias else [])]
+                in_model |= {f"{part}.{suffix}" for part in dialect.model_stems(stem) for suffix in suffixes}
+                in_files |= {f"{stem}.bias"} if has_bias else set()
+            return in_files, in_model
 
     def install(self, model: nn.Module, device_map: Any) -> Dialect:
         """Replaces linears of a model by the layers of the files.
@@ -67,15 +72,25 @@ class OpenedLayers:
         """
         with open_weights(self.files) as checkpoint:
             dialect, layers = self._read(checkpoint)
-            for stem, layer in layers.items():
-                device = _device_of(stem, device_map)
-                installed = install_opened(model, layer, device)
-                if dialect.bias_codec is not None and installed.bias is not None:
-                    stored = checkpoint.read(f"{stem}.bias")
-                    layout = TensorLayout(stored.dtype, layer.shape[:1], 0)
-                    bias = dialect.bias_codec.decode(stored, layout).to(device)
-                    installed.bias = nn.Parameter(bias, requires_grad=False)
+            for layer in layers.values():
+                self._install_layer(model, dialect, checkpoint, layer, device_map)
         return dialect
+
+    def _install_layer(
+        self, model: nn.Module, dialect: Dialect, checkpoint: Checkpoint, layer: QuantizedLayer, device_map: Any
+    ) -> None:
+        """Puts a layer, or each of the model's layers that it joins, in their places."""
+        parts = dialect.model_stems(layer.stem)
+        linears = [_linear(model, part, layer) for part in parts]
+        if sum(linear.out_features for linear in linears) != layer.shape[0]:
+            raise _other_shape(model, layer, linears[0])
+        bias, start = _read_bias(checkpoint, dialect, layer), 0
+        for part, linear in zip(parts, linears, strict=True):
+            rows, device = (start, start + linear.out_features), _device_of(part, device_map)
+            installed = install_opened(model, layer, device, part, rows)
+            if bias is not None and installed.bias is not None:
+                installed.bias = nn.Parameter(bias[slice(*rows)].to(device), requires_grad=False)
+            start = rows[1]
 
     def _read(self, checkpoint: Any) -> tuple[Dialect, dict[str, QuantizedLayer]]:
         reading = read_layers(Found(checkpoint, self.block, checkpoint.metadata))
@@ -84,27 +99,51 @@ class OpenedLayers:
         return reading.dialect, reading.layers
 
 
-def install_opened(model: nn.Module, layer: QuantizedLayer, device: torch.device | None = None) -> QuantizedLinear:
+def install_opened(
+    model: nn.Module,
+    layer: QuantizedLayer,
+    device: torch.device | None = None,
+    part: str | None = None,
+    rows: tuple[int, int] | None = None,
+) -> QuantizedLinear:
     """Replaces a linear of a model by a layer of a file; its bias stays.
 
     Args:
         model: on the meta device
         device: where to put the layer's tensors; None for the CPU
+        part: name of the linear, where the layer of the file joins several
+        rows: the first of its rows there, and the one after the last
 
     Raises:
         CheckpointError: the model has no such layer, or values are impossible.
     """
-    stem, path = layer.stem, layer.checkpoint.path
-    linear = _linear(model, stem, layer)
-    tensors = layer.read(0, layer.shape[0])
+    start, stop = rows or (0, layer.shape[0])
+    linear = _linear(model, part or layer.stem, layer)
+    if linear.out_features != stop - start:
+        raise _other_shape(model, layer, linear)
+    tensors = layer.read(start, stop)
     flaw = layer.format.flaw(tensors)
     if flaw is not None:
-        raise CheckpointError(f"{path}: {stem}.{flaw}; download it or convert it again")
+        raise CheckpointError(f"{layer.checkpoint.path}: {layer.stem}.{flaw}; download it or convert it again")
     tensors = {suffix: tensor.to(device or "cpu") for suffix, tensor in tensors.items()}
     activations: Activations = "bf16" if layer.stored.is_full_precision else "quantized"
     installed = QuantizedLinear(layer.format, tensors, linear.bias, activations, layer.shape[1])
-    model.set_submodule(stem, installed)
+    model.set_submodule(part or layer.stem, installed)
     return installed
+
+
+def _holds_bias(dialect: Dialect, stem: str, layer: QuantizedLayer) -> bool:
+    """Whether a bias is laid out otherwise than in the model, so that it is read with its layer."""
+    return dialect.bias_codec(layer.format, layer.shape) is not None or dialect.model_stems(stem) != (stem,)
+
+
+def _read_bias(checkpoint: Checkpoint, dialect: Dialect, layer: QuantizedLayer) -> Tensor | None:
+    """The bias of a layer in its natural order [out]; None if the model reads it by itself, or there is none."""
+    name = f"{layer.stem}.bias"
+    if name not in checkpoint or not _holds_bias(dialect, layer.stem, layer):
+        return None
+    stored, codec = checkpoint.read(name), dialect.bias_codec(layer.format, layer.shape)
+    return stored if codec is None else codec.decode(stored, TensorLayout(stored.dtype, layer.shape[:1], 0))
 
 
 def _linear(model: nn.Module, stem: str, layer: QuantizedLayer) -> nn.Linear:
@@ -112,14 +151,17 @@ def _linear(model: nn.Module, stem: str, layer: QuantizedLayer) -> nn.Linear:
         linear = model.get_submodule(stem)
     except AttributeError:
         linear = None
-    if not isinstance(linear, nn.Linear) or (linear.out_features, linear.in_features) != layer.shape:
-        found = "nothing" if linear is None else repr(linear)
-        rows, columns = layer.shape
-        raise CheckpointError(
-            f"{layer.checkpoint.path}: {stem}: found {found} in {type(model).__name__}, expected a linear of "
-            f"{rows} x {columns}, which the file holds quantized; download it or convert it again"
-        )
+    if not isinstance(linear, nn.Linear) or linear.in_features != layer.shape[1]:
+        raise _other_shape(model, layer, linear)
     return linear
+
+
+def _other_shape(model: nn.Module, layer: QuantizedLayer, linear: nn.Module | None) -> CheckpointError:
+    found, (rows, columns) = "nothing" if linear is None else repr(linear), layer.shape
+    return CheckpointError(
+        f"{layer.checkpoint.path}: {layer.stem}: found {found} in {type(model).__name__}, expected a linear of "
+        f"{rows} x {columns}, which the file holds quantized; download it or convert it again"
+    )
 
 
 def _device_of(stem: str, device_map: Any) -> torch.device:
@@ -138,7 +180,15 @@ def spelled_state(
     Args:
         state_dict: that of the model, with canonical tensors
         layers: name of each quantized layer to its format and in_features
+
+    Raises:
+        RecipeError: the files of the dialect need more than tensors.
     """
+    if dialect.renames_tensors:
+        raise RecipeError(
+            f"save_pretrained: found a model in the dialect {dialect.name}, whose files have a header of their own, "
+            "expected one in another dialect; copy the file, or use -m keep --dialect nunchaku-lite first"
+        )
     state = dict(state_dict)
     for stem, (fmt, in_features) in layers.items():
         rows = len(state[f"{stem}.weight"])
@@ -146,6 +196,7 @@ def spelled_state(
         assert isinstance(spelling, WrittenSpelling), "it was read in this dialect"
         tensors = {suffix: state.pop(f"{stem}.{suffix}") for suffix in fmt.layout(rows, in_features)}
         state |= {f"{stem}.{name}": tensor for name, tensor in spelling.encode(tensors).items()}
-        if dialect.bias_codec is not None and f"{stem}.bias" in state:
-            state[f"{stem}.bias"] = dialect.bias_codec.encode(state[f"{stem}.bias"])
+        codec = dialect.bias_codec(fmt, (rows, in_features))
+        if codec is not None and f"{stem}.bias" in state:
+            state[f"{stem}.bias"] = codec.encode(state[f"{stem}.bias"])
     return state

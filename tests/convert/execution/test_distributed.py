@@ -186,6 +186,17 @@ def test_gguf_is_written_and_read_by_all_machines(engine: str, larger_pipeline: 
     assert digests(tmp_path / "ray-int8") == digests(tmp_path / "local-int8")
 
 
+@pytest.mark.parametrize("method", ["svdquant_int4", "svdquant_nvfp4"])
+@pytest.mark.parametrize("dialect", ["nunchaku", "nunchaku-lite"])
+def test_svdquant_has_the_bytes_of_one_machine(
+    engine: str, larger_pipeline: Path, tmp_path: Path, method: str, dialect: str
+) -> None:
+    recipe = Recipe(method, dialect=dialect, rank=16, force=True)
+    convert_checkpoint(larger_pipeline / "transformer", tmp_path / "local", recipe)
+    convert_checkpoint(larger_pipeline / "transformer", tmp_path / "ray", replace(recipe, engine=engine))
+    assert digests(tmp_path / "ray") == digests(tmp_path / "local")
+
+
 def test_shards_go_to_a_url_from_where_they_are_made(
     engine: str, larger_pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

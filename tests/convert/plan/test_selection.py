@@ -287,6 +287,7 @@ HELD = {
     "msmodelslim": ("int8", "mxfp8", "mxfp4"),
     "bitsandbytes": ("nf4",),
     "vllm-omni-svdquant": (),
+    "nunchaku": (),
     "nunchaku-lite": (),
 }
 # Methods of which the tiny pipeline has too few rows, and the one that is a kind of file by itself.

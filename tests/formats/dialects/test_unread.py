@@ -19,7 +19,7 @@ from omni_convert.formats.errors import CheckpointError
 
 CODES = torch.ones(64, 64, dtype=torch.int8)
 STEM = "transformer_blocks.0.attn.to_out.0"
-SVDQUANT = {"qweight": CODES, "wscales": torch.ones(8, 64), "proj_down": torch.ones(128, 32)}
+SVDQUANT = {"qweight": CODES, "wscales": torch.ones(8, 64), "lora_down": torch.ones(128, 32)}  # as FLUX.1 has them
 HEADER = {"quantization_config": json.dumps({"method": "svdquant"})}
 CASES: dict[str, tuple[dict[str, Tensor], dict[str, Any] | None, dict[str, str], str]] = {
     "Nunchaku": (SVDQUANT, None, HEADER, "Nunchaku"),

@@ -18,7 +18,8 @@ from omni_convert.convert.inspection.verification import verify_source
 from omni_convert.convert.source.location import resolve_source
 from omni_convert.formats.arithmetic.e2m1 import pack_nibbles
 from omni_convert.formats.containers.checkpoint import Checkpoint
-from omni_convert.formats.dialects.nunchaku_lite import NUNCHAKU_LITE, VECTOR
+from omni_convert.formats.dialects.nunchaku_lite import NUNCHAKU_LITE
+from omni_convert.formats.dialects.nunchaku_order import VECTOR
 from omni_convert.formats.dialects.svdquant import SVDQUANT
 from omni_convert.formats.dialects.table import DIALECTS, WRITTEN
 from omni_convert.formats.errors import CheckpointError, RecipeError
@@ -168,8 +169,8 @@ def test_who_holds_it() -> None:
         kind: {name for name in WRITTEN if not isinstance(DIALECTS[name].spelling(kind(), (256, 256)), str)}
         for kind in KINDS
     }
-    assert held == {SvdQuantInt4: {"nunchaku-lite"}, SvdQuantNvfp4: {"nunchaku-lite", "vllm-omni-svdquant"}}
-    assert Recipe(method="svdquant_int4").dialect == "nunchaku-lite"
+    int4 = {"nunchaku", "nunchaku-lite"}
+    assert held == {SvdQuantInt4: int4, SvdQuantNvfp4: {*int4, "vllm-omni-svdquant"}}
     assert Recipe(method="svdquant_nvfp4").dialect == "vllm-omni-svdquant"
     with pytest.raises(RecipeError, match="--rank: found with method 'fp8'"):
         Recipe(method="fp8", rank=32)
@@ -295,7 +296,9 @@ def test_damage_is_found_and_not_loaded(damaged_source: Path, tmp_path: Path, ch
 def damaged_source(flux_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A sound file without a manifest."""
     folder = tmp_path_factory.mktemp("svdquant") / "out"
-    convert_checkpoint(flux_folder, folder, Recipe(method="svdquant_int4", rank=16, force=True))
+    convert_checkpoint(
+        flux_folder, folder, Recipe(method="svdquant_int4", dialect="nunchaku-lite", rank=16, force=True)
+    )
     (folder / "omni_convert.json").unlink()
     return folder
 

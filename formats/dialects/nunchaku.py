@@ -1,0 +1,240 @@
+"""How Nunchaku's own files spell SVDQuant: one file, in the order of its kernels, with layers merged as it builds them.
+
+Tensors:  as `nunchaku_lite`, and
+          NAME.smooth_factor_orig  as smooth_factor; its readers want it and use it for nothing
+          modulations: NAME.qweight I32 [out / 4, in / 2], NAME.wscales and NAME.wzeros BF16 [in / 64, out], NAME.bias;
+          the rows of their chunks (shift, scale, gate, ...) alternate
+Names:    those of Nunchaku's classes: q, k and v are one layer, as are both halves of what enters a gated MLP
+Header:   `quantization_config`: {"method": "svdquant", "weight": {"dtype": "int4" or "fp4_e2m1_all", "scale_dtype":
+          null or [null, "fp8_e4m3_nan"], "group_size": 64 or 16}, "activation": alike, "rank": 32}; `model_class`;
+          `config`, the text of the model's config.json. `comfy_config` is for FLUX.1 alone.
+Block:    the header's, under "quant_method": "nunchaku", by which our loader knows it. Nunchaku reads the header.
+Readers:  Nunchaku, ComfyUI with ComfyUI-nunchaku, SGLang. They build every linear of every block quantized, and
+          modulations as AWQ W4A16, whatever the file holds.
+Limits:   one precision and one rank. FLUX.1, whose older names (lora_down, smooth) cut a layer's columns in two, is not
+          read or written; nor are int4 layers behind a GELU, whose inputs Nunchaku shifts and rounds without a sign.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from omni_convert.formats.config import QuantizationConfig
+from omni_convert.formats.containers.tensor_spec import TensorSpec
+from omni_convert.formats.dialects.base import (
+    Dialect,
+    Found,
+    LayerError,
+    Spelling,
+    StoredLayer,
+    WrittenSpelling,
+    attempt,
+)
+from omni_convert.formats.dialects.block_findings import block_mismatch
+from omni_convert.formats.dialects.codec import WritableCodec
+from omni_convert.formats.dialects.nunchaku_order import (
+    AWQ_NAMES,
+    FORMATS,
+    PRECISIONS,
+    VECTOR,
+    InterleavedRows,
+    awq_codecs,
+    awq_layer,
+    svdquant_codecs,
+)
+from omni_convert.formats.dialects.svdquant import SVDQUANT_NAMES, one_rank
+from omni_convert.formats.dialects.verdict import DIFFUSERS, OURS, UNMARKED, VLLM_OMNI, Verdict
+from omni_convert.formats.errors import RecipeError, listed
+from omni_convert.formats.families.family import Family
+from omni_convert.formats.families.layers import block_numbers
+from omni_convert.formats.families.original_names import OriginalTensor, parts_of
+from omni_convert.formats.families.table import FAMILIES
+from omni_convert.formats.finding import Finding
+from omni_convert.formats.format import Format, QuantizingFormat
+from omni_convert.formats.schemes.awq import AwqInt4
+from omni_convert.formats.schemes.svdquant import SvdQuant
+
+__all__ = ["NUNCHAKU", "from_block"]
+
+METHOD, ALGORITHM = "nunchaku", "svdquant"
+UNUSED = "smooth_factor_orig"
+#: Dtype in the header to precision.
+ELEMENTS = {"int4": "int4", "fp4_e2m1_all": "nvfp4"}
+SUPPORTED = tuple(family.name for family in FAMILIES if family.nunchaku is not None)
+
+
+class Nunchaku(Dialect):
+    """See the module."""
+
+    name = "nunchaku"
+    consumers = "Nunchaku, ComfyUI-nunchaku, SGLang"
+    runtimes = ("diffusers",)
+    usual_verdicts = (
+        Verdict("Nunchaku, ComfyUI-nunchaku, SGLang", "loads", "on CUDA: int4 on SM 7.5 to 8.9, nvfp4 on SM 12"),
+        Verdict(VLLM_OMNI, "refuses", "does not know this quant_method; --dialect vllm-omni-svdquant holds nvfp4"),
+        Verdict(DIFFUSERS, "loads", "after `import omni_convert.loaders`; else it does not know the quant_method"),
+        Verdict(OURS, "loads", "decodes the weight; the branch runs beside it"),
+        UNMARKED,
+    )
+    strict_runtimes = (OURS, DIFFUSERS)
+    has_exact_shapes = True
+    is_single_file = True
+    names_expected = "others"
+    lists_built_layers = True
+    low_precision_parts = ("weight_scale", "weight_scale_2", "channel_scale", "smooth_factor", "lora_a", "lora_b")
+
+    def recognises(self, found: Found) -> bool:
+        is_declared = found.quant_method == METHOD or (
+            found.block.get("method") == ALGORITHM and not found.quant_method
+        )
+        return is_declared and next(found.stems("proj_down"), None) is not None
+
+    def stored_layers(self, found: Found) -> Iterator[StoredLayer | LayerError]:
+        return (attempt(_layer, found, stem) for stem in found.stems("qweight"))
+
+    def spelling(self, fmt: Format, shape: tuple[int, int]) -> WrittenSpelling | str:
+        if isinstance(fmt, AwqInt4):
+            if shape[0] % shape[1]:
+                return f"Nunchaku's modulations have rows in multiples of columns, found {shape[0]} x {shape[1]}"
+            return fmt.unsupported(*shape) or WrittenSpelling(AWQ_NAMES, awq_codecs(shape[0] // shape[1], shape[0]))
+        if not isinstance(fmt, SvdQuant):
+            return f"Nunchaku holds SVDQuant alone, found {fmt.label}"
+        codecs = svdquant_codecs(shape[0])[PRECISIONS[fmt.method]]
+        return fmt.unsupported(*shape) or WrittenSpelling(SVDQUANT_NAMES, codecs, copies={UNUSED: "smooth_factor"})
+
+    def bias_codec(self, fmt: Format, shape: tuple[int, int]) -> WritableCodec | None:
+        return InterleavedRows(shape[0] // shape[1]) if isinstance(fmt, AwqInt4) else VECTOR
+
+    def block(self, layers: Mapping[str, Format], ignored: Collection[str]) -> dict[str, Any]:
+        """The block that our loader reads.
+
+        Raises:
+            RecipeError: the layers have several precisions or ranks; or layers are kept that its readers quantize.
+        """
+        if ignored:
+            raise RecipeError(
+                f"--dialect {self.name}: found {listed(sorted(ignored), 3)} kept, expected every layer quantized, as "
+                "its readers build them; --dialect nunchaku-lite names those that are"
+            )
+        return {"quant_method": METHOD, **_header(layers)}
+
+    def metadata(self, layers: Mapping[str, Format], full_precision: Collection[str] = ()) -> dict[str, str]:
+        return {"quantization_config": json.dumps(_header(layers))}
+
+    def model_metadata(self, config: Mapping[str, Any], family: Family) -> dict[str, str]:
+        assert family.nunchaku is not None, "others are refused"
+        plain = {key: value for key, value in config.items() if key != "quantization_config"}
+        return {"config": json.dumps(plain), "model_class": family.nunchaku.model_class}
+
+    def model_flaw(self, family: Family | None, methods: Collection[str]) -> str | None:
+        facts = None if family is None else family.nunchaku
+        if family is None or facts is None:
+            found = "a model that no config names" if family is None else family.name
+            return (
+                f"found {found}, expected a model of {' or '.join(SUPPORTED)}, of which the names are known here; "
+                "--dialect nunchaku-lite is for any model"
+            )
+        if facts.unsigned and "svdquant_int4" in methods:
+            return (
+                f"found svdquant_int4 with {family.name}, expected svdquant_nvfp4: Nunchaku shifts the inputs of "
+                f"'{facts.unsigned[0]}' and rounds them without a sign, which is not written; --dialect nunchaku-lite "
+                "holds both"
+            )
+        return None
+
+    def own_format(self, family: Family, stem: str) -> QuantizingFormat | None:
+        modulations = () if family.nunchaku is None else family.nunchaku.modulations
+        return AwqInt4() if _is_any(modulations, stem) else None
+
+    def tensors_of(self, family: Family, specs: Mapping[str, TensorSpec]) -> dict[str, OriginalTensor] | None:
+        return family.nunchaku_tensors(specs)
+
+    def are_names_of_readers(self, family: Family, names: Collection[str]) -> bool:
+        return family.nunchaku is not None
+
+    def model_stems(self, stem: str) -> tuple[str, ...]:
+        tables = (family.nunchaku.names for family in FAMILIES if family.nunchaku is not None)
+        return next(filter(None, (parts_of(table, stem) for table in tables)), (stem,))
+
+    def check(self, found: Found, layers: Mapping[str, StoredLayer], config: Mapping[str, Any]) -> Iterator[Finding]:
+        rank, element = found.block.get("rank"), _part(found.block, "weight").get("dtype")
+        for stem, layer in layers.items():
+            fmt = layer.format
+            if isinstance(fmt, SvdQuant) and (rank, ELEMENTS.get(str(element))) != (fmt.rank, PRECISIONS[fmt.method]):
+                yield block_mismatch(stem, f"found {fmt.label}, but the header says otherwise", self.consumers)
+
+
+def _is_any(templates: Sequence[str], stem: str) -> bool:
+    return any(block_numbers(template, stem) is not None for template in templates)
+
+
+def _header(layers: Mapping[str, Format]) -> dict[str, Any]:
+    """What the header says of layers.
+
+    Raises:
+        RecipeError: they have several precisions or ranks.
+    """
+    branched = {stem: fmt for stem, fmt in layers.items() if isinstance(fmt, SvdQuant)}
+    methods = sorted({fmt.method for fmt in branched.values()})
+    if len(methods) != 1:
+        raise RecipeError(f"found layers of {' and '.join(methods) or 'no SVDQuant'}, expected one precision")
+    group = next(iter(branched.values())).group
+    if PRECISIONS[methods[0]] == "int4":
+        element, of_weight, of_input = "int4", None, None
+    else:
+        element, of_weight, of_input = "fp4_e2m1_all", [None, "fp8_e4m3_nan"], "fp8_e4m3_nan"
+    return {
+        "method": ALGORITHM,
+        "weight": {"dtype": element, "scale_dtype": of_weight, "group_size": group},
+        "activation": {"dtype": element, "scale_dtype": of_input, "group_size": group},
+        "rank": one_rank(branched),
+    }
+
+
+def _part(block: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    part = block.get(name)
+    return part if isinstance(part, Mapping) else {}
+
+
+def from_block(block: Any) -> QuantizationConfig | None:
+    """Reads a block of this dialect; None for any other block."""
+    if not isinstance(block, Mapping) or block.get("quant_method") != METHOD:
+        return None
+    precision = ELEMENTS.get(str(_part(block, "weight").get("dtype")))
+    return None if precision is None else QuantizationConfig(FORMATS[precision].method)
+
+
+def _layer(found: Found, stem: str) -> StoredLayer:
+    weight, scales, down = (found.get(stem, suffix) for suffix in ("qweight", "wscales", "proj_down"))
+    assert weight is not None, "it has its name from it"
+    if found.get(stem, "wzeros") is not None:
+        return awq_layer(found, stem)
+    if weight.dtype is not torch.int8:
+        raise LayerError(found, stem, f"layer '{stem}': found qweight in {weight.dtype}, expected int8")
+    if scales is None or down is None or len(down.shape) != 2 or len(weight.shape) != 2:
+        what = f"found '{stem}.qweight' without wscales, or without proj_down as a matrix, expected both"
+        raise LayerError(found, stem, what, "missing-companion")
+    precision = "nvfp4" if scales.dtype is torch.float8_e4m3fn else "int4"
+    shape, fmt = (weight.shape[0], 2 * weight.shape[1]), FORMATS[precision](down.shape[1])
+    facts = [family.nunchaku for family in FAMILIES if family.nunchaku is not None]
+    problem = fmt.unsupported(*shape)
+    if precision == "int4" and any(_is_any(each.unsigned, stem) for each in facts):
+        problem = "found int4 behind a GELU, whose inputs Nunchaku shifts and rounds without a sign, which is not read"
+    if problem is not None:
+        raise LayerError(found, stem, f"layer '{stem}': {problem}")
+    unused = (f"{stem}.{UNUSED}",) if found.get(stem, UNUSED) is not None else ()
+    ones = tuple(
+        suffix
+        for suffix in ("channel_scale", "weight_scale_2")
+        if precision == "nvfp4" and found.get(stem, SVDQUANT_NAMES[suffix]) is None
+    )
+    return StoredLayer(
+        stem, fmt, shape, Spelling(SVDQUANT_NAMES, svdquant_codecs()[precision]), unused=unused, ones=ones
+    )
+
+
+NUNCHAKU = Nunchaku()
