@@ -299,15 +299,20 @@ def test_offloading_to_disk_is_refused_because_it_casts_scales(int8_folder, tmp_
         load(int8_folder, device_map={"": "disk"}, offload_folder=tmp_path)
 
 
-def test_no_key_of_diffusers_is_replaced():
+def test_no_key_of_diffusers_or_transformers_is_replaced():
     code = (
-        "from diffusers.quantizers import auto\n"
-        "before = [dict(auto.AUTO_QUANTIZER_MAPPING), dict(auto.AUTO_QUANTIZATION_CONFIG_MAPPING)]\n"
+        "from diffusers.quantizers import auto as diffusers\n"
+        "from transformers.quantizers import auto as transformers\n"
+        "def keys(auto):\n"
+        "    return dict(auto.AUTO_QUANTIZER_MAPPING), dict(auto.AUTO_QUANTIZATION_CONFIG_MAPPING)\n"
+        "before = keys(diffusers), keys(transformers)\n"
         "import omni_convert.loaders\n"
-        "after = [auto.AUTO_QUANTIZER_MAPPING, auto.AUTO_QUANTIZATION_CONFIG_MAPPING]\n"
-        "for old, new in zip(before, after):\n"
+        "for old, new in zip(before[0], keys(diffusers)):\n"
         "    assert old.items() <= new.items()\n"
         "    assert {'fp8', 'int8', 'omni_convert'} <= new.keys() - old.keys()\n"
+        "for old, new in zip(before[1], keys(transformers)):\n"
+        "    assert {'fp8', 'mxfp8', 'mxfp4', 'nvfp4'} <= old.keys()\n"
+        "    assert new == old | {'omni_convert': new['omni_convert']}\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 
