@@ -10,6 +10,7 @@ from typing import Any
 import diffusers
 import gguf
 import pytest
+import tiny_models
 import torch
 from click.testing import CliRunner
 from diffusers import (
@@ -110,19 +111,8 @@ PUBLISHED = {
 
 @pytest.fixture(scope="session")
 def flux2_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.manual_seed(0)
-    model = Flux2Transformer2DModel(
-        in_channels=16,
-        num_layers=1,
-        num_single_layers=1,
-        attention_head_dim=32,
-        num_attention_heads=2,
-        joint_attention_dim=64,
-        timestep_guidance_channels=32,
-        axes_dims_rope=(8, 8, 8, 8),
-    )
     folder = tmp_path_factory.mktemp("models") / "flux2"
-    model.to(torch.bfloat16).save_pretrained(folder)
+    tiny_models.save_model("flux_2", folder)
     return folder
 
 
