@@ -68,6 +68,10 @@ class InputStatistics(Protocol):
         """A sample of input rows, bfloat16 [samples, in]."""
         ...
 
+    def row_runs(self) -> Tensor | None:
+        """Prompt (as a number) and denoising step of each of these rows, int64 [samples, 2]; None if unknown."""
+        ...
+
     def clip(self, rule: str, largest: float) -> float:
         """Magnitude at which to clip by `rule` (`max`, `percentile:P`, `mse`) for a grid that ends at `largest`."""
         ...

@@ -72,6 +72,7 @@ class _Place(threading.local):
 
     Attributes:
         prompt: its text
+        prompt_id: a number of 60 bits that tells it from other prompts
         number: its place among the prompts, from 0
         step: the denoising step, from 0
         timestep: that of the model's last call
@@ -82,6 +83,7 @@ class _Place(threading.local):
 
     def __init__(self) -> None:
         self.prompt = ""
+        self.prompt_id = 0
         self.number = 0
         self.step = 0
         self.timestep: float | None = None
@@ -136,6 +138,7 @@ class InputObserver:
         self.step = 0
         self._place.timestep = None
         self._place.prompt = prompt.text
+        self._place.prompt_id = int(prompt.fingerprint()[:15], 16)
         self._place.number = self._started
         self._started += 1
 
@@ -236,7 +239,7 @@ class InputObserver:
                     f"{name}: found NaN or Inf in its input at denoising step {self.step} of "
                     f"'{self._place.prompt:.40}', expected finite values; check the weights, or run in another dtype"
                 )
-            recorder.record(observation, self.step)
+            recorder.record(observation, self.step, self._place.prompt_id)
             number = self._place.number
             maxima[number] = max(maxima.get(number, 0.0), observation.amax)
 

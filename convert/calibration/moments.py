@@ -6,6 +6,7 @@ It is one safetensors file. For each layer NAME (`component.stem`) it holds
                                                 wider inputs its diagonal blocks of 512 x 512, the last padded with 0
     NAME.count      I64  [1]                    number of rows
     NAME.rows       BF16 [<= 64, in]            rows with the smallest hashes, as in the statistics file
+    NAME.row_runs   I64  [<= 64, 2]             prompt and denoising step of each row, likewise; not in older files
 
 The metadata holds, under `omni_convert_moments`, the identity of the recording and, as `layers`, the name under which
 each layer's tensors are stored. An input of width 4096 takes 64 MiB, a wider one 1 MiB per 512 columns: the file is at
@@ -21,7 +22,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -35,7 +36,7 @@ from omni_convert.formats.containers.tensor_spec import TensorSpec
 from omni_convert.formats.errors import CalibrationError, CheckpointError, OutputError
 from omni_convert.formats.statistics.layer_statistics import SAMPLE_ROWS, InputRecorder, Observation
 from omni_convert.formats.statistics.recording_header import Identity, RecordingHeader, RecordingKind, read_header
-from omni_convert.formats.statistics.row_sample import hash_words, pack_rows, smallest_hashes
+from omni_convert.formats.statistics.row_sample import merged_rows
 
 __all__ = ["InputMoments", "Moments", "MomentsRecorder"]
 
@@ -44,6 +45,8 @@ KIND = RecordingKind(METADATA_KEY, "moments", "`omni-convert calibrate --moments
 #: Up to this width all of X^T X is kept (64 MiB), beyond only blocks on its diagonal.
 MAX_FULL_WIDTH = 4096
 BLOCK = 512
+# Earlier versions did not record it.
+RUNS = "row_runs"
 # Elements of rows that are converted to float32 at a time.
 TILE_ELEMENTS = 1 << 24
 
@@ -56,11 +59,13 @@ class InputMoments:
         products: X^T X or its diagonal blocks, float32 [blocks, size, size]
         count: number of rows X
         sample: some of the rows, bfloat16 [<= 64, in]
+        sample_runs: prompt and denoising step of each of these, int64 [<= 64, 2]; None if they were not recorded
     """
 
     products: Tensor
     count: int
     sample: Tensor
+    sample_runs: Tensor | None = None
 
     @property
     def width(self) -> int:
@@ -75,11 +80,12 @@ class InputMoments:
     def without(self, rows: Tensor) -> InputMoments:
         """The moments without these rows, which they contain."""
         products = _add_products(self.products.clone(), rows, -1)
-        return InputMoments(products, self.count - len(rows), self.sample)
+        return replace(self, products=products, count=self.count - len(rows))
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors of the moments file, by suffix."""
-        return {"products": self.products, "count": torch.tensor([self.count]), "rows": self.sample}
+        runs = {} if self.sample_runs is None else {"row_runs": self.sample_runs}
+        return {"products": self.products, "count": torch.tensor([self.count]), "rows": self.sample, **runs}
 
     @staticmethod
     def merged(parts: Sequence[InputMoments]) -> InputMoments:
@@ -89,9 +95,8 @@ class InputMoments:
         products = parts[0].products.double()
         for part in parts[1:]:
             products += part.products
-        rows = torch.cat([part.sample for part in parts])
-        sample = rows[smallest_hashes(hash_words(pack_rows(rows)), SAMPLE_ROWS)]
-        return InputMoments(products.float(), sum(part.count for part in parts), sample)
+        sample, runs = merged_rows([(part.sample, part.sample_runs) for part in parts], SAMPLE_ROWS)
+        return InputMoments(products.float(), sum(part.count for part in parts), sample, runs)
 
 
 def _add_products(products: Tensor, rows: Tensor, times: int = 1) -> Tensor:
@@ -123,8 +128,8 @@ class MomentsRecorder(InputRecorder):
         self._at_rest: Tensor | None = None
         self._count = 0
 
-    def record(self, observation: Observation, step: int) -> None:
-        super().record(observation, step)
+    def record(self, observation: Observation, step: int, prompt: int = 0) -> None:
+        super().record(observation, step, prompt)
         rows = observation.rows
         if self._products is None:
             self._products = self._begun(rows)
@@ -157,7 +162,7 @@ class MomentsRecorder(InputRecorder):
         products = self._products if self._at_rest is None else self._at_rest
         if statistics is None or products is None:
             return None
-        return InputMoments(products.cpu(), self._count, statistics.rows())
+        return InputMoments(products.cpu(), self._count, statistics.rows(), statistics.row_runs())
 
 
 #: Reads the moments of a layer: from memory, from a file, or by merging some.
@@ -300,6 +305,8 @@ def _check_layer(file: SafetensorsFile, owner: str) -> None:
         "count": (torch.int64, (1,)),
         "products": (torch.float32, _shape(shape[1])),
     }
+    if f"{owner}.{RUNS}" in file.specs:
+        expected[RUNS] = (torch.int64, (shape[0], 2))
     for suffix, (dtype, wanted) in expected.items():
         spec = file.specs.get(f"{owner}.{suffix}")
         if spec is None or spec.dtype != dtype or spec.shape != wanted:
@@ -312,11 +319,12 @@ def _check_layer(file: SafetensorsFile, owner: str) -> None:
 def _read_layer(file: SafetensorsFile, owner: str) -> InputMoments:
     try:
         products, count, rows = (file.read(f"{owner}.{suffix}") for suffix in ("products", "count", "rows"))
+        runs = file.read(f"{owner}.{RUNS}") if f"{owner}.{RUNS}" in file.specs else None
     except CheckpointError as error:
         raise CalibrationError(str(error)) from None
     if not bool(torch.isfinite(products).all()) or not bool(torch.isfinite(rows).all()) or int(count) < 1:
         raise CalibrationError(f"{file.path}: {owner}: found NaN, Inf or no rows; calibrate again")
-    return InputMoments(products, int(count), rows)
+    return InputMoments(products, int(count), rows, runs)
 
 
 def _file_fingerprint(file: SafetensorsFile, owners: Iterable[str]) -> str:

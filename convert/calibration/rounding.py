@@ -2,7 +2,8 @@
 
 `CompensatedFormat` wraps a format: its `fit` evaluates the moments of the group's input, and the wrapped format does
 the rest. Half of the recorded rows are held out: they are removed from the moments, and mul_scale is not fitted to
-them. With `auto` rounding, the outputs are compared on these, for about the first thousand rows of each weight.
+them. With `auto` rounding, the outputs are compared on these, for about the first thousand rows of each weight; GPTQ is
+taken if its gain is proven, see `formats.arithmetic.evidence`.
 
 Matrices are inverted by one thread, since the last bits depend on the number of threads, and the same job must always
 give the same bytes.
@@ -23,6 +24,7 @@ from omni_convert.convert.calibration.moments import InputMoments, Moments
 from omni_convert.convert.recipe import Recipe
 from omni_convert.convert.workers import one_thread
 from omni_convert.formats.arithmetic.encoding import Encoding
+from omni_convert.formats.arithmetic.evidence import RowGroups, row_groups
 from omni_convert.formats.arithmetic.smoothing import split_input_rows
 from omni_convert.formats.errors import CalibrationError
 from omni_convert.formats.families.layers import LayerGroup
@@ -91,7 +93,7 @@ class CompensatedFormat(QuantizingFormat):
         base: the wrapped format
         moments: reads the moments of the group's input
         rounding: `gptq`; or `auto`, which is GPTQ or nearest rounding, whichever leaves the smaller output error on
-            held-out inputs
+            held-out inputs, if that is proven
     """
 
     base: ElementFormat
@@ -135,10 +137,12 @@ class CompensatedFormat(QuantizingFormat):
         constants = self.base.constants(base)
         moments = self.moments()
         _, held_out = split_input_rows(moments.sample)
+        runs = None if moments.sample_runs is None else split_input_rows(moments.sample_runs)[1]
         blocks = [block.to(device) for block in moments.without(held_out).blocks()]
         fitted = _Fitted(base, constants, plan_compensation(_scaled(blocks, self.base.input_factors(constants))))
         nearest = _Fitted(base, constants, ())
-        if self.rounding == "auto" and not self._is_better(fitted, nearest, weights, held_out.to(device)):
+        groups = row_groups(runs, len(held_out))
+        if self.rounding == "auto" and not self._is_better(fitted, nearest, weights, held_out.to(device), groups):
             return nearest
         return fitted
 
@@ -161,20 +165,24 @@ class CompensatedFormat(QuantizingFormat):
         on_device = {suffix: tensor.to(inputs.device) for suffix, tensor in constants.items()}
         return self.base.round_inputs(self.base.scale_inputs(inputs, on_device), on_device)
 
-    def _is_better(self, fitted: _Fitted, other: _Fitted, weights: Sequence[WeightRows], held_out: Tensor) -> bool:
-        """Whether `fitted` brings the group's outputs closer to those of the original weights than `other` does."""
-        if len(held_out) == 0:
+    def _is_better(
+        self, fitted: _Fitted, other: _Fitted, weights: Sequence[WeightRows], held_out: Tensor, groups: RowGroups
+    ) -> bool:
+        """Whether inputs prove that `fitted` brings outputs closer to those of the original weights than `other`."""
+        if groups.count < 2:
             return False
         seen, plain = self._seen(held_out, fitted.constants), held_out.float()
-        errors = [0.0, 0.0]
+        errors = torch.zeros(2, len(held_out), dtype=torch.float64)
         for weight in weights:
             _, rows = next(iterate_rows(weight, self.row_multiple))
             wanted = plain @ rows.float().T
             for index, candidate in enumerate((fitted, other)):
                 difference = self._product(seen, plain, self.quantize_rows(rows, candidate), candidate).sub_(wanted)
-                errors[index] += float(difference.square_().sum(dtype=torch.float64))
-        logger.info("gptq leaves %.4g of the squared output error of nearest rounding", errors[0] / (errors[1] or 1.0))
-        return errors[0] < errors[1]
+                errors[index] += difference.square_().sum(1, dtype=torch.float64).cpu()
+        left = float(errors[0].sum() / errors[1].sum().clamp(min=1e-300))
+        logger.info("gptq leaves %.4g of the squared output error of nearest rounding", left)
+        after, before = groups.sums(errors)
+        return groups.is_proven(before, after)
 
     def _product(self, seen: Tensor, plain: Tensor, tensors: Mapping[str, Tensor], fitted: _Fitted) -> Tensor:
         """Outputs [samples, rows] of some rows of the weight, for inputs as the GEMM gets them and as they are."""

@@ -15,7 +15,13 @@ from torch import Tensor
 
 from omni_convert.formats.errors import CalibrationError, RecipeError
 from omni_convert.formats.statistics import histogram
-from omni_convert.formats.statistics.row_sample import VALUES_PER_WORD, hash_words, pack_rows, smallest_hashes
+from omni_convert.formats.statistics.row_sample import (
+    VALUES_PER_WORD,
+    hash_words,
+    merged_rows,
+    pack_rows,
+    smallest_hashes,
+)
 from omni_convert.formats.statistics.square_sums import carry, mean_squares, square_sums
 
 __all__ = ["SAMPLE_ROWS", "InputRecorder", "LayerStatistics", "Observation", "observe"]
@@ -37,6 +43,8 @@ class LayerStatistics:
         histogram: number of values by magnitude, int64 [1027]; see `histogram`
         sample: rows with the smallest hashes, in the order of these, bfloat16 [<= 64, in]
         squares: sums of squares by input channel, int64 [2, in], see `square_sums`; None if they were not recorded
+        sample_runs: prompt and denoising step of each row of the sample, int64 [<= 64, 2]; None if they were not
+            recorded
     """
 
     step_amax: Tensor
@@ -44,6 +52,7 @@ class LayerStatistics:
     histogram: Tensor
     sample: Tensor
     squares: Tensor | None
+    sample_runs: Tensor | None
 
     def amax(self) -> float:
         return float(self.channels.max())
@@ -65,6 +74,9 @@ class LayerStatistics:
 
     def rows(self) -> Tensor:
         return self.sample
+
+    def row_runs(self) -> Tensor | None:
+        return self.sample_runs
 
     def clip(self, rule: str, largest: float) -> float:
         """Magnitude at which to clip.
@@ -97,19 +109,21 @@ class LayerStatistics:
     def tensors(self) -> dict[str, Tensor]:
         """The tensors of the statistics file, by suffix."""
         squares = {} if self.squares is None else {"channel_squares": self.squares}
+        runs = {} if self.sample_runs is None else {"row_runs": self.sample_runs}
         return {
             "step_amax": self.step_amax,
             "channel_amax": self.channels,
             "histogram": self.histogram,
             "rows": self.sample,
             **squares,
+            **runs,
         }
 
     @staticmethod
     def merged(parts: Iterable[LayerStatistics]) -> LayerStatistics:
         """Merges statistics; there is at least one part, and all have the same width.
 
-        The result has sums of squares if all parts have them.
+        The result has sums of squares, and the runs of rows, if all parts have them.
         """
         everything = list(parts)
         steps = max(part.step_amax.shape[0] for part in everything)
@@ -117,14 +131,15 @@ class LayerStatistics:
         for part in everything:
             covered = step_amax[: part.step_amax.shape[0]]
             torch.maximum(covered, part.step_amax, out=covered)
-        rows = torch.cat([part.sample for part in everything])
+        rows, runs = merged_rows([(part.sample, part.sample_runs) for part in everything], SAMPLE_ROWS)
         squares = [part.squares for part in everything if part.squares is not None]
         return LayerStatistics(
             step_amax,
             torch.stack([part.channels for part in everything]).amax(0),
             torch.stack([part.histogram for part in everything]).sum(0),
-            rows[smallest_hashes(hash_words(pack_rows(rows)), SAMPLE_ROWS)],
+            rows,
             carry(torch.stack(squares).sum(0)) if len(squares) == len(everything) else None,
+            runs,
         )
 
 
@@ -202,12 +217,17 @@ class InputRecorder:
         # The sample so far, followed by candidates for it, which are sorted only when there are enough of them.
         self._rows: list[Tensor] = []
         self._hashes: list[Tensor] = []
+        self._runs: list[Tensor] = []
         self._pending = 0
-        # Only rows with a smaller hash can enter the sample; None while the sample is not full.
+        # Rows with a larger hash cannot enter the sample; None while the sample is not full.
         self._bound: int | None = None
 
-    def record(self, observation: Observation, step: int) -> None:
-        """Adds the finite values of a denoising step, counted from 0."""
+    def record(self, observation: Observation, step: int, prompt: int = 0) -> None:
+        """Adds the finite values of a denoising step, counted from 0.
+
+        Args:
+            prompt: a number that tells the prompt from others, in 63 bits
+        """
         assert math.isfinite(observation.amax), "the caller refuses NaN and infinity"
         self._step_amax[step] = max(self._step_amax.get(step, 0.0), observation.amax)
         if self._channels is None or self._codes is None or self._squares is None:
@@ -217,7 +237,7 @@ class InputRecorder:
             torch.maximum(self._channels, observation.channels, out=self._channels)
             self._codes += observation.codes
             self._squares = carry(self._squares + observation.squares)
-        self._sample(observation.hashes, observation.rows)
+        self._sample(observation.hashes, observation.rows, (prompt, step))
 
     def statistics(self) -> LayerStatistics | None:
         """The statistics so far, on the CPU; None if nothing was recorded."""
@@ -228,25 +248,26 @@ class InputRecorder:
         for step, amax in self._step_amax.items():
             step_amax[step] = amax
         counts = histogram.fold_codes(self._codes)
-        sample, squares = self._rows[0].cpu(), self._squares.cpu()
-        return LayerStatistics(step_amax, self._channels.cpu(), counts.cpu(), sample, squares)
+        sample, squares, runs = self._rows[0].cpu(), self._squares.cpu(), self._runs[0].cpu()
+        return LayerStatistics(step_amax, self._channels.cpu(), counts.cpu(), sample, squares, runs)
 
-    def _sample(self, hashes: Tensor, rows: Tensor) -> None:
+    def _sample(self, hashes: Tensor, rows: Tensor, run: tuple[int, int]) -> None:
         if self._bound is None:
             candidates = smallest_hashes(hashes, SAMPLE_ROWS)
         else:
-            candidates = (hashes < self._bound).nonzero()[:, 0]
+            candidates = (hashes <= self._bound).nonzero()[:, 0]
         if candidates.numel() == 0:
             return
         # Indexing copies: the input itself is not kept.
         self._hashes.append(hashes[candidates])
         self._rows.append(rows[candidates].to(torch.bfloat16))
+        self._runs.append(torch.tensor([run], device=hashes.device).repeat(candidates.numel(), 1))
         self._pending += candidates.numel()
         if self._pending >= SAMPLE_ROWS:
             self._compact()
 
     def _compact(self) -> None:
-        hashes, rows = torch.cat(self._hashes), torch.cat(self._rows)
-        kept = smallest_hashes(hashes, SAMPLE_ROWS)
-        self._hashes, self._rows, self._pending = [hashes[kept]], [rows[kept]], 0
+        hashes, rows, runs = torch.cat(self._hashes), torch.cat(self._rows), torch.cat(self._runs)
+        kept = smallest_hashes(hashes, SAMPLE_ROWS, runs)
+        self._hashes, self._rows, self._runs, self._pending = [hashes[kept]], [rows[kept]], [runs[kept]], 0
         self._bound = int(hashes[kept[-1]]) if kept.numel() == SAMPLE_ROWS else None

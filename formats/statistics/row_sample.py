@@ -1,10 +1,13 @@
 """Samples the rows with the smallest hashes, so that the sample does not depend on the order of the rows.
 
-The hash depends only on a row's bits. So samples can be merged and sampled again, and equal rows count once.
+The hash depends only on a row's bits. So samples can be merged and sampled again, and equal rows count once. Each row
+knows the run that it comes from, a prompt and a denoising step: rows of one prompt resemble each other, which counts
+where choices are judged. Of equal rows the one with the smallest run is kept.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -12,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["hash_words", "pack_rows", "smallest_hashes"]
+__all__ = ["hash_words", "merged_rows", "pack_rows", "smallest_hashes"]
 
 VALUES_PER_WORD = 4
 
@@ -39,12 +42,31 @@ def hash_words(words: Tensor) -> Tensor:
     return folded.sum(1)
 
 
-def smallest_hashes(hashes: Tensor, limit: int) -> Tensor:
-    """Positions of the `limit` smallest distinct hashes, in ascending order of the hash, int64 [<= limit]."""
-    ordered, positions = hashes.sort(stable=True)
+def smallest_hashes(hashes: Tensor, limit: int, runs: Tensor | None = None) -> Tensor:
+    """Positions of the `limit` smallest distinct hashes, in ascending order of the hash, int64 [<= limit].
+
+    Args:
+        runs: prompt and step of each, int64 [rows, 2]; the smallest decides between equal hashes, else the position
+    """
+    positions = torch.arange(len(hashes), device=hashes.device)
+    for keys in () if runs is None else (runs[:, 1], runs[:, 0]):
+        positions = positions[keys[positions].sort(stable=True).indices]
+    ordered, order = hashes[positions].sort(stable=True)
     is_first = torch.ones_like(ordered, dtype=torch.bool)
     is_first[1:] = ordered[1:] != ordered[:-1]
-    return positions[is_first][:limit]
+    return positions[order][is_first][:limit]
+
+
+def merged_rows(parts: Sequence[tuple[Tensor, Tensor | None]], limit: int) -> tuple[Tensor, Tensor | None]:
+    """The sample of several samples, and its runs if all parts know theirs.
+
+    Args:
+        parts: rows, bfloat16 [<= limit, in], and their runs, int64 [<= limit, 2]
+    """
+    rows, known = torch.cat([part for part, _ in parts]), [runs for _, runs in parts if runs is not None]
+    runs = torch.cat(known) if len(known) == len(parts) else None
+    kept = smallest_hashes(hash_words(pack_rows(rows)), limit, runs)
+    return rows[kept], None if runs is None else runs[kept]
 
 
 @lru_cache(maxsize=64)

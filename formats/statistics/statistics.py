@@ -7,6 +7,7 @@ It is one safetensors file. For each layer NAME (`component.stem`) it holds
     NAME.histogram        I64  [1027]       number of values by magnitude, on the bins of `histogram`
     NAME.rows             BF16 [<= 64, in]  rows with the smallest hashes, in the order of these
     NAME.channel_squares  I64  [2, in]      sums of squares by input channel, as in `square_sums`; not in older files
+    NAME.row_runs         I64  [<= 64, 2]   prompt (a number of 60 bits) and denoising step of each row; likewise
     sensitivity.*         see `sensitivity`; only where it was recorded
 
 The metadata holds, under `omni_convert_statistics`, a JSON object with the identity and, as `layers`, the name under
@@ -45,8 +46,8 @@ MORE_STEPS = "calibrate with more steps (--calib-steps)"
 METADATA_KEY = "omni_convert_statistics"
 KIND = RecordingKind(METADATA_KEY, "statistics", "`omni-convert calibrate`")
 
-# Earlier versions did not record it.
-SQUARES = "channel_squares"
+# Earlier versions did not record these.
+SQUARES, RUNS = "channel_squares", "row_runs"
 
 RISK_PERCENTILE = 99.99
 RISK_OUTLIER_RATIO = 4.0
@@ -300,6 +301,8 @@ def _layer(path: Path, name: str, tensors: Mapping[str, Tensor]) -> LayerStatist
     }
     if f"{name}.{SQUARES}" in tensors:
         expected[SQUARES] = (torch.int64, (2, width))
+    if f"{name}.{RUNS}" in tensors:
+        expected[RUNS] = (torch.int64, (-1, 2))
     found = {}
     for suffix, (dtype, shape) in expected.items():
         tensor = tensors.get(f"{name}.{suffix}")
@@ -311,8 +314,15 @@ def _layer(path: Path, name: str, tensors: Mapping[str, Tensor]) -> LayerStatist
         found[suffix] = tensor
     if not 0 < rows.shape[0] <= SAMPLE_ROWS:
         raise CalibrationError(f"{path}: {name}.rows: found {rows.shape[0]} rows, expected 1 to {SAMPLE_ROWS}")
+    if RUNS in found and len(found[RUNS]) != len(rows):
+        raise CalibrationError(f"{path}: {name}.{RUNS}: found {len(found[RUNS])} runs for {len(rows)} rows")
     return LayerStatistics(
-        found["step_amax"], found["channel_amax"], found["histogram"], found["rows"], found.get(SQUARES)
+        found["step_amax"],
+        found["channel_amax"],
+        found["histogram"],
+        found["rows"],
+        found.get(SQUARES),
+        found.get(RUNS),
     )
 
 

@@ -170,11 +170,12 @@ def tiny_specs() -> Callable[[str], Mapping[str, TensorSpec]]:
 
 @pytest.fixture(scope="session")
 def record_inputs() -> Callable[[Tensor], LayerStatistics]:
-    """Records the rows of a layer's input, bfloat16 [rows, in], in one denoising step."""
+    """Records the rows of a layer's input, bfloat16 [rows, in], as those of some prompts."""
 
-    def record(rows: Tensor) -> LayerStatistics:
+    def record(rows: Tensor, prompts: int = 8) -> LayerStatistics:
         recorder = InputRecorder()
-        recorder.record(observe(rows), step=0)
+        for prompt, some in enumerate(rows.chunk(prompts)):
+            recorder.record(observe(some), step=0, prompt=prompt)
         statistics = recorder.statistics()
         assert statistics is not None
         return statistics

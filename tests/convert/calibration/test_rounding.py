@@ -53,7 +53,8 @@ def inputs(samples: int, correlation: float, seed: int = 1) -> Tensor:
 
 def recorded(rows: Tensor) -> tuple[LayerStatistics, InputMoments]:
     recorder = MomentsRecorder()
-    recorder.record(observe(rows), 0)
+    for prompt, some in enumerate(rows.chunk(8)):
+        recorder.record(observe(some), 0, prompt)
     statistics, moments = recorder.statistics(), recorder.moments()
     assert statistics is not None
     assert moments is not None

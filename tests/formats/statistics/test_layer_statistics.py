@@ -14,13 +14,14 @@ from omni_convert.formats.rows import InputStatistics
 from omni_convert.formats.statistics import layer_statistics
 from omni_convert.formats.statistics.layer_statistics import SAMPLE_ROWS, InputRecorder, LayerStatistics, observe
 
+#: Step and input of each; the step stands for the prompt, too.
 Batches = list[tuple[int, torch.Tensor]]
 
 
 def record(batches: Batches) -> LayerStatistics:
     recorder = InputRecorder()
     for step, values in batches:
-        recorder.record(observe(values), step)
+        recorder.record(observe(values), step, prompt=step % 2)
     statistics = recorder.statistics()
     assert statistics is not None
     return statistics
@@ -105,6 +106,13 @@ def test_the_sample_is_spread_over_everything_that_was_seen() -> None:
 def test_equal_rows_are_sampled_once() -> None:
     values = torch.arange(3.0)[:, None].repeat(40, 4)
     assert sorted(record([(0, values), (1, values)]).rows()[:, 0].tolist()) == [0.0, 1.0, 2.0]
+
+
+def test_each_row_knows_its_run_and_equal_rows_have_the_smallest() -> None:
+    values = torch.arange(3.0)[:, None].repeat(1, 4)
+    statistics = record([(3, values), (1, values[1:]), (2, values[2:])])
+    runs = {int(row[0]): tuple(run.tolist()) for row, run in zip(statistics.rows(), statistics.row_runs(), strict=True)}
+    assert runs == {0: (1, 3), 1: (1, 1), 2: (0, 2)}
 
 
 def test_steps_are_told_apart_and_short_runs_merge_with_long_ones() -> None:

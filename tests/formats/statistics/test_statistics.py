@@ -102,9 +102,10 @@ def test_merging_takes_maxima_and_sums() -> None:
 
 
 def of_an_earlier_version(statistics: Statistics, path: Path) -> Statistics:
-    """The statistics as they were written before they had sums of squares."""
+    """The statistics as they were written before they had sums of squares and runs of rows."""
     statistics.save(path)
-    tensors = {name: tensor for name, tensor in load_file(path).items() if not name.endswith("channel_squares")}
+    later = ("channel_squares", "row_runs")
+    tensors = {name: tensor for name, tensor in load_file(path).items() if not name.endswith(later)}
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata()
     save_file(tensors, path, metadata=metadata)
@@ -115,6 +116,7 @@ def test_files_of_an_earlier_version_are_read_and_merged(tmp_path: Path) -> None
     old, new = of_an_earlier_version(statistics_of(1), tmp_path / "old"), statistics_of(2)
     for merged in (old.merge([new]), new.merge([old]), old.merge([new.merge([new])])):
         assert merged.layers[UP].squares is None
+        assert merged.layers[UP].row_runs() is None
         assert merged.layers[UP].amax() == max(old.layers[UP].amax(), new.layers[UP].amax())
     old.save(tmp_path / "again")
     assert (tmp_path / "again").read_bytes() == (tmp_path / "old").read_bytes()
@@ -203,6 +205,8 @@ def test_steps_in_which_a_layer_did_not_run_are_no_movement() -> None:
         ({f"{UP}.channel_squares": torch.ones(16, dtype=torch.int64)}, "channel_squares: found"),
         ({f"{UP}.channel_squares": torch.ones(2, 16)}, "channel_squares: found torch.float32"),
         ({f"{UP}.channel_squares": torch.full((2, 16), -1)}, "NaN, Inf or negative"),
+        ({f"{UP}.row_runs": torch.ones(64, 3, dtype=torch.int64)}, "row_runs: found"),
+        ({f"{UP}.row_runs": torch.ones(9, 2, dtype=torch.int64)}, "found 9 runs for 64 rows"),
     ],
 )
 def test_damaged_tensors_are_named(file: Path, change: dict[str, torch.Tensor], message: str) -> None:
