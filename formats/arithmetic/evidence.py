@@ -77,10 +77,10 @@ def row_groups(runs: Tensor | None, rows: int) -> RowGroups:
     """
     if runs is None:
         return RowGroups(torch.arange(rows), rows, ROWS_BAR)
-    prompts, numbers = runs[:, 0].unique(return_inverse=True)
+    prompts, numbers = runs[:, 0].unique(return_inverse=True)  # type: ignore[no-untyped-call]  # torch's
     if len(prompts) > 1:
         return RowGroups(numbers, len(prompts), _bar(len(prompts)))
-    steps, numbers = runs[:, 1].unique(return_inverse=True)
+    steps, numbers = runs[:, 1].unique(return_inverse=True)  # type: ignore[no-untyped-call]  # torch's
     return RowGroups(numbers, len(steps), _bar(len(steps)), LARGE_GAIN)
 
 
