@@ -9,6 +9,10 @@ in FOLDER_prompts.txt and FOLDER_evaluation_prompts.txt. Each form is compared w
     mxfp4, mxfp4_dualscale    the same method without calibration; `gptq` is calibrated too, and rounds by GPTQ
     fp8, nvfp4, static        static scales from 40 prompts at the pipeline's own steps
 
+Images of a small model tell little: one edge that moves costs several dB. So the denoiser is also called with the
+inputs that it has in the BF16 run, at every step of the first prompts, and the error of its outputs is compared. The
+last two columns say by how many dB it falls, with a standard error that is several times smaller.
+
 `bound` leaves weights in BF16 and rounds the inputs of layers: what no file changes, unless mul_scale does. A gain is
 the mean over images of the difference in PSNR, with its standard error; with more images than prompts, each prompt has
 several seeds. Every finished row is kept in rows.json of the output, so that an interrupted run continues; reference
@@ -24,12 +28,14 @@ import statistics
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from diffusers.utils import logging as diffusers_logging
 from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
@@ -39,7 +45,7 @@ from omni_convert.convert.calibration.input_observer import candidate_layers
 from omni_convert.convert.calibration.moments import Moments
 from omni_convert.convert.calibration.prompts import Prompt, read_prompts
 from omni_convert.convert.calibration.recording import record_source
-from omni_convert.convert.comparison.comparison import Variant, run_variant, settings_of
+from omni_convert.convert.comparison.comparison import Variant, settings_of
 from omni_convert.convert.conversion import convert_checkpoint
 from omni_convert.convert.recipe import Recipe
 from omni_convert.convert.source.location import DEMO_EVALUATION_PROMPTS, DEMO_PIPELINE, DEMO_PROMPTS, resolve_source
@@ -53,6 +59,9 @@ SMOOTHED = {"mxfp4": quantize_mxfp4_input, "mxfp4_dualscale": quantize_mxfp4_dua
 STATIC = ("fp8", "nvfp4")
 MOST_PROMPTS = 40
 ALLOWED_DB = 0.15
+TRACED_PROMPTS = 4
+#: Mean square of an image that equals the reference, so that decibels are finite.
+LEAST_ERROR = 0.25e-3
 
 
 @dataclass(frozen=True)
@@ -96,7 +105,8 @@ def main() -> int:
     else:
         cells = [(count, bench.own_steps) for count in counts] + [(8, 4)]
     print(f"{bench.folder.name}: {arguments.images} images, own steps {bench.own_steps}")
-    print(f"{'method':<16} {'kind':<10} {'prompts':>7} {'steps':>5} {'PSNR':>6} {'gain':>7} {'error':>6}")
+    names = ("PSNR", "gain", "error", "of steps", "error")
+    print(f"{'method':<16} {'kind':<10} {'prompts':>7} {'steps':>5}" + "".join(f" {name:>8}" for name in names))
     worse = [
         form.key
         for method in arguments.methods
@@ -122,6 +132,23 @@ def forms(method: str, cells: Sequence[tuple[int, int]], own_steps: int, *, with
         for prompts, steps in cells:
             if (form := Form(method, kind, prompts, steps)) != first:
                 yield form
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call of a denoiser in the BF16 run of a prompt.
+
+    Attributes:
+        prompt: its number
+        model: name of the component
+        output: float32 [values]
+    """
+
+    prompt: int
+    model: str
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    output: Tensor
 
 
 @dataclass(frozen=True)
@@ -154,54 +181,77 @@ class Bench:
         return steps
 
     @cached_property
+    def settings(self) -> GenerationSettings:
+        return settings_of(Variant("reference", str(self.folder)), {})
+
+    @cached_property
     def reference(self) -> np.ndarray[Any, Any]:
         """The images of the BF16 pipeline, uint8 [images, frames, height, width, 3]."""
         path = self.output / f"reference-{len(self.evaluation)}.npy"
         if not path.exists():
-            np.save(path, self._images(self.folder))
+            np.save(path, self._images(load_pipeline(self.folder, "cpu")))
         return np.load(path)  # type: ignore[no-any-return]  # numpy's
 
     @cached_property
-    def settings(self) -> GenerationSettings:
-        return settings_of(Variant("reference", str(self.folder)), {})
+    def calls(self) -> list[Call]:
+        """What the denoisers get and give in the BF16 run of the first prompts."""
+        pipe, found = load_pipeline(self.folder, "cpu"), []
+        for number, prompt in enumerate(self.evaluation[:TRACED_PROMPTS]):
+            with ExitStack() as hooks:
+                for name, model in denoisers(pipe).items():
+                    hook = partial(_keep_call, found, number, name)
+                    hooks.callback(model.register_forward_hook(hook, with_kwargs=True).remove)
+                run_prompts(pipe, [(prompt, SEED + number)], self.settings.completed(pipe), decode=False)
+        return found
 
     def report(self, form: Form, base: Form) -> bool:
         """Prints a row; returns whether the form is as good as it must be."""
-        errors, others = self._errors(form), self._errors(base)
-        gains = [psnr(error) - psnr(other) for error, other in zip(errors, others, strict=True)]
-        gain, error = statistics.fmean(gains), statistics.stdev(gains) / math.sqrt(len(gains))
+        row, other = self._row(form), self._row(base)
+        gain, error = paired_gain(other["images"], row["images"])
+        step, step_error = paired_gain(other["steps"], row["steps"])
+        quality = decibels(255**2 / statistics.fmean(row["images"]))
         print(
-            f"{form.method:<16} {form.kind:<10} {form.prompts or '':>7} {form.steps or '':>5} "
-            f"{psnr(statistics.fmean(errors)):>6.2f} {gain:>+7.2f} {error:>6.2f}",
+            f"{form.method:<16} {form.kind:<10} {form.prompts or '':>7} {form.steps or '':>5} {quality:>8.2f} "
+            f"{gain:>+8.2f} {error:>8.2f} {step:>+8.2f} {step_error:>8.2f}",
             flush=True,
         )
         return form.kind in ("plain", "bound") or gain >= -ALLOWED_DB - error
 
-    def _errors(self, form: Form) -> list[float]:
-        """Mean squared error of each image, measured or read."""
+    def _row(self, form: Form) -> dict[str, list[float]]:
+        """Errors of a form, measured or read: mean square of each image, relative square of each prompt's steps."""
         path = self.output / "rows.json"
-        rows: dict[str, list[float]] = json.loads(path.read_text()) if path.exists() else {}
+        rows: dict[str, dict[str, list[float]]] = json.loads(path.read_text()) if path.exists() else {}
         key = f"{form.key}, {len(self.evaluation)} images"
         if key not in rows:
-            images = self._bound_images(form.method) if form.kind == "bound" else self._images(self._converted(form))
-            difference = images.astype(np.float64) - self.reference
-            rows[key] = np.square(difference).mean(axis=tuple(range(1, difference.ndim))).tolist()
+            pipe = self._rounding(form.method) if form.kind == "bound" else load_pipeline(self._converted(form), "cpu")
+            difference = self._images(pipe).astype(np.float64) - self.reference
+            images = np.square(difference).mean(axis=tuple(range(1, difference.ndim)))
+            rows[key] = {"images": np.maximum(images, LEAST_ERROR).tolist(), "steps": self._step_errors(pipe)}
             path.write_text(json.dumps(rows, indent=1) + "\n")
         return rows[key]
 
-    def _images(self, folder: Path) -> np.ndarray[Any, Any]:
-        run = run_variant(Variant("candidate", str(folder)), self.evaluation, self.settings, SEED)
-        return np.stack([np.stack(output) for output in run.outputs])
-
-    def _bound_images(self, method: str) -> np.ndarray[Any, Any]:
-        """Images with weights in BF16 and the inputs of layers rounded as a method's runtime does."""
-        pipe = load_pipeline(self.folder, "cpu")
-        for model in (pipe.components[name] for name in DENOISERS if pipe.components.get(name) is not None):
-            for stem in candidate_layers(model):
-                model.get_submodule(stem).register_forward_pre_hook(_rounding_hook(method))
+    def _images(self, pipe: Any) -> np.ndarray[Any, Any]:
         runs = [(prompt, SEED + place) for place, prompt in enumerate(self.evaluation)]
         outputs = run_prompts(pipe, runs, self.settings.completed(pipe))
         return np.stack([np.stack([np.asarray(frame.convert("RGB")) for frame in output]) for output in outputs])
+
+    @torch.no_grad()
+    def _step_errors(self, pipe: Any) -> list[float]:
+        errors, squares = ([0.0] * TRACED_PROMPTS for _ in range(2))
+        models = denoisers(pipe)
+        for call in self.calls:
+            found = _flat(models[call.model](*call.args, **call.kwargs))
+            errors[call.prompt] += float((found - call.output).square().sum())
+            squares[call.prompt] += float(call.output.square().sum())
+        return [error / square for error, square in zip(errors, squares, strict=True)]
+
+    def _rounding(self, method: str) -> Any:
+        """The BF16 pipeline, whose layers have their inputs rounded as a method's runtime does."""
+        pipe = load_pipeline(self.folder, "cpu")
+        for model in denoisers(pipe).values():
+            for stem in candidate_layers(model):
+                model.get_submodule(stem).register_forward_pre_hook(_rounding_hook(method))
+        return pipe
 
     def _converted(self, form: Form) -> Path:
         """The folder of the pipeline in some form, overwritten by the next."""
@@ -246,9 +296,30 @@ def _rounding_hook(method: str) -> Any:
     return rounded
 
 
-def psnr(mean_square: float) -> float:
-    """In dB; equal images count as half a grey level of error in a single value of a thousand."""
-    return 10 * math.log10(255**2 / max(mean_square, 0.25e-3))
+def _keep_call(calls: list[Call], prompt: int, name: str, _model: nn.Module, *call: Any) -> None:
+    args, kwargs, output = call
+    calls.append(Call(prompt, name, args, kwargs, _flat(output)))
+
+
+def _flat(output: Any) -> Tensor:
+    """The numbers of a denoiser's output, of which some are lists of tensors, float32 [values]."""
+    numbers = output[0] if isinstance(output, tuple) else output.sample
+    parts = numbers if isinstance(numbers, list) else [numbers]
+    return torch.cat([part.float().flatten() for part in parts])
+
+
+def denoisers(pipe: Any) -> dict[str, nn.Module]:
+    return {name: pipe.components[name] for name in DENOISERS if pipe.components.get(name) is not None}
+
+
+def paired_gain(before: Sequence[float], after: Sequence[float]) -> tuple[float, float]:
+    """By how many dB errors fell in the mean, and the standard error of that."""
+    gains = [decibels(first / second) for first, second in zip(before, after, strict=True)]
+    return statistics.fmean(gains), statistics.stdev(gains) / math.sqrt(len(gains))
+
+
+def decibels(ratio: float) -> float:
+    return 10 * math.log10(ratio)
 
 
 if __name__ == "__main__":

@@ -38,12 +38,8 @@ from diffusers import (
 )
 from PIL import Image, ImageDraw
 from tokenizers import processors
-from train_demo_pipeline import (  # type: ignore[import-not-found]  # beside it
-    IMAGE_SIZE,
-    SUPERSAMPLING,
-    build_tokenizer,
-    encode_data_set,
-)
+from train_demo_pipeline import COLOURS as PAINTS  # type: ignore[import-not-found]  # beside it
+from train_demo_pipeline import IMAGE_SIZE, SUPERSAMPLING, build_tokenizer, encode_data_set
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
@@ -58,10 +54,11 @@ logger = logging.getLogger("train_development_pipelines")
 
 DEMO = Path(__file__).parents[1] / "convert/demo/pipeline"
 CAPTION_TOKENS = 20
-SKIES = {"azure": (90, 160, 235), "navy": (24, 32, 90), "pink": (245, 160, 190), "lilac": (170, 130, 220)}
-SUNS = {"gold": (250, 205, 40), "scarlet": (225, 40, 40), "white": (250, 250, 250), "orange": (245, 130, 32)}
-ROCKS = {"gray": (120, 124, 130), "brown": (120, 75, 45), "teal": (30, 120, 125), "maroon": (110, 25, 45)}
-PLAINS = {"green": (60, 170, 70), "straw": (225, 205, 120), "rust": (185, 85, 40), "olive": (105, 110, 40)}
+#: Each word belongs to one thing; its colour is one that the demo's VAE has learned.
+SKIES = {"azure": PAINTS["blue"], "violet": PAINTS["purple"], "pale": PAINTS["white"], "night": PAINTS["black"]}
+SUNS = {"gold": PAINTS["yellow"], "scarlet": PAINTS["red"], "amber": PAINTS["orange"], "silver": PAINTS["gray"]}
+ROCKS = {"slate": PAINTS["gray"], "brick": PAINTS["red"], "coal": PAINTS["black"], "mossy": PAINTS["green"]}
+PLAINS = {"grassy": PAINTS["green"], "sandy": PAINTS["yellow"], "snowy": PAINTS["white"], "rusty": PAINTS["orange"]}
 COLOURS = SKIES | SUNS | ROCKS | PLAINS
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 VIDEO_SIZE, FRAMES, VIDEO_CHANNELS = 32, 5, 8
@@ -545,7 +542,7 @@ def main() -> None:
     parser.add_argument("pipeline", choices=TRAININGS)
     parser.add_argument("--output", type=Path, required=True, help="folder for the pipeline; must not exist")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--steps", type=int, default=800)
     parser.add_argument("--vae-steps", type=int, default=600, help="of the VAE of videos; images have the demo's")
     parser.add_argument("--batch", type=int, default=24)
     parser.add_argument("--images", type=int, default=3000, help="size of the data set that the transformer sees")
