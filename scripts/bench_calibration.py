@@ -195,7 +195,8 @@ class Bench:
     @cached_property
     def calls(self) -> list[Call]:
         """What the denoisers get and give in the BF16 run of the first prompts."""
-        pipe, found = load_pipeline(self.folder, "cpu"), []
+        pipe = load_pipeline(self.folder, "cpu")
+        found: list[Call] = []
         for number, prompt in enumerate(self.evaluation[:TRACED_PROMPTS]):
             with ExitStack() as hooks:
                 for name, model in denoisers(pipe).items():

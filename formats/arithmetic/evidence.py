@@ -1,10 +1,10 @@
 """Whether recorded inputs prove that one choice has a smaller error than another.
 
 Rows of one prompt resemble each other, so that they are one observation together: the errors of all its rows are added,
-and a gain counts only if it exceeds its standard error over the prompts; somewhat more, if there are few. What a single
-prompt shows may not hold for others, however often its rows repeat it: only a large gain counts then, one that outliers
-of the model itself give. Statistics of earlier versions do not know the prompts of rows: each row is one observation,
-and the gain must be larger.
+and a gain counts only if it exceeds its standard error over the prompts; somewhat more, if there are few. With a single
+prompt its denoising steps take their place, and with statistics of earlier versions, which do not know the prompts of
+rows, each row; both resemble each other too, so that three standard errors are asked for. A choice that was fitted to a
+single prompt must gain much besides: as much as only outliers give, which belong to the model and not to the prompt.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from torch import Tensor
 
 __all__ = ["RowGroups", "row_groups"]
 
-#: The part of the error that a gain must be if all rows may come from one prompt.
+#: Standard errors that a gain must exceed over rows or steps, which may resemble each other.
+STRICT_BAR = 3.0
+#: The part of the error that a choice must gain that was fitted to one prompt.
 LARGE_GAIN = 0.5
-#: Standard errors that a gain must exceed over rows that may resemble each other.
-ROWS_BAR = 3.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,7 +31,7 @@ class RowGroups:
         numbers: the group of each row, from 0, int64 [rows]
         count: the number of groups
         bar: standard errors that a gain must exceed
-        least_gain: the part of the error that a gain must be
+        least_gain: the part of the error that a choice which was fitted to the rows must gain
     """
 
     numbers: Tensor
@@ -49,9 +49,7 @@ class RowGroups:
         if self.count < 2:
             return False
         gains = before - after
-        standard_error = float(gains.std()) / math.sqrt(self.count)
-        least = max(self.least_gain * float(before.mean()), self.bar * standard_error)
-        return float(gains.mean()) > least
+        return float(gains.mean()) > self.bar * float(gains.std()) / math.sqrt(self.count)
 
     def proven_choice(self, errors: Tensor) -> int:
         """The choice with the smallest error, or the first one if no other is proven to be better.
@@ -65,7 +63,8 @@ class RowGroups:
         total = by_group.sum(1)
         elsewhere = (total[:, None] - by_group).argmin(0)
         after = by_group[elsewhere, torch.arange(self.count)]
-        return int(total.argmin()) if self.is_proven(by_group[0], after) else 0
+        is_enough = float(after.sum()) < (1 - self.least_gain) * float(total[0])
+        return int(total.argmin()) if is_enough and self.is_proven(by_group[0], after) else 0
 
 
 def row_groups(runs: Tensor | None, rows: int) -> RowGroups:
@@ -76,12 +75,12 @@ def row_groups(runs: Tensor | None, rows: int) -> RowGroups:
         rows: the number of rows
     """
     if runs is None:
-        return RowGroups(torch.arange(rows), rows, ROWS_BAR)
+        return RowGroups(torch.arange(rows), rows, STRICT_BAR)
     prompts, numbers = runs[:, 0].unique(return_inverse=True)  # type: ignore[no-untyped-call]  # torch's
     if len(prompts) > 1:
         return RowGroups(numbers, len(prompts), _bar(len(prompts)))
     steps, numbers = runs[:, 1].unique(return_inverse=True)  # type: ignore[no-untyped-call]  # torch's
-    return RowGroups(numbers, len(steps), _bar(len(steps)), LARGE_GAIN)
+    return RowGroups(numbers, len(steps), STRICT_BAR, LARGE_GAIN)
 
 
 def _bar(groups: int) -> float:
