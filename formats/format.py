@@ -52,6 +52,12 @@ def _code_flaw(codes: Tensor) -> str | None:
     return None
 
 
+def _number_flaw(suffix: str, tensor: Tensor) -> str | None:
+    """The reason why numbers beside codes, as those of a table, are impossible, or None."""
+    is_number = suffix != "weight" and tensor.is_floating_point() and tensor.dtype.itemsize > 1
+    return "found NaN or Inf, expected finite numbers" if is_number and not bool(tensor.isfinite().all()) else None
+
+
 class Format(ABC):
     """The meaning of the tensors of a weight, which is all that reading needs. Immutable; its fields are options."""
 
@@ -173,9 +179,8 @@ class Format(ABC):
         """
         if "weight" in tensors and (reason := _code_flaw(tensors["weight"])):
             return f"weight: {reason}"
-        return next(
-            (f"{suffix}: {reason}" for suffix, scale in tensors.items() if (reason := _scale_flaw(suffix, scale))), None
-        )
+        flaws = ((suffix, _scale_flaw(suffix, each) or _number_flaw(suffix, each)) for suffix, each in tensors.items())
+        return next((f"{suffix}: {reason}" for suffix, reason in flaws if reason), None)
 
 
 class Calibration(Enum):

@@ -42,7 +42,7 @@ LARGEST_INPUT, SMALLEST_INPUT = 1e5, 1e-4
 UNUSED_SHARE = 0.05
 AGAIN = "convert the model again"
 # Numbers beside codes that are no scales: of branches, of smoothing, of tables.
-LINEAR = ("smooth_factor", "lora_a", "lora_b", "table", "absmax_table", "absmax_offset")
+LINEAR = ("smooth_factor", "lora_a", "lora_b", "table", "absmax_table", "absmax_offset", "weight_codebook")
 
 
 def check_values(

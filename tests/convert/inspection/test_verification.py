@@ -42,6 +42,7 @@ from omni_convert.formats.schemes.int8 import Int8, RotatedInt8
 from omni_convert.formats.schemes.mxfp4 import Mxfp4
 from omni_convert.formats.schemes.mxfp4_dualscale import Mxfp4DualScale
 from omni_convert.formats.schemes.mxfp8 import Mxfp8
+from omni_convert.formats.schemes.nf4 import Nf4
 from omni_convert.formats.schemes.nvfp4 import Nvfp4
 from omni_convert.formats.schemes.rotated_grid import W4a8, W6a8
 from omni_convert.formats.views.opened import read_layers
@@ -72,6 +73,8 @@ FORMATS: dict[str, Format] = {
     "nvfp4": Nvfp4(search=False),
     "nvfp4 static": Nvfp4(static=True, search=False),
     "w4a16": Int4(64),
+    "nf4": Nf4(),
+    "nf4 nested": Nf4(nested=True),
 }
 
 
@@ -157,6 +160,8 @@ def written(dialect: str, method: str, hidden: int = 256) -> Model:
     specs = {name: TensorSpec(name, each.dtype, tuple(each.shape)) for name, each in originals(hidden).items()}
     groups = find_family(CLASS).layer_groups(specs, "vllm-omni")
     ignored = ignored_names(group for group in groups if group.members[0] in KEPT)
+    if dialect == "bitsandbytes":  # whose readers quantize every linear that is not named
+        ignored = [*KEPT, OUTSIDE]
     formats = dict.fromkeys(LAYERS, fmt)
     block = DIALECTS[dialect].block(formats, ignored)
     config = {"_class_name": CLASS, **({"quantization_config": block} if block is not None else {})}
@@ -324,7 +329,7 @@ WRITTEN = [
     *(
         ("vllm-omni", method)
         for method in FORMATS
-        if method[:5] not in ("nvfp4", "w4a16") and not any(word in method for word in ("rot", "grid"))
+        if method[:5] not in ("nvfp4", "w4a16") and not any(word in method for word in ("rot", "grid", "nf4"))
     ),
     *(("auto-round", method) for method in ("w4a16", "mxfp8", "mxfp4", "nvfp4 static")),
     ("transformers", "fp8 blocks"),
@@ -332,6 +337,7 @@ WRITTEN = [
     *(("modelopt", method) for method in ("fp8", "fp8 static", "mxfp8", "nvfp4", "nvfp4 static")),
     *(("comfyui", method) for method in ("fp8", "fp8 static", "int8", "int8 rotated", "mxfp8", "nvfp4")),
     *(("comfyui", method) for method in ("nvfp4 static", "convrot_w4a4", "grid w4a8", "grid w6a8")),
+    *(("bitsandbytes", method) for method in ("nf4", "nf4 nested")),
     *(
         ("compressed-tensors", method)
         for method in ("fp8", "fp8 static", "fp8 blocks", "int8", "mxfp8", "mxfp4", "nvfp4", "nvfp4 static")
@@ -473,6 +479,20 @@ def rename(old: str, new: str) -> Callable[[Model], None]:
 
 def mark(text: str) -> Tensor:
     return torch.tensor(list(text.encode()), dtype=torch.uint8)
+
+
+def marked(text: str) -> Callable[[Model], None]:
+    """Gives a layer another mark than the one of ComfyUI that it has."""
+    return both(add(f"{Q}.comfy_quant", mark(text)), lambda model: model.metadata.clear())
+
+
+#: Suffix of the JSON that bitsandbytes has beside each weight.
+NF4_STATE = "weight.quant_state.bitsandbytes__nf4"
+
+
+def stated(**facts: Any) -> Callable[[Tensor], Tensor]:
+    """Changes facts in the JSON of a layer of bitsandbytes."""
+    return lambda text: mark(json.dumps({**json.loads(bytes(text.tolist())), **facts}))
 
 
 def label(**labels: str) -> Callable[[Model], None]:
@@ -772,6 +792,85 @@ BROKEN: dict[str, Case] = {
         lambda: auto_round("int4"), add(f"{Q}.g_idx", torch.zeros(256, dtype=torch.int32)), "unreadable-layer", Q,
     ),
     "integers without scales": (lambda: auto_round("int4"), change(f"{Q}.scales", remove), "missing-companion", Q),
+    # rotated weights
+    "rotated int8 without scale": (
+        on("comfyui", "int8 rotated"), change(f"{Q}.weight_scale", remove), "missing-companion", Q,
+    ),
+    "rotated int8 with a negative scale": (
+        on("comfyui", "int8 rotated"), change(f"{Q}.weight_scale", entry(3, -0.1)), "non-positive-scale", Q,
+    ),
+    "a rotation of groups that do not divide the columns": (
+        on("comfyui", "int8 rotated"),
+        marked('{"format": "int8_tensorwise", "convrot": true, "convrot_groupsize": 1024}'), "bad-mark", Q,
+    ),
+    "convrot_w4a4 without scale": (
+        on("comfyui", "convrot_w4a4"), change(f"{Q}.weight_scale", remove), "missing-companion", Q,
+    ),
+    "convrot_w4a4 scale Inf": (
+        on("comfyui", "convrot_w4a4"), change(f"{Q}.weight_scale", entry(9, float("inf"))), "non-finite", Q,
+    ),
+    "w4a8 called w4a4": (
+        on("comfyui", "grid w4a8"),
+        marked('{"format": "convrot_w4a4", "convrot_groupsize": 256}'), "missing-companion", Q,
+    ),
+    "w4a8 without levels": (
+        on("comfyui", "grid w4a8"), change(f"{Q}.weight_codebook", remove), "missing-companion", Q,
+    ),
+    "w4a8 level NaN": (
+        on("comfyui", "grid w4a8"), change(f"{Q}.weight_codebook", entry(3, float("nan"))), "non-finite", Q,
+    ),
+    "w4a8 step NaN": (on("comfyui", "grid w4a8"), change(f"{Q}.weight_s_rel", entry(9, 0x7F)), "non-finite", Q),
+    "w6a8 row step 0": (
+        on("comfyui", "grid w6a8"), change(f"{Q}.weight_s_channel", entry(9, 0)), "non-positive-scale", Q,
+    ),
+    "w6a8 without row steps": (
+        on("comfyui", "grid w6a8"), change(f"{Q}.weight_s_channel", remove), "missing-companion", Q,
+    ),
+    "w6a8 cut": (on("comfyui", "grid w6a8"), change(f"{Q}.weight", lambda codes: codes[:, :-1]), "unreadable-layer", Q),
+    # AutoRound's MX and NVFP4
+    "auto-round mxfp8 byte 255": (
+        on("auto-round", "mxfp8"), change(f"{Q}.weight_scale", entry(5, 255)), "e8m0-nan", Q,
+    ),
+    "auto-round mxfp4 without scale": (
+        on("auto-round", "mxfp4"), change(f"{Q}.weight_scale", remove), "missing-companion", Q,
+    ),
+    "auto-round mxfp4 called mxfp8": (on("auto-round", "mxfp4"), say(bits=8), "block-mismatch", Q),
+    "auto-round nvfp4 not reciprocal": (
+        on("auto-round", "nvfp4 static"), everywhere("weight_global_scale", torch.reciprocal), "reciprocal-scale", Q,
+    ),
+    "auto-round nvfp4 without one input scale": (
+        on("auto-round", "nvfp4 static"), change(f"{Q}.input_global_scale", remove), "missing-companion", Q,
+    ),
+    # NF4
+    "nf4 without absmax": (on("bitsandbytes", "nf4"), change(f"{Q}.weight.absmax", remove), "missing-companion", Q),
+    "nf4 without table": (on("bitsandbytes", "nf4"), change(f"{Q}.weight.quant_map", remove), "missing-companion", Q),
+    "nf4 absmax NaN": (
+        on("bitsandbytes", "nf4"), change(f"{Q}.weight.absmax", entry(9, float("nan"))), "non-finite", Q,
+    ),
+    "nf4 absmax negative": (
+        on("bitsandbytes", "nf4"), change(f"{Q}.weight.absmax", entry(9, -1.0)), "non-positive-scale", Q,
+    ),
+    "nf4 absmax cut": (
+        on("bitsandbytes", "nf4"), change(f"{Q}.weight.absmax", lambda each: each[:-1]), "wrong-shape", Q,
+    ),
+    "nf4 table NaN": (
+        on("bitsandbytes", "nf4"), change(f"{Q}.weight.quant_map", entry(3, float("nan"))), "non-finite", Q,
+    ),
+    "nf4 state of another shape": (
+        on("bitsandbytes", "nf4"), change(f"{Q}.{NF4_STATE}", stated(shape=[256, 512])), "wrong-shape", Q,
+    ),
+    "nf4 state of no shape": (
+        on("bitsandbytes", "nf4"), change(f"{Q}.{NF4_STATE}", stated(shape=None)), "bad-mark", Q,
+    ),
+    "nf4 nested scale Inf": (
+        on("bitsandbytes", "nf4 nested"), change(f"{Q}.weight.nested_absmax", entry(0, float("inf"))), "non-finite", Q,
+    ),
+    "nf4 nested without its table": (
+        on("bitsandbytes", "nf4 nested"), change(f"{Q}.weight.nested_quant_map", remove), "missing-companion", Q,
+    ),
+    "nf4 nested offset NaN": (
+        on("bitsandbytes", "nf4 nested"), change(f"{Q}.{NF4_STATE}", stated(nested_offset=float("nan"))), "bad-mark", Q,
+    ),
 }  # fmt: skip
 
 

@@ -128,6 +128,15 @@ DAMAGE = {
 }  # fmt: skip
 
 
+def test_a_level_that_is_no_number_is_refused(tiny_pipeline_folder: Path, tmp_path: Path) -> None:
+    def damage(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["layers.0.feed_forward.w2.weight_codebook"][3] = torch.nan
+
+    out = converted(tiny_pipeline_folder, tmp_path / "out", method="w4a8")
+    with pytest.raises(CheckpointError, match=r"feed_forward\.w2.weight_codebook.*NaN"):
+        load_pipeline(rewritten(out, tmp_path / "damaged", damage))
+
+
 @pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE.keys())
 def test_damage_is_refused(rotated: Path, tmp_path: Path, damage: tuple[Any, str]) -> None:
     change, named = damage
