@@ -4,10 +4,49 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from omni_convert.convert.recipe import Recipe
+
+#: Conversions to formats that have a spelling, a packing or a file of their own.
+RECIPES = {
+    "rotated int8": Recipe("int8", dialect="comfyui", rotate=True),
+    **{method: Recipe(method) for method in ("convrot_w4a4", "w4a8", "w6a8", "nf4")},
+    "nested nf4": Recipe("nf4", double_quant=True),
+    **{f"auto-round {method}": Recipe(method, dialect="auto-round") for method in ("mxfp8", "mxfp4", "nvfp4")},
+    **{f"gguf {kind}": Recipe("gguf", gguf_type=kind) for kind in ("Q2_K", "Q3_K_M", "Q4_K_S", "Q5_K_M", "Q6_K")},
+    **{f"gguf {kind}": Recipe("gguf", gguf_type=kind) for kind in ("IQ4_NL", "IQ4_XS")},
+}
+# The one that stores what was calibrated.
+CALIBRATED = "auto-round nvfp4"
+
+
+@pytest.fixture(scope="session")
+def recorded(tiny_pipeline_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Statistics of the tiny pipeline over one step of one prompt."""
+    from omni_convert.convert.calibration.recording import record_source
+    from omni_convert.convert.source.location import resolve_source
+
+    folder = tmp_path_factory.mktemp("recorded")
+    (folder / "prompts.txt").write_text("a cat\n")
+    recipe = Recipe("nvfp4", calib=folder / "prompts.txt", calib_steps=1, calib_size=(32, 32), device="cpu")
+    record_source(resolve_source(tiny_pipeline_folder), recipe, progress=False).statistics.save(folder / "stats")
+    return folder / "stats"
+
+
+# One of each kind; the others take their time at night.
+QUICK = ("rotated int8", "w4a8", "nested nf4", CALIBRATED, "gguf Q3_K_M")
+
+
+@pytest.fixture(params=[pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in RECIPES])
+def each_recipe(request: pytest.FixtureRequest, recorded: Path) -> Recipe:
+    """Each of these conversions, searches left out."""
+    recipe = replace(RECIPES[request.param], search=False)
+    return replace(recipe, calibration=(recorded,)) if request.param == CALIBRATED else recipe
 
 
 @pytest.fixture(scope="session")

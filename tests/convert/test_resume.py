@@ -299,6 +299,19 @@ def failing_after(count: int, add: Callable[[Journal, str, Record], None]) -> Ca
     return wrapped
 
 
+def test_every_format_goes_on_to_the_same_bytes(
+    tiny_pipeline_folder: Path, tmp_path: Path, each_recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    convert_checkpoint(tiny_pipeline_folder, tmp_path / "whole" / "out", each_recipe)
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "add", failing_after(25, Journal.add))
+        with pytest.raises(OutputError, match="interrupted here"):
+            convert_checkpoint(tiny_pipeline_folder, tmp_path / "out", each_recipe)
+    assert records(tmp_path / "out") == 25
+    convert_checkpoint(tiny_pipeline_folder, tmp_path / "out", replace(each_recipe, resume=True, workers=2))
+    assert digests(tmp_path / "out") == digests(tmp_path / "whole" / "out")
+
+
 def test_a_journal_of_another_kind_is_refused(interrupted: Path) -> None:
     journal = interrupted.with_name("out.partial") / JOURNAL
     journal.write_bytes(journal.read_bytes().replace(b'"error": [', b'"error": [[], '))

@@ -197,6 +197,14 @@ def test_svdquant_has_the_bytes_of_one_machine(
     assert digests(tmp_path / "ray") == digests(tmp_path / "local")
 
 
+def test_every_format_has_the_bytes_of_one_machine(
+    engine: str, tiny_pipeline_folder: Path, tmp_path: Path, each_recipe: Recipe
+) -> None:
+    convert_checkpoint(tiny_pipeline_folder, tmp_path / "local" / "out", each_recipe)
+    convert_checkpoint(tiny_pipeline_folder, tmp_path / "ray" / "out", replace(each_recipe, engine=engine))
+    assert digests(tmp_path / "ray" / "out") == digests(tmp_path / "local" / "out")
+
+
 def test_shards_go_to_a_url_from_where_they_are_made(
     engine: str, larger_pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

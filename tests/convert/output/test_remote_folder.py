@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,20 @@ def test_a_gguf_file_is_sent_as_a_whole(tiny_pipeline_folder: Path, url: str, el
         path.relative_to(tmp_path / "local" / "out").as_posix(): path.read_bytes() for path in paths
     }
     assert sum(path.suffix == ".gguf" for path in paths) == 1
+    assert not list(elsewhere.iterdir())
+
+
+@pytest.mark.parametrize("url", ["memory://bucket/out"], ids=["memory"])
+def test_every_format_arrives_as_in_a_folder(
+    tiny_pipeline_folder: Path, url: str, elsewhere: Path, tmp_path: Path, each_recipe: Recipe
+) -> None:
+    recipe = replace(each_recipe, max_shard_size="300KB")
+    convert_checkpoint(tiny_pipeline_folder, tmp_path / "local" / "out", recipe)
+    convert_checkpoint(tiny_pipeline_folder, url, recipe)
+    paths = [path for path in (tmp_path / "local" / "out").rglob("*") if path.is_file()]
+    names = {path: path.relative_to(tmp_path / "local" / "out").as_posix() for path in paths}
+    assert contents(url) == {name: path.read_bytes() for path, name in names.items()}
+    fsspec.filesystem("memory").store.clear()
     assert not list(elsewhere.iterdir())
 
 

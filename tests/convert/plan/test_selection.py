@@ -311,7 +311,7 @@ def test_a_method_goes_where_it_is_held_or_names_the_dialects_that_hold_it(
     tiny_pipeline_folder: Path, method: str, dialect: str
 ) -> None:
     group = 32 if method == "w4a16" else None
-    recipe = Recipe(method, dialect=dialect, search=False, group_size=group, force=dialect == "nunchaku-lite")
+    recipe = Recipe(method, dialect=dialect, search=False, group_size=group, force="nunchaku" in dialect)
     if method in HELD[dialect] or (dialect == "vllm-omni" and method in ALONE):
         (component,) = plan_conversion(resolve_source(tiny_pipeline_folder), recipe).components
         said = [note for note in component.notes if "the only one that holds it" in note]

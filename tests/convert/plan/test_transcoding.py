@@ -32,6 +32,7 @@ HELD = {
     "compressed-tensors": ("fp8", "fp8 blocks", "int8", "mxfp8", "mxfp4", "nvfp4"),
     "transformers": ("fp8 blocks", "mxfp8"),
     "msmodelslim": ("int8", "mxfp8", "mxfp4"),
+    "auto-round": ("mxfp8", "mxfp4"),
 }
 CASES = [(dialect, method) for dialect, methods in HELD.items() for method in methods]
 
@@ -269,6 +270,31 @@ def test_w4a16_spelled_anew_is_the_same_file(w4a16: Path, tmp_path: Path) -> Non
     assert "--dialect auto-round" in refused(w4a16, tmp_path / "no", Recipe(method="keep"))
 
 
+def test_every_format_spelled_anew_is_the_same_file(
+    each_recipe: Recipe, tiny_pipeline_folder: Path, tmp_path: Path
+) -> None:
+    dialect = each_recipe.dialect
+    convert_checkpoint(tiny_pipeline_folder, tmp_path / "first", each_recipe)
+    if each_recipe.method == "gguf":  # whose blocks no dialect of safetensors holds
+        assert "found GGUF with -m keep" in refused(tmp_path / "first", tmp_path / "no", Recipe(method="keep"))
+        return
+    convert_checkpoint(tmp_path / "first", tmp_path / "kept", Recipe(method="keep", dialect=dialect))
+    for name in (WEIGHTS, "config.json"):
+        first, kept = (tmp_path / run / "transformer" / name for run in ("first", "kept"))
+        assert kept.read_bytes() == first.read_bytes(), name
+    other = "compressed-tensors" if each_recipe.method.startswith(("mx", "nvfp4")) else "modelopt"
+    if other == "modelopt":
+        message = refused(tmp_path / "first", tmp_path / "no", Recipe(method="keep", dialect=other))
+        assert "layer '" in message
+        assert "which modelopt cannot hold" in message
+        return
+    convert_checkpoint(tmp_path / "first", tmp_path / "there", Recipe(method="keep", dialect=other, force=True))
+    before, after = (dequantized(tmp_path / run) for run in ("first", "there"))
+    assert before.keys() == after.keys()
+    for stem, weight in before.items():  # a forced reciprocal may be off by its last bit
+        torch.testing.assert_close(weight, after[stem], rtol=2**-22, atol=0)
+
+
 def test_zero_points_of_either_convention_are_spelled_for_gptq(w4a16: Path, tmp_path: Path) -> None:
     zeros = {name: tensor for name, tensor in weights_of(w4a16).items() if name.endswith(".qzeros")}
     eights = {name: torch.full_like(tensor, -0x77777778) for name, tensor in zeros.items()}  # 0x88888888
@@ -396,7 +422,7 @@ def static_nvfp4(tiny_pipeline_folder: Path, tmp_path_factory: pytest.TempPathFa
     return folder / "out"
 
 
-@pytest.mark.parametrize("dialect", [dialect for dialect in HELD if "nvfp4" in HELD[dialect]])
+@pytest.mark.parametrize("dialect", [*(dialect for dialect in HELD if "nvfp4" in HELD[dialect]), "auto-round"])
 def test_calibrated_scales_survive_in_every_dialect(static_nvfp4: Path, tmp_path: Path, dialect: str) -> None:
     convert_checkpoint(static_nvfp4, tmp_path / "there", Recipe(method="keep", dialect=dialect, force=True))
     with (
