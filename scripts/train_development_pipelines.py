@@ -18,37 +18,20 @@ import logging
 import math
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import (
-    AutoencoderKL,
-    AutoencoderKLWan,
-    FlowMatchEulerDiscreteScheduler,
-    FluxPipeline,
-    FluxTransformer2DModel,
-    WanPipeline,
-    WanTransformer3DModel,
-)
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 from PIL import Image, ImageDraw
 from tokenizers import processors
 from train_demo_pipeline import COLOURS as PAINTS  # type: ignore[import-not-found]  # beside it
 from train_demo_pipeline import IMAGE_SIZE, SUPERSAMPLING, build_tokenizer, encode_data_set
-from transformers import (
-    CLIPTextConfig,
-    CLIPTextModel,
-    PreTrainedTokenizerFast,
-    T5Config,
-    T5EncoderModel,
-    UMT5Config,
-    UMT5EncoderModel,
-)
+from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
 logger = logging.getLogger("train_development_pipelines")
 
@@ -60,17 +43,10 @@ SUNS = {"gold": PAINTS["yellow"], "scarlet": PAINTS["red"], "amber": PAINTS["ora
 ROCKS = {"slate": PAINTS["gray"], "brick": PAINTS["red"], "coal": PAINTS["black"], "mossy": PAINTS["green"]}
 PLAINS = {"grassy": PAINTS["green"], "sandy": PAINTS["yellow"], "snowy": PAINTS["white"], "rusty": PAINTS["orange"]}
 COLOURS = SKIES | SUNS | ROCKS | PLAINS
-DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
-VIDEO_SIZE, FRAMES, VIDEO_CHANNELS = 32, 5, 8
 SIDES = {"on the left": 15, "in the middle": 32, "on the right": 49}
 RIDGES = ("jagged", "rolling", "stepped")
 #: A channel in 32 is scaled by a factor between these, like the input channels that stand out in FLUX.1.
 OUTLIER_SHARE, OUTLIER_FACTORS = 1 / 32, (24.0, 64.0)
-
-
-Scene = TypeVar("Scene", "Landscape", "Flight")
-#: The loss of a pipeline on captions and the latents of their pictures.
-Loss = Callable[[Any, list[str], torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -123,58 +99,14 @@ def draw_landscape(scene: Landscape, rng: random.Random) -> np.ndarray:
 
 def draw_landscapes(held_out: set[str], rng: random.Random, count: int) -> tuple[list[str], torch.Tensor]:
     """Captions that are not held out, and images in [-1, 1] as float32 [count, 3, 64, 64]."""
-    scenes = [unseen(random_landscape, rng, held_out) for _ in range(count)]
+    scenes = [unseen_landscape(rng, held_out) for _ in range(count)]
     images = np.stack([draw_landscape(scene, rng) for scene in scenes])
     return [scene.describe() for scene in scenes], torch.from_numpy(images).permute(0, 3, 1, 2) / 127.5 - 1.0
 
 
-@dataclass(frozen=True)
-class Flight:
-    """A ball that crosses the picture above the ground."""
-
-    ball: str
-    direction: str
-    ground: str
-    sky: str
-
-    def describe(self) -> str:
-        return f"{self.ball} ball moving {self.direction} over {self.ground} ground, {self.sky} sky"
-
-
-def random_flight(rng: random.Random) -> Flight:
-    ball, ground, sky = (rng.choice(list(palette)) for palette in (SUNS, PLAINS, SKIES))
-    return Flight(ball, rng.choice(list(DIRECTIONS)), ground, sky)
-
-
-def draw_flight(scene: Flight, rng: random.Random) -> np.ndarray:
-    """uint8 RGB video [5, 32, 32, 3]; places and colours vary a little."""
-    size, scale = VIDEO_SIZE, SUPERSAMPLING
-    sky, ball, ground = (vary(COLOURS[name], rng) for name in (scene.sky, scene.ball, scene.ground))
-    radius, edge = 4.5 * rng.uniform(0.9, 1.1), 23 + rng.uniform(-1, 1)
-    across, down = DIRECTIONS[scene.direction]
-    x, y = 16 - 9 * across + rng.uniform(-1, 1), 12 - 6 * down + rng.uniform(-1, 1)
-    frames = []
-    for frame in range(FRAMES):
-        image = Image.new("RGB", (size * scale, size * scale), sky)
-        canvas = ImageDraw.Draw(image)
-        canvas.rectangle([0, scale * edge, scale * size, scale * size], ground)
-        moved = frame / (FRAMES - 1)
-        left, top = x + 18 * across * moved - radius, y + 12 * down * moved - radius
-        canvas.ellipse([scale * left, scale * top, scale * (left + 2 * radius), scale * (top + 2 * radius)], ball)
-        frames.append(np.asarray(image.resize((size, size), Image.Resampling.LANCZOS)))
-    return np.stack(frames)
-
-
-def draw_flights(held_out: set[str], rng: random.Random, count: int) -> tuple[list[str], torch.Tensor]:
-    """Captions that are not held out, and videos in [-1, 1] as float32 [count, 3, 5, 32, 32]."""
-    scenes = [unseen(random_flight, rng, held_out) for _ in range(count)]
-    videos = np.stack([draw_flight(scene, rng) for scene in scenes])
-    return [scene.describe() for scene in scenes], torch.from_numpy(videos).permute(0, 4, 1, 2, 3) / 127.5 - 1.0
-
-
-def unseen(draw: Callable[[random.Random], Scene], rng: random.Random, taken: set[str]) -> Scene:
+def unseen_landscape(rng: random.Random, taken: set[str]) -> Landscape:
     """A scene whose description is not taken."""
-    while (scene := draw(rng)).describe() in taken:
+    while (scene := random_landscape(rng)).describe() in taken:
         pass
     return scene
 
@@ -183,9 +115,9 @@ def vary(colour: tuple[int, ...], rng: random.Random) -> tuple[int, ...]:
     return tuple(max(0, min(255, channel + rng.randint(-8, 8))) for channel in colour)
 
 
-def tokenizer_with_end(draw: Callable[[random.Random], Any]) -> PreTrainedTokenizerFast:
+def tokenizer_with_end() -> PreTrainedTokenizerFast:
     """The demo's kind of tokenizer; it also appends the token at which CLIP pools."""
-    tokenizer = build_tokenizer([draw(random.Random(number)).describe() for number in range(3000)])
+    tokenizer = build_tokenizer([random_landscape(random.Random(number)).describe() for number in range(3000)])
     end = tokenizer.eos_token
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single=f"$A {end}", special_tokens=[(end, tokenizer.eos_token_id)]
@@ -196,7 +128,7 @@ def tokenizer_with_end(draw: Callable[[random.Random], Any]) -> PreTrainedTokeni
 
 def build_flux() -> FluxPipeline:
     """FLUX.1 with one double and two single blocks (4.8 million parameters), encoders of one layer, the demo's VAE."""
-    tokenizer = tokenizer_with_end(random_landscape)
+    tokenizer = tokenizer_with_end()
     vocabulary, pad, end = len(tokenizer), tokenizer.pad_token_id, tokenizer.eos_token_id
     clip = CLIPTextConfig(
         vocab_size=vocabulary,
@@ -280,8 +212,7 @@ def flux_loss(pipe: FluxPipeline, captions: list[str], clean: torch.Tensor) -> t
 
 
 def train_denoiser(
-    pipe: Any,
-    loss_of: Loss,
+    pipe: FluxPipeline,
     captions: Sequence[str],
     latents: torch.Tensor,
     rng: random.Random,
@@ -291,8 +222,7 @@ def train_denoiser(
     rate: float,
 ) -> None:
     """Trains the transformer and its text encoders: Muon on the matrices of blocks, AdamW on everything else."""
-    trained = ("transformer", "text_encoder", "text_encoder_2")
-    modules = [pipe.components[name] for name in trained if name in pipe.components]
+    modules = (pipe.transformer, pipe.text_encoder, pipe.text_encoder_2)
     named = [pair for module in modules for pair in module.named_parameters()]
     is_matrix = {name: "blocks." in name and p.ndim == 2 and ".norm" not in name for name, p in named}
     matrices = [p for name, p in named if is_matrix[name]]
@@ -308,7 +238,7 @@ def train_denoiser(
     for step in range(steps):
         chosen = rng.sample(range(len(captions)), batch)
         with torch.autocast("cpu", torch.bfloat16):
-            loss = loss_of(pipe, [captions[index] for index in chosen], latents[chosen])
+            loss = flux_loss(pipe, [captions[index] for index in chosen], latents[chosen])
         loss.backward()  # type: ignore[no-untyped-call]  # torch has no types for it
         torch.nn.utils.clip_grad_norm_(matrices + others, 1.0)
         for optimizer, schedule in zip(optimizers, schedules, strict=True):
@@ -391,159 +321,41 @@ def train_flux(arguments: argparse.Namespace) -> FluxPipeline:
     rng = random.Random(arguments.seed)
     torch.manual_seed(arguments.seed)
     pipe = build_flux()
-    held_out = write_prompts(arguments.output, random_landscape, rng)
+    held_out = write_prompts(arguments.output, rng)
     captions, latents = encode_data_set(pipe.vae, partial(draw_landscapes, held_out), rng, arguments.images)
-    train_denoiser(pipe, flux_loss, captions, latents, rng, steps=arguments.steps, batch=arguments.batch, rate=1e-3)
+    train_denoiser(pipe, captions, latents, rng, steps=arguments.steps, batch=arguments.batch, rate=1e-3)
     put_in_outlier_channels(pipe.transformer, torch.Generator().manual_seed(arguments.seed))
-    train_denoiser(
-        pipe, flux_loss, captions, latents, rng, steps=arguments.steps // 20, batch=arguments.batch, rate=1e-5
-    )
+    train_denoiser(pipe, captions, latents, rng, steps=arguments.steps // 20, batch=arguments.batch, rate=1e-5)
     return pipe.to(torch.bfloat16)
 
 
-def build_wan() -> WanPipeline:
-    """Wan with four blocks (4.6 million parameters), a UMT5 of one layer, and a small VAE of Wan's kind."""
-    tokenizer = tokenizer_with_end(random_flight)
-    umt5 = UMT5Config(
-        vocab_size=len(tokenizer),
-        d_model=256,
-        d_kv=64,
-        d_ff=512,
-        num_heads=4,
-        num_layers=1,
-        feed_forward_proj="gated-gelu",
-        dropout_rate=0.0,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    transformer = WanTransformer3DModel(
-        num_attention_heads=4,
-        attention_head_dim=64,
-        in_channels=VIDEO_CHANNELS,
-        out_channels=VIDEO_CHANNELS,
-        text_dim=256,
-        ffn_dim=1024,
-        num_layers=4,
-        rope_max_seq_len=64,
-    )
-    torch.nn.init.zeros_(transformer.proj_out.weight)
-    torch.nn.init.zeros_(transformer.proj_out.bias)
-    vae = AutoencoderKLWan(
-        base_dim=16,
-        z_dim=VIDEO_CHANNELS,
-        dim_mult=[1, 2, 2],
-        num_res_blocks=1,
-        temperal_downsample=[True, True],
-        latents_mean=[0.0] * VIDEO_CHANNELS,
-        latents_std=[1.0] * VIDEO_CHANNELS,
-        scale_factor_temporal=4,
-        scale_factor_spatial=4,
-    )
-    return WanPipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0),
-        vae=vae,
-        text_encoder=UMT5EncoderModel(umt5),
-        tokenizer=tokenizer,
-        transformer=transformer,
-    )
-
-
-def train_video_vae(vae: AutoencoderKLWan, rng: random.Random, steps: int, batch: int) -> None:
-    """Absolute and squared error, with a slight pull of the latents towards a normal distribution."""
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=2e-3, weight_decay=0.0, betas=(0.9, 0.99))
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps, pct_start=0.05)
-    for step in range(steps):
-        _, videos = draw_flights(set(), rng, batch)
-        posterior = vae.encode(videos).latent_dist
-        latents = posterior.mean + 0.05 * torch.randn_like(posterior.mean)
-        error = vae.decode(latents).sample - videos
-        loss = error.abs().mean() + error.square().mean() + 1e-4 * posterior.mean.square().mean()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
-        if step % 50 == 0 or step == steps - 1:
-            logger.info("vae %4d  loss %.4f  mae %.2f/255", step, loss.item(), error.abs().mean().item() * 127.5)
-
-
-@torch.no_grad()
-def encode_videos(
-    vae: AutoencoderKLWan, held_out: set[str], rng: random.Random, count: int
-) -> tuple[list[str], torch.Tensor]:
-    """Captions and latents [count, 8, 2, 8, 8] of mean 0 and variance 1, by what this sets in the VAE."""
-    captions: list[str] = []
-    latents = []
-    while len(captions) < count:
-        batch_captions, videos = draw_flights(held_out, rng, min(64, count - len(captions)))
-        captions += batch_captions
-        latents.append(vae.encode(videos).latent_dist.mean)
-    stacked = torch.cat(latents)
-    mean, std = stacked.mean((0, 2, 3, 4)), stacked.std((0, 2, 3, 4))
-    vae.register_to_config(latents_mean=mean.tolist(), latents_std=std.tolist())
-    return captions, (stacked - mean.view(-1, 1, 1, 1)) / std.view(-1, 1, 1, 1)
-
-
-def wan_loss(pipe: WanPipeline, captions: list[str], clean: torch.Tensor) -> torch.Tensor:
-    """Flow matching: the transformer learns `noise - clean`.
-
-    Args:
-        clean: latents [batch, 8, 2, 8, 8]
-    """
-    tokens = pipe.tokenizer(
-        captions, padding="max_length", max_length=CAPTION_TOKENS, truncation=True, return_tensors="pt"
-    )
-    noise, sigma = torch.randn_like(clean), torch.sigmoid(torch.randn(len(clean)) + 0.2)
-    level = sigma.view(-1, 1, 1, 1, 1)
-    encoded = pipe.text_encoder(tokens.input_ids, tokens.attention_mask).last_hidden_state
-    predicted = pipe.transformer(
-        hidden_states=(1 - level) * clean + level * noise,
-        timestep=1000 * sigma,
-        encoder_hidden_states=encoded * tokens.attention_mask[..., None],
-        return_dict=False,
-    )[0]
-    return F.mse_loss(predicted.float(), noise - clean)
-
-
-def train_wan(arguments: argparse.Namespace) -> WanPipeline:
-    rng = random.Random(arguments.seed)
-    torch.manual_seed(arguments.seed)
-    pipe = build_wan()
-    held_out = write_prompts(arguments.output, random_flight, rng)
-    train_video_vae(pipe.vae, rng, arguments.vae_steps, batch=8)
-    captions, latents = encode_videos(pipe.vae, held_out, rng, arguments.images)
-    train_denoiser(pipe, wan_loss, captions, latents, rng, steps=arguments.steps, batch=arguments.batch, rate=1e-3)
-    return pipe.to(torch.bfloat16)
-
-
-def write_prompts(output: Path, draw: Callable[[random.Random], Any], rng: random.Random) -> set[str]:
+def write_prompts(output: Path, rng: random.Random) -> set[str]:
     """Writes 40 prompts to calibrate on and 16 to evaluate on; returns all of them, which training must not see."""
     taken: set[str] = set()
     output.parent.mkdir(parents=True, exist_ok=True)
     for kind, count in (("prompts", 40), ("evaluation_prompts", 16)):
         lines: list[str] = []
         for _ in range(count):
-            lines.append(unseen(draw, rng, taken).describe())
+            lines.append(unseen_landscape(rng, taken).describe())
             taken.add(lines[-1])
         output.with_name(f"{output.name}_{kind}.txt").write_text("\n".join(lines) + "\n")
     return taken
 
 
-TRAININGS: dict[str, Callable[[argparse.Namespace], Any]] = {"flux": train_flux, "wan": train_wan}
-SETTINGS = {
-    "flux": {"height": IMAGE_SIZE, "width": IMAGE_SIZE},
-    "wan": {"height": VIDEO_SIZE, "width": VIDEO_SIZE, "num_frames": FRAMES, "guidance_scale": 1.0},
-}
+def forget_origin(config: Path) -> None:
+    """Removes the path from which the component was loaded on this machine."""
+    content = json.loads(config.read_text())
+    content.pop("_name_or_path", None)
+    config.write_text(json.dumps(content, indent=2) + "\n")
 
 
 def main() -> None:
     """Trains one pipeline and writes it, its settings and its prompts."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("pipeline", choices=TRAININGS)
+    parser.add_argument("pipeline", choices=["flux"])
     parser.add_argument("--output", type=Path, required=True, help="folder for the pipeline; must not exist")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=800)
-    parser.add_argument("--vae-steps", type=int, default=600, help="of the VAE of videos; images have the demo's")
     parser.add_argument("--batch", type=int, default=24)
     parser.add_argument("--images", type=int, default=3000, help="size of the data set that the transformer sees")
     arguments = parser.parse_args()
@@ -551,8 +363,14 @@ def main() -> None:
         parser.error(f"{arguments.output} exists")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
 
-    TRAININGS[arguments.pipeline](arguments).save_pretrained(arguments.output)
-    settings = SETTINGS[arguments.pipeline] | {"num_inference_steps": 20, "max_sequence_length": CAPTION_TOKENS}
+    train_flux(arguments).save_pretrained(arguments.output)
+    forget_origin(arguments.output / "vae/config.json")
+    settings = {
+        "height": IMAGE_SIZE,
+        "width": IMAGE_SIZE,
+        "num_inference_steps": 20,
+        "max_sequence_length": CAPTION_TOKENS,
+    }
     (arguments.output / "generation_defaults.json").write_text(json.dumps(settings, indent=2) + "\n")
 
 
