@@ -159,6 +159,10 @@ class Format(ABC):
         """
         return None
 
+    def shift_product(self, tensors: Mapping[str, Tensor]) -> Tensor | None:
+        """What a shift of the inputs before they are rounded adds to outputs, float32 [rows]; None without one."""
+        return None
+
     def round_inputs(self, inputs: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
         """Inputs as the runtime's GEMM receives them: quantized and restored, or unchanged by default.
 

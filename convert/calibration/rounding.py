@@ -157,6 +157,9 @@ class CompensatedFormat(QuantizingFormat):
     def dequantize(self, tensors: Mapping[str, Tensor]) -> Tensor:
         return self.base.dequantize(tensors)
 
+    def shift_product(self, tensors: Mapping[str, Tensor]) -> Tensor | None:
+        return self.base.shift_product(tensors)
+
     def flaw(self, tensors: Mapping[str, Tensor]) -> str | None:
         return self.base.flaw(tensors)
 

@@ -28,6 +28,7 @@ from omni_convert.convert.execution.tile import Tile, sampled_rows, tiles_of
 from omni_convert.convert.plan.component_plan import ComponentPlan
 from omni_convert.convert.plan.steps import CopyStep, QuantizeStep, Step, matrix_shape
 from omni_convert.convert.workers import Workers, one_thread
+from omni_convert.formats.containers.names import WEIGHT
 from omni_convert.formats.containers.shards import open_shard
 from omni_convert.formats.containers.writer import TensorWriter, bytes_of
 from omni_convert.formats.errors import CheckpointError, OutputError
@@ -264,7 +265,17 @@ def _quantize(work: Work, step: QuantizeStep, fit: _Fit, tile: Tile) -> Finished
         )
     stem = tile.source.name.removesuffix("weight")
     spelled = step.spelling(tile.source).encode(everything)
-    return _write(work, tile, {stem + suffix: tensor for suffix, tensor in spelled.items()}, error, norm, fit.checksum)
+    written = {stem + suffix: tensor for suffix, tensor in spelled.items()} | _biases(work, step, tile, everything)
+    return _write(work, tile, written, error, norm, fit.checksum)
+
+
+def _biases(work: Work, step: QuantizeStep, tile: Tile, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The rows of a bias that changes with its weight, without what the shift of the inputs adds to outputs."""
+    bias, added = step.biases.get(tile.source.name.removesuffix(WEIGHT)), step.format.shift_product(tensors)
+    if bias is None or added is None or step.bias_codec is None:
+        return {}
+    rows = work.plan.checkpoint.read_rows(bias.name, tile.start, tile.stop).float() - added
+    return {bias.name: step.bias_codec.encode(rows)}
 
 
 def _squared_error(original: Tensor, approximation: Tensor) -> tuple[float, float]:

@@ -71,7 +71,8 @@ def _tiles_to_quantize(stem: str, weight: TensorSpec, step: QuantizeStep) -> lis
                 f"{stem}.{suffix}": _output_rows(layout, start, stop, is_last=stop == weight.shape[0])
                 for suffix, layout in layouts.items()
                 if layout.rows_per_entry or not start  # the first tile brings the tensors of the whole weight
-            },
+            }
+            | ({step.biases[stem].name: (start, stop)} if stem in step.biases else {}),
             len(rows) == 1,
         )
         for start, stop in rows

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -12,6 +12,7 @@ from omni_convert.convert.recipe import Recipe
 from omni_convert.formats.containers.checkpoint import Checkpoint
 from omni_convert.formats.containers.tensor_spec import TensorSpec
 from omni_convert.formats.dialects.base import WrittenSpelling
+from omni_convert.formats.dialects.codec import WritableCodec
 from omni_convert.formats.families.layers import LayerGroup
 from omni_convert.formats.format import QuantizingFormat
 from omni_convert.formats.rows import InputStatistics, TensorLayout
@@ -32,6 +33,8 @@ class QuantizeStep:
     Attributes:
         group: the layers that are written
         recorded: stems under which calibration recorded the inputs of these layers
+        biases: of those layers whose bias changes with the weight, stem to what the source has
+        bias_codec: how these biases are laid out
     """
 
     group: LayerGroup
@@ -40,6 +43,8 @@ class QuantizeStep:
     inputs: InputStatistics | None
     weights: tuple[TensorSpec, ...]
     spellings: tuple[WrittenSpelling, ...]
+    biases: Mapping[str, TensorSpec] = field(default_factory=dict)
+    bias_codec: WritableCodec | None = None
 
     def spelling(self, weight: TensorSpec) -> WrittenSpelling:
         """How a weight of the group is written."""
@@ -54,7 +59,7 @@ class QuantizeStep:
             TensorSpec(f"{stem}.{suffix}", layout.dtype, layout.shape)
             for stem, weight in zip(self.group.members, self.weights, strict=True)
             for suffix, layout in self.layout(weight).items()
-        ]
+        ] + [replace(bias, dtype=torch.bfloat16) for bias in self.biases.values()]
 
 
 @dataclass(frozen=True)
@@ -99,7 +104,7 @@ def ordered_steps(
         dtype_of_copy: decides what a copied tensor becomes
     """
     first = {step.weights[0].name: step for step in steps}
-    quantized = {weight.name for step in steps for weight in step.weights}
+    quantized = {each.name for step in steps for each in (*step.weights, *step.biases.values())}
     for name, spec in checkpoint.items():
         if name in first:
             yield first[name]

@@ -287,7 +287,9 @@ class RuntimeTarget(Target):
 
     def format_of(self, group: LayerGroup) -> QuantizingFormat:
         own = self.dialect.own_format(self.component.family, group.members[0])
-        return super().format_of(group) if own is None else own
+        if own is not None:
+            return own
+        return self.dialect.fitted_format(super().format_of(group), self.component.family, group.members[0])
 
     def _refuse(self) -> None:
         """Raises RecipeError if the runtime cannot run the result, or if it would be too bad."""

@@ -247,6 +247,8 @@ class Dialect(ABC):
     names_quantized_blocks: bool = False
     #: Methods whose layers may stand beside each other in a component, from few bits to many.
     mixed_methods: tuple[str, ...] = ()
+    #: Whether biases on disk lack what the shift of a layer's inputs adds to its outputs (`Format.shift_product`).
+    shifts_biases: bool = False
     #: Why files are only written with --force; None if their readers have run such files.
     unproven: str | None = None
     #: How to run a conversion, for its model card. `{title}` and `{dialect}` are those of the result; `{model_class}`,
@@ -311,6 +313,10 @@ class Dialect(ABC):
     def bias_codec(self, fmt: Format, shape: tuple[int, int]) -> WritableCodec | None:
         """How the bias of a quantized layer is laid out; None for its natural order."""
         return None
+
+    def fitted_format(self, fmt: QuantizingFormat, family: Family, stem: str) -> QuantizingFormat:
+        """The format as readers run it in this layer."""
+        return fmt
 
     def own_format(self, family: Family, stem: str) -> QuantizingFormat | None:
         """The one format that readers expect of a layer, whatever the method; None for most layers."""

@@ -11,14 +11,17 @@ Header:   `quantization_config`: {"method": "svdquant", "weight": {"dtype": "int
 Block:    the header's, under "quant_method": "nunchaku", by which our loader knows it. Nunchaku reads the header.
 Readers:  Nunchaku, ComfyUI with ComfyUI-nunchaku, SGLang. They build every linear of every block quantized, and
           modulations as AWQ W4A16, whatever the file holds.
-Limits:   one precision and one rank. FLUX.1, whose older names (lora_down, smooth) cut a layer's columns in two, is not
-          read or written; nor are int4 layers behind a GELU, whose inputs Nunchaku shifts and rounds without a sign.
+Shift:    with int4, what comes from a GELU is shifted by 0.171875 and rounded without a sign. The bias of the layer
+          lacks what this adds to outputs, and is BF16, so that it returns to 2^-8 of that.
+Limits:   one precision and one rank. FLUX.1, whose older names (lora_down, smooth) cut a layer's columns in two, is
+          neither read nor written.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -56,7 +59,7 @@ from omni_convert.formats.families.table import FAMILIES
 from omni_convert.formats.finding import Finding
 from omni_convert.formats.format import Format, QuantizingFormat
 from omni_convert.formats.schemes.awq import AwqInt4
-from omni_convert.formats.schemes.svdquant import SvdQuant
+from omni_convert.formats.schemes.svdquant import SvdQuant, SvdQuantInt4
 
 __all__ = ["NUNCHAKU", "from_block"]
 
@@ -64,6 +67,8 @@ METHOD, ALGORITHM = "nunchaku", "svdquant"
 UNUSED = "smooth_factor_orig"
 #: Dtype in the header to precision.
 ELEMENTS = {"int4": "int4", "fp4_e2m1_all": "nvfp4"}
+#: Above the negative of the lowest value of GELU, -0.17.
+SHIFT = 0.171875
 SUPPORTED = tuple(family.name for family in FAMILIES if family.nunchaku is not None)
 
 
@@ -85,6 +90,7 @@ class Nunchaku(Dialect):
     is_single_file = True
     names_expected = "others"
     lists_built_layers = True
+    shifts_biases = True
     low_precision_parts = ("weight_scale", "weight_scale_2", "channel_scale", "smooth_factor", "lora_a", "lora_b")
 
     def recognises(self, found: Found) -> bool:
@@ -120,6 +126,12 @@ class Nunchaku(Dialect):
                 f"--dialect {self.name}: found {listed(sorted(ignored), 3)} kept, expected every layer quantized, as "
                 "its readers build them; --dialect nunchaku-lite names those that are"
             )
+        for stem, fmt in layers.items():
+            if isinstance(fmt, SvdQuantInt4) and _is_unsigned(stem) is not bool(fmt.shift):
+                raise RecipeError(
+                    f"'{stem}': found {fmt.label}, expected inputs that are shifted and rounded without a sign behind "
+                    "a GELU alone, as Nunchaku does; -m svdquant_int4 quantizes again"
+                )
         return {"quant_method": METHOD, **_header(layers)}
 
     def metadata(self, layers: Mapping[str, Format], full_precision: Collection[str] = ()) -> dict[str, str]:
@@ -138,13 +150,12 @@ class Nunchaku(Dialect):
                 f"found {found}, expected a model of {' or '.join(SUPPORTED)}, of which the names are known here; "
                 "--dialect nunchaku-lite is for any model"
             )
-        if facts.unsigned and "svdquant_int4" in methods:
-            return (
-                f"found svdquant_int4 with {family.name}, expected svdquant_nvfp4: Nunchaku shifts the inputs of "
-                f"'{facts.unsigned[0]}' and rounds them without a sign, which is not written; --dialect nunchaku-lite "
-                "holds both"
-            )
         return None
+
+    def fitted_format(self, fmt: QuantizingFormat, family: Family, stem: str) -> QuantizingFormat:
+        if isinstance(fmt, SvdQuantInt4) and _is_unsigned(stem):
+            return replace(fmt, shift=SHIFT)
+        return fmt
 
     def own_format(self, family: Family, stem: str) -> QuantizingFormat | None:
         modulations = () if family.nunchaku is None else family.nunchaku.modulations
@@ -170,6 +181,11 @@ class Nunchaku(Dialect):
 
 def _is_any(templates: Sequence[str], stem: str) -> bool:
     return any(block_numbers(template, stem) is not None for template in templates)
+
+
+def _is_unsigned(stem: str) -> bool:
+    """Whether a layer's inputs come from a GELU, so that int4 rounds them without a sign."""
+    return any(_is_any(family.nunchaku.unsigned, stem) for family in FAMILIES if family.nunchaku is not None)
 
 
 def _header(layers: Mapping[str, Format]) -> dict[str, Any]:
@@ -220,10 +236,9 @@ def _layer(found: Found, stem: str) -> StoredLayer:
         raise LayerError(found, stem, what, "missing-companion")
     precision = "nvfp4" if scales.dtype is torch.float8_e4m3fn else "int4"
     shape, fmt = (weight.shape[0], 2 * weight.shape[1]), FORMATS[precision](down.shape[1])
-    facts = [family.nunchaku for family in FAMILIES if family.nunchaku is not None]
+    if isinstance(fmt, SvdQuantInt4) and _is_unsigned(stem):
+        fmt = replace(fmt, shift=SHIFT)
     problem = fmt.unsupported(*shape)
-    if precision == "int4" and any(_is_any(each.unsigned, stem) for each in facts):
-        problem = "found int4 behind a GELU, whose inputs Nunchaku shifts and rounds without a sign, which is not read"
     if problem is not None:
         raise LayerError(found, stem, f"layer '{stem}': {problem}")
     unused = (f"{stem}.{UNUSED}",) if found.get(stem, UNUSED) is not None else ()

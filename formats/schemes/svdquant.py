@@ -54,7 +54,7 @@ DEFAULT_RANK = 32
 TILE, RANK_TILE = 128, 16
 #: Columns of a token, and of a row, that share a scale with int4.
 INT4_GROUP = 64
-LOWEST, HIGHEST = -8, 7
+LOWEST, HIGHEST, HIGHEST_UNSIGNED = -8, 7, 15
 PLAIN_DIVISOR = 7.0
 DIVISORS = (7.0, 7.5, 8.0, 8.5, 9.0, 9.75, 10.5)
 SMALLEST_AMAX = 1e-10
@@ -264,7 +264,7 @@ class SvdQuant(ElementFormat):
             seen.add(smoothed)
             down, unit = seen.largest(self.rank).T, self._unit(float(smoothed.abs().max()))
             parts = self._separate(smoothed, down, unit, 1, search=False)
-            return float(self._outputs(inputs / smooth, parts, down).sub_(wanted).square_().sum())
+            return float(self._outputs(inputs / smooth, parts, down, smooth).sub_(wanted).square_().sum())
 
         candidates = [torch.ones_like(largest_input)]
         for exponent in EXPONENTS[1:]:
@@ -272,9 +272,9 @@ class SvdQuant(ElementFormat):
             candidates += [_factors(largest_input, largest_weight, exponent, other) for other in others]
         return min(candidates, key=error)
 
-    def _outputs(self, smoothed_inputs: Tensor, parts: _Parts, down: Tensor) -> Tensor:
+    def _outputs(self, smoothed_inputs: Tensor, parts: _Parts, down: Tensor, smooth: Tensor) -> Tensor:
         """The outputs of a layer with these rows for smoothed inputs [samples, in], float32 [samples, rows]."""
-        product = self.round_inputs(smoothed_inputs, {}) @ parts.rounded.T
+        product = self.round_inputs(smoothed_inputs, {"smooth_factor": smooth}) @ parts.rounded.T
         return product.addmm_(smoothed_inputs @ down.T, parts.up.T)
 
     def _refine(self, weights: Sequence[WeightRows], smooth: Tensor, basis: Tensor, held_out: Tensor | None) -> _Fitted:
@@ -294,7 +294,7 @@ class SvdQuant(ElementFormat):
                 left = smoothed.addmm_(parts.up, down, alpha=-1)
                 if inputs is not None:
                     exact = left.add_(parts.rounded).addmm_(parts.up, down)
-                    left = self._outputs(inputs, parts, down).sub_(inputs @ exact.T)
+                    left = self._outputs(inputs, parts, down, smooth).sub_(inputs @ exact.T)
                 error += float(left.square_().sum(dtype=torch.float64))
             if error >= least:
                 break
@@ -345,8 +345,16 @@ def _factors(inputs: Tensor, weights: Tensor, exponent: float, other: float) -> 
     return torch.exp2(log - log.mean()).bfloat16().float()
 
 
+@dataclass(frozen=True)
 class SvdQuantInt4(SvdQuant):
-    """SVDQuant in integers of 4 bits."""
+    """SVDQuant in integers of 4 bits.
+
+    Attributes:
+        shift: what is added to inputs that are never below its negative, so that they are rounded without a sign; what
+            it adds to outputs is taken away from the bias
+    """
+
+    shift: float = 0.0
 
     method = "svdquant_int4"
     group = INT4_GROUP
@@ -361,11 +369,30 @@ class SvdQuantInt4(SvdQuant):
     def round_elements(self, values: Tensor) -> Tensor:
         return values.round().clamp_(LOWEST, HIGHEST)
 
+    @property
+    def label(self) -> str:
+        return f"{super().label}, unsigned inputs" if self.shift else super().label
+
+    def shift_product(self, tensors: Mapping[str, Tensor]) -> Tensor | None:
+        return self.multiplied(tensors) @ self._offsets(tensors) if self.shift else None
+
     def round_inputs(self, inputs: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
+        if self.shift:
+            return self._round_unsigned(inputs.float(), self._offsets(tensors).to(inputs.device))
         groups = inputs.float().reshape(*inputs.shape[:-1], -1, self.group)
         scale = groups.abs().amax(dim=-1, keepdim=True).clamp_(min=SMALLEST_AMAX) / HIGHEST
         rounded = (groups / scale).round_().clamp_(-HIGHEST, HIGHEST).mul_(scale)
         return rounded.view(inputs.shape)
+
+    def _offsets(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """The shift of each smoothed input, float32 [in]."""
+        return self.shift / tensors["smooth_factor"].float()
+
+    def _round_unsigned(self, inputs: Tensor, offsets: Tensor) -> Tensor:
+        groups = (inputs + offsets).reshape(*inputs.shape[:-1], -1, self.group)
+        scale = groups.amax(dim=-1, keepdim=True).clamp_(min=SMALLEST_AMAX) / HIGHEST_UNSIGNED
+        rounded = (groups / scale).round_().clamp_(0, HIGHEST_UNSIGNED).mul_(scale)
+        return rounded.view(inputs.shape).sub_(offsets)
 
     def _scale_layout(self, out_features: int, in_features: int) -> dict[str, TensorLayout]:
         return {"weight_scale": TensorLayout(torch.bfloat16, (out_features, in_features // self.group))}

@@ -89,12 +89,16 @@ class _Bias(ViewedTensor):
     Attributes:
         kept: the bias as it is stored
         read_as, written_as: how it is laid out there, and here; None for its natural order
+        shifted: the layer, if the shift of its inputs is taken away on one side alone
+        sign: 1 if that is there, -1 if it is here
     """
 
     spec: TensorSpec
     kept: ViewedTensor
     read_as: WritableCodec | None
     written_as: WritableCodec | None
+    shifted: QuantizedLayer | None = None
+    sign: int = 1
 
     @property
     def sources(self) -> tuple[str, ...]:  # type: ignore[override]  # follows from the tensor
@@ -104,6 +108,9 @@ class _Bias(ViewedTensor):
         bias = self.kept.read(0, self.spec.shape[0])
         if self.read_as is not None:
             bias = self.read_as.decode(bias, TensorLayout(bias.dtype, self.spec.shape, 0))
+        if self.shifted is not None:
+            added = self.shifted.format.shift_product(self.shifted.read(0, self.spec.shape[0]))
+            bias = (bias.float() + self.sign * added).to(bias.dtype) if added is not None else bias
         return (bias if self.written_as is None else self.written_as.encode(bias))[start:stop]
 
 
@@ -121,13 +128,19 @@ def with_biases(checkpoint: Checkpoint, codecs: Mapping[str, WritableCodec | Non
     return CheckpointView(checkpoint, tensors, checkpoint.storage if isinstance(checkpoint, CheckpointView) else None)
 
 
-def _spelled_bias(kept: KeptTensor, read_as: WritableCodec | None, written_as: WritableCodec | None) -> ViewedTensor:
-    """A bias in another order, in the dtype that the codec stores."""
-    if read_as == written_as:
+def _spelled_bias(
+    kept: KeptTensor,
+    read_as: WritableCodec | None,
+    written_as: WritableCodec | None,
+    shifted: QuantizedLayer | None = None,
+    sign: int = 1,
+) -> ViewedTensor:
+    """A bias in another order, in the dtype that the codec stores, and with another shift; see `_Bias`."""
+    if read_as == written_as and shifted is None:
         return kept
     stored = TensorLayout(kept.spec.dtype, kept.spec.shape)
     dtype = stored.dtype if written_as is None else written_as.stored(stored).dtype
-    return _Bias(replace(kept.spec, dtype=dtype), kept, read_as, written_as)
+    return _Bias(replace(kept.spec, dtype=dtype), kept, read_as, written_as, shifted, sign)
 
 
 @dataclass(frozen=True)
@@ -423,8 +436,7 @@ def _view(
             name = new_names[stored]
             kept = KeptTensor(replace(spec, name=name), checkpoint, stored)
             if name in biases:
-                codecs = (_bias_codec(dialect, biases[name]) for dialect in (stored_as, written))
-                tensors[name] = _spelled_bias(kept, *codecs)
+                tensors[name] = _bias_between(kept, biases[name], stored_as, written)
             elif widens and spec.dtype in FLOAT8:
                 tensors[name] = _Widened(replace(kept.spec, dtype=torch.bfloat16), kept)
             else:
@@ -432,5 +444,12 @@ def _view(
     return CheckpointView(checkpoint, list(tensors.values()), storage)
 
 
-def _bias_codec(dialect: Dialect | None, layer: QuantizedLayer) -> WritableCodec | None:
-    return None if dialect is None else dialect.bias_codec(layer.format, layer.shape)
+def _bias_between(
+    kept: KeptTensor, layer: QuantizedLayer, stored_as: Dialect | None, written: Dialect | None
+) -> ViewedTensor:
+    """The bias of a layer from one dialect to another; None stands for a bias as the model has it."""
+    read_as, written_as = (
+        None if each is None else each.bias_codec(layer.format, layer.shape) for each in (stored_as, written)
+    )
+    lacks, lacked = (each is not None and each.shifts_biases for each in (written, stored_as))
+    return _spelled_bias(kept, read_as, written_as, layer if lacks != lacked else None, 1 if lacked else -1)

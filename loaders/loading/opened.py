@@ -143,7 +143,9 @@ def _read_bias(checkpoint: Checkpoint, dialect: Dialect, layer: QuantizedLayer) 
     if name not in checkpoint or not _holds_bias(dialect, layer.stem, layer):
         return None
     stored, codec = checkpoint.read(name), dialect.bias_codec(layer.format, layer.shape)
-    return stored if codec is None else codec.decode(stored, TensorLayout(stored.dtype, layer.shape[:1], 0))
+    bias = stored if codec is None else codec.decode(stored, TensorLayout(stored.dtype, layer.shape[:1], 0))
+    added = layer.format.shift_product(layer.read(0, layer.shape[0])) if dialect.shifts_biases else None
+    return bias if added is None else (bias.float() + added).to(bias.dtype)
 
 
 def _linear(model: nn.Module, stem: str, layer: QuantizedLayer) -> nn.Linear:
