@@ -1,0 +1,65 @@
+"""The benchmark of calibration, and the pipeline with outlier channels that it is run on."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from pathlib import Path
+
+import bench_calibration as bench
+import pytest
+
+from omni_convert.convert.calibration.generation import GenerationSettings
+from omni_convert.convert.calibration.pipeline_recorder import calibrate
+from omni_convert.convert.calibration.prompts import read_prompts
+from omni_convert.loaders.pipeline import load_pipeline
+
+ROOT = Path(__file__).parent.parent
+FLUX = ROOT / "tests/data/flux"
+
+
+def test_the_inputs_of_most_layers_have_outlier_channels() -> None:
+    settings = GenerationSettings.for_pipeline(FLUX, {"steps": 2})
+    prompts = read_prompts(FLUX.with_name("flux_prompts.txt"))
+    recorded = calibrate(load_pipeline(FLUX, "cpu"), prompts[:2], settings)
+    ratios = [float(layer.channels.max() / layer.channels.median()) for layer in recorded.layers.values()]
+    assert statistics.median(ratios) >= 20
+    runs = next(iter(recorded.layers.values())).row_runs()
+    assert runs is not None
+    assert (len(runs[:, 0].unique()), sorted(runs[:, 1].unique().tolist())) == (2, [0, 1])
+
+
+def test_calibration_and_evaluation_share_no_prompt() -> None:
+    calibration, evaluation = (
+        {prompt.text for prompt in read_prompts(FLUX.with_name(f"flux_{kind}.txt"))}
+        for kind in ("prompts", "evaluation_prompts")
+    )
+    assert (len(calibration), len(evaluation)) == (40, 16)
+    assert not calibration & evaluation
+
+
+def test_each_form_is_listed_once_after_the_one_that_it_is_held_to() -> None:
+    for method in ("mxfp4", "fp8"):
+        found = list(bench.forms(method, [(1, 20), (40, 20)], 20, with_gptq=True))
+        assert found[0] == bench.reference_form(method, 20)
+        assert len(set(found)) == len(found)
+    assert {form.kind for form in bench.forms("mxfp4", [(8, 4)], 20, with_gptq=True)} >= {"bound", "gptq"}
+
+
+def test_gains_are_paired() -> None:
+    gain, error = bench.paired_gain([10.0, 1000.0], [1.0, 100.0])
+    assert gain == pytest.approx(10.0)
+    assert error == pytest.approx(0.0)
+
+
+def test_finished_rows_are_read_and_not_measured_again(tmp_path: Path, capsys) -> None:  # type: ignore[no-untyped-def]
+    judged = bench.Bench.of(str(FLUX), tmp_path, images=2)
+    plain, calibrated = bench.Form("mxfp4", "plain"), bench.Form("mxfp4", "calibrated", 8, 20)
+    rows = {
+        f"{plain.key}, 2 images": {"images": [4.0, 4.0], "steps": [0.04, 0.04]},
+        f"{calibrated.key}, 2 images": {"images": [2.0, 2.0], "steps": [0.4, 0.4]},
+    }
+    (tmp_path / "rows.json").write_text(json.dumps(rows))
+    assert judged.report(calibrated, plain)
+    assert "+3.01" in (printed := capsys.readouterr().out)
+    assert "-10.00" in printed
