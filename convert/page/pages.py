@@ -57,10 +57,16 @@ def _converted_layers(plan: Plan, report: ConversionReport) -> Markup:
         for component in plan.components
         for stem, label in component.labels.items()
     }
-    sizes = {layer.name: 100 * layer.bytes_after / layer.bytes_before for layer in report.layers}
+    weights = {
+        f"{component.name}.{stem}" if component.name else stem: weight.elements
+        for component in plan.components
+        for step in component.quantize_steps
+        for stem, weight in zip(step.group.members, step.weights, strict=True)
+    }
+    bits = {layer.name: 8 * layer.bytes_after / weights[layer.name] for layer in report.layers if layer.name in weights}
     measures = [
         Measure("weight error", {layer.name: layer.relative_error for layer in report.layers}, ".4f"),
-        Measure("% of the bytes before", sizes, ".1f"),
+        Measure("bits per weight", bits, ".2f"),
     ]
     rows: list[list[Content | tuple[float, str]]] = [
         [
@@ -152,12 +158,30 @@ def comparison_page(report: Mapping[str, Any], images: Sequence[tuple[Any, Any, 
         known = [(step, value) for step, value in enumerate(steps, 1) if value is not None]
         points = [(step, value, f"step {step}: {value:.4g}") for step, value in known]
         chart = line_chart(points, ("denoising step", "relative L2 of the latents"))
-        sections.append(Section("Distance of the latents", chart))
+        sections.append(Section("Distance of the latents", joined((chart, _step_table(report)))))
     sections += [
         Section("Runs", _run_table(report)),
         _recipe(command, {name: report[name] for name in ("model", "seed", "sampling_kwargs", "variant_configs")}),
     ]
     return page(f"Comparison with {report['model']}", sections)
+
+
+def _step_table(report: Mapping[str, Any]) -> Markup:
+    """The distances of each prompt after each step."""
+    each = report["trajectory_metrics"]["per_prompt_relative_l2_per_step"]
+    prompts = report["prompt"] if isinstance(report["prompt"], list) else [report["prompt"]]
+    steps = range(max(map(len, each)))
+    rows: list[list[Content | tuple[float, str]]] = [
+        [prompt, *(_distance(distances[step : step + 1]) for step in steps)]
+        for prompt, distances in zip(prompts, each, strict=True)
+    ]
+    return sortable_table(["prompt", *(f"step {step + 1}" for step in steps)], rows)
+
+
+def _distance(found: Sequence[float | None]) -> tuple[float, str]:
+    """A distance as a cell; without one the step was not taken, or its latents are no numbers."""
+    value = next(iter(found), None)
+    return (math.inf, "none") if value is None else (value, f"{value:.4f}")
 
 
 def _metric(value: float | None, decimals: int) -> tuple[float, str]:

@@ -73,6 +73,8 @@ def test_a_conversion_to_a_budget_and_its_verification(
     reader = opened(tmp_path / "out.html")
     assert "Size and noise" in reader.text
     assert "nvfp4" in reader.text
+    assert "bits per weight" in reader.text
+    assert "4.50" in reader.text
     assert sum(tag == "circle" and a["class"] == "mark" for tag, a in reader.tags) == 1
     run("verify", tmp_path / "out", "--reference", tiny_pipeline_folder, "--report", tmp_path / "verify.html")
     assert "Nothing wrong." in opened(tmp_path / "verify.html").text
@@ -105,3 +107,5 @@ def test_a_comparison(tiny_pipeline_folder: Path, tmp_path: Path, opened: Callab
     assert sum(tag == "img" for tag, _ in reader.tags) == 2 * 3
     assert reader.text.count(PROMPT) >= 2
     assert "Distance of the latents" in reader.text
+    assert "step 2" in reader.text
+    assert f"{steps[1][0]:.4f}" in reader.text
