@@ -259,7 +259,9 @@ class Bench:
         folder = self.output / "converted"
         known = () if form.prompts == 0 else (self._statistics(form.prompts, form.steps),)
         moments = (self._moments(form.prompts, form.steps),) if form.kind == "gptq" else ()
-        recipe = Recipe(form.method, calibration=known, moments=moments, runtime="diffusers", overwrite=True)
+        recipe = Recipe(
+            form.method, calibration=known, moments=moments, runtime="diffusers", bf16_blocks=0, overwrite=True
+        )
         convert_checkpoint(str(self.folder), folder, recipe)
         return folder
 
