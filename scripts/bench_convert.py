@@ -15,12 +15,14 @@ Runs and floors begin alike: the source is not in memory, and what was freed bef
 to another spelling, METHOD:dequantize gives BF16 back, METHOD-PART leaves the layers of that name in BF16, so that most
 bytes are copied.
 
-MX, dual-scale and nvfp4 run with `--no-search`; NAME+search is the default search; gguf-TYPE is `--gguf-type TYPE`.
+All run with `--no-search`; NAME+search is the default search. gguf-TYPE is `--gguf-type TYPE`, int8-rotate is
+`--rotate`, nf4-nested is `--double-quant`, and NAME:DIALECT is `--dialect DIALECT`.
 Peers (ModelOpt, convert_to_quant) run beside fp8 where they are installed.
 
     python scripts/bench_convert.py --size 5 12
     python scripts/bench_convert.py --size 5 --methods mxfp4 mxfp4_dualscale+search --workers 1 2
     python scripts/bench_convert.py --size 2 8 --methods gguf-Q8_0 gguf-Q4_0
+    python scripts/bench_convert.py --size 1 --methods int8-rotate:comfyui w4a8 w4a8+search nf4 mxfp4:auto-round
     python scripts/bench_convert.py --size 5 --transcode
     python scripts/bench_convert.py --size 5 --transcode fp8:modelopt mxfp4:dequantize
 """
@@ -65,6 +67,12 @@ TRANSCODINGS = (
     "mxfp4:dequantize",
 )
 DEQUANTIZE = "dequantize"
+# What stands behind the hyphen in the name of a method → options.
+VARIANTS = {
+    "blocks": ["--weight-block-size", "128,128"],
+    "rotate": ["--rotate"],
+    "nested": ["--double-quant"],
+}
 
 # Each peer as a program that converts `source` (a folder or file) to FP8 in `output`; argv: source, output.
 MODELOPT = """
@@ -173,10 +181,12 @@ def measure(command: list[str], source: Path) -> Run:
 
 def convert_command(source: Path, output: Path, method: str, workers: int) -> list[str]:
     name, _, search = method.partition("+")
+    name, _, dialect = name.partition(":")
     name, _, variant = name.partition("-")
     arguments = ["-m", name]
     if variant:
-        arguments += ["--gguf-type", variant] if name == "gguf" else ["--weight-block-size", "128,128"]
+        arguments += ["--gguf-type", variant] if name == "gguf" else VARIANTS[variant]
+    arguments += ["--dialect", dialect] if dialect else []
     arguments += [] if search else ["--no-search"]
     program = [sys.executable, "-m", "omni_convert.convert.cli"]
     return [*program, str(source), "-o", str(output), "--quiet", "--workers", str(workers), *arguments]

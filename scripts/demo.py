@@ -4,6 +4,9 @@ Prints a table and writes a picture. Exits with 1 when an 8-bit method misses wh
 pipeline (PSNR >= 25 dB, MAE <= 6, cosine >= 0.995, relative L2 <= 0.08), when a method misses its noise ratio, or when
 all that lowers the error of dual-scale MXFP4 gains less than 2 dB PSNR over plain rounding.
 
+`--formats` takes the formats that ComfyUI, GGUF's readers, AutoRound and bitsandbytes have. With `--pipeline` all of it
+is done to another pipeline, and only the table counts.
+
 The noise ratio is the RMSE against the BF16 images over the RMSE between the BF16 and the FP32 run of the same
 pipeline, pooled over all pixels: how much quantizing changes a picture, in units of what BF16 itself changes.
 """
@@ -75,15 +78,20 @@ class Case:
         )
 
 
-def cases(statistics: Path, moments: Path, *, microscaling: bool) -> list[Case]:
-    """The conversions of the demo: for each microscaling method, one more step at a time that lowers its error."""
+def cases(statistics: Path) -> list[Case]:
+    """The conversions of the demo."""
     known = (statistics,)
-    eight_bit = [
+    return [
         Case("fp8 static", Recipe("fp8", calibration=known), 2.0, True),
         Case("fp8 dynamic", Recipe("fp8"), 2.0, True),
         Case("fp8 block 128x128", Recipe("fp8", weight_block_size=(128, 128)), 2.0, True),
         Case("int8", Recipe("int8"), 2.0, True),
     ]
+
+
+def microscaling_cases(statistics: Path, moments: Path) -> list[Case]:
+    """For each microscaling method, one more step at a time that lowers its error."""
+    known = (statistics,)
     others = [
         Case("mxfp8 plain", Recipe("mxfp8", scale_rule="floor", search=False), is_strict=True),
         Case("mxfp8 searched", Recipe("mxfp8"), is_strict=True),
@@ -98,7 +106,27 @@ def cases(statistics: Path, moments: Path, *, microscaling: bool) -> list[Case]:
             Case(f"{method} smoothed", Recipe(method, calibration=known)),
             Case(f"{method} gptq", Recipe(method, calibration=known, moments=(moments,)), improves=improves),
         ]
-    return eight_bit + others if microscaling else eight_bit
+    return others
+
+
+def format_cases(statistics: Path, moments: Path) -> list[Case]:
+    """The formats of ComfyUI, GGUF, AutoRound and bitsandbytes."""
+    known = (statistics,)
+    kinds = ("Q8_0", "Q6_K", "Q5_K", "Q4_K", "Q3_K", "Q2_K", "IQ4_XS", "IQ4_NL")
+    mixtures = ("Q5_K_M", "Q5_K_S", "Q4_K_M", "Q4_K_S", "Q3_K_L", "Q3_K_M", "Q3_K_S")
+    return [
+        Case("int8 per row", Recipe("int8", dialect="comfyui")),
+        Case("int8 rotated", Recipe("int8", dialect="comfyui", rotate=True)),
+        *(Case(method, Recipe(method)) for method in ("w6a8", "w4a8", "convrot_w4a4", "nf4")),
+        Case("nf4 nested", Recipe("nf4", double_quant=True)),
+        *(Case(f"{method} auto-round", Recipe(method, dialect="auto-round")) for method in ("mxfp8", "mxfp4")),
+        Case("nvfp4 auto-round", Recipe("nvfp4", dialect="auto-round", calibration=known)),
+        *(Case(f"gguf {kind}", Recipe("gguf", gguf_type=kind)) for kind in kinds),
+        *(Case(f"gguf {kind} importance", Recipe("gguf", gguf_type=kind, calibration=known)) for kind in kinds[1:]),
+        *(Case(f"gguf {kind}", Recipe("gguf", gguf_type=kind, calibration=known)) for kind in mixtures),
+        Case("gguf Q4_K gptq", Recipe("gguf", gguf_type="Q4_K", calibration=known, moments=(moments,))),
+        Case("gguf Q3_K gptq", Recipe("gguf", gguf_type="Q3_K", calibration=known, moments=(moments,))),
+    ]
 
 
 def main() -> int:
@@ -107,6 +135,11 @@ def main() -> int:
     parser.add_argument("--output", type=Path, default=Path("demo-output"))
     parser.add_argument("--prompts", type=int, help="evaluation prompts to use; default: all 16")
     parser.add_argument("--all", action="store_true", help="the microscaling methods too: twice as long")
+    parser.add_argument("--formats", action="store_true", help="the formats of other tools, in place of the methods")
+    parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="only these rows of the table")
+    parser.add_argument("--pipeline", type=Path, help="another pipeline than the bundled one")
+    parser.add_argument("--calib", type=Path, default=DEMO_PROMPTS, help="prompts for calibration")
+    parser.add_argument("--evaluation", type=Path, default=DEMO_EVALUATION_PROMPTS, help="evaluation prompts")
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore", module="diffusers|transformers")
     diffusers_logging.disable_progress_bar()
@@ -115,26 +148,41 @@ def main() -> int:
     output.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
 
-    print(f"calibrating on {DEMO_PROMPTS.name}")
     statistics, moments = output / "stats.safetensors", output / "moments.safetensors"
-    recording = record_source(resolve_source(None), Recipe(calib=DEMO_PROMPTS), with_moments=arguments.all)
+    chosen = format_cases(statistics, moments) if arguments.formats else cases(statistics)
+    chosen += microscaling_cases(statistics, moments) if arguments.all else []
+    chosen = [case for case in chosen if not arguments.only or case.name in arguments.only]
+    calibrate(arguments, statistics, moments, chosen)
+    folders = [convert(case, arguments.pipeline, output) for case in chosen]
+    prompts = read_prompts(arguments.evaluation)[: arguments.prompts]
+    failed = compare_with_bf16(chosen, folders, arguments.pipeline or DEMO_PIPELINE, prompts, output)
+    print(f"{output / 'comparison.png'}, {time.monotonic() - started:.0f} s in all")
+    if failed and arguments.pipeline is None:
+        print(f"missed the bar: {', '.join(failed)}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def calibrate(arguments: argparse.Namespace, statistics: Path, moments: Path, chosen: Sequence[Case]) -> None:
+    """Records what the cases use, unless files of an earlier run have it."""
+    with_moments = any(case.recipe.moments for case in chosen)
+    if not any(case.recipe.is_calibrated for case in chosen):
+        return
+    if statistics.is_file() and (moments.is_file() or not with_moments):
+        print(f"taking {statistics}")
+        return
+    print(f"calibrating on {arguments.calib.name}")
+    source = resolve_source(None if arguments.pipeline is None else str(arguments.pipeline))
+    recording = record_source(source, Recipe(calib=arguments.calib), with_moments=with_moments)
     recording.statistics.save(statistics)
     if recording.moments is not None:
         recording.moments.save(moments)
-    chosen = cases(statistics, moments, microscaling=arguments.all)
-    folders = [convert(case, output) for case in chosen]
-    prompts = read_prompts(DEMO_EVALUATION_PROMPTS)[: arguments.prompts]
-    failed = compare_with_bf16(chosen, folders, prompts, output)
-    print(f"{output / 'comparison.png'}, {time.monotonic() - started:.0f} s in all")
-    if failed:
-        print(f"missed the bar: {', '.join(failed)}", file=sys.stderr)
-    return 1 if failed else 0
 
 
-def convert(case: Case, output: Path) -> Path:
-    """Converts the demo as a case says, into a folder of its name."""
+def convert(case: Case, pipeline: Path | None, output: Path) -> Path:
+    """Converts the pipeline, by default the demo, as a case says, into a folder of its name."""
     folder = output / case.name.replace(" ", "-")
-    report = convert_checkpoint(None, folder, replace(case.recipe, overwrite=True))
+    report = convert_checkpoint(pipeline, folder, replace(case.recipe, overwrite=True))
     print(
         f"converted   {case.name:<24} {len(report.layers)} layers, {report.bytes_before / 1e6:.1f} → "
         f"{report.bytes_after / 1e6:.1f} MB in {report.seconds:.1f} s"
@@ -143,10 +191,10 @@ def convert(case: Case, output: Path) -> Path:
 
 
 def compare_with_bf16(
-    chosen: Sequence[Case], folders: Sequence[Path], prompts: Sequence[Prompt], output: Path
+    chosen: Sequence[Case], folders: Sequence[Path], pipeline: Path, prompts: Sequence[Prompt], output: Path
 ) -> list[str]:
     """Runs every case over the prompts, prints the table, writes the picture; returns the names of those that fail."""
-    base = Variant("reference", str(DEMO_PIPELINE))
+    base = Variant("reference", str(pipeline))
     settings = settings_of(base, {})
     reference = run_variant(base, prompts, settings, SEED)
     exact = run_variant(Variant("fp32", base.model, dtype=torch.float32), prompts, settings, SEED)
@@ -168,7 +216,8 @@ def compare_with_bf16(
 
 def print_row(name: str, metrics: dict[str, float], folder: Path, run: Run) -> None:
     """One line of the table."""
-    size = sum(file.stat().st_size for file in (folder / "transformer").glob("*.safetensors")) / 1e6
+    files = (folder / "transformer").iterdir()
+    size = sum(file.stat().st_size for file in files if file.suffix in (".safetensors", ".gguf")) / 1e6
     kernels = ", ".join(f"{count} {kernel}" for kernel, count in run.kernels.items())
     print(
         f"{name:<24} {metrics['psnr_db']:>6.1f} {metrics['mae']:>6.2f} {metrics['cosine_similarity']:>8.5f} "
