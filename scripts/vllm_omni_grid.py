@@ -1,6 +1,7 @@
 """Holds every family and method to vLLM-Omni's own model classes and loader, of each version that is on PyPI.
 
-A cell is a tiny model of diffusers' class, converted by one method and loaded by one version of vLLM-Omni. Every layer
+A cell is a tiny model of diffusers' or transformers' class, converted by one method and loaded by one version of
+vLLM-Omni. Every layer
 has to stand there for the weight that was written, with nothing unloaded and nothing left over.
 
     python scripts/vllm_omni_grid.py run        runs the cells with the installed vLLM-Omni, and records what came out
@@ -26,8 +27,12 @@ from typing import Any
 import torch
 from models_page import RECORD, result_lines  # type: ignore[import-not-found]  # beside it
 from tiny_models import save_model  # type: ignore[import-not-found]
+from tiny_stages import save_repository  # type: ignore[import-not-found]
 from vllm_omni_runtime import (  # type: ignore[import-not-found]
+    HIDREAM_O1,
+    STAGES,
     ModelPlace,
+    Place,
     Runtime,
     compare,
     installed_version,
@@ -46,7 +51,7 @@ __all__ = ["CELLS", "PLACES", "Cell"]
 _WAN_BUILDER = "wan2_2.pipeline_wan2_2:create_transformer_from_config"
 _WAN = ModelPlace("wan2_2.wan2_2_transformer:WanTransformer3DModel", "WanPipeline", _WAN_BUILDER)
 #: Tiny model → where vLLM-Omni has its class.
-PLACES = {
+PLACES: dict[str, Place] = {
     "z_image": ModelPlace("z_image.z_image_transformer:ZImageTransformer2DModel", "ZImagePipeline"),
     "qwen_image": ModelPlace("qwen_image.qwen_image_transformer:QwenImageTransformer2DModel", "QwenImagePipeline"),
     "qwen_image_21": ModelPlace(
@@ -80,6 +85,8 @@ PLACES = {
         "Cosmos3OmniPipeline",
         renaming="cosmos3.pipeline_cosmos3:_remap_ckpt_key",
     ),
+    "hidream_o1": HIDREAM_O1,
+    **STAGES,
 }
 
 
@@ -106,6 +113,7 @@ CELLS = {
     "mxfp4_dualscale": Cell("NPU", {"method": "mxfp4_dualscale", "bf16_blocks": 0}),
     "nvfp4": Cell("CUDA", {"method": "nvfp4"}),
     "static nvfp4": Cell("CUDA", {"method": "nvfp4", **_STATIC}),
+    "svdquant_nvfp4": Cell("CUDA", {"method": "svdquant_nvfp4"}),
     "w4a16": Cell("CUDA", {"method": "w4a16", "group_size": 32}),
     "ModelOpt's fp8": Cell("CUDA", {"method": "fp8", "dialect": "modelopt"}),
     "ModelOpt's static fp8": Cell("CUDA", {"method": "fp8", "dialect": "modelopt", **_STATIC}),
@@ -131,9 +139,17 @@ def made_up_statistics(model: Path, component: str) -> Statistics:
 
 
 def saved_pipeline(name: str, folder: Path) -> Path:
-    """A tiny pipeline of a transformer alone, with its statistics beside it."""
-    model = name.removesuffix("_klein")
+    """A tiny pipeline of a transformer alone, or a repository, with its statistics beside it."""
     place = PLACES[name]
+    if place.component:
+        _save_pipeline(name.removesuffix("_klein"), place, folder)
+    else:
+        save_repository(name, folder)
+    made_up_statistics(folder / place.component, place.component).save(folder.with_suffix(".safetensors"))
+    return folder
+
+
+def _save_pipeline(model: str, place: ModelPlace, folder: Path) -> None:
     save_model(model, folder / "transformer")
     model_class = json.loads((folder / "transformer" / "config.json").read_text())["_class_name"]
     index = {
@@ -142,8 +158,6 @@ def saved_pipeline(name: str, folder: Path) -> Path:
         "transformer": ["diffusers", model_class],
     }
     (folder / "model_index.json").write_text(json.dumps(index))
-    made_up_statistics(folder / "transformer", "transformer").save(folder.with_suffix(".safetensors"))
-    return folder
 
 
 def result_of(runtime: Runtime, name: str, cell: Cell, source: Path) -> dict[str, Any]:
@@ -163,20 +177,21 @@ def result_of(runtime: Runtime, name: str, cell: Cell, source: Path) -> dict[str
         except Exception as error:  # noqa: BLE001  # whatever their code raises is the result
             # Sets in messages come in any order.
             return {"failed": re.split(r"[{\n]", f"{type(error).__name__}: {error}")[0].strip()}
-        found = compare(model, out / "transformer", source / "transformer", place)
+        found = compare(model, out / place.component, source / place.component, place)
     return {"layers": found.layers, "error": f"{found.error:.4f}"} if found.flaw is None else {"failed": found.flaw}
 
 
-def results(only: str) -> Iterator[tuple[str, str, dict[str, Any]]]:
-    """Runs the cells of the models whose names contain `only`."""
+def results(only: str, method: str) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """Runs the cells of the models whose names contain `only`, of all methods or of one."""
     with tempfile.TemporaryDirectory() as folder:
         runtime = Runtime(Path(folder) / "group")
         for name in PLACES:
             if only not in name:
                 continue
             source = saved_pipeline(name, Path(folder) / name)
-            for method, cell in CELLS.items():
-                yield name, method, result_of(runtime, name, cell, source)
+            for each, cell in CELLS.items():
+                if method in ("", each):
+                    yield name, each, result_of(runtime, name, cell, source)
     torch.distributed.destroy_process_group()
 
 
@@ -193,7 +208,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Runs the cells, and records them or compares them with the record."""
     record, version, differences = recorded(), installed_version(), 0
     ours = record.setdefault(version, {})
-    for name, method, result in results(arguments.only):
+    for name, method, result in results(arguments.only, arguments.method):
         before = ours.get(name, {}).get(method)
         print(f"{version} {name:17} {method:24} {shown(result)}", flush=True)
         if arguments.command == "check" and before != result:
@@ -223,6 +238,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=("run", "check", "print"))
     parser.add_argument("--only", default="", metavar="TEXT", help="only models whose name contains this")
+    parser.add_argument("--method", default="", choices=("", *CELLS), help="only this method")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")  # they are their own affair
     if arguments.command != "print":

@@ -1,4 +1,4 @@
-"""The code of vLLM-Omni on a machine without a GPU: its configs, model classes, linear methods and weight loader.
+"""The code of vLLM-Omni on a machine without a GPU: its configs, model classes, linear methods and weight loaders.
 
 What runs on a device only is left out: the kernels, and what the linear methods do with loaded weights for them. Where
 none of their kernels is for this machine, another of theirs takes the place, and is not run either.
@@ -12,9 +12,9 @@ import ast
 import inspect
 import json
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from importlib import import_module
 from importlib.metadata import version
 from importlib.util import find_spec, module_from_spec
@@ -24,14 +24,26 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from omni_convert.convert.source.component_folder import ComponentFolder
+from omni_convert.convert.source.location import resolve_source
 from omni_convert.formats.checks.meaning import open_quantized
 from omni_convert.formats.containers.checkpoint import Checkpoint
 from omni_convert.formats.containers.names import WEIGHT
 from omni_convert.formats.families.layers import LayerGroup
-from omni_convert.formats.families.table import find_family
 from omni_convert.formats.views.opened import QuantizedLayer
 
-__all__ = ["Comparison", "ModelPlace", "Runtime", "compare", "declare_operators", "installed_version"]
+__all__ = [
+    "HIDREAM_O1",
+    "STAGES",
+    "Comparison",
+    "ModelPlace",
+    "Place",
+    "Runtime",
+    "StagePlace",
+    "compare",
+    "declare_operators",
+    "installed_version",
+]
 
 MODELS = "vllm_omni.diffusion.models"
 FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
@@ -46,24 +58,39 @@ def installed_version() -> str:
 
 @dataclass(frozen=True)
 class ModelPlace:
-    """Where vLLM-Omni has the class of a transformer: `module:name`, below `vllm_omni.diffusion.models`.
+    """Where vLLM-Omni has the class of a diffusion model: `module:name`, below `vllm_omni.diffusion.models`.
 
     Attributes:
-        pipeline: the pipeline's class in diffusers
+        pipeline: the pipeline's class in diffusers; "" for a repository without model_index.json
         builder: the function that builds it from a config and a quantization config, as their pipeline does; "" where
             the pipeline calls the class
         renaming: the function by which their pipeline renames tensors of a checkpoint; "" if it does not
+        build: a function of their config that builds it, where that takes more
+        component: the folder of its weights; "" for the repository itself
+        child: the model's name in their pipeline
+        prefix: what their pipeline puts before names of the file
+        own: what the names of the tensors that the model reads begin with, in the file
     """
 
     model: str
-    pipeline: str
+    pipeline: str = ""
     builder: str = ""
     renaming: str = ""
+    build: Callable[[Any], nn.Module] | None = None
+    component: str = "transformer"
+    child: str = "transformer"
+    prefix: str = "transformer."
+    own: tuple[str, ...] = ("",)
 
     @property
     def name(self) -> str:
         """The name of the class."""
         return self.model.partition(":")[2]
+
+    @property
+    def runtime_prefix(self) -> str:
+        """What our tables may have before the names of the class's own modules."""
+        return f"{self.component}."
 
     def exists(self) -> bool:
         """Whether this version of vLLM-Omni has the class."""
@@ -80,6 +107,63 @@ class ModelPlace:
         Their ModelOpt adapter asks the pipeline for it, as `remap_checkpoint_key`.
         """
         return _function(self.renaming)(name) if self.renaming else name
+
+    def reads(self, name: str) -> bool:
+        """Whether the model reads a tensor of the file."""
+        return name.startswith(self.own) and self.renamed(name) is not None
+
+
+@dataclass(frozen=True)
+class StagePlace:
+    """Where vLLM-Omni has the language model of an autoregressive stage.
+
+    Attributes:
+        model: its class, `module:name`
+        architecture: the class of the stages together, which their config names
+        outer: the class whose names of tensors and merged layers the quantization config takes over, `module:name`
+        stage: the stage's name there
+        config_key: the key of the stage's config
+        architectures: those with which the outer class asks for the language model
+        prefix: what stands before the stage's names in the file
+        module_prefix: what stands before the names of the language model's modules in their configs
+        own: what the names of the tensors that the language model reads begin with, in the file
+    """
+
+    model: str
+    architecture: str
+    outer: str
+    stage: str
+    config_key: str
+    architectures: tuple[str, ...]
+    prefix: str
+    module_prefix: str
+    own: tuple[str, ...]
+    component: str = ""
+
+    @property
+    def name(self) -> str:
+        """The name of the class that has it."""
+        return self.outer.partition(":")[2]
+
+    @property
+    def runtime_prefix(self) -> str:
+        """What stands before the names of the class's own modules in our tables."""
+        return self.prefix
+
+    def exists(self) -> bool:
+        """Whether this version has the class."""
+        return find_spec(self.outer.partition(":")[0]) is not None
+
+    def renamed(self, name: str) -> str | None:
+        """The name by which the language model's own loader knows a tensor."""
+        return name.removeprefix(self.prefix)
+
+    def reads(self, name: str) -> bool:
+        """Whether the language model reads a tensor of the file."""
+        return name.startswith(self.own)
+
+
+Place = ModelPlace | StagePlace
 
 
 @cache
@@ -122,6 +206,8 @@ class Runtime:
         for name in ("int8_config", "mxfp8_config", "mxfp4_config"):  # on an NPU they would import its torch
             import_module(f"vllm_omni.quantization.{name}")
         _replace_kernels()
+        _inspect_classes_here()
+        import_module("vllm_omni.engine.arg_utils").register_omni_models_to_vllm()
         self._settings = import_module("vllm.config")
         self._start_group(rendezvous)
 
@@ -151,15 +237,26 @@ class Runtime:
         with self._settings.set_current_vllm_config(self._settings.VllmConfig()):
             parallel.init_distributed_environment(1, 0, f"file://{rendezvous}", 0, "gloo")
             parallel.initialize_model_parallel(backend="gloo")
+        groups: Any = import_module("vllm.distributed.parallel_state")
+        # Experts, which diffusion models have not always, are in this process alone as well.
+        groups._EP = groups._EP or groups.get_tp_group()  # noqa: SLF001
+        groups._PCP = groups._PCP or groups.get_tp_group()  # noqa: SLF001
 
-    def load(self, folder: Path, place: ModelPlace, device: str) -> nn.Module:
-        """Their transformer, built from our config and filled from our files by their loader, strict as it is.
+    def load(self, folder: Path, place: Place, device: str) -> nn.Module:
+        """Their model, built from our config and filled from our files by their loader, strict as it is.
 
         Args:
-            folder: a pipeline
+            folder: a pipeline or a repository
             device: name of the device to take this machine for; their configs choose linear methods by it
         """
         self._platform._omni_enum = self._interface.OmniPlatformEnum[device]  # noqa: SLF001
+        torch.set_default_dtype(torch.bfloat16)
+        try:
+            return self._stage(folder, place) if isinstance(place, StagePlace) else self._diffusion_model(folder, place)
+        finally:
+            torch.set_default_dtype(torch.float32)
+
+    def _diffusion_model(self, folder: Path, place: ModelPlace) -> nn.Module:
         data = import_module("vllm_omni.diffusion.data")
         configs = import_module("vllm_omni.diffusion.vllm_config")
         config = data.OmniDiffusionConfig.from_kwargs(model=str(folder))
@@ -168,38 +265,116 @@ class Runtime:
             raise ValueError("found no quantization config in the files, expected one")
         base = configs.create_base_diffusion_vllm_config(torch.device("cpu"), config)
         base = configs.configure_diffusion_vllm_config(base, config) or base
-        model_class = place.imported()
-        torch.set_default_dtype(torch.bfloat16)
-        try:
-            with self._settings.set_current_vllm_config(base):
-                return self._filled(config, _built(place, model_class, config), place)
-        finally:
-            torch.set_default_dtype(torch.float32)
+        with self._settings.set_current_vllm_config(base):
+            return self._filled(config, _built(place, config), place)
 
-    def _filled(self, config: Any, transformer: nn.Module, place: ModelPlace) -> nn.Module:
+    def _filled(self, config: Any, model: nn.Module, place: ModelPlace) -> nn.Module:
         loading = import_module("vllm_omni.diffusion.model_loader.diffusers_loader")
         source = loading.DiffusersPipelineLoader.ComponentSource
         weights_loader = import_module("vllm.model_executor.models.utils").AutoWeightsLoader
 
         class Pipeline(nn.Module):
-            """The part of a pipeline class of theirs that concerns the transformer."""
+            """What concerns the model in a pipeline class of theirs, which skips the rest, or has modules for it."""
 
             def __init__(self) -> None:
                 super().__init__()
-                self.weights_sources = [source(config.model, "transformer", None, "transformer.", True)]
-                self.transformer = transformer
+                self.weights_sources = [source(config.model, place.component or None, None, place.prefix, True)]
+                self.add_module(place.child, model)
                 if place.renaming:
                     self.remap_checkpoint_key = place.renamed
 
             def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> Any:
                 own = {*self.state_dict()}  # an adapter may have renamed some
-                renamed = ((name if name in own else place.renamed(name), tensor) for name, tensor in weights)
+                mine = (pair for pair in weights if pair[0].startswith(f"{place.child}."))
+                renamed = ((name if name in own else place.renamed(name), tensor) for name, tensor in mine)
                 return weights_loader(self).load_weights((name, tensor) for name, tensor in renamed if name is not None)
 
         loader = loading.DiffusersPipelineLoader(self._settings.LoadConfig(), config)
         loader.counter_before_loading_weights = 0.0
         loader.load_weights(Pipeline())
-        return transformer
+        return model
+
+    def stage_config(self, folder: Path, place: StagePlace, stage: str = "") -> Any:
+        """Their config of a stage, made as their engine makes it: by vLLM first.
+
+        Args:
+            stage: another one than the place's
+        """
+        config = self._settings.ModelConfig(
+            model=str(folder),
+            skip_tokenizer_init=True,
+            dtype="bfloat16",
+            enforce_eager=True,
+            hf_overrides={"architectures": [place.architecture]},
+        )
+        return import_module("vllm_omni.config.model").OmniModelConfig.from_vllm_model_config(
+            config,
+            model_stage=stage or place.stage,
+            model_arch=place.architecture,
+            hf_config_name=f"{stage}_config" if stage else place.config_key,
+        )
+
+    def _stage(self, folder: Path, place: StagePlace) -> nn.Module:
+        config = self.stage_config(folder, place)
+        text = config.hf_text_config
+        text.tie_word_embeddings = False  # a newer transformers keeps it elsewhere
+        whole = self._settings.VllmConfig(model_config=config, device_config=self._settings.DeviceConfig(device="cpu"))
+        inc = import_module("vllm_omni.quantization.inc_config").OmniINCConfig
+        whole.quant_config = inc.maybe_upgrade(whole.quant_config)  # as their engine does
+        if whole.quant_config is None:
+            raise ValueError("found no quantization config in the files, expected one")
+        with self._settings.set_current_vllm_config(whole):
+            outer = _at(place.outer)
+            whole.quant_config.apply_vllm_mapper(outer.hf_to_vllm_mapper.get_rename_mapper())
+            whole.quant_config.packed_modules_mapping.update(getattr(outer, "packed_modules_mapping", {}))
+            inner = whole.with_hf_config(text, architectures=[*place.architectures])
+            with self._settings.set_current_vllm_config(inner):
+                model: nn.Module = _at(place.model)(vllm_config=inner, prefix=place.module_prefix)
+                model.load_weights(_tensors(folder, place))  # type: ignore[operator]
+        return model
+
+
+_STAGES = "vllm_omni.model_executor.models"
+_OF_THINKER = ("thinker.model.", "thinker.lm_head.")
+#: Tiny repository → where vLLM-Omni has its language model.
+STAGES = {
+    "qwen_3_omni": StagePlace(
+        f"{_STAGES}.qwen3_omni.qwen3_omni_moe_thinker:Qwen3MoeLLMForCausalLM",
+        "Qwen3OmniMoeForConditionalGeneration",
+        f"{_STAGES}.qwen3_omni.qwen3_omni:Qwen3OmniMoeForConditionalGeneration",
+        "thinker",
+        "thinker_config",
+        ("Qwen3MoeForCausalLM",),
+        "thinker.",
+        "thinker.language_model",
+        _OF_THINKER,
+    ),
+    "qwen_2_5_omni": StagePlace(
+        "vllm.model_executor.models.qwen2:Qwen2ForCausalLM",
+        "Qwen2_5OmniForConditionalGeneration",
+        f"{_STAGES}.qwen2_5_omni.qwen2_5_omni_thinker:Qwen2_5OmniThinkerForConditionalGeneration",
+        "thinker",
+        "thinker_config",
+        ("Qwen2ForCausalLM",),
+        "thinker.",
+        "thinker.language_model",
+        _OF_THINKER,
+    ),
+}
+
+
+def _tensors(folder: Path, place: StagePlace) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of the language model, as its class is given them."""
+    with Checkpoint.open(folder) as checkpoint:
+        for name in checkpoint:
+            if place.reads(name):
+                yield name.removeprefix(place.prefix), checkpoint.read(name)
+
+
+def _at(place: str) -> Any:
+    """Something of theirs, `module:name`."""
+    module, _, name = place.partition(":")
+    return getattr(import_module(module), name)
 
 
 def declare_operators() -> None:
@@ -216,16 +391,46 @@ def declare_operators() -> None:
             torch.library.define(name, schema)
 
 
-def _built(place: ModelPlace, model_class: type[nn.Module], config: Any) -> nn.Module:
+def _hidream_o1(config: Any) -> nn.Module:
+    module = import_module(f"{MODELS}.hidream_o1_image.hidream_o1_image_transformer")
+    settings = module.Qwen3VLConfig.from_pretrained(config.model)
+    model: nn.Module = module.HiDreamO1ImageTransformer(settings, quant_config=config.quantization_config)
+    return model
+
+
+HIDREAM_O1 = ModelPlace(
+    "hidream_o1_image.hidream_o1_image_transformer:HiDreamO1ImageTransformer",
+    build=_hidream_o1,
+    component="",
+    child="model",
+    prefix="model.",
+    own=("model.language_model.", "model.t_embedder1.", "model.x_embedder.", "model.final_layer2."),
+)
+
+
+def _built(place: ModelPlace, config: Any) -> nn.Module:
+    if place.build is not None:
+        return place.build(config)
     if place.builder:
         stored = json.loads((Path(config.model) / "transformer" / "config.json").read_text())
         built: nn.Module = _imported(place.builder)(stored, quant_config=config.quantization_config)
         return built
+    model_class = place.imported()
     keywords_of = import_module("vllm_omni.diffusion.utils.tf_utils").get_transformer_config_kwargs
     keywords = keywords_of(config.tf_model_config, model_class)
     further = {"od_config": config, "quant_config": config.quantization_config}
     taken = inspect.signature(model_class).parameters
     return model_class(**keywords, **{name: value for name, value in further.items() if name in taken})
+
+
+def _inspect_classes_here() -> None:
+    """Lets vLLM look at model classes in this process, which has the operators, and not in another."""
+    registry: Any = import_module("vllm.model_executor.models.registry")
+
+    def inspect_class(model: Any) -> Any:
+        return registry._ModelInfo.from_model_cls(model.load_model_cls())  # noqa: SLF001
+
+    registry._LazyRegisteredModel.inspect_model_cls = inspect_class  # noqa: SLF001
 
 
 def _replace_kernels() -> None:
@@ -239,6 +444,30 @@ def _replace_kernels() -> None:
     for kind, kernel in kernels.items():
         getattr(linear, f"_POSSIBLE_{kind}_KERNELS")[cpu] = [_on_any_device(kernel)]
     linear.MarlinNvFp4LinearKernel = linear.EmulationNvFp4LinearKernel
+    _replace_expert_kernels()
+    svdquant: Any = import_module("vllm_omni.quantization.svdquant_config")
+    svdquant._assert_supported = lambda: None  # noqa: SLF001
+
+
+def _replace_expert_kernels() -> None:
+    """The same for stacks of experts."""
+    oracles = "vllm.model_executor.layers.fused_moe.oracle"
+    backends = {
+        "fp8": import_module(f"{oracles}.fp8").Fp8MoeBackend.TRITON,
+        "nvfp4": import_module(f"{oracles}.nvfp4").NvFp4MoeBackend.MARLIN,
+    }
+    for module in ("fp8", "modelopt"):
+        methods = import_module(f"vllm.model_executor.layers.quantization.{module}")
+        for kind, backend in backends.items():
+            if hasattr(methods, f"select_{kind}_moe_backend"):
+                setattr(methods, f"select_{kind}_moe_backend", partial(_chosen, backend))
+    scheme: Any = import_module("vllm.model_executor.layers.quantization.inc.schemes.inc_wna16_scheme")
+    resolve = scheme._resolve_gptq_moe  # noqa: SLF001
+    scheme.INCWna16Scheme.get_moe_method = lambda _self, _config, layer, _prefix, settings: resolve(layer, settings)
+
+
+def _chosen(backend: Any, *_: object, **__: object) -> tuple[Any, None]:
+    return backend, None
 
 
 def _on_any_device(kernel: Any) -> type:
@@ -279,51 +508,69 @@ class Comparison:
         return None if self.layers else "no layer is quantized"
 
 
-def compare(model: nn.Module, folder: Path, source: Path, place: ModelPlace) -> Comparison:
-    """Compares their transformer with what we wrote into `folder` from `source`, both folders of a component."""
-    family = find_family(json.loads((folder / "config.json").read_text())["_class_name"])
+def compare(model: nn.Module, folder: Path, source: Path, place: Place) -> Comparison:
+    """Compares their model with what we wrote into `folder` from `source`, both folders of a component."""
+    family = ComponentFolder(resolve_source(source), "").family
     modules, wrong, error, done = dict(model.named_modules()), [], 0.0, set()
     with open_quantized(folder) as opened, Checkpoint.open(source) as original:
         specs, methods = dict(original), {layer.format.method for layer in opened.layers.values()}
         groups = family.layer_groups(specs, "vllm-omni", methods, opened.dialect)
-        for name, members in _layers_there(groups, modules):
+        for name, module, members in _layers_there(groups, modules, place):
             if not set(members) <= opened.layers.keys():
                 continue
             layers = [opened.layers[stem] for stem in members]
-            if (flaw := _flaw_of(modules[name], layers)) is not None:
+            if (flaw := _flaw_of(module, layers)) is not None:
                 wrong.append(f"{name} ({flaw})")
                 continue
             whole = torch.cat([original.read(f"{stem}{WEIGHT}") for stem in members])
-            error = max(error, relative_error(_weight_there(modules[name], layers), whole))
+            error = max(error, relative_error(_weight_there(module, layers), whole))
             done |= {*members}
         if not wrong:
             wrong = [f"{stem} (in no layer of theirs)" for stem in opened.layers if stem not in done]
         used = {name for layer in opened.layers.values() for name in layer.sources}
-        names = [name for name in opened.checkpoint if name not in used and place.renamed(name)]
+        names = [name for name in opened.checkpoint if name not in used and place.reads(name)]
         kept = {name: opened.checkpoint.read(name) for name in names}
-    quantized = {id(parameter) for module in modules.values() for parameter in _quantized_parameters(module)}
+    quantized = {id(parameter) for module in modules.values() for parameter in _own_parameters(module)}
     free = {name: each for name, each in model.named_parameters() if id(each) not in quantized}
     return Comparison(len(done), error, tuple(wrong), tuple(_unlike(free, kept)), tuple(_unlike(kept, free)))
 
 
 def _layers_there(
-    groups: Iterable[LayerGroup], modules: Mapping[str, nn.Module]
-) -> Iterator[tuple[str, tuple[str, ...]]]:
-    """Names of their layers, and the members of each; a version may leave apart what another merges.
+    groups: Iterable[LayerGroup], modules: Mapping[str, nn.Module], place: Place
+) -> Iterator[tuple[str, nn.Module, tuple[str, ...]]]:
+    """Their layers by name, and the members of each; a version may leave apart what another merges.
 
     Parameters may be called otherwise than the prefix that their configs see.
     """
 
     def found(name: str) -> str | None:
-        plain = name.removeprefix("transformer.")
+        plain = name.removeprefix(place.runtime_prefix)
         return next((each for each in (plain, plain.removesuffix(".0")) if each in modules), None)
 
     for group in groups:
         merged = found(group.runtime_name)
-        if merged is not None:
-            yield merged, group.members
+        if group.stack is not None and (stack := found(f"{group.stack}.routed_experts")) is not None:
+            yield group.runtime_name, _expert(modules[stack], group), group.members
+        elif merged is not None:
+            yield merged, modules[merged], group.members
         else:
-            yield from ((name, (stem,)) for stem in group.members if (name := found(stem)) is not None)
+            yield from ((name, modules[name], (stem,)) for stem in group.members if (name := found(stem)) is not None)
+
+
+def _expert(stack: nn.Module, group: LayerGroup) -> nn.Module:
+    """A layer of one expert, as a module whose parameters are its parts of the stack's.
+
+    The stack calls those of gate and up `w13_...`, those of down `w2_...`.
+    """
+    number, _, leaf = group.runtime_name.removeprefix(f"{group.stack}.").partition(".")
+    part = nn.Module()
+    for name, parameter in stack.named_parameters(recurse=False):
+        kind, _, suffix = name.partition("_")
+        if (kind == "w2") == (leaf == "down_proj"):
+            values = parameter.detach()[int(number)]
+            values = values.view(1) if values.dim() == 0 else values
+            part.register_parameter(suffix, nn.Parameter(values, requires_grad=False))
+    return part
 
 
 def _flaw_of(module: nn.Module, layers: Sequence[QuantizedLayer]) -> str | None:
@@ -357,12 +604,13 @@ def _wrong_input_scale(module: nn.Module, layers: Sequence[QuantizedLayer]) -> s
 
 
 def _is_quantized(module: nn.Module) -> bool:
-    return any(hasattr(module, name) for name in ("weight_scale", "weight_scale_inv", "scales"))
+    scales = ("weight_scale", "weight_scale_inv", "scales", "wscales")
+    return any(hasattr(module, f"{stack}{name}") for name in scales for stack in ("", "w13_"))
 
 
-def _quantized_parameters(module: nn.Module) -> Iterator[nn.Parameter]:
-    """All parameters of a layer that is built quantized, but its bias."""
-    if _is_quantized(module):
+def _own_parameters(module: nn.Module) -> Iterator[nn.Parameter]:
+    """All parameters of a layer that is built quantized, but its bias; and the scales of a cache of keys and values."""
+    if _is_quantized(module) or hasattr(module, "k_scale"):
         yield from (parameter for name, parameter in module.named_parameters(recurse=False) if name != "bias")
 
 
@@ -390,6 +638,8 @@ def weight_of(method: str, layer: nn.Module, rows: Sequence[int]) -> Tensor:
         rows: the layer's logical widths, of which each has scales of its own
     """
     parts = {name: tensor.detach() for name, tensor in layer.named_parameters(recurse=False)}
+    if "wscales" in parts:
+        return _svdquant_weight(parts)
     if "qweight" in parts:
         return _four_bit_weight(parts)
     if "weight_packed" in parts:
@@ -417,6 +667,18 @@ def _eight_bit_weight(method: str, layer: Any, parts: Mapping[str, Tensor], rows
     return weight * parts["mul_scale"].float() if "mul_scale" in parts else weight
 
 
+def _svdquant_weight(parts: Mapping[str, Tensor]) -> Tensor:
+    """What is multiplied with inputs that are not smoothed yet: the codes, and the branch."""
+    codes = torch.stack((parts["qweight"] & 15, parts["qweight"] >> 4 & 15), dim=-1).flatten(1).long()
+    scale = parts["wscales"].float().T * parts["wcscales"].float().view(-1, 1) * parts["wtscale"].float()
+    weight = _fp4_numbers(codes) * _spread(scale, codes.shape[1], 16) / parts["smooth_factor"].float()
+    return weight + parts["proj_up"].float() @ parts["proj_down"].float().T
+
+
+def _fp4_numbers(codes: Tensor) -> Tensor:
+    return torch.tensor([*FP4, *(-value for value in FP4)])[codes]
+
+
 def _nvfp4_weight(parts: Mapping[str, Tensor], rows: Sequence[int]) -> Tensor:
     """Decoded by vLLM's emulation."""
     emulation = import_module("vllm.model_executor.layers.quantization.utils.nvfp4_emulation_utils")
@@ -428,7 +690,7 @@ def _nvfp4_weight(parts: Mapping[str, Tensor], rows: Sequence[int]) -> Tensor:
 def _packed_weight(parts: Mapping[str, Tensor], rows: Sequence[int]) -> Tensor:
     """AutoRound's MXFP4 and NVFP4: two codes a byte, the even column in the low nibble."""
     codes = torch.stack((parts["weight_packed"] & 15, parts["weight_packed"] >> 4), dim=-1).flatten(1).long()
-    weight = torch.tensor([*FP4, *(-value for value in FP4)])[codes]
+    weight = _fp4_numbers(codes)
     scale = parts["weight_scale"]
     if "weight_global_scale" not in parts:
         return weight * _spread(_powers_of_two(scale), weight.shape[1], 32)

@@ -27,6 +27,7 @@ from omni_convert.formats.containers.names import WEIGHT
 from omni_convert.formats.containers.shards import Shards
 from omni_convert.formats.containers.tensor_spec import TensorSpec
 from omni_convert.formats.dialects import vllm_omni
+from omni_convert.formats.dialects.auto_round import named_in_runtime
 from omni_convert.formats.dialects.base import Dialect
 from omni_convert.formats.dialects.found import SIDECARS
 from omni_convert.formats.dialects.modelopt import MODELOPT_DIALECT
@@ -349,7 +350,8 @@ class RuntimeTarget(Target):
         self, stage: Stage, formats: Mapping[str, Format], kept: Sequence[LayerGroup]
     ) -> dict[str, Any] | None:
         if self.dialect is not MODELOPT_DIALECT:
-            return self.dialect.block(formats, vllm_omni.ignored_names(kept))
+            block = self.dialect.block(formats, vllm_omni.ignored_names(kept))
+            return None if block is None else named_in_runtime(block, stage.prefix, stage.runtime_prefix)
         return {**MODELOPT_DIALECT.block(formats, ()), "ignore": stage.patterns(kept)}
 
     def sidecars(

@@ -68,7 +68,7 @@ from omni_convert.formats.schemes.mxfp4 import MXFP4
 from omni_convert.formats.schemes.mxfp8 import MXFP8
 from omni_convert.formats.schemes.nvfp4 import NVFP4
 
-__all__ = ["AUTO_ROUND", "AUTO_ROUND_METHODS", "from_block", "to_block"]
+__all__ = ["AUTO_ROUND", "AUTO_ROUND_METHODS", "from_block", "named_in_runtime", "to_block"]
 
 #: Values of `quant_method`.
 AUTO_ROUND_METHODS = ("auto-round", "intel/auto-round")
@@ -292,6 +292,17 @@ def _block(facts: Mapping[str, Any], layers: Collection[str], ignored: Collectio
         "block_name_to_quantize": ",".join(stacks),
         "extra_config": {name: dict(UNQUANTIZED) for name in exceptions},
     }
+
+
+def named_in_runtime(block: Mapping[str, Any], prefix: str, runtime_prefix: str) -> dict[str, Any]:
+    """The block of a stage of vLLM-Omni, with names of blocks as the checkpoint and as the runtime has them.
+
+    VLLM-Omni 0.30.0 renames those of the checkpoint, but looks layers up in the config as it was before
+    (`OmniINCConfig.from_inc_config`).
+    """
+    named = block["block_name_to_quantize"].split(",")
+    there = [f"{runtime_prefix}{name.removeprefix(prefix)}" for name in named]
+    return {**block, "block_name_to_quantize": ",".join([*named, *there])}
 
 
 def _layer_named_so(name: str, layers: Iterable[str]) -> str | None:

@@ -8,7 +8,8 @@ Tensors:  NAME.qweight        I8 [out, in / 2]          two E2M1 codes a byte, e
 Block:    {"quant_method": "svdquant", "rank": 32, "precision": "nvfp4", "modules_to_not_convert": [...]}
 Readers:  leave a layer alone if any name of `modules_to_not_convert` is *part* of its own. Layers that they merge have
           one proj_down, smooth_factor and wtscale.
-Limits:   nvfp4 alone, on SM 10.3
+Limits:   nvfp4 alone, on SM 10.3. The loaders of 0.30.0 and 0.32.0rc1 raise on the wtscale of a part of a merged layer
+          (`default_weight_loader`), and on a layer without one (`_check_unloaded_weights`).
 """
 
 from __future__ import annotations
@@ -51,6 +52,7 @@ SVDQUANT_NAMES = {
 METHOD = "svdquant"
 SKIPPED = "modules_to_not_convert"
 OPTIONAL = ("channel_scale", "weight_scale_2")
+_RAISES = "vLLM-Omni 0.30.0 and 0.32.0rc1 raise an error on the wtscale of layers that they merge"
 
 
 def _codecs(rows: int = 1) -> dict[str, WritableCodec]:
@@ -81,6 +83,7 @@ class SvdQuant(Dialect):
     )
     strict_runtimes = (OURS, VLLM_OMNI, DIFFUSERS)  # in which our loader reads it
     fills_vllm_omni_parameters = True
+    unproven = f"{_RAISES}, and its kernel has not run a file of ours"
     lists_built_layers = True
     has_exact_shapes = True
     low_precision_parts = ("weight_scale_2", "channel_scale", "smooth_factor", "lora_a", "lora_b")
@@ -120,7 +123,11 @@ class SvdQuant(Dialect):
 
     def verdicts(self, component: JudgedComponent) -> list[Verdict]:
         found = list(self.usual_verdicts)
-        return [Verdict(VLLM_OMNI, "wrong", component.refusal), *found[1:]] if component.refusal else found
+        if component.refusal:
+            found[0] = Verdict(VLLM_OMNI, "wrong", component.refusal)
+        elif component.family is not None and component.family.merges_layers:
+            found[0] = Verdict(VLLM_OMNI, "refuses", _RAISES)
+        return found
 
     def check(self, found: Found, layers: Mapping[str, StoredLayer], config: Mapping[str, Any]) -> Iterator[Finding]:
         rank = found.block.get("rank", DEFAULT_RANK)

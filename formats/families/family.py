@@ -124,7 +124,7 @@ NOT_IN_DIFFUSERS = RuntimeRefusal(
 
 
 #: Dialects in which vLLM-Omni was not tried with its diffusion models that are repositories of transformers.
-UNTRIED = ("auto-round", "compressed-tensors", "msmodelslim", "transformers")
+UNTRIED = ("auto-round", "compressed-tensors", "msmodelslim", "transformers", "vllm-omni-svdquant")
 
 
 def repository_refusal(reason: str, methods: tuple[str, ...] = (), dialects: tuple[str, ...] = ()) -> RuntimeRefusal:
@@ -311,6 +311,11 @@ class Family:
     def is_generic(self) -> bool:
         """Whether nothing is known about its layers in any serving runtime."""
         return not self.layers and not any(refusal.is_final for refusal in self.refusals)
+
+    @property
+    def merges_layers(self) -> bool:
+        """Whether the runtime makes one layer of several that it builds quantized."""
+        return any(len(pattern.members) > 1 and pattern.keep_reason is None for pattern in self.layers)
 
     def refusal(self, runtime: str, method: str | None = None, dialect: str | None = None) -> RuntimeRefusal | None:
         """Why the runtime cannot run this family quantized (in a method and dialect, if given), or None."""

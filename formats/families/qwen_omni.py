@@ -14,7 +14,7 @@ __all__ = ["QWEN_2_5_OMNI", "QWEN_3_OMNI", "QWEN_3_TTS"]
 _HEAD = "head: turns the last hidden state into tokens"
 _ROUTER = "router: its choice of experts decides what is computed"
 _REFUSALS = repository_refusals(
-    ("int8", "mxfp8", "mxfp4", "mxfp4_dualscale", "gguf"),
+    ("int8", "mxfp8", "mxfp4", "mxfp4_dualscale", "svdquant_nvfp4", "gguf"),
     "vLLM-Omni's autoregressive stages have no method that loads this one; fp8, nvfp4 and w4a16 are there",
     ("compressed-tensors", "msmodelslim"),
 )
@@ -50,6 +50,7 @@ QWEN_3_OMNI = Family(
     refusals=_REFUSALS,
     stage=Stage(
         prefix="thinker.",
+        runtime_prefix="thinker.language_model.",
         config_path=("thinker_config", "text_config"),
         ignored=("*mlp.gate", "lm_head"),
         other_stages=("talker*",),
@@ -71,6 +72,7 @@ QWEN_2_5_OMNI = Family(
     # ModelOpt's blocks are withheld from the vision tower there; `thinker.visual` is for all others.
     stage=Stage(
         prefix="thinker.",
+        runtime_prefix="thinker.language_model.",
         config_path=("thinker_config", "text_config"),
         ignored=("lm_head", "*visual*"),
         other_stages=("talker*",),

@@ -34,6 +34,7 @@ class Stage:
 
     Attributes:
         prefix: what the names of its layers begin with in the checkpoint
+        runtime_prefix: what they begin with in the runtime
         is_diffusion: it is one of vLLM-Omni's diffusion models, with their methods; others are models of vLLM
         config_path: keys of config.json that lead to the part with the stage's config block; () for the top level
         ignored: patterns of layers that the runtime would build quantized, and that always stay
@@ -47,6 +48,7 @@ class Stage:
     """
 
     prefix: str = ""
+    runtime_prefix: str = ""
     is_diffusion: bool = False
     config_path: tuple[str, ...] = ()
     ignored: tuple[str, ...] = ()

@@ -6,10 +6,8 @@ scripts/nightly, with each version in an environment of its own.
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
@@ -25,22 +23,13 @@ from omni_convert.convert.source.location import DEMO_PIPELINE, resolve_source
 
 pytestmark = [pytest.mark.peers, pytest.mark.filterwarnings("ignore")]  # warnings are their own affair
 
-SCRIPTS = Path(__file__).parents[2] / "scripts"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 Load = Callable[[Path, str], nn.Module]
 
 
 @pytest.fixture(scope="session", autouse=True)
-def peer() -> ModuleType:
-    """The script that runs their code. It comes before diffusers, which imports torchvision."""
-    spec = importlib.util.spec_from_file_location("vllm_omni_runtime", SCRIPTS / "vllm_omni_runtime.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    module.declare_operators()
-    return module
+def _peer_comes_first(peer: ModuleType) -> None: ...
 
 
 @pytest.fixture(scope="module")
@@ -49,11 +38,9 @@ def place(peer: ModuleType) -> Any:
 
 
 @pytest.fixture(scope="module")
-def load(peer: ModuleType, place: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Load]:
+def load(runtime: Any, place: Any) -> Load:
     """A function of a folder and a device: their transformer of Z-Image, filled by their loader."""
-    runtime = peer.Runtime(tmp_path_factory.mktemp("group") / "file")
-    yield lambda folder, device: runtime.load(folder, place, device)
-    torch.distributed.destroy_process_group()
+    return lambda folder, device: runtime.load(folder, place, device)
 
 
 @pytest.fixture

@@ -311,7 +311,9 @@ def test_a_method_goes_where_it_is_held_or_names_the_dialects_that_hold_it(
     tiny_pipeline_folder: Path, method: str, dialect: str
 ) -> None:
     group = 32 if method == "w4a16" else None
-    recipe = Recipe(method, dialect=dialect, search=False, group_size=group, force="nunchaku" in dialect)
+    recipe = Recipe(
+        method, dialect=dialect, search=False, group_size=group, force="nunchaku" in dialect or "svdquant" in dialect
+    )
     if method in HELD[dialect] or (dialect == "vllm-omni" and method in ALONE):
         (component,) = plan_conversion(resolve_source(tiny_pipeline_folder), recipe).components
         said = [note for note in component.notes if "the only one that holds it" in note]
@@ -339,4 +341,4 @@ def test_a_rotation_is_refused_where_the_reader_would_ignore_it(dialect: str) ->
 def test_vllm_omni_reads_no_svdquant_of_integers(tmp_path: Path) -> None:
     folder = flux(tmp_path / "model")
     with pytest.raises(RecipeError, match="svdquant_int4"):
-        plan_conversion(resolve_source(folder), Recipe("svdquant_int4", dialect="vllm-omni-svdquant"))
+        plan_conversion(resolve_source(folder), Recipe("svdquant_int4", dialect="vllm-omni-svdquant", force=True))
