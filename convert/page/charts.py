@@ -16,7 +16,7 @@ __all__ = ["Measure", "heat_map", "line_chart", "tile_chart"]
 BLOCK = re.compile(r"(?P<block>.*?\.\d+)\.(?P<role>.+)")
 WIDTH, HEIGHT, MARGIN = 640, 300, 55
 #: Sizes of the map of tiles: a tile, the names of blocks beside it, and a letter.
-TILE_WIDTH, TILE_HEIGHT, BLOCK_WIDTH, LETTER = 96, 24, 190, 6.2
+TILE_WIDTH, TILE_HEIGHT, BLOCK_WIDTH, LETTER = 132, 24, 190, 6.6
 #: A file is shown on a ground that it does not know: it brings its own.
 FILE_STYLE = """
 svg { font: 12px sans-serif; } text { fill: #1c2430; } .paper { fill: #fff; } .axis { stroke: #cfd6df; }
