@@ -12,7 +12,7 @@ import shutil
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,8 +34,20 @@ from omni_convert.formats.containers.checkpoint import Checkpoint
 from omni_convert.formats.containers.json_file import read_json
 from omni_convert.formats.containers.tensor_spec import DTYPE_NAMES, TORCH_DTYPES
 from omni_convert.formats.dialects import auto_round, omni_convert, vllm_omni
+from omni_convert.formats.dialects.auto_round import AUTO_ROUND
+from omni_convert.formats.dialects.base import Dialect
+from omni_convert.formats.dialects.bitsandbytes import BITSANDBYTES
+from omni_convert.formats.dialects.comfyui import COMFYUI
 from omni_convert.formats.dialects.config_block import read_block
 from omni_convert.formats.errors import CheckpointError, OmniConvertError
+from omni_convert.formats.format import QuantizingFormat
+from omni_convert.formats.schemes.convrot_w4a4 import ConvrotW4A4
+from omni_convert.formats.schemes.int8 import RotatedInt8
+from omni_convert.formats.schemes.mxfp4 import Mxfp4
+from omni_convert.formats.schemes.mxfp8 import Mxfp8
+from omni_convert.formats.schemes.nf4 import Nf4
+from omni_convert.formats.schemes.nvfp4 import Nvfp4
+from omni_convert.formats.schemes.rotated_grid import W4a8, W6a8
 from omni_convert.formats.table import LOADABLE
 from omni_convert.loaders.loading.install import install_empty_layers
 from omni_convert.loaders.loading.pipeline_files import open_weights
@@ -101,6 +113,32 @@ def marked_pipeline() -> Files:
     return pipeline({WEIGHTS: save(tensors, {"_quantization_metadata": marks})})
 
 
+def spelled_pipeline(dialect: Dialect, fmt: QuantizingFormat, kept: Collection[str]) -> Files:
+    """The model in a format that only some dialects hold."""
+    layouts, spelling = fmt.layout(2, WIDTH), dialect.spelling(fmt, (2, WIDTH))
+    assert not isinstance(spelling, str), spelling
+    layer = spelling.encode(
+        {suffix: torch.ones(layout.shape, dtype=layout.dtype) for suffix, layout in layouts.items()}
+    )
+    tensors = {f"{stem}.{suffix}": tensor.clone() for stem in QUANTIZED for suffix, tensor in layer.items()}
+    formats = dict.fromkeys(QUANTIZED, fmt)
+    return pipeline({WEIGHTS: save(tensors, dialect.metadata(formats))}, dialect.block(formats, kept))
+
+
+#: Name to the dialect and the format of a pipeline that no library reads, or under names of its own.
+SPELLED: dict[str, tuple[Dialect, QuantizingFormat]] = {
+    "rotated int8": (COMFYUI, RotatedInt8(64)),
+    "convrot_w4a4": (COMFYUI, ConvrotW4A4(64)),
+    "w4a8": (COMFYUI, W4a8(64)),
+    "w6a8": (COMFYUI, W6a8(64)),
+    "auto-round mxfp8": (AUTO_ROUND, Mxfp8()),
+    "auto-round mxfp4": (AUTO_ROUND, Mxfp4()),
+    "auto-round nvfp4": (AUTO_ROUND, Nvfp4(static=True)),
+    "nf4": (BITSANDBYTES, Nf4()),
+    "nf4 nested": (BITSANDBYTES, Nf4(nested=True)),
+}
+
+
 def valid_pipelines() -> dict[str, Files]:
     kept = ("cap_embedder.1",)
     configs = {
@@ -112,7 +150,8 @@ def valid_pipelines() -> dict[str, Files]:
     ours = quantized_pipeline(configs["int8"], omni_convert.to_block)
     packed = quantized_pipeline(PACKED, lambda config: auto_round.to_block(config.group_size, QUANTIZED, kept))
     others = {"plain": plain_pipeline(), "comfyui": marked_pipeline(), "ours": ours, PACKED.method: packed}
-    return others | written
+    spelled = {name: spelled_pipeline(*spelling, kept) for name, spelling in SPELLED.items()}
+    return others | written | spelled
 
 
 VALID = valid_pipelines()
@@ -376,8 +415,10 @@ def test_what_the_cases_are_made_of_is_valid(place: Place, valid: str) -> None:
     folder = place.put(VALID[valid])
     read_tensors(folder)
     decode(folder)
-    if valid != "comfyui":
-        (plan if valid == "plain" else install)(folder)
+    if valid == "plain":
+        plan(folder)
+    elif valid not in ("comfyui", *SPELLED):
+        install(folder)
 
 
 @pytest.mark.parametrize("number", [0, *(pytest.param(n, marks=pytest.mark.slow) for n in range(1, SLOW_ROUNDS))])

@@ -76,9 +76,11 @@ def trace_of(layer: QuantizedLayer) -> ScaleTrace | None:
 
 
 def _width(fmt: Format, columns: int) -> int | None:
-    """Columns that share a scale; None where a scale serves more than a row."""
-    rows, width = fmt.encoding.block if fmt.encoding is not None else (None, None)
-    return None if rows != 1 else width or columns
+    """Columns that share a scale; None where it serves more than a row, or codes are of blocks of a rotated weight."""
+    encoding = fmt.encoding
+    rows, width = encoding.block if encoding is not None else (None, None)
+    is_turned = encoding is not None and encoding.rotation is not None and width is not None
+    return None if rows != 1 or is_turned else width or columns
 
 
 def _magnitudes(values: Tensor, width: int) -> Tensor:

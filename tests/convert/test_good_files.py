@@ -60,7 +60,9 @@ WRITTEN = [
     *(("nvfp4", dialect) for dialect in ("vllm-omni", "modelopt", "comfyui", "compressed-tensors")),
     *(("w4a16", dialect) for dialect in ("vllm-omni", "auto-round")),
     *((method, "auto-round") for method in ("mxfp8", "mxfp4")),
-    ("gguf", "vllm-omni"),
+    *((method, "comfyui") for method in ("int8 rotated", "convrot_w4a4", "w4a8", "w6a8")),
+    *((method, "bitsandbytes") for method in ("nf4", "nf4 nested")),
+    *((method, "vllm-omni") for method in ("gguf", "gguf Q4_K_M")),
 ]
 
 
@@ -71,14 +73,20 @@ UNKNOWN_SCOPE = ("LTX", "HunyuanVideo")
 def is_written(family: str, method: str, dialect: str) -> bool:
     """Whether the runtime for which layers are chosen runs the family so."""
     if family == "SD3":
-        return method == "gguf"
+        return method.startswith("gguf")
     return family != "Wan" or (method not in ("nvfp4", "mxfp4_dualscale") and dialect != "modelopt")
 
 
 def is_quick(family: str, method: str, dialect: str) -> bool:
     """Each method once, and what lists layers by patterns once for each family whose names hold one another."""
     if family == "FLUX.1":
-        return dialect == "vllm-omni" or (method, dialect) == ("nvfp4", "modelopt")
+        chosen = (
+            ("nvfp4", "modelopt"),
+            ("int8 rotated", "comfyui"),
+            ("w4a8", "comfyui"),
+            ("nf4 nested", "bitsandbytes"),
+        )
+        return dialect == "vllm-omni" or (method, dialect) in chosen
     return (method, dialect) == ("fp8", "modelopt") and family != "Z-Image"
 
 
@@ -116,14 +124,17 @@ def as_if_trained(weight: torch.Tensor) -> torch.Tensor:
 
 
 def recipe_of(family: str, method: str, dialect: str) -> Recipe:
-    blocks = (128, 128) if method == "fp8 blocks" else None
+    name, _, variant = method.partition(" ")
     return Recipe(
-        method=method.removesuffix(" blocks"),
+        method=name,
         dialect=dialect,
         runtime="diffusers" if family in UNKNOWN_SCOPE and dialect != "comfyui" else "",
         search=False,
-        weight_block_size=blocks,
+        weight_block_size=(128, 128) if variant == "blocks" else None,
         group_size=32 if method == "w4a16" else None,
+        rotate=variant == "rotated",
+        double_quant=variant == "nested",
+        gguf_type=variant if name == "gguf" and variant else None,
     )
 
 
@@ -134,7 +145,8 @@ def test_nothing_is_wrong_with_our_own_files(
     convert_checkpoint(folder_of(family), tmp_path / "out", recipe_of(family, method, dialect))
     (tmp_path / "out" / MANIFEST).unlink()  # which would vouch for the files
     (component,) = verify_source(Source(tmp_path / "out", "out"))
-    assert component.layers or method == "gguf"
-    is_judged = method != "gguf" and DIALECTS[dialect].fills_vllm_omni_parameters
+    is_gguf = method.startswith("gguf")
+    assert component.layers or is_gguf
+    is_judged = not is_gguf and DIALECTS[dialect].fills_vllm_omni_parameters
     expected = {"unknown-scope"} if family in UNKNOWN_SCOPE and is_judged else set()
     assert {finding.check for finding in component.findings} == expected
