@@ -1,8 +1,9 @@
 """OmniGen2.
 
 Source: vLLM-Omni 0.30.0 and 0.32.0rc1 alike, `diffusion/models/omnigen2/`. Everything in the blocks but the modulation
-gets the config block, and prefixes are those of the transformer. Its width of 2520 is no multiple of 16, so that with
-MX and W4A16 the second layer of each feed-forward is all that can be quantized. ModelOpt's adapter knows no names of
+gets the config block, and prefixes are those of the transformer. Its width of 2520 is no multiple of 32: with MX, the
+last block of a row is short, as the runtime expects; with W4A16, the second layer of each feed-forward is all that can
+be quantized. ModelOpt's adapter knows no names of
 merged feed-forwards: it drops their scales.
 """
 
