@@ -371,7 +371,7 @@ K_QUANTS: dict[str, BlockType] = {
         IntegerValues(-4, 3),
         -32,
         starts=_beyond(4, (-0.9, -0.3, 0.3, 0.9)),
-        rounds=(THREE,),
+        rounds=(TWO,),
         fast_starts=_beyond(4, (0,)),
         fast_rounds=(),
     ),
