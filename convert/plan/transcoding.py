@@ -52,7 +52,9 @@ def plan_transcoded(component: SourceComponent, recipe: Recipe, encoder: Compone
     if is_reencoded:
         reencoding = _reencoding(component, recipe, encoder)
         view, block, metadata = component.marked(reencoding.view, recipe), reencoding.block, reencoding.metadata
-        metadata = metadata | DIALECTS[recipe.dialect].model_metadata(component.config_if_any, component.family)
+        family = component.served_family
+        if family is not None:
+            metadata = metadata | DIALECTS[recipe.dialect].model_metadata(component.config, family)
         notes += reencoding.notes
     elif quantized:
         notes.append(f"{component.label}: {component.counted_layers} dequantized")
