@@ -15,6 +15,8 @@ import pytest
 if not Path("/dev/nvidiactl").exists():
     # Triton reads it when it is imported, which torch does: without a GPU, kernels run in its interpreter on the CPU.
     os.environ.setdefault("TRITON_INTERPRET", "1")
+# Processes that share the tests are given a width of 80, which would wrap and shorten what is tested.
+os.environ.pop("COLUMNS", None)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
