@@ -272,10 +272,11 @@ def _quantize(work: Work, step: QuantizeStep, fit: _Fit, tile: Tile) -> Finished
 def _biases(work: Work, step: QuantizeStep, tile: Tile, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The rows of a bias that changes with its weight, without what the shift of the inputs adds to outputs."""
     bias, added = step.biases.get(tile.source.name.removesuffix(WEIGHT)), step.format.shift_product(tensors)
-    if bias is None or added is None or step.bias_codec is None:
+    codec = step.spelling(tile.source).bias
+    if bias is None or added is None or codec is None:
         return {}
     rows = work.plan.checkpoint.read_rows(bias.name, tile.start, tile.stop).float() - added
-    return {bias.name: step.bias_codec.encode(rows)}
+    return {bias.name: codec.encode(rows)}
 
 
 def _squared_error(original: Tensor, approximation: Tensor) -> tuple[float, float]:

@@ -63,10 +63,11 @@ def plan_quantized(
     def dtype_of_copy(spec: TensorSpec) -> torch.dtype:
         return target.dtype_of_copy(spec, is_layer=spec.name in kept_weights)
 
-    shapes = {stem: matrix_shape(target.weights[f"{stem}{WEIGHT}"]) for stem in format_of}
-    with_weight = {stem for step in steps for stem in step.biases}
     codecs = {
-        stem: target.dialect.bias_codec(fmt, shapes[stem]) for stem, fmt in format_of.items() if stem not in with_weight
+        stem: spelling.bias
+        for step in steps
+        for stem, spelling in zip(step.group.members, step.spellings, strict=True)
+        if stem not in step.biases
     }
     weights = with_biases(target.weights, codecs)
     ordered = tuple(ordered_steps(weights, steps, dtype_of_copy))
@@ -109,8 +110,9 @@ def _requantizing_notes(component: SourceComponent, method: str) -> list[str]:
 def _quantize_step(target: Target, group: LayerGroup, fmt: QuantizingFormat, moments: Moments | None) -> QuantizeStep:
     written = target.written_group(group)
     weights = tuple(target.weights[f"{stem}{WEIGHT}"] for stem in written.members)
+    spellings = tuple(_spelling(target, fmt, weight) for weight in weights)
     biases: dict[str, TensorSpec] = {}
-    if target.dialect.shifts_biases and getattr(fmt, "shift", False):
+    if spellings[0].lacks_shift and getattr(fmt, "shift", False):
         found = {stem: target.weights.get(f"{stem}.bias") for stem in written.members}
         biases = {stem: bias for stem, bias in found.items() if bias is not None}
     rounded = compensated(fmt, moments, group, target.component.name, target.recipe) if target.uses_moments else fmt
@@ -120,9 +122,8 @@ def _quantize_step(target: Target, group: LayerGroup, fmt: QuantizingFormat, mom
         rounded,
         None,  # comes with the statistics: `ComponentPlan.with_statistics`
         weights,
-        tuple(_spelling(target, fmt, weight) for weight in weights),
+        spellings,
         biases,
-        target.dialect.bias_codec(fmt, matrix_shape(weights[0])) if biases else None,
     )
 
 

@@ -77,7 +77,7 @@ def reencode(
         raise RecipeError(f"--dialect {dialect.name}: {dialect.unproven}; --force writes it all the same")
     spellings = {stem: _spelling(layer, dialect, recipe) for stem, layer in quantized.layers.items()}
     formats = {stem: layer.format for stem, layer in quantized.layers.items()}
-    view = respelled_view(quantized, spellings, dialect)
+    view = respelled_view(quantized, spellings)
     notes: list[str] = []
     is_for_us = is_transformers or any(fmt.is_storage for fmt in formats.values())
     if dialect.renames_tensors:  # and has no block that lists any

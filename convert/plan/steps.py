@@ -12,7 +12,6 @@ from omni_convert.convert.recipe import Recipe
 from omni_convert.formats.containers.checkpoint import Checkpoint
 from omni_convert.formats.containers.tensor_spec import TensorSpec
 from omni_convert.formats.dialects.base import WrittenSpelling
-from omni_convert.formats.dialects.codec import WritableCodec
 from omni_convert.formats.families.layers import LayerGroup
 from omni_convert.formats.format import QuantizingFormat
 from omni_convert.formats.rows import InputStatistics, TensorLayout
@@ -34,7 +33,6 @@ class QuantizeStep:
         group: the layers that are written
         recorded: stems under which calibration recorded the inputs of these layers
         biases: of those layers whose bias changes with the weight, stem to what the source has
-        bias_codec: how these biases are laid out
     """
 
     group: LayerGroup
@@ -44,7 +42,6 @@ class QuantizeStep:
     weights: tuple[TensorSpec, ...]
     spellings: tuple[WrittenSpelling, ...]
     biases: Mapping[str, TensorSpec] = field(default_factory=dict)
-    bias_codec: WritableCodec | None = None
 
     def spelling(self, weight: TensorSpec) -> WrittenSpelling:
         """How a weight of the group is written."""

@@ -50,10 +50,14 @@ class Spelling:
     Attributes:
         names: canonical suffix to the suffix on disk, where they differ
         codecs: canonical suffix to codec, where it is not `PLAIN`
+        bias: how the layer's bias is laid out; None for its natural order
+        lacks_shift: the bias on disk lacks what the shift of the inputs adds to outputs (`Format.shift_product`)
     """
 
     names: Mapping[str, str] = field(default_factory=dict)
     codecs: Mapping[str, Codec] = field(default_factory=dict)
+    bias: WritableCodec | None = field(default=None, kw_only=True)
+    lacks_shift: bool = field(default=False, kw_only=True)
 
     def name(self, suffix: str) -> str:
         """The suffix on disk of a canonical one."""
@@ -247,8 +251,6 @@ class Dialect(ABC):
     names_quantized_blocks: bool = False
     #: Methods whose layers may stand beside each other in a component, from few bits to many.
     mixed_methods: tuple[str, ...] = ()
-    #: Whether biases on disk lack what the shift of a layer's inputs adds to its outputs (`Format.shift_product`).
-    shifts_biases: bool = False
     #: Why files are only written with --force; None if their readers have run such files.
     unproven: str | None = None
     #: How to run a conversion, for its model card. `{title}` and `{dialect}` are those of the result; `{model_class}`,
@@ -309,10 +311,6 @@ class Dialect(ABC):
             names: all tensors that are written
         """
         return {}
-
-    def bias_codec(self, fmt: Format, shape: tuple[int, int]) -> WritableCodec | None:
-        """How the bias of a quantized layer is laid out; None for its natural order."""
-        return None
 
     def fitted_format(self, fmt: QuantizingFormat, family: Family, stem: str) -> QuantizingFormat:
         """The format as readers run it in this layer."""

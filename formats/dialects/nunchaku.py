@@ -38,15 +38,12 @@ from omni_convert.formats.dialects.base import (
     attempt,
 )
 from omni_convert.formats.dialects.block_findings import block_mismatch
-from omni_convert.formats.dialects.codec import WritableCodec
 from omni_convert.formats.dialects.nunchaku_order import (
-    AWQ_NAMES,
     FORMATS,
     PRECISIONS,
     VECTOR,
-    InterleavedRows,
-    awq_codecs,
     awq_layer,
+    modulation,
     svdquant_codecs,
 )
 from omni_convert.formats.dialects.svdquant import SVDQUANT_NAMES, one_rank
@@ -90,7 +87,6 @@ class Nunchaku(Dialect):
     is_single_file = True
     names_expected = "others"
     lists_built_layers = True
-    shifts_biases = True
     low_precision_parts = ("weight_scale", "weight_scale_2", "channel_scale", "smooth_factor", "lora_a", "lora_b")
 
     def recognises(self, found: Found) -> bool:
@@ -106,14 +102,14 @@ class Nunchaku(Dialect):
         if isinstance(fmt, AwqInt4):
             if shape[0] % shape[1]:
                 return f"Nunchaku's modulations have rows in multiples of columns, found {shape[0]} x {shape[1]}"
-            return fmt.unsupported(*shape) or WrittenSpelling(AWQ_NAMES, awq_codecs(shape[0] // shape[1], shape[0]))
+            return fmt.unsupported(*shape) or modulation(shape[0] // shape[1], shape[0])
         if not isinstance(fmt, SvdQuant):
             return f"Nunchaku holds SVDQuant alone, found {fmt.label}"
         codecs = svdquant_codecs(shape[0])[PRECISIONS[fmt.method]]
-        return fmt.unsupported(*shape) or WrittenSpelling(SVDQUANT_NAMES, codecs, copies={UNUSED: "smooth_factor"})
-
-    def bias_codec(self, fmt: Format, shape: tuple[int, int]) -> WritableCodec | None:
-        return InterleavedRows(shape[0] // shape[1]) if isinstance(fmt, AwqInt4) else VECTOR
+        copies = {UNUSED: "smooth_factor"}
+        return fmt.unsupported(*shape) or WrittenSpelling(
+            SVDQUANT_NAMES, codecs, bias=VECTOR, lacks_shift=True, copies=copies
+        )
 
     def block(self, layers: Mapping[str, Format], ignored: Collection[str]) -> dict[str, Any]:
         """The block that our loader reads.
@@ -248,7 +244,12 @@ def _layer(found: Found, stem: str) -> StoredLayer:
         if precision == "nvfp4" and found.get(stem, SVDQUANT_NAMES[suffix]) is None
     )
     return StoredLayer(
-        stem, fmt, shape, Spelling(SVDQUANT_NAMES, svdquant_codecs()[precision]), unused=unused, ones=ones
+        stem,
+        fmt,
+        shape,
+        Spelling(SVDQUANT_NAMES, svdquant_codecs()[precision], bias=VECTOR, lacks_shift=True),
+        unused=unused,
+        ones=ones,
     )
 
 

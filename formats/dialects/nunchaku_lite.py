@@ -34,14 +34,12 @@ from omni_convert.formats.dialects.base import (
     attempt,
 )
 from omni_convert.formats.dialects.block_findings import block_mismatch
-from omni_convert.formats.dialects.codec import WritableCodec
 from omni_convert.formats.dialects.nunchaku_order import (
-    AWQ_NAMES,
     FORMATS,
     PRECISIONS,
     VECTOR,
-    awq_codecs,
     awq_layer,
+    modulation,
     svdquant_codecs,
 )
 from omni_convert.formats.dialects.svdquant import SVDQUANT_NAMES, one_rank
@@ -85,14 +83,11 @@ class NunchakuLite(Dialect):
 
     def spelling(self, fmt: Format, shape: tuple[int, int]) -> WrittenSpelling | str:
         if isinstance(fmt, AwqInt4):
-            return fmt.unsupported(*shape) or WrittenSpelling(AWQ_NAMES, awq_codecs(1, shape[0]))
+            return fmt.unsupported(*shape) or modulation(1, shape[0])
         if not isinstance(fmt, SvdQuant):
             return f"nunchaku_lite holds SVDQuant alone, found {fmt.label}"
         codecs = svdquant_codecs(shape[0])[PRECISIONS[fmt.method]]
-        return fmt.unsupported(*shape) or WrittenSpelling(SVDQUANT_NAMES, codecs)
-
-    def bias_codec(self, fmt: Format, shape: tuple[int, int]) -> WritableCodec | None:
-        return VECTOR if isinstance(fmt, SvdQuant) else None
+        return fmt.unsupported(*shape) or WrittenSpelling(SVDQUANT_NAMES, codecs, bias=VECTOR)
 
     def block(self, layers: Mapping[str, Format], ignored: Collection[str]) -> dict[str, Any]:
         """The block that diffusers reads.
@@ -165,7 +160,7 @@ def _layer(found: Found, stem: str) -> StoredLayer:
     problem = fmt.unsupported(*shape)
     if problem is not None:
         raise LayerError(found, stem, f"layer '{stem}': {problem}")
-    return StoredLayer(stem, fmt, shape, Spelling(SVDQUANT_NAMES, svdquant_codecs()[precision]))
+    return StoredLayer(stem, fmt, shape, Spelling(SVDQUANT_NAMES, svdquant_codecs()[precision], bias=VECTOR))
 
 
 NUNCHAKU_LITE = NunchakuLite()

@@ -15,14 +15,13 @@ from torch import Tensor
 
 from omni_convert.formats.arithmetic.e2m1 import pack_nibbles, unpack_nibbles
 from omni_convert.formats.containers.checkpoint import Checkpoint
-from omni_convert.formats.dialects.base import Found, LayerError, Spelling, StoredLayer
+from omni_convert.formats.dialects.base import Found, LayerError, StoredLayer, WrittenSpelling
 from omni_convert.formats.dialects.codec import Plain, WritableCodec
 from omni_convert.formats.rows import TensorLayout
 from omni_convert.formats.schemes.awq import AWQ_GROUP, AWQ_ROWS, AwqInt4
 from omni_convert.formats.schemes.svdquant import TILE, SvdQuant, SvdQuantInt4, SvdQuantNvfp4
 
 __all__ = [
-    "AWQ_NAMES",
     "FORMATS",
     "PRECISIONS",
     "VECTOR",
@@ -30,6 +29,7 @@ __all__ = [
     "ModulationWords",
     "awq_codecs",
     "awq_layer",
+    "modulation",
     "svdquant_codecs",
 ]
 
@@ -229,6 +229,11 @@ def awq_codecs(chunks: int, rows: int = 1) -> dict[str, WritableCodec]:
     return {"weight": ModulationWords(chunks, rows), "weight_scale": numbers, "weight_zero_point": numbers}
 
 
+def modulation(chunks: int, rows: int = 1) -> WrittenSpelling:
+    """How a layer in AWQ W4A16 lies on disk; the arguments are those of `awq_codecs`."""
+    return WrittenSpelling(AWQ_NAMES, awq_codecs(chunks, rows), bias=InterleavedRows(chunks) if chunks > 1 else None)
+
+
 def awq_layer(found: Found, stem: str, chunks: int | None = None) -> StoredLayer:
     """A layer in AWQ W4A16.
 
@@ -248,4 +253,4 @@ def awq_layer(found: Found, stem: str, chunks: int | None = None) -> StoredLayer
         problem = f"found a modulation of {rows} x {columns}, expected rows in multiples of columns"
     if problem is not None:
         raise LayerError(found, stem, f"layer '{stem}': {problem}")
-    return StoredLayer(stem, AwqInt4(), (rows, columns), Spelling(AWQ_NAMES, awq_codecs(chunks or rows // columns)))
+    return StoredLayer(stem, AwqInt4(), (rows, columns), modulation(chunks or rows // columns))

@@ -19,9 +19,8 @@ from omni_convert.formats.arithmetic.e8m0 import E8M0_NAN
 from omni_convert.formats.containers.checkpoint import Checkpoint
 from omni_convert.formats.containers.reader import TensorFile
 from omni_convert.formats.containers.tensor_spec import TensorSpec
-from omni_convert.formats.dialects.base import Dialect, WrittenSpelling
+from omni_convert.formats.dialects.base import Spelling, WrittenSpelling
 from omni_convert.formats.dialects.codec import WritableCodec
-from omni_convert.formats.dialects.table import DIALECTS
 from omni_convert.formats.errors import CheckpointError
 from omni_convert.formats.rows import TensorLayout, WeightRows
 from omni_convert.formats.views.opened import QuantizedCheckpoint, QuantizedLayer
@@ -42,6 +41,7 @@ __all__ = [
 #: Elements of weights that were cast, without a scale.
 FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
+PLAIN_SPELLING = Spelling()
 BYTES = (torch.uint8, torch.float8_e8m0fnu)
 # The largest finite code, without its sign.
 LARGEST_CODE = {torch.float8_e4m3fn: 0x7E, torch.float8_e5m2: 0x7B}
@@ -361,17 +361,14 @@ def dequantized_view(quantized: QuantizedCheckpoint) -> CheckpointView:
     return _view(quantized, layers, storage, widens=True)
 
 
-def respelled_view(
-    quantized: QuantizedCheckpoint, spellings: Mapping[str, WrittenSpelling], dialect: Dialect
-) -> CheckpointView:
+def respelled_view(quantized: QuantizedCheckpoint, spellings: Mapping[str, WrittenSpelling]) -> CheckpointView:
     """Every layer in the tensors of another spelling, everything else as it is.
 
     Args:
         spellings: stem to spelling, of every layer
-        dialect: that of the spellings, which lays out biases
     """
     layers = {stem: _respelled(layer, spellings[stem]) for stem, layer in quantized.layers.items()}
-    return _view(quantized, layers, written=dialect)
+    return _view(quantized, layers, spellings=spellings)
 
 
 def _respelled(layer: QuantizedLayer, spelling: WrittenSpelling) -> list[ViewedTensor]:
@@ -414,17 +411,15 @@ def _view(
     storage: Mapping[str, torch.dtype] | None = None,
     *,
     widens: bool = False,
-    written: Dialect | None = None,
+    spellings: Mapping[str, Spelling] | None = None,
 ) -> CheckpointView:
     """The view with these tensors for the layers, in the order in which the source holds them.
 
     Args:
         widens: whether numbers that were cast to FP8 are shown in BF16
-        written: the dialect that lays out biases of layers in the view; None for their natural order
+        spellings: stem to spelling, which lays out biases in the view; None for biases as the model has them
     """
     checkpoint = quantized.checkpoint
-    is_plain = quantized.dialect is None or quantized.has_plain_biases
-    stored_as = None if is_plain else DIALECTS[str(quantized.dialect)]
     biases = {f"{stem}.bias": layer for stem, layer in quantized.layers.items()}
     stem_of = {name: stem for stem, layer in quantized.layers.items() for name in layer.sources}
     new_names = {stored: name for name, stored in quantized.kept.items()}
@@ -436,7 +431,9 @@ def _view(
             name = new_names[stored]
             kept = KeptTensor(replace(spec, name=name), checkpoint, stored)
             if name in biases:
-                tensors[name] = _bias_between(kept, biases[name], stored_as, written)
+                tensors[name] = _bias_between(
+                    kept, biases[name], (spellings or {}).get(biases[name].stem, PLAIN_SPELLING)
+                )
             elif widens and spec.dtype in FLOAT8:
                 tensors[name] = _Widened(replace(kept.spec, dtype=torch.bfloat16), kept)
             else:
@@ -444,12 +441,8 @@ def _view(
     return CheckpointView(checkpoint, list(tensors.values()), storage)
 
 
-def _bias_between(
-    kept: KeptTensor, layer: QuantizedLayer, stored_as: Dialect | None, written: Dialect | None
-) -> ViewedTensor:
-    """The bias of a layer from one dialect to another; None stands for a bias as the model has it."""
-    read_as, written_as = (
-        None if each is None else each.bias_codec(layer.format, layer.shape) for each in (stored_as, written)
-    )
-    lacks, lacked = (each is not None and each.shifts_biases for each in (written, stored_as))
-    return _spelled_bias(kept, read_as, written_as, layer if lacks != lacked else None, 1 if lacked else -1)
+def _bias_between(kept: KeptTensor, layer: QuantizedLayer, written: Spelling) -> ViewedTensor:
+    """The bias of a layer in another spelling."""
+    stored = layer.stored.spelling
+    shifted = layer if stored.lacks_shift is not written.lacks_shift else None
+    return _spelled_bias(kept, stored.bias, written.bias, shifted, 1 if stored.lacks_shift else -1)

@@ -116,7 +116,6 @@ class QuantizedCheckpoint:
         dialect: its name; None if nothing is quantized
         layers: stem to layer, in checkpoint order
         kept: name of a tensor that is not quantized → its name in the file
-        has_plain_biases: biases of layers are in their natural order, whatever the dialect says
     """
 
     checkpoint: Checkpoint
@@ -124,7 +123,6 @@ class QuantizedCheckpoint:
     layers: dict[str, QuantizedLayer] = field(default_factory=dict)
     kept: dict[str, str] = field(default_factory=dict)
     block: Mapping[str, Any] = field(default_factory=dict)
-    has_plain_biases: bool = False
 
     @property
     def shown_dialect(self) -> str | None:

@@ -95,7 +95,7 @@ def renamed_layers(
     view = CheckpointView(plain, tensors)
     stored = {stem: QuantizedLayer(view, layer, layer.format.layout(*layer.shape)) for stem, layer in layers.items()}
     names = {name: name for name in kept}
-    return replace(quantized, checkpoint=view, layers=stored, kept=names, has_plain_biases=True)
+    return replace(quantized, checkpoint=view, layers=stored, kept=names)
 
 
 def _parts(quantized: QuantizedCheckpoint, name: str, runs: Sequence[Run], shape: tuple[int, ...]) -> Sequence[_Part]:

@@ -51,7 +51,7 @@ class OpenedLayers:
             in_files = {name for layer in layers.values() for name in layer.sources}
             in_model: set[str] = set()
             for stem, layer in layers.items():
-                has_bias = f"{stem}.bias" in checkpoint and _holds_bias(dialect, stem, layer)
+                has_bias = f"{stem}.bias" in checkpoint and _holds_bias(dialect, layer)
                 suffixes = [*layer.tensors, *(["bias"] if has_bias else [])]
                 in_model |= {f"{part}.{suffix}" for part in dialect.model_stems(stem) for suffix in suffixes}
                 in_files |= {f"{stem}.bias"} if has_bias else set()
@@ -132,19 +132,20 @@ def install_opened(
     return installed
 
 
-def _holds_bias(dialect: Dialect, stem: str, layer: QuantizedLayer) -> bool:
+def _holds_bias(dialect: Dialect, layer: QuantizedLayer) -> bool:
     """Whether a bias is laid out otherwise than in the model, so that it is read with its layer."""
-    return dialect.bias_codec(layer.format, layer.shape) is not None or dialect.model_stems(stem) != (stem,)
+    return layer.stored.spelling.bias is not None or dialect.model_stems(layer.stem) != (layer.stem,)
 
 
 def _read_bias(checkpoint: Checkpoint, dialect: Dialect, layer: QuantizedLayer) -> Tensor | None:
     """The bias of a layer in its natural order [out]; None if the model reads it by itself, or there is none."""
     name = f"{layer.stem}.bias"
-    if name not in checkpoint or not _holds_bias(dialect, layer.stem, layer):
+    if name not in checkpoint or not _holds_bias(dialect, layer):
         return None
-    stored, codec = checkpoint.read(name), dialect.bias_codec(layer.format, layer.shape)
+    stored, spelling = checkpoint.read(name), layer.stored.spelling
+    codec = spelling.bias
     bias = stored if codec is None else codec.decode(stored, TensorLayout(stored.dtype, layer.shape[:1], 0))
-    added = layer.format.shift_product(layer.read(0, layer.shape[0])) if dialect.shifts_biases else None
+    added = layer.format.shift_product(layer.read(0, layer.shape[0])) if spelling.lacks_shift else None
     return bias if added is None else (bias.float() + added).to(bias.dtype)
 
 
@@ -198,7 +199,6 @@ def spelled_state(
         assert isinstance(spelling, WrittenSpelling), "it was read in this dialect"
         tensors = {suffix: state.pop(f"{stem}.{suffix}") for suffix in fmt.layout(rows, in_features)}
         state |= {f"{stem}.{name}": tensor for name, tensor in spelling.encode(tensors).items()}
-        codec = dialect.bias_codec(fmt, (rows, in_features))
-        if codec is not None and f"{stem}.bias" in state:
-            state[f"{stem}.bias"] = codec.encode(state[f"{stem}.bias"])
+        if spelling.bias is not None and f"{stem}.bias" in state:
+            state[f"{stem}.bias"] = spelling.bias.encode(state[f"{stem}.bias"])
     return state
