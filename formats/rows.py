@@ -12,6 +12,7 @@ from torch import Tensor
 
 __all__ = [
     "TILE_ELEMENTS",
+    "InputColumns",
     "InputStatistics",
     "TensorLayout",
     "TensorRows",
@@ -75,6 +76,39 @@ class InputStatistics(Protocol):
     def clip(self, rule: str, largest: float) -> float:
         """Magnitude at which to clip by `rule` (`max`, `percentile:P`, `mse`) for a grid that ends at `largest`."""
         ...
+
+
+@dataclass(frozen=True)
+class InputColumns:
+    """The statistics of some columns of an input, as `InputStatistics`.
+
+    Attributes:
+        whole: those of the input
+        start, stop: the first of the columns, and the one after the last
+    """
+
+    whole: InputStatistics
+    start: int
+    stop: int
+
+    def amax(self) -> float:
+        return float(self.channel_amax().max())
+
+    def channel_amax(self) -> Tensor:
+        return self.whole.channel_amax()[self.start : self.stop]
+
+    def mean_square(self) -> Tensor:
+        return self.whole.mean_square()[self.start : self.stop]
+
+    def rows(self) -> Tensor:
+        return self.whole.rows()[:, self.start : self.stop]
+
+    def row_runs(self) -> Tensor | None:
+        return self.whole.row_runs()
+
+    def clip(self, rule: str, largest: float) -> float:
+        """See `InputStatistics`; not above the largest magnitude of these columns."""
+        return min(self.whole.clip(rule, largest), self.amax())
 
 
 class WeightRows(Protocol):

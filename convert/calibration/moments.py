@@ -77,6 +77,24 @@ class InputMoments:
         widths = [min(size, self.width - start) for start in range(0, self.width, size)]
         return [block[:width, :width] for block, width in zip(self.products, widths, strict=True)]
 
+    def columns(self, start: int, stop: int) -> InputMoments:
+        """The moments of some columns; blocks on the diagonal stay whole.
+
+        Raises:
+            CalibrationError: these would cut a block.
+        """
+        size = self.products.shape[1]
+        if len(self.products) == 1:
+            products = self.products[:, start:stop, start:stop]
+        elif start % size or (stop % size and stop != self.width):
+            raise CalibrationError(
+                f"found moments in blocks of {size} columns, expected none that columns {start} to {stop - 1} cut; use "
+                "--rounding nearest"
+            )
+        else:
+            products = self.products[start // size : -(-stop // size)]
+        return replace(self, products=products, sample=self.sample[:, start:stop])
+
     def without(self, rows: Tensor) -> InputMoments:
         """The moments without these rows, which they contain."""
         products = _add_products(self.products.clone(), rows, -1)

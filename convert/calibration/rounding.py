@@ -14,6 +14,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -57,9 +58,17 @@ def load_moments(recipe: Recipe) -> tuple[Moments | None, list[str]]:
 
 
 def compensated(
-    fmt: QuantizingFormat, moments: Moments | None, group: LayerGroup, component: str, recipe: Recipe
+    fmt: QuantizingFormat,
+    moments: Moments | None,
+    group: LayerGroup,
+    component: str,
+    recipe: Recipe,
+    columns: tuple[int, int] | None = None,
 ) -> QuantizingFormat:
     """The format of a group, with error-compensating rounding if there are moments.
+
+    Args:
+        columns: the columns of the inputs that the group has, the first and the one after the last; None for all
 
     Raises:
         CalibrationError: the moments do not cover the group.
@@ -73,7 +82,12 @@ def compensated(
             f"{group.members[0]}: the moments do not cover this layer of '{component or 'the model'}'; "
             f"calibrate with --component {component or 'transformer'}=METHOD, or use --rounding nearest"
         )
-    return CompensatedFormat(fmt, read, recipe.effective_rounding)
+    cut = read if columns is None else partial(_columns_of, read, *columns)
+    return CompensatedFormat(fmt, cut, recipe.effective_rounding)
+
+
+def _columns_of(read: Callable[[], InputMoments], start: int, stop: int) -> InputMoments:
+    return read().columns(start, stop)
 
 
 @dataclass(frozen=True)

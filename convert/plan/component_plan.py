@@ -83,7 +83,7 @@ class ComponentPlan:
         recorded = {step.group: step.recorded for step in self.quantize_steps} | unreached
         inputs = {stems: inputs_of(self.name, stems) for stems in dict.fromkeys(recorded.values())}
         steps = tuple(
-            replace(step, inputs=inputs[recorded[step.group]]) if isinstance(step, QuantizeStep) else step
+            step.with_inputs(inputs[recorded[step.group]]) if isinstance(step, QuantizeStep) else step
             for step in self.steps
         )
         notes: list[str] = []

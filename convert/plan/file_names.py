@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -25,6 +25,7 @@ from omni_convert.formats.errors import CheckpointError, RecipeError
 from omni_convert.formats.families.layers import LayerGroup
 from omni_convert.formats.families.original_names import OriginalTensor
 from omni_convert.formats.families.table import find_family, model_class
+from omni_convert.formats.views.columns import CutPart, cut_layers
 from omni_convert.formats.views.original_names import loads_single_files, trace_conversion
 from omni_convert.formats.views.renamed import renamed_view
 
@@ -44,16 +45,20 @@ class FileNames:
         runs: tensor → the rows of diffusers' tensors that it consists of
         note: which names these are
         is_for_diffusers: diffusers loads a GGUF file with them, as long as it loads this model from single files
+        cut: stem of each layer that holds some columns of a layer of diffusers → which
     """
 
     checkpoint: Checkpoint
     runs: Mapping[str, list[Run]]
     note: str
     is_for_diffusers: bool = True
+    cut: Mapping[str, CutPart] = field(default_factory=dict)
 
     def written(self, group: LayerGroup) -> LayerGroup:
         """A group of diffusers' layers as the file holds it."""
-        stems = tuple(dict.fromkeys(self._layer_of[member] for member in group.members))
+        stems = tuple(dict.fromkeys(stem for member in group.members for stem in self._layers_of[member]))
+        if self.layers.get(group.runtime_name) == group.members:
+            stems = (group.runtime_name,)
         return replace(group, members=stems, is_fused=group.is_fused and len(stems) == len(group.members))
 
     def joined(self, groups: Sequence[LayerGroup]) -> list[LayerGroup]:
@@ -64,8 +69,8 @@ class FileNames:
         group_of = {member: group for group in groups for member in group.members}
         result: dict[str, LayerGroup] = {}
         for group in groups:
-            layers = {stem: self.layers[stem] for stem in map(self._layer_of.__getitem__, group.members)}
-            if all(len(parts) == 1 for parts in layers.values()):
+            layers = {stem: self.layers[stem] for member in group.members for stem in self._layers_of[member]}
+            if all(len(parts) == 1 for parts in layers.values()) and self.cut.keys().isdisjoint(layers):
                 result[group.runtime_name] = group
                 continue
             for stem, parts in layers.items():
@@ -75,18 +80,31 @@ class FileNames:
         return list(result.values())
 
     @cached_property
-    def _layer_of(self) -> dict[str, str]:
-        """Stem of every layer of diffusers → the stem of the layer in the file that holds it."""
-        return {part: stem for stem, parts in self.layers.items() for part in parts}
+    def _layers_of(self) -> dict[str, list[str]]:
+        """Stem of every layer of diffusers → the stems of the layers in the file that hold it: two if it is cut."""
+        found: dict[str, list[str]] = {}
+        for stem, parts in self.layers.items():
+            for part in parts:
+                found.setdefault(part, []).append(stem)
+        return found
 
     @cached_property
     def layers(self) -> dict[str, tuple[str, ...]]:
         """Stem of every layer in the file → the stems of diffusers' layers that it consists of."""
         return {
-            name.removesuffix(WEIGHT): tuple(dict.fromkeys(run.source.removesuffix(WEIGHT) for run in runs))
+            name.removesuffix(WEIGHT): tuple(dict.fromkeys(self._whole(run.source) for run in runs))
             for name, runs in self.runs.items()
             if name.endswith(WEIGHT)
         }
+
+    def columns_of(self, stem: str) -> tuple[int, int] | None:
+        """The columns of a layer of diffusers that a layer in the file holds; None for all of them."""
+        return self.cut[stem].columns if stem in self.cut else None
+
+    def _whole(self, weight: str) -> str:
+        """The stem of the layer of diffusers to which a weight belongs."""
+        stem = weight.removesuffix(WEIGHT)
+        return self.cut[stem].layer if stem in self.cut else stem
 
 
 def gguf_names(checkpoint: Checkpoint, config: Mapping[str, Any], recipe: Recipe) -> FileNames:
@@ -139,10 +157,11 @@ def names_of_readers(checkpoint: Checkpoint, config: Mapping[str, Any], recipe: 
     family = find_family(kind)
     if dialect.names_expected == "original" and family.has_original_names:
         return _of_diffusers(checkpoint, "diffusers' names, which are its original ones")
-    tensors = dialect.tensors_of(family, checkpoint)
+    view, cut = cut_layers(checkpoint, dialect.cuts(family))
+    tensors = dialect.tensors_of(family, view)
     if tensors is not None:
         note = OWN_NAMES if dialect.names_expected == "original" else f"the names of {dialect.consumers}"
-        return _original(checkpoint, tensors, note, False)
+        return replace(_original(view, tensors, note, False), cut=cut)
     if recipe.force:
         return _of_diffusers(checkpoint, f"diffusers' names: ComfyUI's names of {kind} are not all known here")
     raise RecipeError(

@@ -115,7 +115,10 @@ def _quantize_step(target: Target, group: LayerGroup, fmt: QuantizingFormat, mom
     if spellings[0].lacks_shift and getattr(fmt, "shift", False):
         found = {stem: target.weights.get(f"{stem}.bias") for stem in written.members}
         biases = {stem: bias for stem, bias in found.items() if bias is not None}
-    rounded = compensated(fmt, moments, group, target.component.name, target.recipe) if target.uses_moments else fmt
+    columns = target.names.columns_of(written.members[0]) if target.names is not None else None
+    rounded = fmt
+    if target.uses_moments:
+        rounded = compensated(fmt, moments, group, target.component.name, target.recipe, columns)
     return QuantizeStep(
         written,
         tuple(group.members),
@@ -124,6 +127,7 @@ def _quantize_step(target: Target, group: LayerGroup, fmt: QuantizingFormat, mom
         weights,
         spellings,
         biases,
+        columns,
     )
 
 

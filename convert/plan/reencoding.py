@@ -69,7 +69,7 @@ def reencode(
         CheckpointError: a layer cannot be expressed.
         RecipeError: the runtime cannot run the model.
     """
-    dialect = DIALECTS[recipe.dialect]
+    dialect = DIALECTS[recipe.dialect].for_family(family)
     flaw = dialect.model_flaw(family, {layer.format.method for layer in quantized.layers.values()})
     if flaw is not None:
         raise RecipeError(f"--dialect {dialect.name}: {flaw}")

@@ -14,7 +14,7 @@ from omni_convert.formats.containers.tensor_spec import TensorSpec
 from omni_convert.formats.dialects.base import WrittenSpelling
 from omni_convert.formats.families.layers import LayerGroup
 from omni_convert.formats.format import QuantizingFormat
-from omni_convert.formats.rows import InputStatistics, TensorLayout
+from omni_convert.formats.rows import InputColumns, InputStatistics, TensorLayout
 from omni_convert.formats.views.base import CheckpointView
 
 __all__ = ["CopyStep", "KeptLayer", "QuantizeStep", "Step", "dtype_of_copy", "matrix_shape", "ordered_steps", "outputs"]
@@ -32,6 +32,7 @@ class QuantizeStep:
     Attributes:
         group: the layers that are written
         recorded: stems under which calibration recorded the inputs of these layers
+        columns: the columns of these inputs that the layers have, the first and the one after the last; None for all
         biases: of those layers whose bias changes with the weight, stem to what the source has
     """
 
@@ -42,6 +43,13 @@ class QuantizeStep:
     weights: tuple[TensorSpec, ...]
     spellings: tuple[WrittenSpelling, ...]
     biases: Mapping[str, TensorSpec] = field(default_factory=dict)
+    columns: tuple[int, int] | None = None
+
+    def with_inputs(self, inputs: InputStatistics | None) -> QuantizeStep:
+        """The step with the statistics of the inputs that were recorded."""
+        if inputs is not None and self.columns is not None:
+            return replace(self, inputs=InputColumns(inputs, *self.columns))
+        return replace(self, inputs=inputs)
 
     def spelling(self, weight: TensorSpec) -> WrittenSpelling:
         """How a weight of the group is written."""

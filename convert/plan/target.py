@@ -221,7 +221,7 @@ class RuntimeTarget(Target):
     @property
     def dialect(self) -> Dialect:
         """The recipe's; ModelOpt's in place of vLLM-Omni's own for a stage that is a model of vLLM."""
-        dialect = DIALECTS[self.recipe.dialect]
+        dialect = DIALECTS[self.recipe.dialect].for_family(self.component.family)
         return MODELOPT_DIALECT if self._vllm_stage is not None and dialect is vllm_omni.VLLM_OMNI else dialect
 
     @property
@@ -290,7 +290,8 @@ class RuntimeTarget(Target):
         own = self.dialect.own_format(self.component.family, group.members[0])
         if own is not None:
             return own
-        return self.dialect.fitted_format(super().format_of(group), self.component.family, group.members[0])
+        stem = self.written_group(group).members[0]
+        return self.dialect.fitted_format(super().format_of(group), self.component.family, stem)
 
     def _refuse(self) -> None:
         """Raises RecipeError if the runtime cannot run the result, or if it would be too bad."""

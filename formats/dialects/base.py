@@ -21,7 +21,7 @@ from omni_convert.formats.dialects.found import Found
 from omni_convert.formats.dialects.verdict import OURS, VLLM_OMNI, Verdict
 from omni_convert.formats.errors import CheckpointError
 from omni_convert.formats.families.family import Family
-from omni_convert.formats.families.original_names import OriginalTensor
+from omni_convert.formats.families.original_names import CutLayer, OriginalTensor
 from omni_convert.formats.finding import Finding
 from omni_convert.formats.format import Format, QuantizingFormat
 from omni_convert.formats.rows import TensorLayout
@@ -263,6 +263,14 @@ class Dialect(ABC):
         """The name that `inspect` and `verify` show."""
         return self.name
 
+    def for_family(self, family: Family | None) -> Dialect:
+        """The dialect as it spells models of a family; None stands for an unknown one."""
+        return self
+
+    def cuts(self, family: Family) -> tuple[CutLayer, ...]:
+        """Layers of diffusers that its readers hold as two."""
+        return ()
+
     @abstractmethod
     def recognises(self, found: Found) -> bool:
         """Whether a checkpoint is in this dialect."""
@@ -390,6 +398,13 @@ class Dialect(ABC):
     def model_stems(self, stem: str) -> tuple[str, ...]:
         """The layers of the model in diffusers of which a stored layer consists, in the order of their rows."""
         return (stem,)
+
+    def part_of(self, stem: str) -> tuple[str, int] | None:
+        """The layer of the model in diffusers of which a stored layer holds some columns, and the number of its part.
+
+        None for most layers.
+        """
+        return None
 
     def names_flaw(self, family: Family, names: Iterable[str]) -> str | None:
         """Why its readers do not know the names of a model's tensors; None if they do."""

@@ -7,14 +7,17 @@ Tensors:  as `nunchaku_lite`, and
 Names:    those of Nunchaku's classes: q, k and v are one layer, as are both halves of what enters a gated MLP
 Header:   `quantization_config`: {"method": "svdquant", "weight": {"dtype": "int4" or "fp4_e2m1_all", "scale_dtype":
           null or [null, "fp8_e4m3_nan"], "group_size": 64 or 16}, "activation": alike, "rank": 32}; `model_class`;
-          `config`, the text of the model's config.json. `comfy_config` is for FLUX.1 alone.
+          `config`, the text of the model's config.json. FLUX.1 has `comfy_config`, too, of which ComfyUI-nunchaku
+          builds ComfyUI's model.
 Block:    the header's, under "quant_method": "nunchaku", by which our loader knows it. Nunchaku reads the header.
 Readers:  Nunchaku, ComfyUI with ComfyUI-nunchaku, SGLang. They build every linear of every block quantized, and
           modulations as AWQ W4A16, whatever the file holds.
 Shift:    with int4, what comes from a GELU is shifted by 0.171875 and rounded without a sign. The bias of the layer
           lacks what this adds to outputs, and is BF16, so that it returns to 2^-8 of that.
-Limits:   one precision and one rank. FLUX.1, whose older names (lora_down, smooth) cut a layer's columns in two, is
-          neither read nor written.
+Engine:   FLUX.1 runs in an engine of its own, with other names: lora_down, lora_up, smooth and smooth_orig; and with
+          proj_out of single blocks as two layers, one for attention and one behind the GELU. Its scales of modulations
+          are about 1, so that biases are, too; in BF16 these return to 2^-8.
+Limits:   one precision and one rank. The engine is built for the 19 and 38 blocks of FLUX.1, 3072 wide.
 """
 
 from __future__ import annotations
@@ -51,7 +54,7 @@ from omni_convert.formats.dialects.verdict import DIFFUSERS, OURS, UNMARKED, VLL
 from omni_convert.formats.errors import RecipeError, listed
 from omni_convert.formats.families.family import Family
 from omni_convert.formats.families.layers import block_numbers
-from omni_convert.formats.families.original_names import OriginalTensor, parts_of
+from omni_convert.formats.families.original_names import CutLayer, OriginalTensor, parts_of
 from omni_convert.formats.families.table import FAMILIES
 from omni_convert.formats.finding import Finding
 from omni_convert.formats.format import Format, QuantizingFormat
@@ -61,7 +64,10 @@ from omni_convert.formats.schemes.svdquant import SvdQuant, SvdQuantInt4
 __all__ = ["NUNCHAKU", "from_block"]
 
 METHOD, ALGORITHM = "nunchaku", "svdquant"
-UNUSED = "smooth_factor_orig"
+#: Canonical suffix to the suffix on disk in files for the engine.
+ENGINE_NAMES = {**SVDQUANT_NAMES, "smooth_factor": "smooth", "lora_a": "lora_down", "lora_b": "lora_up"}
+#: What is added to the suffix of smooth_factor for a second tensor.
+UNUSED = "_orig"
 #: Dtype in the header to precision.
 ELEMENTS = {"int4": "int4", "fp4_e2m1_all": "nvfp4"}
 #: Above the negative of the lowest value of GELU, -0.17.
@@ -70,7 +76,11 @@ SUPPORTED = tuple(family.name for family in FAMILIES if family.nunchaku is not N
 
 
 class Nunchaku(Dialect):
-    """See the module."""
+    """See the module.
+
+    Attributes:
+        is_for_engine: whether it spells the model that Nunchaku runs in its engine
+    """
 
     name = "nunchaku"
     consumers = "Nunchaku, ComfyUI-nunchaku, SGLang"
@@ -89,27 +99,38 @@ class Nunchaku(Dialect):
     lists_built_layers = True
     low_precision_parts = ("weight_scale", "weight_scale_2", "channel_scale", "smooth_factor", "lora_a", "lora_b")
 
+    def __init__(self, *, is_for_engine: bool = False) -> None:
+        self.is_for_engine = is_for_engine
+
+    def for_family(self, family: Family | None) -> Dialect:
+        facts = None if family is None else family.nunchaku
+        return FOR_ENGINE if facts is not None and facts.uses_engine else NUNCHAKU
+
+    def cuts(self, family: Family) -> tuple[CutLayer, ...]:
+        return () if family.nunchaku is None else family.nunchaku.cuts
+
     def recognises(self, found: Found) -> bool:
         is_declared = found.quant_method == METHOD or (
             found.block.get("method") == ALGORITHM and not found.quant_method
         )
-        return is_declared and next(found.stems("proj_down"), None) is not None
+        return is_declared and (_is_for_engine(found) or next(found.stems("proj_down"), None) is not None)
 
     def stored_layers(self, found: Found) -> Iterator[StoredLayer | LayerError]:
-        return (attempt(_layer, found, stem) for stem in found.stems("qweight"))
+        is_for_engine = _is_for_engine(found)
+        return (attempt(_layer, found, stem, is_for_engine=is_for_engine) for stem in found.stems("qweight"))
 
     def spelling(self, fmt: Format, shape: tuple[int, int]) -> WrittenSpelling | str:
         if isinstance(fmt, AwqInt4):
             if shape[0] % shape[1]:
                 return f"Nunchaku's modulations have rows in multiples of columns, found {shape[0]} x {shape[1]}"
-            return fmt.unsupported(*shape) or modulation(shape[0] // shape[1], shape[0])
+            return fmt.unsupported(*shape) or modulation(
+                shape[0] // shape[1], shape[0], is_about_one=self.is_for_engine
+            )
         if not isinstance(fmt, SvdQuant):
             return f"Nunchaku holds SVDQuant alone, found {fmt.label}"
-        codecs = svdquant_codecs(shape[0])[PRECISIONS[fmt.method]]
-        copies = {UNUSED: "smooth_factor"}
-        return fmt.unsupported(*shape) or WrittenSpelling(
-            SVDQUANT_NAMES, codecs, bias=VECTOR, lacks_shift=True, copies=copies
-        )
+        codecs, names = svdquant_codecs(shape[0])[PRECISIONS[fmt.method]], _names(is_for_engine=self.is_for_engine)
+        copies = {names["smooth_factor"] + UNUSED: "smooth_factor"}
+        return fmt.unsupported(*shape) or WrittenSpelling(names, codecs, bias=VECTOR, lacks_shift=True, copies=copies)
 
     def block(self, layers: Mapping[str, Format], ignored: Collection[str]) -> dict[str, Any]:
         """The block that our loader reads.
@@ -136,7 +157,8 @@ class Nunchaku(Dialect):
     def model_metadata(self, config: Mapping[str, Any], family: Family) -> dict[str, str]:
         assert family.nunchaku is not None, "others are refused"
         plain = {key: value for key, value in config.items() if key != "quantization_config"}
-        return {"config": json.dumps(plain), "model_class": family.nunchaku.model_class}
+        comfy = {"comfy_config": json.dumps(_comfy_config(plain))} if family.nunchaku.uses_engine else {}
+        return {"config": json.dumps(plain), "model_class": family.nunchaku.model_class, **comfy}
 
     def model_flaw(self, family: Family | None, methods: Collection[str]) -> str | None:
         facts = None if family is None else family.nunchaku
@@ -166,6 +188,10 @@ class Nunchaku(Dialect):
     def model_stems(self, stem: str) -> tuple[str, ...]:
         tables = (family.nunchaku.names for family in FAMILIES if family.nunchaku is not None)
         return next(filter(None, (parts_of(table, stem) for table in tables)), (stem,))
+
+    def part_of(self, stem: str) -> tuple[str, int] | None:
+        cuts = (cut for family in FAMILIES if family.nunchaku is not None for cut in family.nunchaku.cuts)
+        return next(filter(None, (cut.layer_of(stem) for cut in cuts)), None)
 
     def check(self, found: Found, layers: Mapping[str, StoredLayer], config: Mapping[str, Any]) -> Iterator[Finding]:
         rank, element = found.block.get("rank"), _part(found.block, "weight").get("dtype")
@@ -220,15 +246,54 @@ def from_block(block: Any) -> QuantizationConfig | None:
     return None if precision is None else QuantizationConfig(FORMATS[precision].method)
 
 
-def _layer(found: Found, stem: str) -> StoredLayer:
-    weight, scales, down = (found.get(stem, suffix) for suffix in ("qweight", "wscales", "proj_down"))
+def _is_for_engine(found: Found) -> bool:
+    return next(found.stems(ENGINE_NAMES["lora_a"]), None) is not None
+
+
+def _names(*, is_for_engine: bool) -> dict[str, str]:
+    return ENGINE_NAMES if is_for_engine else {**SVDQUANT_NAMES, "smooth_factor": "smooth_factor"}
+
+
+def _comfy_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What ComfyUI-nunchaku builds ComfyUI's model of FLUX.1 from.
+
+    Args:
+        config: the model's config in diffusers, where four channels are one of the latents
+    """
+    channels = config.get("in_channels", 64)
+    heads, width = config.get("num_attention_heads", 24), config.get("attention_head_dim", 128)
+    guidance = bool(config.get("guidance_embeds", False))
+    model = {
+        "image_model": "flux",
+        "disable_unet_model_creation": True,
+        "patch_size": 2,
+        "in_channels": channels // 4,
+        "out_channels": (config.get("out_channels") or channels) // 4,
+        "hidden_size": heads * width,
+        "num_heads": heads,
+        "depth": config.get("num_layers", 19),
+        "depth_single_blocks": config.get("num_single_layers", 38),
+        "context_in_dim": config.get("joint_attention_dim", 4096),
+        "vec_in_dim": config.get("pooled_projection_dim", 768),
+        "axes_dim": list(config.get("axes_dims_rope", (16, 56, 56))),
+        "theta": 10000,
+        "mlp_ratio": 4.0,
+        "qkv_bias": True,
+        "guidance_embed": guidance,
+    }
+    return {"model_class": "Flux" if guidance else "FluxSchnell", "model_config": model}
+
+
+def _layer(found: Found, stem: str, *, is_for_engine: bool) -> StoredLayer:
+    names = _names(is_for_engine=is_for_engine)
+    weight, scales, down = (found.get(stem, suffix) for suffix in ("qweight", "wscales", names["lora_a"]))
     assert weight is not None, "it has its name from it"
     if found.get(stem, "wzeros") is not None:
-        return awq_layer(found, stem)
+        return awq_layer(found, stem, is_about_one=is_for_engine)
     if weight.dtype is not torch.int8:
         raise LayerError(found, stem, f"layer '{stem}': found qweight in {weight.dtype}, expected int8")
     if scales is None or down is None or len(down.shape) != 2 or len(weight.shape) != 2:
-        what = f"found '{stem}.qweight' without wscales, or without proj_down as a matrix, expected both"
+        what = f"found '{stem}.qweight' without wscales, or without {names['lora_a']} as a matrix, expected both"
         raise LayerError(found, stem, what, "missing-companion")
     precision = "nvfp4" if scales.dtype is torch.float8_e4m3fn else "int4"
     shape, fmt = (weight.shape[0], 2 * weight.shape[1]), FORMATS[precision](down.shape[1])
@@ -237,7 +302,8 @@ def _layer(found: Found, stem: str) -> StoredLayer:
     problem = fmt.unsupported(*shape)
     if problem is not None:
         raise LayerError(found, stem, f"layer '{stem}': {problem}")
-    unused = (f"{stem}.{UNUSED}",) if found.get(stem, UNUSED) is not None else ()
+    second = names["smooth_factor"] + UNUSED
+    unused = (f"{stem}.{second}",) if found.get(stem, second) is not None else ()
     ones = tuple(
         suffix
         for suffix in ("channel_scale", "weight_scale_2")
@@ -247,10 +313,10 @@ def _layer(found: Found, stem: str) -> StoredLayer:
         stem,
         fmt,
         shape,
-        Spelling(SVDQUANT_NAMES, svdquant_codecs()[precision], bias=VECTOR, lacks_shift=True),
+        Spelling(names, svdquant_codecs()[precision], bias=VECTOR, lacks_shift=True),
         unused=unused,
         ones=ones,
     )
 
 
-NUNCHAKU = Nunchaku()
+NUNCHAKU, FOR_ENGINE = Nunchaku(), Nunchaku(is_for_engine=True)

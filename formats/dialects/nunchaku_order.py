@@ -195,6 +195,27 @@ class InterleavedRows(_Interleaved):
 
 
 @dataclass(frozen=True)
+class ScalesAboutOne(InterleavedRows):
+    """The bias of a modulation whose scales are about 1 on disk, and about 0 in the model.
+
+    What is added costs bits: a bias returns to 2^-8 of one.
+    """
+
+    def encode(self, tensor: Tensor) -> Tensor:
+        return super().encode(tensor.float() + self._ones(tensor))
+
+    def decode(self, stored: Tensor, layout: TensorLayout) -> Tensor:
+        bias = super().decode(stored.float(), replace(layout, dtype=torch.float32))
+        return (bias - self._ones(bias)).to(layout.dtype)
+
+    def _ones(self, bias: Tensor) -> Tensor:
+        """One for each row of the chunks of scales, the second and the second to last, else zero, float32 [out]."""
+        ones = torch.zeros(self.chunks, len(bias) // self.chunks, device=bias.device)
+        ones[1] = ones[-2] = 1
+        return ones.flatten()
+
+
+@dataclass(frozen=True)
 class ModulationWords(_Interleaved):
     """Codes of 4 bits, I32 [out / 4, in / 2]: of four rows, 64 columns each in turn.
 
@@ -229,16 +250,23 @@ def awq_codecs(chunks: int, rows: int = 1) -> dict[str, WritableCodec]:
     return {"weight": ModulationWords(chunks, rows), "weight_scale": numbers, "weight_zero_point": numbers}
 
 
-def modulation(chunks: int, rows: int = 1) -> WrittenSpelling:
-    """How a layer in AWQ W4A16 lies on disk; the arguments are those of `awq_codecs`."""
-    return WrittenSpelling(AWQ_NAMES, awq_codecs(chunks, rows), bias=InterleavedRows(chunks) if chunks > 1 else None)
+def modulation(chunks: int, rows: int = 1, *, is_about_one: bool = False) -> WrittenSpelling:
+    """How a layer in AWQ W4A16 lies on disk.
+
+    Args:
+        chunks, rows: as for `awq_codecs`
+        is_about_one: the bias of scales is about 1; see `ScalesAboutOne`
+    """
+    bias = ScalesAboutOne(chunks) if is_about_one else InterleavedRows(chunks) if chunks > 1 else None
+    return WrittenSpelling(AWQ_NAMES, awq_codecs(chunks, rows), bias=bias)
 
 
-def awq_layer(found: Found, stem: str, chunks: int | None = None) -> StoredLayer:
+def awq_layer(found: Found, stem: str, chunks: int | None = None, *, is_about_one: bool = False) -> StoredLayer:
     """A layer in AWQ W4A16.
 
     Args:
         chunks: as for `awq_codecs`; None for as many as the weight has rows for each column
+        is_about_one: as for `modulation`
 
     Raises:
         LayerError: its weight is none.
@@ -253,4 +281,5 @@ def awq_layer(found: Found, stem: str, chunks: int | None = None) -> StoredLayer
         problem = f"found a modulation of {rows} x {columns}, expected rows in multiples of columns"
     if problem is not None:
         raise LayerError(found, stem, f"layer '{stem}': {problem}")
-    return StoredLayer(stem, AwqInt4(), (rows, columns), modulation(chunks or rows // columns))
+    spelling = modulation(chunks or rows // columns, is_about_one=is_about_one)
+    return StoredLayer(stem, AwqInt4(), (rows, columns), spelling)

@@ -26,6 +26,7 @@ from omni_convert.formats.families.layers import (
     matching_groups,
 )
 from omni_convert.formats.families.original_names import (
+    CutLayer,
     OriginalName,
     OriginalTensor,
     diffusers_runs,
@@ -239,13 +240,18 @@ class NunchakuFacts:
         model_class: their class of the model
         names: modules that they merge, or call otherwise than diffusers
         modulations: layers that they read as AWQ W4A16
-        unsigned: layers whose inputs they shift and round without a sign in int4
+        unsigned: layers in their files whose inputs they shift and round without a sign in int4
+        cuts: layers that they hold as two
+        uses_engine: they run the family in an engine of its own, which has other names for tensors of layers, and
+            expects the scales of modulations about 1
     """
 
     model_class: str
     names: tuple[OriginalName, ...]
     modulations: tuple[str, ...] = ()
     unsigned: tuple[str, ...] = ()
+    cuts: tuple[CutLayer, ...] = ()
+    uses_engine: bool = False
 
 
 @dataclass(frozen=True)

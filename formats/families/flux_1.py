@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from omni_convert.formats.families.derived_config import ConfigRule, Shapes, rotary_axes
-from omni_convert.formats.families.family import Family, GgufFacts, MethodNote
+from omni_convert.formats.families.family import Family, GgufFacts, MethodNote, NunchakuFacts
 from omni_convert.formats.families.layers import (
     ADDED_QKV,
     DIFFUSERS,
@@ -16,7 +16,7 @@ from omni_convert.formats.families.layers import (
     linears,
     merged,
 )
-from omni_convert.formats.families.original_names import OriginalName, joined, renamed
+from omni_convert.formats.families.original_names import CutLayer, OriginalName, joined, renamed
 
 __all__ = [
     "DOUBLE",
@@ -153,6 +153,32 @@ FLUX_1 = Family(
         *renamed({"processor.proj_lora": "proj_out"}, ORIGINAL_SINGLE, SINGLE),
     ),
     gguf=GgufFacts("flux", has_converter=True),
+    nunchaku=NunchakuFacts(
+        "NunchakuFluxTransformer2dModel",
+        (
+            joined(f"{DOUBLE}qkv_proj", f"{DOUBLE}attn", *QKV),
+            joined(f"{DOUBLE}qkv_proj_context", f"{DOUBLE}attn", *ADDED_QKV),
+            joined(f"{SINGLE}qkv_proj", f"{SINGLE}attn", *QKV),
+            *renamed(
+                {
+                    "out_proj": "attn.to_out.0",
+                    "out_proj_context": "attn.to_add_out",
+                    "mlp_fc1": "ff.net.0.proj",
+                    "mlp_fc2": "ff.net.2",
+                    "mlp_context_fc1": "ff_context.net.0.proj",
+                    "mlp_context_fc2": "ff_context.net.2",
+                    **{norm: f"attn.{norm}" for norm in ("norm_q", "norm_k", "norm_added_q", "norm_added_k")},
+                },
+                DOUBLE,
+                DOUBLE,
+            ),
+            *renamed({"mlp_fc1": "proj_mlp", "norm_q": "attn.norm_q", "norm_k": "attn.norm_k"}, SINGLE, SINGLE),
+        ),
+        modulations=(f"{DOUBLE}norm1.linear", f"{DOUBLE}norm1_context.linear", f"{SINGLE}norm.linear"),
+        unsigned=(f"{DOUBLE}mlp_fc2", f"{DOUBLE}mlp_context_fc2", f"{SINGLE}mlp_fc2"),
+        cuts=(CutLayer(f"{SINGLE}proj_out", f"{SINGLE}out_proj", f"{SINGLE}mlp_fc2"),),
+        uses_engine=True,
+    ),
     config=(
         ConfigRule(
             "FluxTransformer2DModel",

@@ -19,6 +19,7 @@ from omni_convert.formats.containers.names import WEIGHT
 from omni_convert.formats.containers.tensor_spec import Run, TensorSpec
 
 __all__ = [
+    "CutLayer",
     "OriginalName",
     "OriginalTensor",
     "diffusers_name",
@@ -54,6 +55,32 @@ class OriginalName:
     turned: Turned | None = None
     shape: tuple[int, ...] | None = None
     beside: str | None = None
+
+
+@dataclass(frozen=True)
+class CutLayer:
+    """A layer of diffusers whose columns other code holds as two layers; `{}` stands for a block's number.
+
+    Attributes:
+        layer: its name
+        first: the layer with as many of its columns as it has rows
+        rest: the layer with the other columns, and the bias
+    """
+
+    layer: str
+    first: str
+    rest: str
+
+    def parts_of(self, stem: str) -> tuple[str, str] | None:
+        """The two parts of a layer of this name; None for other layers."""
+        numbers = _numbers(self.layer, stem)
+        return None if numbers is None else (self.first.format(*numbers), self.rest.format(*numbers))
+
+    def layer_of(self, part: str) -> tuple[str, int] | None:
+        """The layer of which a layer of this name is a part, and 0 for the first part; None for other layers."""
+        found = [_numbers(name, part) for name in (self.first, self.rest)]
+        places = ((self.layer.format(*numbers), i) for i, numbers in enumerate(found) if numbers is not None)
+        return next(places, None)
 
 
 @dataclass(frozen=True)
@@ -202,6 +229,12 @@ def _matches(name: str, row: OriginalName) -> Iterator[tuple[str, tuple[str, ...
 def _pattern(name: str) -> re.Pattern[str]:
     """Matches a module's tensors, or one tensor; groups the block's number, if there is one, and what follows."""
     return re.compile(re.escape(name).replace(r"\{\}", r"(\d+)") + r"((?:\..+)?)")
+
+
+def _numbers(name: str, stem: str) -> tuple[str, ...] | None:
+    """The block's number in the name of a module, if it has one; None for the name of another."""
+    found = _pattern(name).fullmatch(stem)
+    return None if found is None or found.groups()[-1] else found.groups()[:-1]
 
 
 def _known_tensors(table: Sequence[OriginalName], specs: Mapping[str, TensorSpec]) -> dict[str, OriginalTensor]:

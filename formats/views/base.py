@@ -30,6 +30,7 @@ __all__ = [
     "CheckpointView",
     "KeptTensor",
     "ViewedTensor",
+    "Zeros",
     "dequantized_view",
     "finite_part",
     "marked_view",
@@ -261,7 +262,7 @@ class _Mark(ViewedTensor):
 
 
 @dataclass(frozen=True)
-class _Zeros(ViewedTensor):
+class Zeros(ViewedTensor):
     """A tensor of zeros, where a dialect wants an offset."""
 
     spec: TensorSpec
@@ -345,7 +346,7 @@ def marked_view(checkpoint: Checkpoint, without: Collection[str], markers: Colle
     tensors: list[ViewedTensor] = [
         KeptTensor(spec, checkpoint, name) for name, spec in checkpoint.items() if name not in without
     ]
-    tensors += [_Zeros(TensorSpec(name, torch.float32, (1,))) for name in sorted(markers)]
+    tensors += [Zeros(TensorSpec(name, torch.float32, (1,))) for name in sorted(markers)]
     return CheckpointView(checkpoint, tensors, checkpoint.storage if isinstance(checkpoint, CheckpointView) else None)
 
 
@@ -389,7 +390,7 @@ def _respelled(layer: QuantizedLayer, spelling: WrittenSpelling) -> list[ViewedT
         for name, like in spelling.copies.items()
         for copy in (copied[f"{layer.stem}.{spelling.name(like)}"],)
     ]
-    tensors += [_Zeros(spec(name, layer.tensors[like])) for name, like in spelling.zeros.items()]
+    tensors += [Zeros(spec(name, layer.tensors[like])) for name, like in spelling.zeros.items()]
     marks = spelling.layout({})
     return tensors + [_Mark(spec(name, marks[name]), text) for name, text in spelling.extras.items()]
 

@@ -19,12 +19,14 @@ import torch
 from torch import Tensor
 
 from omni_convert.formats.containers.checkpoint import Checkpoint
+from omni_convert.formats.containers.names import WEIGHT
 from omni_convert.formats.containers.tensor_spec import Run, TensorSpec
 from omni_convert.formats.dialects.base import Dialect
 from omni_convert.formats.dialects.table import DIALECTS
 from omni_convert.formats.errors import CheckpointError, counted
 from omni_convert.formats.families.table import find_family, model_class
 from omni_convert.formats.views.base import CheckpointView, dequantized_view
+from omni_convert.formats.views.columns import joined_layers
 from omni_convert.formats.views.opened import QuantizedCheckpoint
 from omni_convert.formats.views.renamed import renamed_view, trace_rows
 from omni_convert.formats.views.renamed_layers import renamed_layers
@@ -110,9 +112,17 @@ def layers_under_diffusers_names(
     """
     checkpoint = quantized.checkpoint
     is_original = may_have_original_names(checkpoint, quantized.dialect, config)
-    traced = _trace(dequantized_view(quantized), config) if is_original else None
+    view = dequantized_view(quantized)
+    whole = _with_whole_layers(view, config)
+    traced = _trace(whole, config) if is_original else None
     if traced is None:
         return quantized, []
+    if whole is not view:
+        joined = next(name for name in whole if name not in view and name.endswith(WEIGHT))
+        raise CheckpointError(
+            f"{checkpoint.path}: tensor '{joined}': cannot be renamed without a change: it would join the columns of "
+            "two layers, each with scales of its own; -m METHOD quantizes again"
+        )
     renamed = renamed_layers(quantized, traced.runs, traced.shapes)
     return renamed, [_note(checkpoint, config, traced.unused)]
 
@@ -123,9 +133,17 @@ def layers_under_names_of_readers(
     """The checkpoint under the names of a dialect's readers, with layers kept quantized; the same if it has them.
 
     Raises:
-        CheckpointError: a layer cannot be joined without changing values.
+        CheckpointError: a layer cannot be joined or cut without changing values.
     """
     family, view = find_family(model_class(config)), dequantized_view(quantized)
+    weights = (name for name in view if name.endswith(WEIGHT))
+    cuts = dialect.cuts(family)
+    cut = next((name for name in weights if any(each.parts_of(name.removesuffix(WEIGHT)) for each in cuts)), None)
+    if cut is not None:
+        raise CheckpointError(
+            f"{quantized.checkpoint.path}: tensor '{cut}': cannot be renamed without a change: {dialect.consumers} "
+            "hold its columns as two layers, each with scales of its own; -m METHOD quantizes again"
+        )
     has_same = dialect.names_expected == "original" and family.has_original_names
     tensors = None if has_same else dialect.tensors_of(family, view)
     if tensors is None or tensors.keys() <= view.keys():
@@ -151,8 +169,15 @@ def convert_names(
     Raises:
         CheckpointError: as `under_diffusers_names`.
     """
-    traced = _trace(checkpoint, config, keeps_spare=keeps_spare)
-    return None if traced is None else (renamed_view(checkpoint, traced.runs, traced.shapes), traced.unused)
+    whole = _with_whole_layers(checkpoint, config)
+    traced = _trace(whole, config, keeps_spare=keeps_spare)
+    return None if traced is None else (renamed_view(whole, traced.runs, traced.shapes), traced.unused)
+
+
+def _with_whole_layers(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Checkpoint:
+    """The checkpoint with layers of diffusers in place of those that hold some of their columns."""
+    facts = find_family(model_class(config)).nunchaku
+    return checkpoint if facts is None else joined_layers(checkpoint, facts.cuts)
 
 
 def _note(checkpoint: Checkpoint, config: Mapping[str, Any], unused: Sequence[str]) -> str:

@@ -6,7 +6,7 @@ format. Saving spells them as they were.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,7 @@ from omni_convert.formats.format import Format
 from omni_convert.formats.rows import TensorLayout
 from omni_convert.formats.views.opened import QuantizedLayer, read_layers
 from omni_convert.loaders.kernels.kernel import Activations
+from omni_convert.loaders.layers.column_parts import ColumnParts
 from omni_convert.loaders.layers.quantized_linear import QuantizedLinear
 from omni_convert.loaders.loading.pipeline_files import open_weights
 
@@ -53,9 +54,10 @@ class OpenedLayers:
             for stem, layer in layers.items():
                 has_bias = f"{stem}.bias" in checkpoint and _holds_bias(dialect, layer)
                 suffixes = [*layer.tensors, *(["bias"] if has_bias else [])]
-                in_model |= {f"{part}.{suffix}" for part in dialect.model_stems(stem) for suffix in suffixes}
+                in_model |= {f"{place}.{suffix}" for place in _places(dialect, stem) for suffix in suffixes}
                 in_files |= {f"{stem}.bias"} if has_bias else set()
-            return in_files, in_model
+            renamed = _renamed(checkpoint, dialect, in_files)
+            return in_files | renamed.keys(), in_model | {*renamed.values()}
 
     def install(self, model: nn.Module, device_map: Any) -> Dialect:
         """Replaces linears of a model by the layers of the files.
@@ -74,13 +76,18 @@ class OpenedLayers:
             dialect, layers = self._read(checkpoint)
             for layer in layers.values():
                 self._install_layer(model, dialect, checkpoint, layer, device_map)
+            of_layers = {name for layer in layers.values() for name in (*layer.sources, f"{layer.stem}.bias")}
+            for stored, name in _renamed(checkpoint, dialect, of_layers).items():
+                _install_tensor(model, name, checkpoint.read(stored), _device_of(name, device_map))
         return dialect
 
     def _install_layer(
         self, model: nn.Module, dialect: Dialect, checkpoint: Checkpoint, layer: QuantizedLayer, device_map: Any
     ) -> None:
         """Puts a layer, or each of the model's layers that it joins, in their places."""
-        parts = dialect.model_stems(layer.stem)
+        parts, held = _places(dialect, layer.stem), dialect.part_of(layer.stem)
+        if held is not None:
+            _hold_columns(model, held[0], layer)
         linears = [_linear(model, part, layer) for part in parts]
         if sum(linear.out_features for linear in linears) != layer.shape[0]:
             raise _other_shape(model, layer, linears[0])
@@ -147,6 +154,63 @@ def _read_bias(checkpoint: Checkpoint, dialect: Dialect, layer: QuantizedLayer) 
     bias = stored if codec is None else codec.decode(stored, TensorLayout(stored.dtype, layer.shape[:1], 0))
     added = layer.format.shift_product(layer.read(0, layer.shape[0])) if spelling.lacks_shift else None
     return bias if added is None else (bias.float() + added).to(bias.dtype)
+
+
+def _places(dialect: Dialect, stem: str) -> tuple[str, ...]:
+    """Names in the model of the layers of which a stored layer consists."""
+    held = dialect.part_of(stem)
+    return dialect.model_stems(stem) if held is None else (f"{held[0]}.parts.{held[1]}",)
+
+
+def _renamed(checkpoint: Checkpoint, dialect: Dialect, of_layers: Collection[str]) -> dict[str, str]:
+    """Name in the file → name in the model of each tensor that is not quantized and has another name there.
+
+    Args:
+        of_layers: names in the file of the tensors of quantized layers
+    """
+    names: dict[str, str] = {}
+    for name in checkpoint.keys() - of_layers:
+        stem, _, leaf = name.rpartition(".")
+        places = dialect.model_stems(stem)
+        if places != (stem,) and len(places) == 1:
+            names[name] = f"{places[0]}.{leaf}"
+    return names
+
+
+def _install_tensor(model: nn.Module, name: str, tensor: Tensor, device: torch.device) -> None:
+    """Sets a parameter of the model, in the dtype that it has there.
+
+    Raises:
+        CheckpointError: the model has no such parameter, or one of another shape.
+    """
+    stem, _, leaf = name.rpartition(".")
+    place = dict(model.named_parameters()).get(name)
+    if place is None or place.shape != tensor.shape:
+        found = "nothing" if place is None else str(list(place.shape))
+        raise CheckpointError(
+            f"{name}: found {found} in {type(model).__name__}, expected {list(tensor.shape)}, which the file holds; "
+            "download it or convert it again"
+        )
+    installed = nn.Parameter(tensor.to(device, place.dtype), requires_grad=False)
+    setattr(model.get_submodule(stem), leaf, installed)
+
+
+def _hold_columns(model: nn.Module, stem: str, layer: QuantizedLayer) -> None:
+    """Replaces a linear by two: one with as many columns as it has rows, one with the rest.
+
+    Raises:
+        CheckpointError: the model has no linear of this name, or one that is not wider than high.
+    """
+    try:
+        linear = model.get_submodule(stem)
+    except AttributeError:
+        linear = None
+    if isinstance(linear, ColumnParts):
+        return
+    if not isinstance(linear, nn.Linear) or linear.in_features <= linear.out_features:
+        raise _other_shape(model, layer, linear)
+    widths = (linear.out_features, linear.in_features - linear.out_features)
+    model.set_submodule(stem, ColumnParts(widths, linear.out_features, bias=linear.bias is not None))
 
 
 def _linear(model: nn.Module, stem: str, layer: QuantizedLayer) -> nn.Linear:

@@ -19,10 +19,11 @@ from omni_convert.formats.errors import CheckpointError
 
 CODES = torch.ones(64, 64, dtype=torch.int8)
 STEM = "transformer_blocks.0.attn.to_out.0"
-SVDQUANT = {"qweight": CODES, "wscales": torch.ones(8, 64), "lora_down": torch.ones(128, 32)}  # as FLUX.1 has them
+BARE = {"qweight": CODES, "wscales": torch.ones(8, 64)}  # without a branch of low rank
+SVDQUANT = {**BARE, "lora_down": torch.ones(128, 32)}  # as FLUX.1 has them
 HEADER = {"quantization_config": json.dumps({"method": "svdquant"})}
 CASES: dict[str, tuple[dict[str, Tensor], dict[str, Any] | None, dict[str, str], str]] = {
-    "Nunchaku": (SVDQUANT, None, HEADER, "Nunchaku"),
+    "Nunchaku without branches": (BARE, None, HEADER, "Nunchaku"),
     "Nunchaku without a header": (SVDQUANT, None, {}, "Nunchaku"),
     "Nunchaku in diffusers": (SVDQUANT, {"quant_method": "nunchaku_lite"}, {}, "Nunchaku"),
     "quanto": ({"weight._data": CODES, "weight._scale": torch.ones(64, 1)}, {"quant_method": "quanto"}, {}, "quanto"),
