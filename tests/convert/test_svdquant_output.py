@@ -12,11 +12,14 @@ import torch
 
 from omni_convert.convert import Recipe, convert_checkpoint
 
-METHODS = ("svdquant_int4", "svdquant_nvfp4")
-
-
-def recipe_of(method: str) -> Recipe:
-    return Recipe(method=method, dialect="nunchaku-lite", rank=16, force=True)
+RECIPES = {
+    f"{method} {dialect}": Recipe(method=method, dialect=dialect, rank=16, force=True)
+    for method, dialect in (
+        ("svdquant_int4", "nunchaku-lite"),
+        ("svdquant_nvfp4", "nunchaku-lite"),
+        ("svdquant_int4", "nunchaku"),
+    )
+}
 
 
 @pytest.fixture(scope="module")
@@ -35,11 +38,11 @@ def flux(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module", params=METHODS)
-def whole(request: pytest.FixtureRequest, flux: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
-    """A method, and the result of a conversion that ran through."""
+@pytest.fixture(scope="module", params=RECIPES.values(), ids=RECIPES.keys())
+def whole(request: pytest.FixtureRequest, flux: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Recipe, Path]:
+    """A recipe, and the result of a conversion that ran through."""
     output = tmp_path_factory.mktemp("whole") / "out"
-    convert_checkpoint(flux, output, recipe_of(request.param))
+    convert_checkpoint(flux, output, request.param)
     return request.param, output
 
 
@@ -54,9 +57,9 @@ class StoppedError(Exception):
 
 @pytest.mark.parametrize("tiles", [1, 12, 40])
 def test_an_interrupted_conversion_goes_on_to_the_same_bytes(
-    flux: Path, whole: tuple[str, Path], tmp_path: Path, tiles: int
+    flux: Path, whole: tuple[Recipe, Path], tmp_path: Path, tiles: int
 ) -> None:
-    method, expected = whole
+    recipe, expected = whole
     left = tiles
 
     def interrupt(_: int) -> None:
@@ -66,19 +69,19 @@ def test_an_interrupted_conversion_goes_on_to_the_same_bytes(
             raise StoppedError
 
     with pytest.raises(StoppedError):
-        convert_checkpoint(flux, tmp_path / "out", recipe_of(method), progress=interrupt)
+        convert_checkpoint(flux, tmp_path / "out", recipe, progress=interrupt)
     assert not (tmp_path / "out").exists()
-    convert_checkpoint(flux, tmp_path / "out", replace(recipe_of(method), resume=True))
+    convert_checkpoint(flux, tmp_path / "out", replace(recipe, resume=True))
     assert digests(tmp_path / "out") == digests(expected)
 
 
 def test_a_url_gets_the_same_bytes(
-    flux: Path, whole: tuple[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    flux: Path, whole: tuple[Recipe, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    method, expected = whole
+    recipe, expected = whole
     monkeypatch.chdir(tmp_path)
-    url = f"memory://bucket/{method}"
-    convert_checkpoint(flux, url, recipe_of(method))
+    url = f"memory://bucket/{recipe.method}-{recipe.dialect}"
+    convert_checkpoint(flux, url, recipe)
     filesystem, path = fsspec.url_to_fs(url)
     found = {
         name.removeprefix(f"{path}/"): hashlib.sha256(filesystem.cat_file(name)).hexdigest()

@@ -75,6 +75,20 @@ def test_all_of_a_narrow_input_and_only_blocks_of_a_wide_one(monkeypatch: pytest
         start += len(block)
 
 
+def test_the_moments_of_some_columns_are_those_of_these_columns(narrow: None) -> None:
+    rows = noise(1, 12)
+    full = recorded(rows)
+    found = full.columns(3, 12)
+    torch.testing.assert_close(found.products, recorded(rows[:, 3:]).products)
+    assert torch.equal(found.sample, full.sample[:, 3:])
+    wide = recorded(noise(3, 13))
+    first, rest = wide.columns(0, 5), wide.columns(5, 13)
+    assert [*map(len, first.blocks()), *map(len, rest.blocks())] == [5, 5, 3]
+    assert all(map(torch.equal, [*first.blocks(), *rest.blocks()], wide.blocks()))
+    with pytest.raises(CalibrationError, match="moments in blocks of 5 columns, expected none that columns 0 to 5 cut"):
+        wide.columns(0, 6)
+
+
 def test_recording_again_gives_the_same_bits() -> None:
     first, second = recorded(noise(1), noise(2)), recorded(noise(1), noise(2))
     assert torch.equal(first.products, second.products)

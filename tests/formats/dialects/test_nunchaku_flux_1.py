@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from omni_convert.convert import Recipe, convert_checkpoint
+from omni_convert.convert.calibration.moments import Moments, MomentsRecorder
+from omni_convert.convert.calibration.pipeline_recorder import recording_identity
 from omni_convert.convert.inspection.verification import verify_source
 from omni_convert.convert.source.location import resolve_source
 from omni_convert.formats.containers.checkpoint import Checkpoint
 from omni_convert.formats.dialects.nunchaku_order import VECTOR
 from omni_convert.formats.errors import CheckpointError
 from omni_convert.formats.rows import TensorLayout
+from omni_convert.formats.statistics.layer_statistics import observe
+from omni_convert.formats.statistics.statistics import Statistics
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 RANK, WIDTH = 16, 128
@@ -256,3 +261,37 @@ def test_damage_is_found_and_not_loaded(case: Case, tmp_path: Path, change: Any)
     assert errors(tmp_path / "damaged")
     with pytest.raises(CheckpointError):
         diffusers.FluxTransformer2DModel.from_pretrained(tmp_path / "damaged", torch_dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "gptq"])
+def test_parts_are_calibrated_with_their_own_columns(case: Case, tmp_path: Path, rounding: str) -> None:
+    """Outliers of the inputs of proj_out are smoothed in the part that has their columns."""
+    outliers = {f"{SINGLE}.out_proj": 7, f"{SINGLE}.mlp_fc2": 21}
+    generator = torch.Generator().manual_seed(0)
+    recorders = {}
+    with Checkpoint.open(case.source) as source:
+        for name, spec in source.items():
+            if len(spec.shape) == 2:
+                rows = torch.randn(256, spec.shape[1], generator=generator)
+                if name == f"{SINGLE}.proj_out.weight":
+                    rows[:, [7, WIDTH + 21]] *= 100
+                recorders[f".{name.removesuffix('.weight')}"] = recorder = MomentsRecorder()
+                recorder.record(observe(rows), step=0)
+        identity = recording_identity([], {}, {"": source.fingerprint()})
+    statistics = {key: found for key, each in recorders.items() if (found := each.statistics()) is not None}
+    Statistics(identity, statistics).save(tmp_path / "statistics.safetensors")
+    recipe = Recipe(
+        method=case.method, dialect="nunchaku", rank=RANK, calibration=(tmp_path / "statistics.safetensors",)
+    )
+    if rounding == "gptq":
+        moments = {key: found for key, each in recorders.items() if (found := each.moments()) is not None}
+        Moments.recorded(identity, moments).save(tmp_path / "moments.safetensors")
+        recipe = replace(recipe, rounding=rounding, moments=(tmp_path / "moments.safetensors",))
+    convert_checkpoint(case.source, tmp_path / "out", recipe)
+    assert errors(tmp_path / "out") == []
+    tensors = load_file(tmp_path / "out" / WEIGHTS)
+    for stem, channel in outliers.items():
+        stored = tensors[f"{stem}.smooth"]
+        smooth = VECTOR.decode(stored, TensorLayout(torch.float32, tuple(stored.shape), 0))
+        assert int(smooth.argmax()) == channel
+        assert float(smooth[channel]) > 5 * float(smooth.median())
