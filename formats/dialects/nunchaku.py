@@ -30,10 +30,12 @@ from typing import Any
 import torch
 
 from omni_convert.formats.config import QuantizationConfig
+from omni_convert.formats.containers.checkpoint import Checkpoint
 from omni_convert.formats.containers.tensor_spec import TensorSpec
 from omni_convert.formats.dialects.base import (
     Dialect,
     Found,
+    JudgedComponent,
     LayerError,
     Spelling,
     StoredLayer,
@@ -72,6 +74,8 @@ UNUSED = "_orig"
 ELEMENTS = {"int4": "int4", "fp4_e2m1_all": "nvfp4"}
 #: Above the negative of the lowest value of GELU, -0.17.
 SHIFT = 0.171875
+#: Double blocks, single blocks and width for which the engine is built; it leaves what a file lacks unset.
+ENGINE_SIZE = (19, 38, 3072)
 SUPPORTED = tuple(family.name for family in FAMILIES if family.nunchaku is not None)
 
 
@@ -114,6 +118,14 @@ class Nunchaku(Dialect):
             found.block.get("method") == ALGORITHM and not found.quant_method
         )
         return is_declared and (_is_for_engine(found) or next(found.stems("proj_down"), None) is not None)
+
+    def verdicts(self, component: JudgedComponent) -> list[Verdict]:
+        readers, *others = self.usual_verdicts
+        size = None if component.checkpoint is None else _engine_size(component.checkpoint)
+        if size is not None and size != ENGINE_SIZE:
+            found, built = ("{} double and {} single blocks, {} wide".format(*each) for each in (size, ENGINE_SIZE))
+            readers = replace(readers, outcome="wrong", why=f"found {found}; Nunchaku's engine is built for {built}")
+        return [readers, *others]
 
     def stored_layers(self, found: Found) -> Iterator[StoredLayer | LayerError]:
         is_for_engine = _is_for_engine(found)
@@ -248,6 +260,14 @@ def from_block(block: Any) -> QuantizationConfig | None:
 
 def _is_for_engine(found: Found) -> bool:
     return next(found.stems(ENGINE_NAMES["lora_a"]), None) is not None
+
+
+def _engine_size(checkpoint: Checkpoint) -> tuple[int, int, int] | None:
+    """Double blocks, single blocks and width of a model in files for the engine; None for other files."""
+    end = f".out_proj.{ENGINE_NAMES['lora_a']}"
+    found = [spec for name, spec in checkpoint.items() if name.endswith(end) and spec.shape]
+    single = sum(spec.name.startswith("single_") for spec in found)
+    return (len(found) - single, single, found[0].shape[0]) if found else None
 
 
 def _names(*, is_for_engine: bool) -> dict[str, str]:

@@ -20,6 +20,8 @@ from omni_convert.convert.calibration.pipeline_recorder import recording_identit
 from omni_convert.convert.inspection.verification import verify_source
 from omni_convert.convert.source.location import resolve_source
 from omni_convert.formats.containers.checkpoint import Checkpoint
+from omni_convert.formats.dialects.base import JudgedComponent
+from omni_convert.formats.dialects.nunchaku import NUNCHAKU
 from omni_convert.formats.dialects.nunchaku_order import VECTOR
 from omni_convert.formats.errors import CheckpointError
 from omni_convert.formats.rows import TensorLayout
@@ -132,6 +134,22 @@ def test_the_header_has_the_configs_of_all_readers(case: Case) -> None:
         "context_in_dim": 64, "vec_in_dim": 64, "axes_dim": [16, 24, 24], "theta": 10000, "mlp_ratio": 4.0,
         "qkv_bias": True, "guidance_embed": True,
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("blocks", "width", "outcome"), [((19, 38), 3072, "loads"), ((1, 1), 3072, "wrong"), ((19, 38), 128, "wrong")]
+)
+def test_other_sizes_than_the_engine_is_built_for_are_told(
+    blocks: tuple[int, int], width: int, outcome: str, tmp_path: Path
+) -> None:
+    names = [
+        f"{kind}.{i}.out_proj.lora_down"
+        for kind, count in zip(("transformer_blocks", "single_transformer_blocks"), blocks, strict=True)
+        for i in range(count)
+    ]
+    save_file({name: torch.zeros(width, 1) for name in names}, tmp_path / "model.safetensors")
+    with Checkpoint.open(tmp_path) as checkpoint:
+        assert NUNCHAKU.verdicts(JudgedComponent({}, checkpoint=checkpoint))[0].outcome == outcome
 
 
 def test_rows_of_modulations_alternate_and_scales_are_about_one(case: Case) -> None:
