@@ -37,6 +37,8 @@ __all__ = [
 FORMATS: dict[str, type[SvdQuant]] = {"int4": SvdQuantInt4, "nvfp4": SvdQuantNvfp4}
 #: Canonical suffix to the suffix on disk of AWQ layers.
 AWQ_NAMES = {"weight": "qweight", "weight_scale": "wscales", "weight_zero_point": "wzeros"}
+# Chunks of a modulation with shifts, scales and gates.
+FEWEST_CHUNKS = 3
 #: Method to precision.
 PRECISIONS = {kind.method: precision for precision, kind in FORMATS.items()}
 
@@ -279,6 +281,8 @@ def awq_layer(found: Found, stem: str, chunks: int | None = None, *, is_about_on
     problem = AwqInt4().unsupported(rows, columns)
     if problem is None and chunks is None and rows % columns:
         problem = f"found a modulation of {rows} x {columns}, expected rows in multiples of columns"
+    if problem is None and is_about_one and rows // columns < FEWEST_CHUNKS:
+        problem = f"found a modulation of {rows} x {columns}, expected shifts, scales and gates"
     if problem is not None:
         raise LayerError(found, stem, f"layer '{stem}': {problem}")
     spelling = modulation(chunks or rows // columns, is_about_one=is_about_one)

@@ -261,6 +261,9 @@ DAMAGE = {
     "a part of another height": lambda tensors: tensors.update(
         {f"{SINGLE}.out_proj.qweight": torch.ones(2 * WIDTH, WIDTH // 2, dtype=torch.int8)}
     ),
+    "a modulation without chunks": lambda tensors: tensors.update(
+        {f"{SINGLE}.norm.linear.qweight": torch.ones(WIDTH // 4, WIDTH // 2, dtype=torch.int32)}
+    ),
     "no norm": lambda tensors: tensors.pop(f"{SINGLE}.norm_q.weight"),
 }
 
