@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -96,14 +96,10 @@ def load_pipeline(
         kwargs = _load_gguf_components(model, torch_dtype, requested, in_gguf, hub_options) | kwargs
         with shared_readers():
             folder = _local_folder(model, kwargs)
-            if kwargs.get("use_safetensors") is not False:
-                kwargs |= load_opened_models(folder, torch_dtype, kwargs, requested, kwargs.get("variant"))
-                refuse_undeclared(folder, kwargs.keys(), kwargs.get("variant"))
-            streamer: Streamer | None = None
-            models: dict[str, nn.Module] = {}
-            if memory != "full":
-                stream = PipelineStream(folder, torch.device(device or "cpu"), torch_dtype, kwargs)
-                streamer, models = stream.open(memory, _unstreamable(requested, in_gguf, cache_backend))
+            kwargs |= _models_read_by_layer(folder, torch_dtype, kwargs, requested)
+            stream = PipelineStream(folder, torch.device(device or "cpu"), torch_dtype, kwargs)
+            unstreamable = _unstreamable(requested, in_gguf, cache_backend)
+            streamer, models = stream.open(memory, unstreamable) if memory != "full" else (None, {})
             pipeline = DiffusionPipeline.from_pretrained(
                 str(model), dtype=torch_dtype, **_quantization_argument(requested), **kwargs, **models
             )
@@ -121,6 +117,22 @@ def load_pipeline(
     if cache_backend is not None:
         enable_step_cache(pipeline, cache_backend, cache_config)
     return pipeline
+
+
+def _models_read_by_layer(
+    folder: Path, torch_dtype: torch.dtype, kwargs: Mapping[str, Any], requested: Collection[str]
+) -> dict[str, nn.Module]:
+    """The denoising models in spellings that no library loads; refuses other quantized weights without a block.
+
+    Args:
+        kwargs: those of `from_pretrained`
+        requested: see `load_opened_models`
+    """
+    if kwargs.get("use_safetensors") is False:
+        return {}
+    models = load_opened_models(folder, torch_dtype, kwargs, requested, kwargs.get("variant"))
+    refuse_undeclared(folder, {*kwargs, *models}, kwargs.get("variant"))
+    return models
 
 
 def _load_gguf_components(

@@ -25,7 +25,7 @@ from omni_convert.convert.cli.output import announce_demo, command_line, silence
 from omni_convert.formats.errors import CalibrationError, OutputError, RecipeError
 
 if TYPE_CHECKING:
-    from omni_convert.convert.comparison.comparison import Offload, Variant
+    from omni_convert.convert.comparison.comparison import Comparison, Offload, Variant
     from omni_convert.convert.recipe import Recipe
 
 __all__ = ["calibrate_command", "compare_command", "generate_command"]
@@ -290,12 +290,16 @@ def compare_command(
     report = comparison.report
     write_json(output_json, report)
     if report_file is not None:
-        from omni_convert.convert.page.document import write_page
-        from omni_convert.convert.page.pages import comparison_page
-
-        write_page(report_file, comparison_page(report, comparison.pairs(), command_line()))
+        _write_page(report_file, comparison)
     if not quiet:
         _print_summary(report, output_json)
+
+
+def _write_page(file: Path, comparison: Comparison) -> None:
+    from omni_convert.convert.page.document import write_page
+    from omni_convert.convert.page.pages import comparison_page
+
+    write_page(file, comparison_page(comparison.report, comparison.pairs(), command_line()))
 
 
 def _print_summary(report: Mapping[str, Any], output_json: Path) -> None:
