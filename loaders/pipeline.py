@@ -98,8 +98,7 @@ def load_pipeline(
             folder = _local_folder(model, kwargs)
             kwargs |= _models_read_by_layer(folder, torch_dtype, kwargs, requested)
             stream = PipelineStream(folder, torch.device(device or "cpu"), torch_dtype, kwargs)
-            unstreamable = _unstreamable(requested, in_gguf, cache_backend)
-            streamer, models = stream.open(memory, unstreamable) if memory != "full" else (None, {})
+            streamer, models = stream.open(memory, _unstreamable(requested, in_gguf, cache_backend))
             pipeline = DiffusionPipeline.from_pretrained(
                 str(model), dtype=torch_dtype, **_quantization_argument(requested), **kwargs, **models
             )

@@ -59,6 +59,23 @@ def tiny_pipeline_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def wide_flux(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A FLUX.1 transformer with random weights and biases, whose layers are multiples of 128 wide; read-only."""
+    import torch
+    from diffusers import FluxTransformer2DModel
+
+    folder = tmp_path_factory.mktemp("models") / "transformer"
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = FluxTransformer2DModel(
+            in_channels=4, num_layers=1, num_single_layers=1, attention_head_dim=64, num_attention_heads=2,
+            joint_attention_dim=64, pooled_projection_dim=32, axes_dims_rope=(16, 24, 24),
+        )  # fmt: skip
+        model.to(torch.bfloat16).save_pretrained(folder)
+    return folder
+
+
 def _build_pipeline():  # type: ignore[no-untyped-def]  # diffusers is imported only by tests that use it
     import torch
     from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, ZImagePipeline, ZImageTransformer2DModel

@@ -166,7 +166,7 @@ def _middle(column: int) -> int:
 
 
 def _cut(text: str, width: int) -> str:
-    """As much of the end of a text as fits into a width."""
+    """The end of a text, as much of it as a width holds."""
     fitting = int(width / LETTER) - 1
     return text if len(text) <= fitting else f"…{text[1 - fitting :]}"
 

@@ -51,8 +51,8 @@ from omni_convert.formats.dialects.nunchaku_order import (
     modulation,
     svdquant_codecs,
 )
-from omni_convert.formats.dialects.svdquant import SVDQUANT_NAMES, one_rank
-from omni_convert.formats.dialects.verdict import DIFFUSERS, OURS, UNMARKED, VLLM_OMNI, Verdict
+from omni_convert.formats.dialects.svdquant import DECODED, NVFP4_ELSEWHERE, SVDQUANT_NAMES, one_rank
+from omni_convert.formats.dialects.verdict import DIFFUSERS, OURS, UNMARKED, Verdict
 from omni_convert.formats.errors import RecipeError, listed
 from omni_convert.formats.families.family import Family
 from omni_convert.formats.families.layers import block_numbers
@@ -91,9 +91,9 @@ class Nunchaku(Dialect):
     runtimes = ("diffusers",)
     usual_verdicts = (
         Verdict("Nunchaku, ComfyUI-nunchaku, SGLang", "loads", "on CUDA: int4 on SM 7.5 to 8.9, nvfp4 on SM 12"),
-        Verdict(VLLM_OMNI, "refuses", "does not know this quant_method; --dialect vllm-omni-svdquant holds nvfp4"),
+        NVFP4_ELSEWHERE,
         Verdict(DIFFUSERS, "loads", "after `import omni_convert.loaders`; else it does not know the quant_method"),
-        Verdict(OURS, "loads", "decodes the weight; the branch runs beside it"),
+        DECODED,
         UNMARKED,
     )
     strict_runtimes = (OURS, DIFFUSERS)

@@ -42,8 +42,8 @@ from omni_convert.formats.dialects.nunchaku_order import (
     modulation,
     svdquant_codecs,
 )
-from omni_convert.formats.dialects.svdquant import SVDQUANT_NAMES, one_rank
-from omni_convert.formats.dialects.verdict import DIFFUSERS, OURS, UNMARKED, VLLM_OMNI, Verdict
+from omni_convert.formats.dialects.svdquant import DECODED, NVFP4_ELSEWHERE, SVDQUANT_NAMES, one_rank
+from omni_convert.formats.dialects.verdict import DIFFUSERS, OURS, UNMARKED, Verdict
 from omni_convert.formats.errors import RecipeError
 from omni_convert.formats.finding import Finding
 from omni_convert.formats.format import Format
@@ -62,9 +62,9 @@ class NunchakuLite(Dialect):
     consumers = "diffusers"
     runtimes = ("diffusers",)
     usual_verdicts = (
-        Verdict(VLLM_OMNI, "refuses", "does not know this quant_method; --dialect vllm-omni-svdquant holds nvfp4"),
+        NVFP4_ELSEWHERE,
         Verdict(DIFFUSERS, "loads", "with the package `kernels`, on CUDA but not on Hopper; nvfp4 on Blackwell"),
-        Verdict(OURS, "loads", "decodes the weight; the branch runs beside it"),
+        DECODED,
         UNMARKED,
     )
     strict_runtimes = (OURS, DIFFUSERS)

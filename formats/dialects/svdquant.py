@@ -70,6 +70,14 @@ def _codecs(rows: int = 1) -> dict[str, WritableCodec]:
     }
 
 
+#: What vLLM-Omni does with SVDQuant in other dialects.
+NVFP4_ELSEWHERE = Verdict(
+    VLLM_OMNI, "refuses", "does not know this quant_method; --dialect vllm-omni-svdquant holds nvfp4"
+)
+#: What our loader does with SVDQuant in any dialect.
+DECODED = Verdict(OURS, "loads", "decodes the weight; the branch runs beside it")
+
+
 class SvdQuant(Dialect):
     """See the module."""
 
@@ -78,7 +86,7 @@ class SvdQuant(Dialect):
     usual_verdicts = (
         Verdict(VLLM_OMNI, "loads", "on SM 10.3 alone"),
         Verdict(DIFFUSERS, "loads", "after `import omni_convert.loaders`; else it does not know the quant_method"),
-        Verdict(OURS, "loads", "decodes the weight; the branch runs beside it"),
+        DECODED,
         UNMARKED,
     )
     strict_runtimes = (OURS, VLLM_OMNI, DIFFUSERS)  # in which our loader reads it

@@ -236,7 +236,7 @@ def _search(values: Tensor, step: Tensor, row_step: Tensor, table: Tensor) -> tu
     cells = table[nearest_level(centres, table)]
 
     def error(row_step: Tensor, bits: Tensor) -> Tensor:
-        """Of each group [rows, groups], with levels that are nearest before they are rounded to the grid."""
+        """Squared error of each group [rows, groups]; levels are chosen before they are rounded to the grid."""
         target, steps = values / row_step, _e4m3_steps(bits)
         numbers = (target * (CELLS / steps)).add_(CELLS).clamp_(0, 2 * CELLS - 1).to(torch.int32).clamp_(min=0)  # NaN
         grid = _on_grid(cells.index_select(0, numbers.flatten()).view(target.shape).mul_(steps))

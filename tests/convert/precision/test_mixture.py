@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,6 @@ from xml.etree import ElementTree as ET
 
 import pytest
 
-from omni_convert.convert.calibration.recording import record_source
 from omni_convert.convert.conversion import Conversion, convert_checkpoint
 from omni_convert.convert.inspection.verification import verify_source
 from omni_convert.convert.inspection.verification_report import count_of
@@ -26,14 +26,8 @@ from omni_convert.loaders import kernel_report, load_pipeline
 
 
 @pytest.fixture(scope="module")
-def calibration(tiny_pipeline_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Statistics of the tiny pipeline, with sensitivity."""
-    folder = tmp_path_factory.mktemp("statistics")
-    (folder / "prompts.txt").write_text("a red circle\na star")
-    recipe = Recipe(calib=folder / "prompts.txt")
-    recording = record_source(resolve_source(tiny_pipeline_folder), recipe, with_sensitivity=True, progress=False)
-    recording.statistics.save(folder / "stats.safetensors")
-    return folder / "stats.safetensors"
+def calibration(tiny_pipeline_folder: Path, record_sensitivity: Callable[[Path], Path]) -> Path:
+    return record_sensitivity(tiny_pipeline_folder)
 
 
 def convert(source: Path, output: Path, calibration: Path, **options: Any) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,6 @@ import pytest
 import torch
 from transformers import AutoTokenizer, UMT5Config, UMT5EncoderModel
 
-from omni_convert.convert.calibration.recording import record_source
 from omni_convert.convert.conversion import convert_checkpoint
 from omni_convert.convert.inspection.verification import verify_source
 from omni_convert.convert.inspection.verification_report import count_of
@@ -64,13 +64,8 @@ def wan(tiny_pipeline_folder: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
 
 @pytest.fixture(scope="module")
-def calibration(wan: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("statistics")
-    (folder / "prompts.txt").write_text("a red circle\na star")
-    recipe = Recipe(calib=folder / "prompts.txt")
-    recording = record_source(resolve_source(wan), recipe, with_sensitivity=True, progress=False)
-    recording.statistics.save(folder / "stats.safetensors")
-    return folder / "stats.safetensors"
+def calibration(wan: Path, record_sensitivity: Callable[[Path], Path]) -> Path:
+    return record_sensitivity(wan)
 
 
 def test_both_experts_have_a_sensitivity(wan: Path, calibration: Path) -> None:

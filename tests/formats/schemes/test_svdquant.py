@@ -181,30 +181,12 @@ def test_names_that_would_leave_a_quantized_layer_out_are_refused() -> None:
         SVDQUANT.block({"blocks.0.proj_out": SvdQuantNvfp4()}, ["proj_out"])
 
 
-@pytest.fixture(scope="module")
-def flux_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A FLUX.1 transformer with random weights and biases, whose layers are multiples of 128 wide."""
-    from diffusers import FluxTransformer2DModel
-
-    folder = tmp_path_factory.mktemp("models") / "transformer"
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = FluxTransformer2DModel(
-            in_channels=4, num_layers=1, num_single_layers=1, attention_head_dim=64, num_attention_heads=2,
-            joint_attention_dim=64, pooled_projection_dim=32, axes_dims_rope=(16, 24, 24),
-        )  # fmt: skip
-        model.to(torch.bfloat16).save_pretrained(folder)
-    return folder
-
-
 @pytest.mark.parametrize("method", ["svdquant_int4", "svdquant_nvfp4"])
-def test_diffusers_builds_exactly_these_tensors(
-    import_peer: Any, flux_folder: Path, tmp_path: Path, method: str
-) -> None:
+def test_diffusers_builds_exactly_these_tensors(import_peer: Any, wide_flux: Path, tmp_path: Path, method: str) -> None:
     with pytest.raises(RecipeError, match=r"--dialect nunchaku-lite: .*was not run.*--force writes it all the same"):
-        convert_checkpoint(flux_folder, tmp_path / "out", Recipe(method=method, dialect="nunchaku-lite", rank=16))
+        convert_checkpoint(wide_flux, tmp_path / "out", Recipe(method=method, dialect="nunchaku-lite", rank=16))
     recipe = Recipe(method=method, dialect="nunchaku-lite", rank=16, force=True)
-    convert_checkpoint(flux_folder, tmp_path / "out", recipe)
+    convert_checkpoint(wide_flux, tmp_path / "out", recipe)
     block = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
     from diffusers import FluxTransformer2DModel
     from diffusers.quantizers.quantization_config import NunchakuLiteQuantizationConfig
@@ -213,7 +195,7 @@ def test_diffusers_builds_exactly_these_tensors(
     section = config.svdq_w4a4
     assert section is not None
     with torch.device("meta"):
-        model = FluxTransformer2DModel.from_config(FluxTransformer2DModel.load_config(flux_folder)).to(torch.bfloat16)
+        model = FluxTransformer2DModel.from_config(FluxTransformer2DModel.load_config(wide_flux)).to(torch.bfloat16)
     expected = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in model.state_dict().items()}
     scale = {"int4": (torch.bfloat16, 64), "nvfp4": (torch.float8_e4m3fn, 16)}[section["precision"]]
     for stem in section["targets"]:  # as `SVDQW4A4Linear` declares them; its module needs the package `kernels`
@@ -234,9 +216,9 @@ def test_diffusers_builds_exactly_these_tensors(
     ("method", "dialect"),
     [("svdquant_int4", "nunchaku-lite"), ("svdquant_nvfp4", "nunchaku-lite"), ("svdquant_nvfp4", "vllm-omni-svdquant")],
 )
-def test_a_file_is_sound_kept_and_restored(flux_folder: Path, tmp_path: Path, method: str, dialect: str) -> None:
-    convert_checkpoint(flux_folder, tmp_path / "out", Recipe(method=method, dialect=dialect, rank=16, force=True))
-    (verified,) = verify_source(resolve_source(tmp_path / "out"), resolve_source(flux_folder))
+def test_a_file_is_sound_kept_and_restored(wide_flux: Path, tmp_path: Path, method: str, dialect: str) -> None:
+    convert_checkpoint(wide_flux, tmp_path / "out", Recipe(method=method, dialect=dialect, rank=16, force=True))
+    (verified,) = verify_source(resolve_source(tmp_path / "out"), resolve_source(wide_flux))
     assert [finding for finding in verified.findings if finding.severity == "error"] == []
     keep = Recipe(method="keep", dialect=dialect, force=True)
     convert_checkpoint(tmp_path / "out", tmp_path / "kept", keep)
@@ -245,7 +227,7 @@ def test_a_file_is_sound_kept_and_restored(flux_folder: Path, tmp_path: Path, me
     assert all(tensor.view(torch.uint8).equal(before[name].view(torch.uint8)) for name, tensor in kept.items())
     convert_checkpoint(tmp_path / "out", tmp_path / "restored", Recipe(method="dequantize"))
     restored = load_file(tmp_path / "restored" / WEIGHTS)
-    with Checkpoint.open(flux_folder) as source:
+    with Checkpoint.open(wide_flux) as source:
         assert restored.keys() == {*source}
         for name in source:
             original = source.read(name)
@@ -293,27 +275,23 @@ def test_damage_is_found_and_not_loaded(damaged_source: Path, tmp_path: Path, ch
 
 
 @pytest.fixture(scope="module")
-def damaged_source(flux_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def damaged_source(wide_flux: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A sound file without a manifest."""
     folder = tmp_path_factory.mktemp("svdquant") / "out"
-    convert_checkpoint(
-        flux_folder, folder, Recipe(method="svdquant_int4", dialect="nunchaku-lite", rank=16, force=True)
-    )
+    convert_checkpoint(wide_flux, folder, Recipe(method="svdquant_int4", dialect="nunchaku-lite", rank=16, force=True))
     (folder / "omni_convert.json").unlink()
     return folder
 
 
 @pytest.mark.parametrize("method", ["svdquant_int4", "svdquant_nvfp4"])
-def test_our_loader_runs_it(flux_folder: Path, tmp_path: Path, method: str) -> None:
+def test_our_loader_runs_it(wide_flux: Path, tmp_path: Path, method: str) -> None:
     import diffusers
 
     import omni_convert.loaders  # noqa: F401  # registers the quantizers
 
-    convert_checkpoint(
-        flux_folder, tmp_path / "out", Recipe(method=method, dialect="nunchaku-lite", rank=16, force=True)
-    )
+    convert_checkpoint(wide_flux, tmp_path / "out", Recipe(method=method, dialect="nunchaku-lite", rank=16, force=True))
     model = diffusers.FluxTransformer2DModel.from_pretrained(tmp_path / "out", torch_dtype=torch.bfloat16)
-    with Checkpoint.open(flux_folder) as source:
+    with Checkpoint.open(wide_flux) as source:
         for stem in ("transformer_blocks.0.attn.to_q", "single_transformer_blocks.0.proj_out"):
             layer = model.get_submodule(stem)
             assert isinstance(layer.format, SvdQuant)
