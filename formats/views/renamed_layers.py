@@ -94,8 +94,7 @@ def renamed_layers(
         tensors += _tensors_of(quantized, layers[stem], parts[name])
     view = CheckpointView(plain, tensors)
     stored = {stem: QuantizedLayer(view, layer, layer.format.layout(*layer.shape)) for stem, layer in layers.items()}
-    names = {name: name for name in kept}
-    return replace(quantized, checkpoint=view, layers=stored, kept=names)
+    return replace(quantized, checkpoint=view, layers=stored, kept={name: name for name in kept})
 
 
 def _parts(quantized: QuantizedCheckpoint, name: str, runs: Sequence[Run], shape: tuple[int, ...]) -> Sequence[_Part]:

@@ -184,7 +184,10 @@ def _install_tensor(model: nn.Module, name: str, tensor: Tensor, device: torch.d
         CheckpointError: the model has no such parameter, or one of another shape.
     """
     stem, _, leaf = name.rpartition(".")
-    place = dict(model.named_parameters()).get(name)
+    try:
+        place = model.get_parameter(name)
+    except AttributeError:
+        place = None
     if place is None or place.shape != tensor.shape:
         found = "nothing" if place is None else str(list(place.shape))
         raise CheckpointError(
