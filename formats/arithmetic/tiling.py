@@ -14,15 +14,27 @@ from torch import Tensor
 
 from omni_convert.formats.rows import TILE_ELEMENTS
 
-__all__ = ["quantize_in_tiles"]
+__all__ = ["CACHED_ELEMENTS", "quantize_in_tiles"]
+
+#: Elements of a tile for arithmetic of so many steps that only a core's own cache is fast enough.
+CACHED_ELEMENTS = 1 << 18
 
 # On an accelerator a launch costs more than a cache miss.
 ACCELERATOR_TILE_ELEMENTS = 1 << 26
 
 
-def quantize_in_tiles(rows: Tensor, quantize_tile: Callable[[Tensor], dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Applies a function to tiles of whole rows of [rows, in], and joins the tensors that it returns by row."""
-    elements = TILE_ELEMENTS if rows.device.type == "cpu" else ACCELERATOR_TILE_ELEMENTS
+def quantize_in_tiles(
+    rows: Tensor, quantize_tile: Callable[[Tensor], dict[str, Tensor]], elements: int = TILE_ELEMENTS
+) -> dict[str, Tensor]:
+    """Applies a function to tiles of whole rows of [rows, in], and joins the tensors that it returns by row.
+
+    Args:
+        rows: of the weight
+        quantize_tile: the function
+        elements: of a tile on a CPU
+    """
+    if rows.device.type != "cpu":
+        elements = ACCELERATOR_TILE_ELEMENTS
     parts = [quantize_tile(tile) for tile in torch.split(rows, max(1, elements // max(1, rows.shape[1])))]
     if len(parts) == 1:
         return parts[0]

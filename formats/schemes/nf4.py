@@ -26,7 +26,7 @@ from torch import Tensor
 
 from omni_convert.formats.arithmetic.element import IntegerType
 from omni_convert.formats.arithmetic.encoding import Encoding
-from omni_convert.formats.arithmetic.search import best_attempt
+from omni_convert.formats.arithmetic.search import LevelTable, best_attempt
 from omni_convert.formats.containers.tensor_spec import TensorSpec
 from omni_convert.formats.format import ElementFormat, Format
 from omni_convert.formats.options import FormatOptions
@@ -48,8 +48,6 @@ NF4_TABLE = (
 # Scales to try, in units of the largest magnitude: the smaller ones clip a few numbers.
 FACTORS = (1.0, 0.95, 0.9, 0.85)
 SMALLEST_SCALE = 2.0**-126
-# Cells of `_Grid` in an interval of length 1.
-CELLS = 2048
 
 
 @dataclass(frozen=True)
@@ -184,14 +182,14 @@ class Nf4(Codebook, ElementFormat):
     def quantize_rows(self, rows: Tensor, fitted: float) -> dict[str, Tensor]:
         blocks = rows.float().reshape(-1, self.block)
         scale = _amax(blocks)
-        grid = _Grid.on(rows.device)
+        table = _table_on(rows.device)
         if self.search:
-            scale = _search(blocks, scale, grid)
+            scale = _search(blocks, scale, table)
         stored = self._stored_scales(scale, fitted)
         if self.search:
             constants = {name: tensor.to(rows.device) for name, tensor in self.constants(fitted).items()}
             scale = self.block_scales({**stored, **constants})
-        codes = grid.codes(blocks / _divisor(scale)[:, None]).view(rows.shape)
+        codes = table.codes(blocks / _divisor(scale)[:, None]).view(rows.shape)
         return {"weight": _packed(codes), **stored}
 
     def element_scale(self, tensors: Mapping[str, Tensor]) -> Tensor:
@@ -199,11 +197,10 @@ class Nf4(Codebook, ElementFormat):
         return scale.repeat_interleave(self.block).view(len(tensors["weight"]), -1)
 
     def round_elements(self, values: Tensor) -> Tensor:
-        grid = _Grid.on(values.device)
-        return grid.table.index_select(0, grid.codes(values).int().flatten()).view(values.shape)
+        return _table_on(values.device).nearest(values)
 
     def with_elements(self, tensors: Mapping[str, Tensor], elements: Tensor) -> dict[str, Tensor]:
-        return {**tensors, "weight": _packed(_Grid.on(elements.device).codes(elements))}
+        return {**tensors, "weight": _packed(_table_on(elements.device).codes(elements))}
 
     def _stored_scales(self, scale: Tensor, offset: float) -> dict[str, Tensor]:
         """The tensors of these scales, float32 [blocks]."""
@@ -239,7 +236,11 @@ def _divisor(scale: Tensor) -> Tensor:
 
 def _nearest(values: Tensor, table: Tensor) -> Tensor:
     """Codes of the nearest entries, uint8 of the same shape; of two that are as near the lower one."""
-    return torch.bucketize(values, (table[1:] + table[:-1]) / 2, out_int32=True).to(torch.uint8)
+    return torch.bucketize(values, _middles(table), out_int32=True).to(torch.uint8)
+
+
+def _middles(table: Tensor) -> Tensor:
+    return (table[1:] + table[:-1]) / 2
 
 
 def _packed(codes: Tensor) -> Tensor:
@@ -247,60 +248,22 @@ def _packed(codes: Tensor) -> Tensor:
     return (codes[:, ::2] << 4) | codes[:, 1::2]
 
 
-@dataclass(frozen=True, eq=False)
-class _Grid:
-    """NF4's table, and the nearest entry to each cell of a finer grid.
-
-    Searching the table for each number would take ten times as long. A cell and its neighbours hold at most one middle
-    of two entries, so that one comparison makes the code exact.
-
-    Attributes:
-        table: float32 [16]
-        lowest: the code below the first middle that a cell may hold, uint8 [cells]
-        middles: that middle, float32 [cells]
-        elements: the entry nearest to the centre of a cell, float32 [cells]
-    """
-
-    table: Tensor
-    lowest: Tensor
-    middles: Tensor
-    elements: Tensor
-
-    @classmethod
-    def on(cls, device: torch.device) -> _Grid:
-        table = torch.tensor(NF4_TABLE)
-        edges = torch.arange(2 * CELLS + 1) / CELLS - 1
-        middles = torch.cat([(table[1:] + table[:-1]) / 2, torch.tensor([torch.inf])])
-        lowest = torch.bucketize(edges - 1 / CELLS, middles)
-        elements = table[_nearest(edges + 0.5 / CELLS, table).int()]
-        parts = (table, lowest.to(torch.uint8), middles[lowest], elements)
-        return cls(*(part.to(device) for part in parts))
-
-    def codes(self, values: Tensor) -> Tensor:
-        """Codes of the nearest entries, uint8 of the same shape; of two that are as near the lower one."""
-        cells = self._cells(values)
-        is_above = values.reshape(-1) > self.middles.index_select(0, cells)
-        return (self.lowest.index_select(0, cells) + is_above).view(values.shape)
-
-    def nearest(self, values: Tensor) -> Tensor:
-        """The nearest entries or, within a cell of the middle of two, one of these."""
-        return self.elements.index_select(0, self._cells(values)).view(values.shape)
-
-    def _cells(self, values: Tensor) -> Tensor:
-        """Numbers of cells, int32 [values]; NaN becomes 0."""
-        return (values * CELLS).add_(CELLS).clamp_(0, 2 * CELLS).to(torch.int32).clamp_(min=0).flatten()
+def _table_on(device: torch.device) -> LevelTable:
+    """NF4's table; codes are its entries' places."""
+    table = torch.tensor(NF4_TABLE)
+    return LevelTable.of(table, _middles(table), device)
 
 
-def _search(blocks: Tensor, amax: Tensor, grid: _Grid) -> Tensor:
+def _search(blocks: Tensor, amax: Tensor, table: LevelTable) -> Tensor:
     """The scale of each block with the smallest squared error found, float32 [blocks]."""
-    best = best_attempt(_attempt(blocks, amax * factor, grid) for factor in FACTORS)
+    best = best_attempt(_attempt(blocks, amax * factor, table) for factor in FACTORS)
     scale = best[1]
-    elements = grid.nearest(blocks / scale[:, None])
+    elements = table.nearly_nearest(blocks / scale[:, None])
     refitted = (blocks * elements).sum(dim=1) / elements.square().sum(dim=1)
-    return best_attempt([best, _attempt(blocks, torch.where(refitted > 0, refitted, scale), grid)])[1]
+    return best_attempt([best, _attempt(blocks, torch.where(refitted > 0, refitted, scale), table)])[1]
 
 
-def _attempt(blocks: Tensor, scale: Tensor, grid: _Grid) -> tuple[Tensor, Tensor]:
+def _attempt(blocks: Tensor, scale: Tensor, table: LevelTable) -> tuple[Tensor, Tensor]:
     """The squared error of each block with a scale, and the scale; both float32 [blocks]."""
-    elements = grid.nearest(blocks / scale[:, None])
+    elements = table.nearly_nearest(blocks / scale[:, None])
     return elements.mul_(scale[:, None]).sub_(blocks).square_().sum(dim=1), scale

@@ -13,23 +13,25 @@ Consumers:  ComfyUI 0.31 with comfy-kitchen 0.2.31 (W4A8) or 0.2.36 (W6A8), SM 8
 Scales:     two rounds of least squares, then the E4M3 neighbours that fit a group best, and for W4A8 a few steps of
             the row's grid. Without search, the tensors are comfy-kitchen's with its fixed codebook.
 Limits:     in % 16 == 0, for W6A8 in % 32 == 0
+
+Encoding puts the 16 positions of a group first, `[16, rows, groups]`, so that every step works on long runs of numbers.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
-from omni_convert.formats.arithmetic.e2m1 import pack_nibbles, unpack_nibbles
+from omni_convert.formats.arithmetic.e2m1 import unpack_nibbles
 from omni_convert.formats.arithmetic.element import IntegerType
 from omni_convert.formats.arithmetic.encoding import PER_ROW, Encoding
 from omni_convert.formats.arithmetic.rotation import rotate
-from omni_convert.formats.arithmetic.search import best_attempt, nearest_level
-from omni_convert.formats.arithmetic.tiling import quantize_in_tiles
+from omni_convert.formats.arithmetic.search import LevelTable, best_attempt, is_greater, nearest_level
+from omni_convert.formats.arithmetic.tiling import CACHED_ELEMENTS, quantize_in_tiles
 from omni_convert.formats.rows import TensorLayout
 from omni_convert.formats.schemes.int8 import RotatedInt8
 from omni_convert.formats.schemes.rotated import RotatedFormat
@@ -41,6 +43,8 @@ SCALE_GROUP = 16
 W4A8 = Encoding(IntegerType(4, is_signed=False), torch.float8_e4m3fn, (1, SCALE_GROUP), outer_block=PER_ROW)
 W6A8 = replace(W4A8, element=IntegerType(6, is_signed=False))
 GRID_MAX = 127
+# Of W6A8.
+LARGEST_LEVEL = 31
 SMALLEST_SCALE = 1e-8
 ROUNDS = 2
 # comfy-kitchen's fixed levels, for which it has a fast kernel.
@@ -51,9 +55,113 @@ LEVELS = (
 # Positive E4M3 bit patterns are in order; the last is 448.
 SMALLEST_BITS, LARGEST_BITS = 1, 0x7E
 # Steps of the row's grid to try, in units of the one that just holds its largest level.
-GRID_FACTORS = (1.0, 0.9, 0.95, 1.05, 1.12)
-# Cells in an interval of length 1, of which a search knows the nearest level.
-CELLS = 512
+GRID_FACTORS = (1.0, 0.88, 0.9, 0.92, 0.94, 0.96, 0.98, 1.02, 1.04, 1.06, 1.08, 1.1, 1.12)
+# E4M3 steps to try around the fitted one.
+NEIGHBOURS = (0, -1, 1)
+# Distance of levels on the grid from which rounding leaves the nearest one among the two around a number.
+SMALLEST_GAP = 1.125
+
+
+class _Levels(Protocol):
+    """The levels of a format.
+
+    Attributes:
+        numbers: sorted, float32 [levels]
+        smallest_step: of a group, with which neighbouring levels are far enough apart on the row's grid
+    """
+
+    @property
+    def numbers(self) -> Tensor: ...
+
+    @property
+    def smallest_step(self) -> float: ...
+
+    def nearest(self, values: Tensor) -> Tensor:
+        """The nearest levels, float32; may overwrite the values."""
+        ...
+
+    def around(self, target: Tensor, steps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Two levels next to each other, one of which is the nearest on the row's grid.
+
+        Args:
+            target: the weight in steps of the row's grid [16, rows, groups]
+            steps: of the groups, likewise [rows, groups]
+
+        Returns:
+            What `indices` asks for, and both levels, float32 [16, rows, groups]
+        """
+        ...
+
+    def indices(self, found: Tensor) -> Tensor:
+        """The indices of the lower levels of `around`, float32 [16, rows, groups]."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class _TableLevels:
+    """Those of W4A8.
+
+    Attributes:
+        table: the levels
+        lower: the index of the level below the centre of a cell, float32 [cells]
+        low, high: this level and the next, float32 [cells]
+    """
+
+    table: LevelTable
+    lower: Tensor
+    low: Tensor
+    high: Tensor
+
+    @classmethod
+    def on(cls, device: torch.device) -> _TableLevels:
+        levels = torch.tensor(LEVELS)
+        table = LevelTable.of(levels, _bounds(levels), device)
+        lower = (torch.bucketize(table.cell_centres(), levels) - 1).clamp_(0, len(LEVELS) - 2)
+        parts = (lower.float(), levels[lower], levels[lower + 1])
+        return cls(table, *(part.to(device) for part in parts))
+
+    @property
+    def numbers(self) -> Tensor:
+        return self.table.levels
+
+    @property
+    def smallest_step(self) -> float:
+        return SMALLEST_GAP / float(self.numbers.diff().min())
+
+    def nearest(self, values: Tensor) -> Tensor:
+        return self.table.nearest(values)
+
+    def around(self, target: Tensor, steps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        cells = self.table.cells(target / steps).view(target.shape)
+        return cells, self._of_cells(self.low, cells), self._of_cells(self.high, cells)
+
+    def indices(self, found: Tensor) -> Tensor:
+        return self._of_cells(self.lower, found)
+
+    @staticmethod
+    def _of_cells(entries: Tensor, cells: Tensor) -> Tensor:
+        return entries.index_select(0, cells.flatten()).view(cells.shape)
+
+
+class _IntegerLevels:
+    """Those of W6A8."""
+
+    smallest_step = SMALLEST_GAP
+
+    def __init__(self, device: torch.device) -> None:
+        self.numbers = torch.arange(-LARGEST_LEVEL, LARGEST_LEVEL + 1.0, device=device)
+
+    def nearest(self, values: Tensor) -> Tensor:
+        return values.round_().clamp_(-LARGEST_LEVEL, LARGEST_LEVEL)
+
+    def around(self, target: Tensor, steps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        nearly = self.nearest(target / steps)
+        is_lower = is_greater(target, _on_grid(nearly * steps))
+        low = nearly.add_(is_lower).sub_(1).clamp_(-LARGEST_LEVEL, LARGEST_LEVEL - 1)
+        return low, low.clone(), low + 1
+
+    def indices(self, found: Tensor) -> Tensor:
+        return found + LARGEST_LEVEL
 
 
 @dataclass(frozen=True)
@@ -69,9 +177,8 @@ class W4a8(RotatedFormat):
     method = "w4a8"
     elements_per_entry = 2
     encoding_inside = W4A8
-    # Steps of E4M3 from the fitted one that are tried without a search, too.
-    neighbours: ClassVar[tuple[int, ...]] = (0,)
-    is_searched: ClassVar[bool] = True
+    #: Whether the search is ours; comfy-kitchen has one for W6A8 itself, which is then always done.
+    has_own_search: ClassVar[bool] = True
 
     @property
     def operand_bits(self) -> int:
@@ -89,7 +196,9 @@ class W4a8(RotatedFormat):
         return {"weight_codebook": torch.tensor(LEVELS)}
 
     def quantize_rows(self, rows: Tensor, fitted: None) -> dict[str, Tensor]:
-        return quantize_in_tiles(rows, self._quantize_tile)
+        levels = self._levels_on(rows.device)
+        rotated = rotate(rows, self.group)
+        return quantize_in_tiles(rotated, lambda tile: self._quantize_tile(tile, levels), CACHED_ELEMENTS)
 
     def dequantize(self, tensors: Mapping[str, Tensor]) -> Tensor:
         steps = tensors["weight_scale"].float()
@@ -112,43 +221,53 @@ class W4a8(RotatedFormat):
         """The level of each element, float32 [rows, in]."""
         return tensors["weight_codebook"].float()[unpack_nibbles(tensors["weight"]).int()]
 
-    def _table(self) -> Tensor:
-        """The sorted levels."""
-        return torch.tensor(LEVELS)
+    def _levels_on(self, device: torch.device) -> _Levels:
+        return _TableLevels.on(device)
 
-    def _first_scale(self, amax: Tensor) -> Tensor:
+    def _first_step(self, amax: Tensor) -> Tensor:
         """The step of a group from which fitting starts."""
         return amax
 
     def _pack(self, indices: Tensor) -> Tensor:
-        """Indices into the table, uint8 [rows, in], to bytes."""
-        return pack_nibbles(indices)
+        """Indices of levels, float32 [16, rows, groups], to bytes [rows, bytes]."""
+        return _joined(indices, 2)
 
-    def _quantize_tile(self, tile: Tensor) -> dict[str, Tensor]:
-        table = self._table().to(tile.device)
-        values = rotate(tile, self.group).view(len(tile), -1, SCALE_GROUP)  # [rows, groups, 16]
-        step, levels = self._fit(values, table)
-        row_step = ((levels * step).abs().amax(dim=(1, 2)) / GRID_MAX).clamp_(min=SMALLEST_SCALE)[:, None, None]
+    def _quantize_tile(self, tile: Tensor, levels: _Levels) -> dict[str, Tensor]:
+        values = tile.view(-1, SCALE_GROUP).t().contiguous().view(SCALE_GROUP, len(tile), -1)
+        ends = torch.stack([values.amin(dim=0), values.amax(dim=0)])
+        step, power = self._fit(values, ends, levels)
+        largest = levels.nearest(ends / step).abs_().amax(dim=0)
+        row_step = ((largest * step).amax(dim=1, keepdim=True) / GRID_MAX).clamp_(min=SMALLEST_SCALE)
         bits = _e4m3_bits(step / row_step)
-        if self.search and self.is_searched:
-            row_step, bits = _search(values, step, row_step, table)
-        target = values / row_step
-        _, bits, indices = best_attempt(_attempt(target, bits, offset, table) for offset in self.neighbours)
+        if self.search and self.has_own_search:
+            row_step, bits = _search_row_step(row_step, step, power, largest)
+        row_steps = row_step.expand_as(step).contiguous()
+        target = values.div_(row_steps)
+        if self.search or not self.has_own_search:
+            tried = (_neighbour(bits, offset) for offset in NEIGHBOURS)
+            _, bits = best_attempt((_errors(target, bits, levels), bits) for bits in tried)
+        is_beyond = ends.abs_().amax(dim=0) / row_steps >= GRID_MAX
         return {
-            "weight": self._pack(indices.flatten(1)),
-            "weight_scale": bits.view(torch.float8_e4m3fn),
-            "weight_scale_2": row_step.view(-1, 1),
+            "weight": self._pack(_indices(target, bits, is_beyond, levels)),
+            "weight_scale": bits.to(torch.uint8).view(torch.float8_e4m3fn),
+            "weight_scale_2": row_step,
         }
 
-    def _fit(self, values: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
-        """Steps [rows, groups, 1] by least squares, and the nearest levels."""
-        step = self._first_scale(values.abs().amax(dim=-1, keepdim=True)).clamp_(min=SMALLEST_SCALE)
-        levels = table[nearest_level(values / step, table)]
+    def _fit(self, values: Tensor, ends: Tensor, levels: _Levels) -> tuple[Tensor, Tensor]:
+        """The step of each group by least squares, and the sum of its levels' squares, both [rows, groups].
+
+        Args:
+            values: the rotated weight [16, rows, groups]
+            ends: the smallest and the largest number of each group [2, rows, groups]
+            levels: of the format
+        """
+        step = self._first_step(ends.abs().amax(dim=0)).clamp(min=SMALLEST_SCALE)
         for _ in range(ROUNDS):
-            power = levels.square().sum(-1, keepdim=True).clamp_(min=SMALLEST_SCALE)
-            step = ((values * levels).sum(-1, keepdim=True) / power).clamp_(min=SMALLEST_SCALE)
-            levels = table[nearest_level(values / step, table)]
-        return step, levels
+            nearest = levels.nearest(values / step)
+            by_number = _sum_positions(values * nearest)
+            power = _sum_positions(nearest.mul_(nearest)).clamp_(min=SMALLEST_SCALE)
+            step = (by_number / power).clamp_(min=SMALLEST_SCALE)
+        return step, power
 
 
 @dataclass(frozen=True)
@@ -159,8 +278,7 @@ class W6a8(W4a8):
     elements_per_entry = 1
     column_multiple = 32
     encoding_inside = W6A8
-    neighbours = (0, -1, 1)  # comfy-kitchen's own encoder tries them
-    is_searched = False
+    has_own_search = False
 
     def constants(self, fitted: Any) -> dict[str, Tensor]:
         return {}
@@ -179,75 +297,142 @@ class W6a8(W4a8):
         upper = torch.stack([high >> shift & 3 for shift in (0, 2, 4, 6)], dim=-1).flatten(1)
         return (unpack_nibbles(low) | upper << 4).float() - 32
 
-    def _table(self) -> Tensor:
-        return torch.arange(-31.0, 32.0)
+    def _levels_on(self, device: torch.device) -> _Levels:
+        return _IntegerLevels(device)
 
-    def _first_scale(self, amax: Tensor) -> Tensor:
-        return amax / 31
+    def _first_step(self, amax: Tensor) -> Tensor:
+        return amax / LARGEST_LEVEL
 
     def _pack(self, indices: Tensor) -> Tensor:
-        codes = indices + 1
-        high = codes >> 4
-        upper = high[:, ::4] | high[:, 1::4] << 2 | high[:, 2::4] << 4 | high[:, 3::4] << 6
-        return torch.cat([pack_nibbles(codes & 15), upper], dim=1)
+        codes = indices.add_(1)
+        high = (codes / 16).floor_()
+        return torch.cat([_joined(codes.sub_(high, alpha=16), 2), _joined(high, 4)], dim=1)
 
 
 def _on_grid(values: Tensor) -> Tensor:
     return values.round_().clamp_(-GRID_MAX, GRID_MAX)
 
 
+def _joined(codes: Tensor, count: int) -> Tensor:
+    """Bytes of so many codes each, the first one lowest: float32 [16, rows, groups] to uint8 [rows, bytes]."""
+    joined = codes[::count]
+    for place in range(1, count):
+        joined = joined.add(codes[place::count], alpha=2 ** (8 // count * place))
+    return joined.to(torch.uint8).permute(1, 2, 0).flatten(1)
+
+
+def _bounds(levels: Tensor) -> Tensor:
+    """The largest numbers whose distance to the lower of two levels is not the larger, rounded as in comfy-kitchen.
+
+    Args:
+        levels: sorted, float32 [levels]
+
+    Returns:
+        float32 [levels - 1]
+    """
+    low, high = levels[:-1, None], levels[1:, None]
+    middles = (low + high) / 2
+    around = (middles.view(torch.int32) + torch.arange(-512, 513, dtype=torch.int32)).view(torch.float32)
+    is_low = (around - high).abs() >= (around - low).abs()
+    return around.where(is_low, -torch.inf).amax(dim=1)
+
+
+def _sum_positions(products: Tensor) -> Tensor:
+    """Sums over the positions, [16, ...] to [...], in the order in which torch adds 16 numbers in a row on a CPU.
+
+    Args:
+        products: overwritten
+    """
+    half = len(products) // 2
+    pairs = products[:half].add_(products[half:])
+    for pair in pairs[1:]:
+        pairs[0].add_(pair)
+    return pairs[0]
+
+
 def _e4m3_bits(steps: Tensor) -> Tensor:
-    """The bits of the E4M3 numbers nearest to steps [rows, groups, 1], int16 [rows, groups]."""
-    return steps.squeeze(-1).to(torch.float8_e4m3fn).view(torch.uint8).to(torch.int16)
+    """The bits of the E4M3 numbers nearest to steps, int16 of the same shape."""
+    return steps.to(torch.float8_e4m3fn).view(torch.uint8).to(torch.int16)
 
 
 def _e4m3_steps(bits: Tensor) -> Tensor:
     """The inverse of `_e4m3_bits`."""
-    return bits.to(torch.uint8).view(torch.float8_e4m3fn).float()[..., None]
+    return bits.to(torch.uint8).view(torch.float8_e4m3fn).float()
 
 
 def _neighbour(bits: Tensor, offset: int) -> Tensor:
     return (bits + offset).clamp_(SMALLEST_BITS, LARGEST_BITS) if offset else bits
 
 
-def _attempt(target: Tensor, start: Tensor, offset: int, table: Tensor) -> tuple[Tensor, ...]:
-    """The error of each group, the E4M3 bits of its step, and the index of each element's level.
+def _around(target: Tensor, steps: Tensor, levels: _Levels) -> tuple[Tensor, Tensor, Tensor]:
+    """What `_Levels.around` found, and the distances of both levels on the grid."""
+    found, low, high = levels.around(target, steps)
+    below, above = (_on_grid(level.mul_(steps)).sub_(target).abs_() for level in (low, high))
+    return found, below, above
+
+
+def _errors(target: Tensor, bits: Tensor, levels: _Levels) -> Tensor:
+    """The squared error of each group [rows, groups], in steps of the row's grid.
 
     Args:
-        target: the weight in steps of the row's grid [rows, groups, 16]
-        start: E4M3 bits of a step for each group, int16 [rows, groups]
-        offset: E4M3 steps from there
+        target: the weight in steps of the row's grid [16, rows, groups]
+        bits: E4M3 bits of a step for each group, int16 [rows, groups]
+        levels: of the format
     """
-    bits = _neighbour(start, offset)
-    grid = _on_grid(table * _e4m3_steps(bits))  # [rows, groups, levels]
-    indices = nearest_level(target, grid)
-    return grid.gather(2, indices).sub_(target).square_().sum(-1), bits.to(torch.uint8), indices.to(torch.uint8)
+    steps = _e4m3_steps(bits)
+    _, below, above = _around(target, steps, levels)
+    errors = _sum_positions(torch.minimum(below, above, out=below).square_())
+    rare = steps < levels.smallest_step
+    if bool(rare.any()):
+        grid, indices = _searched(target[:, rare], steps[rare], levels)
+        errors[rare] = _sum_positions((grid.gather(1, indices).t() - target[:, rare]).square_())
+    return errors
 
 
-def _search(values: Tensor, step: Tensor, row_step: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
-    """The step of each row's grid [rows, 1, 1], and the bits of each group's step, with the least error found.
+def _indices(target: Tensor, bits: Tensor, is_beyond: Tensor, levels: _Levels) -> Tensor:
+    """The index of the level for each number, float32 [16, rows, groups]; see `_errors`.
 
     Args:
-        values: the rotated weight [rows, groups, 16]
-        step: of each group, by least squares [rows, groups, 1]
-        row_step: the one that just holds the row's largest level
+        is_beyond: which groups have numbers at the end of the grid or beyond, where several levels meet
     """
-    centres = (torch.arange(2 * CELLS, device=values.device) + 0.5) / CELLS - 1
-    cells = table[nearest_level(centres, table)]
+    steps = _e4m3_steps(bits)
+    found, below, above = _around(target, steps, levels)
+    indices = levels.indices(found).add_(is_greater(below, above))
+    rare = is_beyond | (steps < levels.smallest_step)
+    if bool(rare.any()):
+        indices[:, rare] = _searched(target[:, rare], steps[rare], levels)[1].t().float()
+    return indices
 
-    def error(row_step: Tensor, bits: Tensor) -> Tensor:
-        """Squared error of each group [rows, groups]; levels are chosen before they are rounded to the grid."""
-        target, steps = values / row_step, _e4m3_steps(bits)
-        numbers = (target * (CELLS / steps)).add_(CELLS).clamp_(0, 2 * CELLS - 1).to(torch.int32).clamp_(min=0)  # NaN
-        grid = _on_grid(cells.index_select(0, numbers.flatten()).view(target.shape).mul_(steps))
-        return grid.sub_(target).square_().sum(-1)
+
+def _searched(target: Tensor, steps: Tensor, levels: _Levels) -> tuple[Tensor, Tensor]:
+    """The levels on the grid [groups, levels], and the index of the nearest for each number, int64 [groups, 16].
+
+    Args:
+        target: of some groups, with any steps [16, groups]
+        steps: of these groups [groups]
+    """
+    grid = _on_grid(levels.numbers * steps[:, None])
+    return grid, nearest_level(target.t(), grid)
+
+
+def _search_row_step(row_step: Tensor, step: Tensor, power: Tensor, largest: Tensor) -> tuple[Tensor, Tensor]:
+    """The step of each row's grid [rows, 1], and the bits of each group's step, with the least error expected.
+
+    Args:
+        row_step: the one that just holds the row's largest level [rows, 1]
+        step: of each group, by least squares [rows, groups]
+        power: the sum of the squares of each group's levels [rows, groups]
+        largest: the magnitude of each group's largest level [rows, groups]
+    """
 
     def with_factor(factor: float) -> tuple[Tensor, ...]:
         tried = row_step * factor
         bits = _e4m3_bits(step / tried)
-        return (error(tried, bits) * tried.square().squeeze(-1)).sum(dim=1), tried, bits
+        steps = _e4m3_steps(bits) * tried
+        of_steps = power * (steps - step).square()
+        beyond = (largest * steps - (GRID_MAX + 0.5) * tried).clamp_(min=0).square()
+        rounding = SCALE_GROUP / 12 * tried.square()
+        return (of_steps + beyond + rounding).sum(dim=1, keepdim=True), tried, bits
 
-    _, row_step, start = best_attempt(map(with_factor, GRID_FACTORS))
-    around = (_neighbour(start, offset) for offset in (0, -1, 1))
-    _, bits = best_attempt((error(row_step, bits), bits) for bits in around)
+    _, row_step, bits = best_attempt(map(with_factor, GRID_FACTORS))
     return row_step, bits

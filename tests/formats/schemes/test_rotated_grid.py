@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from omni_convert.convert.recipe import Recipe
+from omni_convert.formats.arithmetic.search import nearest_level
 from omni_convert.formats.dialects.comfyui import COMFYUI
 from omni_convert.formats.dialects.table import DIALECTS, WRITTEN
-from omni_convert.formats.schemes.rotated_grid import W4a8, W6a8
+from omni_convert.formats.schemes.rotated_grid import W4a8, W6a8, _errors, _indices, _IntegerLevels, _TableLevels
 from omni_convert.loaders import quantize_linear
 
 # Codes, relative steps and steps of rows that comfy-kitchen 0.2.40 has for the weight of `golden_weight`.
@@ -45,6 +46,28 @@ def test_golden_bytes(fmt: W4a8) -> None:
     assert bytes(tensors["weight_scale"].view(torch.uint8).flatten().tolist()).hex() == steps
     expected = torch.tensor(list(bytes.fromhex(row_steps)), dtype=torch.uint8).view(torch.float32)
     torch.testing.assert_close(tensors["weight_scale_2"].flatten(), expected, rtol=2**-22, atol=0)
+
+
+@pytest.mark.parametrize("method", ["w4a8", "w6a8"])
+def test_levels_on_the_grid_are_those_of_a_search_through_all(method: str) -> None:
+    """Small steps, steps with which several levels meet at the end of the grid, and numbers beyond it."""
+    levels = _TableLevels.on(torch.device("cpu")) if method == "w4a8" else _IntegerLevels(torch.device("cpu"))
+    bits = torch.arange(1, 0x7F, dtype=torch.int16).repeat_interleave(8)[None]
+    target = torch.randn(16, *bits.shape, generator=torch.Generator().manual_seed(0)) * 60
+    target[:4], target[4:6] = target[:4].round(), target[4:6].round() + 0.5  # ties
+    is_beyond = target.abs().amax(dim=0) >= 127
+    grid = (levels.numbers * bits.to(torch.uint8).view(torch.float8_e4m3fn).float()[..., None]).round().clamp(-127, 127)
+    expected = nearest_level(target.permute(1, 2, 0), grid)
+    assert _indices(target, bits, is_beyond, levels).permute(1, 2, 0).equal(expected.float())
+    squares = (grid.gather(2, expected) - target.permute(1, 2, 0)).square()
+    torch.testing.assert_close(_errors(target, bits, levels), squares.sum(dim=2), rtol=1e-6, atol=0)
+
+
+def test_numbers_between_levels_take_the_one_that_comfy_kitchen_finds_nearer() -> None:
+    levels = _TableLevels.on(torch.device("cpu"))
+    middles = (levels.numbers[1:] + levels.numbers[:-1]) / 2
+    near = (middles.view(torch.int32)[:, None] + torch.arange(-99, 99, dtype=torch.int32)).view(torch.float32)
+    assert levels.nearest(near.clone()).equal(levels.numbers[nearest_level(near, levels.numbers)])
 
 
 def error(fmt: W4a8, weight: Tensor) -> float:
