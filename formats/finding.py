@@ -36,6 +36,7 @@ CHECKS = {
     "inexact-smoothing": "a mul_scale that bfloat16, in which it is applied, changes",
     "fused-members-differ": "members of a merged layer that do not share what the runtime merges",
     "half-quantized-group": "members of a merged layer that are not all quantized, or not all in one format",
+    "part-of-merged-layer": "members of a merged layer that the runtime takes merged alone",
     "half-ignored-group": "members of a merged layer of which only some are listed as ignored",
     "not-ignored": "a layer that is stored unquantized but not listed as ignored",
     "ignored-but-quantized": "a layer that is stored quantized and listed as ignored",

@@ -14,6 +14,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import fields
 from enum import Enum
+from types import MappingProxyType
 from typing import Any, ClassVar, Self
 
 import torch
@@ -72,6 +73,11 @@ class Format(ABC):
     is_named_by_dialect: bool = False
     #: Elements of a row that share an entry of `weight`.
     elements_per_entry: int = 1
+    #: Suffix of each tensor whose entries stand for columns → the axis along which they lie; empty if layers cannot be
+    #: cut between columns. The other tensors belong to all columns.
+    column_axes: Mapping[str, int] = MappingProxyType({})
+    #: Suffix of each tensor whose entries stand for directions of a branch of low rank → the axis along which they lie.
+    rank_axes: Mapping[str, int] = MappingProxyType({})
     #: Largest input that static activations can hold, in units of `input_scale`; None if unknown.
     largest_input: float | None = None
 
@@ -98,6 +104,15 @@ class Format(ABC):
     @property
     def innermost(self) -> Format:
         """The format below smoothing and rotation."""
+        return self
+
+    def with_rank(self, rank: int) -> Format:
+        """This format with a branch of another rank; the same if it has no branch."""
+        return self
+
+    @property
+    def unshifted(self) -> Format:
+        """This format with inputs that are rounded as they are; see `shift_product`."""
         return self
 
     @property

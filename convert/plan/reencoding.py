@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from omni_convert.convert.plan.target import other_linears
@@ -21,7 +21,8 @@ from omni_convert.formats.dialects.table import DIALECTS
 from omni_convert.formats.errors import CheckpointError, OmniConvertError, RecipeError, counted
 from omni_convert.formats.families.family import Family
 from omni_convert.formats.families.layers import DIFFUSERS, LayerGroup
-from omni_convert.formats.format import Format
+from omni_convert.formats.format import Format, QuantizingFormat
+from omni_convert.formats.rows import TensorLayout
 from omni_convert.formats.views.base import CheckpointView, dequantized_view, respelled_view
 from omni_convert.formats.views.opened import QuantizedCheckpoint, QuantizedLayer
 
@@ -75,15 +76,25 @@ def reencode(
         raise RecipeError(f"--dialect {dialect.name}: {flaw}")
     if dialect.unproven is not None and not recipe.force:
         raise RecipeError(f"--dialect {dialect.name}: {dialect.unproven}; --force writes it all the same")
+    if family is not None:
+        fitted = {stem: _fitted(layer, dialect, family) for stem, layer in quantized.layers.items()}
+        quantized = replace(quantized, layers=fitted)
     spellings = {stem: _spelling(layer, dialect, recipe) for stem, layer in quantized.layers.items()}
+    rounded = _rounded_biases(quantized, spellings)
+    if rounded and not recipe.force:
+        stem, loss = next(iter(rounded.items()))
+        raise CheckpointError(
+            f"{quantized.checkpoint.path}: tensor '{stem}.bias': cannot be stored for {dialect.name} without a change: "
+            f"{loss}; --force takes the nearest, or {INSTEAD}"
+        )
     formats = {stem: layer.format for stem, layer in quantized.layers.items()}
     view = respelled_view(quantized, spellings)
     notes: list[str] = []
     is_for_us = is_transformers or any(fmt.is_storage for fmt in formats.values())
-    if dialect.renames_tensors:  # and has no block that lists any
-        ignored = []
+    if dialect.renames_tensors and not dialect.fills_vllm_omni_parameters:  # and has no block that lists any
+        ignored = _not_as_readers_build(quantized, family, dialect)
     elif dialect.lists_built_layers and not is_for_us:
-        ignored = _ignored_by_vllm_omni(quantized, family, recipe)
+        ignored = _ignored_by_vllm_omni(quantized, family, recipe, dialect)
         notes = [DIFFERING_SCALES] if _has_differing_scales(quantized, family, recipe) else []
     else:
         kept = {name: quantized.checkpoint[stored] for name, stored in quantized.kept.items()}
@@ -96,7 +107,8 @@ def reencode(
         raise CheckpointError(f"{quantized.checkpoint.path}: {error}") from None
     kinds = Counter(fmt.label for fmt in formats.values())
     labels = ", ".join(f"{count} {label}" for label, count in kinds.items())
-    what = f"{quantized.dialect} → {recipe.dialect}: {labels}; every value is kept"
+    but = f", but for the biases of {counted(len(rounded), 'layer')}" if rounded else ""
+    what = f"{quantized.dialect} → {recipe.dialect}: {labels}; every value is kept{but}"
     full_precision = [stem for stem, layer in quantized.layers.items() if layer.stored.is_full_precision]
     metadata = dialect.kept_metadata(quantized.checkpoint.metadata) | dialect.metadata(formats, full_precision)
     lost = [stem for stem in full_precision if dialect.in_full_precision(spellings[stem]) is None]
@@ -107,6 +119,36 @@ def reencode(
         )
     flaw = dialect.names_flaw(family, view) if family is not None and not is_transformers else None
     return Reencoding(view, block, metadata, [what, *notes, *filter(None, [flaw])])
+
+
+def _fitted(layer: QuantizedLayer, dialect: Dialect, family: Family) -> QuantizedLayer:
+    """The layer in the format as the dialect's readers run it, which only concerns its inputs."""
+    fmt = layer.format
+    fitted = dialect.fitted_format(fmt, family, layer.stem) if isinstance(fmt, QuantizingFormat) else fmt
+    return layer if fitted == fmt else replace(layer, stored=replace(layer.stored, format=fitted))
+
+
+def _not_as_readers_build(quantized: QuantizedCheckpoint, family: Family | None, dialect: Dialect) -> list[str]:
+    """Linears that readers build quantized, whatever the file holds, and that are not quantized."""
+    kept = other_linears({name: quantized.checkpoint[stored] for name, stored in quantized.kept.items()})
+    return [stem for stem in kept if family is not None and dialect.own_format(family, stem) is not None]
+
+
+def _rounded_biases(quantized: QuantizedCheckpoint, spellings: Mapping[str, WrittenSpelling]) -> dict[str, str]:
+    """Stem of each layer whose bias changes, since BF16 cannot hold what a spelling adds or takes away → the reason."""
+    found: dict[str, str] = {}
+    for stem, layer in quantized.layers.items():
+        stored, written, read = quantized.kept.get(f"{stem}.bias"), spellings[stem], layer.stored.spelling
+        if stored is None:
+            continue
+        if written.lacks_shift and not read.lacks_shift and getattr(layer.format, "shift", False):
+            found[stem] = "it must lack what a shift of the inputs adds to outputs, and returns to 2^-8 of that"
+        elif written.bias is not None and written.bias != read.bias:
+            bias = quantized.checkpoint.read(stored)
+            layout = TensorLayout(bias.dtype, layer.shape[:1], 0)
+            loss = written.bias.loss(bias if read.bias is None else read.bias.decode(bias, layout))
+            found |= {stem: loss} if loss is not None else {}
+    return found
 
 
 def _spelling(layer: QuantizedLayer, dialect: Dialect, recipe: Recipe) -> WrittenSpelling:
@@ -143,11 +185,13 @@ def _spelling(layer: QuantizedLayer, dialect: Dialect, recipe: Recipe) -> Writte
 
 def vllm_omni_refusal(quantized: QuantizedCheckpoint, family: Family | None, recipe: Recipe) -> str | None:
     """Why vLLM-Omni refuses or misreads a component in a dialect that it reads, or None."""
-    flaw = DIALECTS[quantized.dialect].block_flaw(quantized.block) if quantized.dialect is not None else None
+    assert quantized.dialect is not None, "it has layers"
+    dialect = DIALECTS[quantized.dialect]
+    flaw = dialect.block_flaw(quantized.block)
     if flaw is not None:
         return flaw
     try:
-        _ignored_by_vllm_omni(quantized, family, recipe)
+        _ignored_by_vllm_omni(quantized, family, recipe, dialect)
     except OmniConvertError as error:
         return str(error).removeprefix(f"{quantized.checkpoint.path}: ")
     return None
@@ -202,8 +246,13 @@ def _groups(quantized: QuantizedCheckpoint, family: Family | None, recipe: Recip
     return family.layer_groups(dequantized_view(quantized), recipe.runtime, methods, recipe.dialect)
 
 
-def _ignored_by_vllm_omni(quantized: QuantizedCheckpoint, family: Family | None, recipe: Recipe) -> list[str]:
+def _ignored_by_vllm_omni(
+    quantized: QuantizedCheckpoint, family: Family | None, recipe: Recipe, dialect: Dialect
+) -> list[str]:
     """The names to list as ignored.
+
+    Args:
+        dialect: in which the layers are, or will be, stored
 
     Raises:
         CheckpointError: vLLM-Omni builds other layers quantized than those that are stored quantized.
@@ -224,7 +273,7 @@ def _ignored_by_vllm_omni(quantized: QuantizedCheckpoint, family: Family | None,
     stored = [group for group in groups if group not in kept]
     flaws = itertools.chain(
         [] if recipe.force else check_built(quantized.layers, groups),
-        *(check_merged(group, quantized.layers) for group in stored if recipe.runtime != DIFFUSERS),
+        *(check_merged(group, quantized.layers, dialect) for group in stored if recipe.runtime != DIFFUSERS),
     )
     error = next((flaw for flaw in flaws if flaw.severity == "error"), None)
     if error is not None:

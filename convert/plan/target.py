@@ -34,7 +34,7 @@ from omni_convert.formats.dialects.modelopt import MODELOPT_DIALECT
 from omni_convert.formats.dialects.table import DIALECTS
 from omni_convert.formats.errors import CheckpointError, RecipeError
 from omni_convert.formats.families.generic_rule import generic_groups
-from omni_convert.formats.families.layers import LayerGroup, linear_widths
+from omni_convert.formats.families.layers import VLLM_OMNI, LayerGroup, linear_widths
 from omni_convert.formats.families.stage import Stage
 from omni_convert.formats.format import Format, QuantizingFormat
 from omni_convert.formats.options import DIALECT_OF_METHOD
@@ -328,6 +328,8 @@ class RuntimeTarget(Target):
         self, formats: Mapping[str, Format], kept: Sequence[LayerGroup], encoder: Collection[str]
     ) -> dict[str, Any] | None:
         component = self.component
+        if self.recipe.runtime == VLLM_OMNI and not (self.dialect.takes_parts or self.recipe.force):
+            self._refuse_parts(formats)
         if self._vllm_stage is not None:
             return self._stage_block(self._vllm_stage, formats, kept)
         ignored = {*vllm_omni.ignored_names(kept)}
@@ -339,6 +341,20 @@ class RuntimeTarget(Target):
             ignored |= {*stems_in_model(component.weights, component.config, ignored)}
         block = self.dialect.encoder_block if component.is_encoder else self.dialect.block
         return block({**formats, **self._merged_names(formats)}, ignored)
+
+    def _refuse_parts(self, quantized: Collection[str]) -> None:
+        """Raises RecipeError if parts of a layer that vLLM-Omni merges are written by themselves."""
+        written = {group.runtime_name: self.written_group(group).members for group in self.scope().groups}
+        refused = {name: parts for name, parts in written.items() if len(parts) > 1 and parts[0] in quantized}
+        if refused:
+            name, parts = next(iter(refused.items()))
+            leaves = dict.fromkeys(first.rpartition(".")[2] for first, *_ in refused.values())
+            options = " ".join(f"--ignored-layers {leaf}" for leaf in leaves)
+            raise RecipeError(
+                f"{self.component.config_path}: '{parts[0]}': vLLM-Omni merges it into '{name}', and its loader raises "
+                f"an error on the wtscale of a part as on the merged layer; {options} leaves such layers as they are, "
+                "--runtime diffusers is for our loader, --force converts all the same"
+            )
 
     def _merged_names(self, formats: Mapping[str, Format]) -> dict[str, Format]:
         """Format of each merged layer of a mixture, by every name that a runtime has for it, if the block has them."""

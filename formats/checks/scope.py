@@ -90,11 +90,12 @@ def check_built(quantized: Iterable[str], groups: Iterable[LayerGroup]) -> Itera
             )  # fmt: skip
 
 
-def check_merged(group: LayerGroup, layers: Mapping[str, QuantizedLayer]) -> Iterator[Finding]:
+def check_merged(group: LayerGroup, layers: Mapping[str, QuantizedLayer], dialect: Dialect) -> Iterator[Finding]:
     """Reports why the runtime cannot build a group quantized, or cannot merge its members without loss.
 
     Args:
         layers: the checkpoint's quantized layers, at least one of which belongs to the group
+        dialect: in which they are, or will be, stored
     """
     stored = [stem for stem in group.members if stem in layers]
     if len(stored) < len(group.members):
@@ -106,6 +107,11 @@ def check_merged(group: LayerGroup, layers: Mapping[str, QuantizedLayer]) -> Ite
         )  # fmt: skip
     elif group.keep_reason is not None:
         yield Finding("error", "not-built-quantized", stored[0], group.keep_reason, VLLM_OMNI, "leave it unquantized")
+    elif len(stored) > 1 and not dialect.takes_parts:
+        yield Finding(
+            "error", "part-of-merged-layer", stored[0], f"found a part of '{group.runtime_name}' by itself",
+            f"{VLLM_OMNI}: raises an error on its wtscale", f"leave it and the other parts unquantized, or {ANEW}",
+        )  # fmt: skip
     else:
         yield from _shared(group, [layers[stem] for stem in stored])
 
@@ -151,7 +157,7 @@ def _group(
             f"{VLLM_OMNI}: takes the codes for weights", "remove the name from the list",
         )  # fmt: skip
     else:
-        yield from check_merged(group, layers)
+        yield from check_merged(group, layers, dialect)
 
 
 def _unquantized(group: LayerGroup, listed: Collection[str], dialect: Dialect) -> Iterator[Finding]:

@@ -221,6 +221,8 @@ class Dialect(ABC):
     #: Whether vLLM-Omni copies the tensors into parameters that it has allocated: their names and dtypes, and the
     #: choice of layers, must be exactly those that it builds.
     fills_vllm_omni_parameters: bool = False
+    #: Whether vLLM-Omni takes the parts of a layer that it merges; else it must find the merged layer.
+    takes_parts: bool = True
     #: Whether readers compare the shapes of tensors, not only their numbers of elements.
     has_exact_shapes: bool = False
     #: Whether the name of a merged layer in the list of ignored ones is enough, without those of its parts.

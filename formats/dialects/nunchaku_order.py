@@ -210,6 +210,10 @@ class ScalesAboutOne(InterleavedRows):
         bias = super().decode(stored.float(), replace(layout, dtype=torch.float32))
         return (bias - self._ones(bias)).to(layout.dtype)
 
+    def loss(self, tensor: Tensor) -> str | None:
+        layout = TensorLayout(tensor.dtype, tuple(tensor.shape), 0)
+        return None if self.decode(self.encode(tensor), layout).equal(tensor) else "BF16 holds 1 more to 2^-8 alone"
+
     def _ones(self, bias: Tensor) -> Tensor:
         """One for each row of the chunks of scales, the second and the second to last, else zero, float32 [out]."""
         ones = torch.zeros(self.chunks, len(bias) // self.chunks, device=bias.device)

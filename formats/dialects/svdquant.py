@@ -6,10 +6,11 @@ Tensors:  NAME.qweight        I8 [out, in / 2]          two E2M1 codes a byte, e
           NAME.smooth_factor  BF16 [in]
           NAME.proj_down      BF16 [in, rank], NAME.proj_up BF16 [out, rank]
 Block:    {"quant_method": "svdquant", "rank": 32, "precision": "nvfp4", "modules_to_not_convert": [...]}
-Readers:  leave a layer alone if any name of `modules_to_not_convert` is *part* of its own. Layers that they merge have
-          one proj_down, smooth_factor and wtscale.
-Limits:   nvfp4 alone, on SM 10.3. The loaders of 0.30.0 and 0.32.0rc1 raise on the wtscale of a part of a merged layer
-          (`default_weight_loader`), and on a layer without one (`_check_unloaded_weights`).
+Readers:  leave a layer alone if any name of `modules_to_not_convert` is *part* of its own. The loaders of 0.30.0 and
+          0.32.0rc1 raise on the wtscale of a part of a layer that they merge (`default_weight_loader`), and on a layer
+          without one (`_check_unloaded_weights`). So such layers are merged here, under the names that they have there.
+Limits:   nvfp4 alone, on SM 10.3. Some loaders take no merged layers, since they look for a part's name anywhere in a
+          tensor's: those of FLUX.1 (`to_qkv`), and of Z-Image for `w13`. These layers must stay as they are.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import Any
 import torch
 
 from omni_convert.formats.config import QuantizationConfig
+from omni_convert.formats.containers.tensor_spec import TensorSpec
 from omni_convert.formats.dialects.base import (
     Dialect,
     Found,
@@ -34,6 +36,9 @@ from omni_convert.formats.dialects.block_findings import block_mismatch
 from omni_convert.formats.dialects.codec import Plain, Transposed, WritableCodec
 from omni_convert.formats.dialects.verdict import DIFFUSERS, OURS, UNMARKED, VLLM_OMNI, Verdict
 from omni_convert.formats.errors import RecipeError, listed
+from omni_convert.formats.families.family import Family
+from omni_convert.formats.families.original_names import OriginalTensor, parts_of
+from omni_convert.formats.families.table import FAMILIES
 from omni_convert.formats.finding import Finding
 from omni_convert.formats.format import Format
 from omni_convert.formats.schemes.svdquant import DEFAULT_RANK, SvdQuantNvfp4
@@ -52,7 +57,6 @@ SVDQUANT_NAMES = {
 METHOD = "svdquant"
 SKIPPED = "modules_to_not_convert"
 OPTIONAL = ("channel_scale", "weight_scale_2")
-_RAISES = "vLLM-Omni 0.30.0 and 0.32.0rc1 raise an error on the wtscale of layers that they merge"
 
 
 def _codecs(rows: int = 1) -> dict[str, WritableCodec]:
@@ -84,14 +88,15 @@ class SvdQuant(Dialect):
     name = "vllm-omni-svdquant"
     consumers = "vLLM-Omni"
     usual_verdicts = (
-        Verdict(VLLM_OMNI, "loads", "on SM 10.3 alone"),
+        Verdict(VLLM_OMNI, "loads", "on SM 10.3 alone; its kernel has not run a file of ours"),
         Verdict(DIFFUSERS, "loads", "after `import omni_convert.loaders`; else it does not know the quant_method"),
         DECODED,
         UNMARKED,
     )
     strict_runtimes = (OURS, VLLM_OMNI, DIFFUSERS)  # in which our loader reads it
     fills_vllm_omni_parameters = True
-    unproven = f"{_RAISES}, and its kernel has not run a file of ours"
+    takes_parts = False
+    names_expected = "others"
     lists_built_layers = True
     has_exact_shapes = True
     low_precision_parts = ("weight_scale_2", "channel_scale", "smooth_factor", "lora_a", "lora_b")
@@ -132,10 +137,17 @@ class SvdQuant(Dialect):
     def verdicts(self, component: JudgedComponent) -> list[Verdict]:
         found = list(self.usual_verdicts)
         if component.refusal:
-            found[0] = Verdict(VLLM_OMNI, "wrong", component.refusal)
-        elif component.family is not None and component.family.merges_layers:
-            found[0] = Verdict(VLLM_OMNI, "refuses", _RAISES)
+            found[0] = Verdict(VLLM_OMNI, "refuses", component.refusal)
         return found
+
+    def tensors_of(self, family: Family, specs: Mapping[str, TensorSpec]) -> dict[str, OriginalTensor] | None:
+        return family.merged_tensors(specs)
+
+    def are_names_of_readers(self, family: Family, names: Collection[str]) -> bool:
+        return any(parts_of(family.merged_names, name) for name in names)
+
+    def model_stems(self, stem: str) -> tuple[str, ...]:
+        return next(filter(None, (parts_of(family.merged_names, stem) for family in FAMILIES)), (stem,))
 
     def check(self, found: Found, layers: Mapping[str, StoredLayer], config: Mapping[str, Any]) -> Iterator[Finding]:
         rank = found.block.get("rank", DEFAULT_RANK)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import product
 
 from omni_convert.formats.containers.tensor_spec import Run, TensorSpec
@@ -318,10 +319,11 @@ class Family:
         """Whether nothing is known about its layers in any serving runtime."""
         return not self.layers and not any(refusal.is_final for refusal in self.refusals)
 
-    @property
-    def merges_layers(self) -> bool:
-        """Whether the runtime makes one layer of several that it builds quantized."""
-        return any(len(pattern.members) > 1 and pattern.keep_reason is None for pattern in self.layers)
+    @cached_property
+    def merged_names(self) -> tuple[OriginalName, ...]:
+        """The layers that vLLM-Omni merges, and that its loader also takes merged, under its own names."""
+        merged = (each for each in self.layers if each.loads_merged and VLLM_OMNI in each.runtimes)
+        return tuple(OriginalName(each.runtime_name, each.members) for each in merged)
 
     def refusal(self, runtime: str, method: str | None = None, dialect: str | None = None) -> RuntimeRefusal | None:
         """Why the runtime cannot run this family quantized (in a method and dialect, if given), or None."""
@@ -446,13 +448,15 @@ class Family:
         Args:
             specs: the tensors of the model in diffusers
         """
-        table = self._nunchaku_names(specs)
-        return original_tensors(table, specs) if table else None
+        return None if self.nunchaku is None else original_tensors(_with_others(self.nunchaku.names, specs), specs)
 
-    def _nunchaku_names(self, specs: Iterable[str]) -> tuple[OriginalName, ...]:
-        """The names of Nunchaku's readers, and diffusers' for all other tensors; () if they do not know the family."""
-        others = same(*dict.fromkeys(name.partition(".")[0] for name in specs))
-        return (*self.nunchaku.names, *others) if self.nunchaku is not None else ()
+    def merged_tensors(self, specs: Mapping[str, TensorSpec]) -> dict[str, OriginalTensor] | None:
+        """Name → tensor, with layers merged as in `merged_names`; None if the model lacks a part of one.
+
+        Args:
+            specs: the tensors of the model in diffusers
+        """
+        return original_tensors(_with_others(self.merged_names, specs), specs)
 
     def has_names_of_diffusers(self, names: Iterable[str]) -> bool:
         """Whether some of these names of tensors are diffusers', where the model's own code has others."""
@@ -472,8 +476,14 @@ class Family:
         """
         if all(name in stored and stored[name].elements == spec.elements for name, spec in specs.items()):
             return {name: [Run(name, 0, spec.shape[0] if spec.shape else 1)] for name, spec in specs.items()}
-        tables = filter(None, (self.known_names, self._nunchaku_names(specs)))
-        return next(filter(None, (diffusers_runs(table, specs, stored) for table in tables)), None)
+        others = (self.nunchaku.names if self.nunchaku is not None else (), self.merged_names)
+        tables = (self.known_names, *(_with_others(table, specs) for table in others if table))
+        return next(filter(None, (diffusers_runs(table, specs, stored) for table in tables if table)), None)
+
+
+def _with_others(table: tuple[OriginalName, ...], specs: Iterable[str]) -> tuple[OriginalName, ...]:
+    """A table, and diffusers' names for all tensors that it does not give."""
+    return (*table, *same(*dict.fromkeys(name.partition(".")[0] for name in specs)))
 
 
 def _layer_count(config: Mapping[str, object], part: str, key: str) -> int:

@@ -21,7 +21,8 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import ClassVar
 
 import torch
@@ -118,6 +119,8 @@ class SvdQuant(ElementFormat):
     fits_alone = True
     calibration = Calibration.SMOOTHING
     options = ("rank",)
+    column_axes = MappingProxyType({"weight": 1, "weight_scale": 1, "smooth_factor": 0, "lora_a": 1})
+    rank_axes = MappingProxyType({"lora_a": 0, "lora_b": 1})
     group: ClassVar[int]
 
     @classmethod
@@ -131,6 +134,9 @@ class SvdQuant(ElementFormat):
     @property
     def label(self) -> str:
         return f"{self.method} rank {self.rank}"
+
+    def with_rank(self, rank: int) -> SvdQuant:
+        return replace(self, rank=rank)
 
     def unsupported(self, out_features: int, in_features: int) -> str | None:
         if out_features % TILE or in_features % TILE:
@@ -372,6 +378,10 @@ class SvdQuantInt4(SvdQuant):
     @property
     def label(self) -> str:
         return f"{super().label}, unsigned inputs" if self.shift else super().label
+
+    @property
+    def unshifted(self) -> SvdQuantInt4:
+        return replace(self, shift=0.0)
 
     def shift_product(self, tensors: Mapping[str, Tensor]) -> Tensor | None:
         return self.multiplied(tensors) @ self._offsets(tensors) if self.shift else None

@@ -19,7 +19,7 @@ from omni_convert.formats.errors import CheckpointError
 from omni_convert.formats.families.original_names import CutLayer
 from omni_convert.formats.views.base import CheckpointView, KeptTensor, ViewedTensor, Zeros
 
-__all__ = ["CutPart", "cut_layers", "joined_layers"]
+__all__ = ["CutPart", "SumOfVectors", "cut_layers", "joined_layers"]
 
 BIAS = ".bias"
 
@@ -68,7 +68,7 @@ class _BesideEachOther(ViewedTensor):
 
 
 @dataclass(frozen=True)
-class _Sum(ViewedTensor):
+class SumOfVectors(ViewedTensor):
     """The sum of vectors, computed in float32."""
 
     spec: TensorSpec
@@ -138,7 +138,7 @@ def joined_layers(checkpoint: Checkpoint, cuts: Sequence[CutLayer]) -> Checkpoin
             continue
         joined = replace(spec, name=f"{stem}.{leaf}")
         if f".{leaf}" == BIAS:
-            tensors.append(_Sum(joined, checkpoint, sources))
+            tensors.append(SumOfVectors(joined, checkpoint, sources))
         else:
             sizes = [_sizes(checkpoint, checkpoint[source]) for source in sources]
             if len({rows for rows, _ in sizes}) > 1:

@@ -125,6 +125,12 @@ class QuantizedCheckpoint:
     block: Mapping[str, Any] = field(default_factory=dict)
 
     @property
+    def ranks(self) -> set[int]:
+        """The ranks of branches beside its layers."""
+        axes = ((layer, *axis) for layer in self.layers.values() for axis in layer.format.rank_axes.items())
+        return {layer.tensors[suffix].shape[axis] for layer, suffix, axis in axes}
+
+    @property
     def shown_dialect(self) -> str | None:
         """The dialect if layers or the container show it; None if a block or a scale alone does."""
         is_shown = bool(self.layers) or (self.dialect is not None and DIALECTS[self.dialect].declared_by == "container")

@@ -19,13 +19,14 @@ import torch
 from torch import Tensor
 
 from omni_convert.formats.containers.checkpoint import Checkpoint
-from omni_convert.formats.containers.names import WEIGHT
 from omni_convert.formats.containers.tensor_spec import Run, TensorSpec
 from omni_convert.formats.dialects.base import Dialect
 from omni_convert.formats.dialects.table import DIALECTS
 from omni_convert.formats.errors import CheckpointError, counted
+from omni_convert.formats.families.original_names import CutLayer
 from omni_convert.formats.families.table import find_family, model_class
 from omni_convert.formats.views.base import CheckpointView, dequantized_view
+from omni_convert.formats.views.column_layers import cut_quantized_layers, joined_quantized_layers
 from omni_convert.formats.views.columns import joined_layers
 from omni_convert.formats.views.opened import QuantizedCheckpoint
 from omni_convert.formats.views.renamed import renamed_view, trace_rows
@@ -111,20 +112,20 @@ def layers_under_diffusers_names(
         CheckpointError: as there; or a layer cannot be split or joined without changing values.
     """
     checkpoint = quantized.checkpoint
-    is_original = may_have_original_names(checkpoint, quantized.dialect, config)
-    view = dequantized_view(quantized)
-    whole = _with_whole_layers(view, config)
-    traced = _trace(whole, config) if is_original else None
+    if not may_have_original_names(checkpoint, quantized.dialect, config):
+        return quantized, []
+    whole = joined_quantized_layers(quantized, _cuts_of(config))
+    traced = _trace(dequantized_view(whole), config)
     if traced is None:
         return quantized, []
-    if whole is not view:
-        joined = next(name for name in whole if name not in view and name.endswith(WEIGHT))
-        raise CheckpointError(
-            f"{checkpoint.path}: tensor '{joined}': cannot be renamed without a change: it would join the columns of "
-            "two layers, each with scales of its own; -m METHOD quantizes again"
+    renamed = renamed_layers(whole, traced.runs, traced.shapes)
+    notes = [_note(checkpoint, config, traced.unused)]
+    if whole is not quantized and whole.ranks != quantized.ranks:
+        notes.append(
+            f"{checkpoint.path.name}: layers with a branch for each of two parts got one of rank {max(whole.ranks)}; "
+            "those of all others got zeros up to that rank"
         )
-    renamed = renamed_layers(quantized, traced.runs, traced.shapes)
-    return renamed, [_note(checkpoint, config, traced.unused)]
+    return renamed, notes
 
 
 def layers_under_names_of_readers(
@@ -135,15 +136,11 @@ def layers_under_names_of_readers(
     Raises:
         CheckpointError: a layer cannot be joined or cut without changing values.
     """
-    family, view = find_family(model_class(config)), dequantized_view(quantized)
-    weights = (name for name in view if name.endswith(WEIGHT))
-    cuts = dialect.cuts(family)
-    cut = next((name for name in weights if any(each.parts_of(name.removesuffix(WEIGHT)) for each in cuts)), None)
-    if cut is not None:
-        raise CheckpointError(
-            f"{quantized.checkpoint.path}: tensor '{cut}': cannot be renamed without a change: {dialect.consumers} "
-            "hold its columns as two layers, each with scales of its own; -m METHOD quantizes again"
-        )
+    family = find_family(model_class(config))
+    if quantized.dialect is not None and quantized.dialect != dialect.name:
+        quantized = _without_names_of_others(quantized, config)
+    quantized = cut_quantized_layers(quantized, dialect.cuts(family))
+    view = dequantized_view(quantized)
     has_same = dialect.names_expected == "original" and family.has_original_names
     tensors = None if has_same else dialect.tensors_of(family, view)
     if tensors is None or tensors.keys() <= view.keys():
@@ -153,6 +150,13 @@ def layers_under_names_of_readers(
     own, others = f"{family.name}'s own code names its", f"{dialect.consumers} name its"
     readers = own if dialect.names_expected == "original" else others
     return renamed, [f"{quantized.checkpoint.path.name}: renamed as {readers} tensors"]
+
+
+def _without_names_of_others(quantized: QuantizedCheckpoint, config: Mapping[str, Any]) -> QuantizedCheckpoint:
+    """The checkpoint under diffusers' names, if it has those of a tool that merges layers in a way of its own."""
+    assert quantized.dialect is not None, "it has layers"
+    is_of_others = DIALECTS[quantized.dialect].names_expected == "others"
+    return layers_under_diffusers_names(quantized, config)[0] if is_of_others else quantized
 
 
 def convert_names(
@@ -169,15 +173,15 @@ def convert_names(
     Raises:
         CheckpointError: as `under_diffusers_names`.
     """
-    whole = _with_whole_layers(checkpoint, config)
+    whole = joined_layers(checkpoint, _cuts_of(config))
     traced = _trace(whole, config, keeps_spare=keeps_spare)
     return None if traced is None else (renamed_view(whole, traced.runs, traced.shapes), traced.unused)
 
 
-def _with_whole_layers(checkpoint: Checkpoint, config: Mapping[str, Any]) -> Checkpoint:
-    """The checkpoint with layers of diffusers in place of those that hold some of their columns."""
+def _cuts_of(config: Mapping[str, Any]) -> tuple[CutLayer, ...]:
+    """The layers of which files may hold some columns as one layer, and some as another."""
     facts = find_family(model_class(config)).nunchaku
-    return checkpoint if facts is None else joined_layers(checkpoint, facts.cuts)
+    return () if facts is None else facts.cuts
 
 
 def _note(checkpoint: Checkpoint, config: Mapping[str, Any], unused: Sequence[str]) -> str:

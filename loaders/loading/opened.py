@@ -57,7 +57,7 @@ class OpenedLayers:
                 in_model |= {f"{place}.{suffix}" for place in _places(dialect, stem) for suffix in suffixes}
                 in_files |= {f"{stem}.bias"} if has_bias else set()
             renamed = _renamed(checkpoint, dialect, in_files)
-            return in_files | renamed.keys(), in_model | {*renamed.values()}
+            return in_files | renamed.keys(), in_model.union(*renamed.values())
 
     def install(self, model: nn.Module, device_map: Any) -> Dialect:
         """Replaces linears of a model by the layers of the files.
@@ -77,8 +77,8 @@ class OpenedLayers:
             for layer in layers.values():
                 self._install_layer(model, dialect, checkpoint, layer, device_map)
             of_layers = {name for layer in layers.values() for name in (*layer.sources, f"{layer.stem}.bias")}
-            for stored, name in _renamed(checkpoint, dialect, of_layers).items():
-                _install_tensor(model, name, checkpoint.read(stored), _device_of(name, device_map))
+            for stored, names in _renamed(checkpoint, dialect, of_layers).items():
+                _install_tensors(model, names, checkpoint.read(stored), device_map)
         return dialect
 
     def _install_layer(
@@ -162,40 +162,48 @@ def _places(dialect: Dialect, stem: str) -> tuple[str, ...]:
     return dialect.model_stems(stem) if held is None else (f"{held[0]}.parts.{held[1]}",)
 
 
-def _renamed(checkpoint: Checkpoint, dialect: Dialect, of_layers: Collection[str]) -> dict[str, str]:
-    """Name in the file → name in the model of each tensor that is not quantized and has another name there.
+def _renamed(checkpoint: Checkpoint, dialect: Dialect, of_layers: Collection[str]) -> dict[str, tuple[str, ...]]:
+    """Name in the file → names in the model of each tensor that is not quantized and has other names there.
 
     Args:
         of_layers: names in the file of the tensors of quantized layers
     """
-    names: dict[str, str] = {}
+    names: dict[str, tuple[str, ...]] = {}
     for name in checkpoint.keys() - of_layers:
         stem, _, leaf = name.rpartition(".")
         places = dialect.model_stems(stem)
-        if places != (stem,) and len(places) == 1:
-            names[name] = f"{places[0]}.{leaf}"
+        if places != (stem,):
+            names[name] = tuple(f"{place}.{leaf}" for place in places)
     return names
 
 
-def _install_tensor(model: nn.Module, name: str, tensor: Tensor, device: torch.device) -> None:
-    """Sets a parameter of the model, in the dtype that it has there.
+def _install_tensors(model: nn.Module, names: Sequence[str], tensor: Tensor, device_map: Any) -> None:
+    """Sets parameters of the model to the rows of a tensor, one after the other, in the dtypes that they have there.
 
     Raises:
-        CheckpointError: the model has no such parameter, or one of another shape.
+        CheckpointError: the model has no such parameters, or some of other shapes.
     """
-    stem, _, leaf = name.rpartition(".")
+    places = [_parameter(model, name) for name in names]
+    counts = [place.shape[0] if place is not None and place.dim() else 0 for place in places]
+    is_split = len(places) > 1 and tensor.dim() > 0 and sum(counts) == len(tensor)
+    parts = torch.split(tensor, counts) if is_split else [tensor] * len(places)
+    for name, place, rows in zip(names, places, parts, strict=True):
+        if place is None or place.shape != rows.shape:
+            found = "nothing" if place is None else str(list(place.shape))
+            raise CheckpointError(
+                f"{name}: found {found} in {type(model).__name__}, expected {list(rows.shape)}, which the file holds; "
+                "download it or convert it again"
+            )
+        stem, _, leaf = name.rpartition(".")
+        installed = nn.Parameter(rows.to(_device_of(name, device_map), place.dtype), requires_grad=False)
+        setattr(model.get_submodule(stem), leaf, installed)
+
+
+def _parameter(model: nn.Module, name: str) -> nn.Parameter | None:
     try:
-        place = model.get_parameter(name)
+        return model.get_parameter(name)
     except AttributeError:
-        place = None
-    if place is None or place.shape != tensor.shape:
-        found = "nothing" if place is None else str(list(place.shape))
-        raise CheckpointError(
-            f"{name}: found {found} in {type(model).__name__}, expected {list(tensor.shape)}, which the file holds; "
-            "download it or convert it again"
-        )
-    installed = nn.Parameter(tensor.to(device, place.dtype), requires_grad=False)
-    setattr(model.get_submodule(stem), leaf, installed)
+        return None
 
 
 def _hold_columns(model: nn.Module, stem: str, layer: QuantizedLayer) -> None:
@@ -256,7 +264,7 @@ def spelled_state(
     """
     if dialect.renames_tensors:
         raise RecipeError(
-            f"save_pretrained: found a model in the dialect {dialect.name}, whose files have a header of their own, "
+            f"save_pretrained: found a model in the dialect {dialect.name}, whose files have names of their own, "
             "expected one in another dialect; copy the file, or use -m keep --dialect nunchaku-lite first"
         )
     state = dict(state_dict)

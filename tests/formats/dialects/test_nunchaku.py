@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -189,13 +190,17 @@ def test_a_file_is_sound_and_kept_in_both_dialects(case: Case, tmp_path: Path) -
     back = Recipe(method="keep", dialect="nunchaku")
     if case.has_shift:
         with pytest.raises(
-            CheckpointError, match=r"mlp\.net\.2': found svdquant_int4 rank 16, expected inputs that are"
+            CheckpointError, match=r"mlp\.net\.2\.bias': cannot be stored for nunchaku without a change"
         ):
             convert_checkpoint(tmp_path / "lite", tmp_path / "back", back)
-        convert_checkpoint(case.out, tmp_path / "back", back)
-    else:
-        convert_checkpoint(tmp_path / "lite", tmp_path / "back", back)
-    assert same(load_file(tmp_path / "back" / WEIGHTS), case.tensors)
+        back = replace(back, force=True)
+    convert_checkpoint(tmp_path / "lite", tmp_path / "back", back)
+    assert errors(tmp_path / "back") == []
+    returned = load_file(tmp_path / "back" / WEIGHTS)
+    changed = {name: tensor for name, tensor in returned.items() if case.has_shift and name.endswith("mlp.net.2.bias")}
+    for name, bias in changed.items():
+        assert float((bias.float() - case.tensors[name].float()).abs().max()) < 2**-7
+    assert same({**returned, **{name: case.tensors[name] for name in changed}}, case.tensors)
     restored = {}
     for name, folder in {"own": case.out, "lite": tmp_path / "lite"}.items():
         convert_checkpoint(folder, tmp_path / f"{name}-restored", Recipe(method="dequantize"))
@@ -266,6 +271,16 @@ def test_what_its_readers_would_not_run_is_refused(build: Any, options: Any, mes
         build().to(torch.bfloat16).save_pretrained(tmp_path / "model")
     with pytest.raises(RecipeError, match=message):
         convert_checkpoint(tmp_path / "model", tmp_path / "out", Recipe(**options, dialect="nunchaku", rank=RANK))
+
+
+def test_modulations_that_readers_build_quantized_are_not_kept(tmp_path: Path) -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        qwen_image().to(torch.bfloat16).save_pretrained(tmp_path / "model")
+    lite = Recipe(method="svdquant_nvfp4", dialect="nunchaku-lite", rank=RANK, force=True)
+    convert_checkpoint(tmp_path / "model", tmp_path / "lite", lite)
+    with pytest.raises(CheckpointError, match=r"found .*img_mod\.1.* kept, expected every layer quantized"):
+        convert_checkpoint(tmp_path / "lite", tmp_path / "out", Recipe(method="keep", dialect="nunchaku"))
 
 
 def test_int4_needs_a_dialect() -> None:

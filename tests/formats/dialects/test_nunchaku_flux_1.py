@@ -182,15 +182,40 @@ def test_a_file_is_sound_kept_and_dequantized(case: Case, tmp_path: Path) -> Non
         assert relative(restored[name], original) < 0.13 or not original.any(), name
 
 
-@pytest.mark.parametrize("first", ["nunchaku", "nunchaku-lite"])
-def test_joining_or_cutting_quantized_columns_is_refused(first: str, tmp_path: Path, case: Case) -> None:
-    source = case.out
-    if first == "nunchaku-lite":
-        source = tmp_path / "lite"
-        convert_checkpoint(case.source, source, Recipe(method=case.method, dialect=first, rank=RANK, force=True))
-    second = {"nunchaku": "nunchaku-lite", "nunchaku-lite": "nunchaku"}[first]
-    with pytest.raises(CheckpointError, match=r"proj_out\.weight': cannot be renamed without a change: .* columns"):
-        convert_checkpoint(source, tmp_path / "out", Recipe(method="keep", dialect=second, force=True))
+def test_columns_are_joined_and_cut_without_a_change(case: Case, tmp_path: Path) -> None:
+    lite = Recipe(method="keep", dialect="nunchaku-lite", force=True)
+    back = Recipe(method="keep", dialect="nunchaku", force=True)
+    convert_checkpoint(case.out, tmp_path / "lite", lite)
+    block = json.loads((tmp_path / "lite" / "config.json").read_text())["quantization_config"]
+    assert block["svdq_w4a4"]["rank"] == 2 * RANK
+    convert_checkpoint(tmp_path / "lite", tmp_path / "back", back)
+    assert errors(tmp_path / "back") == []
+    restored = {}
+    for name, folder in {"own": case.out, "lite": tmp_path / "lite", "back": tmp_path / "back"}.items():
+        convert_checkpoint(folder, tmp_path / f"{name}-restored", Recipe(method="dequantize"))
+        restored[name] = load_file(tmp_path / f"{name}-restored" / WEIGHTS)
+    for other in ("lite", "back"):
+        assert restored[other].keys() == restored["own"].keys()
+        for name, tensor in restored["own"].items():
+            bound = 2**-7 if name.endswith(".bias") and other == "back" and case.has_shift else 0
+            assert float((restored[other][name].float() - tensor.float()).abs().max()) <= bound, name
+
+
+def test_parts_with_other_scales_above_all_are_not_joined(tmp_path: Path) -> None:
+    made = Case("svdquant_nvfp4", tmp_path)
+    (made.out / "omni_convert.json").unlink()
+    made.tensors[f"{SINGLE}.out_proj.wtscale"] *= 2
+    save_file(made.tensors, made.out / WEIGHTS, header_of(made.out))
+    recipe = Recipe(method="keep", dialect="nunchaku-lite", force=True)
+    with pytest.raises(CheckpointError, match=r"proj_out\.weight': .*mlp_fc2' have a weight_scale_2 each"):
+        convert_checkpoint(made.out, tmp_path / "lite", recipe)
+
+
+def test_modulations_that_the_engine_builds_quantized_are_not_kept(case: Case, tmp_path: Path) -> None:
+    lite = Recipe(method=case.method, dialect="nunchaku-lite", rank=RANK, force=True)
+    convert_checkpoint(case.source, tmp_path / "lite", lite)
+    with pytest.raises(CheckpointError, match=r"found .*norm.*\.linear.* kept, expected every layer quantized"):
+        convert_checkpoint(tmp_path / "lite", tmp_path / "out", Recipe(method="keep", dialect="nunchaku", force=True))
 
 
 def test_biases_of_both_parts_are_added(case: Case, tmp_path: Path) -> None:
@@ -297,7 +322,8 @@ def test_parts_are_calibrated_with_their_own_columns(case: Case, tmp_path: Path,
                 if name == f"{SINGLE}.proj_out.weight":
                     rows[:, [7, WIDTH + 21]] *= 100
                 recorders[f".{name.removesuffix('.weight')}"] = recorder = MomentsRecorder()
-                recorder.record(observe(rows), step=0)
+                for prompt, some in enumerate(rows.split(64)):
+                    recorder.record(observe(some), step=0, prompt=prompt)
         identity = recording_identity([], {}, {"": source.fingerprint()})
     statistics = {key: found for key, each in recorders.items() if (found := each.statistics()) is not None}
     Statistics(identity, statistics).save(tmp_path / "statistics.safetensors")

@@ -51,6 +51,9 @@ class Inputs:
     def rows(self) -> Tensor:
         return self.sample
 
+    def row_runs(self) -> Tensor | None:
+        return None
+
     def clip(self, rule: str, largest: float) -> float:
         return self.amax()
 
@@ -217,10 +220,11 @@ def test_diffusers_builds_exactly_these_tensors(import_peer: Any, wide_flux: Pat
     [("svdquant_int4", "nunchaku-lite"), ("svdquant_nvfp4", "nunchaku-lite"), ("svdquant_nvfp4", "vllm-omni-svdquant")],
 )
 def test_a_file_is_sound_kept_and_restored(wide_flux: Path, tmp_path: Path, method: str, dialect: str) -> None:
-    convert_checkpoint(wide_flux, tmp_path / "out", Recipe(method=method, dialect=dialect, rank=16, force=True))
+    recipe = Recipe(method=method, dialect=dialect, rank=16, force=True, runtime="diffusers")
+    convert_checkpoint(wide_flux, tmp_path / "out", recipe)
     (verified,) = verify_source(resolve_source(tmp_path / "out"), resolve_source(wide_flux))
     assert [finding for finding in verified.findings if finding.severity == "error"] == []
-    keep = Recipe(method="keep", dialect=dialect, force=True)
+    keep = Recipe(method="keep", dialect=dialect, force=True, runtime="diffusers")
     convert_checkpoint(tmp_path / "out", tmp_path / "kept", keep)
     before, kept = load_file(tmp_path / "out" / WEIGHTS), load_file(tmp_path / "kept" / WEIGHTS)
     assert kept.keys() == before.keys()
