@@ -342,7 +342,7 @@ K_QUANTS: dict[str, BlockType] = {
         16,
         IntegerValues(-32, 31),
         -128,
-        starts=_beyond(32, (-0.9, -0.6, -0.3, 0, 0.3, 0.6, 0.9)),
+        starts=_beyond(32, (-5, -4, -3, -2, -1, 0, 1)),
         rounds=(FOUR, FOUR),
         fast_starts=_beyond(32, (-0.6, 0, 0.6)),
         fast_rounds=(STAY,),

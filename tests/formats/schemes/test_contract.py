@@ -55,6 +55,8 @@ FORMATS: dict[str, QuantizingFormat] = {
 }
 # Levels without a zero among them, of which the smallest scale makes a number near it.
 NEARLY_ZERO = ("w4a8",)
+# Methods whose steps depend on what was computed, which the meta device does not know.
+LOOK_AT_NUMBERS = ("w4a8", "w6a8", "mxfp4_dualscale")
 ELSEWHERE = ("gguf", "svdquant_int4", "svdquant_nvfp4", "fp8_storage")
 every_format = pytest.mark.parametrize("fmt", FORMATS.values(), ids=FORMATS.keys())
 
@@ -93,6 +95,15 @@ def test_rows_do_not_depend_on_the_tiling(fmt: QuantizingFormat) -> None:
     for suffix, tensor in whole.items():
         joined = torch.cat([part[suffix] for part in parts])
         assert torch.equal(tensor.view(torch.uint8), joined.view(torch.uint8)), suffix
+
+
+@pytest.mark.parametrize("name", [name for name in FORMATS if FORMATS[name].method not in LOOK_AT_NUMBERS])
+def test_tensors_are_where_the_weight_is(name: str) -> None:
+    """Torch mixes no numbers of the meta device with those of a CPU, as it would mix none with those of a GPU."""
+    fmt = FORMATS[name].for_weight((16, 512))
+    fitted = fmt.fit([TensorRows(normal(16, 512))], None)
+    tensors = fmt.quantize_rows(torch.empty(16, 512, dtype=torch.bfloat16, device="meta"), fitted)
+    assert {tensor.device.type for tensor in tensors.values()} == {"meta"}
 
 
 @every_format

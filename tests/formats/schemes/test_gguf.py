@@ -48,6 +48,15 @@ def test_rows_give_the_same_bytes_in_any_tile(kind: str) -> None:
     assert torch.equal(fmt.quantize_rows(weight[333:335], fitted)["weight"], whole[333:335])
 
 
+@KINDS
+@SEARCHES
+@pytest.mark.parametrize("importance", [None, torch.ones(768)], ids=["unweighted", "weighted"])
+def test_tensors_are_where_the_weight_is(kind: str, search: bool, importance: Tensor | None) -> None:
+    """Torch mixes no numbers of the meta device with those of a CPU, as it would mix none with those of a GPU."""
+    weight = torch.empty(64, 768, dtype=torch.bfloat16, device="meta")
+    assert Gguf(kind, search).quantize_rows(weight, importance)["weight"].device.type == "meta"
+
+
 @pytest.mark.parametrize("kind", [kind for kind in BLOCK_TYPES if kind not in ("Q8_0", "MXFP4")])
 def test_importance_of_the_columns_lowers_the_error_that_it_weights(kind: str) -> None:
     weight, importance = normal(16, 768), (normal(1, 768)[0] * 1.5).exp()

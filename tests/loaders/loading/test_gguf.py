@@ -9,6 +9,7 @@ from diffusers.quantizers.gguf.utils import GGUFParameter, dequantize_gguf_tenso
 
 from omni_convert.convert.conversion import convert_checkpoint
 from omni_convert.convert.recipe import Recipe
+from omni_convert.formats.arithmetic.ggml.k_quants import K_QUANTS
 from omni_convert.formats.errors import CheckpointError, KernelError, RecipeError
 from omni_convert.formats.schemes.gguf import StoredGguf
 from omni_convert.loaders import build_quant_config, kernel_report, load_pipeline
@@ -85,6 +86,27 @@ def test_a_request_for_gguf_that_does_not_fit_is_refused(
 ) -> None:
     with pytest.raises(error, match=message):
         load_pipeline(tiny_pipeline_folder, quantization=quantization)
+
+
+@pytest.mark.parametrize("kind", K_QUANTS)
+def test_layers_of_super_blocks_stay_packed_and_are_decoded_as_the_gguf_package_reads_them(
+    kind: str, tiny_pipeline_folder: Path, tmp_path: Path
+) -> None:
+    convert_checkpoint(tiny_pipeline_folder, tmp_path / "out", Recipe("gguf", gguf_type=kind, device="cpu"))
+    pipeline = load_pipeline(tmp_path / "out")
+    name = "layers.0.feed_forward.w2"
+    layer = pipeline.transformer.get_submodule(name)
+    (file,) = (tmp_path / "out" / "transformer").glob("*.gguf")
+    (stored,) = (each for each in gguf.GGUFReader(file).tensors if each.name == f"{name}.weight")
+    wanted = torch.from_numpy(gguf.quants.dequantize(stored.data.copy(), stored.tensor_type))
+    assert layer.format.label == f"gguf {kind}"
+    assert torch.equal(layer.dequantize(), wanted)
+    (reported,) = (each for each in kernel_report(pipeline).layers if each.name.endswith(name))
+    assert reported.kernel == "decode_mm"
+    assert reported.bytes == stored.n_bytes  # as many in memory as in the file
+    inputs = torch.randn(9, 512, generator=torch.Generator().manual_seed(0)).bfloat16()
+    expected = inputs.float() @ wanted.bfloat16().float().T
+    torch.testing.assert_close(layer(inputs).float(), expected, rtol=2**-7, atol=2**-7)
 
 
 @pytest.mark.parametrize("kind", ["MXFP4", "IQ4_NL", "Q4_1"])
