@@ -120,6 +120,33 @@ def test_mx_without_a_search_is_their_file(import_peer, weight: Tensor, bits: in
         assert ours[name].view(torch.uint8).equal(tensor.view(torch.uint8).reshape(ours[name].shape)), name
 
 
+@pytest.mark.parametrize("fmt", [Mxfp4(), Mxfp8()], ids=lambda fmt: fmt.method)
+def test_what_a_search_finds_is_decoded_by_their_linears(  # type: ignore[no-untyped-def]
+    import_peer, weight: Tensor, fmt: Mxfp4 | Mxfp8
+) -> None:
+    spelling, tensors = AUTO_ROUND.spelling(fmt, (192, 320)), fmt.quantize(weight)
+    assert not isinstance(spelling, str)
+    stored = {f"layer.{name}": tensor for name, tensor in spelling.encode(tensors).items()}
+    assert weight_by_them(import_peer, stored, "layer").equal(fmt.dequantize(tensors).bfloat16().float())
+    if fmt.method == "mxfp4":
+        assert (
+            2 * stored["layer.weight_packed"].nbytes == tensors["weight"].nbytes
+        )  # as vLLM-Omni's own spelling has it
+
+
+def test_nvfp4_with_a_search_is_decoded_by_their_linear(import_peer, weight: Tensor) -> None:  # type: ignore[no-untyped-def]
+    modules = import_peer("auto_round.experimental.qmodules")
+    scheme = import_peer("auto_round.schemes").PRESET_SCHEMES["NVFP4"]
+    tensors = Nvfp4().quantize(weight) | {"input_scale": torch.tensor(2.0**-7)}
+    spelling = AUTO_ROUND.spelling(Nvfp4(static=True), (192, 320))
+    assert not isinstance(spelling, str)
+    linear = modules.NVFP4QuantLinear(320, 192, scheme)
+    linear.load_state_dict(spelling.encode(tensors))
+    assert float(linear.input_global_scale) == 128.0
+    # They divide by the rounded reciprocal of our factor.
+    torch.testing.assert_close(linear.dequant_weight_online(), Nvfp4().dequantize(tensors), rtol=2**-21, atol=0)
+
+
 def test_nvfp4_without_a_search_has_their_scales_and_codes(import_peer, weight: Tensor) -> None:  # type: ignore[no-untyped-def]
     """All blocks here have a scale of 2^-9 or more; smaller ones have 0 there, and 2^-9 here."""
     weight = weight[:, 64:]

@@ -149,6 +149,7 @@ def test_the_reference_rounds_inputs_as_the_runtime_and_multiplies_what_it_store
         ("fp8", "cpu_decode_mm", "scaled_mm"),
         ("fp8 static", "cpu_decode_mm", "scaled_mm"),
         ("int8", "int_mm", "int_mm"),
+        ("int8 rotated", "int_mm", "int_mm"),
         ("fp8 block", "cpu_decode_mm", None),
         ("mxfp8", "cpu_decode_mm", None),
         ("mxfp4_dualscale", "cpu_decode_mm", None),
