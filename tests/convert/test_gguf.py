@@ -9,7 +9,12 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from diffusers import FluxTransformer2DModel, GGUFQuantizationConfig, WanTransformer3DModel
+from diffusers import (
+    FluxTransformer2DModel,
+    GGUFQuantizationConfig,
+    QwenImageTransformer2DModel,
+    WanTransformer3DModel,
+)
 from diffusers.quantizers.gguf.utils import GGUFParameter, dequantize_gguf_tensor
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -298,8 +303,31 @@ def test_a_dry_run_tells_what_a_mixture_is_and_whose_choice(wide_folder: Path) -
     assert "Q4_K_M is Q4_K; value projections Q6_K; joined q, k and v Q5_K; down projections Q6_K" in text
     assert "our choice" not in text
     assert find_family("FluxTransformer2DModel").gguf.has_converter
-    assert not find_family("QwenImageTransformer2DModel").gguf.has_converter
     assert not find_family("Flux2Transformer2DModel").gguf.has_converter
+
+
+def test_a_dry_run_says_that_a_mixture_of_a_model_without_a_converter_is_our_choice(tmp_path: Path) -> None:
+    model = QwenImageTransformer2DModel(
+        num_layers=1, attention_head_dim=64, num_attention_heads=4, joint_attention_dim=128, axes_dims_rope=(16, 24, 24)
+    )
+    model.to(torch.bfloat16).save_pretrained(tmp_path / "model")
+    arguments = [str(tmp_path / "model"), "-m", "gguf", "--gguf-type", "Q4_K_S", "--dry-run"]
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 0, result.output
+    text = " ".join(result.output.split())
+    assert "Q4_K_S is Q4_K; " in text
+    assert "this is our choice, since ComfyUI-GGUF does not convert Qwen-Image" in text
+
+
+@pytest.mark.parametrize("kind", [*K_QUANTS, "Q4_K_M"])
+def test_super_blocks_are_verified_and_inspected(kind: str, wide_folder: Path, tmp_path: Path) -> None:
+    file = converted(wide_folder, tmp_path / "out", kind, search=False)
+    result = CliRunner().invoke(main, ["verify", str(tmp_path / "out"), "--reference", str(wide_folder)])
+    assert result.exit_code == 0, result.output
+    assert "0 errors, 0 warnings" in result.output
+    result = CliRunner().invoke(main, ["inspect", str(file)])
+    assert result.exit_code == 0, result.output
+    assert f"gguf {kind.removesuffix('_M')}" in result.output
 
 
 IMPORTANT = "transformer_blocks.0.ff.net.2.weight"
@@ -409,15 +437,15 @@ def test_the_importance_matrix_that_calibration_writes_gives_the_bytes_of_the_st
     assert gguf.GGUFReader(by_statistics).get_field("quantize.imatrix.file") is None
 
 
-@pytest.mark.parametrize("rounding", ["gptq", "auto"])
+@pytest.mark.parametrize(("rounding", "kind"), [("gptq", "Q2_K"), ("auto", "Q4_K"), ("gptq", "Q6_K")])
 def test_moments_lower_the_output_errors_of_joined_layers_too(
-    rounding: str, tiny_pipeline_folder: Path, statistics_file: Path, tmp_path: Path
+    rounding: str, kind: str, tiny_pipeline_folder: Path, statistics_file: Path, tmp_path: Path
 ) -> None:
     options = {"moments": (statistics_file.with_name("moments.safetensors"),), "rounding": rounding}
     files = [
-        converted(tiny_pipeline_folder, tmp_path / "nearest", "Q2_K"),
-        converted(tiny_pipeline_folder, tmp_path / "rounded", "Q2_K", **options),
-        converted(tiny_pipeline_folder, tmp_path / "again", "Q2_K", **options, workers=3),
+        converted(tiny_pipeline_folder, tmp_path / "nearest", kind),
+        converted(tiny_pipeline_folder, tmp_path / "rounded", kind, **options),
+        converted(tiny_pipeline_folder, tmp_path / "again", kind, **options, workers=3),
     ]
     assert files[1].read_bytes() == files[2].read_bytes()
     original = load_file(tiny_pipeline_folder / "transformer" / WEIGHTS_NAME)
