@@ -176,7 +176,7 @@ def _spelling(layer: QuantizedLayer, dialect: Dialect, recipe: Recipe) -> Writte
         if loss is not None and not recipe.force:
             raise CheckpointError(
                 f"{layer.checkpoint.path}: tensor '{layer.stored.name_of(suffix)}': cannot be stored for "
-                f"{dialect.name} without a change: {loss}; --force takes the nearest, 2^-24 off, or {INSTEAD}"
+                f"{dialect.name} without a change: {loss}; --force takes the nearest, or {INSTEAD}"
             )
     if layer.stored.is_full_precision:
         return dialect.in_full_precision(spelling) or spelling

@@ -177,6 +177,8 @@ def _sample_findings(layer: QuantizedLayer, dialect: str) -> Iterator[Finding]:
     if has_ordered_scales(layer):
         yield from _unused_range(layer, tensors)
         yield from _order(layer, tensors, dialect)
+    else:
+        yield from _exchanged_groups(layer, tensors, dialect)
 
 
 def order_findings(layer: QuantizedLayer, dialect: str) -> list[Finding]:
@@ -306,8 +308,27 @@ def _order(layer: QuantizedLayer, tensors: Mapping[str, Tensor], dialect: str) -
             f"{DIALECTS[dialect].consumers}: noise", f"store the scales {due}",
         )  # fmt: skip
     elif scales_are_scrambled(magnitude + coarse, _log2(scales)):
-        what = "found scales that fit their blocks no better than scales drawn by lot"
-        yield Finding("error", "scale-order", name, what, f"{DIALECTS[dialect].consumers}: noise", AGAIN)
+        yield _drawn_by_lot(name, dialect)
+
+
+def _exchanged_groups(layer: QuantizedLayer, tensors: Mapping[str, Tensor], dialect: str) -> Iterator[Finding]:
+    """Scales of groups of columns, in more than a byte each, that are in no order, or those of another layer."""
+    encoding, scales = layer.format.innermost.encoding, tensors.get("weight_scale")
+    if encoding is None or encoding.has_zero_point or encoding.rotation is not None or scales is None:
+        return
+    rows, columns = encoding.block
+    if rows != 1 or columns is None or scales.shape != (len(tensors["weight"]), layer.shape[1] // columns):
+        return
+    blocks = split_blocks(elements_of(layer.format, tensors), columns)
+    magnitude = blocks.square().mean(-1).sqrt_().log2_()
+    magnitude[magnitude == -torch.inf] = torch.nan
+    if scales_are_scrambled(magnitude, scales.float().log2()):
+        yield _drawn_by_lot(layer.stored.name_of("weight_scale"), dialect)
+
+
+def _drawn_by_lot(name: str, dialect: str) -> Finding:
+    what = "found scales that fit their blocks no better than scales drawn by lot"
+    return Finding("error", "scale-order", name, what, f"{DIALECTS[dialect].consumers}: noise", AGAIN)
 
 
 def _log2(scales: Tensor) -> Tensor:

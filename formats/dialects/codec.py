@@ -19,7 +19,7 @@ from omni_convert.formats.arithmetic.e2m1 import NibbleOrder
 from omni_convert.formats.arithmetic.e2m1_container import pack_container, unpack_container
 from omni_convert.formats.arithmetic.swizzle import padded_scale_shape, swizzle_scales, unswizzle_scales
 from omni_convert.formats.containers.checkpoint import Checkpoint
-from omni_convert.formats.containers.tensor_spec import TensorSpec
+from omni_convert.formats.containers.tensor_spec import DTYPE_NAMES, TensorSpec
 from omni_convert.formats.errors import CheckpointError
 from omni_convert.formats.rows import TensorLayout
 
@@ -138,7 +138,7 @@ class Plain(WritableCodec):
 
     def loss(self, tensor: Tensor) -> str | None:
         if self.dtype in (torch.bfloat16, torch.float16) and not torch.equal(tensor.to(self.dtype).float(), tensor):
-            return f"its values do not fit {self.dtype}"
+            return f"its values do not fit {DTYPE_NAMES[self.dtype]}"
         return None
 
 

@@ -42,7 +42,13 @@ from omni_convert.formats.dialects.nunchaku_order import (
     modulation,
     svdquant_codecs,
 )
-from omni_convert.formats.dialects.svdquant import DECODED, NVFP4_ELSEWHERE, SVDQUANT_NAMES, one_rank
+from omni_convert.formats.dialects.svdquant import (
+    DECODED,
+    NVFP4_ELSEWHERE,
+    SVDQUANT_NAMES,
+    cast_scales,
+    one_rank,
+)
 from omni_convert.formats.dialects.verdict import DIFFUSERS, OURS, UNMARKED, Verdict
 from omni_convert.formats.errors import RecipeError
 from omni_convert.formats.finding import Finding
@@ -126,6 +132,7 @@ class NunchakuLite(Dialect):
             ):
                 what = f"found {fmt.label}, groups of {fmt.group}, but the config says otherwise"
                 yield block_mismatch(stem, what, self.consumers)
+        yield from cast_scales(found, layers, self.consumers)
 
 
 def _section(block: Mapping[str, Any], name: str = SECTION) -> Mapping[str, Any]:

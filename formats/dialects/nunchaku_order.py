@@ -148,7 +148,7 @@ def svdquant_codecs(rows: int = TILE) -> dict[str, dict[str, WritableCodec]]:
     }
     int4 = Tiles(WARP_ROWS, (), (0, 5, 1, 3, 2, 4), torch.bfloat16, is_across=True, row_multiple=rows)
     nvfp4 = Tiles((4, 4, 8), (4,), (0, 4, 3, 2, 1, 5), torch.float8_e4m3fn, is_across=True, row_multiple=rows)
-    above = {"weight_scale_2": Plain(shape=(1,)), "channel_scale": VECTOR}
+    above = {"weight_scale_2": Plain(torch.bfloat16, (1,)), "channel_scale": VECTOR}
     return {"int4": {**common, "weight_scale": int4}, "nvfp4": {**common, "weight_scale": nvfp4, **above}}
 
 

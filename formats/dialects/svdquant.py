@@ -15,7 +15,7 @@ Limits:   nvfp4 alone, on SM 10.3. Some loaders take no merged layers, since the
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -43,7 +43,7 @@ from omni_convert.formats.finding import Finding
 from omni_convert.formats.format import Format
 from omni_convert.formats.schemes.svdquant import DEFAULT_RANK, SvdQuantNvfp4
 
-__all__ = ["SVDQUANT", "SVDQUANT_NAMES", "from_block", "one_rank"]
+__all__ = ["SVDQUANT", "SVDQUANT_NAMES", "cast_scales", "from_block", "one_rank"]
 
 #: Canonical suffix to the suffix on disk, which Nunchaku's files and vLLM-Omni's have in common.
 SVDQUANT_NAMES = {
@@ -68,7 +68,7 @@ def _codecs(rows: int = 1) -> dict[str, WritableCodec]:
     return {
         "weight": Plain(torch.int8),
         "weight_scale": Transposed(row_multiple=rows),
-        "weight_scale_2": Plain(shape=(1,)),
+        "weight_scale_2": Plain(torch.bfloat16, (1,)),
         "channel_scale": Plain(shape=(-1,)),
         "lora_a": Transposed(),
     }
@@ -155,6 +155,18 @@ class SvdQuant(Dialect):
             if isinstance(layer.format, SvdQuantNvfp4) and layer.format.rank != rank:
                 what = f"found rank {layer.format.rank}, but the config says {str(rank)[:20]}"
                 yield block_mismatch(stem, what, self.consumers)
+        yield from cast_scales(found, layers, self.consumers)
+
+
+def cast_scales(found: Found, stems: Iterable[str], consumers: str) -> Iterator[Finding]:
+    """Reports scales of whole weights in F32, of readers that keep them in BF16."""
+    for stem in stems:
+        spec = found.get(stem, SVDQUANT_NAMES["weight_scale_2"])
+        if spec is not None and spec.dtype is torch.float32:
+            yield Finding(
+                "warning", "silent-cast", spec.name, "found F32, expected BF16", f"{consumers}: up to 0.4 % off",
+                "store a number that BF16 holds",
+            )  # fmt: skip
 
 
 def one_rank(layers: Mapping[str, Format]) -> int:

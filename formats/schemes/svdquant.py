@@ -2,7 +2,7 @@
 
 Tensors:    NAME.weight          U8 [out, in / 2]          two codes a byte, even k in the low nibble
             NAME.weight_scale    int4: BF16 [out, in / 64]; nvfp4: F8_E4M3 [out, in / 16]
-            NAME.weight_scale_2  BF16 []                   nvfp4 only
+            NAME.weight_scale_2  F32 []                    nvfp4 only; a number of BF16 where it is written here
             NAME.channel_scale   BF16 [out, 1]             nvfp4 only; ones where it is written here
             NAME.smooth_factor   BF16 [in]
             NAME.lora_a          BF16 [rank, in]
@@ -449,7 +449,7 @@ class SvdQuantNvfp4(SvdQuant):
     def _scale_layout(self, out_features: int, in_features: int) -> dict[str, TensorLayout]:
         return {
             "weight_scale": TensorLayout(torch.float8_e4m3fn, (out_features, in_features // self.group)),
-            "weight_scale_2": TensorLayout(torch.bfloat16, (), 0),
+            "weight_scale_2": TensorLayout(torch.float32, (), 0),
             "channel_scale": TensorLayout(torch.bfloat16, (out_features, 1)),
         }
 
@@ -469,4 +469,4 @@ class SvdQuantNvfp4(SvdQuant):
         return float(torch.tensor(largest / NVFP4_LARGEST).bfloat16()) or 1.0
 
     def _unit_tensors(self, unit: float) -> dict[str, Tensor]:
-        return {"weight_scale_2": torch.tensor(unit, dtype=torch.bfloat16)}
+        return {"weight_scale_2": torch.tensor(unit)}

@@ -17,6 +17,7 @@ from torch import Tensor
 from omni_convert.convert import Recipe, convert_checkpoint
 from omni_convert.convert.inspection.verification import verify_source
 from omni_convert.convert.source.location import resolve_source
+from omni_convert.formats.checks.meaning import open_quantized
 from omni_convert.formats.containers.checkpoint import Checkpoint
 from omni_convert.formats.dialects.nunchaku_order import VECTOR, awq_codecs
 from omni_convert.formats.errors import CheckpointError, RecipeError
@@ -340,6 +341,63 @@ def test_scales_of_another_layer_are_found(tmp_path: Path) -> None:
     save_file(made.tensors, made.out / WEIGHTS, header)
     (made.out / "omni_convert.json").unlink()
     assert {finding.check for finding in errors(made.out)} == {"scale-order"}
+
+
+@pytest.mark.parametrize("places", ["groups", "layers"])
+def test_scales_of_other_groups_are_found(tmp_path: Path, places: str) -> None:
+    """With int4, whose scales have two bytes, of weights that are as trained ones."""
+    model = z_image()
+    for name, parameter in model.named_parameters():
+        torch.nn.init.normal_(parameter, std=0.02) if name.endswith(".weight") else None
+    model.to(torch.bfloat16).save_pretrained(tmp_path / "model")
+    convert_checkpoint(tmp_path / "model", tmp_path / "out", Recipe("svdquant_int4", dialect="nunchaku", rank=RANK))
+    (tmp_path / "out" / "omni_convert.json").unlink()
+    assert errors(tmp_path / "out") == []
+    tensors, stem = load_file(tmp_path / "out" / WEIGHTS), "layers.0.attention.to_qkv.wscales"
+    with safe_open(tmp_path / "out" / WEIGHTS, "pt") as file:
+        header = file.metadata()
+    if places == "groups":
+        tensors[stem] = tensors[stem].flip(0).contiguous()
+    else:
+        other = stem.replace("layers", "noise_refiner")
+        tensors[stem], tensors[other] = tensors[other], tensors[stem]
+    save_file(tensors, tmp_path / "out" / WEIGHTS, header)
+    found = errors(tmp_path / "out")
+    assert {finding.check for finding in found} == {"scale-order"}
+    assert stem in {finding.layer for finding in found}
+
+
+def test_a_wide_scale_above_all_is_read_as_it_is(tmp_path: Path) -> None:
+    """Nunchaku reads wtscale in F32, too."""
+    import diffusers
+
+    import omni_convert.loaders  # noqa: F401  # registers the quantizers
+
+    made, stem = Case("Qwen-Image svdquant_nvfp4", tmp_path), "transformer_blocks.0.attn.to_qkv"
+    (made.out / "omni_convert.json").unlink()
+    wide = made.tensors[f"{stem}.wtscale"].float() * 1.001
+    assert not wide.bfloat16().float().equal(wide)
+    with safe_open(made.out / WEIGHTS, "pt") as file:
+        header = file.metadata()
+    before = opened_weight(made.out, stem)
+    save_file({**made.tensors, f"{stem}.wtscale": wide}, made.out / WEIGHTS, header)
+    assert errors(made.out) == []
+    after = opened_weight(made.out, stem)
+    assert after["weight_scale_2"].equal(wide.reshape(()))
+    assert torch.allclose(after["residual"], before["residual"] * 1.001, rtol=1e-6, atol=0)
+    model = diffusers.QwenImageTransformer2DModel.from_pretrained(made.out, torch_dtype=torch.bfloat16)
+    loaded = model.get_submodule("transformer_blocks.0.attn.to_k").disk_tensors()
+    assert loaded["weight_scale_2"].equal(wide.reshape(()))
+    with pytest.raises(CheckpointError, match=r"wtscale': cannot be stored for nunchaku without a change"):
+        convert_checkpoint(made.out, tmp_path / "kept", Recipe(method="keep", dialect="nunchaku"))
+
+
+def opened_weight(folder: Path, stem: str) -> dict[str, Tensor]:
+    """The scale of a whole layer, and the residual that it scales."""
+    with open_quantized(folder) as quantized:
+        layer = quantized.layers[stem]
+        tensors = layer.read(0, layer.shape[0])
+        return {"weight_scale_2": tensors["weight_scale_2"], "residual": layer.format.multiplied(tensors)}
 
 
 def test_another_rank_in_the_header_is_found(sound: Path, tmp_path: Path) -> None:
