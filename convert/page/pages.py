@@ -23,6 +23,8 @@ __all__ = ["analysis_page", "comparison_page", "conversion_page", "verification_
 
 #: Images or frames that are shown, evenly spread; the metrics are those of all.
 PICTURES_SHOWN = 8
+#: Name of the measure that statistics give.
+LARGEST_INPUT = "largest input over the steps"
 #: Metrics in the report of `compare`: key → head of the column, and decimals.
 METRICS = {
     "psnr_db": ("PSNR dB", 2),
@@ -57,16 +59,19 @@ def _converted_layers(plan: Plan, report: ConversionReport) -> Markup:
         for component in plan.components
         for stem, label in component.labels.items()
     }
-    weights = {
-        f"{component.name}.{stem}" if component.name else stem: weight.elements
+    planned = {
+        f"{component.name}.{stem}" if component.name else stem: (weight.elements, step.inputs)
         for component in plan.components
         for step in component.quantize_steps
         for stem, weight in zip(step.group.members, step.weights, strict=True)
     }
-    bits = {layer.name: 8 * layer.bytes_after / weights[layer.name] for layer in report.layers if layer.name in weights}
+    sizes = {layer.name: layer.bytes_after for layer in report.layers}
+    bits = {name: 8 * sizes[name] / weights for name, (weights, _) in planned.items() if name in sizes}
+    largest = {name: inputs.amax() for name, (_, inputs) in planned.items() if inputs is not None}
     measures = [
         Measure("weight error", {layer.name: layer.relative_error for layer in report.layers}, ".4f"),
         Measure("bits per weight", bits, ".2f"),
+        *([Measure(LARGEST_INPUT, largest)] if largest else []),
     ]
     rows: list[list[Content | tuple[float, str]]] = [
         [
@@ -101,7 +106,7 @@ def analysis_page(analysis: Analysis, statistics: Statistics, others: int, comma
     }
     measures = [
         Measure("% of the error", parts, ".2f"),
-        Measure("largest input over the steps", steps, ".3g"),
+        Measure(LARGEST_INPUT, steps),
     ]
     rows: list[list[Content | tuple[float, str]]] = [
         [

@@ -75,6 +75,7 @@ def test_a_conversion_to_a_budget_and_its_verification(
     assert "nvfp4" in reader.text
     assert "bits per weight" in reader.text
     assert "4.50" in reader.text
+    assert "largest input over the steps" in reader.text
     assert sum(tag == "circle" and a["class"] == "mark" for tag, a in reader.tags) == 1
     run("verify", tmp_path / "out", "--reference", tiny_pipeline_folder, "--report", tmp_path / "verify.html")
     assert "Nothing wrong." in opened(tmp_path / "verify.html").text
