@@ -6,7 +6,7 @@ rounding errors do to the images, the layer's sensitivity says.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -57,11 +57,7 @@ def predicted_error(
     for weight, sensitivity in zip(weights, sensitivities, strict=True):
         if sensitivity is not None:
             error += _weight_error(fmt, fitted, weight, sensitivity)
-            smoothed = smoothed_input(sensitivity.rows, constants)
-            difference = fmt.round_inputs(smoothed, constants) - smoothed.float()
-            if "mul_scale" in constants:
-                difference = difference / constants["mul_scale"].float()
-            error += sensitivity.input_error(difference.square())
+            error += _input_error(fmt, constants, sensitivity)
     return error
 
 
@@ -75,6 +71,16 @@ def _weight_error(fmt: QuantizingFormat, fitted: object, weight: WeightRows, sen
         error += sensitivity.weight_error((restored - tile.float()).square(), slice(start, stop))
         seen += float(sensitivity.by_output[start:stop].sum())
     return error * float(sensitivity.by_output.sum()) / seen if seen else 0.0
+
+
+def _input_error(fmt: QuantizingFormat, constants: Mapping[str, Tensor], sensitivity: LayerSensitivity) -> float:
+    if fmt.operand_bits is None:
+        return 0.0  # the runtime multiplies inputs as they are
+    smoothed = smoothed_input(sensitivity.rows, constants)
+    difference = fmt.round_inputs(smoothed, constants) - smoothed.float()
+    if "mul_scale" in constants:
+        difference = difference / constants["mul_scale"].float()
+    return sensitivity.input_error(difference.square(), fmt.operand_bits)
 
 
 def _sampled_tiles(shape: tuple[int, int], multiple: int) -> Iterator[tuple[int, int]]:

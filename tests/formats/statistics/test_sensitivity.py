@@ -64,7 +64,37 @@ def test_input_errors_are_weighed_by_the_tokens_that_matter() -> None:
         return inputs.float().square() * inputs.float().abs().amax(1, keepdim=True)
 
     exact = sum(float((tokens(seed)[2].square() * error_of(tokens(seed)[0])).sum()) / 100 for seed in seeds)
-    assert found.input_error(error_of(found.rows)) == pytest.approx(exact, rel=0.35)  # 64 rows of 12,000
+    assert found.input_error(error_of(found.rows), 8) == pytest.approx(exact, rel=0.35)  # 64 rows of 12,000
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_equal_errors_add_up_before_they_are_squared(bits: int) -> None:
+    """A text goes into its layers again in each step: it is rounded alike there."""
+    once, again = (SensitivityRecorder("transformer.layer", OUT, IN, CPU) for _ in range(2))
+    for seed in range(0, 200, 10):
+        inputs, _, gradient = tokens(seed)
+        for _ in range(5):
+            again.record_input(gradient, inputs)
+        once.record_input(gradient * 5**0.5, inputs)
+        for recorder in (once, again):
+            recorder.finish_prompt(100)
+    errors = []
+    for recorder in (once, again):
+        found = recorder.sensitivity()
+        assert found is not None
+        errors.append(found.input_error(found.rows.float().square(), bits))
+    # Five equal errors are 25 times one when squared, and five times one if they are taken for different ones.
+    assert errors[1] / errors[0] == pytest.approx(5, rel=0.1)
+
+
+def test_gradients_are_left_as_they_are() -> None:
+    """They go on to the layers before, in float32 without a copy."""
+    inputs, at_output, at_input = tokens(10)
+    recorder = SensitivityRecorder("transformer.layer", OUT, IN, CPU)
+    recorder.record_output(at_output, inputs)
+    recorder.record_input(at_input, inputs)
+    assert torch.equal(at_output, tokens(10)[1])
+    assert torch.equal(at_input, tokens(10)[2])
 
 
 def test_parts_merge_exactly_in_any_order() -> None:
@@ -95,6 +125,7 @@ def test_a_file_holds_everything() -> None:
         ("sensitivity.transformer.layer.rows", torch.full((1, IN), torch.nan, dtype=torch.bfloat16)),
         ("sensitivity.transformer.layer.weights", -torch.ones(64)),
         ("sensitivity.transformer.layer.input_sums", torch.zeros(2, IN - 1, dtype=torch.int64)),
+        ("sensitivity.transformer.layer.repeated_sums", torch.zeros(2, 3, dtype=torch.int64)),
     ],
 )
 def test_damaged_values_are_refused(name: str, tensor: torch.Tensor) -> None:
