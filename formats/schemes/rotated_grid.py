@@ -55,7 +55,7 @@ LEVELS = (
 # Positive E4M3 bit patterns are in order; the last is 448.
 SMALLEST_BITS, LARGEST_BITS = 1, 0x7E
 # Steps of the row's grid to try, in units of the one that just holds its largest level.
-GRID_FACTORS = (1.0, 0.88, 0.9, 0.92, 0.94, 0.96, 0.98, 1.02, 1.04, 1.06, 1.08, 1.1, 1.12)
+GRID_FACTORS = (1.0, 0.91, 0.94, 0.97, 1.03, 1.06, 1.09, 1.12, 1.15)
 # E4M3 steps to try around the fitted one.
 NEIGHBOURS = (0, -1, 1)
 # Distance of levels on the grid from which rounding leaves the nearest one among the two around a number.
