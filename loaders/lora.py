@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from omni_convert.loaders.layers.column_parts import ColumnParts
 from omni_convert.loaders.layers.fp8_storage import Fp8WeightStorage
 from omni_convert.loaders.layers.quantized_linear import QuantizedLinear
 
@@ -30,10 +31,11 @@ def register() -> None:
     def create(lora_config: Any, adapter_name: str, target: nn.Module, **kwargs: Any) -> nn.Module:
         layer: Any = target
         base = layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer
-        if isinstance(base, QuantizedLinear) or (isinstance(base, Fp8WeightStorage) and isinstance(base, nn.Linear)):
+        is_quantized = isinstance(base, (QuantizedLinear, ColumnParts))
+        if is_quantized or (isinstance(base, Fp8WeightStorage) and isinstance(base, nn.Linear)):
             from omni_convert.loaders.layers.lora_linear import QuantizedLoraLinear, StoredLoraLinear
 
-            wrapper = QuantizedLoraLinear if isinstance(base, QuantizedLinear) else StoredLoraLinear
+            wrapper = QuantizedLoraLinear if is_quantized else StoredLoraLinear
             lora_config._register_custom_module({type(base): wrapper})  # noqa: SLF001  # no public name
         created: nn.Module = create_theirs(lora_config, adapter_name, target, **kwargs)
         return created

@@ -39,6 +39,9 @@ from omni_convert.formats.dialects.base import Dialect
 from omni_convert.formats.dialects.bitsandbytes import BITSANDBYTES
 from omni_convert.formats.dialects.comfyui import COMFYUI
 from omni_convert.formats.dialects.config_block import read_block
+from omni_convert.formats.dialects.nunchaku import NUNCHAKU
+from omni_convert.formats.dialects.nunchaku_lite import NUNCHAKU_LITE
+from omni_convert.formats.dialects.svdquant import SVDQUANT
 from omni_convert.formats.errors import CheckpointError, OmniConvertError
 from omni_convert.formats.format import QuantizingFormat
 from omni_convert.formats.schemes.convrot_w4a4 import ConvrotW4A4
@@ -48,6 +51,7 @@ from omni_convert.formats.schemes.mxfp8 import Mxfp8
 from omni_convert.formats.schemes.nf4 import Nf4
 from omni_convert.formats.schemes.nvfp4 import Nvfp4
 from omni_convert.formats.schemes.rotated_grid import W4a8, W6a8
+from omni_convert.formats.schemes.svdquant import TILE, SvdQuantInt4, SvdQuantNvfp4
 from omni_convert.formats.table import LOADABLE
 from omni_convert.loaders.loading.install import install_empty_layers
 from omni_convert.loaders.loading.pipeline_files import open_weights
@@ -115,7 +119,8 @@ def marked_pipeline() -> Files:
 
 def spelled_pipeline(dialect: Dialect, fmt: QuantizingFormat, kept: Collection[str]) -> Files:
     """The model in a format that only some dialects hold."""
-    layouts, spelling = fmt.layout(2, WIDTH), dialect.spelling(fmt, (2, WIDTH))
+    shape = (2, WIDTH) if fmt.unsupported(2, WIDTH) is None else (TILE, TILE)
+    layouts, spelling = fmt.layout(*shape), dialect.spelling(fmt, shape)
     assert not isinstance(spelling, str), spelling
     layer = spelling.encode(
         {suffix: torch.ones(layout.shape, dtype=layout.dtype) for suffix, layout in layouts.items()}
@@ -136,6 +141,11 @@ SPELLED: dict[str, tuple[Dialect, QuantizingFormat]] = {
     "auto-round nvfp4": (AUTO_ROUND, Nvfp4(static=True)),
     "nf4": (BITSANDBYTES, Nf4()),
     "nf4 nested": (BITSANDBYTES, Nf4(nested=True)),
+    "nunchaku int4": (NUNCHAKU, SvdQuantInt4(16)),
+    "nunchaku nvfp4": (NUNCHAKU, SvdQuantNvfp4(16)),
+    "nunchaku-lite int4": (NUNCHAKU_LITE, SvdQuantInt4(16)),
+    "nunchaku-lite nvfp4": (NUNCHAKU_LITE, SvdQuantNvfp4(16)),
+    "vllm-omni-svdquant": (SVDQUANT, SvdQuantNvfp4(16)),
 }
 
 
@@ -150,7 +160,10 @@ def valid_pipelines() -> dict[str, Files]:
     ours = quantized_pipeline(configs["int8"], omni_convert.to_block)
     packed = quantized_pipeline(PACKED, lambda config: auto_round.to_block(config.group_size, QUANTIZED, kept))
     others = {"plain": plain_pipeline(), "comfyui": marked_pipeline(), "ours": ours, PACKED.method: packed}
-    spelled = {name: spelled_pipeline(*spelling, kept) for name, spelling in SPELLED.items()}
+    spelled = {
+        name: spelled_pipeline(dialect, fmt, () if dialect is NUNCHAKU else kept)
+        for name, (dialect, fmt) in SPELLED.items()
+    }
     return others | written | spelled
 
 

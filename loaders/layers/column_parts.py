@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -25,6 +26,11 @@ class ColumnParts(nn.Module):
         self.widths = list(widths)
         with torch.device("meta"):
             self.parts = nn.ModuleList(nn.Linear(width, out_features, bias) for width in widths)
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the first part."""
+        return next(itertools.chain(self.parts[0].parameters(), self.parts[0].buffers())).device
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps [..., in] to [..., out]."""

@@ -9,6 +9,7 @@ from peft.tuners.lora.layer import Linear
 from torch import nn
 
 from omni_convert.formats.errors import RecipeError
+from omni_convert.loaders.layers.column_parts import ColumnParts
 from omni_convert.loaders.layers.quantized_linear import QuantizedLinear
 
 __all__ = ["QuantizedLoraLinear", "StoredLoraLinear"]
@@ -57,7 +58,7 @@ class QuantizedLoraLinear(StoredLoraLinear):
         return layer.in_features, layer.out_features
 
     @staticmethod
-    def _get_base_layer_device_and_dtype(base_layer: QuantizedLinear) -> tuple[torch.device, None]:
+    def _get_base_layer_device_and_dtype(base_layer: QuantizedLinear | ColumnParts) -> tuple[torch.device, None]:
         """PEFT casts adapters to this dtype, and that of the codes would ruin them."""
         return base_layer.device, None
 

@@ -17,6 +17,8 @@ RECIPES = {
         ("svdquant_int4", "nunchaku-lite"),
         ("svdquant_nvfp4", "nunchaku-lite"),
         ("svdquant_int4", "nunchaku"),
+        ("svdquant_nvfp4", "nunchaku"),
+        ("svdquant_nvfp4", "vllm-omni-svdquant"),
     )
 }
 

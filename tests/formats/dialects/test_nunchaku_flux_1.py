@@ -23,7 +23,7 @@ from omni_convert.formats.containers.checkpoint import Checkpoint
 from omni_convert.formats.dialects.base import JudgedComponent
 from omni_convert.formats.dialects.nunchaku import NUNCHAKU
 from omni_convert.formats.dialects.nunchaku_order import VECTOR
-from omni_convert.formats.errors import CheckpointError
+from omni_convert.formats.errors import CheckpointError, RecipeError
 from omni_convert.formats.rows import TensorLayout
 from omni_convert.formats.statistics.layer_statistics import observe
 from omni_convert.formats.statistics.statistics import Statistics
@@ -277,6 +277,30 @@ def test_our_loader_runs_it(case: Case) -> None:
             stored = case.tensors[f"{SINGLE}.mlp_fc2.bias"]
             bias = VECTOR.decode(stored, TensorLayout(torch.float32, tuple(stored.shape), 0))
             assert relative(sum(parts) + bias, layer(x)) < 2**-7
+
+
+def test_an_adapter_sees_both_parts_as_one_layer(case: Case) -> None:
+    import diffusers
+
+    import omni_convert.loaders  # noqa: F401  # registers the quantizers
+
+    peft = pytest.importorskip("peft")
+    model = diffusers.FluxTransformer2DModel.from_pretrained(case.out, torch_dtype=torch.bfloat16)
+    layer = model.get_submodule(f"{SINGLE}.proj_out")
+    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=[f"{SINGLE}.proj_out"], init_lora_weights=False)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model.add_adapter(config, "style")
+        x = torch.randn(3, layer.in_features).bfloat16()
+    wrapped = model.get_submodule(f"{SINGLE}.proj_out")
+    down, up = (getattr(wrapped, f"lora_{side}")["style"].weight.float() for side in "AB")
+    with torch.no_grad():
+        assert relative(wrapped(x), layer(x).float() + 2 * x.float() @ down.T @ up.T) < 2**-6
+    with pytest.raises(RecipeError, match="leave the adapter unfused"):
+        model.fuse_lora()
+    model.delete_adapters("style")
+    model.unload_lora()
+    assert model.get_submodule(f"{SINGLE}.proj_out") is layer
 
 
 DAMAGE = {
