@@ -1,13 +1,16 @@
 """Train the pipelines on which choices about calibration are judged, beside the bundled demo.
 
-Each is a real diffusers pipeline in a small size, trained on pictures that are drawn here. Widths are multiples of 256,
-so that K-quants and rotations apply. One seed fixes every draw.
+Each is a real diffusers pipeline in a small size, trained on pictures or videos that are drawn here. Widths are
+multiples of 256, so that K-quants and rotations apply. One seed fixes every draw.
 
     python scripts/train_development_pipelines.py flux --output tests/data/flux
+    python scripts/train_development_pipelines.py vae --output causal-vae
+    python scripts/train_development_pipelines.py qwen_image --vae causal-vae --output tests/data/qwen_image
+    python scripts/train_development_pipelines.py wan --vae causal-vae --output tests/data/wan
 
-`flux` has outlier channels, as large models have. A small model trained for minutes grows none, so they are put in
-after training by a rescaling that leaves the function unchanged, and a short further training follows. Each thing in
-its pictures has a palette and colour words of its own: the model need not learn which word belongs to which thing.
+`flux` and `qwen_image` have outlier channels, as large models have. A small model trained for minutes grows none, so
+they are put in after training by a rescaling that leaves the function unchanged, and a short further training follows.
+`wan` has those that training gave it.
 """
 
 from __future__ import annotations
@@ -17,107 +20,76 @@ import json
 import logging
 import math
 import random
+import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
-from PIL import Image, ImageDraw
+from development_pictures import (  # type: ignore[import-not-found]  # beside it
+    FRAMES,
+    VIDEO_SIZE,
+    Flight,
+    House,
+    Landscape,
+    Pictures,
+    Scene,
+)
+from development_vae import (  # type: ignore[import-not-found]  # beside it
+    CHANNELS,
+    encode_videos,
+    load_vae,
+    train_vae,
+    video_vae,
+)
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderKLQwenImage,
+    AutoencoderKLWan,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    QwenImagePipeline,
+    QwenImageTransformer2DModel,
+    WanPipeline,
+    WanTransformer3DModel,
+)
 from tokenizers import processors
-from train_demo_pipeline import COLOURS as PAINTS  # type: ignore[import-not-found]  # beside it
-from train_demo_pipeline import IMAGE_SIZE, SUPERSAMPLING, build_tokenizer, encode_data_set
-from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast, T5Config, T5EncoderModel
+from train_demo_pipeline import IMAGE_SIZE, build_tokenizer, encode_data_set  # type: ignore[import-not-found]
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    PreTrainedTokenizerFast,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    T5Config,
+    T5EncoderModel,
+    UMT5Config,
+    UMT5EncoderModel,
+)
 
 logger = logging.getLogger("train_development_pipelines")
 
 DEMO = Path(__file__).parents[1] / "convert/demo/pipeline"
 CAPTION_TOKENS = 20
-#: Each word belongs to one thing; its colour is one that the demo's VAE has learned.
-SKIES = {"azure": PAINTS["blue"], "violet": PAINTS["purple"], "pale": PAINTS["white"], "night": PAINTS["black"]}
-SUNS = {"gold": PAINTS["yellow"], "scarlet": PAINTS["red"], "amber": PAINTS["orange"], "silver": PAINTS["gray"]}
-ROCKS = {"slate": PAINTS["gray"], "brick": PAINTS["red"], "coal": PAINTS["black"], "mossy": PAINTS["green"]}
-PLAINS = {"grassy": PAINTS["green"], "sandy": PAINTS["yellow"], "snowy": PAINTS["white"], "rusty": PAINTS["orange"]}
-COLOURS = SKIES | SUNS | ROCKS | PLAINS
-SIDES = {"on the left": 15, "in the middle": 32, "on the right": 49}
-RIDGES = ("jagged", "rolling", "stepped")
 #: A channel in 32 is scaled by a factor between these, like the input channels that stand out in FLUX.1.
 OUTLIER_SHARE, OUTLIER_FACTORS = 1 / 32, (24.0, 64.0)
 
-
-@dataclass(frozen=True)
-class Landscape:
-    """A sun in the sky above mountains and a plain; every colour word belongs to one of the four."""
-
-    sky: str
-    sun: str
-    side: str
-    ridge: str
-    rock: str
-    plain: str
-
-    def describe(self) -> str:
-        return f"{self.sun} sun {self.side} over {self.ridge} {self.rock} mountains, {self.plain} plain, {self.sky} sky"
+#: The loss of a pipeline on captions, and on the latents of their pictures.
+Loss = Callable[[Any, list[str], torch.Tensor], torch.Tensor]
 
 
-def random_landscape(rng: random.Random) -> Landscape:
-    sky, sun, rock, plain = (rng.choice(list(palette)) for palette in (SKIES, SUNS, ROCKS, PLAINS))
-    return Landscape(sky, sun, rng.choice(list(SIDES)), rng.choice(RIDGES), rock, plain)
+def captions_of(draw: Callable[[random.Random], Scene]) -> list[str]:
+    """Captions from which a tokenizer learns its words."""
+    return [draw(random.Random(number)).describe() for number in range(3000)]
 
 
-def ridge_line(kind: str, rng: random.Random) -> list[tuple[float, float]]:
-    """The upper edge of a ridge, from left to right, in pixels."""
-    phase, period = rng.uniform(0, 16), 16
-    points = []
-    for x in range(IMAGE_SIZE + 1):
-        along = ((x + phase) % period) / period
-        height = {"jagged": 1 - abs(2 * along - 1), "rolling": 0.5 - 0.5 * math.cos(2 * math.pi * along)}.get(kind)
-        points.append((float(x), 44 - 12 * (float(along > 0.5) if height is None else height)))
-    return points
-
-
-def draw_landscape(scene: Landscape, rng: random.Random) -> np.ndarray:
-    """uint8 RGB image [64, 64, 3]; places, sizes and colours vary a little."""
-    scale = SUPERSAMPLING
-    image = Image.new("RGB", (IMAGE_SIZE * scale, IMAGE_SIZE * scale), vary(COLOURS[scene.sky], rng))
-    canvas = ImageDraw.Draw(image)
-    x, y, radius = SIDES[scene.side] + rng.uniform(-2, 2), 16 + rng.uniform(-2, 2), 8 * rng.uniform(0.9, 1.1)
-    canvas.ellipse(
-        [scale * (x - radius), scale * (y - radius), scale * (x + radius), scale * (y + radius)],
-        vary(COLOURS[scene.sun], rng),
-    )
-    ridge = [(scale * x, scale * y) for x, y in ridge_line(scene.ridge, rng)]
-    bottom, plain = scale * IMAGE_SIZE, scale * (48 + rng.uniform(-1, 1))
-    canvas.polygon([*ridge, (bottom, bottom), (0, bottom)], vary(COLOURS[scene.rock], rng))
-    canvas.rectangle([0, plain, bottom, bottom], vary(COLOURS[scene.plain], rng))
-    return np.asarray(image.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.LANCZOS))
-
-
-def draw_landscapes(held_out: set[str], rng: random.Random, count: int) -> tuple[list[str], torch.Tensor]:
-    """Captions that are not held out, and images in [-1, 1] as float32 [count, 3, 64, 64]."""
-    scenes = [unseen_landscape(rng, held_out) for _ in range(count)]
-    images = np.stack([draw_landscape(scene, rng) for scene in scenes])
-    return [scene.describe() for scene in scenes], torch.from_numpy(images).permute(0, 3, 1, 2) / 127.5 - 1.0
-
-
-def unseen_landscape(rng: random.Random, taken: set[str]) -> Landscape:
-    """A scene whose description is not taken."""
-    while (scene := random_landscape(rng)).describe() in taken:
-        pass
-    return scene
-
-
-def vary(colour: tuple[int, ...], rng: random.Random) -> tuple[int, ...]:
-    return tuple(max(0, min(255, channel + rng.randint(-8, 8))) for channel in colour)
-
-
-def tokenizer_with_end() -> PreTrainedTokenizerFast:
+def tokenizer_with_end(draw: Callable[[random.Random], Scene]) -> PreTrainedTokenizerFast:
     """The demo's kind of tokenizer; it also appends the token at which CLIP pools."""
-    tokenizer = build_tokenizer([random_landscape(random.Random(number)).describe() for number in range(3000)])
+    tokenizer = build_tokenizer(captions_of(draw))
     end = tokenizer.eos_token
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single=f"$A {end}", special_tokens=[(end, tokenizer.eos_token_id)]
@@ -128,31 +100,18 @@ def tokenizer_with_end() -> PreTrainedTokenizerFast:
 
 def build_flux() -> FluxPipeline:
     """FLUX.1 with one double and two single blocks (4.8 million parameters), encoders of one layer, the demo's VAE."""
-    tokenizer = tokenizer_with_end()
-    vocabulary, pad, end = len(tokenizer), tokenizer.pad_token_id, tokenizer.eos_token_id
+    tokenizer = tokenizer_with_end(Landscape.sample)
     clip = CLIPTextConfig(
-        vocab_size=vocabulary,
+        vocab_size=len(tokenizer),
         hidden_size=64,
         intermediate_size=128,
         projection_dim=64,
         num_hidden_layers=1,
         num_attention_heads=2,
         max_position_embeddings=CAPTION_TOKENS,
-        pad_token_id=pad,
-        bos_token_id=pad,
-        eos_token_id=end,
-    )
-    t5 = T5Config(
-        vocab_size=vocabulary,
-        d_model=256,
-        d_kv=64,
-        d_ff=512,
-        num_heads=4,
-        num_layers=1,
-        feed_forward_proj="gated-gelu",
-        dropout_rate=0.0,
-        pad_token_id=pad,
-        eos_token_id=end,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
     )
     transformer = FluxTransformer2DModel(
         in_channels=32,
@@ -164,17 +123,105 @@ def build_flux() -> FluxPipeline:
         pooled_projection_dim=64,
         axes_dims_rope=(16, 24, 24),
     )
-    torch.nn.init.zeros_(transformer.proj_out.weight)
-    torch.nn.init.zeros_(transformer.proj_out.bias)
+    start_at_zero(transformer.proj_out)
     return FluxPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0),
         vae=AutoencoderKL.from_pretrained(DEMO / "vae"),
         text_encoder=CLIPTextModel(clip),
         tokenizer=tokenizer,
-        text_encoder_2=T5EncoderModel(t5),
+        text_encoder_2=T5EncoderModel(T5Config(**small_t5(tokenizer))),
         tokenizer_2=tokenizer,
         transformer=transformer,
     )
+
+
+def build_qwen_image(vae: AutoencoderKLQwenImage) -> QwenImagePipeline:
+    """Qwen-Image with two blocks (5.1 million parameters), and a Qwen2.5-VL of one layer whose vision is not used."""
+    template = QwenImagePipeline(*(None,) * 5).prompt_template_encode
+    texts = [*captions_of(House.sample), *re.split(r"<\|\w+\|>|\{\}", template)]
+    tokenizer = build_tokenizer(texts)
+    text = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 256,
+        "intermediate_size": 512,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 2048,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [8, 12, 12]},
+        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": tokenizer.pad_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+    }
+    vision = {"depth": 1, "hidden_size": 64, "num_heads": 2, "intermediate_size": 64, "out_hidden_size": 256}
+    text_encoder = Qwen2_5_VLForConditionalGeneration(
+        Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=True)
+    )
+    text_encoder.model.visual.requires_grad_(False)
+    transformer = QwenImageTransformer2DModel(
+        in_channels=4 * CHANNELS,
+        out_channels=CHANNELS,
+        num_layers=2,
+        attention_head_dim=64,
+        num_attention_heads=4,
+        joint_attention_dim=256,
+        axes_dims_rope=(16, 24, 24),
+    )
+    start_at_zero(transformer.proj_out)
+    return QwenImagePipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0),
+        vae=vae,
+        text_encoder=text_encoder,
+        tokenizer=tokenizer,
+        transformer=transformer,
+    )
+
+
+def build_wan(vae: AutoencoderKLWan) -> WanPipeline:
+    """Wan with four blocks (4.9 million parameters), and a UMT5 of one layer."""
+    tokenizer = tokenizer_with_end(Flight.sample)
+    umt5 = UMT5Config(**small_t5(tokenizer))
+    transformer = WanTransformer3DModel(
+        patch_size=(1, 3, 3),
+        num_attention_heads=4,
+        attention_head_dim=64,
+        in_channels=CHANNELS,
+        out_channels=CHANNELS,
+        text_dim=256,
+        ffn_dim=1024,
+        num_layers=4,
+        rope_max_seq_len=64,
+    )
+    start_at_zero(transformer.proj_out)
+    return WanPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0),
+        vae=vae,
+        text_encoder=UMT5EncoderModel(umt5),
+        tokenizer=tokenizer,
+        transformer=transformer,
+    )
+
+
+def start_at_zero(linear: torch.nn.Linear) -> None:
+    """Lets a transformer begin with no output, so that the first steps are not spent on unlearning noise."""
+    torch.nn.init.zeros_(linear.weight)
+    torch.nn.init.zeros_(linear.bias)
+
+
+def small_t5(tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
+    """Settings of a T5 encoder of one layer."""
+    return {
+        "vocab_size": len(tokenizer),
+        "d_model": 256,
+        "d_kv": 64,
+        "d_ff": 512,
+        "num_heads": 4,
+        "num_layers": 1,
+        "feed_forward_proj": "gated-gelu",
+        "dropout_rate": 0.0,
+        "pad_token_id": tokenizer.pad_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+    }
 
 
 def packed(latents: torch.Tensor) -> torch.Tensor:
@@ -187,18 +234,24 @@ def position_ids(rows: int, columns: int) -> torch.Tensor:
     return torch.cartesian_prod(torch.zeros(1), torch.arange(float(rows)), torch.arange(float(columns)))
 
 
+def noised(clean: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Noisy latents, the noise, and its share in each of the latents [batch]."""
+    noise, sigma = torch.randn_like(clean), torch.sigmoid(torch.randn(len(clean)) + 0.2)
+    level = sigma.view(-1, *(1,) * (clean.ndim - 1))
+    return (1 - level) * clean + level * noise, noise, sigma
+
+
 def flux_loss(pipe: FluxPipeline, captions: list[str], clean: torch.Tensor) -> torch.Tensor:
     """Flow matching: the transformer learns `noise - clean`.
 
     Args:
         clean: latents [batch, 8, 16, 16]
     """
-    batch, _, height, width = clean.shape
+    _, _, height, width = clean.shape
     tokens = pipe.tokenizer(
         captions, padding="max_length", max_length=CAPTION_TOKENS, truncation=True, return_tensors="pt"
     ).input_ids
-    noise, sigma = torch.randn_like(clean), torch.sigmoid(torch.randn(batch) + 0.2)
-    noisy = (1 - sigma)[:, None, None, None] * clean + sigma[:, None, None, None] * noise
+    noisy, noise, sigma = noised(clean)
     predicted = pipe.transformer(
         hidden_states=packed(noisy),
         timestep=sigma,
@@ -211,22 +264,56 @@ def flux_loss(pipe: FluxPipeline, captions: list[str], clean: torch.Tensor) -> t
     return F.mse_loss(predicted.float(), packed(noise - clean))
 
 
+def qwen_image_loss(pipe: QwenImagePipeline, captions: list[str], clean: torch.Tensor) -> torch.Tensor:
+    """Flow matching on latents [batch, 8, 1, 16, 16]."""
+    images = clean[:, :, 0]
+    batch, _, height, width = images.shape
+    encoded, mask = pipe.encode_prompt(captions)
+    noisy, noise, sigma = noised(images)
+    predicted = pipe.transformer(
+        hidden_states=packed(noisy),
+        timestep=sigma,
+        encoder_hidden_states=encoded,
+        encoder_hidden_states_mask=mask,
+        img_shapes=[[(1, height // 2, width // 2)]] * batch,
+        return_dict=False,
+    )[0]
+    return F.mse_loss(predicted.float(), packed(noise - images))
+
+
+def wan_loss(pipe: WanPipeline, captions: list[str], clean: torch.Tensor) -> torch.Tensor:
+    """Flow matching on latents [batch, 8, 5, 12, 12]."""
+    encoded, _ = pipe.encode_prompt(
+        captions, do_classifier_free_guidance=False, max_sequence_length=CAPTION_TOKENS, dtype=torch.float32
+    )
+    noisy, noise, sigma = noised(clean)
+    predicted = pipe.transformer(
+        hidden_states=noisy, timestep=1000 * sigma, encoder_hidden_states=encoded, return_dict=False
+    )[0]
+    return F.mse_loss(predicted.float(), noise - clean)
+
+
 def train_denoiser(
-    pipe: FluxPipeline,
-    captions: Sequence[str],
-    latents: torch.Tensor,
+    pipe: Any,
+    loss_of: Loss,
+    data: tuple[list[str], torch.Tensor],
     rng: random.Random,
     *,
     steps: int,
     batch: int,
     rate: float,
 ) -> None:
-    """Trains the transformer and its text encoders: Muon on the matrices of blocks, AdamW on everything else."""
-    modules = (pipe.transformer, pipe.text_encoder, pipe.text_encoder_2)
-    named = [pair for module in modules for pair in module.named_parameters()]
-    is_matrix = {name: "blocks." in name and p.ndim == 2 and ".norm" not in name for name, p in named}
-    matrices = [p for name, p in named if is_matrix[name]]
-    others = [p for name, p in named if not is_matrix[name]]
+    """Trains the transformer and its text encoders: Muon on the matrices of blocks, AdamW on everything else.
+
+    Args:
+        data: captions, and latents [captions, ...]
+    """
+    captions, latents = data
+    names = ("transformer", "text_encoder", "text_encoder_2")
+    modules = [pipe.components[name] for name in names if name in pipe.components]
+    named = [pair for module in modules for pair in module.named_parameters() if pair[1].requires_grad]
+    matrices = [p for name, p in named if is_matrix_of_block(name, p)]
+    others = [p for name, p in named if not is_matrix_of_block(name, p)]
     optimizers = [
         torch.optim.Muon(matrices, lr=2 * rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
         torch.optim.AdamW(others, lr=rate, weight_decay=0.0, betas=(0.9, 0.98)),
@@ -238,7 +325,7 @@ def train_denoiser(
     for step in range(steps):
         chosen = rng.sample(range(len(captions)), batch)
         with torch.autocast("cpu", torch.bfloat16):
-            loss = flux_loss(pipe, [captions[index] for index in chosen], latents[chosen])
+            loss = loss_of(pipe, [captions[index] for index in chosen], latents[chosen])
         loss.backward()  # type: ignore[no-untyped-call]  # torch has no types for it
         torch.nn.utils.clip_grad_norm_(matrices + others, 1.0)
         for optimizer, schedule in zip(optimizers, schedules, strict=True):
@@ -251,35 +338,58 @@ def train_denoiser(
             )
 
 
+def is_matrix_of_block(name: str, parameter: torch.nn.Parameter) -> bool:
+    """Whether a parameter is a matrix of a transformer block, modulations apart."""
+    return "blocks." in name and parameter.ndim == 2 and ".norm" not in name and "_mod." not in name
+
+
 def warm_up_and_cosine(step: int, steps: int) -> float:
     return min(1.0, (step + 1) / 50) * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
 @torch.no_grad()
-def put_in_outlier_channels(transformer: FluxTransformer2DModel, generator: torch.Generator) -> None:
+def put_outliers_into_flux(transformer: FluxTransformer2DModel, generator: torch.Generator) -> None:
     """Scales input channels of the linears up, and their weights down: the function stays, the numbers do not.
 
     The modulation before a linear scales its input channels; the rows of a value projection scale those of the output
     projection. The feed-forward networks keep the channels that training gave them.
     """
     for block in transformer.transformer_blocks:
-        for norm, linears in [
-            (block.norm1, (block.attn.to_q, block.attn.to_k, block.attn.to_v)),
-            (block.norm1_context, (block.attn.add_q_proj, block.attn.add_k_proj, block.attn.add_v_proj)),
-        ]:
-            scale_modulated(norm.linear, 0, linears, generator)
-        scale_modulated(block.norm1.linear, 3, (block.ff.net[0].proj,), generator)
-        scale_modulated(block.norm1_context.linear, 3, (block.ff_context.net[0].proj,), generator)
-        factors = outlier_factors(block.attn.to_v.out_features, generator)
-        scale_rows((block.attn.to_v, block.attn.add_v_proj), factors)
-        for linear in (block.attn.to_out[0], block.attn.to_add_out):
-            linear.weight /= factors
+        image, text = (block.norm1.linear, block.ff), (block.norm1_context.linear, block.ff_context)
+        put_outliers_into_streams(block.attn, image, text, generator)
     for block in transformer.single_transformer_blocks:
         readers = (block.attn.to_q, block.attn.to_k, block.attn.to_v, block.proj_mlp)
         scale_modulated(block.norm.linear, 0, readers, generator)
         factors = outlier_factors(block.attn.to_v.out_features, generator)
         scale_rows((block.attn.to_v,), factors)
         block.proj_out.weight[:, : len(factors)] /= factors
+
+
+@torch.no_grad()
+def put_outliers_into_qwen_image(transformer: QwenImageTransformer2DModel, generator: torch.Generator) -> None:
+    """As in FLUX.1, whose blocks of two streams these are, by other names."""
+    for block in transformer.transformer_blocks:
+        image, text = (block.img_mod[1], block.img_mlp), (block.txt_mod[1], block.txt_mlp)
+        put_outliers_into_streams(block.attn, image, text, generator)
+
+
+def put_outliers_into_streams(
+    attention: Any,
+    image: tuple[torch.nn.Linear, Any],
+    text: tuple[torch.nn.Linear, Any],
+    generator: torch.Generator,
+) -> None:
+    """Does so in a block of two streams, each with a modulation and a feed-forward network."""
+    (image_modulation, image_network), (text_modulation, text_network) = image, text
+    scale_modulated(image_modulation, 0, (attention.to_q, attention.to_k, attention.to_v), generator)
+    text_readers = (attention.add_q_proj, attention.add_k_proj, attention.add_v_proj)
+    scale_modulated(text_modulation, 0, text_readers, generator)
+    scale_modulated(image_modulation, 3, (image_network.net[0].proj,), generator)
+    scale_modulated(text_modulation, 3, (text_network.net[0].proj,), generator)
+    factors = outlier_factors(attention.to_v.out_features, generator)
+    scale_rows((attention.to_v, attention.add_v_proj), factors)
+    for linear in (attention.to_out[0], attention.to_add_out):
+        linear.weight /= factors
 
 
 def outlier_factors(channels: int, generator: torch.Generator) -> torch.Tensor:
@@ -317,29 +427,81 @@ def scale_modulated(
         linear.weight /= factors
 
 
-def train_flux(arguments: argparse.Namespace) -> FluxPipeline:
-    rng = random.Random(arguments.seed)
-    torch.manual_seed(arguments.seed)
+@dataclass(frozen=True)
+class Training:
+    """What a pipeline is trained on, and for how long.
+
+    Attributes:
+        scene: draws a scene
+        steps: number of optimizer steps
+        batch: number of captions in a step
+        pictures: number of pictures or videos in the data set
+        settings: how the pipeline is run
+    """
+
+    scene: Callable[[random.Random], Scene]
+    steps: int
+    batch: int
+    pictures: int
+    settings: dict[str, Any]
+
+
+PICTURE = {"height": IMAGE_SIZE, "width": IMAGE_SIZE, "num_inference_steps": 20}
+VIDEO = {"height": VIDEO_SIZE, "width": VIDEO_SIZE, "num_frames": FRAMES, "num_inference_steps": 20}
+TRAININGS = {
+    "flux": Training(Landscape.sample, 800, 24, 3000, PICTURE | {"max_sequence_length": CAPTION_TOKENS}),
+    "qwen_image": Training(House.sample, 380, 16, 1000, PICTURE | {"max_sequence_length": 32, "guidance_scale": 1.0}),
+    "wan": Training(
+        Flight.sample, 260, 16, 600, VIDEO | {"max_sequence_length": CAPTION_TOKENS, "guidance_scale": 1.0}
+    ),
+}
+VAE_STEPS = 2000
+
+
+def train_flux(training: Training, pictures: Pictures, rng: random.Random, arguments: argparse.Namespace) -> Any:
+    def draw(rng: random.Random, count: int) -> tuple[list[str], torch.Tensor]:
+        captions, videos = pictures.draw(rng, count)
+        return captions, videos[:, 0]
+
     pipe = build_flux()
-    held_out = write_prompts(arguments.output, rng)
-    captions, latents = encode_data_set(pipe.vae, partial(draw_landscapes, held_out), rng, arguments.images)
-    train_denoiser(pipe, captions, latents, rng, steps=arguments.steps, batch=arguments.batch, rate=1e-3)
-    put_in_outlier_channels(pipe.transformer, torch.Generator().manual_seed(arguments.seed))
-    train_denoiser(pipe, captions, latents, rng, steps=arguments.steps // 20, batch=arguments.batch, rate=1e-5)
-    return pipe.to(torch.bfloat16)
+    data = encode_data_set(pipe.vae, draw, rng, training.pictures)
+    train_denoiser(pipe, flux_loss, data, rng, steps=training.steps, batch=training.batch, rate=1e-3)
+    put_outliers_into_flux(pipe.transformer, torch.Generator().manual_seed(arguments.seed))
+    train_denoiser(pipe, flux_loss, data, rng, steps=training.steps // 20, batch=training.batch, rate=1e-5)
+    return pipe
 
 
-def write_prompts(output: Path, rng: random.Random) -> set[str]:
+def train_qwen_image(training: Training, pictures: Pictures, rng: random.Random, arguments: argparse.Namespace) -> Any:
+    pipe = build_qwen_image(load_vae(arguments.vae))
+    data = encode_videos(pipe.vae, pictures, rng, training.pictures)
+    train_denoiser(pipe, qwen_image_loss, data, rng, steps=training.steps, batch=training.batch, rate=1e-3)
+    put_outliers_into_qwen_image(pipe.transformer, torch.Generator().manual_seed(arguments.seed))
+    train_denoiser(pipe, qwen_image_loss, data, rng, steps=training.steps // 20, batch=training.batch, rate=1e-5)
+    return pipe
+
+
+def train_wan(training: Training, pictures: Pictures, rng: random.Random, arguments: argparse.Namespace) -> Any:
+    vae = load_vae(arguments.vae)
+    data = encode_videos(vae, pictures, rng, training.pictures)
+    pipe = build_wan(video_vae(vae))
+    train_denoiser(pipe, wan_loss, data, rng, steps=training.steps, batch=training.batch, rate=1e-3)
+    return pipe
+
+
+TRAINERS = {"flux": train_flux, "qwen_image": train_qwen_image, "wan": train_wan}
+
+
+def write_prompts(output: Path, pictures: Pictures, rng: random.Random) -> frozenset[str]:
     """Writes 40 prompts to calibrate on and 16 to evaluate on; returns all of them, which training must not see."""
     taken: set[str] = set()
     output.parent.mkdir(parents=True, exist_ok=True)
     for kind, count in (("prompts", 40), ("evaluation_prompts", 16)):
         lines: list[str] = []
         for _ in range(count):
-            lines.append(unseen_landscape(rng, taken).describe())
+            lines.append(pictures.scene(rng, taken).describe())
             taken.add(lines[-1])
         output.with_name(f"{output.name}_{kind}.txt").write_text("\n".join(lines) + "\n")
-    return taken
+    return frozenset(taken)
 
 
 def forget_origin(config: Path) -> None:
@@ -350,28 +512,29 @@ def forget_origin(config: Path) -> None:
 
 
 def main() -> None:
-    """Trains one pipeline and writes it, its settings and its prompts."""
+    """Trains one pipeline and writes it, its settings and its prompts; or the VAE that two of them have."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("pipeline", choices=["flux"])
+    parser.add_argument("pipeline", choices=["vae", *TRAININGS])
     parser.add_argument("--output", type=Path, required=True, help="folder for the pipeline; must not exist")
+    parser.add_argument("--vae", type=Path, help="folder of the trained VAE, for qwen_image and wan")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=800)
-    parser.add_argument("--batch", type=int, default=24)
-    parser.add_argument("--images", type=int, default=3000, help="size of the data set that the transformer sees")
     arguments = parser.parse_args()
     if arguments.output.exists():
         parser.error(f"{arguments.output} exists")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
 
-    train_flux(arguments).save_pretrained(arguments.output)
+    rng = random.Random(arguments.seed)
+    torch.manual_seed(arguments.seed)
+    if arguments.pipeline == "vae":
+        train_vae(rng, VAE_STEPS).to(torch.bfloat16).save_pretrained(arguments.output)
+        return
+    training = TRAININGS[arguments.pipeline]
+    held_out = write_prompts(arguments.output, Pictures(training.scene), rng)
+    pictures = Pictures(training.scene, held_out)
+    pipe = TRAINERS[arguments.pipeline](training, pictures, rng, arguments)
+    pipe.to(torch.bfloat16).save_pretrained(arguments.output)
     forget_origin(arguments.output / "vae/config.json")
-    settings = {
-        "height": IMAGE_SIZE,
-        "width": IMAGE_SIZE,
-        "num_inference_steps": 20,
-        "max_sequence_length": CAPTION_TOKENS,
-    }
-    (arguments.output / "generation_defaults.json").write_text(json.dumps(settings, indent=2) + "\n")
+    (arguments.output / "generation_defaults.json").write_text(json.dumps(training.settings, indent=2) + "\n")
 
 
 if __name__ == "__main__":

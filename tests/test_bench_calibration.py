@@ -1,41 +1,15 @@
-"""The benchmark of calibration, and the pipeline with outlier channels that it is run on."""
+"""The benchmark of calibration."""
 
 from __future__ import annotations
 
 import json
-import statistics
 from pathlib import Path
 
 import bench_calibration as bench
 import pytest
 
-from omni_convert.convert.calibration.generation import GenerationSettings
-from omni_convert.convert.calibration.pipeline_recorder import calibrate
-from omni_convert.convert.calibration.prompts import read_prompts
-from omni_convert.loaders.pipeline import load_pipeline
-
 ROOT = Path(__file__).parent.parent
 FLUX = ROOT / "tests/data/flux"
-
-
-def test_the_inputs_of_most_layers_have_outlier_channels() -> None:
-    settings = GenerationSettings.for_pipeline(FLUX, {"steps": 2})
-    prompts = read_prompts(FLUX.with_name("flux_prompts.txt"))
-    recorded = calibrate(load_pipeline(FLUX, "cpu"), prompts[:2], settings)
-    ratios = [float(layer.channels.max() / layer.channels.median()) for layer in recorded.layers.values()]
-    assert statistics.median(ratios) >= 20
-    runs = next(iter(recorded.layers.values())).row_runs()
-    assert runs is not None
-    assert (len(runs[:, 0].unique()), sorted(runs[:, 1].unique().tolist())) == (2, [0, 1])
-
-
-def test_calibration_and_evaluation_share_no_prompt() -> None:
-    calibration, evaluation = (
-        {prompt.text for prompt in read_prompts(FLUX.with_name(f"flux_{kind}.txt"))}
-        for kind in ("prompts", "evaluation_prompts")
-    )
-    assert (len(calibration), len(evaluation)) == (40, 16)
-    assert not calibration & evaluation
 
 
 def test_each_form_is_listed_once_after_the_one_that_it_is_held_to() -> None:
