@@ -56,11 +56,9 @@ on a CPU. A number is the worst relative error of a weight in vLLM-Omni's memory
 there what was written; nothing was left unloaded, and nothing left over. Kernels were not run. The weights have heavy
 tails on purpose. AutoRound's MXFP4 is loaded by 0.30.0 too, but has no kernel there for the inputs of these models.
 
-Of Qwen3-Omni and Qwen2.5-Omni, this is the language model of the thinker, and its config went through vLLM-Omni's own
-architecture convertor. HunyuanImage-3.0, BAGEL and LTX-2 without video are held to their classes by tests, which
-`scripts/nightly` runs. Qwen3-TTS is tabulated by reading its class, which needs a torchaudio built for its torch.
-Experts in W4A16 need a kernel that a GPU alone has, so that it is not known here whether they load. Both versions raise
-a TypeError on the `wtscale` of merged layers in SVDQuant, tried on Qwen-Image.
+Of Qwen3-Omni and Qwen2.5-Omni, this is the language model of the thinker, of Qwen3-TTS the whole talker. Their configs
+went through vLLM-Omni's own architecture convertor. Experts in W4A16 are loaded by the method that calls Marlin on a
+GPU. HunyuanImage-3.0, BAGEL and LTX-2 without video are held to their classes by tests, which `scripts/nightly` runs.
 """
 
 

@@ -396,35 +396,35 @@ def _save(build: Callable[[], Any], folder: Path, seed: int) -> Any:
     return model
 
 
-def _save_omnigen_2(folder: Path, seed: int) -> None:
+def _save_omnigen_2(folder: Path, seed: int, width: int = OMNIGEN_2["hidden_size"]) -> None:
     """The names of OmniGen2's own code, which vLLM-Omni's loader reads."""
     linears: dict[str, tuple[int, int]] = {
-        "x_embedder": (128, 16),
-        "ref_image_patch_embedder": (128, 16),
-        "time_caption_embed.timestep_embedder.linear_1": (128, 256),
-        "time_caption_embed.timestep_embedder.linear_2": (128, 128),
-        "time_caption_embed.caption_embedder.1": (128, 64),
-        "norm_out.linear_1": (128, 128),
-        "norm_out.linear_2": (16, 128),
+        "x_embedder": (width, 16),
+        "ref_image_patch_embedder": (width, 16),
+        "time_caption_embed.timestep_embedder.linear_1": (width, 256),
+        "time_caption_embed.timestep_embedder.linear_2": (width, width),
+        "time_caption_embed.caption_embedder.1": (width, 64),
+        "norm_out.linear_1": (width, width),
+        "norm_out.linear_2": (16, width),
     }
     biases = {stem: shape[:1] for stem, shape in linears.items()}
     norms = {"time_caption_embed.caption_embedder.0": 64}
     for block in ("noise_refiner.0", "ref_image_refiner.0", "context_refiner.0", "layers.0", "layers.1"):
-        heads = {"to_q": 128, "to_k": 64, "to_v": 64, "to_out.0": 128}
-        linears |= {f"{block}.attn.{leaf}": (rows, 128) for leaf, rows in heads.items()}
-        linears |= {f"{block}.feed_forward.linear_{number}": (512, 128) for number in (1, 3)}
-        linears[f"{block}.feed_forward.linear_2"] = (128, 512)
-        norms |= {f"{block}.attn.{leaf}": 32 for leaf in ("norm_q", "norm_k")}
-        norms |= {f"{block}.{leaf}": 128 for leaf in ("ffn_norm1", "norm2", "ffn_norm2")}
+        heads = {"to_q": width, "to_k": width // 2, "to_v": width // 2, "to_out.0": width}
+        linears |= {f"{block}.attn.{leaf}": (rows, width) for leaf, rows in heads.items()}
+        linears |= {f"{block}.feed_forward.linear_{number}": (512, width) for number in (1, 3)}
+        linears[f"{block}.feed_forward.linear_2"] = (width, 512)
+        norms |= {f"{block}.attn.{leaf}": width // 4 for leaf in ("norm_q", "norm_k")}
+        norms |= {f"{block}.{leaf}": width for leaf in ("ffn_norm1", "norm2", "ffn_norm2")}
         if block == "context_refiner.0":
-            norms[f"{block}.norm1"] = 128
+            norms[f"{block}.norm1"] = width
         else:
-            norms[f"{block}.norm1.norm"] = 128
-            linears[f"{block}.norm1.linear"], biases[f"{block}.norm1.linear"] = (512, 128), (512,)
+            norms[f"{block}.norm1.norm"] = width
+            linears[f"{block}.norm1.linear"], biases[f"{block}.norm1.linear"] = (4 * width, width), (4 * width,)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         tensors = {f"{stem}.weight": _trained_like(*shape) for stem, shape in linears.items()}
-        tensors["image_index_embedding"] = torch.randn(5, 128)
+        tensors["image_index_embedding"] = torch.randn(5, width)
     tensors |= {f"{stem}.bias": torch.zeros(shape) for stem, shape in biases.items()}
     tensors |= {f"{stem}.weight": torch.ones(width) for stem, width in norms.items()}
     folder.mkdir(parents=True)
@@ -433,7 +433,9 @@ def _save_omnigen_2(folder: Path, seed: int) -> None:
         folder / "diffusion_pytorch_model.safetensors",
         metadata={"format": "pt"},
     )
-    (folder / "config.json").write_text(json.dumps({"_class_name": "OmniGen2Transformer2DModel", **OMNIGEN_2}))
+    axes = [width // 4 - 24, 12, 12]
+    config = {**OMNIGEN_2, "hidden_size": width, "axes_dim_rope": axes, "_class_name": "OmniGen2Transformer2DModel"}
+    (folder / "config.json").write_text(json.dumps(config))
 
 
 def _save_ming_image(folder: Path, seed: int) -> None:
@@ -451,4 +453,8 @@ def _trained_like(rows: int, columns: int) -> torch.Tensor:
 
 
 #: Models that diffusers has no class for: name of the family → what saves one, with a seed.
-OTHERS: dict[str, Callable[[Path, int], None]] = {"omnigen_2": _save_omnigen_2, "ming_image": _save_ming_image}
+OTHERS: dict[str, Callable[[Path, int], None]] = {
+    "omnigen_2": _save_omnigen_2,
+    "omnigen_2_short": lambda folder, seed: _save_omnigen_2(folder, seed, 120),  # as 2520, no multiple of 32
+    "ming_image": _save_ming_image,
+}

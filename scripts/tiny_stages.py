@@ -164,10 +164,10 @@ def qwen_2_5_omni() -> transformers.PreTrainedModel:
     )
 
 
-def _built(model_class: Any, config: transformers.PretrainedConfig) -> transformers.PreTrainedModel:
+def _built(model_class: Any, config: transformers.PretrainedConfig) -> Any:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model: transformers.PreTrainedModel = model_class(config)
+        model = model_class(config)
         # transformers leaves the talker's stacked experts uninitialized: whatever is in memory there may be NaN.
         with torch.no_grad():
             for parameter in model.parameters():
@@ -186,31 +186,78 @@ def _mlp(block: str, end: str = "") -> dict[str, tuple[int, ...]]:
     return {f"{block}.mlp{end}.{leaf}_proj": shape for leaf, shape in shapes.items()}
 
 
+#: The talker of Qwen3-TTS encodes the voices that it imitates with Mimi,
+CODEC: dict[str, Any] = {
+    **DECODER,
+    "num_filters": 4,
+    "upsampling_ratios": [4, 2],
+    "upsample_groups": 64,
+    "codebook_size": 16,
+    "codebook_dim": 16,
+    "vector_quantization_hidden_dimension": 16,
+    "num_quantizers": 4,
+    "num_key_value_heads": 4,
+}
+#: and with an ECAPA-TDNN.
+SPEAKER: dict[str, Any] = {
+    "mel_dim": 16,
+    "enc_dim": 48,
+    "enc_channels": [16, 16, 16],
+    "enc_kernel_sizes": [5, 3, 1],
+    "enc_dilations": [1, 2, 1],
+    "enc_attention_channels": 8,
+    "enc_res2net_scale": 2,
+    "enc_se_channels": 8,
+}
+
+
 def _save_qwen_3_tts(folder: Path) -> None:
     """A talker, a code predictor, and the modules beside them, under the names that vLLM-Omni's loader reads."""
+    # Imports torchvision, before which vllm_omni_runtime.py declares operators.
+    from transformers.models.qwen2_5_omni.modeling_qwen2_5_omni import ECAPA_TimeDelayNet
+
     shapes: dict[str, tuple[int, ...]] = {
         "talker.codec_head": (96, 64),
         "talker.model.codec_embedding": (96, 64),
         "talker.model.text_embedding": (160, 64),
         "talker.text_projection.linear_fc1": (64, 64),
         "talker.text_projection.linear_fc2": (64, 64),
-        "talker.code_predictor.lm_head.0": (64, 64),
-        "speaker_encoder.fc": (64, 48),
+        "talker.model.norm": (64,),
+        "talker.code_predictor.model.norm": (64,),
     }
-    shapes["talker.model.norm"] = (64,)
+    for group in range(3):
+        shapes[f"talker.code_predictor.lm_head.{group}"] = (64, 64)
+        shapes[f"talker.code_predictor.model.codec_embedding.{group}"] = (64, 64)
     for block in ("talker.model.layers.0", "talker.model.layers.1", "talker.code_predictor.model.layers.0"):
         shapes |= _attention(block) | _mlp(block)
         shapes |= {f"{block}.{norm}_layernorm": (64,) for norm in ("input", "post_attention")}
         shapes |= {f"{block}.self_attn.{leaf}_norm": (16,) for leaf in "qk"}
+    biases: dict[str, tuple[int, ...]] = {f"talker.text_projection.linear_fc{number}": (64,) for number in (1, 2)}
     predictor = {**DECODER, "vocab_size": 64, "num_key_value_heads": 2, "head_dim": 16, "num_code_groups": 4}
     talker = {key: value for key, value in LANGUAGE_MODEL.items() if key != "rope_parameters"}
     talker |= {"vocab_size": 96, "text_vocab_size": 160, "text_hidden_size": 64, "code_predictor_config": predictor}
     config = {
         "architectures": ["Qwen3TTSForConditionalGeneration"],
         "model_type": "qwen3_tts",
-        "talker_config": talker,
+        "talker_config": {**talker, "num_code_groups": 4},
+        "speaker_encoder_config": SPEAKER,
+        **{f"tts_{name}_token_id": number for number, name in enumerate(("pad", "bos", "eos"))},
     }
-    _save_named(folder, _random_weights(shapes), config)
+    weights = _random_weights(shapes) | _random_weights(biases, "bias")
+    speaker = _built(ECAPA_TimeDelayNet, transformers.Qwen2_5OmniDiTConfig(**SPEAKER))
+    weights |= {f"speaker_encoder.{name}": tensor for name, tensor in speaker.state_dict().items()}
+    _save_named(folder, weights, config)
+
+
+def _save_speech_tokenizer(folder: Path) -> None:
+    """The encoder of Qwen3-TTS's codec, in place of the files that other repositories have there."""
+    codec = _built(transformers.MimiModel, transformers.MimiConfig(**CODEC))
+    decoder = ("upsample.", "decoder_transformer.", "decoder.")
+    weights = {f"encoder.{name}": each for name, each in codec.state_dict().items() if not name.startswith(decoder)}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    config = {"model_type": "qwen3_tts_tokenizer_12hz", "encoder_config": CODEC}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "preprocessor_config.json").write_text('{"feature_extractor_type": "EncodecFeatureExtractor"}')
 
 
 #: HunyuanImage-3.0 as its config.json describes it, but for the parts beside the language model.
@@ -386,3 +433,5 @@ def save_repository(name: str, folder: Path) -> None:
         path = folder / file
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(content)
+    if name == "qwen_3_tts":
+        _save_speech_tokenizer(folder / "speech_tokenizer")

@@ -50,6 +50,7 @@ __all__ = ["CELLS", "PLACES", "Cell"]
 
 _WAN_BUILDER = "wan2_2.pipeline_wan2_2:create_transformer_from_config"
 _WAN = ModelPlace("wan2_2.wan2_2_transformer:WanTransformer3DModel", "WanPipeline", _WAN_BUILDER)
+_OMNIGEN_2 = ModelPlace("omnigen2.omnigen2_transformer:OmniGen2Transformer2DModel", "OmniGen2Pipeline")
 #: Tiny model → where vLLM-Omni has its class.
 PLACES: dict[str, Place] = {
     "z_image": ModelPlace("z_image.z_image_transformer:ZImageTransformer2DModel", "ZImagePipeline"),
@@ -61,7 +62,8 @@ PLACES: dict[str, Place] = {
     "flux_2": ModelPlace("flux2.flux2_transformer:Flux2Transformer2DModel", "Flux2Pipeline"),
     "flux_2_klein": ModelPlace("flux2_klein.flux2_klein_transformer:Flux2Transformer2DModel", "Flux2KleinPipeline"),
     "glm_image": ModelPlace("glm_image.glm_image_transformer:GlmImageTransformer2DModel", "GlmImagePipeline"),
-    "omnigen_2": ModelPlace("omnigen2.omnigen2_transformer:OmniGen2Transformer2DModel", "OmniGen2Pipeline"),
+    "omnigen_2": _OMNIGEN_2,
+    "omnigen_2_short": _OMNIGEN_2,
     "ming_image": ModelPlace("ming_image.transformer:MingImageTransformer2DModel", "MingImageDiffusionPipeline"),
     "krea_2": ModelPlace("krea2.krea2_transformer:Krea2Transformer2DModel", "Krea2Pipeline"),
     "wan": _WAN,

@@ -46,6 +46,7 @@ __all__ = [
 ]
 
 MODELS = "vllm_omni.diffusion.models"
+_QUANTIZATION = "vllm.model_executor.layers.quantization"
 FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 #: The bound of an error between numbers that differ by the order of multiplications alone.
 ROUNDING = 2**-20
@@ -81,6 +82,7 @@ class ModelPlace:
     child: str = "transformer"
     prefix: str = "transformer."
     own: tuple[str, ...] = ("",)
+    other_folder: str = ""
 
     @property
     def name(self) -> str:
@@ -118,7 +120,7 @@ class StagePlace:
     """Where vLLM-Omni has the language model of an autoregressive stage.
 
     Attributes:
-        model: its class, `module:name`
+        model: its class, `module:name`; "" if the outer class has its layers
         architecture: the class of the stages together, which their config names
         outer: the class whose names of tensors and merged layers the quantization config takes over, `module:name`
         stage: the stage's name there
@@ -127,6 +129,7 @@ class StagePlace:
         prefix: what stands before the stage's names in the file
         module_prefix: what stands before the names of the language model's modules in their configs
         own: what the names of the tensors that the language model reads begin with, in the file
+        other_folder: a folder of which the class reads further weights
     """
 
     model: str
@@ -138,6 +141,7 @@ class StagePlace:
     prefix: str
     module_prefix: str
     own: tuple[str, ...]
+    other_folder: str = ""
     component: str = ""
 
     @property
@@ -154,7 +158,7 @@ class StagePlace:
         """Whether this version has the class."""
         return find_spec(self.outer.partition(":")[0]) is not None
 
-    def renamed(self, name: str) -> str | None:
+    def renamed(self, name: str) -> str:
         """The name by which the language model's own loader knows a tensor."""
         return name.removeprefix(self.prefix)
 
@@ -311,7 +315,7 @@ class Runtime:
             config,
             model_stage=stage or place.stage,
             model_arch=place.architecture,
-            hf_config_name=f"{stage}_config" if stage else place.config_key,
+            hf_config_name=f"{stage}_config" if stage else place.config_key or None,
         )
 
     def _stage(self, folder: Path, place: StagePlace) -> nn.Module:
@@ -327,9 +331,13 @@ class Runtime:
             outer = _at(place.outer)
             whole.quant_config.apply_vllm_mapper(outer.hf_to_vllm_mapper.get_rename_mapper())
             whole.quant_config.packed_modules_mapping.update(getattr(outer, "packed_modules_mapping", {}))
+            if not place.model:
+                model: nn.Module = outer(vllm_config=whole)
+                model.load_weights(_tensors(folder, place))  # type: ignore[operator]
+                return model
             inner = whole.with_hf_config(text, architectures=[*place.architectures])
             with self._settings.set_current_vllm_config(inner):
-                model: nn.Module = _at(place.model)(vllm_config=inner, prefix=place.module_prefix)
+                model = _at(place.model)(vllm_config=inner, prefix=place.module_prefix)
                 model.load_weights(_tensors(folder, place))  # type: ignore[operator]
         return model
 
@@ -360,6 +368,18 @@ STAGES = {
         "thinker.language_model",
         _OF_THINKER,
     ),
+    "qwen_3_tts": StagePlace(
+        "",
+        "Qwen3TTSTalkerForConditionalGeneration",
+        f"{_STAGES}.qwen3_tts.qwen3_tts_talker:Qwen3TTSTalkerForConditionalGeneration",
+        "qwen3_tts",
+        "",
+        (),
+        "talker.",
+        "",
+        ("talker.", "speaker_encoder."),
+        "speech_tokenizer",
+    ),
 }
 
 
@@ -368,7 +388,7 @@ def _tensors(folder: Path, place: StagePlace) -> Iterator[tuple[str, Tensor]]:
     with Checkpoint.open(folder) as checkpoint:
         for name in checkpoint:
             if place.reads(name):
-                yield name.removeprefix(place.prefix), checkpoint.read(name)
+                yield place.renamed(name) if place.model else name, checkpoint.read(name)
 
 
 def _at(place: str) -> Any:
@@ -443,6 +463,7 @@ def _replace_kernels() -> None:
         kernels[kind] = getattr(linear, f"Emulation{emulation}LinearKernel")
     for kind, kernel in kernels.items():
         getattr(linear, f"_POSSIBLE_{kind}_KERNELS")[cpu] = [_on_any_device(kernel)]
+    linear._POSSIBLE_KERNELS[cpu] = [_on_any_device(linear.MarlinLinearKernel)]  # noqa: SLF001
     linear.MarlinNvFp4LinearKernel = linear.EmulationNvFp4LinearKernel
     _replace_expert_kernels()
     svdquant: Any = import_module("vllm_omni.quantization.svdquant_config")
@@ -457,11 +478,17 @@ def _replace_expert_kernels() -> None:
         "nvfp4": import_module(f"{oracles}.nvfp4").NvFp4MoeBackend.MARLIN,
     }
     for module in ("fp8", "modelopt"):
-        methods = import_module(f"vllm.model_executor.layers.quantization.{module}")
+        methods = import_module(f"{_QUANTIZATION}.{module}")
         for kind, backend in backends.items():
             if hasattr(methods, f"select_{kind}_moe_backend"):
                 setattr(methods, f"select_{kind}_moe_backend", partial(_chosen, backend))
-    scheme: Any = import_module("vllm.model_executor.layers.quantization.inc.schemes.inc_wna16_scheme")
+    gptq: Any = import_module(f"{_QUANTIZATION}.auto_gptq")
+    marlin = import_module(f"{oracles}.int_wna16").WNA16MoEBackend.MARLIN
+    gptq.select_wna16_moe_backend = partial(_chosen, marlin)
+    # Which real sizes suit, and tiny ones do not.
+    sizes: Any = import_module(f"{_QUANTIZATION}.utils.marlin_utils")
+    sizes.check_moe_marlin_supports_layer = lambda *_: True
+    scheme: Any = import_module(f"{_QUANTIZATION}.inc.schemes.inc_wna16_scheme")
     resolve = scheme._resolve_gptq_moe  # noqa: SLF001
     scheme.INCWna16Scheme.get_moe_method = lambda _self, _config, layer, _prefix, settings: resolve(layer, settings)
 
@@ -516,23 +543,31 @@ def compare(model: nn.Module, folder: Path, source: Path, place: Place) -> Compa
         specs, methods = dict(original), {layer.format.method for layer in opened.layers.values()}
         groups = family.layer_groups(specs, "vllm-omni", methods, opened.dialect)
         for name, module, members in _layers_there(groups, modules, place):
-            if not set(members) <= opened.layers.keys():
+            merged = name.removeprefix(place.runtime_prefix)
+            stored = (merged,) if merged in opened.layers else members  # files may have the merged layer itself
+            if not set(stored) <= opened.layers.keys():
                 continue
-            layers = [opened.layers[stem] for stem in members]
+            layers = [opened.layers[stem] for stem in stored]
             if (flaw := _flaw_of(module, layers)) is not None:
                 wrong.append(f"{name} ({flaw})")
                 continue
             whole = torch.cat([original.read(f"{stem}{WEIGHT}") for stem in members])
             error = max(error, relative_error(_weight_there(module, layers), whole))
-            done |= {*members}
+            done |= {*stored}
         if not wrong:
             wrong = [f"{stem} (in no layer of theirs)" for stem in opened.layers if stem not in done]
         used = {name for layer in opened.layers.values() for name in layer.sources}
         names = [name for name in opened.checkpoint if name not in used and place.reads(name)]
         kept = {name: opened.checkpoint.read(name) for name in names}
+    others = _tensors_of(folder / place.other_folder) if place.other_folder else {}
     quantized = {id(parameter) for module in modules.values() for parameter in _own_parameters(module)}
     free = {name: each for name, each in model.named_parameters() if id(each) not in quantized}
-    return Comparison(len(done), error, tuple(wrong), tuple(_unlike(free, kept)), tuple(_unlike(kept, free)))
+    return Comparison(len(done), error, tuple(wrong), tuple(_unlike(free, kept | others)), tuple(_unlike(kept, free)))
+
+
+def _tensors_of(folder: Path) -> dict[str, Tensor]:
+    with Checkpoint.open(folder) as checkpoint:
+        return {name: checkpoint.read(name) for name in checkpoint}
 
 
 def _layers_there(

@@ -6,8 +6,8 @@ from dataclasses import replace
 from typing import Any
 
 from omni_convert.formats.families.derived_config import ConfigRule, Shapes
-from omni_convert.formats.families.family import Family, GgufFacts, unknown_scope
-from omni_convert.formats.families.layers import QKV, linears, merged
+from omni_convert.formats.families.family import Family, GgufFacts, MethodNote, unknown_scope
+from omni_convert.formats.families.layers import QKV, VLLM_OMNI, linears, merged
 from omni_convert.formats.families.original_names import OriginalName, renamed, same
 
 __all__ = ["LTX_2", "LTX_VIDEO"]
@@ -61,6 +61,13 @@ LTX_2 = Family(
         ),
         *linears("transformer_blocks.{}.ff", "net.0.proj", "net.2"),
         *linears("transformer_blocks.{}.audio_ff", "net.0.proj", "net.2"),
+    ),
+    method_notes=(
+        MethodNote(
+            ("svdquant_nvfp4",),
+            "only vLLM-Omni 0.30.0 loads SVDQuant of LTX-2, since 0.32.0rc1 builds q, k and v apart",
+            runtimes=(VLLM_OMNI,),
+        ),
     ),
     original_names=(
         *renamed(

@@ -27,7 +27,8 @@ def missing_package(where: str, error: ImportError | NameError) -> RecipeError:
         raise error
     message = str(error)
     words = re.findall(r"\w+", message.lower())
-    known = next((name for name in PIPELINE_PACKAGES if name in words), None)
+    named = (name for name in PIPELINE_PACKAGES if name in words)
+    known = min(named, key=lambda name: find_spec(name) is not None, default=None)  # of several, one that is missing
     name = known or error.name
     if name is None:
         reason = next((line.strip() for line in message.splitlines() if line.strip()), type(error).__name__)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 import wave
 from collections.abc import Callable
 from pathlib import Path
@@ -158,3 +160,19 @@ def test_a_repository_without_a_processor_is_one_line(
     with pytest.raises(CalibrationError, match="found no processor of images and sounds") as caught:
         recorded(folder, prompts(media, {**TEXT, "image": "picture.png"}))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("package", ["soundfile", "soxr", "torchvision"])
+def test_a_package_that_is_not_installed_is_named_with_its_extra(
+    package: str, repository: Callable[[str], Path], media: Path
+) -> None:
+    hidden = f"import sys; sys.modules[{package!r}] = None; sys.path.insert(0, 'scripts'); import vllm_omni_runtime; "
+    started = "vllm_omni_runtime.declare_operators(); from omni_convert.convert.cli.main import main; main()"
+    calib = prompts(media, {**TEXT, "audio": "tone.wav"})
+    arguments = ("calibrate", repository("qwen_2_5_omni"), "--calib", calib, "-o", media / "statistics.safetensors")
+    command = [sys.executable, "-W", "ignore", "-c", hidden + started, *map(str, arguments)]
+    run = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    assert run.returncode == 1, run.stderr
+    message = run.stderr.strip().splitlines()[-1]
+    assert message.startswith("Error: ")
+    assert message.endswith(f"found no package {package}, which it needs; pip install 'omni-convert[pipelines]'")

@@ -6,6 +6,7 @@ scripts/nightly, with each version in an environment of its own.
 
 from __future__ import annotations
 
+import importlib
 import json
 from collections.abc import Callable
 from itertools import pairwise
@@ -149,3 +150,45 @@ def test_tea_cache_skips_the_steps_that_theirs_would(threshold: float) -> None:
         state.previous_modulated_input, state.cnt = modulated, state.cnt + 1
     assert theirs == [before == after for before, after in pairwise(reused)]
     assert len(theirs) == 12
+
+
+def encoder_of_flux_2(config: Any) -> nn.Module:
+    """As their pipeline builds it, with the part of the transformer's block that is for it."""
+    import transformers  # after `peer`
+
+    quantization = importlib.import_module("vllm_omni.quantization")
+    encoder = importlib.import_module("vllm_omni.diffusion.models.mistral_encoder.mistral_encoder")
+    settings = transformers.AutoConfig.from_pretrained(config.model, subfolder="text_encoder")
+    own = quantization.resolve_component_quant_config(config.quantization_config, "text_encoder")
+    model: nn.Module = encoder.MistralEncoderModel(settings, prefix="text_encoder", quant_config=own)
+    return model
+
+
+@pytest.mark.parametrize(("component", "layers"), [({"text_encoder": "fp8"}, 7), ({}, 0)])
+def test_the_encoder_of_flux_2_is_loaded_by_them_in_fp8_and_in_bf16(
+    component: dict[str, str], layers: int, runtime: Any, peer: ModuleType, tmp_path: Path
+) -> None:
+    import tiny_models  # after `peer`
+
+    encoder = peer.ModelPlace(
+        "mistral_encoder.mistral_encoder:MistralEncoderModel",
+        build=encoder_of_flux_2,
+        component="text_encoder",
+        child="text_encoder",
+        prefix="text_encoder.",
+        own=("language_model.",),
+    )
+    transformer = peer.ModelPlace("flux2.flux2_transformer:Flux2Transformer2DModel", "Flux2Pipeline")
+    source, out = tmp_path / "source", tmp_path / "out"
+    tiny_models.save_pipeline("flux_2_pipeline", source)
+    file = source / "text_encoder" / "model.safetensors"
+    tensors = load_file(file)
+    # A tiny Mistral ties its head to the embedding.
+    tensors["language_model.lm_head.weight"] = tensors["language_model.model.embed_tokens.weight"].flip(0)
+    save_file(tensors, file, metadata={"format": "pt"})
+    convert_checkpoint(source, out, Recipe(component=component))
+    for place, count in ((transformer, 14), (encoder, layers)):
+        model = runtime.load(out, place, "CUDA")
+        found = peer.compare(model, out / place.component, source / place.component, place)
+        assert (found.layers, found.wrong, found.unloaded, found.left_over) == (count, (), (), ())
+        assert found.error < 0.03
