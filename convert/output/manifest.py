@@ -91,6 +91,7 @@ def write_manifest(
                     "layers": _layers(component, results[component.name]),
                     "kept": {layer.name: layer.reason for layer in component.kept},
                     **({"transcoded": dict(component.transcoded)} if component.transcoded else {}),
+                    **({"unproven": component.unproven} if component.unproven else {}),
                 }
                 for component in plan.components
             },

@@ -137,13 +137,15 @@ def _run(plan: Plan, title: str) -> str:
     usual = plan.recipe.dialect
     component = next((each for each in plan.components if each.dialect != usual), plan.components[0])
     is_ours = component.is_mixed and component.dialect == "modelopt"  # in which vLLM-Omni reads mixtures
-    return DIALECTS["vllm-omni" if is_ours else component.dialect].instructions.format(
+    doubt = f"\n\nNot proven: {component.unproven}." if component.unproven else ""
+    run = DIALECTS["vllm-omni" if is_ours else component.dialect].instructions.format(
         title=title,
         dialect=component.dialect,
         model_class=component.config.get("_class_name", "ModelMixin"),
         folder=f"{title}/{component.name}".rstrip("/"),
         file=next(iter(component.shards.files)),
     )
+    return f"{run}{doubt}"
 
 
 INHERITED = ("license", "license_name", "license_link", "pipeline_tag")

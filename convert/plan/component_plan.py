@@ -66,6 +66,11 @@ class ComponentPlan:
         stems = [stem for step in self.quantize_steps for stem in step.group.members]
         return stems + (list(self.transcoded) if self.method == "keep" else [])
 
+    @property
+    def unproven(self) -> str | None:
+        """What no reader of the result has shown yet; None if they have run such files."""
+        return DIALECTS[self.dialect].unproven if self.quantized_stems else None
+
     def with_statistics(self, statistics: Statistics, input_scale: str) -> ComponentPlan:
         """This plan with the inputs of its layers, if it has a use for them; nothing else changes.
 

@@ -118,7 +118,8 @@ def reencode(
             "and its readers quantize the inputs"
         )
     flaw = dialect.names_flaw(family, view) if family is not None and not is_transformers else None
-    return Reencoding(view, block, metadata, [what, *notes, *filter(None, [flaw])])
+    unproven = f"{dialect.name}: {dialect.unproven}" if dialect.unproven is not None else None
+    return Reencoding(view, block, metadata, [what, *notes, *filter(None, [flaw, unproven])])
 
 
 def _fitted(layer: QuantizedLayer, dialect: Dialect, family: Family) -> QuantizedLayer:

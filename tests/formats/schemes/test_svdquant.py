@@ -31,6 +31,12 @@ from omni_convert.formats.schemes.svdquant import SvdQuant, SvdQuantInt4, SvdQua
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 KINDS = (SvdQuantInt4, SvdQuantNvfp4)
+#: Methods, and dialects that hold FLUX.1 under the names that it has in diffusers.
+WRITTEN_AS = (
+    ("svdquant_int4", "nunchaku-lite"),
+    ("svdquant_nvfp4", "nunchaku-lite"),
+    ("svdquant_nvfp4", "vllm-omni-svdquant"),
+)
 
 
 class Inputs:
@@ -190,6 +196,9 @@ def test_diffusers_builds_exactly_these_tensors(import_peer: Any, wide_flux: Pat
         convert_checkpoint(wide_flux, tmp_path / "out", Recipe(method=method, dialect="nunchaku-lite", rank=16))
     recipe = Recipe(method=method, dialect="nunchaku-lite", rank=16, force=True)
     convert_checkpoint(wide_flux, tmp_path / "out", recipe)
+    (described,) = json.loads((tmp_path / "out" / "omni_convert.json").read_text())["components"].values()
+    assert "was not run, nor any value on them" in described["unproven"]
+    assert "Not proven: its files are in the order" in (tmp_path / "out" / "README.md").read_text()
     block = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
     from diffusers import FluxTransformer2DModel
     from diffusers.quantizers.quantization_config import NunchakuLiteQuantizationConfig
@@ -215,10 +224,7 @@ def test_diffusers_builds_exactly_these_tensors(import_peer: Any, wide_flux: Pat
     assert len(section["targets"]) > 10
 
 
-@pytest.mark.parametrize(
-    ("method", "dialect"),
-    [("svdquant_int4", "nunchaku-lite"), ("svdquant_nvfp4", "nunchaku-lite"), ("svdquant_nvfp4", "vllm-omni-svdquant")],
-)
+@pytest.mark.parametrize(("method", "dialect"), WRITTEN_AS)
 def test_a_file_is_sound_kept_and_restored(wide_flux: Path, tmp_path: Path, method: str, dialect: str) -> None:
     recipe = Recipe(method=method, dialect=dialect, rank=16, force=True, runtime="diffusers")
     convert_checkpoint(wide_flux, tmp_path / "out", recipe)
@@ -257,6 +263,7 @@ DAMAGE: dict[str, Any] = {
     "no scales": lambda tensors, stem: tensors.pop(f"{stem}.wscales"),
     "no smoothing": lambda tensors, stem: tensors.pop(f"{stem}.smooth_factor"),
     "another rank": lambda tensors, stem: tensors.update({f"{stem}.proj_up": torch.ones(128, 32).bfloat16()}),
+    "codes of another dtype": lambda tensors, stem: tensors.update({f"{stem}.qweight": torch.ones(128, 64)}),
     "codes of another shape": lambda tensors, stem: tensors.update({f"{stem}.qweight": torch.ones(64, 64).char()}),
 }
 
@@ -278,11 +285,12 @@ def test_damage_is_found_and_not_loaded(damaged_source: Path, tmp_path: Path, ch
         diffusers.FluxTransformer2DModel.from_pretrained(folder, torch_dtype=torch.bfloat16)
 
 
-@pytest.fixture(scope="module")
-def damaged_source(wide_flux: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture(scope="module", params=WRITTEN_AS, ids="-".join)
+def damaged_source(request: pytest.FixtureRequest, wide_flux: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A sound file without a manifest."""
-    folder = tmp_path_factory.mktemp("svdquant") / "out"
-    convert_checkpoint(wide_flux, folder, Recipe(method="svdquant_int4", dialect="nunchaku-lite", rank=16, force=True))
+    folder, (method, dialect) = tmp_path_factory.mktemp("svdquant") / "out", request.param
+    recipe = Recipe(method=method, dialect=dialect, rank=16, force=True, runtime="diffusers")
+    convert_checkpoint(wide_flux, folder, recipe)
     (folder / "omni_convert.json").unlink()
     return folder
 
