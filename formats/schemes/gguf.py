@@ -245,6 +245,8 @@ class StoredGguf(Format):
 
     def dequantize(self, tensors: Mapping[str, Tensor]) -> Tensor:
         blocks = tensors["weight"]
+        if not blocks.numel():
+            return torch.zeros(len(blocks) * self.row_multiple, math.prod(self.shape[1:]), device=blocks.device)
         if self.type in BLOCK_TYPES:
             kind = BLOCK_TYPES[self.type]
             return kind.dequantize(blocks.reshape(-1, kind.size)).view(-1, math.prod(self.shape[1:]))

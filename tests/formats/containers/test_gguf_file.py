@@ -1,6 +1,8 @@
 import math
 import pickle
+import random
 import struct
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from omni_convert.formats.arithmetic.ggml.k_quants import K_QUANTS
 from omni_convert.formats.checks.meaning import open_quantized
 from omni_convert.formats.containers.checkpoint import Checkpoint
 from omni_convert.formats.containers.gguf_file import PLAIN_DTYPES, GgufReader
@@ -160,6 +163,36 @@ def test_rows_of_every_type_are_what_the_gguf_package_makes_of_them(
             torch.testing.assert_close(
                 layer.dequantize(start, stop), expected[start:stop], rtol=0, atol=0, equal_nan=True
             )
+
+
+def refusal_of(path: Path) -> str:
+    """Why the layers of a file cannot be read, or nothing if they can."""
+    try:
+        with open_quantized(path) as opened:
+            for layer in opened.layers.values():
+                assert layer.dequantize(0, layer.shape[0]).shape == layer.shape
+                layer.format.flaw(layer.read(0, layer.shape[0]))
+    except CheckpointError as error:
+        return str(error)
+    return ""
+
+
+def test_changed_bytes_of_a_file_of_super_blocks_are_read_or_refused_in_one_line(tmp_path: Path) -> None:
+    path, tensors = tmp_path / "model.gguf", {}
+    for name, block in K_QUANTS.items():
+        data = np.ones((3, 512 // block.numbers * block.size), np.uint8)
+        tensors[f"{name}.weight"] = (data, gguf.GGMLQuantizationType[name])
+    whole = written(path, tensors).read_bytes()
+    draw, outcomes = random.Random(0), Counter[str]()
+    for _ in range(600):
+        changed = bytearray(whole)
+        for _ in range(draw.randint(1, 3)):
+            changed[draw.randrange(700)] = draw.choice((0, 1, 2, 32, 127, 128, 255, draw.randrange(256)))
+        path.write_bytes(changed[: draw.choice((len(whole), len(whole), draw.randrange(len(whole))))])
+        outcomes[refusal_of(path)] += 1
+    assert all(len(message.splitlines()) <= 1 for message in outcomes)
+    assert outcomes[""] > 60  # were read
+    assert len(outcomes) > 60
 
 
 @pytest.mark.parametrize("name", PLAIN_DTYPES)
