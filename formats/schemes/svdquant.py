@@ -14,7 +14,8 @@ Limits:     out % 128 == 0, in % 128 == 0, rank % 16 == 0: the tiles of Nunchaku
 Choice:     The members of a fused group share smooth_factor and lora_a. Smoothing is amax_x^a / amax_w^b, searched on
             recorded inputs, with the branch in place; without inputs it is 1. The branch begins as the largest
             singular directions of the smoothed weight, and then takes those of what its rounded residual lacks, as
-            long as outputs on held-out inputs, or without these the weight, come closer (Li et al., arXiv 2411.05007).
+            long as outputs of recorded inputs, or without these the weight, come closer (Li et al., arXiv 2411.05007).
+            Of either, another choice than the first counts if `evidence` proves that it is better.
 """
 
 from __future__ import annotations
@@ -38,10 +39,11 @@ from omni_convert.formats.arithmetic.e2m1 import (
 )
 from omni_convert.formats.arithmetic.element import IntegerType
 from omni_convert.formats.arithmetic.encoding import PER_ROW, Encoding
+from omni_convert.formats.arithmetic.evidence import RowGroups, row_groups
 from omni_convert.formats.arithmetic.input_values import quantize_nvfp4_input
 from omni_convert.formats.arithmetic.low_rank import SubspacePass, first_basis, orthonormal
 from omni_convert.formats.arithmetic.nvfp4_scale import NVFP4_BLOCK, NVFP4_LARGEST
-from omni_convert.formats.arithmetic.smoothing import channel_amax, split_input_rows
+from omni_convert.formats.arithmetic.smoothing import channel_amax
 from omni_convert.formats.containers.tensor_spec import TensorSpec
 from omni_convert.formats.format import Calibration, ElementFormat
 from omni_convert.formats.options import FormatOptions
@@ -68,6 +70,14 @@ SEARCH_ROWS = 256
 TURNS = 2
 # A channel that was (almost) silent counts as this part of the median.
 SMALLEST_PART = 1e-3
+
+
+@dataclass(frozen=True)
+class _Recorded:
+    """Recorded inputs, float32 [samples, in], and the groups of them that are one observation each."""
+
+    rows: Tensor
+    groups: RowGroups
 
 
 @dataclass(frozen=True)
@@ -161,12 +171,11 @@ class SvdQuant(ElementFormat):
         ones = torch.ones(columns, device=device)
         for _ in range(SETTLING):
             basis = _settle(weights, ones, basis).next_basis()
+        recorded = None if inputs is None else _recorded(inputs, device)
         smooth = ones
-        held_out = None
-        if inputs is not None:
-            fitting, held_out = split_input_rows(inputs.rows())
-            smooth = self._search_smoothing(weights, fitting.float().to(device), inputs.channel_amax(), basis)
-        return self._refine(weights, smooth, basis, None if held_out is None else held_out.float().to(device))
+        if inputs is not None and recorded is not None:
+            smooth = self._search_smoothing(weights, recorded, inputs.channel_amax(), basis)
+        return self._refine(weights, smooth, basis, recorded)
 
     def constants(self, fitted: _Fitted) -> dict[str, Tensor]:
         shared = {"smooth_factor": fitted.smooth.bfloat16(), "lora_a": fitted.down.bfloat16().contiguous()}
@@ -256,43 +265,51 @@ class SvdQuant(ElementFormat):
         return _Parts(up, scales, elements, rounded)
 
     def _search_smoothing(
-        self, weights: Sequence[WeightRows], inputs: Tensor, input_amax: Tensor, basis: Tensor
+        self, weights: Sequence[WeightRows], recorded: _Recorded, input_amax: Tensor, basis: Tensor
     ) -> Tensor:
-        """The factors with the smallest error of outputs over a sample of rows, float32 [in], numbers of bfloat16."""
+        """The factors with the smallest error of outputs over a sample of rows, float32 [in], numbers of bfloat16.
+
+        They are 1 where no others are proven to be better.
+        """
+        inputs = recorded.rows
         rows = sample_rows(weights, SEARCH_ROWS).float()
         device = rows.device
         largest_input, largest_weight = _positive(input_amax).to(device), _positive(channel_amax(weights)).to(device)
         wanted = inputs @ rows.T
 
-        def error(smooth: Tensor) -> float:
+        def errors(smooth: Tensor) -> Tensor:
             turned = orthonormal(basis * smooth[:, None])
             seen, smoothed = SubspacePass(turned), rows * smooth
             seen.add(smoothed)
             down, unit = seen.largest(self.rank).T, self._unit(float(smoothed.abs().max()))
             parts = self._separate(smoothed, down, unit, 1, search=False)
-            return float(self._outputs(inputs / smooth, parts, down, smooth).sub_(wanted).square_().sum())
+            return _by_input(self._outputs(inputs / smooth, parts, down, smooth).sub_(wanted))
 
         candidates = [torch.ones_like(largest_input)]
         for exponent in EXPONENTS[1:]:
             others = dict.fromkeys((0.0, round(1 - exponent, 2)))
             candidates += [_factors(largest_input, largest_weight, exponent, other) for other in others]
-        return min(candidates, key=error)
+        return candidates[recorded.groups.proven_choice(torch.stack([errors(each) for each in candidates]))]
 
     def _outputs(self, smoothed_inputs: Tensor, parts: _Parts, down: Tensor, smooth: Tensor) -> Tensor:
         """The outputs of a layer with these rows for smoothed inputs [samples, in], float32 [samples, rows]."""
         product = self.round_inputs(smoothed_inputs, {"smooth_factor": smooth}) @ parts.rounded.T
         return product.addmm_(smoothed_inputs @ down.T, parts.up.T)
 
-    def _refine(self, weights: Sequence[WeightRows], smooth: Tensor, basis: Tensor, held_out: Tensor | None) -> _Fitted:
-        """The branch that leaves the smallest error: of the outputs on held-out inputs, or else of the weight."""
+    def _refine(
+        self, weights: Sequence[WeightRows], smooth: Tensor, basis: Tensor, recorded: _Recorded | None
+    ) -> _Fitted:
+        """The branch that leaves the smallest error: of the outputs of recorded inputs, or else of the weight."""
         settled = _settle(weights, smooth, orthonormal(basis * smooth[:, None]))
         direction, basis = settled.largest(self.rank), settled.next_basis()
         unit = self._unit(weight_amax([_Smoothed(weight, smooth) for weight in weights]))
-        inputs = None if held_out is None or not len(held_out) else held_out / smooth
-        best, least = None, float("inf")
+        inputs = None if recorded is None else recorded.rows / smooth
+        found: list[_Fitted] = []
+        errors: list[Tensor] = []
         for _ in range(ROUNDS):
             stored = (direction.T / smooth).bfloat16().float()
-            down, step, error = stored * smooth, SubspacePass(basis), 0.0
+            down, step = stored * smooth, SubspacePass(basis)
+            error = torch.zeros(1 if inputs is None else len(inputs), dtype=torch.float64)
             for smoothed in _smoothed_tiles(weights, smooth):
                 parts = self._separate(smoothed, down, unit, 1, search=False)
                 smoothed.sub_(parts.rounded)
@@ -301,13 +318,14 @@ class SvdQuant(ElementFormat):
                 if inputs is not None:
                     exact = left.add_(parts.rounded).addmm_(parts.up, down)
                     left = self._outputs(inputs, parts, down, smooth).sub_(inputs @ exact.T)
-                error += float(left.square_().sum(dtype=torch.float64))
-            if error >= least:
+                error += _by_input(left) if inputs is not None else _by_input(left).sum()
+            found.append(_Fitted(smooth, stored, unit))
+            errors.append(error)
+            if len(errors) > 1 and float(error.sum()) >= float(errors[-2].sum()):
                 break
-            best, least = _Fitted(smooth, stored, unit), error
             direction, basis = step.largest(self.rank), step.next_basis()
-        assert best is not None, "errors are finite"
-        return best
+        every = torch.stack(errors)
+        return found[int(every.argmin(0)) if recorded is None else recorded.groups.proven_choice(every)]
 
 
 @dataclass(frozen=True)
@@ -336,6 +354,18 @@ def _settle(weights: Sequence[WeightRows], smooth: Tensor, basis: Tensor) -> Sub
     for rows in _smoothed_tiles(weights, smooth):
         step.add(rows)
     return step
+
+
+def _recorded(inputs: InputStatistics, device: torch.device) -> _Recorded | None:
+    """The inputs that decide between choices; None if they are too few to prove anything."""
+    rows = inputs.rows().float().to(device)
+    groups = row_groups(inputs.row_runs(), len(rows))
+    return _Recorded(rows, groups) if groups.count > 1 else None
+
+
+def _by_input(differences: Tensor) -> Tensor:
+    """Squared error of each input, float64 [samples], of differences of outputs [samples, rows], which are lost."""
+    return differences.square_().sum(1, dtype=torch.float64).cpu()
 
 
 def _positive(amax: Tensor) -> Tensor:
