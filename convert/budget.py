@@ -30,6 +30,7 @@ class BudgetOptions:
         target_speed: time of the linears' matrix products over that in BF16
         formats: to choose from: methods, or types of GGUF, and `bf16`; empty for those that the dialect mixes
         analysis: the table that `omni-convert analyze` stored
+        trial: prompts with which several choices are run, to take the one that changes images least
     """
 
     target_size: str | None = None
@@ -38,6 +39,7 @@ class BudgetOptions:
     target_speed: float | None = None
     formats: tuple[str, ...] = ()
     analysis: Path | None = None
+    trial: Path | None = None
 
     @property
     def budget(self) -> str | None:

@@ -105,7 +105,8 @@ class Conversion:
         if recipe.calibration:
             from omni_convert.formats.statistics.statistics import Statistics
 
-            plan, mixture = _planned(source, recipe, Statistics.load_all(recipe.calibration))
+            scratch = None if dry_run else target.work.parent
+            plan, mixture = _planned(source, recipe, Statistics.load_all(recipe.calibration), scratch)
         else:
             plan, mixture = plan_conversion(source, recipe), None
         if dry_run and recipe.calib is not None:
@@ -133,7 +134,7 @@ class Conversion:
         statistics = recording.statistics
         statistics.save(keep)
         if is_mixed:
-            self.plan, self.mixture = _planned(source, recipe, statistics)
+            self.plan, self.mixture = _planned(source, recipe, statistics, self.target.work.parent)
         else:
             self.plan = self.plan.with_statistics(statistics)
         self.growth = tuple(growth_report(recording.growth))
@@ -198,9 +199,12 @@ class Conversion:
 
 
 def _check_budget(recipe: Recipe) -> None:
-    """Raises RecipeError if a budget lacks what it needs, or an option that refines a budget stands alone."""
+    """Raises RecipeError if a budget lacks what it needs, or an option that refines a budget stands alone.
+
+    Raises CalibrationError if the prompts of its trial cannot be read.
+    """
     if recipe.budget is None:
-        for name in ("formats", "analysis"):
+        for name in ("formats", "analysis", "trial"):
             if getattr(recipe, name):
                 raise RecipeError(
                     f"--{name}: found without a budget, expected --target-size, --target-noise or another"
@@ -212,17 +216,37 @@ def _check_budget(recipe: Recipe) -> None:
             f"{recipe.budget}: found no statistics; add --calib PROMPTS, or --calibration FILE of "
             "`omni-convert calibrate --sensitivity`"
         )
+    if recipe.trial is not None:
+        from omni_convert.convert.calibration.prompts import read_prompts
+
+        read_prompts(recipe.trial)
 
 
-def _planned(source: Source, recipe: Recipe, statistics: Statistics) -> tuple[Plan, Mixture | None]:
-    """The plan with statistics, and with the formats that a budget chooses, if the recipe has one."""
+def _planned(
+    source: Source, recipe: Recipe, statistics: Statistics, scratch: Path | None
+) -> tuple[Plan, Mixture | None]:
+    """The plan with statistics, and with the formats that a budget chooses, if the recipe has one.
+
+    Args:
+        scratch: folder for conversions that are only tried; None tries none
+    """
     if recipe.budget is None:
         return plan_conversion(source, recipe).with_statistics(statistics), None
     from omni_convert.convert.precision.mixture import choose_mixture
 
     mixture = choose_mixture(source, recipe, statistics)
+    if recipe.trial is not None and scratch is not None:
+        from omni_convert.convert.trial import tried  # runs a pipeline: seconds of imports
+
+        scratch.mkdir(parents=True, exist_ok=True)
+        mixture = tried(source, recipe, statistics, mixture, _converted_to, scratch)
     plan = plan_conversion(source, recipe, mixture.chosen).with_statistics(statistics)
-    return replace(plan, notes=(*plan.notes, mixture.note)), mixture
+    return replace(plan, notes=tuple(filter(None, (*plan.notes, mixture.note, mixture.trial_note)))), mixture
+
+
+def _converted_to(plan: Plan, folder: Path) -> None:
+    """Writes what is planned to a new folder."""
+    Conversion(plan, destination_of(folder)).execute(_ignore)
 
 
 @contextmanager

@@ -416,6 +416,7 @@ class Recipe(BudgetOptions, FormatChoices):
             "dtype": self.dtype,
             "max_shard_size": self.max_shard_size,
             **{name: getattr(self, name) for name in BUDGETS},
+            "trial": None if self.trial is None else hashlib.sha256(self.trial.read_bytes()).hexdigest(),
             "formats": list(self.formats),
         }
         options = {**options, **self.format_choices, "weight_block_size": options["weight_block_size"]}

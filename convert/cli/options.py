@@ -169,6 +169,12 @@ def budget_options(command: Command) -> Command:
             ),
             formats_option,
             click.option("--analysis", type=click.Path(path_type=Path), help="Table that analyze stored."),
+            click.option(
+                "--trial",
+                type=click.Path(path_type=Path),
+                metavar="FILE",
+                help="Run these prompts with several choices of the budget; take the nearest to the images before.",
+            ),
         ]
     ):
         command = option(command)

@@ -46,11 +46,20 @@ def conversion_page(plan: Plan, report: ConversionReport, mixture: Mixture | Non
     ]
     if mixture is not None:
         sections.append(Section("Size and noise", noise_curve(mixture.analysis, [chosen_point(mixture)])))
+    if mixture is not None and mixture.trial:
+        sections.append(Section("Choices that were tried", _trial_table(mixture)))
     if report.kept:
         rows = [[layer.name, layer.reason] for layer in report.kept]
         sections.append(Section("Layers that stay", sortable_table(["layer", "why"], rows)))
     sections += [_notes(report.notes), _recipe(command, plan.recipe.of_the_bytes())]
     return page(f"Conversion of {plan.source.short_name}", [each for each in sections if each.content])
+
+
+def _trial_table(mixture: Mixture) -> Markup:
+    rows: list[list[Content | tuple[float, str]]] = [
+        [name, (error, f"{error:.3f}")] for name, error in mixture.trial.items()
+    ]
+    return sortable_table(["choice", "RMSE in grey levels"], rows)
 
 
 def _converted_layers(plan: Plan, report: ConversionReport) -> Markup:

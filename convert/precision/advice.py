@@ -10,7 +10,7 @@ from omni_convert.convert.budget import format_size
 from omni_convert.convert.precision.analysis import Analysis
 from omni_convert.convert.precision.choice import Option, Point, Unit, frontier
 
-__all__ = ["Budget", "Share", "analysis_lines", "budgets", "curve", "dominant", "shares"]
+__all__ = ["Budget", "Share", "analysis_lines", "budgets", "curve", "dominant", "role_of", "shares"]
 
 ROWS_SHOWN = 12
 ROLES_SHOWN = 3
@@ -66,9 +66,13 @@ def dominant(analysis: Analysis) -> list[tuple[str, float]]:
     """The roles of layers with the largest parts of the error, and these parts."""
     parts: dict[str, float] = {}
     for row in shares(analysis):
-        role = ".".join(piece for piece in row.unit.names[0].split(".") if not piece.isdigit())
-        parts[role] = parts.get(role, 0.0) + row.part
+        parts[role_of(row.unit)] = parts.get(role_of(row.unit), 0.0) + row.part
     return sorted(parts.items(), key=lambda item: (-item[1], item[0]))[:ROLES_SHOWN]
+
+
+def role_of(unit: Unit) -> str:
+    """The name of a unit's layers without the numbers of their blocks."""
+    return ".".join(piece for piece in unit.names[0].split(".") if not piece.isdigit())
 
 
 def curve(analysis: Analysis) -> list[Budget]:

@@ -132,7 +132,7 @@ class Analysis:
 def analyzed_options(recipe: Recipe) -> dict[str, Any]:
     """The options of a recipe on which the table depends, as JSON has them."""
     settled = replace(recipe, formats=recipe.mixed_formats)
-    options = {name: value for name, value in settled.of_the_bytes().items() if name not in BUDGETS}
+    options = {name: value for name, value in settled.of_the_bytes().items() if name not in (*BUDGETS, "trial")}
     parsed: dict[str, Any] = json.loads(json.dumps(options))
     return parsed
 

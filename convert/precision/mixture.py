@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from omni_convert.convert.budget import KEPT, format_size, parse_size
 from omni_convert.convert.plan.plan import plan_conversion
 from omni_convert.convert.precision.analysis import Analysis, analyze
-from omni_convert.convert.precision.choice import Option, Point, cheapest_below, frontier, least_error, total
+from omni_convert.convert.precision.choice import Cost, Option, Point, cheapest_below, frontier, least_error, total
 from omni_convert.convert.recipe import Recipe
 from omni_convert.convert.source.location import Source
 from omni_convert.formats.errors import RecipeError
 from omni_convert.formats.statistics.statistics import Statistics
 
-__all__ = ["Mixture", "bytes_beside", "choose_mixture", "mixture_of"]
+__all__ = ["Mixture", "budget_cost", "bytes_beside", "choose_mixture", "mixture_of"]
 
 # Header sizes depend a little on the choice, which depends on them.
 MOST_ROUNDS = 8
@@ -30,10 +30,15 @@ def _time(option: Option) -> float:
 
 @dataclass(frozen=True)
 class Mixture:
-    """A choice, and the table that it was made from."""
+    """A choice, and the table that it was made from.
+
+    Attributes:
+        trial: choice → RMSE in grey levels, of all that were run; the best of them is `point`
+    """
 
     analysis: Analysis
     point: Point
+    trial: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def chosen(self) -> Mapping[str, Mapping[str, str]]:
@@ -54,6 +59,13 @@ class Mixture:
         counts = ", ".join(f"{count} {name}" for name, count in sorted(layers.items()))
         bits = 8 * self.point.size / self.analysis.weights
         return f"formats of layers: {counts}; {bits:.2f} bits per weight; predicted noise ratio {self.noise_ratio:.2f}"
+
+    @property
+    def trial_note(self) -> str:
+        """One line about the choices that were run; empty if none were."""
+        ranked = sorted(self.trial.items(), key=lambda item: item[1])
+        results = ", ".join(f"{name} {error:.3f}" for name, error in ranked)
+        return f"RMSE of the choices that were tried: {results}" if ranked else ""
 
 
 def choose_mixture(
@@ -87,6 +99,11 @@ def mixture_of(source: Source, recipe: Recipe, analysis: Analysis) -> Mixture:
     if all(option.name == KEPT for option in point.chosen):
         raise RecipeError(f"{recipe.budget}: found that every layer has to stay as it is, expected one that can change")
     return Mixture(analysis, point)
+
+
+def budget_cost(recipe: Recipe) -> Cost:
+    """What a recipe's budget limits: time, or bytes."""
+    return _size if recipe.target_speed is None else _time
 
 
 def bytes_beside(source: Source, recipe: Recipe, analysis: Analysis) -> int:

@@ -13,6 +13,10 @@ from xml.etree import ElementTree as ET
 
 import pytest
 
+from omni_convert.convert.calibration.generation import GenerationSettings
+from omni_convert.convert.calibration.prompts import Prompt
+from omni_convert.convert.comparison.comparison import Variant, run_variant
+from omni_convert.convert.comparison.metrics import rmse
 from omni_convert.convert.conversion import Conversion, convert_checkpoint
 from omni_convert.convert.inspection.verification import verify_source
 from omni_convert.convert.inspection.verification_report import count_of
@@ -138,6 +142,7 @@ def test_the_nearest_size_can_be_had(analysis: Analysis, tiny_pipeline_folder: P
         ({"target_bits": 5.0}, "--target-bits 5.0: found no statistics"),
         ({"formats": ("nvfp4", "bf16")}, "--formats: found without a budget"),
         ({"analysis": Path("table.json")}, "--analysis: found without a budget"),
+        ({"trial": Path("prompts.txt")}, "--trial: found without a budget"),
         ({"method": "keep", "target_bits": 5.0}, "found with -m keep"),
     ],
     ids=str,
@@ -193,3 +198,33 @@ def test_an_analysis_is_stored_and_reused(
     stored.write_text("{}")
     with pytest.raises(OmniConvertError, match="damaged analysis"):
         Analysis.load(stored)
+
+
+@pytest.mark.parametrize("options", [{"target_size": "3MB"}, {"method": "gguf", "target_bits": 5.0}], ids=str)
+def test_a_trial_takes_the_choice_that_changes_images_least(
+    options: dict[str, Any], tiny_pipeline_folder: Path, calibration: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "prompts.txt").write_text("a blue square")
+    recipe = Recipe(calibration=(calibration,), trial=tmp_path / "prompts.txt", **options)
+    conversion = Conversion.prepare(tiny_pipeline_folder, tmp_path / "out", recipe)
+    mixture = conversion.mixture
+    assert mixture is not None
+    assert len(mixture.trial) > 2
+    assert any("RMSE of the choices that were tried: " in note for note in conversion.plan.notes)
+    conversion.execute(lambda _: None)
+    base, settings = Variant("base", str(tiny_pipeline_folder)), GenerationSettings.for_pipeline(tiny_pipeline_folder)
+    reference, found = (
+        run_variant(replace(base, model=str(folder)), [Prompt("a blue square")], settings, 0).images
+        for folder in (tiny_pipeline_folder, tmp_path / "out")
+    )
+    assert rmse(reference, found) == min(mixture.trial.values())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "prompts.txt"]
+    again = Conversion.prepare(tiny_pipeline_folder, tmp_path / "again", recipe)
+    assert again.mixture is not None
+    assert (again.mixture.trial, again.mixture.point) == (mixture.trial, mixture.point)
+
+
+def test_a_trial_needs_prompts(tiny_pipeline_folder: Path, calibration: Path, tmp_path: Path) -> None:
+    recipe = Recipe(calibration=(calibration,), trial=tmp_path / "none.txt", target_bits=6.0)
+    with pytest.raises(CalibrationError, match=r"none\.txt"):
+        Conversion.prepare(tiny_pipeline_folder, tmp_path / "out", recipe)
