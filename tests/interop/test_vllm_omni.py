@@ -192,3 +192,31 @@ def test_the_encoder_of_flux_2_is_loaded_by_them_in_fp8_and_in_bf16(
         found = peer.compare(model, out / place.component, source / place.component, place)
         assert (found.layers, found.wrong, found.unloaded, found.left_over) == (count, (), (), ())
         assert found.error < 0.03
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "settings"),
+    [
+        ("QwenImageEditPlusPipeline", {"zero_cond_t": True}),  # Edit-2511
+        ("QwenImageLayeredPipeline", {"use_additional_t_cond": True, "use_layer3d_rope": True}),
+    ],
+)
+def test_variants_of_qwen_image_are_loaded_by_them(
+    pipeline: str, settings: dict[str, bool], runtime: Any, peer: ModuleType, tmp_path: Path
+) -> None:
+    import diffusers  # after `peer`
+    import tiny_models
+
+    name, arguments = tiny_models.MODELS["qwen_image"]
+    torch.manual_seed(0)
+    model = getattr(diffusers, name)(**arguments, **settings).to(torch.bfloat16)
+    model.save_pretrained(tmp_path / "source" / "transformer")
+    index = {"_class_name": pipeline, "_diffusers_version": "0.40.0", "transformer": ["diffusers", name]}
+    (tmp_path / "source" / "model_index.json").write_text(json.dumps(index))
+    convert_checkpoint(tmp_path / "source", tmp_path / "out", Recipe())
+    place = peer.ModelPlace("qwen_image.qwen_image_transformer:QwenImageTransformer2DModel", pipeline)
+    loaded = runtime.load(tmp_path / "out", place, "CUDA")
+    found = peer.compare(loaded, tmp_path / "out" / "transformer", tmp_path / "source" / "transformer", place)
+    assert found.flaw is None, found
+    assert found.layers == 24
+    assert found.error < 0.03
