@@ -120,15 +120,15 @@ WAN = Family(
     refusals=(
         RuntimeRefusal(
             VLLM_OMNI,
-            "vLLM-Omni 0.30.0 cannot load ModelOpt blocks (nvfp4) for Wan; on CUDA use fp8, or --dialect auto-round "
-            "with vLLM-Omni 0.32.0rc1",
+            "vLLM-Omni 0.30.0 and 0.32.0rc1 cannot load ModelOpt blocks (nvfp4) for Wan; on CUDA use fp8, or --dialect "
+            "auto-round with vLLM-Omni 0.32.0rc1",
             methods=("nvfp4",),
             dialects=("vllm-omni", "modelopt"),
         ),
         RuntimeRefusal(
             VLLM_OMNI,
-            "vLLM-Omni 0.30.0 cannot load ModelOpt blocks for Wan; with --dialect vllm-omni it reads one format, alone "
-            "or beside bf16 (--formats fp8,bf16)",
+            "vLLM-Omni 0.30.0 and 0.32.0rc1 cannot load ModelOpt blocks for Wan; with --dialect vllm-omni they read "
+            "one format, alone or beside bf16 (--formats fp8,bf16)",
             methods=("fp8", "mxfp8"),
             dialects=("modelopt",),
         ),
