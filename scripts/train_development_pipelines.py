@@ -450,7 +450,7 @@ PICTURE = {"height": IMAGE_SIZE, "width": IMAGE_SIZE, "num_inference_steps": 20}
 VIDEO = {"height": VIDEO_SIZE, "width": VIDEO_SIZE, "num_frames": FRAMES, "num_inference_steps": 20}
 TRAININGS = {
     "flux": Training(Landscape.sample, 800, 24, 3000, PICTURE | {"max_sequence_length": CAPTION_TOKENS}),
-    "qwen_image": Training(House.sample, 380, 16, 1000, PICTURE | {"max_sequence_length": 32, "guidance_scale": 1.0}),
+    "qwen_image": Training(House.sample, 620, 16, 1000, PICTURE | {"max_sequence_length": 32, "guidance_scale": 1.0}),
     "wan": Training(
         Flight.sample, 260, 16, 600, VIDEO | {"max_sequence_length": CAPTION_TOKENS, "guidance_scale": 1.0}
     ),
