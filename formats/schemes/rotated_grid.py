@@ -105,28 +105,26 @@ class _TableLevels:
         table: the levels
         lower: the index of the level below the centre of a cell, float32 [cells]
         low, high: this level and the next, float32 [cells]
+        smallest_step: see `_Levels`
     """
 
     table: LevelTable
     lower: Tensor
     low: Tensor
     high: Tensor
+    smallest_step: float
 
     @classmethod
     def on(cls, device: torch.device) -> _TableLevels:
         levels = torch.tensor(LEVELS)
         table = LevelTable.of(levels, _bounds(levels), device)
         lower = (torch.bucketize(table.cell_centres(), levels) - 1).clamp_(0, len(LEVELS) - 2)
-        parts = (lower.float(), levels[lower], levels[lower + 1])
-        return cls(table, *(part.to(device) for part in parts))
+        parts = (part.to(device) for part in (lower.float(), levels[lower], levels[lower + 1]))
+        return cls(table, *parts, smallest_step=SMALLEST_GAP / float(levels.diff().min()))
 
     @property
     def numbers(self) -> Tensor:
         return self.table.levels
-
-    @property
-    def smallest_step(self) -> float:
-        return SMALLEST_GAP / float(self.numbers.diff().min())
 
     def nearest(self, values: Tensor) -> Tensor:
         return self.table.nearest(values)
