@@ -119,8 +119,8 @@ class _TableLevels:
         levels = torch.tensor(LEVELS)
         table = LevelTable.of(levels, _bounds(levels), device)
         lower = (torch.bucketize(table.cell_centres(), levels) - 1).clamp_(0, len(LEVELS) - 2)
-        parts = (part.to(device) for part in (lower.float(), levels[lower], levels[lower + 1]))
-        return cls(table, *parts, smallest_step=SMALLEST_GAP / float(levels.diff().min()))
+        of_cells, low, high = (part.to(device) for part in (lower.float(), levels[lower], levels[lower + 1]))
+        return cls(table, of_cells, low, high, SMALLEST_GAP / float(levels.diff().min()))
 
     @property
     def numbers(self) -> Tensor:
