@@ -10,7 +10,6 @@ import pytest
 import torch
 from development_pictures import Flight, Pictures
 from development_vae import build_vae, encoded_means, single_frames, video_vae
-from train_development_pipelines import build_qwen_image
 
 from omni_convert.convert.calibration.generation import GenerationSettings, run_prompts
 from omni_convert.convert.calibration.pipeline_recorder import calibrate
@@ -20,7 +19,7 @@ from omni_convert.loaders.pipeline import load_pipeline
 DATA = Path(__file__).parent / "data"
 
 
-@pytest.mark.parametrize(("name", "frames", "size"), [("flux", 1, 64)])
+@pytest.mark.parametrize(("name", "frames", "size"), [("flux", 1, 64), ("qwen_image", 1, 64)])
 def test_a_pipeline_draws_a_picture_or_a_video(name: str, frames: int, size: int) -> None:
     pipe = load_pipeline(DATA / name, "cpu")
     settings = GenerationSettings.for_pipeline(DATA / name, {"steps": 1})
@@ -29,7 +28,7 @@ def test_a_pipeline_draws_a_picture_or_a_video(name: str, frames: int, size: int
     assert [image.size for image in images] == [(size, size)] * frames
 
 
-@pytest.mark.parametrize("name", ["flux"])
+@pytest.mark.parametrize("name", ["flux", "qwen_image"])
 def test_the_inputs_of_most_layers_have_outlier_channels(name: str) -> None:
     settings = GenerationSettings.for_pipeline(DATA / name, {"steps": 2})
     prompts = read_prompts(DATA / f"{name}_prompts.txt")
@@ -41,7 +40,7 @@ def test_the_inputs_of_most_layers_have_outlier_channels(name: str) -> None:
     assert (len(runs[:, 0].unique()), sorted(runs[:, 1].unique().tolist())) == (2, [0, 1])
 
 
-@pytest.mark.parametrize("name", ["flux"])
+@pytest.mark.parametrize("name", ["flux", "qwen_image"])
 def test_calibration_and_evaluation_share_no_prompt(name: str) -> None:
     calibration, evaluation = (
         {prompt.text for prompt in read_prompts(DATA / f"{name}_{kind}.txt")}
@@ -52,7 +51,7 @@ def test_calibration_and_evaluation_share_no_prompt(name: str) -> None:
 
 
 def test_the_pipeline_drops_the_template_and_nothing_of_the_caption() -> None:
-    pipe = build_qwen_image(build_vae())
+    pipe = load_pipeline(DATA / "qwen_image", "cpu")
     before, after = pipe.prompt_template_encode.split("{}")
     assert len(pipe.tokenizer(before).input_ids) == pipe.prompt_template_encode_start_idx
     embeds, _ = pipe.encode_prompt("pink house")
