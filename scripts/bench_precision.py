@@ -365,10 +365,12 @@ def weight_error(model: nn.Module, unit: Unit, method: str) -> float:
 
 
 def gguf_bars(bench: Bench, _wanted: str) -> int:
-    """Prints Q4_K_M and the choice of the same size; 1 if that is not nearer to the BF16 images."""
+    """Prints Q4_K_M and two choices of its size; 1 if the predicted one is not nearer to the BF16 images."""
     bench.print_head()
     mixture = bench.result(Case("Q4_K_M", bench.subject.recipe("gguf", gguf_type="Q4_K_M")))
     ours = bench.result(Case("gguf by choice", bench.subject.recipe("gguf", target_size=f"{mixture.size}B")))
+    tried = bench.subject.recipe("gguf", target_size=f"{mixture.size}B", trial=bench.subject.calib)
+    bench.result(Case("gguf by trial", tried))
     holds = ours.measured < mixture.measured and ours.size <= mixture.size
     print(f"{'holds' if holds else 'MISSED'}: at the bytes of Q4_K_M a lower noise ratio")
     return int(not holds)

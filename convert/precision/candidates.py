@@ -21,16 +21,16 @@ __all__ = ["PREDICTED", "candidates"]
 
 #: Name of the choice that predictions lead to.
 PREDICTED = "as predicted"
-#: Headers of files differ with the choice, too.
+#: Part of the limit that rules spend, since the headers of files differ with the choice, too.
 PART_SPENT = 0.999
 BLOCK = re.compile(r"(?P<stack>.*?)\.(?P<number>\d+)\.")
 
 
 def candidates(analysis: Analysis, point: Point, cost: Cost) -> dict[str, Point]:
-    """Different choices that cost a little less than one, which comes first, by name."""
-    limit = PART_SPENT * total(point.chosen, cost)
+    """Different choices that cost no more than one, which comes first, by name."""
+    limit = total(point.chosen, cost)
     found = {PREDICTED: point}
-    for name, other in _others(analysis, cost, limit):
+    for name, other in _others(analysis, cost, PART_SPENT * limit):
         if total(other.chosen, cost) <= limit and other not in found.values():
             found[name] = other
     return found

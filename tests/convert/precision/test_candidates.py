@@ -60,7 +60,11 @@ def test_mixtures_of_gguf_are_tried_where_they_fit() -> None:
     largest = max(unit.weights for unit in analysis.units) * 100
     point = least_error(analysis.units, size, largest)
     assert point is not None
-    assert "Q4_K_M" in candidates(analysis, point, size)
+    mixture = candidates(analysis, point, size)["Q4_K_M"]
+    same_size = least_error(analysis.units, size, mixture.size)
+    assert same_size is not None
+    assert mixture.size == same_size.size
+    assert "Q4_K_M" in candidates(analysis, same_size, size)
     tight = least_error(analysis.units, size, 1210)
     assert tight is not None
     assert "Q4_K_M" not in candidates(analysis, tight, size)
