@@ -32,6 +32,8 @@ from omni_convert.formats.containers.names import WEIGHT
 from omni_convert.formats.containers.shards import open_shard
 from omni_convert.formats.containers.writer import TensorWriter, bytes_of
 from omni_convert.formats.errors import CheckpointError, OutputError
+from omni_convert.formats.format import Format
+from omni_convert.formats.rows import tile_ranges
 
 __all__ = [
     "Engine",
@@ -255,7 +257,7 @@ def _quantize(work: Work, step: QuantizeStep, fit: _Fit, tile: Tile) -> Finished
     rows = CheckedRows(work, tile.source.name).read(tile.start, tile.stop)
     tensors = fmt.quantize_rows(rows, fit.fitted)
     sample, stored = sampled_rows(tile, rows, tensors, fmt)
-    error, norm = _squared_error(sample, fmt.dequantize({**stored, **constants}))
+    error, norm = _squared_errors(fmt, matrix_shape(tile.source), sample, stored, constants)
     everything = {suffix: tensor.cpu() for suffix, tensor in {**tensors, **constants}.items()}
     flaw = fmt.flaw(everything)
     if flaw is not None:
@@ -277,6 +279,26 @@ def _biases(work: Work, step: QuantizeStep, tile: Tile, tensors: Mapping[str, Te
         return {}
     rows = work.plan.checkpoint.read_rows(bias.name, tile.start, tile.stop).float() - added
     return {bias.name: codec.encode(rows)}
+
+
+def _squared_errors(
+    fmt: Format, shape: tuple[int, int], rows: Tensor, tensors: Mapping[str, Tensor], constants: Mapping[str, Tensor]
+) -> tuple[float, float]:
+    """‖W - Ŵ‖² and ‖W‖² of some rows, of which few are in memory in float32 at a time.
+
+    Args:
+        shape: of the whole weight
+        rows: the original
+        tensors: of these rows
+        constants: tensors of the whole weight
+    """
+    layouts = fmt.layout(*shape)
+    error = norm = 0.0
+    for start, stop in tile_ranges(rows.shape, fmt.row_multiple):
+        part = {suffix: tensor[layouts[suffix].entries_of(start, stop)] for suffix, tensor in tensors.items()}
+        added, size = _squared_error(rows[start:stop], fmt.dequantize({**part, **constants}))
+        error, norm = error + added, norm + size
+    return error, norm
 
 
 def _squared_error(original: Tensor, approximation: Tensor) -> tuple[float, float]:

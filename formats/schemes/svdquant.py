@@ -44,6 +44,7 @@ from omni_convert.formats.arithmetic.input_values import quantize_nvfp4_input
 from omni_convert.formats.arithmetic.low_rank import SubspacePass, first_basis, orthonormal
 from omni_convert.formats.arithmetic.nvfp4_scale import NVFP4_BLOCK, NVFP4_LARGEST
 from omni_convert.formats.arithmetic.smoothing import channel_amax
+from omni_convert.formats.arithmetic.tiling import quantize_in_tiles
 from omni_convert.formats.containers.tensor_spec import TensorSpec
 from omni_convert.formats.format import Calibration, ElementFormat
 from omni_convert.formats.options import FormatOptions
@@ -183,12 +184,16 @@ class SvdQuant(ElementFormat):
 
     def quantize_rows(self, rows: Tensor, fitted: _Fitted) -> dict[str, Tensor]:
         smooth, down = fitted.smooth.to(rows.device), fitted.down.to(rows.device)
-        parts = self._separate(rows.float() * smooth, down * smooth, fitted.unit, TURNS, self.search)
-        return {
-            "weight": pack_nibbles(self._codes(parts.elements)),
-            **parts.scales,
-            "lora_b": parts.up.bfloat16().contiguous(),
-        }
+
+        def quantize_tile(tile: Tensor) -> dict[str, Tensor]:
+            parts = self._separate(tile.float() * smooth, down * smooth, fitted.unit, TURNS, self.search)
+            return {
+                "weight": pack_nibbles(self._codes(parts.elements)),
+                **parts.scales,
+                "lora_b": parts.up.bfloat16().contiguous(),
+            }
+
+        return quantize_in_tiles(rows, quantize_tile)  # dialects encode whole weights, so that they come whole
 
     def dequantize(self, tensors: Mapping[str, Tensor]) -> Tensor:
         smooth = tensors["smooth_factor"].float()

@@ -24,7 +24,7 @@ from omni_convert.formats.dialects.svdquant import SVDQUANT
 from omni_convert.formats.dialects.table import DIALECTS, WRITTEN
 from omni_convert.formats.errors import CheckpointError, RecipeError
 from omni_convert.formats.format import Format
-from omni_convert.formats.rows import TensorLayout, TensorRows
+from omni_convert.formats.rows import TILE_ELEMENTS, TensorLayout, TensorRows
 from omni_convert.formats.schemes.int4 import Int4
 from omni_convert.formats.schemes.nvfp4 import Nvfp4
 from omni_convert.formats.schemes.svdquant import SvdQuant, SvdQuantInt4, SvdQuantNvfp4
@@ -114,6 +114,20 @@ def test_a_group_shares_smoothing_and_the_way_down(kind: type[SvdQuant]) -> None
         joined = torch.cat([part[suffix] for part in parts]) if layout.rows_per_entry else parts[0][suffix]
         assert joined.float().equal(whole[suffix].float()), suffix
     assert fmt.flaw(whole) is None
+
+
+def test_a_whole_weight_is_separated_a_tile_at_a_time() -> None:
+    """Dialects encode whole weights, of which several copies in float32 would not fit."""
+    sizes = []
+
+    class Watched(SvdQuantInt4):
+        def _separate(self, smoothed: Tensor, *others: Any, **options: Any) -> Any:
+            sizes.append(smoothed.numel())
+            return super()._separate(smoothed, *others, **options)
+
+    weight, fmt = torch.randn(768, 2048, generator=torch.Generator().manual_seed(0)), Watched(16)
+    fmt.quantize_rows(weight, fmt.fit([TensorRows(weight)], None))
+    assert max(sizes) <= TILE_ELEMENTS < weight.numel()
 
 
 def test_shapes_and_ranks_that_kernels_do_not_take_are_declined() -> None:
