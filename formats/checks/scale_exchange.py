@@ -114,8 +114,11 @@ def _better_fits(traces: Sequence[ScaleTrace]) -> Iterator[tuple[ScaleTrace, Sca
     elements, scales = (torch.stack([getattr(trace, name) for trace in traces]) for name in ("elements", "scales"))
     squares = elements.square().sum(1)[:, None] + scales.square().sum(1)[None, :]
     roughness = squares + 2 * elements @ scales.T  # [elements of a layer, scales of a layer]
-    best = roughness.argmin(1).tolist()
-    for own, other in enumerate(best):
-        is_better = roughness[own, other] < (1 - MARGIN) * roughness[own, own]
-        if is_better and best[other] != other:
+    best = roughness.argmin(1)
+    is_better = roughness.amin(1) < (1 - MARGIN) * roughness.diagonal()
+    # Scales belong to one layer: those that fit several better were rounded least, as nested ones may be.
+    is_one = best[is_better].bincount(minlength=len(best)) == 1
+    for own in is_better.nonzero().flatten().tolist():
+        other = int(best[own])
+        if is_one[other] and best[other] != other:
             yield traces[own], traces[other]

@@ -142,11 +142,12 @@ def recipe_of(family: str, method: str, dialect: str) -> Recipe:
 def test_nothing_is_wrong_with_our_own_files(
     family: str, method: str, dialect: str, folder_of: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    convert_checkpoint(folder_of(family), tmp_path / "out", recipe_of(family, method, dialect))
+    recipe = recipe_of(family, method, dialect)
+    convert_checkpoint(folder_of(family), tmp_path / "out", recipe)
     (tmp_path / "out" / MANIFEST).unlink()  # which would vouch for the files
     (component,) = verify_source(Source(tmp_path / "out", "out"))
     is_gguf = method.startswith("gguf")
     assert component.layers or is_gguf
-    is_judged = not is_gguf and DIALECTS[dialect].fills_vllm_omni_parameters
+    is_judged = not is_gguf and DIALECTS[recipe.dialect].fills_vllm_omni_parameters
     expected = {"unknown-scope"} if family in UNKNOWN_SCOPE and is_judged else set()
     assert {finding.check for finding in component.findings} == expected
