@@ -323,8 +323,8 @@ class Fp8Block(CodedFormat):
 
     def _blocks(self, values: Tensor) -> Tensor:
         """[rows, columns] to [row blocks, N, column blocks, K], the last blocks padded with zeros."""
-        height, width = self.block_size
         rows, columns = values.shape
+        height, width = min(self.block_size[0], max(rows, 1)), min(self.block_size[1], max(columns, 1))
         padded = torch.nn.functional.pad(values, (0, -columns % width, 0, -rows % height))
         return padded.view(-1, height, padded.shape[1] // width, width)
 
