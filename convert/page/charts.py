@@ -28,7 +28,7 @@ NOT_IN_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]"
 
 @dataclass(frozen=True)
 class Measure:
-    """A number for each layer.
+    """A number for each layer, zero or above.
 
     Attributes:
         shown: format of the numbers, as in `.2f`
@@ -53,19 +53,25 @@ def heat_map(measures: Sequence[Measure]) -> Markup:
 
 def _table(measure: Measure) -> Markup:
     blocks, roles, by_place = _grid(measure.values)
-    low, high = min(measure.values.values(), default=0.0), max(measure.values.values(), default=0.0)
+    highest = max(measure.values.values(), default=0.0)
 
     def cell(block: str, role: str) -> Markup:
         layer = by_place.get((block, role))
         if layer is None:
             return element("td", class_="none")
         value = measure.values[layer]
-        level = (value - low) / (high - low) if high > low else 0.0
+        level = value / highest if highest > 0 else 0.0
         return element("td", format(value, measure.shown), style=f"--level:{level:.3f}", title=layer)
 
-    head = element("tr", element("th", ""), *(element("th", role) for role in roles))
-    rows = [element("tr", element("th", block), *(cell(block, role) for role in roles)) for block in blocks]
+    head = element("tr", element("th", ""), *(_heading(role) for role in roles))
+    rows = [element("tr", _heading(block), *(cell(block, role) for role in roles)) for block in blocks]
     return element("table", element("thead", head), element("tbody", *rows), class_="heat")
+
+
+def _heading(name: str) -> Markup:
+    """A name of layers, which may go on in a new line at each dot."""
+    first, *others = name.split(".")
+    return element("th", first, *(part for each in others for part in (element("wbr"), f".{each}")))
 
 
 def _grid(layers: Iterable[str]) -> tuple[list[str], list[str], dict[tuple[str, str], str]]:

@@ -45,6 +45,7 @@ pre { background: var(--soft); padding: .7rem; overflow: auto; }
 .choices button[aria-pressed=true] { background: var(--ink); color: var(--paper); }
 .heat td { text-align: center; min-width: 3.6rem; font-variant-numeric: tabular-nums; border: 1px solid var(--paper);
   background: color-mix(in srgb, var(--mark) calc(var(--level) * 70%), var(--soft)); }
+.heat th { overflow-wrap: break-word; }
 .heat td.none { background: none; }
 svg { max-width: 100%; height: auto; } svg text { fill: var(--ink); font-size: 12px; }
 svg .axis { stroke: var(--line); } svg .curve { fill: none; stroke: var(--ink); stroke-width: 2; }

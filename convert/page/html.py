@@ -8,7 +8,7 @@ from collections.abc import Iterable
 __all__ = ["Content", "Markup", "element", "joined"]
 
 #: Elements without content or an end tag.
-VOID = ("br", "img", "input", "meta")
+VOID = ("br", "img", "input", "meta", "wbr")
 
 
 class Markup(str):

@@ -238,5 +238,12 @@ def _notes(notes: Sequence[str]) -> Section:
 
 
 def _recipe(command: str, options: Mapping[str, Any]) -> Section:
-    shown = facts({name: str(value) for name, value in options.items()})
+    shown = facts({name: _option(value) for name, value in options.items()})
     return Section("To repeat it", joined((element("pre", command), shown)))
+
+
+def _option(value: Any) -> str:
+    """An option of a recipe, as it is typed."""
+    if isinstance(value, Mapping):
+        value = [f"{name}={each}" for name, each in value.items()]
+    return ",".join(map(str, value)) if isinstance(value, list) else str(value)

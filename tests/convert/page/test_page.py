@@ -82,7 +82,12 @@ def test_a_heat_map_has_a_row_for_each_block(read: Read) -> None:
     values = {f"layers.{block}.{role}": float(block) for block in range(3) for role in ("q", "k")}
     cells = read(heat_map([Measure("error", values), Measure("bits", values)])).tags
     assert sum(tag == "td" for tag, _ in cells) == 2 * 6
-    assert [a["style"] for t, a in cells if t == "td"][:2] == ["--level:0.000"] * 2
+    assert [a["style"] for t, a in cells if t == "td"][:4] == ["--level:0.000"] * 2 + ["--level:0.500"] * 2
+
+
+def test_errors_that_are_nearly_equal_look_so(read: Read) -> None:
+    cells = read(heat_map([Measure("error", {"layers.0.q": 0.0264, "layers.1.q": 0.0266})])).tags
+    assert [a["style"] for t, a in cells if t == "td"] == ["--level:0.992", "--level:1.000"]
 
 
 def test_pictures_are_small() -> None:

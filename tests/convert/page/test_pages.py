@@ -61,6 +61,7 @@ def test_an_analysis(analyzed: Path, opened: Callable[[Path], Any]) -> None:
     assert sum(tag == "td" and "data-value" in a for tag, a in reader.tags) == 2 * rows + 2 * 3
     assert "transformer.layers.1.attention.to_qkv" in reader.text
     assert (analyzed / "table.safetensors").exists()
+    assert "nvfp4,fp8,bf16" in reader.text
 
 
 def test_a_conversion_to_a_budget_and_its_verification(
