@@ -14,13 +14,15 @@ from torch import Tensor
 
 from omni_convert.convert import Recipe, convert_checkpoint
 from omni_convert.convert.inspection.contents import inspect_source
-from omni_convert.convert.inspection.verification import verify_source
 from omni_convert.convert.source.location import resolve_source
 from omni_convert.formats.containers.checkpoint import Checkpoint
 from omni_convert.formats.errors import RecipeError
 from omni_convert.formats.families.qwen_image import QWEN_IMAGE
 from omni_convert.formats.families.z_image import Z_IMAGE
+from omni_convert.formats.finding import Finding
 
+Errors = Callable[[Path], list[Finding]]
+Same = Callable[[dict[str, Tensor], dict[str, Tensor]], bool]
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 RANK, METHOD = 16, "svdquant_nvfp4"
 ATTENTION = "transformer_blocks.0.attn"
@@ -68,18 +70,6 @@ def converted(source: Path) -> Path:
     return source.parent / "out"
 
 
-def findings(folder: Path) -> list[Any]:
-    (verified,) = verify_source(resolve_source(folder))
-    return [finding for finding in verified.findings if finding.severity == "error"]
-
-
-def same(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
-    return first.keys() == second.keys() and all(
-        tensor.dtype is second[name].dtype and tensor.view(torch.uint8).equal(second[name].view(torch.uint8))
-        for name, tensor in first.items()
-    )
-
-
 def test_merged_layers_have_the_names_and_shapes_of_the_runtime(source: Path, converted: Path) -> None:
     tensors = load_file(converted / WEIGHTS)
     with Checkpoint.open(source) as original:
@@ -100,8 +90,8 @@ def test_merged_layers_have_the_names_and_shapes_of_the_runtime(source: Path, co
     assert kept in block["modules_to_not_convert"]
 
 
-def test_it_is_sound_and_both_runtimes_load_it(converted: Path) -> None:
-    assert findings(converted) == []
+def test_it_is_sound_and_both_runtimes_load_it(converted: Path, errors: Errors) -> None:
+    assert errors(converted) == []
     (component,) = inspect_source(resolve_source(converted))
     outcomes = {verdict.runtime: verdict.outcome for verdict in component.runtimes}
     assert outcomes["vLLM-Omni 0.30"] == outcomes["omni_convert.loaders"] == "loads"
@@ -127,7 +117,7 @@ def test_our_loader_splits_what_is_merged(source: Path, converted: Path) -> None
 
 
 @pytest.mark.parametrize("dialect", ["nunchaku-lite", "nunchaku"])
-def test_dialects_keep_it_bit_for_bit(source: Path, tmp_path: Path, dialect: str) -> None:
+def test_dialects_keep_it_bit_for_bit(source: Path, tmp_path: Path, dialect: str, same: Same) -> None:
     """From Nunchaku's file, whose modulations are quantized too, there and back, and the same weights everywhere."""
     convert_checkpoint(source, tmp_path / "first", Recipe(method=METHOD, dialect="nunchaku", rank=RANK))
     lite = Recipe(method="keep", dialect="nunchaku-lite", force=True)
@@ -140,7 +130,7 @@ def test_dialects_keep_it_bit_for_bit(source: Path, tmp_path: Path, dialect: str
         convert_checkpoint(steps[dialect], tmp_path / "out", Recipe(method="keep", dialect="vllm-omni-svdquant"))
 
 
-def test_what_vllm_omni_merges_is_kept_from_and_for_parts(converted: Path, tmp_path: Path) -> None:
+def test_what_vllm_omni_merges_is_kept_from_and_for_parts(converted: Path, tmp_path: Path, same: Same) -> None:
     lite = Recipe(method="keep", dialect="nunchaku-lite", force=True)
     convert_checkpoint(converted, tmp_path / "lite", lite)
     assert f"{ATTENTION}.to_q.qweight" in load_file(tmp_path / "lite" / WEIGHTS)
@@ -151,7 +141,7 @@ def test_what_vllm_omni_merges_is_kept_from_and_for_parts(converted: Path, tmp_p
     assert same(load_file(tmp_path / "merged" / WEIGHTS), load_file(tmp_path / "parts" / WEIGHTS))
 
 
-def test_a_loader_that_takes_no_merged_layer_is_told(tmp_path: Path, wide_flux: Path) -> None:
+def test_a_loader_that_takes_no_merged_layer_is_told(tmp_path: Path, wide_flux: Path, errors: Errors) -> None:
     model = saved(z_image, tmp_path / "model")
     with pytest.raises(RecipeError, match=r"w1': vLLM-Omni merges it into '.*w13'.* --ignored-layers w1 leaves such"):
         convert_checkpoint(model, tmp_path / "out", Recipe(method=METHOD, rank=RANK))
@@ -159,11 +149,11 @@ def test_a_loader_that_takes_no_merged_layer_is_told(tmp_path: Path, wide_flux: 
     convert_checkpoint(model, tmp_path / "out", recipe)
     tensors = load_file(tmp_path / "out" / WEIGHTS)
     assert {"layers.0.attention.to_qkv.qweight", "layers.0.feed_forward.w3.weight"} < tensors.keys()
-    assert findings(tmp_path / "out") == []
+    assert errors(tmp_path / "out") == []
     with pytest.raises(RecipeError, match=r"to_q': vLLM-Omni merges it into .* --ignored-layers to_q leaves"):
         convert_checkpoint(wide_flux, tmp_path / "flux", Recipe(method=METHOD, rank=RANK))
     convert_checkpoint(wide_flux, tmp_path / "flux", Recipe(method=METHOD, rank=RANK, force=True))
-    assert {finding.check for finding in findings(tmp_path / "flux")} == {"part-of-merged-layer"}
+    assert {finding.check for finding in errors(tmp_path / "flux")} == {"part-of-merged-layer"}
 
 
 def test_families_say_which_merged_layers_are_loaded() -> None:
