@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -129,17 +129,33 @@ def draw_roof(canvas: Canvas, form: str, place: tuple[float, float, float], colo
 
 @dataclass(frozen=True)
 class Flight:
-    """A ball that crosses the picture above a floor."""
+    """A ball that crosses the picture above a floor.
+
+    Attributes:
+        radius: mean radius of the ball, in pixels
+        rise: how far the floor rises from the first frame to the last, in pixels
+    """
 
     ball: str
     direction: str
     floor: str
     curtain: str
+    radius: float = 6
+    rise: float = 0
 
     @classmethod
     def sample(cls, rng: random.Random) -> Flight:
         ball, floor, curtain = (rng.choice(list(palette)) for palette in (BALLS, FLOORS, CURTAINS))
         return cls(ball, rng.choice(list(DIRECTIONS)), floor, curtain)
+
+    @classmethod
+    def sample_rising(cls, rng: random.Random) -> Flight:
+        """A flight over a rising floor, by which a small model can tell the frames apart.
+
+        Wan's transformer knows only how far frames are from each other (RoPE). Where nothing but the ball moved, a
+        small one could not tell the first frame from the last, and balls vanished or doubled.
+        """
+        return replace(cls.sample(rng), radius=7, rise=18)
 
     def describe(self) -> str:
         return f"{self.ball} ball moving {self.direction}, {self.floor} floor, {self.curtain} curtain"
@@ -150,14 +166,14 @@ class Flight:
             vary(BALLS[self.ball], rng),
             vary(FLOORS[self.floor], rng),
         )
-        radius, edge = 6 * rng.uniform(0.9, 1.1), 37 + rng.uniform(-1, 1)
+        radius, edge = self.radius * rng.uniform(0.9, 1.1), 37 + rng.uniform(-1, 1)
         across, down = DIRECTIONS[self.direction]
         x, y = 24 - 15 * across + rng.uniform(-1, 1), 19 - 10 * down + rng.uniform(-1, 1)
         frames = []
         for frame in range(FRAMES):
             moved = frame / (FRAMES - 1)
             canvas = Canvas(VIDEO_SIZE, curtain)
-            canvas.box(0, edge, VIDEO_SIZE, VIDEO_SIZE, floor)
+            canvas.box(0, edge + self.rise * (0.4 - moved), VIDEO_SIZE, VIDEO_SIZE, floor)
             canvas.disc(x + 30 * across * moved, y + 20 * down * moved, radius, ball)
             frames.append(canvas.image())
         return frames

@@ -452,7 +452,7 @@ TRAININGS = {
     "flux": Training(Landscape.sample, 800, 24, 3000, PICTURE | {"max_sequence_length": CAPTION_TOKENS}),
     "qwen_image": Training(House.sample, 620, 16, 1000, PICTURE | {"max_sequence_length": 32, "guidance_scale": 1.0}),
     "wan": Training(
-        Flight.sample, 260, 16, 600, VIDEO | {"max_sequence_length": CAPTION_TOKENS, "guidance_scale": 1.0}
+        Flight.sample_rising, 2400, 16, 1500, VIDEO | {"max_sequence_length": CAPTION_TOKENS, "guidance_scale": 1.0}
     ),
 }
 VAE_STEPS = 2000
