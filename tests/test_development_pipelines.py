@@ -69,3 +69,15 @@ def test_a_video_is_every_second_of_its_frames() -> None:
     torch.testing.assert_close(latents[0], alone[:, :, 0].transpose(0, 1), atol=1e-4, rtol=1e-4)
     frames = video.decode(latents).sample[0]
     torch.testing.assert_close(frames[:, 1::2], frames[:, 2::2])
+
+
+def test_the_floor_stands_still_in_the_vaes_frames_and_rises_in_those_of_wan() -> None:
+    still, rising = (Pictures(sample).draw(random.Random(0), 8)[1] for sample in (Flight.sample, Flight.sample_rising))
+    assert torch.equal(floor_rows(still), floor_rows(still[:, :1]).expand(-1, still.shape[1]))
+    assert (floor_rows(rising).diff(dim=1) > 0).all()
+
+
+def floor_rows(videos: torch.Tensor) -> torch.Tensor:
+    """Rows of floor at the left edge of each frame [videos, frames]."""
+    edge = videos[..., 0]
+    return ((edge - edge[..., -1:]).abs().amax(2) < 0.02).sum(-1)
