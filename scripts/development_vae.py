@@ -6,7 +6,6 @@ it halves what it is given by leaving every second frame out, and shows the othe
 
 from __future__ import annotations
 
-import logging
 import math
 import random
 from collections.abc import Iterator
@@ -20,8 +19,7 @@ import torch.nn.functional as F
 from development_pictures import Flight, House, Pictures  # type: ignore[import-not-found]  # beside it
 from diffusers import AutoencoderKLQwenImage, AutoencoderKLWan
 from diffusers.models.autoencoders.autoencoder_kl_qwenimage import QwenImageCausalConv3d
-
-logger = logging.getLogger("train_development_pipelines")
+from train_demo_pipeline import train_vae  # type: ignore[import-not-found]  # beside it
 
 CHANNELS, SPATIAL_FACTOR, TEMPORAL_FACTOR = 8, 4, 2
 SIZES: dict[str, Any] = {
@@ -77,29 +75,21 @@ def convolve_frame(convolution: QwenImageCausalConv3d, frame: torch.Tensor) -> t
     return F.conv2d(frame[:, :, 0], convolution.weight[:, :, -1], convolution.bias, padding=padding)[:, :, None]
 
 
-def train_vae(rng: random.Random, steps: int) -> AutoencoderKLQwenImage:
-    """Absolute and squared error on houses and frames of flights in turn; latents are noisy, and kept small."""
-    vae = build_vae()
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=2e-3, weight_decay=0.0, betas=(0.9, 0.99))
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps, pct_start=0.05)
-    houses, flights = Pictures(House.sample), Pictures(Flight.sample)
+def train_causal_vae(rng: random.Random, steps: int) -> AutoencoderKLQwenImage:
+    """A VAE trained on houses and frames of flights in turn; latents are noisy, and kept small."""
+    vae, houses, flights = build_vae(), Pictures(House.sample), Pictures(Flight.sample)
+
+    def reconstruct(step: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        _, videos = flights.draw(rng, 2, every=TEMPORAL_FACTOR) if step % 2 else houses.draw(rng, 6)
+        images = videos.flatten(0, 1)[:, :, None]
+        with torch.autocast("cpu", torch.bfloat16):
+            means = encoded_means(vae, images)
+            noise = LATENT_NOISE * means.detach().std() * torch.randn_like(means)
+            decoded = vae.decoder(vae.post_quant_conv(means + noise))
+        return images, decoded, 1e-4 * means.float().square().mean()
+
     with single_frames(vae):
-        for step in range(steps):
-            _, videos = flights.draw(rng, 2, every=TEMPORAL_FACTOR) if step % 2 else houses.draw(rng, 6)
-            images = videos.flatten(0, 1)[:, :, None]
-            with torch.autocast("cpu", torch.bfloat16):
-                means = encoded_means(vae, images)
-                noise = LATENT_NOISE * means.detach().std() * torch.randn_like(means)
-                decoded = vae.decoder(vae.post_quant_conv(means + noise))
-            error = decoded.float() - images
-            loss = error.abs().mean() + error.square().mean() + 1e-4 * means.float().square().mean()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-            optimizer.step()
-            schedule.step()
-            optimizer.zero_grad()
-            if step % 50 == 0 or step == steps - 1:
-                logger.info("vae %4d  loss %.4f  mae %.2f/255", step, loss.item(), error.abs().mean().item() * 127.5)
+        train_vae(vae, reconstruct, steps)
     return vae
 
 

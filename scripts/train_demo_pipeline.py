@@ -31,6 +31,9 @@ logger = logging.getLogger("train_demo_pipeline")
 
 #: Draws captions, and images in [-1, 1] as float32 [count, 3, height, width].
 Drawing = Callable[[random.Random, int], tuple[list[str], torch.Tensor]]
+#: Gives for a step images, what a VAE makes of them, and a penalty on its latents.
+Reconstruction = Callable[[int], tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
+ScheduledOptimizer = tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]
 
 IMAGE_SIZE = 64
 SUPERSAMPLING = 4
@@ -238,24 +241,41 @@ def build_transformer() -> ZImageTransformer2DModel:
     return model
 
 
-def train_vae(vae: AutoencoderKL, draw_images: Drawing, rng: random.Random, steps: int, batch: int) -> None:
-    """Absolute and squared error, with a slight pull of the latents towards a normal distribution."""
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=2e-3, weight_decay=0.0, betas=(0.9, 0.99))
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps, pct_start=0.05)
-    for step in range(steps):
-        _, images = draw_images(rng, batch)
+def train_demo_vae(vae: AutoencoderKL, rng: random.Random, steps: int, batch: int) -> None:
+    """Trains with a slight pull of the latents towards a normal distribution."""
+
+    def reconstruct(_step: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        _, images = draw_batch(rng, batch)
         with torch.autocast("cpu", torch.bfloat16):
             posterior = vae.encode(images).latent_dist
             decoded = vae.decode(posterior.sample()).sample
+        return images, decoded, 1e-5 * posterior.kl().mean() / IMAGE_SIZE
+
+    train_vae(vae, reconstruct, steps)
+
+
+def train_vae(vae: torch.nn.Module, reconstruct: Reconstruction, steps: int) -> None:
+    """Trains on the absolute and the squared error, and on the penalty."""
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=2e-3, weight_decay=0.0, betas=(0.9, 0.99))
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps, pct_start=0.05)
+    for step in range(steps):
+        images, decoded, penalty = reconstruct(step)
         error = decoded.float() - images
-        loss = error.abs().mean() + error.square().mean() + 1e-5 * posterior.kl().mean() / IMAGE_SIZE
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        loss = error.abs().mean() + error.square().mean() + penalty
+        descend(loss, [(optimizer, schedule)])
+        if step % 50 == 0 or step == steps - 1:
+            logger.info("vae %4d  loss %.4f  mae %.2f/255", step, loss.item(), error.abs().mean().item() * 127.5)
+
+
+def descend(loss: torch.Tensor, optimizers: list[ScheduledOptimizer]) -> None:
+    """Takes one step of every optimizer and its schedule; the norm of all gradients is at most 1."""
+    loss.backward()  # type: ignore[no-untyped-call]  # torch has no types for it
+    parameters = [p for optimizer, _ in optimizers for group in optimizer.param_groups for p in group["params"]]
+    torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+    for optimizer, schedule in optimizers:
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-        if step % 50 == 0 or step == steps - 1:
-            logger.info("vae %4d  loss %.4f  mae %.2f/255", step, loss.item(), error.abs().mean().item() * 127.5)
 
 
 @torch.no_grad()
@@ -287,6 +307,24 @@ def split_parameters(
     return matrices, others
 
 
+def flow_optimizers(
+    matrices: list[torch.nn.Parameter], others: list[torch.nn.Parameter], *, rate: float, steps: int
+) -> list[ScheduledOptimizer]:
+    """Muon on the matrices of blocks with twice the rate, AdamW on everything else."""
+    optimizers: list[torch.optim.Optimizer] = [
+        torch.optim.Muon(matrices, lr=2 * rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, lr=rate, weight_decay=0.0, betas=(0.9, 0.98)),
+    ]
+    return [
+        (each, torch.optim.lr_scheduler.LambdaLR(each, lambda step: warm_up_and_cosine(step, steps)))
+        for each in optimizers
+    ]
+
+
+def warm_up_and_cosine(step: int, steps: int) -> float:
+    return min(1.0, (step + 1) / 50) * 0.5 * (1 + math.cos(math.pi * step / steps))
+
+
 def train_denoiser(
     transformer: ZImageTransformer2DModel,
     text_encoder: Qwen3ForCausalLM,
@@ -299,18 +337,9 @@ def train_denoiser(
 ) -> None:
     """Flow matching: the transformer learns `clean - noise`, the text encoder with it (and its own next-token loss)."""
     matrices, others = split_parameters(transformer, text_encoder)
-    optimizers = [
-        torch.optim.Muon(matrices, lr=1.0, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(others, lr=1.0, weight_decay=0.0, betas=(0.9, 0.98)),
-    ]
-    peak_rates = (2e-3, 1e-3)
+    optimizers = flow_optimizers(matrices, others, rate=1e-3, steps=steps)
     started = time.monotonic()
     for step in range(steps):
-        progress = step / steps
-        shape = min(1.0, (step + 1) / 50) * (0.5 * (1 + math.cos(math.pi * progress)))
-        for optimizer, rate in zip(optimizers, peak_rates, strict=True):
-            for group in optimizer.param_groups:
-                group["lr"] = rate * shape
         chosen = rng.sample(range(len(captions)), batch)
         texts = [
             f"<|im_start|>{'' if rng.random() < EMPTY_CAPTION_RATE else captions[index]}<|im_end|>" for index in chosen
@@ -331,11 +360,7 @@ def train_denoiser(
             features = [states[keep] for states, keep in zip(encoded.hidden_states[-2], mask, strict=True)]
             predicted = transformer(list(noisy.unsqueeze(2)), 1 - sigma, features, return_dict=False)[0]
         flow_loss = F.mse_loss(torch.stack(predicted).squeeze(2).float(), clean - noise)
-        (flow_loss + LM_LOSS_WEIGHT * encoded.loss).backward()
-        torch.nn.utils.clip_grad_norm_(matrices + others, 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
+        descend(flow_loss + LM_LOSS_WEIGHT * encoded.loss, optimizers)
         if step % 25 == 0 or step == steps - 1:
             elapsed = time.monotonic() - started
             logger.info(
@@ -371,7 +396,7 @@ def main() -> None:
     torch.manual_seed(arguments.seed)
     tokenizer = build_tokenizer([random_scene(rng).describe() for _ in range(5000)])
     vae = build_vae()
-    train_vae(vae, draw_batch, rng, arguments.vae_steps, batch=8)
+    train_demo_vae(vae, rng, arguments.vae_steps, batch=8)
     captions, latents = encode_data_set(vae, draw_batch, rng, arguments.images)
     text_encoder = build_text_encoder(len(tokenizer), tokenizer.pad_token_id, tokenizer.eos_token_id)
     transformer = build_transformer()

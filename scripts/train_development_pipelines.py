@@ -42,7 +42,7 @@ from development_vae import (  # type: ignore[import-not-found]  # beside it
     CHANNELS,
     encode_videos,
     load_vae,
-    train_vae,
+    train_causal_vae,
     video_vae,
 )
 from diffusers import (
@@ -58,7 +58,13 @@ from diffusers import (
     WanTransformer3DModel,
 )
 from tokenizers import processors
-from train_demo_pipeline import IMAGE_SIZE, build_tokenizer, encode_data_set  # type: ignore[import-not-found]
+from train_demo_pipeline import (  # type: ignore[import-not-found]
+    IMAGE_SIZE,
+    build_tokenizer,
+    descend,
+    encode_data_set,
+    flow_optimizers,
+)
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
@@ -303,7 +309,7 @@ def train_denoiser(
     batch: int,
     rate: float,
 ) -> None:
-    """Trains the transformer and its text encoders: Muon on the matrices of blocks, AdamW on everything else.
+    """Trains the transformer and its text encoders.
 
     Args:
         data: captions, and latents [captions, ...]
@@ -314,24 +320,13 @@ def train_denoiser(
     named = [pair for module in modules for pair in module.named_parameters() if pair[1].requires_grad]
     matrices = [p for name, p in named if is_matrix_of_block(name, p)]
     others = [p for name, p in named if not is_matrix_of_block(name, p)]
-    optimizers = [
-        torch.optim.Muon(matrices, lr=2 * rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(others, lr=rate, weight_decay=0.0, betas=(0.9, 0.98)),
-    ]
-    schedules = [
-        torch.optim.lr_scheduler.LambdaLR(each, lambda step: warm_up_and_cosine(step, steps)) for each in optimizers
-    ]
+    optimizers = flow_optimizers(matrices, others, rate=rate, steps=steps)
     started = time.monotonic()
     for step in range(steps):
         chosen = rng.sample(range(len(captions)), batch)
         with torch.autocast("cpu", torch.bfloat16):
             loss = loss_of(pipe, [captions[index] for index in chosen], latents[chosen])
-        loss.backward()  # type: ignore[no-untyped-call]  # torch has no types for it
-        torch.nn.utils.clip_grad_norm_(matrices + others, 1.0)
-        for optimizer, schedule in zip(optimizers, schedules, strict=True):
-            optimizer.step()
-            schedule.step()
-            optimizer.zero_grad()
+        descend(loss, optimizers)
         if step % 25 == 0 or step == steps - 1:
             logger.info(
                 "flow %4d  loss %.4f  %.2f s/step", step, loss.item(), (time.monotonic() - started) / (step + 1)
@@ -341,10 +336,6 @@ def train_denoiser(
 def is_matrix_of_block(name: str, parameter: torch.nn.Parameter) -> bool:
     """Whether a parameter is a matrix of a transformer block, modulations apart."""
     return "blocks." in name and parameter.ndim == 2 and ".norm" not in name and "_mod." not in name
-
-
-def warm_up_and_cosine(step: int, steps: int) -> float:
-    return min(1.0, (step + 1) / 50) * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
 @torch.no_grad()
@@ -526,7 +517,7 @@ def main() -> None:
     rng = random.Random(arguments.seed)
     torch.manual_seed(arguments.seed)
     if arguments.pipeline == "vae":
-        train_vae(rng, VAE_STEPS).to(torch.bfloat16).save_pretrained(arguments.output)
+        train_causal_vae(rng, VAE_STEPS).to(torch.bfloat16).save_pretrained(arguments.output)
         return
     training = TRAININGS[arguments.pipeline]
     held_out = write_prompts(arguments.output, Pictures(training.scene), rng)
