@@ -152,8 +152,8 @@ class Flight:
     def sample_rising(cls, rng: random.Random) -> Flight:
         """A flight over a rising floor, by which a small model can tell the frames apart.
 
-        Wan's transformer knows only how far frames are from each other (RoPE). Where nothing but the ball moved, a
-        small one could not tell the first frame from the last, and balls vanished or doubled.
+        Wan's transformer knows only how far frames are from each other (RoPE). Where nothing but the ball moved, balls
+        vanished or doubled, as if a small one could not tell the first frame from the last.
         """
         return replace(cls.sample(rng), radius=7, rise=18)
 

@@ -10,7 +10,7 @@ multiples of 256, so that K-quants and rotations apply. One seed fixes every dra
 
 `flux` and `qwen_image` have outlier channels, as large models have. A small model trained for minutes grows none, so
 they are put in after training by a rescaling that leaves the function unchanged, and a short further training follows.
-`wan` has those that training gave it.
+`wan` has those that training gave it, which hardly stand out.
 """
 
 from __future__ import annotations

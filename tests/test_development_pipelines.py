@@ -19,7 +19,7 @@ from omni_convert.loaders.pipeline import load_pipeline
 DATA = Path(__file__).parent / "data"
 
 
-@pytest.mark.parametrize(("name", "frames", "size"), [("flux", 1, 64), ("qwen_image", 1, 64)])
+@pytest.mark.parametrize(("name", "frames", "size"), [("flux", 1, 64), ("qwen_image", 1, 64), ("wan", 9, 48)])
 def test_a_pipeline_draws_a_picture_or_a_video(name: str, frames: int, size: int) -> None:
     pipe = load_pipeline(DATA / name, "cpu")
     settings = GenerationSettings.for_pipeline(DATA / name, {"steps": 1})
@@ -40,7 +40,7 @@ def test_the_inputs_of_most_layers_have_outlier_channels(name: str) -> None:
     assert (len(runs[:, 0].unique()), sorted(runs[:, 1].unique().tolist())) == (2, [0, 1])
 
 
-@pytest.mark.parametrize("name", ["flux", "qwen_image"])
+@pytest.mark.parametrize("name", ["flux", "qwen_image", "wan"])
 def test_calibration_and_evaluation_share_no_prompt(name: str) -> None:
     calibration, evaluation = (
         {prompt.text for prompt in read_prompts(DATA / f"{name}_{kind}.txt")}
