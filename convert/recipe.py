@@ -383,10 +383,10 @@ class Recipe(BudgetOptions, FormatChoices):
 
     @property
     def effective_rounding(self) -> str:
-        """How weights are rounded; `auto` without moments is nearest rounding."""
-        if not self.moments:
-            return "nearest" if self.rounding == "auto" else self.rounding or "nearest"
-        return self.rounding or "auto"
+        """How weights are rounded; `auto` is nearest rounding where nothing is known of the layers' inputs."""
+        if self.moments or self.is_calibrated:
+            return self.rounding or "auto"
+        return "nearest" if self.rounding == "auto" else self.rounding or "nearest"
 
     @property
     def _names_of_files(self) -> dict[str, str]:

@@ -18,6 +18,7 @@ __all__ = [
     "TensorRows",
     "WeightRows",
     "iterate_rows",
+    "recorded_mean_square",
     "sample_rows",
     "tile_ranges",
     "weight_amax",
@@ -76,6 +77,11 @@ class InputStatistics(Protocol):
     def clip(self, rule: str, largest: float) -> float:
         """Magnitude at which to clip by `rule` (`max`, `percentile:P`, `mse`) for a grid that ends at `largest`."""
         ...
+
+
+def recorded_mean_square(inputs: InputStatistics) -> Tensor:
+    """Mean square per input channel, float32 [in]; of the sample of rows if an earlier version recorded no other."""
+    return inputs.rows().float().square().mean(0) if inputs.row_runs() is None else inputs.mean_square()
 
 
 @dataclass(frozen=True)

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from omni_convert.convert.calibration.rounding import compensates
 from omni_convert.convert.recipe import Recipe
 from omni_convert.formats.config import ACTIVATION_SCHEMES
 from omni_convert.formats.errors import CalibrationError, RecipeError
 from omni_convert.formats.format import Calibration
-from omni_convert.formats.table import FORMATS
+from omni_convert.formats.table import FORMATS, build_format
 
 __all__ = ["ActivationScheme", "choose_activation_scheme", "merged_scheme"]
 
@@ -23,12 +24,23 @@ class ActivationScheme:
         is_calibrated: the format has a use for statistics, and there are some
         note: why the scheme is not the one that the recipe suggests, or ""
         is_importance: that use is to weight errors, which works without the statistics of some layers, too
+        is_rounding: there are statistics that decide how weights are rounded, likewise
     """
 
     name: str
     is_calibrated: bool
     note: str = ""
     is_importance: bool = False
+    is_rounding: bool = False
+
+    @property
+    def uses_statistics(self) -> bool:
+        return self.is_calibrated or self.is_rounding
+
+    @property
+    def needs_every_layer(self) -> bool:
+        """Whether a layer without statistics is an error."""
+        return self.is_calibrated and not self.is_importance
 
 
 def choose_activation_scheme(method: str, recipe: Recipe) -> ActivationScheme:
@@ -38,6 +50,15 @@ def choose_activation_scheme(method: str, recipe: Recipe) -> ActivationScheme:
         RecipeError: the method does not support the scheme that the recipe asks for.
         CalibrationError: the scheme needs statistics, and the recipe names none.
     """
+    is_rounding = recipe.is_calibrated and not recipe.moments and compensates(build_format(method), recipe)
+    scheme = _scheme(method, recipe)
+    if not is_rounding:
+        return scheme
+    note = "" if FORMATS[method].calibration is Calibration.UNUSED else scheme.note
+    return replace(scheme, is_rounding=True, note=note)
+
+
+def _scheme(method: str, recipe: Recipe) -> ActivationScheme:
     calibration = FORMATS[method].calibration
     if calibration is Calibration.INPUT_SCALE:
         return _choose_with_input_scale(method, recipe)
@@ -57,7 +78,12 @@ def merged_scheme(schemes: Sequence[ActivationScheme]) -> ActivationScheme:
     """The scheme of a component with layers of several, at least one; static if some are."""
     named = max(schemes, key=lambda scheme: (scheme.name == "static", scheme.is_calibrated))
     notes = dict.fromkeys(scheme.note for scheme in schemes if scheme.note)
-    return replace(named, note="; ".join(notes), is_importance=all(scheme.is_importance for scheme in schemes))
+    return replace(
+        named,
+        note="; ".join(notes),
+        is_importance=all(scheme.is_importance for scheme in schemes),
+        is_rounding=any(scheme.is_rounding for scheme in schemes),
+    )
 
 
 def _choose_with_input_scale(method: str, recipe: Recipe) -> ActivationScheme:

@@ -19,6 +19,7 @@ Rows are independent: a tile of rows gives the same result alone as within the w
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -28,7 +29,7 @@ from torch import Tensor
 
 from omni_convert.formats.format import ElementFormat
 
-__all__ = ["Compensation", "plan_compensation", "quantize_compensated"]
+__all__ = ["Compensation", "MomentsCompensation", "plan_compensation", "quantize_compensated"]
 
 #: Added to the diagonal of the moments, relative to its mean, so that unseen directions are not corrected.
 DAMPING = 0.01
@@ -40,25 +41,62 @@ LAZY_COLUMNS = 128
 
 
 @dataclass(frozen=True)
-class Compensation:
-    """The order and corrections for rounding a run of columns.
+class Compensation(ABC):
+    """How a run of columns is rounded.
 
     Attributes:
         start: the first column of the run
-        order: order in which the columns are rounded, counted from 0, int64 [columns]
-        factor: upper Cholesky factor of the inverse moments, both axes in `order`, float32 [columns, columns]
+        order: order in which the columns are rounded, counted from the first, int64 [columns]
     """
 
     start: int
     order: Tensor
-    factor: Tensor
 
     @property
     def stop(self) -> int:
         return self.start + len(self.order)
 
+    @abstractmethod
+    def round_columns(self, columns: Tensor, scale: Tensor, fmt: ElementFormat) -> Tensor:
+        """Rounds columns first to last, each compensating for those before.
 
-def plan_compensation(moments: Sequence[Tensor]) -> list[Compensation]:
+        Args:
+            columns: float32 [columns, rows] in `order`, each contiguous; overwritten
+            scale: scale of each element, float32 [columns, rows]
+            fmt: the format, which determines the elements
+
+        Returns:
+            elements, float32 [columns, rows]
+        """
+
+
+@dataclass(frozen=True)
+class MomentsCompensation(Compensation):
+    """A run of columns of whose inputs all second moments are known.
+
+    Attributes:
+        factor: upper Cholesky factor of the inverse moments, both axes in `order`, float32 [columns, columns]
+    """
+
+    factor: Tensor
+
+    def round_columns(self, columns: Tensor, scale: Tensor, fmt: ElementFormat) -> Tensor:
+        factor, elements = self.factor, torch.empty_like(columns)
+        pivots = factor.diagonal().tolist()
+        for start in range(0, len(columns), LAZY_COLUMNS):
+            stop = min(start + LAZY_COLUMNS, len(columns))
+            errors = torch.empty_like(columns[start:stop])
+            for column in range(start, stop):
+                rounded = fmt.round_elements(columns[column] / scale[column])
+                elements[column] = rounded
+                error = errors[column - start]
+                torch.addcmul(columns[column], rounded, scale[column], value=-1, out=error).div_(pivots[column])
+                columns[column + 1 : stop].addr_(factor[column, column + 1 : stop], error, alpha=-1)
+            columns[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
+        return elements
+
+
+def plan_compensation(moments: Sequence[Tensor]) -> list[MomentsCompensation]:
     """Prepares the rounding of all rows from the moments of the inputs.
 
     Args:
@@ -69,7 +107,7 @@ def plan_compensation(moments: Sequence[Tensor]) -> list[Compensation]:
     return [_compensation(start, block) for start, block in zip(starts, moments, strict=False)]
 
 
-def _compensation(start: int, moments: Tensor) -> Compensation:
+def _compensation(start: int, moments: Tensor) -> MomentsCompensation:
     moments = moments.clone()
     diagonal = moments.diagonal()
     mean = float(diagonal.mean()) or 1.0
@@ -81,7 +119,7 @@ def _compensation(start: int, moments: Tensor) -> Compensation:
         damped.diagonal().add_(damping * mean)
         factor = _inverse_factor(damped[order][:, order])
         if factor is not None:
-            return Compensation(start, order, factor)
+            return MomentsCompensation(start, order, factor)
         damping *= MORE_DAMPING
     raise AssertionError("finite moments are positive definite when their diagonal is doubled often enough")
 
@@ -119,32 +157,6 @@ def quantize_compensated(
     elements = torch.empty_like(values)
     for run in compensations:
         columns = slice(run.start, run.stop)
-        ordered = _round_columns(
-            values[:, columns].T[run.order], scale[:, columns].T[run.order].contiguous(), run.factor, fmt
-        )
+        ordered = run.round_columns(values[:, columns].T[run.order], scale[:, columns].T[run.order].contiguous(), fmt)
         elements[:, columns] = torch.empty_like(ordered).index_copy_(0, run.order, ordered).T
     return fmt.with_elements(tensors, elements)
-
-
-def _round_columns(columns: Tensor, scale: Tensor, factor: Tensor, fmt: ElementFormat) -> Tensor:
-    """Rounds columns first to last, each compensating for those before.
-
-    Args:
-        columns: float32 [columns, rows], so that a column is contiguous; overwritten
-        scale: scale of each element, float32 [columns, rows]
-        factor: upper Cholesky factor of the inverse moments, float32 [columns, columns]
-        fmt: the format, which determines the elements
-    """
-    elements = torch.empty_like(columns)
-    pivots = factor.diagonal().tolist()
-    for start in range(0, len(columns), LAZY_COLUMNS):
-        stop = min(start + LAZY_COLUMNS, len(columns))
-        errors = torch.empty_like(columns[start:stop])
-        for column in range(start, stop):
-            rounded = fmt.round_elements(columns[column] / scale[column])
-            elements[column] = rounded
-            error = errors[column - start]
-            torch.addcmul(columns[column], rounded, scale[column], value=-1, out=error).div_(pivots[column])
-            columns[column + 1 : stop].addr_(factor[column, column + 1 : stop], error, alpha=-1)
-        columns[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
-    return elements

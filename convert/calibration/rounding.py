@@ -1,9 +1,12 @@
 """Rounds the weights of a group to nearest, by GPTQ, or by whichever of the two is better.
 
-`CompensatedFormat` wraps a format: its `fit` evaluates the moments of the group's input, and the wrapped format does
-the rest. Half of the recorded rows are held out: they are removed from the moments, and mul_scale is not fitted to
-them. With `auto` rounding, the outputs are compared on these, for about the first thousand rows of each weight; GPTQ is
-taken if its gain is proven, see `formats.arithmetic.evidence`.
+`CompensatedFormat` wraps a format: its `fit` evaluates what is known of the group's input, and the wrapped format does
+the rest. With `auto` rounding, the outputs of both ways are compared on recorded rows that this way of GPTQ has not
+seen, for the first rows of each weight. GPTQ is taken if its gain is proven, see
+`formats.arithmetic.evidence`.
+
+Where there are moments, half of the recorded rows are removed from them and held out. Where there are only statistics,
+the prompts are halved; each half judges what the other gives, and the rounding itself follows from all rows.
 
 Matrices are inverted by one thread, since the last bits depend on the number of threads, and the same job must always
 give the same bytes.
@@ -13,7 +16,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -21,6 +24,7 @@ import torch
 from torch import Tensor
 
 from omni_convert.convert.calibration.gptq import Compensation, plan_compensation, quantize_compensated
+from omni_convert.convert.calibration.low_rank_gptq import plan_low_rank_compensation
 from omni_convert.convert.calibration.moments import InputMoments, Moments
 from omni_convert.convert.recipe import Recipe
 from omni_convert.convert.workers import one_thread
@@ -30,31 +34,35 @@ from omni_convert.formats.arithmetic.smoothing import split_input_rows
 from omni_convert.formats.errors import CalibrationError
 from omni_convert.formats.families.layers import LayerGroup
 from omni_convert.formats.format import ElementFormat, QuantizingFormat
-from omni_convert.formats.rows import InputStatistics, TensorLayout, WeightRows, iterate_rows
+from omni_convert.formats.rows import InputStatistics, TensorLayout, WeightRows, recorded_mean_square
 
 __all__ = ["CompensatedFormat", "compensated", "load_moments"]
 
 logger = logging.getLogger(__name__)
 
-# Rows of a weight that are rounded together, in one pass over the columns.
+# Rows of a weight that are rounded together by moments, in one pass over the columns.
 ROWS_AT_A_TIME = 1024
+#: Rows of each weight whose outputs are compared.
+JUDGED_ROWS = 256
+#: Elements of so many bits, or fewer, are rounded by GPTQ unless the user says otherwise.
+COMPENSATED_BITS = 4
 
 
 def load_moments(recipe: Recipe) -> tuple[Moments | None, list[str]]:
     """The moments that rounding uses, and notes; the moments of a layer are read when it is rounded.
 
     Raises:
-        CalibrationError: GPTQ is asked for without moments; a file is damaged, or belongs to another model.
+        CalibrationError: GPTQ is asked for without moments or statistics; a file is damaged, or of another model.
     """
-    if recipe.effective_rounding != "nearest":
-        if not recipe.moments:
-            raise CalibrationError(
-                "--rounding gptq: found no moments; add --moments FILE, made by `omni-convert calibrate --moments FILE`"
-            )
-        return Moments.load_all(recipe.moments), []
+    if recipe.effective_rounding == "nearest":
+        if recipe.moments:
+            return None, ["--rounding nearest: the moments were not used"]
+        return None, ["--rounding auto without --calib is nearest rounding"] if recipe.rounding == "auto" else []
     if recipe.moments:
-        return None, ["--rounding nearest: the moments were not used"]
-    return None, ["--rounding auto without --moments is nearest rounding"] if recipe.rounding == "auto" else []
+        return Moments.load_all(recipe.moments), []
+    if not recipe.is_calibrated:
+        raise CalibrationError("--rounding gptq: found no statistics; add --calib PROMPTS or --calibration STATISTICS")
+    return None, []
 
 
 def compensated(
@@ -65,7 +73,7 @@ def compensated(
     recipe: Recipe,
     columns: tuple[int, int] | None = None,
 ) -> QuantizingFormat:
-    """The format of a group, with error-compensating rounding if there are moments.
+    """The format of a group, with error-compensating rounding if something is known of the inputs.
 
     Args:
         columns: the columns of the inputs that the group has, the first and the one after the last; None for all
@@ -73,8 +81,10 @@ def compensated(
     Raises:
         CalibrationError: the moments do not cover the group.
     """
-    if moments is None or not isinstance(fmt, ElementFormat):
+    if not isinstance(fmt, ElementFormat) or not compensates(fmt, recipe):
         return fmt
+    if moments is None:
+        return CompensatedFormat(fmt, None, recipe.effective_rounding)
     # The parts of a joined weight read one input, whose moments must not be counted for each of them.
     read = moments.for_group(component, group.members if group.is_fused else group.members[:1])
     if read is None:
@@ -84,6 +94,20 @@ def compensated(
         )
     cut = read if columns is None else partial(_columns_of, read, *columns)
     return CompensatedFormat(fmt, cut, recipe.effective_rounding)
+
+
+def compensates(fmt: QuantizingFormat, recipe: Recipe) -> bool:
+    """Whether a recipe rounds weights of this format otherwise than to nearest, where it knows enough of their inputs.
+
+    Unless the user says so, only elements of few bits are worth the time, and those under a budget are rounded as the
+    predictions of their errors were.
+    """
+    if recipe.effective_rounding == "nearest":
+        return False
+    if recipe.moments or recipe.rounding is not None:
+        return True
+    encoding = fmt.innermost.encoding
+    return recipe.budget is None and encoding is not None and encoding.element.bits <= COMPENSATED_BITS
 
 
 def _columns_of(read: Callable[[], InputMoments], start: int, stop: int) -> InputMoments:
@@ -105,16 +129,18 @@ class CompensatedFormat(QuantizingFormat):
 
     Attributes:
         base: the wrapped format
-        moments: reads the moments of the group's input
+        moments: reads the moments of the group's input; None if there are only statistics
         rounding: `gptq`; or `auto`, which is GPTQ or nearest rounding, whichever leaves the smaller output error on
             held-out inputs, if that is proven
     """
 
     base: ElementFormat
-    moments: Callable[[], InputMoments] = field(repr=False)
+    moments: Callable[[], InputMoments] | None = field(repr=False)
     rounding: str
 
-    fits_alone = True  # a matrix [in, in]
+    @property
+    def fits_alone(self) -> bool:  # type: ignore[override]  # a class attribute elsewhere
+        return self.moments is not None or self.base.fits_alone  # a matrix [in, in]
 
     @property
     def method(self) -> str:  # type: ignore[override]  # a class attribute elsewhere, here it follows the format
@@ -122,7 +148,7 @@ class CompensatedFormat(QuantizingFormat):
 
     @property
     def row_multiple(self) -> int:  # type: ignore[override]  # likewise
-        return -(-ROWS_AT_A_TIME // self.base.row_multiple) * self.base.row_multiple
+        return self.base.row_multiple if self.moments is None else self._multiple(ROWS_AT_A_TIME)
 
     @property
     def label(self) -> str:
@@ -144,21 +170,45 @@ class CompensatedFormat(QuantizingFormat):
 
     def fit(self, weights: Sequence[WeightRows], inputs: InputStatistics | None) -> _Fitted:
         base = self.base.fit(weights, inputs)
+        nearest = _Fitted(base, self.base.constants(base), ())
         with one_thread():
-            return self._choose(weights, base, weights[0].read(0, 1).device)
+            if self.moments is not None:
+                return self._fitted_to_moments(weights, nearest, self.moments())
+            return nearest if inputs is None else self._fitted_to_statistics(weights, nearest, inputs)
 
-    def _choose(self, weights: Sequence[WeightRows], base: Any, device: torch.device) -> _Fitted:
-        constants = self.base.constants(base)
-        moments = self.moments()
+    def _fitted_to_moments(self, weights: Sequence[WeightRows], nearest: _Fitted, moments: InputMoments) -> _Fitted:
+        device = weights[0].read(0, 1).device
         _, held_out = split_input_rows(moments.sample)
         runs = None if moments.sample_runs is None else split_input_rows(moments.sample_runs)[1]
         blocks = [block.to(device) for block in moments.without(held_out).blocks()]
-        fitted = _Fitted(base, constants, plan_compensation(_scaled(blocks, self.base.input_factors(constants))))
-        nearest = _Fitted(base, constants, ())
-        groups = row_groups(runs, len(held_out))
-        if self.rounding == "auto" and not self._is_better(fitted, nearest, weights, held_out.to(device), groups):
-            return nearest
-        return fitted
+        factors = self.base.input_factors(nearest.constants)
+        fitted = replace(nearest, compensations=plan_compensation(_scaled(blocks, factors)))
+        if self.rounding == "gptq" or self._is_better(
+            [(fitted, held_out)], nearest, weights, row_groups(runs, len(held_out))
+        ):
+            return fitted
+        return nearest
+
+    def _fitted_to_statistics(
+        self, weights: Sequence[WeightRows], nearest: _Fitted, inputs: InputStatistics
+    ) -> _Fitted:
+        rows, device = inputs.rows(), weights[0].read(0, 1).device
+        factors = self.base.input_factors(nearest.constants)
+        factors = torch.ones(rows.shape[1]) if factors is None else factors.cpu().float()
+        mean_square = recorded_mean_square(inputs) * factors.square()
+
+        def fitted_to(some: Tensor) -> _Fitted:
+            compensation = plan_low_rank_compensation(some.float() * factors, mean_square, device)
+            return replace(nearest, compensations=[compensation])
+
+        if self.rounding == "gptq":
+            return fitted_to(rows)
+        groups = row_groups(inputs.row_runs(), len(rows))
+        is_even = groups.numbers % 2 == 0
+        judged = [(fitted_to(rows[~chosen]), rows[chosen]) for chosen in (is_even, ~is_even)]
+        numbers = torch.cat([groups.numbers[is_even], groups.numbers[~is_even]])
+        is_better = self._is_better(judged, nearest, weights, replace(groups, numbers=numbers))
+        return fitted_to(rows) if is_better else nearest
 
     def constants(self, fitted: _Fitted) -> dict[str, Tensor]:
         return fitted.constants
@@ -183,23 +233,46 @@ class CompensatedFormat(QuantizingFormat):
         return self.base.round_inputs(self.base.scale_inputs(inputs, on_device), on_device)
 
     def _is_better(
-        self, fitted: _Fitted, other: _Fitted, weights: Sequence[WeightRows], held_out: Tensor, groups: RowGroups
+        self,
+        judged: Sequence[tuple[_Fitted, Tensor]],
+        nearest: _Fitted,
+        weights: Sequence[WeightRows],
+        groups: RowGroups,
     ) -> bool:
-        """Whether inputs prove that `fitted` brings outputs closer to those of the original weights than `other`."""
+        """Whether inputs prove that GPTQ brings outputs closer to those of the original weights.
+
+        Args:
+            judged: ways of GPTQ, and the held-out inputs [samples, in] that each is judged by
+            groups: of all these inputs, in order
+        """
         if groups.count < 2:
             return False
-        seen, plain = self._seen(held_out, fitted.constants), held_out.float()
-        errors = torch.zeros(2, len(held_out), dtype=torch.float64)
+        errors = torch.cat([self._output_errors((nearest, fitted), weights, inputs) for fitted, inputs in judged], 1)
+        left = float(errors[1].sum() / errors[0].sum().clamp(min=1e-300))
+        logger.info("gptq leaves %.4g of the squared output error of nearest rounding", left)
+        before, after = groups.sums(errors)
+        return groups.is_proven(before, after)
+
+    def _output_errors(self, candidates: Sequence[_Fitted], weights: Sequence[WeightRows], inputs: Tensor) -> Tensor:
+        """Squared error of the outputs of each input [samples, in], summed over rows of the weights.
+
+        Returns:
+            float64 [candidates, samples]
+        """
+        inputs = inputs.to(weights[0].read(0, 1).device)
+        seen, plain = self._seen(inputs, candidates[0].constants), inputs.float()
+        errors = torch.zeros(len(candidates), len(inputs), dtype=torch.float64)
         for weight in weights:
-            _, rows = next(iterate_rows(weight, self.row_multiple))
+            rows = weight.read(0, min(weight.shape[0], self._multiple(JUDGED_ROWS)))
             wanted = plain @ rows.float().T
-            for index, candidate in enumerate((fitted, other)):
+            for index, candidate in enumerate(candidates):
                 difference = self._product(seen, plain, self.quantize_rows(rows, candidate), candidate).sub_(wanted)
                 errors[index] += difference.square_().sum(1, dtype=torch.float64).cpu()
-        left = float(errors[0].sum() / errors[1].sum().clamp(min=1e-300))
-        logger.info("gptq leaves %.4g of the squared output error of nearest rounding", left)
-        after, before = groups.sums(errors)
-        return groups.is_proven(before, after)
+        return errors
+
+    def _multiple(self, rows: int) -> int:
+        """So many rows, or as few more as the format needs."""
+        return -(-rows // self.base.row_multiple) * self.base.row_multiple
 
     def _product(self, seen: Tensor, plain: Tensor, tensors: Mapping[str, Tensor], fitted: _Fitted) -> Tensor:
         """Outputs [samples, rows] of some rows of the weight, for inputs as the GEMM gets them and as they are."""

@@ -81,10 +81,13 @@ class ComponentPlan:
             CalibrationError: a layer was not recorded, though its format cannot do without; or an earlier version
                 recorded no mean squares, which are wanted.
         """
-        if self.scheme is None or not self.scheme.is_calibrated:
+        if self.scheme is None or not self.scheme.uses_statistics:
             return self
-        inputs_of = statistics.importance_inputs if self.scheme.is_importance else statistics.inputs_of
-        unreached = {} if self.scheme.is_importance else self._unreached_experts(statistics)
+        if self.scheme.needs_every_layer:
+            inputs_of, unreached = statistics.inputs_of, self._unreached_experts(statistics)
+        else:
+            inputs_of = statistics.importance_inputs if self.scheme.is_importance else statistics.for_group
+            unreached = {}
         recorded = {step.group: step.recorded for step in self.quantize_steps} | unreached
         inputs = {stems: inputs_of(self.name, stems) for stems in dict.fromkeys(recorded.values())}
         steps = tuple(
@@ -92,8 +95,8 @@ class ComponentPlan:
             for step in self.steps
         )
         notes: list[str] = []
-        if self.scheme.is_importance:
-            notes = _coverage_notes([step for step in steps if isinstance(step, QuantizeStep)])
+        if not self.scheme.needs_every_layer:
+            notes = _coverage_notes([step for step in steps if isinstance(step, QuantizeStep)], self.scheme)
         elif self.scheme.name == "static":
             notes = statistics.risk_notes(self.name, self.quantized_stems, input_scale)
         if unreached:
@@ -147,18 +150,19 @@ class ComponentPlan:
         return sum(self.shards.container.size(specs) for specs in self.shards.files.values())
 
 
-def _coverage_notes(steps: Sequence[QuantizeStep]) -> list[str]:
+def _coverage_notes(steps: Sequence[QuantizeStep], scheme: ActivationScheme) -> list[str]:
     """Notes on layers whose inputs were not recorded.
 
     Raises:
-        CalibrationError: there are no others.
+        CalibrationError: there are no others, and statistics were to weight errors.
     """
     missing = [step.group.runtime_name for step in steps if step.inputs is None]
     if not missing:
         return []
-    if len(missing) == len(steps):
+    if len(missing) == len(steps) and scheme.is_importance:
         raise CalibrationError(f"{missing[0]}: the statistics do not cover any layer of its component; calibrate it")
-    return [f"the statistics do not cover {listed(missing, 3)}, whose columns weigh the same"]
+    what = "whose columns weigh the same" if scheme.is_importance else "whose weights are rounded to nearest"
+    return [f"the statistics do not cover {listed(missing, 3)}, {what}"]
 
 
 def plan_files(

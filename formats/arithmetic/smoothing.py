@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from omni_convert.formats.arithmetic.evidence import row_groups
-from omni_convert.formats.rows import InputStatistics, WeightRows, iterate_rows, sample_rows
+from omni_convert.formats.rows import InputStatistics, WeightRows, iterate_rows, recorded_mean_square, sample_rows
 
 __all__ = ["Quantizers", "channel_amax", "output_errors", "search_mul_scale", "smoothed_input", "split_input_rows"]
 
@@ -56,18 +56,18 @@ def search_mul_scale(weights: Sequence[WeightRows], inputs: InputStatistics, qua
         float32 [in], positive, every value exact in bfloat16
     """
     ones = torch.ones(weights[0].shape[1])
-    rows, runs = inputs.rows(), inputs.row_runs()
-    groups = row_groups(runs, len(rows))
+    rows = inputs.rows()
+    groups = row_groups(inputs.row_runs(), len(rows))
     if groups.count < 2:
         return ones
     sample, weight_amax = sample_rows(weights, SEARCH_WEIGHT_ROWS), channel_amax(weights)
-    mean_square = rows.float().square().mean(0) if runs is None else inputs.mean_square()
+    rms = recorded_mean_square(inputs).sqrt()
     candidates, errors = [ones], [output_errors(sample, rows, ones, quantizers)]
 
     def best_of(choices: Iterable[tuple[float, float]]) -> tuple[float, float]:
         tried = {}
         for choice in choices:
-            candidates.append(_mul_scale(mean_square.sqrt(), weight_amax, *choice))
+            candidates.append(_mul_scale(rms, weight_amax, *choice))
             errors.append(output_errors(sample, rows, candidates[-1], quantizers))
             tried[choice] = float(errors[-1].sum())
         return min(tried, key=tried.__getitem__)

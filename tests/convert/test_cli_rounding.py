@@ -109,7 +109,7 @@ def test_several_moments_files_are_merged(tiny_pipeline_folder: Path, recorded: 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--rounding", "gptq"], "--rounding gptq: found no moments; add --moments FILE"),
+        (["--rounding", "gptq"], "--rounding gptq: found no statistics; add --calib PROMPTS"),
         (["--moments", "/nonexistent/moments"], "/nonexistent/moments"),
         (["--component", "text_encoder=fp8", "--moments", "{moments}"], "the moments do not cover this layer"),
     ],
@@ -133,3 +133,27 @@ def test_moments_of_another_model_are_refused(tiny_pipeline_folder: Path, record
     result = run(other, "-o", tmp_path / "out", "--moments", recorded / "moments.safetensors", "--quiet")
     assert result.exit_code == 1
     assert "belong to another model" in result.stderr
+
+
+def test_statistics_alone_change_the_elements_of_few_bits(
+    tiny_pipeline_folder: Path, recorded: Path, tmp_path: Path
+) -> None:
+    options = ("-m", "w4a16", "--calibration", recorded / "stats.safetensors")
+    nearest = convert(tiny_pipeline_folder, tmp_path / "nearest", *options, "--rounding", "nearest")
+    rounded = convert(tiny_pipeline_folder, tmp_path / "gptq", *options, "--rounding", "gptq")
+    changed = {name for name, tensor in rounded.items() if not torch.equal(tensor, nearest[name])}
+    assert changed == {name for name in rounded if name.endswith(".qweight")}
+    result = run(tiny_pipeline_folder, "-o", tmp_path / "auto", *options)
+    assert "statistics were not used" not in result.output
+    assert manifest_of(tmp_path / "auto")["recipe"]["rounding"] == "auto"
+
+
+def test_statistics_change_eight_bits_only_where_that_is_asked_for(
+    tiny_pipeline_folder: Path, recorded: Path, tmp_path: Path
+) -> None:
+    options = ("-m", "int8", "--calibration", recorded / "stats.safetensors")
+    plain = convert(tiny_pipeline_folder, tmp_path / "plain", "-m", "int8")
+    unasked = convert(tiny_pipeline_folder, tmp_path / "unasked", *options)
+    asked = convert(tiny_pipeline_folder, tmp_path / "asked", *options, "--rounding", "gptq")
+    assert all(torch.equal(tensor, unasked[name]) for name, tensor in plain.items())
+    assert any(not torch.equal(tensor, asked[name]) for name, tensor in plain.items())

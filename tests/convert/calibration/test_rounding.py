@@ -9,7 +9,7 @@ from torch import Tensor
 from omni_convert.convert.calibration.moments import InputMoments, MomentsRecorder
 from omni_convert.convert.calibration.rounding import CompensatedFormat
 from omni_convert.formats.arithmetic.smoothing import split_input_rows
-from omni_convert.formats.format import Format
+from omni_convert.formats.format import ElementFormat, Format
 from omni_convert.formats.rows import TensorRows
 from omni_convert.formats.schemes.fp8 import Fp8, Fp8Block, Fp8Channel
 from omni_convert.formats.schemes.gguf import Gguf
@@ -102,6 +102,22 @@ def test_gptq_lowers_the_error_on_inputs_that_were_never_seen(fmt: Format) -> No
     nearest = error_on(fmt, statistics, unseen)
     for rounding in ("gptq", "auto"):
         assert error_on(CompensatedFormat(fmt, lambda: moments, rounding), statistics, unseen) < 0.9 * nearest
+
+
+@every_format
+def test_statistics_alone_lower_the_error_on_inputs_that_were_never_seen(fmt: ElementFormat) -> None:
+    statistics, _ = recorded(inputs(2000, 1.0))
+    unseen = inputs(300, 1.0, seed=2)
+    nearest = error_on(fmt, statistics, unseen)
+    for rounding in ("gptq", "auto"):
+        assert error_on(CompensatedFormat(fmt, None, rounding), statistics, unseen) < 0.95 * nearest
+
+
+@pytest.mark.parametrize("samples", [1, 2, 70])
+def test_statistics_of_unrelated_channels_leave_nearest_rounding(samples: int) -> None:
+    statistics, _ = recorded(inputs(samples, 0.0))
+    fmt, rows = Int8(), inputs(300, 0.0, seed=2)
+    assert error_on(CompensatedFormat(fmt, None, "auto"), statistics, rows) == error_on(fmt, statistics, rows)
 
 
 def test_auto_keeps_nearest_rounding_where_the_moments_mislead() -> None:
