@@ -389,6 +389,13 @@ class Recipe(BudgetOptions, FormatChoices):
         return "nearest" if self.rounding == "auto" else self.rounding or "nearest"
 
     @property
+    def _named_rounding(self) -> str | None:
+        """The rounding in the manifest; None for the default."""
+        if self.is_calibrated and not self.moments:
+            return self.rounding
+        return None if self.effective_rounding == "nearest" else self.effective_rounding
+
+    @property
     def _names_of_files(self) -> dict[str, str]:
         return {name: path.name for name, path in self.component_files.items()}
 
@@ -410,7 +417,7 @@ class Recipe(BudgetOptions, FormatChoices):
             "gguf_type": self.gguf_type,
             "gguf_names": self.gguf_names,
             "search": self.search,
-            "rounding": None if self.effective_rounding == "nearest" else self.effective_rounding,
+            "rounding": self._named_rounding,
             "bf16_blocks": self.bf16_blocks,
             "imatrix": None if self.imatrix is None else hashlib.sha256(self.imatrix.read_bytes()).hexdigest(),
             "dtype": self.dtype,

@@ -309,6 +309,13 @@ class QuantizingFormat(Format):
 class ElementFormat(QuantizingFormat):
     """Elements times scales: with the scales decided, each element can be rounded by itself, as GPTQ does."""
 
+    @property
+    def element_bits(self) -> int:
+        """Bits of an element, without its share of scales."""
+        encoding = self.innermost.encoding
+        assert encoding is not None, "formats whose blocks hold codes and scales together say it themselves"
+        return encoding.element.bits
+
     @abstractmethod
     def element_scale(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """The scale of each element in `weight`, without mul_scale: float32, broadcasts to [rows, in]."""

@@ -45,7 +45,7 @@ ROWS_AT_A_TIME = 1024
 #: Rows of each weight whose outputs are compared.
 JUDGED_ROWS = 256
 #: Elements of so many bits, or fewer, are rounded by GPTQ unless the user says otherwise.
-COMPENSATED_BITS = 4
+COMPENSATED_BITS = 6
 
 
 def load_moments(recipe: Recipe) -> tuple[Moments | None, list[str]]:
@@ -99,15 +99,11 @@ def compensated(
 def compensates(fmt: QuantizingFormat, recipe: Recipe) -> bool:
     """Whether a recipe rounds weights of this format otherwise than to nearest, where it knows enough of their inputs.
 
-    Unless the user says so, only elements of few bits are worth the time, and those under a budget are rounded as the
-    predictions of their errors were.
+    Unless the user says so, eight bits are not worth the time.
     """
-    if recipe.effective_rounding == "nearest":
+    if recipe.effective_rounding == "nearest" or not isinstance(fmt, ElementFormat):
         return False
-    if recipe.moments or recipe.rounding is not None:
-        return True
-    encoding = fmt.innermost.encoding
-    return recipe.budget is None and encoding is not None and encoding.element.bits <= COMPENSATED_BITS
+    return bool(recipe.moments) or recipe.rounding is not None or fmt.element_bits <= COMPENSATED_BITS
 
 
 def _columns_of(read: Callable[[], InputMoments], start: int, stop: int) -> InputMoments:

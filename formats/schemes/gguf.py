@@ -98,6 +98,13 @@ class Gguf(ElementFormat):
         return f"{self.method} {self.type}"
 
     @property
+    def element_bits(self) -> int:
+        if self.type in PLAIN_TYPES:
+            return 8 * PLAIN_TYPES[self.type].itemsize
+        kind = BLOCK_TYPES[self.type]
+        return 8 * kind.size // kind.numbers
+
+    @property
     def uses_importance(self) -> bool:
         """Whether the importance of columns has an influence."""
         return self.type in BLOCK_TYPES and BLOCK_TYPES[self.type].uses_importance(search=self.search)

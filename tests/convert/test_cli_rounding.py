@@ -144,8 +144,10 @@ def test_statistics_alone_change_the_elements_of_few_bits(
     changed = {name for name, tensor in rounded.items() if not torch.equal(tensor, nearest[name])}
     assert changed == {name for name in rounded if name.endswith(".qweight")}
     result = run(tiny_pipeline_folder, "-o", tmp_path / "auto", *options)
+    assert result.exit_code == 0
     assert "statistics were not used" not in result.output
-    assert manifest_of(tmp_path / "auto")["recipe"]["rounding"] == "auto"
+    named = [manifest_of(tmp_path / name)["recipe"].get("rounding") for name in ("nearest", "gptq", "auto")]
+    assert named == ["nearest", "gptq", None]
 
 
 def test_statistics_change_eight_bits_only_where_that_is_asked_for(

@@ -386,7 +386,8 @@ def test_statistics_weight_the_errors_of_the_columns_of_joined_layers_too(
     kind: str, tiny_pipeline_folder: Path, statistics_file: Path, tmp_path: Path
 ) -> None:
     plain = converted(tiny_pipeline_folder, tmp_path / "plain", kind)
-    weighted = converted(tiny_pipeline_folder, tmp_path / "weighted", kind, calibration=(statistics_file,))
+    options: dict[str, Any] = {"calibration": (statistics_file,), "rounding": "nearest"}
+    weighted = converted(tiny_pipeline_folder, tmp_path / "weighted", kind, **options)
     files = [{tensor.name: tensor for tensor in gguf.GGUFReader(file).tensors} for file in (plain, weighted)]
     original = load_file(tiny_pipeline_folder / "transformer" / WEIGHTS_NAME)
     recorded = Statistics.load(statistics_file)
@@ -426,7 +427,8 @@ def test_the_importance_matrix_that_calibration_writes_gives_the_bytes_of_the_st
     assert (sums.data.shape, counts.data.tolist()) == ((1, 192), [[recorded.rows_seen]])
     torch.testing.assert_close(torch.from_numpy(sums.data[0] / counts.data[0]), recorded.mean_square())
     by_file = converted(tiny_pipeline_folder, tmp_path / "imatrix", "Q4_1", imatrix=imatrix)
-    by_statistics = converted(tiny_pipeline_folder, tmp_path / "statistics", "Q4_1", calibration=(statistics_file,))
+    options: dict[str, Any] = {"calibration": (statistics_file,), "rounding": "nearest"}
+    by_statistics = converted(tiny_pipeline_folder, tmp_path / "statistics", "Q4_1", **options)
     tensors = [{each.name: each.data for each in gguf.GGUFReader(file).tensors} for file in (by_file, by_statistics)]
     differing = sum(int((tensors[0][name] != tensors[1][name]).sum()) for name in tensors[0])
     assert differing < sum(data.nbytes for data in tensors[1].values()) / 1000  # quotients of rounded sums
