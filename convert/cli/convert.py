@@ -80,7 +80,9 @@ __all__ = ["convert_command", "dequantize_command", "push_command"]
 )
 @click.option("--imatrix", type=click.Path(path_type=Path), help="Importance matrix of llama.cpp, with gguf.")
 @click.option(
-    "--rounding", type=click.Choice(ROUNDINGS), help="Rounding of weights. Default: auto with --moments, else nearest."
+    "--rounding",
+    type=click.Choice(ROUNDINGS),
+    help="Rounding of weights. Default: auto with --moments, and up to 6 bits with statistics; else nearest.",
 )
 @click.option(
     "--bf16-blocks",
