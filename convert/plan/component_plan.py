@@ -83,11 +83,10 @@ class ComponentPlan:
         """
         if self.scheme is None or not self.scheme.uses_statistics:
             return self
-        if self.scheme.needs_every_layer:
-            inputs_of, unreached = statistics.inputs_of, self._unreached_experts(statistics)
-        else:
-            inputs_of = statistics.importance_inputs if self.scheme.is_importance else statistics.for_group
-            unreached = {}
+        needs_all = self.scheme.needs_every_layer
+        inputs_if_any = statistics.importance_inputs if self.scheme.is_importance else statistics.for_group
+        inputs_of = statistics.inputs_of if needs_all else inputs_if_any
+        unreached = self._unreached_experts(statistics) if needs_all else {}
         recorded = {step.group: step.recorded for step in self.quantize_steps} | unreached
         inputs = {stems: inputs_of(self.name, stems) for stems in dict.fromkeys(recorded.values())}
         steps = tuple(
@@ -95,7 +94,7 @@ class ComponentPlan:
             for step in self.steps
         )
         notes: list[str] = []
-        if not self.scheme.needs_every_layer:
+        if not needs_all:
             notes = _coverage_notes([step for step in steps if isinstance(step, QuantizeStep)], self.scheme)
         elif self.scheme.name == "static":
             notes = statistics.risk_notes(self.name, self.quantized_stems, input_scale)
