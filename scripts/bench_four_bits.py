@@ -89,7 +89,7 @@ def measure(options: argparse.Namespace, cases: dict[str, Recipe]) -> None:
 
 def recipes(known: Path, moments: Path) -> dict[str, Recipe]:
     """The formats to compare: integers in groups of 64 columns, NVFP4, and SVDQuant in both."""
-    common: dict[str, Any] = {"calibration": (known,), "runtime": "diffusers"}
+    common: dict[str, Any] = {"calibration": (known,), "runtime": "diffusers", "rounding": "nearest"}
     gptq: dict[str, Any] = {**common, "moments": (moments,), "rounding": "gptq"}
     lite = "nunchaku-lite"
     return {

@@ -144,7 +144,8 @@ class Subject:
         return Statistics.load(self.calibration)
 
     def recipe(self, method: str = "fp8", **options: Any) -> Recipe:
-        return Recipe(method, calibration=(self.calibration,), **options)
+        """Rounds weights to nearest, for which predictions are made."""
+        return Recipe(method, calibration=(self.calibration,), rounding="nearest", **options)
 
     def table(self, method: str, *formats: str) -> Analysis:
         return analyze(self.source, self.recipe(method, formats=formats), self.statistics)

@@ -95,16 +95,19 @@ def microscaling_cases(statistics: Path, moments: Path) -> list[Case]:
     others = [
         Case("mxfp8 plain", Recipe("mxfp8", scale_rule="floor", search=False), is_strict=True),
         Case("mxfp8 searched", Recipe("mxfp8"), is_strict=True),
-        Case("mxfp8 gptq", Recipe("mxfp8", calibration=known, moments=(moments,)), 2.0, True),
-        Case("nvfp4", Recipe("nvfp4", calibration=known)),
-        Case("nvfp4 gptq", Recipe("nvfp4", calibration=known, moments=(moments,))),
+        Case("mxfp8 gptq", Recipe("mxfp8", calibration=known, rounding="auto"), 2.0, True),
+        Case("mxfp8 gptq, moments", Recipe("mxfp8", calibration=known, moments=(moments,)), 2.0, True),
+        Case("nvfp4", Recipe("nvfp4", calibration=known, rounding="nearest")),
+        Case("nvfp4 gptq", Recipe("nvfp4", calibration=known)),
+        Case("nvfp4 gptq, moments", Recipe("nvfp4", calibration=known, moments=(moments,))),
     ]
     for method, improves in (("mxfp4", None), ("mxfp4_dualscale", "mxfp4_dualscale plain")):
         others += [
             Case(f"{method} plain", Recipe(method, scale_rule="floor", search=False)),
             Case(f"{method} searched", Recipe(method)),
-            Case(f"{method} smoothed", Recipe(method, calibration=known)),
-            Case(f"{method} gptq", Recipe(method, calibration=known, moments=(moments,)), improves=improves),
+            Case(f"{method} smoothed", Recipe(method, calibration=known, rounding="nearest")),
+            Case(f"{method} gptq", Recipe(method, calibration=known), improves=improves),
+            Case(f"{method} gptq, moments", Recipe(method, calibration=known, moments=(moments,)), improves=improves),
         ]
     return others
 
@@ -114,19 +117,26 @@ def format_cases(statistics: Path, moments: Path) -> list[Case]:
     known = (statistics,)
     kinds = ("Q8_0", "Q6_K", "Q5_K", "Q4_K", "Q3_K", "Q2_K", "IQ4_XS", "IQ4_NL")
     mixtures = ("Q5_K_M", "Q5_K_S", "Q4_K_M", "Q4_K_S", "Q3_K_L", "Q3_K_M", "Q3_K_S")
-    return [
+    others = [
         Case("int8 per row", Recipe("int8", dialect="comfyui")),
         Case("int8 rotated", Recipe("int8", dialect="comfyui", rotate=True)),
-        *(Case(method, Recipe(method)) for method in ("w6a8", "w4a8", "convrot_w4a4", "nf4")),
+        *(Case(method, Recipe(method)) for method in ("w6a8", "w4a8", "convrot_w4a4", "nf4", "w4a16")),
         Case("nf4 nested", Recipe("nf4", double_quant=True)),
+        *(Case(f"{method} gptq", Recipe(method, calibration=known)) for method in ("nf4", "w4a16")),
         *(Case(f"{method} auto-round", Recipe(method, dialect="auto-round")) for method in ("mxfp8", "mxfp4")),
         Case("nvfp4 auto-round", Recipe("nvfp4", dialect="auto-round", calibration=known)),
         *(Case(f"gguf {kind}", Recipe("gguf", gguf_type=kind)) for kind in kinds),
-        *(Case(f"gguf {kind} importance", Recipe("gguf", gguf_type=kind, calibration=known)) for kind in kinds[1:]),
-        *(Case(f"gguf {kind}", Recipe("gguf", gguf_type=kind, calibration=known)) for kind in mixtures),
-        Case("gguf Q4_K gptq", Recipe("gguf", gguf_type="Q4_K", calibration=known, moments=(moments,))),
-        Case("gguf Q3_K gptq", Recipe("gguf", gguf_type="Q3_K", calibration=known, moments=(moments,))),
     ]
+    for kind in (*kinds[1:], *mixtures):
+        weighted = Recipe("gguf", gguf_type=kind, calibration=known, rounding="nearest")
+        others += [
+            Case(f"gguf {kind} importance", weighted),
+            Case(f"gguf {kind} gptq", replace(weighted, rounding=None)),
+        ]
+    for kind in ("Q4_K", "Q3_K"):
+        recipe = Recipe("gguf", gguf_type=kind, calibration=known, moments=(moments,))
+        others.append(Case(f"gguf {kind} gptq, moments", recipe))
+    return others
 
 
 def main() -> int:
