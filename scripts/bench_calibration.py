@@ -6,8 +6,10 @@
 Statistics come from the calibration prompts, images from the evaluation prompts. A pipeline FOLDER has both beside it,
 in FOLDER_prompts.txt and FOLDER_evaluation_prompts.txt. Each form is compared with one that must not be better:
 
-    mxfp4, mxfp4_dualscale    the same method without calibration; `gptq` is calibrated too, and rounds by GPTQ
+    mxfp4, mxfp4_dualscale    the same method without calibration
     fp8, nvfp4, static        static scales from 40 prompts at the pipeline's own steps
+
+`smoothed` rounds calibrated weights to nearest, and `moments` gives GPTQ second moments of the same prompts.
 
 Images of a small model tell little: one edge that moves costs several dB. So the denoiser is also called with the
 inputs that it has in the BF16 run, at every step of the first prompts, and the error of its outputs is compared. The
@@ -57,6 +59,8 @@ from omni_convert.loaders.pipeline import load_pipeline
 SEED = 42
 SMOOTHED = {"mxfp4": quantize_mxfp4_input, "mxfp4_dualscale": quantize_mxfp4_dualscale_input}
 STATIC = ("fp8", "nvfp4")
+#: Ways to use statistics: by default, without GPTQ, and with second moments beside them.
+KINDS = ("calibrated", "smoothed", "moments")
 MOST_PROMPTS = 40
 ALLOWED_DB = 0.15
 TRACED_PROMPTS = 4
@@ -69,7 +73,7 @@ class Form:
     """A way to convert.
 
     Attributes:
-        kind: plain (without statistics), calibrated, gptq, or bound
+        kind: plain (without statistics), one of `KINDS`, or bound
         prompts: number of calibration prompts; 0 without
         steps: denoising steps of calibration; 0 without
     """
@@ -93,7 +97,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, nargs="+", help="steps of calibration; default: own, and 4 for 8 prompts")
     parser.add_argument("--images", type=int, default=8)
     parser.add_argument("--methods", nargs="+", default=[*SMOOTHED, *STATIC], choices=[*SMOOTHED, *STATIC])
-    parser.add_argument("--gptq", action="store_true", help="GPTQ too, with second moments of the same prompts")
+    parser.add_argument("--kinds", nargs="+", default=KINDS[:1], choices=KINDS, help="ways to use statistics")
     arguments = parser.parse_args()
     warnings.filterwarnings("ignore", module="diffusers|transformers")
     diffusers_logging.disable_progress_bar()
@@ -110,7 +114,7 @@ def main() -> int:
     worse = [
         form.key
         for method in arguments.methods
-        for form in forms(method, cells, bench.own_steps, with_gptq=arguments.gptq)
+        for form in forms(method, cells, bench.own_steps, arguments.kinds)
         if not bench.report(form, reference_form(method, bench.own_steps))
     ]
     if worse:
@@ -123,12 +127,12 @@ def reference_form(method: str, own_steps: int) -> Form:
     return Form(method, "calibrated", MOST_PROMPTS, own_steps) if method in STATIC else Form(method, "plain")
 
 
-def forms(method: str, cells: Sequence[tuple[int, int]], own_steps: int, *, with_gptq: bool) -> Iterator[Form]:
+def forms(method: str, cells: Sequence[tuple[int, int]], own_steps: int, kinds: Sequence[str]) -> Iterator[Form]:
     """All forms of a method, the one that others are compared with first."""
     first = reference_form(method, own_steps)
     yield first
     yield Form(method, "bound" if method in SMOOTHED else "plain")
-    for kind in ("calibrated", "gptq") if with_gptq and method in SMOOTHED else ("calibrated",):
+    for kind in kinds if method in SMOOTHED else KINDS[:1]:
         for prompts, steps in cells:
             if (form := Form(method, kind, prompts, steps)) != first:
                 yield form
@@ -258,9 +262,16 @@ class Bench:
         """The folder of the pipeline in some form, overwritten by the next."""
         folder = self.output / "converted"
         known = () if form.prompts == 0 else (self._statistics(form.prompts, form.steps),)
-        moments = (self._moments(form.prompts, form.steps),) if form.kind == "gptq" else ()
+        moments = (self._moments(form.prompts, form.steps),) if form.kind == "moments" else ()
+        rounding = "nearest" if form.kind == "smoothed" else None
         recipe = Recipe(
-            form.method, calibration=known, moments=moments, runtime="diffusers", bf16_blocks=0, overwrite=True
+            form.method,
+            calibration=known,
+            moments=moments,
+            rounding=rounding,
+            runtime="diffusers",
+            bf16_blocks=0,
+            overwrite=True,
         )
         convert_checkpoint(str(self.folder), folder, recipe)
         return folder

@@ -14,10 +14,10 @@ FLUX = ROOT / "tests/data/flux"
 
 def test_each_form_is_listed_once_after_the_one_that_it_is_held_to() -> None:
     for method in ("mxfp4", "fp8"):
-        found = list(bench.forms(method, [(1, 20), (40, 20)], 20, with_gptq=True))
+        found = list(bench.forms(method, [(1, 20), (40, 20)], 20, bench.KINDS))
         assert found[0] == bench.reference_form(method, 20)
         assert len(set(found)) == len(found)
-    assert {form.kind for form in bench.forms("mxfp4", [(8, 4)], 20, with_gptq=True)} >= {"bound", "gptq"}
+    assert {form.kind for form in bench.forms("mxfp4", [(8, 4)], 20, bench.KINDS)} >= {"bound", *bench.KINDS}
 
 
 def test_gains_are_paired() -> None:
