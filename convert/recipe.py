@@ -386,14 +386,14 @@ class Recipe(BudgetOptions, FormatChoices):
         """How weights are rounded; `auto` is nearest rounding where nothing is known of the layers' inputs."""
         if self.moments or self.is_calibrated:
             return self.rounding or "auto"
-        return "nearest" if self.rounding == "auto" else self.rounding or "nearest"
+        return "gptq" if self.rounding == "gptq" else "nearest"
 
     @property
     def _named_rounding(self) -> str | None:
-        """The rounding in the manifest; None for the default."""
-        if self.is_calibrated and not self.moments:
-            return self.rounding
-        return None if self.effective_rounding == "nearest" else self.effective_rounding
+        """The rounding in the manifest; None for the default with statistics, and for nearest rounding without."""
+        if self.effective_rounding == "nearest":
+            return "nearest" if self.is_calibrated else None
+        return self.rounding or ("auto" if self.moments else None)
 
     @property
     def _names_of_files(self) -> dict[str, str]:

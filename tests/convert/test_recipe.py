@@ -68,6 +68,34 @@ def test_the_manifest_names_what_decides_the_bytes_and_nothing_else() -> None:
     assert marked == {"method": "int8", "dialect": "comfyui", "runtime": "comfyui"}
 
 
+def test_recipes_that_round_differently_have_different_manifests() -> None:
+    statistics, moments = {"calibration": (Path("statistics"),)}, {"moments": (Path("moments"),)}
+    named = {
+        (bool(files.get("calibration")), bool(files.get("moments")), rounding): Recipe(
+            "w4a16", **files, rounding=rounding
+        )
+        .of_the_bytes()
+        .get("rounding")
+        for files in (statistics, moments, {**statistics, **moments})
+        for rounding in (None, "nearest", "gptq", "auto")
+    }
+    # Only files that are used are in the manifest, so that --rounding nearest must differ from the default by its name.
+    assert named == {
+        (True, False, None): None,
+        (True, False, "nearest"): "nearest",
+        (True, False, "gptq"): "gptq",
+        (True, False, "auto"): "auto",
+        (False, True, None): "auto",
+        (False, True, "nearest"): None,
+        (False, True, "gptq"): "gptq",
+        (False, True, "auto"): "auto",
+        (True, True, None): "auto",
+        (True, True, "nearest"): "nearest",
+        (True, True, "gptq"): "gptq",
+        (True, True, "auto"): "auto",
+    }
+
+
 @pytest.mark.parametrize(
     ("method", "options", "option"),
     [
