@@ -311,9 +311,9 @@ class ElementFormat(QuantizingFormat):
 
     @property
     def element_bits(self) -> int:
-        """Bits of an element, without its share of scales."""
+        """Bits of an element; where blocks hold codes and scales together, whole bits of both."""
         encoding = self.innermost.encoding
-        assert encoding is not None, "formats whose blocks hold codes and scales together say it themselves"
+        assert encoding is not None, "blocks of codes and scales have no encoding: their format overrides this"
         return encoding.element.bits
 
     @abstractmethod

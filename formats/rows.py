@@ -80,7 +80,7 @@ class InputStatistics(Protocol):
 
 
 def recorded_mean_square(inputs: InputStatistics) -> Tensor:
-    """Mean square per input channel, float32 [in]; of the sample of rows if an earlier version recorded no other."""
+    """Mean square per input channel, float32 [in]; of the sample of rows in files of earlier versions."""
     return inputs.rows().float().square().mean(0) if inputs.row_runs() is None else inputs.mean_square()
 
 

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from omni_convert.convert.calibration.rounding import compensates
 from omni_convert.convert.recipe import Recipe
 from omni_convert.formats.config import ACTIVATION_SCHEMES
 from omni_convert.formats.errors import CalibrationError, RecipeError
 from omni_convert.formats.format import Calibration
-from omni_convert.formats.table import FORMATS, build_format
+from omni_convert.formats.table import FORMATS
 
 __all__ = ["ActivationScheme", "choose_activation_scheme", "merged_scheme"]
 
@@ -24,54 +23,55 @@ class ActivationScheme:
         is_calibrated: the format has a use for statistics, and there are some
         note: why the scheme is not the one that the recipe suggests, or ""
         is_importance: that use is to weight errors, which works without the statistics of some layers, too
-        is_rounding: there are statistics that decide how weights are rounded, likewise
+        rounding: `gptq` or `auto` if statistics decide how weights are rounded, which works without some layers, too
     """
 
     name: str
     is_calibrated: bool
     note: str = ""
     is_importance: bool = False
-    is_rounding: bool = False
+    rounding: str | None = None
 
     @property
     def uses_statistics(self) -> bool:
-        return self.is_calibrated or self.is_rounding
+        return self.is_calibrated or self.rounding is not None
 
     @property
     def needs_every_layer(self) -> bool:
         """Whether a layer without statistics is an error."""
         return self.is_calibrated and not self.is_importance
 
+    @property
+    def needs_some_layer(self) -> bool:
+        """Whether statistics of none of the layers are an error."""
+        return self.is_importance or self.rounding == "gptq"
 
-def choose_activation_scheme(method: str, recipe: Recipe) -> ActivationScheme:
+
+def choose_activation_scheme(method: str, recipe: Recipe, *, is_rounding: bool = False) -> ActivationScheme:
     """The scheme that a method has under a recipe; whether there are statistics counts, not what is in them.
+
+    Args:
+        is_rounding: statistics decide how weights are rounded
 
     Raises:
         RecipeError: the method does not support the scheme that the recipe asks for.
         CalibrationError: the scheme needs statistics, and the recipe names none.
     """
-    is_rounding = recipe.is_calibrated and not recipe.moments and compensates(build_format(method), recipe)
-    scheme = _scheme(method, recipe)
-    if not is_rounding:
-        return scheme
-    note = "" if FORMATS[method].calibration is Calibration.UNUSED else scheme.note
-    return replace(scheme, is_rounding=True, note=note)
-
-
-def _scheme(method: str, recipe: Recipe) -> ActivationScheme:
     calibration = FORMATS[method].calibration
+    rounding = recipe.effective_rounding if is_rounding else None
     if calibration is Calibration.INPUT_SCALE:
-        return _choose_with_input_scale(method, recipe)
+        return replace(_choose_with_input_scale(method, recipe), rounding=rounding)
     name = ACTIVATION_SCHEMES[method][0]
     how = "leaves activations as they are" if name == "none" else "quantizes activations at run time"
     if recipe.activation_scheme == "static" and (method == recipe.method or name != "none"):
         raise RecipeError(f"--activation-scheme static: {method} {how}, expected dynamic")
     is_unused = recipe.is_calibrated and calibration is Calibration.UNUSED
-    note = f"{method} {how}: the statistics were not used" if is_unused else ""
+    is_idle = is_unused and rounding is None and recipe.budget is None
+    note = f"{method} {how}: the statistics were not used" if is_idle else ""
     if calibration is Calibration.SMOOTHING and not recipe.is_calibrated:
         note = f"{method} without --calib smooths no inputs, whose outliers then cost more"
     is_importance = calibration is Calibration.IMPORTANCE
-    return ActivationScheme(name, recipe.is_calibrated and not is_unused, note, is_importance)
+    return ActivationScheme(name, recipe.is_calibrated and not is_unused, note, is_importance, rounding)
 
 
 def merged_scheme(schemes: Sequence[ActivationScheme]) -> ActivationScheme:
@@ -82,7 +82,7 @@ def merged_scheme(schemes: Sequence[ActivationScheme]) -> ActivationScheme:
         named,
         note="; ".join(notes),
         is_importance=all(scheme.is_importance for scheme in schemes),
-        is_rounding=any(scheme.is_rounding for scheme in schemes),
+        rounding=next((scheme.rounding for scheme in schemes if scheme.rounding is not None), None),
     )
 
 

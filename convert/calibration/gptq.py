@@ -29,7 +29,7 @@ from torch import Tensor
 
 from omni_convert.formats.format import ElementFormat
 
-__all__ = ["Compensation", "MomentsCompensation", "plan_compensation", "quantize_compensated"]
+__all__ = ["Compensation", "MomentsCompensation", "compensate", "plan_compensation", "quantize_compensated"]
 
 #: Added to the diagonal of the moments, relative to its mean, so that unseen directions are not corrected.
 DAMPING = 0.01
@@ -150,7 +150,28 @@ def quantize_compensated(
         constants: result of `fmt.constants(fitted)`
     """
     constants = {suffix: tensor.to(rows.device) for suffix, tensor in constants.items()}
-    tensors = fmt.quantize_rows(rows, fitted)
+    return compensate(rows, fmt.quantize_rows(rows, fitted), compensations, fmt, constants)
+
+
+def compensate(
+    rows: Tensor,
+    tensors: Mapping[str, Tensor],
+    compensations: Sequence[Compensation],
+    fmt: ElementFormat,
+    constants: Mapping[str, Tensor],
+) -> dict[str, Tensor]:
+    """Rounds elements again, under the scales that they have.
+
+    Args:
+        rows: any float dtype [rows, in]
+        tensors: result of `fmt.quantize_rows` for these rows
+        compensations: compensations of all columns, in order
+        fmt: the format, which determines the elements
+        constants: result of `fmt.constants`, on the device of the rows
+
+    Returns:
+        the tensors of these rows with other elements
+    """
     everything = {**tensors, **constants}
     values = fmt.element_values(rows, everything)
     scale = fmt.element_scale(everything).expand(values.shape)

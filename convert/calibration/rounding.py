@@ -1,12 +1,12 @@
 """Rounds the weights of a group to nearest, by GPTQ, or by whichever of the two is better.
 
 `CompensatedFormat` wraps a format: its `fit` evaluates what is known of the group's input, and the wrapped format does
-the rest. With `auto` rounding, the outputs of both ways are compared on recorded rows that this way of GPTQ has not
-seen, for the first rows of each weight. GPTQ is taken if its gain is proven, see
-`formats.arithmetic.evidence`.
+the rest. With `auto` rounding, the outputs of both ways are compared on recorded rows that GPTQ was not fitted to, for
+the first rows of each weight. GPTQ is taken if its gain is proven, see `formats.arithmetic.evidence`.
 
 Where there are moments, half of the recorded rows are removed from them and held out. Where there are only statistics,
-the prompts are halved; each half judges what the other gives, and the rounding itself follows from all rows.
+the prompts are halved (or the steps of a single prompt). Each half of the rows judges what the other half gives, and
+the rounding itself follows from all rows.
 
 Matrices are inverted by one thread, since the last bits depend on the number of threads, and the same job must always
 give the same bytes.
@@ -18,12 +18,18 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from omni_convert.convert.calibration.gptq import Compensation, plan_compensation, quantize_compensated
+from omni_convert.convert.calibration.gptq import (
+    Compensation,
+    compensate,
+    plan_compensation,
+    quantize_compensated,
+)
 from omni_convert.convert.calibration.low_rank_gptq import plan_low_rank_compensation
 from omni_convert.convert.calibration.moments import InputMoments, Moments
 from omni_convert.convert.recipe import Recipe
@@ -81,7 +87,7 @@ def compensated(
     Raises:
         CalibrationError: the moments do not cover the group.
     """
-    if not isinstance(fmt, ElementFormat) or not compensates(fmt, recipe):
+    if not isinstance(fmt, ElementFormat) or not _is_compensated(fmt, recipe):
         return fmt
     if moments is None:
         return CompensatedFormat(fmt, None, recipe.effective_rounding)
@@ -96,12 +102,12 @@ def compensated(
     return CompensatedFormat(fmt, cut, recipe.effective_rounding)
 
 
-def compensates(fmt: QuantizingFormat, recipe: Recipe) -> bool:
-    """Whether a recipe rounds weights of this format otherwise than to nearest, where it knows enough of their inputs.
+def _is_compensated(fmt: ElementFormat, recipe: Recipe) -> bool:
+    """Whether weights of this format are rounded by what is known of their inputs.
 
-    Unless the user says so, eight bits are not worth the time.
+    Statistics are used for eight bits only if the user says so: there, GPTQ is not worth its time.
     """
-    if recipe.effective_rounding == "nearest" or not isinstance(fmt, ElementFormat):
+    if recipe.effective_rounding == "nearest":
         return False
     return bool(recipe.moments) or recipe.rounding is not None or fmt.element_bits <= COMPENSATED_BITS
 
@@ -121,7 +127,7 @@ class _Fitted:
 
 @dataclass(frozen=True)
 class CompensatedFormat(QuantizingFormat):
-    """A format whose weights are rounded with second moments of their inputs.
+    """A format whose weights are rounded by what is known of their inputs.
 
     Attributes:
         base: the wrapped format
@@ -136,7 +142,7 @@ class CompensatedFormat(QuantizingFormat):
 
     @property
     def fits_alone(self) -> bool:  # type: ignore[override]  # a class attribute elsewhere
-        return self.moments is not None or self.base.fits_alone  # a matrix [in, in]
+        return self.moments is not None or self.base.fits_alone  # moments are a matrix [in, in]
 
     @property
     def method(self) -> str:  # type: ignore[override]  # a class attribute elsewhere, here it follows the format
@@ -173,6 +179,7 @@ class CompensatedFormat(QuantizingFormat):
             return nearest if inputs is None else self._fitted_to_statistics(weights, nearest, inputs)
 
     def _fitted_to_moments(self, weights: Sequence[WeightRows], nearest: _Fitted, moments: InputMoments) -> _Fitted:
+        """Rounding by second moments of all rows."""
         device = weights[0].read(0, 1).device
         _, held_out = split_input_rows(moments.sample)
         runs = None if moments.sample_runs is None else split_input_rows(moments.sample_runs)[1]
@@ -188,6 +195,7 @@ class CompensatedFormat(QuantizingFormat):
     def _fitted_to_statistics(
         self, weights: Sequence[WeightRows], nearest: _Fitted, inputs: InputStatistics
     ) -> _Fitted:
+        """Rounding by the recorded rows, and the mean squares of all."""
         rows, device = inputs.rows(), weights[0].read(0, 1).device
         factors = self.base.input_factors(nearest.constants)
         factors = torch.ones(rows.shape[1]) if factors is None else factors.cpu().float()
@@ -200,6 +208,8 @@ class CompensatedFormat(QuantizingFormat):
         if self.rounding == "gptq":
             return fitted_to(rows)
         groups = row_groups(inputs.row_runs(), len(rows))
+        if groups.count < 2:
+            return nearest
         is_even = groups.numbers % 2 == 0
         judged = [(fitted_to(rows[~chosen]), rows[chosen]) for chosen in (is_even, ~is_even)]
         numbers = torch.cat([groups.numbers[is_even], groups.numbers[~is_even]])
@@ -223,11 +233,6 @@ class CompensatedFormat(QuantizingFormat):
     def flaw(self, tensors: Mapping[str, Tensor]) -> str | None:
         return self.base.flaw(tensors)
 
-    def _seen(self, inputs: Tensor, constants: Mapping[str, Tensor]) -> Tensor:
-        """Inputs [samples, in] as the runtime's GEMM gets them: smoothed and rounded, float32."""
-        on_device = {suffix: tensor.to(inputs.device) for suffix, tensor in constants.items()}
-        return self.base.round_inputs(self.base.scale_inputs(inputs, on_device), on_device)
-
     def _is_better(
         self,
         judged: Sequence[tuple[_Fitted, Tensor]],
@@ -238,45 +243,57 @@ class CompensatedFormat(QuantizingFormat):
         """Whether inputs prove that GPTQ brings outputs closer to those of the original weights.
 
         Args:
-            judged: ways of GPTQ, and the held-out inputs [samples, in] that each is judged by
+            judged: results of GPTQ, each with the held-out inputs [samples, in] that judge it
             groups: of all these inputs, in order
         """
         if groups.count < 2:
             return False
-        errors = torch.cat([self._output_errors((nearest, fitted), weights, inputs) for fitted, inputs in judged], 1)
-        left = float(errors[1].sum() / errors[0].sum().clamp(min=1e-300))
+        before, after = self._output_errors(judged, nearest, weights)
+        left = float(after.sum() / before.sum().clamp(min=1e-300))
         logger.info("gptq leaves %.4g of the squared output error of nearest rounding", left)
-        before, after = groups.sums(errors)
-        return groups.is_proven(before, after)
+        return groups.is_proven(groups.sums(before), groups.sums(after))
 
-    def _output_errors(self, candidates: Sequence[_Fitted], weights: Sequence[WeightRows], inputs: Tensor) -> Tensor:
-        """Squared error of the outputs of each input [samples, in], summed over rows of the weights.
+    def _output_errors(
+        self, judged: Sequence[tuple[_Fitted, Tensor]], nearest: _Fitted, weights: Sequence[WeightRows]
+    ) -> Tensor:
+        """Squared error of the outputs of each held-out input, summed over rows of the weights.
 
         Returns:
-            float64 [candidates, samples]
+            with nearest rounding, and with GPTQ, float64 [2, samples]
         """
-        inputs = inputs.to(weights[0].read(0, 1).device)
-        seen, plain = self._seen(inputs, candidates[0].constants), inputs.float()
-        errors = torch.zeros(len(candidates), len(inputs), dtype=torch.float64)
+        device = weights[0].read(0, 1).device
+        constants = {suffix: tensor.to(device) for suffix, tensor in nearest.constants.items()}
+        inputs = torch.cat([held_out for _, held_out in judged]).to(device)
+        stops = list(accumulate((len(held_out) for _, held_out in judged), initial=0))
+        seen, plain = self.base.round_inputs(self.base.scale_inputs(inputs, constants), constants), inputs.float()
+        errors = torch.zeros(2, len(inputs), dtype=torch.float64)
         for weight in weights:
             rows = weight.read(0, min(weight.shape[0], self._multiple(JUDGED_ROWS)))
-            wanted = plain @ rows.float().T
-            for index, candidate in enumerate(candidates):
-                difference = self._product(seen, plain, self.quantize_rows(rows, candidate), candidate).sub_(wanted)
-                errors[index] += difference.square_().sum(1, dtype=torch.float64).cpu()
+            wanted, tensors = plain @ rows.float().T, self.base.quantize_rows(rows, nearest.base)
+            errors[0] += self._squared_errors(seen, plain, {**tensors, **constants}, wanted)
+            for (fitted, _), part in zip(judged, map(slice, stops, stops[1:]), strict=True):
+                others = compensate(rows, tensors, fitted.compensations, self.base, constants)
+                errors[1, part] += self._squared_errors(seen[part], plain[part], {**others, **constants}, wanted[part])
         return errors
 
     def _multiple(self, rows: int) -> int:
         """So many rows, or as few more as the format needs."""
         return -(-rows // self.base.row_multiple) * self.base.row_multiple
 
-    def _product(self, seen: Tensor, plain: Tensor, tensors: Mapping[str, Tensor], fitted: _Fitted) -> Tensor:
-        """Outputs [samples, rows] of some rows of the weight, for inputs as the GEMM gets them and as they are."""
-        device = tensors["weight"].device
-        everything = {**tensors, **{suffix: tensor.to(device) for suffix, tensor in fitted.constants.items()}}
-        product = seen @ self.base.multiplied(everything).T
-        side = self.base.side_product(plain, everything)
-        return product if side is None else product + side
+    def _squared_errors(self, seen: Tensor, plain: Tensor, tensors: Mapping[str, Tensor], wanted: Tensor) -> Tensor:
+        """Squared error of the outputs of some rows of the weight, float64 [samples].
+
+        Args:
+            seen: inputs as the runtime's GEMM gets them, smoothed and rounded, float32 [samples, in]
+            plain: inputs as the layer gets them, float32 [samples, in]
+            tensors: of these rows, and the constants
+            wanted: outputs of the original rows, float32 [samples, rows]
+        """
+        difference = (seen @ self.base.multiplied(tensors).T).sub_(wanted)
+        side = self.base.side_product(plain, tensors)
+        if side is not None:
+            difference += side
+        return difference.square_().sum(1, dtype=torch.float64).cpu()
 
 
 def _scaled(blocks: Sequence[Tensor], factors: Tensor | None) -> Sequence[Tensor]:

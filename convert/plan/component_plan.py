@@ -153,12 +153,12 @@ def _coverage_notes(steps: Sequence[QuantizeStep], scheme: ActivationScheme) -> 
     """Notes on layers whose inputs were not recorded.
 
     Raises:
-        CalibrationError: there are no others, and statistics were to weight errors.
+        CalibrationError: there are no others, and the statistics were asked for.
     """
     missing = [step.group.runtime_name for step in steps if step.inputs is None]
     if not missing:
         return []
-    if len(missing) == len(steps) and scheme.is_importance:
+    if len(missing) == len(steps) and scheme.needs_some_layer:
         raise CalibrationError(f"{missing[0]}: the statistics do not cover any layer of its component; calibrate it")
     what = "whose columns weigh the same" if scheme.is_importance else "whose weights are rounded to nearest"
     return [f"the statistics do not cover {listed(missing, 3)}, {what}"]

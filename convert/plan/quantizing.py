@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Sequence
 
 import torch
 
-from omni_convert.convert.calibration.activation_scheme import merged_scheme
+from omni_convert.convert.calibration.activation_scheme import (
+    ActivationScheme,
+    choose_activation_scheme,
+    merged_scheme,
+)
 from omni_convert.convert.calibration.moments import Moments
-from omni_convert.convert.calibration.rounding import compensated
+from omni_convert.convert.calibration.rounding import CompensatedFormat, compensated
 from omni_convert.convert.plan.component_plan import ComponentPlan, replace_config
 from omni_convert.convert.plan.gguf_target import GgufTarget
 from omni_convert.convert.plan.selection import Selection
@@ -53,9 +57,9 @@ def plan_quantized(
     formats = {group: target.format_of(group) for group in selection.chosen}
     methods = sorted({fmt.method for fmt in formats.values()} & FORMATS.keys())
     method = methods[0] if len(methods) == 1 else MIXED
-    scheme = merged_scheme([replace(target, method=each).scheme for each in methods])
     widths = {component.weights[f"{group.members[0]}{WEIGHT}"].shape[1] for group in formats}
     steps = [_quantize_step(target, group, fmt, moments) for group, fmt in formats.items()]
+    scheme = _scheme_of(methods, target.recipe, steps)
     format_of = {stem: fmt for group, fmt in formats.items() for stem in target.written_group(group).members}
     kept = [(target.written_group(group), reason) for group, reason in selection.kept]
     kept_weights = {f"{stem}{WEIGHT}" for group, _ in kept for stem in group.members}
@@ -94,6 +98,13 @@ def plan_quantized(
         scheme=scheme,
         is_mixed=bool(target.chosen),
     )
+
+
+def _scheme_of(methods: Sequence[str], recipe: Recipe, steps: Sequence[QuantizeStep]) -> ActivationScheme:
+    """How the inputs of steps with these methods are quantized, and what statistics are for."""
+    formats = [step.format for step in steps if isinstance(step.format, CompensatedFormat)]
+    rounded = {fmt.method for fmt in formats if fmt.moments is None}  # by statistics
+    return merged_scheme([choose_activation_scheme(each, recipe, is_rounding=each in rounded) for each in methods])
 
 
 def _requantizing_notes(component: SourceComponent, method: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""From prompts to compensated weights on the command line: `calibrate --moments`, then `convert --moments`."""
+"""From prompts to compensated weights on the command line: `calibrate`, then `convert` with what it recorded."""
 
 from __future__ import annotations
 
@@ -159,3 +159,50 @@ def test_statistics_change_eight_bits_only_where_that_is_asked_for(
     asked = convert(tiny_pipeline_folder, tmp_path / "asked", *options, "--rounding", "gptq")
     assert all(torch.equal(tensor, unasked[name]) for name, tensor in plain.items())
     assert any(not torch.equal(tensor, asked[name]) for name, tensor in plain.items())
+
+
+@pytest.mark.parametrize("method", ["w4a16", "nf4"])
+def test_statistics_give_the_same_bytes_on_any_number_of_threads(
+    tiny_pipeline_folder: Path, recorded: Path, tmp_path: Path, method: str
+) -> None:
+    options = ("-m", method, "--calibration", recorded / "stats.safetensors")
+    before, files = torch.get_num_threads(), set()
+    for count in (1, 2):
+        torch.set_num_threads(count)
+        convert(tiny_pipeline_folder, tmp_path / f"{count}", *options, "--workers", f"{count}")
+        files.add((tmp_path / f"{count}" / WEIGHTS).read_bytes())
+    torch.set_num_threads(before)
+    convert(tiny_pipeline_folder, tmp_path / "nearest", *options, "--rounding", "nearest")
+    assert len(files) == 1
+    assert (tmp_path / "nearest" / WEIGHTS).read_bytes() not in files
+
+
+ENCODER = ("--component", "text_encoder=w4a16", "--runtime", "diffusers")
+
+
+@pytest.mark.parametrize(
+    ("options", "note"),
+    [
+        (("-m", "w4a16"), ""),
+        (
+            ("-m", "w4a16", "--rounding", "nearest"),
+            "w4a16 leaves activations as they are: the statistics were not used",
+        ),
+        (("-m", "int8"), "int8 quantizes activations at run time: the statistics were not used"),
+        (("-m", "int8", "--rounding", "auto"), ""),
+        (("-m", "int8", "--rounding", "auto", "--rotate", "--dialect", "comfyui"), "the statistics were not used"),
+        (
+            ("-m", "int8", "--component", "vae=fp8_storage", "--runtime", "diffusers", "--rounding", "gptq"),
+            "fp8_storage leaves activations as they are: the statistics were not used",
+        ),
+        (("-m", "w4a16", *ENCODER), "whose weights are rounded to nearest"),
+        (("-m", "w4a16", *ENCODER, "--rounding", "gptq"), "the statistics do not cover any layer"),
+    ],
+)
+def test_statistics_that_do_not_serve_are_told(
+    tiny_pipeline_folder: Path, recorded: Path, options: tuple[str, ...], note: str
+) -> None:
+    result = run(tiny_pipeline_folder, "--calibration", recorded / "stats.safetensors", "--dry-run", *options)
+    assert result.exit_code == ("do not cover any" in note), result.output
+    assert note in result.output
+    assert ("the statistics" in result.output) == bool(note)

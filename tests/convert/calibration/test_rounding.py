@@ -11,13 +11,17 @@ from omni_convert.convert.calibration.rounding import CompensatedFormat
 from omni_convert.formats.arithmetic.smoothing import split_input_rows
 from omni_convert.formats.format import ElementFormat, Format
 from omni_convert.formats.rows import TensorRows
+from omni_convert.formats.schemes.awq import AwqInt4
 from omni_convert.formats.schemes.fp8 import Fp8, Fp8Block, Fp8Channel
 from omni_convert.formats.schemes.gguf import Gguf
+from omni_convert.formats.schemes.int4 import Int4
 from omni_convert.formats.schemes.int8 import Int8
 from omni_convert.formats.schemes.mxfp4 import Mxfp4
 from omni_convert.formats.schemes.mxfp4_dualscale import Mxfp4DualScale
 from omni_convert.formats.schemes.mxfp8 import Mxfp8
+from omni_convert.formats.schemes.nf4 import Nf4
 from omni_convert.formats.schemes.nvfp4 import Nvfp4
+from omni_convert.formats.schemes.svdquant import SvdQuantInt4, SvdQuantNvfp4
 from omni_convert.formats.statistics.layer_statistics import LayerStatistics, observe
 from omni_convert.loaders.kernels.kernel import rounded_input
 
@@ -37,6 +41,11 @@ FORMATS = [
     Gguf("Q5_0"),
     Gguf("Q4_1"),
     Gguf("IQ4_NL"),
+    Int4(group=32),
+    Nf4(nested=True).for_weight((64, COLUMNS)),
+    AwqInt4(),
+    SvdQuantInt4(rank=16),
+    SvdQuantNvfp4(rank=16),
 ]
 every_format = pytest.mark.parametrize("fmt", FORMATS, ids=lambda fmt: f"{fmt.label}-{FORMATS.index(fmt)}")
 
@@ -79,9 +88,9 @@ def error_on(fmt: Format, statistics: LayerStatistics, rows: Tensor) -> float:
         assert {suffix: tuple(tensor.shape) for suffix, tensor in tensors.items()} == {
             suffix: layout.shape for suffix, layout in fmt.layout(*weight.shape).items()
         }
-        if "mul_scale" in tensors:
-            tensors["mul_scale"] = torch.ones_like(tensors["mul_scale"])
-        difference = seen @ fmt.dequantize(tensors).T - rows.float() @ weight.float().T
+        difference = seen @ base.multiplied(tensors).T - rows.float() @ weight.float().T
+        side = base.side_product(rows.float(), tensors)
+        difference += torch.zeros(1) if side is None else side
         total += float(difference.square().sum(dtype=torch.float64))
     return total
 
