@@ -195,6 +195,7 @@ class Conversion:
             self.calibration_seconds,
             peak_memory,
             has_lora=bool(plan.loras),
+            rounding=plan.rounding,
         )
 
 

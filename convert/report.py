@@ -23,6 +23,12 @@ __all__ = ["ConversionReport", "conversion_report", "conversion_rows", "plan_rep
 #: Above this relative error, almost nothing of a weight is left. Every format here stays far below it with weights in
 #: its range: four bits lose about 12 %.
 LARGEST_ERROR = 0.5
+#: How weights were rounded → what the closing table says about it.
+ROUNDINGS = {
+    "nearest": "",
+    "gptq": "GPTQ, which makes errors of outputs smaller, and those of weights larger, as shown above",
+    "auto": "GPTQ where it makes errors of outputs smaller; those of weights are then larger, as shown above",
+}
 UNITS = {"GB": 1e9, "MB": 1e6, "kB": 1e3}
 
 
@@ -39,6 +45,7 @@ class ConversionReport:
         calibration_seconds: time of the calibration; None if no prompts were run
         peak_memory: largest `RssAnon` in bytes; None if an earlier run had finished the output
         has_lora: a LoRA was baked in
+        rounding: how weights were rounded: `nearest`, `gptq`, or `auto`
     """
 
     output: Path | RemoteFolder
@@ -51,6 +58,7 @@ class ConversionReport:
     calibration_seconds: float | None
     peak_memory: int | None
     has_lora: bool = False
+    rounding: str = "nearest"
 
     @property
     def median_error(self) -> float:
@@ -98,6 +106,7 @@ def conversion_rows(report: ConversionReport) -> Iterator[tuple[str, str]]:
         "weights": f"{size_text(report.bytes_before)} → {size_text(report.bytes_after)} "
         f"({report.bytes_after / report.bytes_before:.0%})",
         "layer error": _errors(report),
+        "rounding": ROUNDINGS[report.rounding],
         "time to calibrate": "" if report.calibration_seconds is None else f"{report.calibration_seconds:.1f} s",
         "time to convert": _time(report),
         "peak memory": "" if report.peak_memory is None else f"{report.peak_memory / 2**20:.0f} MiB anonymous",

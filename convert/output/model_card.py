@@ -29,10 +29,14 @@ BODY = """
 A layer's error is the Frobenius norm of the difference between the quantized and the original weight over that of the
 original. Every other tensor and file is the original, byte for byte; `omni_convert.json` lists each layer, and the
 SHA-256 of each file.
-{pictures}
+{rounding}{pictures}
 ## Run it
 
 {run}
+"""
+
+ROUNDED = """
+Where GPTQ rounded a weight, the outputs of its layer have a smaller error, and the weight itself has a larger one.
 """
 
 PICTURES = """
@@ -78,6 +82,7 @@ def model_card(plan: Plan, results: dict[str, Sequence[LayerResult]], pictures: 
         source=source,
         what=_what(plan),
         rows="\n".join(_rows(plan, results)),
+        rounding="" if plan.rounding == "nearest" else ROUNDED,
         pictures=PICTURES.format(pictures="\n\n".join(_shown(name) for name in pictures)) if pictures else "",
         run=run,
     )

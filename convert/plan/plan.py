@@ -88,6 +88,12 @@ class Plan:
     def bytes_after(self) -> int:
         return sum(component.bytes_after for component in self.components)
 
+    @property
+    def rounding(self) -> str:
+        """How weights are rounded: to `nearest`, by `gptq`, or `auto` if each group takes the better of these."""
+        steps = (step for component in self.components for step in component.quantize_steps)
+        return self.recipe.effective_rounding if any(step.is_compensated for step in steps) else "nearest"
+
     def with_statistics(self, statistics: Statistics) -> Plan:
         """This plan with the recorded inputs of the layers that it calibrates; formats and files stay as they are.
 

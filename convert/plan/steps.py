@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
+from omni_convert.convert.calibration.rounding import CompensatedFormat
 from omni_convert.convert.recipe import Recipe
 from omni_convert.formats.containers.checkpoint import Checkpoint
 from omni_convert.formats.containers.tensor_spec import TensorSpec
@@ -50,6 +51,12 @@ class QuantizeStep:
         if inputs is not None and self.columns is not None:
             return replace(self, inputs=InputColumns(inputs, *self.columns))
         return replace(self, inputs=inputs)
+
+    @property
+    def is_compensated(self) -> bool:
+        """Whether GPTQ may round the weights: something is known of the relations between their inputs."""
+        fmt = self.format
+        return isinstance(fmt, CompensatedFormat) and (fmt.moments is not None or self.inputs is not None)
 
     def spelling(self, weight: TensorSpec) -> WrittenSpelling:
         """How a weight of the group is written."""

@@ -146,8 +146,10 @@ def test_statistics_alone_change_the_elements_of_few_bits(
     result = run(tiny_pipeline_folder, "-o", tmp_path / "auto", *options)
     assert result.exit_code == 0
     assert "statistics were not used" not in result.output
-    named = [manifest_of(tmp_path / name)["recipe"].get("rounding") for name in ("nearest", "gptq", "auto")]
-    assert named == ["nearest", "gptq", None]
+    assert "rounding          GPTQ where it makes errors of outputs smaller" in result.stdout
+    outputs = [tmp_path / name for name in ("nearest", "gptq", "auto")]
+    assert [manifest_of(output)["recipe"].get("rounding") for output in outputs] == ["nearest", "gptq", None]
+    assert ["GPTQ" in (output / "README.md").read_text() for output in outputs] == [False, True, True]
 
 
 def test_statistics_change_eight_bits_only_where_that_is_asked_for(

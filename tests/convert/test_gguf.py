@@ -439,13 +439,23 @@ def test_the_importance_matrix_that_calibration_writes_gives_the_bytes_of_the_st
     assert gguf.GGUFReader(by_statistics).get_field("quantize.imatrix.file") is None
 
 
-@pytest.mark.parametrize(("rounding", "kind"), [("gptq", "Q2_K"), ("auto", "Q4_K"), ("gptq", "Q6_K")])
-def test_moments_lower_the_output_errors_of_joined_layers_too(
-    rounding: str, kind: str, tiny_pipeline_folder: Path, statistics_file: Path, tmp_path: Path
+@pytest.mark.parametrize(
+    ("recording", "rounding", "kind"),
+    [
+        ("moments", "gptq", "Q2_K"),
+        ("moments", "auto", "Q4_K"),
+        ("moments", "gptq", "Q6_K"),
+        ("calibration", "auto", "Q3_K"),
+        ("calibration", "gptq", "IQ4_XS"),
+    ],
+)
+def test_gptq_lowers_the_output_errors_of_joined_layers_too(
+    recording: str, rounding: str, kind: str, tiny_pipeline_folder: Path, statistics_file: Path, tmp_path: Path
 ) -> None:
-    options = {"moments": (statistics_file.with_name("moments.safetensors"),), "rounding": rounding}
+    path = statistics_file if recording == "calibration" else statistics_file.with_name("moments.safetensors")
+    options: dict[str, Any] = {recording: (path,), "rounding": rounding}
     files = [
-        converted(tiny_pipeline_folder, tmp_path / "nearest", kind),
+        converted(tiny_pipeline_folder, tmp_path / "nearest", kind, **{**options, "rounding": "nearest"}),
         converted(tiny_pipeline_folder, tmp_path / "rounded", kind, **options),
         converted(tiny_pipeline_folder, tmp_path / "again", kind, **options, workers=3),
     ]
