@@ -3,7 +3,8 @@
 Let H be the second moments X^T X of the inputs. The squared error of the outputs is (q - w) H (q - w)^T for each row w
 of the weight. After rounding a column, GPTQ (Frantar et al., arXiv 2210.17323) corrects the remaining columns so that
 this error is smallest; the Cholesky factor of the inverse of H gives the correction. The format does not change: scales
-are those of nearest rounding, and elements only take other values of the same grid.
+are those of nearest rounding, and elements only take other values of the same grid. Where only statistics are known,
+`low_rank_gptq` takes an estimate for H.
 
 Columns are rounded from the largest input to the smallest, whatever their order in the file. Scales are fixed before,
 so any order is possible, and the largest inputs then have the most columns left for compensation. Where channels differ
@@ -42,7 +43,7 @@ LAZY_COLUMNS = 128
 
 @dataclass(frozen=True)
 class Compensation(ABC):
-    """How a run of columns is rounded.
+    """How a run of columns is rounded, and how its errors are compensated.
 
     Attributes:
         start: the first column of the run
@@ -72,7 +73,7 @@ class Compensation(ABC):
 
 @dataclass(frozen=True)
 class MomentsCompensation(Compensation):
-    """A run of columns of whose inputs all second moments are known.
+    """A run of columns, rounded by the second moments of all their inputs.
 
     Attributes:
         factor: upper Cholesky factor of the inverse moments, both axes in `order`, float32 [columns, columns]

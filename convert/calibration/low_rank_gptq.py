@@ -1,16 +1,17 @@
 """GPTQ with what every statistics file holds: a sample of input rows, and the mean square of each channel.
 
-Second moments H of an input are estimated as D + U^T U: a diagonal, and a matrix of low rank that the sample gives.
-D makes the mean squares those of all inputs. So no matrix [in, in] is stored or inverted, at any width.
+The second moments H of an input are estimated as D + U^T U. U [samples, in] is the sample times a constant, and the
+diagonal D makes up for the rest of the mean squares. So no matrix [in, in] is stored or inverted, at any width. Where
+the sample is far louder than all inputs together, as one with a rare outlier is, D still keeps half of the mean square.
 
-After columns B are rounded, with errors e, GPTQ corrects the columns L that are left by -e H_BL (H_LL)^-1. With
-H = D + U^T U this is a product of low rank. Errors are carried as S, the sum of e_i g_i over rounded columns, a number
-for each row of the sample. Column j is corrected by S v_j, where
+Let columns B be rounded, with errors e = q - w, and let L be the columns that are left. GPTQ adds -e H_BL (H_LL)^-1 to
+the latter. With this H, it is a product of low rank. The errors are carried as S, the sum of e_i g_i over all rounded
+columns i: for each row of the weight, one number for each row of the sample. Then S v_j is added to column j, where
 
     v_j = u_j / d_j        g_i = -M u_i        M = (I + sum over j in L of u_j u_j^T / d_j)^-1
 
 and u_j is column j of U. From the last columns to the first, M follows by the Woodbury identity. Columns are rounded in
-strips, whose errors correct the columns after the strip; 12 strips instead of 192 leave 1 % more error.
+strips: the errors of a strip correct only the columns after it. 12 strips instead of 192 leave 1 % more error.
 """
 
 from __future__ import annotations
@@ -25,17 +26,19 @@ from omni_convert.formats.format import ElementFormat
 
 __all__ = ["LowRankCompensation", "plan_low_rank_compensation"]
 
-#: The part of what the sample says about products of two channels that is believed; the rest is taken for chance.
+#: The part of the products of two channels in the sample that is believed; the rest is taken for chance.
 SHARE = 0.5
-#: Added to the diagonal, relative to its mean, so that silent channels do not make up for others.
+#: Added to the diagonal, relative to the mean square, so that silent channels do not make up for others.
 DAMPING = 0.01
+#: The diagonal is at least this part of the sample's mean squares, so that float64 is exact enough for any outlier.
+LEAST_PART = 1e-6
 #: Strips in which the columns of an input are rounded, if it is wide enough.
 STRIPS = 64
 
 
 @dataclass(frozen=True)
 class LowRankCompensation(Compensation):
-    """All columns, of whose inputs some rows are known.
+    """All columns, rounded by a sample of their inputs.
 
     Attributes:
         given: g of each column in `order`, float32 [in, samples]
@@ -60,7 +63,7 @@ class LowRankCompensation(Compensation):
 
 
 def strip_width(columns: int) -> int:
-    """Columns of a strip."""
+    """The number of columns that are rounded together."""
     return max(1, columns // STRIPS)
 
 
@@ -68,14 +71,15 @@ def plan_low_rank_compensation(sample: Tensor, mean_square: Tensor, device: torc
     """Prepares the rounding of all rows of a weight.
 
     Args:
-        sample: rows of the input as the layer's weight sees it, any float dtype [samples, in]
-        mean_square: of each channel over all inputs, float32 [in]
+        sample: recorded inputs, already multiplied by mul_scale, any float dtype [samples, in]; there may be none
+        mean_square: of each channel over all inputs, likewise, float32 [in]
         device: where weights will be rounded
     """
     wanted = mean_square.double().cpu()
     factors = sample.double().cpu() * (SHARE / max(1, len(sample))) ** 0.5
-    diagonal = torch.maximum(wanted - factors.square().sum(0), (1 - SHARE) * wanted)
-    diagonal = diagonal + DAMPING * (float(wanted.mean()) or 1.0)
+    believed = factors.square().sum(0)
+    diagonal = torch.maximum(wanted - believed, (1 - SHARE) * wanted)
+    diagonal = torch.maximum(diagonal + DAMPING * (float(wanted.mean()) or 1.0), LEAST_PART * believed)
     order = wanted.argsort(descending=True, stable=True)
     columns, diagonal = factors[:, order].T.contiguous(), diagonal[order]  # [in, samples]
     given = torch.empty_like(columns)

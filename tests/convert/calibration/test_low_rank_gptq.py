@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -65,9 +66,29 @@ def test_strips_of_columns_leave_little_more_error() -> None:
     assert low_rank < 1.02 * error(rows, [whole], moments)
 
 
-def test_silent_inputs_leave_nearest_rounding() -> None:
+@pytest.mark.parametrize(("loudness", "most"), [(1e3, 0.7), (1e15, 3.0)])
+def test_one_loud_row_in_the_sample_does_not_overwhelm_the_weights(loudness: float, most: float) -> None:
+    sample, mean_square = inputs(8 * STRIPS)
+    moments, rows = estimated_moments(sample, mean_square), weight(8 * STRIPS)
+    sample[3] *= loudness
+    plan = plan_low_rank_compensation(sample, mean_square, CPU)
+    assert error(rows, [plan], moments) < most * error(rows, [], moments)
+
+
+@pytest.mark.parametrize("part", [1, 40])
+def test_rows_are_rounded_alone_as_within_the_weight(part: int) -> None:
+    rows = weight(8 * STRIPS)
+    plan = plan_low_rank_compensation(*inputs(8 * STRIPS), CPU)
+    whole, head = (
+        quantize_compensated(some, [plan], FORMAT, None, {})["weight"].view(torch.uint8) for some in (rows, rows[:part])
+    )
+    assert torch.equal(head, whole[:part])
+
+
+@pytest.mark.parametrize(("samples", "mean_square"), [(8, 0.0), (8, 1.0), (0, 1.0)])
+def test_silent_inputs_leave_nearest_rounding(samples: int, mean_square: float) -> None:
     rows = weight(128)
-    silent = plan_low_rank_compensation(torch.zeros(8, 128), torch.zeros(128), CPU)
+    silent = plan_low_rank_compensation(torch.zeros(samples, 128), torch.full((128,), mean_square), CPU)
     nearest = FORMAT.quantize_rows(rows, None)
     assert all(
         torch.equal(tensor.view(torch.uint8), nearest[suffix].view(torch.uint8))
