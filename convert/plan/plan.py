@@ -118,7 +118,7 @@ def plan_conversion(source: Source, recipe: Recipe, chosen: Mapping[str, Mapping
     Raises:
         CheckpointError: the model is damaged, incomplete, or quantized in a way that nobody here reads.
         RecipeError: the recipe cannot be carried out on this model.
-        CalibrationError: static activations without statistics, or GPTQ without moments; moments of another model.
+        CalibrationError: static activations or GPTQ without statistics; moments of another model.
     """
     methods = component_methods(source, recipe)
     check_encoder(source, methods, recipe)

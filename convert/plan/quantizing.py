@@ -128,7 +128,7 @@ def _quantize_step(target: Target, group: LayerGroup, fmt: QuantizingFormat, mom
         biases = {stem: bias for stem, bias in found.items() if bias is not None}
     columns = target.names.columns_of(written.members[0]) if target.names is not None else None
     rounded = fmt
-    if target.uses_moments:
+    if target.allows_gptq:
         rounded = compensated(fmt, moments, group, target.component.name, target.recipe, columns)
     return QuantizeStep(
         written,

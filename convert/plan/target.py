@@ -79,8 +79,8 @@ class Target(ABC):
     #: The runtime's name of a group → what was chosen for it under a budget: a method, a type of GGUF, or `bf16`.
     chosen: Mapping[str, str] = field(default_factory=dict)
 
-    #: Whether second moments of the inputs, where there are some, decide how weights are rounded.
-    uses_moments: ClassVar[bool] = True
+    #: Whether what is known of the inputs may decide how weights are rounded.
+    allows_gptq: ClassVar[bool] = True
 
     @property
     @abstractmethod
@@ -408,7 +408,7 @@ class StorageTarget(RuntimeTarget):
     may call its layers otherwise than its class does; there they are the linears in its blocks.
     """
 
-    uses_moments = False
+    allows_gptq = False
 
     def scope(self) -> Scope:
         component = self.component

@@ -32,7 +32,7 @@ def record(component: Path, *, fingerprint: str | None = None) -> Statistics:
 def test_the_scales_are_those_of_a_conversion(method: str, tiny_pipeline_folder: Path, tmp_path: Path) -> None:
     statistics = tmp_path / "stats.safetensors"
     record(tiny_pipeline_folder / "transformer").save(statistics)
-    recipe = Recipe(method=method, calibration=(str(statistics),), runtime="diffusers")
+    recipe = Recipe(method=method, calibration=(str(statistics),), rounding="nearest", runtime="diffusers")
     convert_checkpoint(tiny_pipeline_folder, tmp_path / "converted", recipe)
     expected = load_pipeline(tmp_path / "converted").transformer.state_dict()
     pipeline = load_pipeline(tiny_pipeline_folder, quantization={"method": method, "input_scales": statistics})
