@@ -20,33 +20,35 @@ RECIPES = {
     **{f"auto-round {method}": Recipe(method, dialect="auto-round") for method in ("mxfp8", "mxfp4", "nvfp4")},
     **{f"gguf {kind}": Recipe("gguf", gguf_type=kind) for kind in ("Q2_K", "Q3_K_M", "Q4_K_S", "Q5_K_M", "Q6_K")},
     **{f"gguf {kind}": Recipe("gguf", gguf_type=kind) for kind in ("IQ4_NL", "IQ4_XS")},
+    "w4a16 by gptq": Recipe("w4a16", rounding="gptq"),
+    "nested nf4 by statistics": Recipe("nf4", double_quant=True),
 }
-# The one that stores what was calibrated.
-CALIBRATED = "auto-round nvfp4"
+# The one that stores what was calibrated, and those that are rounded by it.
+CALIBRATED = ("auto-round nvfp4", "w4a16 by gptq", "nested nf4 by statistics")
 
 
 @pytest.fixture(scope="session")
 def recorded(tiny_pipeline_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Statistics of the tiny pipeline over one step of one prompt."""
+    """Statistics of the tiny pipeline over one step of two prompts."""
     from omni_convert.convert.calibration.recording import record_source
     from omni_convert.convert.source.location import resolve_source
 
     folder = tmp_path_factory.mktemp("recorded")
-    (folder / "prompts.txt").write_text("a cat\n")
+    (folder / "prompts.txt").write_text("a cat\na red circle\n")
     recipe = Recipe("nvfp4", calib=folder / "prompts.txt", calib_steps=1, calib_size=(32, 32), device="cpu")
     record_source(resolve_source(tiny_pipeline_folder), recipe, progress=False).statistics.save(folder / "stats")
     return folder / "stats"
 
 
 # One of each kind; the others take their time at night.
-QUICK = ("rotated int8", "w4a8", "nested nf4", CALIBRATED, "gguf Q3_K_M")
+QUICK = ("rotated int8", "w4a8", "nested nf4", *CALIBRATED[:2], "gguf Q3_K_M")
 
 
 @pytest.fixture(params=[pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in RECIPES])
 def each_recipe(request: pytest.FixtureRequest, recorded: Path) -> Recipe:
     """Each of these conversions, searches left out."""
     recipe = replace(RECIPES[request.param], search=False)
-    return replace(recipe, calibration=(recorded,)) if request.param == CALIBRATED else recipe
+    return replace(recipe, calibration=(recorded,)) if request.param in CALIBRATED else recipe
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -10,7 +12,7 @@ from omni_convert.convert.calibration.moments import InputMoments, MomentsRecord
 from omni_convert.convert.calibration.rounding import CompensatedFormat
 from omni_convert.formats.arithmetic.smoothing import split_input_rows
 from omni_convert.formats.format import ElementFormat, Format
-from omni_convert.formats.rows import TensorRows
+from omni_convert.formats.rows import InputColumns, TensorRows
 from omni_convert.formats.schemes.awq import AwqInt4
 from omni_convert.formats.schemes.fp8 import Fp8, Fp8Block, Fp8Channel
 from omni_convert.formats.schemes.gguf import Gguf
@@ -120,6 +122,21 @@ def test_statistics_alone_lower_the_error_on_inputs_that_were_never_seen(fmt: El
     nearest = error_on(fmt, statistics, unseen)
     for rounding in ("gptq", "auto"):
         assert error_on(CompensatedFormat(fmt, None, rounding), statistics, unseen) < 0.95 * nearest
+
+
+def test_statistics_of_earlier_versions_and_of_some_columns_do_too() -> None:
+    statistics, _ = recorded(inputs(2000, 1.0))
+    old = replace(statistics, squares=None, sample_runs=None)
+    unseen = inputs(300, 1.0, seed=2)
+    for fmt in (Int4(group=32), Mxfp4(smooth=True)):
+        assert error_on(CompensatedFormat(fmt, None, "auto"), old, unseen) < 0.95 * error_on(fmt, old, unseen)
+    some, weight = InputColumns(statistics, 32, 96), TensorRows(members()[0][:, 32:96])
+    rows, fmt = unseen[:, 32:96].float(), Int4(group=32)
+    errors = []
+    for each in (fmt, CompensatedFormat(fmt, None, "auto")):
+        tensors = each.quantize_rows(weight.weight, each.fit([weight], some))
+        errors.append(float((rows @ (fmt.dequantize(tensors) - weight.weight.float()).T).square().sum()))
+    assert errors[1] < 0.95 * errors[0]
 
 
 @pytest.mark.parametrize("samples", [1, 2, 70])
