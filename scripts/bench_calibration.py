@@ -7,9 +7,9 @@ Statistics come from the calibration prompts, images from the evaluation prompts
 in FOLDER_prompts.txt and FOLDER_evaluation_prompts.txt. Each form is compared with one that must not be better:
 
     mxfp4, mxfp4_dualscale    the same method without calibration
-    fp8, nvfp4, static        static scales from 40 prompts at the pipeline's own steps
+    fp8, nvfp4, static        static scales from 40 prompts at the pipeline's own steps, weights rounded to nearest
 
-`smoothed` rounds calibrated weights to nearest, and `moments` gives GPTQ second moments of the same prompts.
+`nearest` rounds the weights of a calibrated method so, and `moments` gives GPTQ second moments of the same prompts.
 
 Images of a small model tell little: one edge that moves costs several dB. So the denoiser is also called with the
 inputs that it has in the BF16 run, at every step of the first prompts, and the error of its outputs is compared. The
@@ -60,7 +60,7 @@ SEED = 42
 SMOOTHED = {"mxfp4": quantize_mxfp4_input, "mxfp4_dualscale": quantize_mxfp4_dualscale_input}
 STATIC = ("fp8", "nvfp4")
 #: Ways to use statistics: by default, without GPTQ, and with second moments beside them.
-KINDS = ("calibrated", "smoothed", "moments")
+KINDS = ("calibrated", "nearest", "moments")
 MOST_PROMPTS = 40
 ALLOWED_DB = 0.15
 TRACED_PROMPTS = 4
@@ -124,7 +124,7 @@ def main() -> int:
 
 def reference_form(method: str, own_steps: int) -> Form:
     """The form that others of a method must not be worse than."""
-    return Form(method, "calibrated", MOST_PROMPTS, own_steps) if method in STATIC else Form(method, "plain")
+    return Form(method, "nearest", MOST_PROMPTS, own_steps) if method in STATIC else Form(method, "plain")
 
 
 def forms(method: str, cells: Sequence[tuple[int, int]], own_steps: int, kinds: Sequence[str]) -> Iterator[Form]:
@@ -263,7 +263,7 @@ class Bench:
         folder = self.output / "converted"
         known = () if form.prompts == 0 else (self._statistics(form.prompts, form.steps),)
         moments = (self._moments(form.prompts, form.steps),) if form.kind == "moments" else ()
-        rounding = "nearest" if form.kind == "smoothed" else None
+        rounding = form.kind if form.kind == "nearest" else None
         recipe = Recipe(
             form.method,
             calibration=known,
