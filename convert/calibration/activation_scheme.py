@@ -13,6 +13,9 @@ from omni_convert.formats.table import FORMATS
 
 __all__ = ["ActivationScheme", "choose_activation_scheme", "merged_scheme"]
 
+# Scheme → what its methods do with activations, unless these have static scales.
+_HOW = {"none": "leaves activations as they are", "dynamic": "quantizes activations at run time"}
+
 
 @dataclass(frozen=True)
 class ActivationScheme:
@@ -57,21 +60,13 @@ def choose_activation_scheme(method: str, recipe: Recipe, *, is_rounding: bool =
         RecipeError: the method does not support the scheme that the recipe asks for.
         CalibrationError: the scheme needs statistics, and the recipe names none.
     """
-    calibration = FORMATS[method].calibration
-    rounding = recipe.effective_rounding if is_rounding else None
-    if calibration is Calibration.INPUT_SCALE:
-        return replace(_choose_with_input_scale(method, recipe), rounding=rounding)
-    name = ACTIVATION_SCHEMES[method][0]
-    how = "leaves activations as they are" if name == "none" else "quantizes activations at run time"
-    if recipe.activation_scheme == "static" and (method == recipe.method or name != "none"):
-        raise RecipeError(f"--activation-scheme static: {method} {how}, expected dynamic")
-    is_unused = recipe.is_calibrated and calibration is Calibration.UNUSED
-    is_idle = is_unused and rounding is None and recipe.budget is None
-    note = f"{method} {how}: the statistics were not used" if is_idle else ""
-    if calibration is Calibration.SMOOTHING and not recipe.is_calibrated:
-        note = f"{method} without --calib smooths no inputs, whose outliers then cost more"
-    is_importance = calibration is Calibration.IMPORTANCE
-    return ActivationScheme(name, recipe.is_calibrated and not is_unused, note, is_importance, rounding)
+    is_scale = FORMATS[method].calibration is Calibration.INPUT_SCALE
+    scheme = _choose_with_input_scale(method, recipe) if is_scale else _choose_without_input_scale(method, recipe)
+    scheme = replace(scheme, rounding=recipe.effective_rounding if is_rounding else None)
+    is_idle = recipe.is_calibrated and not scheme.uses_statistics and recipe.budget is None
+    if is_idle and not scheme.note:
+        return replace(scheme, note=f"{method} {_HOW[scheme.name]}: the statistics were not used")
+    return scheme
 
 
 def merged_scheme(schemes: Sequence[ActivationScheme]) -> ActivationScheme:
@@ -84,6 +79,17 @@ def merged_scheme(schemes: Sequence[ActivationScheme]) -> ActivationScheme:
         is_importance=all(scheme.is_importance for scheme in schemes),
         rounding=next((scheme.rounding for scheme in schemes if scheme.rounding is not None), None),
     )
+
+
+def _choose_without_input_scale(method: str, recipe: Recipe) -> ActivationScheme:
+    """The scheme of a method whose layers store no input scale."""
+    calibration, name = FORMATS[method].calibration, ACTIVATION_SCHEMES[method][0]
+    if recipe.activation_scheme == "static" and (method == recipe.method or name != "none"):
+        raise RecipeError(f"--activation-scheme static: {method} {_HOW[name]}, expected dynamic")
+    is_smoothing = calibration is Calibration.SMOOTHING and not recipe.is_calibrated
+    note = f"{method} without --calib smooths no inputs, whose outliers then cost more" if is_smoothing else ""
+    is_calibrated = recipe.is_calibrated and calibration is not Calibration.UNUSED
+    return ActivationScheme(name, is_calibrated, note, calibration is Calibration.IMPORTANCE)
 
 
 def _choose_with_input_scale(method: str, recipe: Recipe) -> ActivationScheme:

@@ -63,7 +63,7 @@ def load_moments(recipe: Recipe) -> tuple[Moments | None, list[str]]:
     if recipe.effective_rounding == "nearest":
         if recipe.moments:
             return None, ["--rounding nearest: the moments were not used"]
-        return None, ["--rounding auto without --calib is nearest rounding"] if recipe.rounding == "auto" else []
+        return None, ["--rounding auto without statistics is nearest rounding"] if recipe.rounding == "auto" else []
     if recipe.moments:
         return Moments.load_all(recipe.moments), []
     if not recipe.is_calibrated:

@@ -191,6 +191,9 @@ ENCODER = ("--component", "text_encoder=w4a16", "--runtime", "diffusers")
             "w4a16 leaves activations as they are: the statistics were not used",
         ),
         (("-m", "int8"), "int8 quantizes activations at run time: the statistics were not used"),
+        (("-m", "fp8"), ""),
+        (("-m", "fp8", "--activation-scheme", "dynamic"), "fp8 quantizes activations at run time: the statistics were"),
+        (("-m", "fp8", "--activation-scheme", "dynamic", "--rounding", "gptq"), ""),
         (("-m", "int8", "--rounding", "auto"), ""),
         (("-m", "int8", "--rounding", "auto", "--rotate", "--dialect", "comfyui"), "the statistics were not used"),
         (
