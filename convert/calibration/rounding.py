@@ -8,6 +8,10 @@ Where there are moments, half of the recorded rows are removed from them and hel
 the prompts are halved (or the steps of a single prompt). Each half of the rows judges what the other half gives, and
 the rounding itself follows from all rows.
 
+GPTQ from a single prompt need not gain as much as smoothing must. On the demo and on a pipeline with outlier channels,
+it left 0.47 to 0.53 of the squared errors of outputs for six other prompts, and raised that of no layer. From eight
+prompts, it left 0.23 to 0.33 (geometric means over layers; W4A16 and Q4_0; 4 steps).
+
 Matrices are inverted by one thread, since the last bits depend on the number of threads, and the same job must always
 give the same bytes.
 """

@@ -3,8 +3,9 @@
 Rows of one prompt resemble each other, so that they are one observation together: the errors of all its rows are added,
 and a gain counts only if it exceeds its standard error over the prompts; somewhat more, if there are few. With a single
 prompt its denoising steps take their place, and with statistics of earlier versions, which do not know the prompts of
-rows, each row; both resemble each other too, so that three standard errors are asked for. A choice that was fitted to a
-single prompt must gain much besides: as much as only outliers give, which belong to the model and not to the prompt.
+rows, each row; both resemble each other too, so that three standard errors are asked for. The best of several choices
+must gain much besides if it was fitted to a single prompt: as much as only outliers give, which belong to the model and
+not to the prompt.
 """
 
 from __future__ import annotations
