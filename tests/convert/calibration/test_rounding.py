@@ -107,21 +107,16 @@ def test_auto_is_never_worse_than_nearest_on_held_out_rows(fmt: Format, samples:
 
 
 @every_format
-def test_gptq_lowers_the_error_on_inputs_that_were_never_seen(fmt: Format) -> None:
+@pytest.mark.parametrize(("has_moments", "part_left"), [(True, 0.9), (False, 0.95)])
+def test_gptq_lowers_the_error_on_inputs_that_were_never_seen(
+    fmt: ElementFormat, has_moments: bool, part_left: float
+) -> None:
     statistics, moments = recorded(inputs(2000, 1.0))
+    read = (lambda: moments) if has_moments else None
     unseen = inputs(300, 1.0, seed=2)
     nearest = error_on(fmt, statistics, unseen)
     for rounding in ("gptq", "auto"):
-        assert error_on(CompensatedFormat(fmt, lambda: moments, rounding), statistics, unseen) < 0.9 * nearest
-
-
-@every_format
-def test_statistics_alone_lower_the_error_on_inputs_that_were_never_seen(fmt: ElementFormat) -> None:
-    statistics, _ = recorded(inputs(2000, 1.0))
-    unseen = inputs(300, 1.0, seed=2)
-    nearest = error_on(fmt, statistics, unseen)
-    for rounding in ("gptq", "auto"):
-        assert error_on(CompensatedFormat(fmt, None, rounding), statistics, unseen) < 0.95 * nearest
+        assert error_on(CompensatedFormat(fmt, read, rounding), statistics, unseen) < part_left * nearest
 
 
 def test_statistics_of_earlier_versions_and_of_some_columns_do_too() -> None:
